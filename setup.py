@@ -1,0 +1,39 @@
+"""Packaging. `recr1.kernels` is the checkout's kernels/ folder: see recr1/kernels.py for why it is not a top-level package."""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+readme = Path(__file__).parent / "README.md"
+
+setup(
+    name="recr1",
+    version="0.1.0",
+    description="Rec-R1 and RecLLM-R1 from scratch: GRPO for recommendation and product search in plain PyTorch",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["recr1", "recr1.*"]) + ["recr1.kernels"],
+    package_dir={"recr1": "recr1", "recr1.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.11,<2.16",        # experiments/setup_env.sh keeps a GPU machine's torch when it is in this range
+        "transformers>=5.12,<6",
+        "numpy",
+        "tqdm",
+        "pyyaml",
+        "rank-bm25",
+        "nltk",                     # only its Porter stemmer
+        "regex",                    # these two come with transformers; named because recr1 imports them itself
+        "safetensors",
+    ],
+    extras_require={
+        "dense": ["faiss-cpu"],     # one of these two, never both: together they break `import faiss`
+        "faiss-gpu": ["faiss-gpu"],
+        "flash": ["flash-attn"],    # no wheel: needs nvcc and --no-build-isolation
+        "fast": ["numba"],
+        "track": ["tensorboard"],
+        "audit": ["lm-eval[hf]"],
+        "dev": ["pytest", "bm25s", "pytrec-eval-terrier", "setuptools>=77"],
+    },
+)

@@ -1,0 +1,148 @@
+"""The shape of the repository: levels of imports, sizes of files, what stands where. Nothing here runs the product."""
+import ast
+import re
+import subprocess
+import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# An import goes to a strictly lower level. A folder is one unit: inside it files may import each other, without circles.
+LEVELS = [
+    "records config data dist metrics answers attention kernels",
+    "cache model policy packing chat offload decode_graph retrieval",      # cache calls attention
+    "weights fsdp sample grpo optim",
+    "tasks checkpoint log plan",
+    "evaluate report",
+    "run",
+    "train sft",
+    "explain doctor",
+    "cli",
+]
+LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units.split()}
+
+READERS_PATH = ("records config dist model attention cache policy packing fsdp sample grpo optim answers metrics "
+                "tasks/product_search train").split()
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, for every source file of the package; an `__init__.py` goes by its package's name."""
+    found = {}
+    for top, name in ((ROOT / "recr1", "recr1"), (ROOT / "kernels", "recr1.kernels")):
+        for path in top.rglob("*.py"):
+            parts = path.relative_to(top).with_suffix("").parts
+            found[".".join((name, *(p for p in parts if p != "__init__")))] = path
+    return found
+
+
+@cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def unit(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imports_of(name: str, path: Path, known: dict[str, Path]) -> set[str]:
+    """Names of the recr1 modules that the file imports anywhere, in functions too."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[:len(package.split(".")) - node.level + 1]) if node.level else ""
+            base = ".".join(filter(None, (base, node.module)))
+            # `from .a import b`: b is a module or a name inside a
+            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names}
+    return {module for module in found if module.startswith("recr1.")}
+
+
+def test_imports_go_to_a_lower_level():
+    known, wrong = modules(), []
+    for name, path in known.items():
+        if name in ("recr1", "recr1.kernels"):
+            continue
+        where = path.relative_to(ROOT)
+        assert unit(name) in LEVEL, f"{where} has no level: give {unit(name)!r} the lowest that fits, in LEVELS of tests/test_structure.py"
+        for target in sorted(imports_of(name, path, known)):
+            assert unit(target) in LEVEL, f"{where} imports {target}, which has no level"
+            if unit(target) != unit(name) and LEVEL[unit(target)] >= LEVEL[unit(name)]:
+                wrong.append(f"{where} (level {LEVEL[unit(name)]}) imports {target} (level {LEVEL[unit(target)]})")
+    assert not wrong, "imports that do not go to a lower level:\n" + "\n".join(wrong)
+
+
+def test_no_circles_inside_a_folder():
+    known = modules()
+    inside = {name: {t for t in imports_of(name, path, known) if unit(t) == unit(name)} for name, path in known.items() if name != "recr1"}
+    try:
+        TopologicalSorter(inside).prepare()
+    except CycleError as e:
+        pytest.fail("circle of imports: " + " <- ".join(e.args[1]))
+
+
+def run_at_import(node: ast.AST):
+    """Every node that runs when the module is imported: all but the bodies of functions."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield child
+            yield from run_at_import(child)
+
+
+def test_nothing_imports_triton_at_import_time():
+    for path in modules().values():
+        for node in run_at_import(parse(path)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert "triton" not in {name.split(".")[0] for name in names}, \
+                f"{path.relative_to(ROOT)}:{node.lineno} imports triton at import time: the CPU path runs without it; import it in the function"
+
+
+def test_every_module_imports_without_the_optional_packages():
+    script = ("import importlib, sys\n"
+              "for name in ('triton', 'faiss', 'flash_attn', 'numba'): sys.modules[name] = None\n"
+              f"for name in {sorted(modules())!r}: importlib.import_module(name)\n")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def lines(path: Path) -> int:
+    return len(path.read_bytes().splitlines())
+
+
+def test_files_are_short():
+    sources = [p for top in ("recr1", "kernels", "experiments", "tests") for p in (ROOT / top).rglob("*") if p.suffix in (".py", ".sh")]
+    limits = {ROOT / "recr1/train.py": 249}
+    long = [f"{p.relative_to(ROOT)}: {lines(p)} lines, limit {limits.get(p, 350)}" for p in sources if lines(p) > limits.get(p, 350)]
+    assert sources and not long, "\n".join(long)
+
+
+def test_the_readers_path_is_read_in_an_afternoon():
+    counts = {name: lines(path) for name in READERS_PATH if (path := ROOT / f"recr1/{name}.py").exists()}
+    assert 0 < sum(counts.values()) < 2000, counts
+
+
+def test_top_level_holds_nothing_else():
+    git = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True) \
+        if (ROOT / ".git").exists() else None
+    if git and git.returncode == 0:
+        found = {line.split("/")[0].strip('"') for line in git.stdout.splitlines()}
+    else:   # an unpacked archive: without .gitignore's help, what builds and runs leave is named here
+        found = {p.name for p in ROOT.iterdir() if p.name not in ("build", "dist", "runs", "__pycache__") and p.suffix != ".egg-info"}
+    extra = {name for name in found if not name.startswith(".")} - set("recr1 kernels experiments tests setup.py README.md LICENSE".split())
+    assert not extra, f"at the top level and not allowed there: {sorted(extra)}"
+
+
+def test_readme_file_map_is_true():
+    """Rows `| `path` | lines | ...`: the path exists and the count is right within 10% or 10 lines; a folder counts its .py files."""
+    rows = re.findall(r"^\|\s*`([^`]+)`\s*\|\s*([\d,]+)\s*\|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows, "README.md has no file map: rows of the form | `recr1/model.py` | 190 | ... |"
+    for name, count in rows:
+        path, said = ROOT / name, int(count.replace(",", ""))
+        assert path.exists(), f"README.md: {name} does not exist"
+        true = lines(path) if path.is_file() else sum(map(lines, path.rglob("*.py")))
+        assert abs(said - true) <= max(10, 0.1 * true), f"README.md: {name} is said to have {said} lines, has {true}"
