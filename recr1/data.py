@@ -1,0 +1,243 @@
+"""Files -> corpus, queries and judgements; which query is validation; and random numbers that depend on nothing but their keys.
+
+Formats, UTF-8, plain or gzip (a name that ends in .gz):
+    corpus   JSONL {"id", "title", "text"}: either of title and text may be absent, other keys are ignored
+    queries  JSONL {"id", "text"}, other keys are ignored
+    qrels    tab-separated query id, document id, gain (finite, >= 0); no header
+
+`on_bad_line="stop"` raises DataError at the first bad line: `path:line: what is wrong; what to do`. "drop" leaves bad lines
+out. Every reader returns, last, `dropped`: one such message for each line that was left out. An empty line is a bad
+line; a byte order mark is not. A missing, empty or torn file, or one without a single good line, always raises DataError.
+"""
+import gzip
+import hashlib
+import json
+import math
+import os
+import zlib
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+
+
+class DataError(ValueError):
+    """A data file cannot be used; the message names the file and, where there is one, the line."""
+
+
+class _Repeat(DataError):
+    """A line that says again what an earlier one said: left out and listed, but never a reason to stop."""
+
+
+def read_corpus(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[list[str], list[str], list[str]]:
+    """(ids, contents, dropped), in file order; contents are title + " " + text, or the one that is not empty."""
+    docs: dict[str, str] = {}
+
+    def parse(line):
+        row = _row(line)
+        key, parts = _new_id(row, docs), [_string(row, name) for name in ("title", "text") if name in row]
+        contents = " ".join(part for part in parts if part)
+        if not contents.strip():
+            raise DataError("neither 'title' nor 'text' says anything; give one of them or delete the line")
+        docs[key] = contents
+
+    dropped = _read(path, on_bad_line, parse)
+    return list(docs), list(docs.values()), dropped
+
+
+def read_queries(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[dict[str, str], list[str]]:
+    """({query id: text}, dropped), in file order."""
+    queries: dict[str, str] = {}
+
+    def parse(line):
+        row = _row(line)
+        key, text = _new_id(row, queries), _string(row, "text")
+        if not text.strip():
+            raise DataError("'text' is empty; write the query or delete the line")
+        queries[key] = text
+
+    dropped = _read(path, on_bad_line, parse)
+    return queries, dropped
+
+
+def read_qrels(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[dict[str, dict[str, float]], list[str]]:
+    """({query id: {document id: gain}}, dropped), in file order.
+
+    A judgement given twice would distort the ideal DCG. Twice with the same gain: the repeat is left out and listed
+    in `dropped`, also under "stop". With another gain: a bad line; under "drop" the first one stands.
+    """
+    qrels: dict[str, dict[str, float]] = {}
+
+    def parse(line):
+        columns = line.split("\t")
+        if len(columns) != 3:
+            raise DataError(f"{len(columns)} tab-separated columns; want 3: query id, document id, gain")
+        query, doc = (_id(column) for column in columns[:2])
+        try:
+            gain = float(columns[2])
+        except ValueError:
+            raise DataError(f"gain {columns[2][:40]!r} is not a number; a header line must be deleted") from None
+        if not (math.isfinite(gain) and gain >= 0):
+            raise DataError(f"gain {gain} is not a finite number >= 0; correct it or delete the line")
+        judged = qrels.setdefault(query, {})
+        if doc not in judged:
+            judged[doc] = gain
+        elif judged[doc] == gain:
+            raise _Repeat(f"{query!r}, {doc!r} was judged the same before; delete one of the two lines")
+        else:
+            raise DataError(f"{query!r}, {doc!r} was judged {judged[doc]} before, now {gain}; keep one of the two lines")
+
+    dropped = _read(path, on_bad_line, parse)
+    return qrels, dropped
+
+
+def is_validation(query_id: str) -> bool:
+    """Whether a query of the train split belongs to validation: sha256 of its id, as an integer, is 0 modulo 10."""
+    return int(hashlib.sha256(query_id.encode()).hexdigest(), 16) % 10 == 0
+
+
+def steps_per_epoch(n: int, per_step: int) -> int:
+    """Steps of one pass over n prompts, n // per_step; ValueError when one step asks for more prompts than there are."""
+    if not 1 <= per_step <= n:
+        raise ValueError(f"{per_step} prompts a step out of {n}: no prompt may come twice in a step, "
+                         f"so ask for 1 to {n} a step or give more data")
+    return n // per_step
+
+
+def prompt_order(n: int, per_step: int, seed: int, step: int) -> np.ndarray:
+    """(per_step,) int64 indices into n prompts for this step, counted from 0.
+
+    An epoch is a permutation that depends on (seed, epoch) alone. Its last n % per_step prompts are left out, others
+    in each epoch, so no step straddles two epochs and no prompt comes twice in a step.
+    """
+    epoch, place = divmod(step, steps_per_epoch(n, per_step))
+    return _permutation(n, seed, epoch)[place * per_step:(place + 1) * per_step].copy()
+
+
+def uniforms(seed: int, step: int, prompts: np.ndarray, siblings: int, tokens: int) -> np.ndarray:
+    """(P, G, T) float64 in (0, 1), never 0 or 1, for prompts (P,) int, G siblings, T tokens.
+
+    Each value is a function of (seed, step, prompt, sibling, token) alone: not of the other prompts, nor of G or T.
+    Keep it in float64: in float32 the largest values round to 1.
+    """
+    prompts = np.asarray(prompts)[:, None, None]
+    return _unit(_hash(_SAMPLING, seed, step, prompts, np.arange(siblings)[:, None], np.arange(tokens)))
+
+
+def shuffle_words(text: str, share: float, seed: int, step: int, prompt: int) -> str:
+    """With probability `share` the words of `text` in random order, one space between them; else `text` as it is.
+
+    Both draws are functions of (seed, step, prompt). ValueError when share is not in [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"the share of shuffled prompts must be in [0, 1], got {share}")
+    words = text.split()
+    draws = _hash(_SHUFFLE, seed, step, prompt, np.arange(len(words) + 1))      # the first one decides, the others sort
+    if _unit(draws[0]) >= share:
+        return text
+    return " ".join(words[i] for i in np.argsort(draws[1:], kind="stable"))
+
+
+_SAMPLING, _ORDER, _SHUFFLE = range(3)      # the first key of each use: streams with equal further keys stay unrelated
+
+
+def _hash(*keys):
+    """Integer keys, broadcast together -> uint64: each step is output number `key` of a splitmix64 generator
+    (Steele, Lea & Flood 2014) that was seeded with the hash of the keys before it."""
+    state = np.zeros(1, np.uint64)
+    with np.errstate(over="ignore"):        # arithmetic modulo 2^64 is meant
+        for key in keys:
+            mixed = state + (np.asarray(key).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = mixed ^ (mixed >> np.uint64(31))
+    return state
+
+
+def _unit(bits):
+    # 52 bits and a half, not 53: 2^53 - 1/2 has no float64, it would round up and the value would be 1.
+    return ((bits >> np.uint64(12)) + 0.5) * 2.0 ** -52
+
+
+@lru_cache(maxsize=2)       # the steps of an epoch share one permutation
+def _permutation(n, seed, epoch):
+    # Not Generator.permutation: numpy may change its stream between versions, and a resumed run must not notice.
+    return np.argsort(_hash(_ORDER, seed, epoch, np.arange(n)), kind="stable")
+
+
+def _read(path: str | os.PathLike, on_bad_line: str, parse: Callable[[str], None]) -> list[str]:
+    """Calls parse(line) for every line, which stores it or raises DataError without a place; returns `dropped`."""
+    if on_bad_line not in ("stop", "drop"):
+        raise ValueError(f"on_bad_line is {on_bad_line!r}; want 'stop' or 'drop'")
+    name, dropped, number = os.fspath(path), [], 0
+    try:
+        # Binary: only \n ends a line, so the number is the one an editor shows; text mode would also split at \r.
+        with (gzip.open if name.endswith(".gz") else open)(name, "rb") as file:
+            for number, raw in enumerate(file, 1):
+                if number == 1 and raw.startswith(b"\x1f\x8b"):
+                    raise DataError(f"{name}: compressed by gzip; give it a name that ends in .gz")
+                try:
+                    parse(_decode(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw))
+                except DataError as error:
+                    message = f"{name}:{number}: {error}"
+                    if on_bad_line == "stop" and not isinstance(error, _Repeat):
+                        raise DataError(message) from None
+                    dropped.append(message)
+    except FileNotFoundError:
+        raise DataError(f"{name}: no such file; check the path, or prepare the data set first") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{name}: torn, or not gzip ({error}); download or write it again") from None
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from None
+    if number == 0:
+        raise DataError(f"{name}: the file is empty; download or write it again")
+    if number == len(dropped):
+        raise DataError(f"{name}: none of its {number} lines is good; the first: {dropped[0]}")
+    return dropped
+
+
+def _decode(raw):
+    try:
+        line = raw.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 at byte {error.start + 1}; convert the file to UTF-8") from None
+    if not line.strip():
+        raise DataError("empty line; delete it")
+    return line.rstrip("\r\n")
+
+
+def _row(line):
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"not JSON ({error.msg} at character {error.pos + 1}); want one whole object on the line") from None
+    except (ValueError, RecursionError):        # Python's limits on the digits of an int and on nesting
+        raise DataError("JSON with an integer too long or brackets too deep to read; delete the line") from None
+    if not isinstance(row, dict):
+        raise DataError(f"JSON, but a {type(row).__name__} and not an object; want {{\"id\": ..., \"text\": ...}}")
+    return row
+
+
+def _string(row, key):
+    if key not in row:
+        raise DataError(f"no key {key!r}; add it or delete the line")
+    if not isinstance(row[key], str):
+        raise DataError(f"{key!r} is a {type(row[key]).__name__}, not a string; put it in quotes or delete the line")
+    try:
+        row[key].encode()
+    except UnicodeEncodeError:      # JSON may spell half of a UTF-16 pair, "\ud800"; it would break hashing and writing later
+        raise DataError(f"{key!r} holds a lone surrogate, which is no character; remove it") from None
+    return row[key]
+
+
+def _id(text):
+    if not text or text != text.strip():
+        raise DataError(f"id {text[:40]!r} is empty or has white space around it; correct it or delete the line")
+    return text
+
+
+def _new_id(row, seen):
+    key = _id(_string(row, "id"))
+    if key in seen:
+        raise DataError(f"id {key[:40]!r} came before; ids are unique, delete one of the lines")
+    return key
