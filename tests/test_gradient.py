@@ -1,0 +1,136 @@
+"""The packed gradient equals a padded float64 reference: one padded row per sibling, a mask, plain autograd; no line of it is ours."""
+import copy
+
+import pytest
+import torch
+
+from recr1.grpo import group_advantages, policy_loss
+from recr1.packing import distinct, pack
+from recr1.policy import score
+from recr1.records import Prompt, Rollout
+from recr1.train import with_advantages, with_reference
+from tiny import oracle, tiny_config, tiny_model
+
+TEMPERATURE, CLIP, KL = 1.3, 0.2, 0.05
+
+
+def rollouts_of(group_size: int, seed: int = 0) -> list[Rollout]:
+    """Five prompts of unequal length; completions of 1 to 9 tokens; every third sibling repeats its elder."""
+    g = torch.Generator().manual_seed(seed)
+    vocab = tiny_config().vocab_size
+
+    def ids(low, high):
+        return tuple(torch.randint(vocab, (int(torch.randint(low, high, (1,), generator=g)),), generator=g).tolist())
+    rollouts = []
+    for p in range(5):
+        prompt = Prompt(f"q{p}", p, "", ids(1, 8))
+        written = []
+        for s in range(group_size):
+            text = written[-1] if s % 3 == 2 else (ids(1, 2) if s == 0 and p == 0 else ids(1, 10))
+            written.append(text)
+            rollouts.append(Rollout(prompt, p, s, text, (0.0,) * len(text), True))
+    return rollouts
+
+
+def norm(x, weight, eps):
+    return weight * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def padded_logits(w: dict, c, tokens, mask):
+    """Qwen2 on a padded rectangle in pure float64 (transformers' own rounds norms and rope to float32). tokens, mask (R, W) -> (R, W, V)."""
+    R, W = tokens.shape
+    angle = torch.arange(W, dtype=torch.float64)[:, None] * c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+    cos, sin = angle.cos(), angle.sin()                                                      # (W, D/2)
+    allowed = torch.ones(W, W, dtype=torch.bool).tril() & mask.bool()[:, None, None, :]      # (R, 1, W, W)
+
+    def heads(x, name, rotary):
+        x = (x @ w[f"{name}.weight"].T + w[f"{name}.bias"]).view(R, W, -1, c.head_dim).transpose(1, 2)
+        if rotary:
+            low, high = x.chunk(2, -1)
+            x = torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+        return x.repeat_interleave(c.num_attention_heads // x.shape[1], 1)
+    x = w["model.embed_tokens.weight"][tokens]
+    for i in range(c.num_hidden_layers):
+        at = f"model.layers.{i}."
+        h = norm(x, w[at + "input_layernorm.weight"], c.rms_norm_eps)
+        q, k, v = (heads(h, f"{at}self_attn.{n}_proj", n != "v") for n in "qkv")
+        p = (q @ k.mT / c.head_dim ** 0.5).masked_fill(~allowed, -torch.inf).softmax(-1)
+        x = x + (p @ v).transpose(1, 2).flatten(2) @ w[at + "self_attn.o_proj.weight"].T
+        h = norm(x, w[at + "post_attention_layernorm.weight"], c.rms_norm_eps)
+        gate, up = (h @ w[f"{at}mlp.{n}_proj.weight"].T for n in ("gate", "up"))
+        x = x + (gate * gate.sigmoid() * up) @ w[at + "mlp.down_proj.weight"].T
+    head = w["model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"]
+    return norm(x, w["model.norm.weight"], c.rms_norm_eps) @ head.T
+
+
+def rectangle(rollouts):
+    rows = [[*r.prompt.ids, *r.ids] for r in rollouts]
+    width = max(map(len, rows))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows]), torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+
+
+def padded_logp(w, c, rollouts):
+    """(R, T) log-probs of the completions and which of them are real."""
+    tokens, mask = rectangle(rollouts)
+    logp = (padded_logits(w, c, tokens, mask) / TEMPERATURE).log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    at = torch.arange(1, tokens.shape[1])                                                    # column t holds the log-prob of token t + 1
+    first, end = (torch.tensor(x)[:, None] for x in ([len(r.prompt.ids) for r in rollouts], mask.sum(1).tolist()))
+    return logp, (at >= first) & (at < end)
+
+
+def test_the_reference_is_qwen2():
+    model, rollouts = tiny_model(3).double(), rollouts_of(3)
+    tokens, mask = rectangle(rollouts)
+    with torch.no_grad():
+        theirs = oracle(model)(input_ids=tokens, attention_mask=mask).logits
+        ours = padded_logits(model.state_dict(), model.config, tokens, mask)
+    assert (ours - theirs)[mask.bool()].abs().max() < 1e-5
+
+
+def reference_gradients(policy, frozen, rollouts, adv, total):
+    w = {name: t.detach().clone().requires_grad_() for name, t in policy.state_dict().items()}
+    logp, real = padded_logp(w, policy.config, rollouts)
+    with torch.no_grad():
+        ref, _ = padded_logp(frozen.state_dict(), frozen.config, rollouts)
+    ratio = (logp - logp.detach()).exp()
+    gain = torch.minimum(ratio * adv[:, None], ratio.clamp(1 - CLIP, 1 + CLIP) * adv[:, None])
+    d = ref - logp
+    loss = ((KL * (d.exp() - d - 1) - gain) * real).sum() / total
+    loss.backward()
+    return loss.item(), {name: t.grad for name, t in w.items()}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("group_size", [1, 3, 8])
+def test_packed_gradient_equals_the_padded_one(group_size, tied):
+    policy, frozen = (tiny_model(seed, tie_word_embeddings=tied).double() for seed in (1, 2))
+    rollouts = rollouts_of(group_size)
+    if group_size > 1:                       # identical siblings have equal rewards, so equal advantages
+        rewards = torch.tensor([hash((r.group, r.ids)) % 97 / 97 for r in rollouts], dtype=torch.float64)
+        adv = group_advantages(rewards, group_size, 0.1)
+    else:
+        adv = torch.linspace(-1, 1, len(rollouts), dtype=torch.float64)
+    total = sum(len(r.ids) for r in rollouts)
+    want_loss, want = reference_gradients(policy, frozen, rollouts, adv, total)
+    texts, first = distinct(rollouts)
+    assert group_size < 3 or len(texts) < len(rollouts)
+    longest = max(len(r.prompt.ids) + len(r.ids) - 1 for r in rollouts)
+    everything = sum(len(r.prompt.ids) + len(r.ids) for r in rollouts)
+    worst, batch_counts = 0.0, set()
+    for budget in (longest, longest + 11, 2 * longest, everything):
+        model = copy.deepcopy(policy)
+        batches = with_advantages(with_reference(frozen, pack(texts, budget), TEMPERATURE), adv[first])
+        batch_counts.add(len(batches))
+        losses = []
+        for batch in batches:
+            assert len(batch.tokens) <= budget
+            loss, _ = policy_loss(score(model, batch, TEMPERATURE)[0], batch, total, CLIP, KL)
+            loss.backward()
+            losses.append(loss.item())
+        assert sum(losses) == pytest.approx(want_loss, rel=1e-10, abs=1e-12)
+        for name, p in model.named_parameters():
+            error = ((p.grad - want[name]).norm() / want[name].norm()).item()
+            worst = max(worst, error)
+            assert error <= 1e-12, (name, budget, error)
+    assert 1 in batch_counts and max(batch_counts) > 2
+    print(f"groups of {group_size}, tied {tied}: largest ||a-b||/||b|| {worst:.1e} over micro-batch counts {sorted(batch_counts)}")
