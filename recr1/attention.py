@@ -1,0 +1,94 @@
+"""attend() over a packed layout. Legend: M packed tokens, P prompts, R rollouts, H query heads, K kv heads, D head dim.
+
+Prompts read themselves causally, once per group; completions read their prompt's keys and their own. The gradient of a
+prompt's keys is the sum over its siblings, as in the padded way, but its rows are computed once (DESIGN decision 14).
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+# Query rows and key slots are padded to these, and keys stand in one order, so that sampler and trainer sum alike: on CPU in float32
+# the mean |sampler - trainer| log-prob falls from 1.4e-7 to 3e-9, the 99.9th percentile from 9e-6 to 1e-6, at no measurable cost.
+ROWS, SLOTS = 4, 16
+SHORT = 64 * 128    # queries x keys of a row below which a plain product beats SDPA's blocks on CPU (4.6x at 12 x 24, 1.3x at 128 x 256)
+
+
+class PackedAttention:
+    """softmax(q k^T / sqrt(D)) v for the rows of one layout (records.py); call it as (layer, q, k, v).
+
+    q (M, H, D), k and v (M, K, D) -> (M, H, D). Index tensors are made once and serve all layers. SDPA needs padded
+    rows: padding lives only inside the call, at the end of a row, where causality or the mask hides it.
+    """
+
+    def __init__(self, prompt_lengths: torch.Tensor, completion_lengths: torch.Tensor, prompt_of: torch.Tensor, device=None):
+        lengths, own, prompt_of = (t.to(device) for t in (prompt_lengths, completion_lengths, prompt_of))   # (P,), (R,), (R,)
+        start, own_start = lengths.cumsum(0) - lengths, lengths.sum() + own.cumsum(0) - own
+        self.rows_p, real_p = _padded(start, lengths, up(lengths, ROWS))       # (P, L)
+        self.rows_c, real_c = _padded(own_start, own, up(own, ROWS))           # (R, T)
+        self.unpad_p, self.unpad_c = real_p.flatten().nonzero()[:, 0], real_c.flatten().nonzero()[:, 0]
+        self.keys_p, _ = _padded(start, lengths, up(lengths, SLOTS))
+        self.mask_p = _reads(torch.zeros_like(lengths[:1]), self.rows_p.shape[1], self.keys_p.shape[1])
+        if not len(self.unpad_c):
+            return
+        # completion r's keys stand as the sampler's cache holds them: its prompt's, then its own, without a gap
+        before = lengths[prompt_of]                                            # (R,)
+        slot = torch.arange(up(before + own, SLOTS), device=device)
+        self.keys_c = torch.where(slot < before[:, None], start[prompt_of, None] + slot,
+                                  torch.where(slot < (before + own)[:, None], (own_start - before)[:, None] + slot, 0))   # (R, S)
+        self.mask_c = _reads(before, self.rows_c.shape[1], len(slot))
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = _attend(_take(q, self.rows_p), _take(k, self.keys_p), _take(v, self.keys_p), self.mask_p)
+        out = out.transpose(1, 2).flatten(0, 1).index_select(0, self.unpad_p)
+        if not len(self.unpad_c):
+            return out
+        completions = _attend(_take(q, self.rows_c), _take(k, self.keys_c), _take(v, self.keys_c), self.mask_c)
+        return torch.cat([out, completions.transpose(1, 2).flatten(0, 1).index_select(0, self.unpad_c)])
+
+
+def up(lengths: torch.Tensor, multiple: int) -> int:
+    """The longest of `lengths`, rounded up to a multiple."""
+    return -(-int(lengths.max()) // multiple) * multiple if len(lengths) else 0
+
+
+def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Decode: one query per row over its first `lengths` keys. q (B, H, D), k and v (B, K, S, D), lengths (B,) -> (B, H, D).
+
+    The H/K query heads of a kv head stand as rows of one small product: heads are never repeated. S is a multiple of SLOTS.
+    """
+    B, H, D = q.shape
+    mask = (torch.arange(k.shape[2], device=q.device) < lengths[:, None])[:, None, None]     # (B, 1, 1, S)
+    q = q.view(B, k.shape[1], -1, D)
+    per_head = q.shape[2]
+    return _attend(F.pad(q, (0, 0, 0, -per_head % ROWS)), k, v, mask)[:, :, :per_head].reshape(B, H, D)
+
+
+def _reads(before: torch.Tensor, width: int, keys: int) -> torch.Tensor:
+    """Query t of row b reads slots 0 .. before[b] + t. before (B,) -> (B, 1, width, keys)."""
+    last = before[:, None] + torch.arange(width, device=before.device)         # (B, width)
+    return (torch.arange(keys, device=before.device) <= last[..., None])[:, None]
+
+
+def _padded(start: torch.Tensor, lengths: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row numbers (B, width) of each sequence and which are real; padding points at row 0 and is masked or dropped."""
+    slot = torch.arange(width, device=start.device)
+    real = slot < lengths[:, None]
+    return torch.where(real, start[:, None] + slot, 0), real
+
+
+def _take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """(M, heads, D) -> (B, heads, S, D). index_select, not x[rows]: its backward is deterministic and fast on CPU."""
+    return x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """q (B, H, T, D), k and v (B, K, S, D), mask (B or 1, 1, T, S) of which keys are read -> (B, H, T, D)."""
+    B, H, T, D = q.shape
+    K, S = k.shape[1:3]
+    if T * S > SHORT:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != K)
+    q = (q * D ** -0.5).unflatten(1, (K, -1))                                  # (B, K, H/K, T, D): heads are not repeated
+    hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
+    weights = (q @ k[:, :, None].mT + hidden[:, :, None]).softmax(-1)          # (B, K, H/K, T, S)
+    return (weights @ v[:, :, None]).flatten(1, 2)

@@ -1,0 +1,50 @@
+"""Prompt ids from the tokenizer's chat template and the user's text. The text of the data is data (DESIGN decision 12)."""
+from __future__ import annotations
+
+import json
+
+import jinja2
+from tokenizers import Tokenizer
+
+MARK = "\x1auser-text\x1a"      # stands for the user's text while the template is rendered
+
+
+class ChatError(ValueError):
+    """The prompt cannot be built. The message says which setting to change."""
+
+
+class Chat:
+    """Encodes prompts. `tokenizer` from transformers; system, user (with {query}) and assistant are the config's prompt texts.
+
+    The template's pieces are tokenised as they are, with the assistant prefix at the end; the user's text so that no added
+    token, special or not, can come out of it. The ids are joined once and never detokenised.
+    """
+
+    def __init__(self, tokenizer, system: str, user: str, assistant: str):
+        if user.count("{query}") != 1:
+            raise ChatError("prompt.user: must hold {query} exactly once, where the user's text goes")
+        messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": user.replace("{query}", MARK)}]
+        try:
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as e:
+            raise ChatError(f"the chat template refuses these messages ({e}); change prompt.system or use another model") from None
+        if rendered.count(MARK) != 1:
+            raise ChatError(f"the chat template shows the user's message {rendered.count(MARK)} times; it must show it once, unchanged")
+        before, after = rendered.split(MARK)
+        if assistant.endswith("<think>") and rendered.rstrip().endswith("<think>"):
+            assistant = assistant.removesuffix("<think>")      # the template has opened the thought already
+        # a space before the user's text belongs to its first word, as it would in the joined text: " word" is one token, " " + "word" two
+        self.lead = " " if before.endswith(" ") else ""
+        before = before.removesuffix(" ")
+        self.before, end, prefix = (tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in (before, after, assistant))
+        self.after = end + prefix
+        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        self.plain = Tokenizer.from_str(json.dumps(backend | {"added_tokens": []}))
+
+    def prompt(self, text: str) -> tuple[int, ...]:
+        """The ids the policy continues."""
+        return (*self.before, *self.user_ids(self.lead + text), *self.after)
+
+    def user_ids(self, text: str) -> list[int]:
+        """Ids of data text by a tokenizer that has no added tokens: `<think>` in it is letters, never the control token."""
+        return self.plain.encode(text, add_special_tokens=False).ids

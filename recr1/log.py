@@ -1,0 +1,137 @@
+"""What a run leaves behind: metrics.jsonl, rollouts.jsonl.gz, JSON files, and one readable console line per step."""
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .records import Batch, Reward, Rollout
+
+GAP_BINS = np.concatenate([[0.0], np.logspace(-9, 2, 2201)])      # 1.15% wide: percentiles of |sampler - trainer| over a whole run
+
+
+class Gaps:
+    """|sampler - trainer| log-probs: exact mean and maximum, percentile from a histogram (the upper edge of its bin)."""
+
+    def __init__(self):
+        self.counts, self.total, self.largest = np.zeros(len(GAP_BINS), dtype=np.int64), 0.0, 0.0
+
+    def add(self, gaps: np.ndarray) -> None:
+        self.counts += np.bincount(np.searchsorted(GAP_BINS, gaps).clip(max=len(GAP_BINS) - 1), minlength=len(GAP_BINS))
+        self.total, self.largest = self.total + float(gaps.sum(dtype=np.float64)), max(self.largest, float(gaps.max(initial=0)))
+
+    def figures(self) -> dict[str, float]:
+        n = int(self.counts.sum())
+        at = int(np.searchsorted(self.counts.cumsum(), 0.999 * n)) if n else 0
+        return dict(logprob_gap_mean=self.total / max(1, n), logprob_gap_p999=min(float(GAP_BINS[at]), self.largest), max_logprob_gap=self.largest)
+
+
+class RunLog:
+    """Appends to the files of one run folder; everything is on disk when a call returns."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.run_gaps, self.step_gaps = Gaps(), Gaps()
+        self.seconds: dict[str, float] = {}
+        self.sampled, self.sampling_s = 0, 0.0
+
+    @contextmanager
+    def phase(self, name: str):
+        """Adds the block's wall seconds to this step's `seconds`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def gap(self, logp: torch.Tensor, batch: Batch) -> None:
+        """Counts a micro-batch's |sampler - trainer|, of the step and of the run. logp (N,)."""
+        gaps = (logp.detach() - batch.sampler_logp).abs().cpu().numpy()
+        self.step_gaps.add(gaps)
+        self.run_gaps.add(gaps)
+
+    def close_step(self, row: dict) -> dict:
+        """The step's row with its log-prob gap, tokens/s and seconds by phase, which then start anew."""
+        tokens, seconds = row.pop("tokens"), self.seconds
+        self.sampled, self.sampling_s = self.sampled + tokens, self.sampling_s + seconds["sample"]
+        row |= self.step_gaps.figures() | dict(rollout_tokens_per_s=tokens / seconds["sample"], seconds=seconds)
+        self.step_gaps, self.seconds = Gaps(), {}
+        return row
+
+    def metrics(self, row: dict) -> None:
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def rollouts(self, rows: list[dict]) -> None:
+        """One gzip member per call: a torn tail costs one step."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        with open(self.folder / "rollouts.jsonl.gz", "ab") as f:
+            f.write(gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=6, mtime=0))
+
+    def rows(self, name: str, rows: list[dict]) -> None:
+        (self.folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+    def json(self, name: str, value: dict) -> None:
+        (self.folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def step_row(step: int, rollouts: list[Rollout], rewards: list[Reward], adv: torch.Tensor, group_size: int, sums: list[dict], **more) -> dict:
+    """The metrics of one step, each defined in the README's glossary. rollouts, rewards and adv: (R,); sums: by micro-batch, over tokens."""
+    totals = torch.tensor([r.total for r in rewards]).view(-1, group_size)                   # (P, G)
+    tokens = sum(len(r.ids) for r in rollouts)
+    summed = {name: sum(s[name] for s in sums) for name in (sums[0] if sums else ())}
+    trained = summed.get("trained", 0.0)
+    parts = {name: float(np.mean([r.parts[name] for r in rewards])) for name in rewards[0].parts}
+    return dict(step=step, reward=totals.mean().item(), **parts, unparsable=float(np.mean([r.error is not None for r in rewards])),
+                reward_spread=totals.std(1).mean().item(), zero_variance=(totals.amax(1) == totals.amin(1)).float().mean().item(),
+                adv_std=adv.std().item(), kl=summed["kl"] / tokens if "kl" in summed else None, clip_share=summed.get("clip_share", 0.0) / tokens,
+                entropy=summed.get("entropy", 0.0) / max(1.0, trained), trained_share=trained / tokens,
+                distinct=len({(r.group, r.ids) for r in rollouts}) / len(rollouts), completion_tokens=tokens / len(rollouts),
+                unfinished=float(np.mean([not r.finished for r in rollouts])), tokens=tokens, **more)
+
+
+def rollout_rows(step: int, rollouts: list[Rollout], rewards: list[Reward], adv: list[float], tokens: list[dict] | None) -> list[dict]:
+    """One row per distinct completion of a group; `tokens` adds the per-token values of those steps that keep them."""
+    rows = []
+    for i, (r, reward) in enumerate(zip(rollouts, rewards)):
+        row = dict(step=step, prompt=r.prompt.id, sibling=r.sibling, count=r.count, text=reward.text, finished=r.finished,
+                   reward=reward.total, parts=reward.parts, error=reward.error, adv=_short(adv[i]))
+        if tokens is not None:
+            row |= dict(prompt_ids=list(r.prompt.ids), ids=list(r.ids), sampler_logp=_short(r.sampler_logp), **tokens[i])
+        rows.append(row)
+    return rows
+
+
+def token_values(count: int, batches: list[Batch], columns: list[dict]) -> list[dict]:
+    """Per-token tensors (N,) by batch -> one dict of lists per rollout; a column that is None stays null."""
+    out: list[dict] = [{} for _ in range(count)]
+    for batch, named in zip(batches, columns):
+        index, sizes = batch.rollout.unique_consecutive(return_counts=True)
+        for name, values in named.items():
+            parts = [None] * len(index) if values is None else [_short(v.tolist()) for v in values.split(sizes.tolist())]
+            for i, part in zip(index.tolist(), parts):
+                out[i][name] = part
+    return out
+
+
+def _short(x):
+    """The shortest usual decimal that reads back to the same float32."""
+    return [float(f"{v:.9g}") for v in x] if isinstance(x, (list, tuple)) else float(f"{x:.9g}")
+
+
+def console_line(row: dict, steps: int) -> str:
+    kl = f"{row['kl']:.4f}" if row["kl"] is not None else "off"
+    val = f"  val gain {row['val_gain']:+.4f}" if "val_gain" in row else ""
+    return (f"step {row['step']:>5}/{steps}  reward {row['reward']:.4f}  spread {row['reward_spread']:.4f}  zero-var {row['zero_variance']:.2f}  "
+            f"kl {kl}  grad {row['grad_norm']:.3f}  gap {row['logprob_gap_mean']:.1e}  {row['rollout_tokens_per_s']:,.0f} tok/s{val}")
+
+
+def say(text: str) -> None:
+    """Prints above a progress bar."""
+    tqdm.write(text)

@@ -1,0 +1,163 @@
+"""What every run does around its loop: open the folder, build the parts from the config, log, evaluate, leave the results."""
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Iterator
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from . import config as configs
+from . import data, evaluate
+from .chat import Chat, ChatError
+from .config import Config, ConfigError
+from .data import DataError
+from .log import RunLog, console_line, rollout_rows, say
+from .optim import NonFiniteGradient
+from .records import Prompt, Reward, Rollout
+from .retrieval.bm25 import load_or_build
+from .tasks.product_search import ProductSearch, PromptTooLong, make_prompts
+from .weights import ModelFolderError, load_model, load_tokenizer, save_model, stop_ids
+
+
+class RunError(ValueError):
+    """The run cannot start as configured. The message says what to change."""
+
+
+class Run:
+    """One training run: `policy`, `task`, `prompts(step)`, `steps()`, and the files under run.dir. Everything is checked before training."""
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.started = cfg, time.perf_counter()
+        if int(os.environ.get("WORLD_SIZE", "1")) != 1:
+            raise RunError("this version trains on one process: start it with `python -m recr1.train`, not with torchrun on several")
+        self.threads = cfg.run.threads or os.cpu_count() or 1
+        torch.set_num_threads(self.threads)
+        self.folder = Path(cfg.run.dir)
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise RunError(f"run.dir: {self.folder} exists and is not empty; name a new folder, or move it away")
+        tokenizer = load_tokenizer(cfg.model.path)
+        self.tokenizer, self.stops = tokenizer, stop_ids(cfg.model.path, tokenizer)
+        self.policy = load_model(cfg.model.path, reachable=len(tokenizer))
+        self.chat = Chat(tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
+        self._read_data()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(configs.dump(cfg), encoding="utf-8")
+        self.log = RunLog(self.folder)
+        self.train_task, self.eval_task = self._task(cfg.reward.k_train), self._task(cfg.reward.k_eval)
+        say(f"recr1: {sum(p.numel() for p in self.policy.parameters()):,} parameters, attention {cfg.model.attention}, {self.threads} threads, "
+            f"{len(self.documents)} documents, queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test")
+
+    def _read_data(self) -> None:
+        d = self.cfg.data
+        doc_ids, texts, dropped = data.read_corpus(d.corpus, d.on_bad_line)
+        self.documents, prompts, self.qrels = doc_ids, {}, {}
+        for split, queries_path, qrels_path in (("train", d.train_queries, d.train_qrels), ("test", d.test_queries, d.test_qrels)):
+            queries, more = data.read_queries(queries_path, d.on_bad_line)
+            qrels, even_more = data.read_qrels(qrels_path, d.on_bad_line)
+            both = self.qrels.keys() & queries.keys()
+            if both:
+                raise RunError(f"{queries_path}: query id {sorted(both)[0]!r} is in the train split too; train and test must not overlap")
+            self.qrels |= {id: qrels.get(id, {}) for id in queries}
+            prompts[split] = queries
+            dropped += more + even_more
+        parts = {"train": {i: t for i, t in prompts["train"].items() if not data.is_validation(i)},
+                 "validation": {i: t for i, t in prompts["train"].items() if data.is_validation(i)}, "test": prompts["test"]}
+        made = {name: make_prompts(queries, self.chat, self.cfg.prompt.max_tokens, d.on_long_prompt) for name, queries in parts.items()}
+        self.train, self.validation, self.test = (made[name][0] for name in parts)
+        for what, messages in (("data lines", dropped), ("prompts over the limit", [m for _, long in made.values() for m in long])):
+            if messages:
+                say(f"recr1: {len(messages)} {what} left out, first: {messages[0]}")
+        data.prompt_order(len(self.train), self.cfg.train.prompts_per_step, self.cfg.run.seed, 0)     # refuses a split that is too small
+        if self.cfg.train.eval_every and not self.validation:
+            raise RunError("no train query falls into the validation tenth; set train.eval_every=0 or bring more queries")
+        r = self.cfg.retriever
+        index_dir = r.index_dir or str(self.folder.parent / f".{self.folder.name}.index")
+        self.retriever = load_or_build(index_dir, doc_ids, texts, k1=r.k1, b=r.b, variant=r.variant, length=r.length,
+                                       progress=lambda it: tqdm(it, desc="index", disable=None, leave=False))
+
+    def _task(self, k: int) -> ProductSearch:
+        return ProductSearch(self.retriever, self.qrels, self.tokenizer.decode, self.stops, self.cfg.reward, k)
+
+    def steps(self) -> Iterator[int]:
+        """Step numbers from 1, behind a progress bar on a terminal."""
+        return iter(tqdm(range(1, self.cfg.train.steps + 1), desc="train", disable=None))
+
+    def prompts(self, step: int) -> list[Prompt]:
+        """The P prompts of a step: a function of (seed, step), some with their words shuffled when the config says so."""
+        seed, share = self.cfg.run.seed, self.cfg.data.shuffle_words
+        chosen = [self.train[i] for i in data.prompt_order(len(self.train), self.cfg.train.prompts_per_step, seed, step - 1)]
+        if not share:
+            return chosen
+        texts = [data.shuffle_words(p.text, share, seed, step, p.index) for p in chosen]
+        return [p if text == p.text else Prompt(p.id, p.index, text, self.chat.prompt(text)) for p, text in zip(chosen, texts)]
+
+    def uniforms(self, step: int, prompts: list[Prompt]) -> np.ndarray:
+        """(P, G, T) random numbers, each a function of (seed, step, prompt, sibling, token)."""
+        s = self.cfg.sampling
+        return data.uniforms(self.cfg.run.seed, step, np.array([p.index for p in prompts]), s.group_size, s.max_new_tokens)
+
+    def keeps_tokens(self, step: int) -> bool:
+        """Whether this step's rollouts are logged with their per-token values."""
+        return step == 1 or step % self.cfg.log.tokens_every == 0
+
+    def evaluate(self, prompts: list[Prompt]) -> list[dict]:
+        """A greedy pass over `prompts`; see evaluate.py."""
+        return evaluate.evaluate(self.policy, prompts, self.eval_task, self.cfg.sampling.max_new_tokens)
+
+    def test_scores(self, name: str) -> list[dict]:
+        """The test split, greedily, kept in the file `name`. Before and after training only: it never chooses anything."""
+        rows = self.evaluate(self.test)
+        self.log.rows(name, rows)
+        return rows
+
+    def validate(self, step: int) -> dict[str, float]:
+        """At every `eval_every`-th step: NDCG on validation and its gain over the raw query, with the interval."""
+        every = self.cfg.train.eval_every
+        if not every or step % every:
+            return {}
+        rows = self.evaluate(self.validation[:self.cfg.train.eval_queries or None])
+        after, raw = evaluate.column(rows, "ndcg"), evaluate.column(rows, "ndcg_raw")
+        gain, interval = evaluate.mean_ci(after - raw)
+        return dict(val_ndcg=float(after.mean()), val_raw=float(raw.mean()), val_gain=gain, val_gain_ci95=interval,
+                    val_errors=sum(row["error"] is not None for row in rows))
+
+    def record(self, step: int, row: dict, texts: list[Rollout], rewards: list[Reward], adv: list[float], tokens: list[dict] | None) -> None:
+        """Writes a step: rollouts, metrics with the validation when its turn has come, and the console line."""
+        self.log.rollouts(rollout_rows(step, texts, rewards, adv, tokens))
+        row = self.log.close_step(row) | self.validate(step)
+        self.log.metrics(row)
+        if "val_gain" in row or step % self.cfg.log.print_every == 0 or step in (1, self.cfg.train.steps):
+            say(console_line(row, self.cfg.train.steps))
+
+    def finish(self, before: list[dict], after: list[dict]) -> None:
+        """The model, summary.json, and the table a user reads."""
+        save_model(self.policy, self.tokenizer, self.stops, str(self.folder / "model"))
+        raw, b, a = evaluate.column(before, "ndcg_raw"), evaluate.column(before, "ndcg"), evaluate.column(after, "ndcg")
+        metric = f"ndcg@{self.cfg.reward.k_eval}"
+        (gain, gain_ci), (lift, lift_ci) = evaluate.mean_ci(a - raw), evaluate.mean_ci(a - b)
+        self.log.json("summary.json", dict(
+            task=self.cfg.task, retriever=self.cfg.retriever.kind, metric=metric, n_eval=len(after), raw=float(raw.mean()), before=float(b.mean()),
+            after=float(a.mean()), gain=gain, gain_ci95=gain_ci, after_minus_before=lift, after_minus_before_ci95=lift_ci,
+            unparsable_before=sum(row["error"] is not None for row in before), unparsable_after=sum(row["error"] is not None for row in after),
+            seed=self.cfg.run.seed, steps=self.cfg.train.steps, world_size=1, threads=self.threads, wall_s=time.perf_counter() - self.started,
+            rollout_tokens_per_s=self.log.sampled / self.log.sampling_s, **self.log.run_gaps.figures()))
+        say(f"\n{evaluate.table(before, after, metric)}\n\nrewrites on test:\n{evaluate.examples(after)}\n\n"
+            f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, metrics.jsonl, rollouts.jsonl.gz, config.yaml")
+
+
+EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, PromptTooLong, RunError, NonFiniteGradient)
+
+
+def guarded(main, argv: list[str]) -> int:
+    """Runs main(argv); what a user can mend is one line on stderr and exit code 2, never a traceback."""
+    try:
+        main(argv)
+        return 0
+    except EXPECTED as e:
+        print(f"recr1: {e}", file=sys.stderr)
+        return 2

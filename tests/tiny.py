@@ -1,0 +1,136 @@
+"""A small world for tests: tokenizer, policy, corpus and config, made in memory or written into a folder in well under a second."""
+import functools
+import json
+from pathlib import Path
+
+import torch
+import yaml
+from tokenizers import AddedToken, pre_tokenizers, trainers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+from recr1.data import is_validation
+from recr1.model import Decoder, ModelConfig
+from recr1.weights import save_model
+
+ROLES = ["<|endoftext|>", "<|end|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+CONTRACT = ["<think>", "</think>", "<answer>", "</answer>", '{"query": "', '"}']
+TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+COLOURS = ["red", "green", "blue", "black", "white"]
+THINGS = ["lamp", "chair", "table", "shirt", "kettle", "guitar", "camera", "bicycle"]
+MORE = "find buy the a cheap good for my house and with old new small big naïve café ユーザー 12 345 don't Assistant: user".split()
+
+
+@functools.cache
+def _vocabulary():
+    core = Qwen2Tokenizer()._tokenizer
+    texts = [f"a {c} {t} {m}" for c in COLOURS for t in THINGS for m in MORE]
+    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400 - len(ROLES) - len(CONTRACT), show_progress=False,
+                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    model = json.loads(core.to_str())["model"]
+    return model["vocab"], [tuple(m) for m in model["merges"]]
+
+
+def tiny_tokenizer() -> Qwen2Tokenizer:
+    """Qwen2's byte-level BPE over about 400 ids; roles are special tokens, the answer contract's pieces are added but not special."""
+    vocab, merges = _vocabulary()
+    tokenizer = Qwen2Tokenizer(vocab=dict(vocab), merges=list(merges), unk_token=ROLES[0], pad_token=ROLES[0], eos_token="<|end|>")
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in ROLES])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in CONTRACT])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def tiny_config(**overrides) -> ModelConfig:
+    base = dict(vocab_size=len(tiny_tokenizer()), hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False, max_position_embeddings=512)
+    return ModelConfig(**base | overrides)
+
+
+def tiny_model(seed: int = 0, std: float = 0.2, reachable: int | None = None, **overrides) -> Decoder:
+    """Random weights, none of them at a value that hides a missing term: biases are not 0, norms not 1."""
+    model = Decoder(tiny_config(**overrides), reachable)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(0, std, generator=generator)
+            if "norm" in name:
+                p += 1
+    return model
+
+
+def oracle(model: Decoder) -> Qwen2ForCausalLM:
+    """transformers' model with the same shape and weights. Its own generation settings are cleared."""
+    c = model.config
+    theirs = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, rms_norm_eps=c.rms_norm_eps,
+        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta), tie_word_embeddings=c.tie_word_embeddings,
+        max_position_embeddings=c.max_position_embeddings, bos_token_id=None, eos_token_id=None, pad_token_id=None))
+    state = dict(model.state_dict())
+    if c.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    theirs.to(model.head_weight.dtype).load_state_dict(state)
+    return theirs.eval()
+
+
+def answering_model(seed: int = 0, **overrides) -> Decoder:
+    """A random model that mostly writes well-formed answers of the corpus' words: rewards differ between siblings."""
+    model, tokenizer = tiny_model(seed, std=0.05, **overrides), tiny_tokenizer()
+    think, close_think, answer, close_answer, start, end = tokenizer.convert_tokens_to_ids(CONTRACT)
+    words = [tokenizer(" " + w)["input_ids"][0] for w in COLOURS + THINGS]
+    follows = [(think, [close_think], 9.0), (close_think, [answer], 9.0), (answer, [start], 9.0), (start, words, 8.0),
+               (end, [close_answer], 9.0), (close_answer, [tokenizer.eos_token_id], 9.0)]
+    follows += [(w, words, 5.0) for w in words] + [(w, [end], 8.0) for w in words]
+    with torch.no_grad():
+        embed = model.model.embed_tokens.weight.normal_(0, 1, generator=torch.Generator().manual_seed(seed))
+        for a, nexts, logit in follows:                  # hidden is close to embed[a] of length sqrt(C): logit(next) is about `logit`
+            model.lm_head.weight[nexts] += logit * embed[a] / embed[a].norm() ** 2
+    return model
+
+
+def write_policy(folder, seed: int = 0, **overrides) -> str:
+    """An HF folder with the answering model (untied)."""
+    tokenizer = tiny_tokenizer()
+    save_model(answering_model(seed, **overrides), tokenizer, frozenset([tokenizer.eos_token_id]), str(folder))
+    return str(folder)
+
+
+def write_data(folder) -> dict[str, str]:
+    """40 products, each a colour and a thing; 60 train and 12 test queries, whose judgements are the products of that colour and thing."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = [(c, t) for c in COLOURS for t in THINGS]
+    docs = [dict(id=f"d{i}", title=f"{c} {t}", text=f"a {MORE[i % len(MORE)]} {t} for my house") for i, (c, t) in enumerate(pairs)]
+    paths = {key: str(folder / name) for key, name in dict(corpus="corpus.jsonl", train_queries="train.queries.jsonl", train_qrels="train.qrels.tsv",
+                                                           test_queries="test.queries.jsonl", test_qrels="test.qrels.tsv").items()}
+
+    def write(key, lines):
+        Path(paths[key]).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write("corpus", (json.dumps(doc, ensure_ascii=False) for doc in docs))
+    for split, n, step in (("train", 60, 7), ("test", 12, 11)):
+        rows = [(f"{split}{i}", i * step % len(pairs)) for i in range(n)]
+        write(f"{split}_queries", (json.dumps(dict(id=q, text=f"{pairs[d][i % 2]} {MORE[i % len(MORE)]}"), ensure_ascii=False) for i, (q, d) in enumerate(rows)))
+        write(f"{split}_qrels", (f"{q}\td{d}\t{1 + i % 3}" for i, (q, d) in enumerate(rows)))
+    assert any(is_validation(f"train{i}") for i in range(60)) and not all(is_validation(f"train{i}") for i in range(60))
+    return paths
+
+
+def write_yaml(folder, **dotted_overrides) -> str:
+    """A config of three quick GRPO steps, with its policy and data beside it. Overrides: write_yaml(f, **{"train.steps": 2})."""
+    folder = Path(folder)
+    tree = dict(
+        task="product_search", run=dict(dir=str(folder / "run"), seed=0, threads=1), model=dict(path=write_policy(folder / "policy")),
+        data=write_data(folder / "data"), retriever=dict(index_dir=str(folder / "index")), prompt=dict(user="find: {query}", max_tokens=64),
+        reward=dict(k_train=20, k_eval=10, bonus=0.0, miss=0.0, unparsable=-1.0), sampling=dict(group_size=4, temperature=1.0, max_new_tokens=12),
+        loss=dict(std_floor=0.1), optimizer=dict(lr=1e-3, weight_decay=0.0),
+        train=dict(steps=3, prompts_per_step=4, tokens_per_micro_batch=256, eval_every=2), log=dict(tokens_every=2))
+    for key, value in dotted_overrides.items():
+        *sections, last = key.split(".")
+        node = tree
+        for name in sections:
+            node = node.setdefault(name, {})
+        node[last] = value
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
+    return str(path)
