@@ -1,4 +1,4 @@
-"""Builds experiments/policy: tokenizer and SFT cold start of the quickstart's small Qwen2 policy. 2 cores, about 20 minutes.
+"""Builds experiments/policy: tokenizer and SFT cold start of the quickstart's small Qwen2 policy. 2 cores, about 15 minutes.
 
 It reads the train split's query texts (validation tenth left out) and the catalogue: no relevance label, no retriever score.
 Stage 1 learns to copy the query into the answer contract; stage 2 copies with edits, so that sampling explores while the
@@ -123,9 +123,9 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default=str(HERE / "quickstart.yaml"), help="whose prompt text and data are practised")
     parser.add_argument("--out", default=str(HERE / "policy"))
-    parser.add_argument("--copy-steps", type=int, default=3000)
-    parser.add_argument("--edit-steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--copy-steps", type=int, default=1500)
+    parser.add_argument("--edit-steps", type=int, default=1800)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     cfg = configs.load(args.config, [])

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from dataclasses import dataclass, field
@@ -134,7 +135,9 @@ AT_LEAST = {"run.threads": 0, "sampling.group_size": 2, "sampling.temperature": 
             "train.prompts_per_step": 1, "train.tokens_per_micro_batch": 1, "train.eval_every": 0, "train.eval_queries": 0,
             "log.tokens_every": 1, "log.print_every": 1, "prompt.max_tokens": 1, "reward.k_train": 1, "reward.k_eval": 1,
             "loss.clip": 0, "loss.kl": 0, "loss.std_floor": 0, "optimizer.lr": 0, "optimizer.clip_norm": 1e-12,
-            "optimizer.warmup_steps": 0, "data.shuffle_words": 0}
+            "optimizer.warmup_steps": 0, "data.shuffle_words": 0, "optimizer.muon_lr": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
+            "optimizer.final_lr": 0}
+AT_MOST = {"data.shuffle_words": 1, "optimizer.final_lr": 1}
 
 
 def load(path: str, overrides: list[str]) -> Config:
@@ -168,8 +171,13 @@ def load(path: str, overrides: list[str]) -> Config:
         if get(config, key) not in allowed:
             raise ConfigError(f"{key}: {get(config, key)!r} is not one of {', '.join(allowed)}")
     for key, least in AT_LEAST.items():
-        if not get(config, key) >= least:      # `not >=`: NaN is refused too
+        if get(config, key) < least:
             raise ConfigError(f"{key}: must be at least {least}, is {get(config, key)}")
+    for key, most in AT_MOST.items():
+        if get(config, key) > most:
+            raise ConfigError(f"{key}: must be at most {most}, is {get(config, key)}")
+    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise ConfigError(f"optimizer.betas: each must be at least 0 and below 1, is {list(config.optimizer.betas)}")
     return config
 
 
@@ -217,4 +225,6 @@ def _value(kind, value, key: str):
         return tuple(_value(k, v, key) for k, v in zip(kinds, value))
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{key}: expected {kind.__name__}, found {type(value).__name__} {value!r}")
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"{key}: must be a finite number, is {value}")
     return value

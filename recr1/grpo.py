@@ -23,7 +23,7 @@ def group_advantages(rewards: torch.Tensor, group_size: int, std_floor: float) -
 def k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     """KL(policy || reference) per token, unbiased and never negative: e^d - d - 1, d = ref - new (Schulman 2020, k3)."""
     d = ref_logp - logp
-    return d.exp() - d - 1
+    return torch.expm1(d) - d      # not exp(d) - d - 1: that is noise, even negative, for small d in float32
 
 
 def policy_loss(logp: torch.Tensor, batch: Batch, total: float, clip: float, kl: float) -> tuple[torch.Tensor, dict[str, float]]:

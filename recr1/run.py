@@ -33,7 +33,7 @@ class Run:
 
     def __init__(self, cfg: Config):
         self.cfg, self.started = cfg, time.perf_counter()
-        if int(os.environ.get("WORLD_SIZE", "1")) != 1:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             raise RunError("this version trains on one process: start it with `python -m recr1.train`, not with torchrun on several")
         self.threads = cfg.run.threads or os.cpu_count() or 1
         torch.set_num_threads(self.threads)
@@ -45,7 +45,10 @@ class Run:
         self.policy = load_model(cfg.model.path, reachable=len(tokenizer))
         self.chat = Chat(tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
         self._read_data()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise RunError(f"run.dir: cannot make {self.folder}: {e.strerror}") from None
         (self.folder / "config.yaml").write_text(configs.dump(cfg), encoding="utf-8")
         self.log = RunLog(self.folder)
         self.train_task, self.eval_task = self._task(cfg.reward.k_train), self._task(cfg.reward.k_eval)
@@ -72,13 +75,22 @@ class Run:
         for what, messages in (("data lines", dropped), ("prompts over the limit", [m for _, long in made.values() for m in long])):
             if messages:
                 say(f"recr1: {len(messages)} {what} left out, first: {messages[0]}")
-        data.prompt_order(len(self.train), self.cfg.train.prompts_per_step, self.cfg.run.seed, 0)     # refuses a split that is too small
+        train, longest = self.cfg.train, self.cfg.prompt.max_tokens + self.cfg.sampling.max_new_tokens
+        if len(self.train) < train.prompts_per_step:
+            raise RunError(f"train.prompts_per_step: {train.prompts_per_step} is more than the {len(self.train)} train queries outside the validation tenth")
+        for what, limit in (("train.tokens_per_micro_batch", train.tokens_per_micro_batch),
+                            ("the model's max_position_embeddings", self.policy.config.max_position_embeddings)):
+            if longest > limit:
+                raise RunError(f"prompt.max_tokens + sampling.max_new_tokens = {longest} exceeds {what} = {limit}")
         if self.cfg.train.eval_every and not self.validation:
             raise RunError("no train query falls into the validation tenth; set train.eval_every=0 or bring more queries")
         r = self.cfg.retriever
         index_dir = r.index_dir or str(self.folder.parent / f".{self.folder.name}.index")
-        self.retriever = load_or_build(index_dir, doc_ids, texts, k1=r.k1, b=r.b, variant=r.variant, length=r.length,
-                                       progress=lambda it: tqdm(it, desc="index", disable=None, leave=False))
+        try:
+            self.retriever = load_or_build(index_dir, doc_ids, texts, k1=r.k1, b=r.b, variant=r.variant, length=r.length,
+                                           progress=lambda it: tqdm(it, desc="index", disable=None, leave=False))
+        except (ValueError, OSError) as e:
+            raise RunError(f"retriever: {e}") from None
 
     def _task(self, k: int) -> ProductSearch:
         return ProductSearch(self.retriever, self.qrels, self.tokenizer.decode, self.stops, self.cfg.reward, k)

@@ -100,7 +100,7 @@ def save_model(model: Decoder, tokenizer, stops: frozenset[int], folder: str) ->
 def _json(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ModelFolderError(f"{path}: no such file; model.path must be a Hugging Face model folder") from None
     except ValueError as e:
         raise ModelFolderError(f"{path}: not JSON: {e}") from None

@@ -1,0 +1,110 @@
+"""Advantages and loss against numpy and worked numbers."""
+import numpy as np
+import pytest
+import torch
+
+from recr1.grpo import group_advantages, k3, policy_loss
+from recr1.records import Batch, Layout
+
+
+def batch_of(adv, old=None, ref=None, weight=None):
+    n = len(adv)
+    zeros = torch.zeros(n, dtype=torch.int64)
+    return Batch(zeros, zeros, Layout(zeros, zeros, zeros), zeros, zeros, zeros, torch.ones(n, dtype=torch.float64) if weight is None else weight,
+                 torch.zeros(n), old, ref, torch.tensor(adv, dtype=torch.float64))
+
+
+def test_advantages_are_numpys():
+    r = np.random.default_rng(0).normal(size=(5, 8))
+    want = (r - r.mean(1, keepdims=True)) / (r.std(1, ddof=1, keepdims=True) + 0.1)
+    got = group_advantages(torch.tensor(r).flatten(), 8, 0.1).view(5, 8)
+    np.testing.assert_allclose(got.numpy(), want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7793, 1e6])
+def test_equal_rewards_are_exactly_zero(value):
+    assert (group_advantages(torch.full((12,), value), 6, 1e-6) == 0).all()
+
+
+def test_four_tokens_by_hand():
+    """clip .2, total 10, old log-prob 0, so ratio = exp(logp):
+
+    token  ratio  adv   min(ratio A, clipped A)   d loss / d logp
+    0      1.5    +2    1.2 * 2    (clipped)       0
+    1      0.5    -1    0.8 * -1   (clipped)       0
+    2      1.1    +2    1.1 * 2                    -2 * 1.1 / 10 = -.22
+    3      1.5    -1    1.5 * -1  (not clipped)    +1 * 1.5 / 10 = +.15
+    loss = -(2.4 - .8 + 2.2 - 1.5) / 10 = -.23
+    """
+    logp = torch.tensor([1.5, 0.5, 1.1, 1.5], dtype=torch.float64).log().requires_grad_()
+    loss, stats = policy_loss(logp, batch_of([2, -1, 2, -1], old=torch.zeros(4)), total=10, clip=0.2, kl=0.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.23, abs=1e-12)
+    assert logp.grad[:2].tolist() == [0.0, 0.0]
+    np.testing.assert_allclose(logp.grad[2:].numpy(), [-0.22, 0.15], rtol=1e-12)
+    assert stats["clip_share"] == 2
+
+
+def test_one_step_per_batch_is_the_policy_gradient():
+    logp = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    adv = [1.0, -2.0, 0.5, 0.0, 3.0, -1.0]
+    policy_loss(logp, batch_of(adv), total=7, clip=0.2, kl=0.0)[0].backward()
+    np.testing.assert_allclose(logp.grad.numpy(), -np.array(adv) / 7, rtol=1e-12)
+
+
+def test_weight_is_identical_siblings_written_out():
+    logp, ref = torch.tensor([-0.3, -1.2], dtype=torch.float64), torch.tensor([-0.5, -1.0], dtype=torch.float64)
+    out = []
+    for index, weight in (([0, 1], [1.0, 3.0]), ([0, 1, 1, 1], [1.0] * 4)):
+        x = logp.clone().requires_grad_()
+        loss, stats = policy_loss(x[index], batch_of([2.0 if i == 0 else -1.0 for i in index], ref=ref[index], weight=torch.tensor(weight)), 4, 0.2, 0.1)
+        loss.backward()
+        out.append((loss.item(), stats["kl"], *x.grad.tolist()))
+    assert out[0] == pytest.approx(out[1], rel=1e-12)
+
+
+def test_k3_survives_float32_near_the_reference():
+    """After a few small steps |ref - logp| is about 1e-4: k3 is d^2 / 2 = 5e-9, below the spacing of float32 around 1."""
+    d = torch.cat([sign * torch.logspace(-5, -1, 2001) for sign in (1, -1)])
+    value, exact = k3(torch.zeros_like(d), d), torch.expm1(d.double()) - d.double()
+    assert (value >= 0).all()
+    assert abs(value.double().sum() - exact.sum()) < 1e-4 * exact.sum()
+    near = d.abs() < 1e-3
+    assert ((value - exact)[near].abs() < 0.02 * exact[near] + 1e-12).all()
+
+
+def test_kl_pulls_towards_the_reference():
+    """Upstream's sign rewards divergence; here a descent step must bring logp nearer to ref, from either side."""
+    ref = torch.tensor([-1.0, -1.0], dtype=torch.float64)
+    logp = torch.tensor([-0.2, -2.5], dtype=torch.float64, requires_grad=True)
+    policy_loss(logp, batch_of([0.0, 0.0], ref=ref), total=1, clip=0.2, kl=0.5)[0].backward()
+    after = logp - 0.01 * logp.grad
+    assert ((after - ref).abs() < (logp - ref).abs()).all()
+    assert (k3(torch.randn(1000), torch.randn(1000)) >= 0).all() and k3(ref, ref).abs().max() == 0
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_equal_rewards_are_exactly_zero_beside_unequal_ones(size):
+    """Whatever the floor, 0 too: a constant group is 0 and its neighbour is not."""
+    for floor in (0.0, 1e-12):
+        adv = group_advantages(torch.tensor([0.1] * size + [0.0] * (size - 1) + [1.0]), size, floor)
+        assert adv[:size].tolist() == [0.0] * size and (adv[size:] != 0).all() and adv.isfinite().all()
+
+
+def test_micro_batches_sum_to_the_whole():
+    adv, logp = [1.0, -2.0, 0.5, 3.0], torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64, requires_grad=True)
+    whole = policy_loss(logp, batch_of(adv), 4, 0.2, 0.0)[0]
+    parts = sum(policy_loss(logp[i:i + 1], batch_of(adv[i:i + 1]), 4, 0.2, 0.0)[0] for i in range(4))
+    a, b = (torch.autograd.grad(x, logp)[0] for x in (whole, parts))
+    assert torch.equal(a, b) and whole.item() == pytest.approx(parts.item(), rel=1e-15)
+
+
+def test_kl_by_hand():
+    """d = ref - logp = 2 and -2: k3 = e^d - d - 1; d loss / d logp = kl (1 - e^d) / total. The other way round is another divergence."""
+    logp = torch.tensor([-3.0, -1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([-1.0, -3.0, -2.0], dtype=torch.float64)
+    assert k3(logp, ref).tolist() == pytest.approx([np.exp(2) - 3, np.exp(-2) + 1, 0.0], rel=1e-12)
+    loss, stats = policy_loss(logp, batch_of([0.0] * 3, ref=ref), total=5, clip=0.2, kl=0.1)
+    loss.backward()
+    assert logp.grad.tolist() == pytest.approx([0.1 * (1 - np.exp(2)) / 5, 0.1 * (1 - np.exp(-2)) / 5, 0.0], rel=1e-12)
+    assert stats["kl"] == pytest.approx(np.exp(2) + np.exp(-2) - 2, rel=1e-12) and loss.item() == pytest.approx(0.1 * stats["kl"] / 5, rel=1e-12)

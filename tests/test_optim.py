@@ -1,0 +1,103 @@
+"""The optimiser against torch's own AdamW and clipping; nothing moves on a non-finite gradient."""
+import pytest
+import torch
+
+from recr1.config import Optimizer as Config
+from recr1.optim import NonFiniteGradient, Optimizer
+
+
+def model_and_twin():
+    torch.manual_seed(0)
+    a, b = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    b.load_state_dict(a.state_dict())
+    return a, b
+
+
+def test_equals_torchs_adamw_with_clipping_and_schedule():
+    ours, theirs = model_and_twin()
+    config = Config(lr=0.05, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=2, final_lr=0.2, clip_norm=0.5)
+    optimizer = Optimizer(ours, config, steps=6)
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=0.0, betas=(0.9, 0.95), eps=config.eps, weight_decay=0.1)
+    rates = []
+    for step in range(6):
+        x = torch.randn(4, 5) * 3
+        for model in (ours, theirs):
+            model(x).square().sum().backward()
+        norm, lr = optimizer.step(step)
+        rates.append(lr)
+        for group in adamw.param_groups:
+            group["lr"] = lr
+        assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5).item(), rel=1e-6)
+        adamw.step()
+        adamw.zero_grad()
+        for a, b in zip(ours.parameters(), theirs.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+            assert a.grad is None
+    assert rates == pytest.approx([0.025, 0.05, 0.05, 0.04, 0.03, 0.02])      # 2 of warm-up, then linear towards .2 * lr
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nothing_moves_on_a_non_finite_gradient(value):
+    for policy in ("stop", "skip"):
+        model, twin = model_and_twin()
+        optimizer = Optimizer(model, Config(lr=0.1, on_nonfinite=policy), steps=3)
+        model(torch.ones(1, 5)).sum().backward()
+        model.weight.grad[0, 0] = value
+        if policy == "stop":
+            with pytest.raises(NonFiniteGradient, match="step 7.*no weight was changed"):
+                optimizer.step(7)
+        else:
+            optimizer.step(7)
+            assert optimizer.skipped == 1
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+
+
+def test_a_step_without_gradients_moves_nothing():
+    model, twin = model_and_twin()
+    optimizer = Optimizer(model, Config(lr=0.1, weight_decay=0.5), steps=3)
+    assert optimizer.step(0)[0] == 0.0
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+
+
+def test_muon_takes_the_matrices_of_the_blocks():
+    model = torch.nn.ModuleDict(dict(embed=torch.nn.Embedding(4, 3), layers=torch.nn.ModuleList([torch.nn.Linear(3, 3)])))
+    (_, adamw), (_, muon) = Optimizer(model, Config(kind="muon"), 1).parts
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert [names[id(p)] for g in muon.param_groups for p in g["params"]] == ["layers.0.weight"]
+    assert sorted(names[id(p)] for g in adamw.param_groups for p in g["params"]) == ["embed.weight", "layers.0.bias"]
+
+
+def set_gradients(model, seed):
+    g = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=g)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_momentum_does_not_act_without_gradients(kind):
+    """Every group of the step had equal rewards: what earlier steps left in the state may not move a weight."""
+    model = torch.nn.ModuleDict(dict(embed=torch.nn.Embedding(4, 3), layers=torch.nn.ModuleList([torch.nn.Linear(3, 3)])))
+    optimizer = Optimizer(model, Config(kind=kind, lr=0.1, weight_decay=0.5), steps=3)
+    set_gradients(model, 0)
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer.step(0)
+    before = [p.detach().clone() for p in model.parameters()]
+    assert all((a != b).any() for a, b in zip(start, before))
+    assert optimizer.step(1) == (0.0, 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before))
+
+
+def test_a_skipped_step_leaves_no_trace_in_the_state():
+    config = Config(lr=0.1, weight_decay=0.1, on_nonfinite="skip")
+    models = model_and_twin()
+    for model, skips in zip(models, (1, 0)):
+        optimizer = Optimizer(model, config, steps=5)
+        for step in range(3):
+            set_gradients(model, step)
+            if step == 1 and skips:
+                model.bias.grad[0] = float("nan")
+            elif step == 1:
+                continue
+            optimizer.step(step)
+        assert optimizer.skipped == skips
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models)))

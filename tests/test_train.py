@@ -1,0 +1,319 @@
+"""Runs from end to end on a tiny world: what a run leaves behind, what it repeats, and how it refuses."""
+import gzip
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from recr1 import config as configs
+from recr1 import train
+from recr1.config import Optimizer as OptimizerConfig
+from recr1.grpo import group_advantages, k3
+from recr1.log import rollout_rows, token_values
+from recr1.packing import pack
+from recr1.records import Prompt, Reward, Rollout
+from recr1.run import guarded
+from recr1.sft import fit
+from tiny import oracle, tiny_config, tiny_model, tiny_tokenizer, write_yaml
+
+FILES = {"config.yaml", "metrics.jsonl", "rollouts.jsonl.gz", "eval_before.jsonl", "eval_after.jsonl", "summary.json", "model"}
+PER_TOKEN = ["ids", "sampler_logp", "trainer_logp", "ref_logp", "old_logp", "entropy"]
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A config with its policy, data and index; every run below names its own run.dir."""
+    return write_yaml(tmp_path_factory.mktemp("world"))
+
+
+def jsonl(path: Path) -> list[dict]:
+    raw = path.read_bytes()
+    return [json.loads(line) for line in (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory):
+    """run(overrides...) -> the folder of a finished run; the same overrides run once."""
+    done = {}
+
+    def run(*overrides, again=0):
+        if (overrides, again) not in done:
+            folder = tmp_path_factory.mktemp("runs") / "run"
+            assert guarded(train.main, [world, *overrides, f"run.dir={folder}"]) == 0
+            done[overrides, again] = folder
+        return done[overrides, again]
+    return run
+
+
+def test_files_and_config(run, world):
+    folder = run()
+    assert {p.name for p in folder.iterdir()} == FILES
+    assert configs.load(str(folder / "config.yaml"), []) == configs.load(world, [f"run.dir={folder}"])
+
+
+def test_metrics(run):
+    rows, steps = jsonl(run() / "metrics.jsonl"), {}
+    for row in jsonl(run() / "rollouts.jsonl.gz"):
+        steps.setdefault(row["step"], []).append(row)
+    assert [row["step"] for row in rows] == [1, 2, 3] == sorted(steps)
+    for row in rows:
+        assert {"reward", "ndcg", "reward_spread", "zero_variance", "kl", "clip_share", "entropy", "grad_norm", "lr", "unparsable", "completion_tokens",
+                "unfinished", "rollout_tokens_per_s", "logprob_gap_mean", "logprob_gap_p999", "max_logprob_gap", "seconds"} <= row.keys()
+        texts = steps[row["step"]]
+        groups = {}
+        for t in texts:
+            groups.setdefault(t["prompt"], []).extend([t["reward"]] * t["count"])
+        rewards = np.array(list(groups.values()))
+        assert rewards.shape == (4, 4)
+        assert row["reward"] == pytest.approx(rewards.mean(), abs=1e-6)
+        assert row["reward_spread"] == pytest.approx(rewards.std(1, ddof=1).mean(), abs=1e-6)
+        assert row["zero_variance"] == (rewards.max(1) == rewards.min(1)).mean()
+        assert row["unparsable"] == sum(t["count"] for t in texts if t["error"]) / 16
+        assert row["unfinished"] == sum(t["count"] for t in texts if not t["finished"]) / 16
+        assert row["kl"] is None and row["clip_share"] == 0 and row["grad_norm"] > 0 and row["lr"] == 1e-3 and row["rollout_tokens_per_s"] > 0
+        assert 0 <= row["logprob_gap_mean"] <= row["logprob_gap_p999"] <= row["max_logprob_gap"] < 1e-4
+    assert [row["step"] for row in rows if "val_gain" in row] == [2]
+
+
+def test_rollouts(run):
+    rows = jsonl(run() / "rollouts.jsonl.gz")
+    tokenizer, groups = tiny_tokenizer(), {}
+    for row in rows:
+        assert {"step", "prompt", "sibling", "count", "text", "finished", "reward", "parts", "error", "adv"} <= row.keys()
+        groups.setdefault((row["step"], row["prompt"]), []).append(row)
+        assert ("ids" in row) == ("prompt_ids" in row) == (row["step"] in (1, 2))          # log.tokens_every is 2
+        assert row["reward"] == (-1.0 if row["error"] else row["parts"]["ndcg"])
+        if "ids" in row:
+            assert row["ref_logp"] is None
+            assert len({len(row[name]) for name in PER_TOKEN if row[name] is not None}) == 1
+            assert row["old_logp"] == row["trainer_logp"] and max(row["sampler_logp"]) <= 0 and min(row["entropy"]) >= 0
+            assert np.abs(np.subtract(row["sampler_logp"], row["trainer_logp"])).max() < 1e-4
+            assert row["finished"] == (row["ids"][-1] == tokenizer.eos_token_id) and (row["finished"] or len(row["ids"]) == 12)
+            assert row["text"] == tokenizer.decode(row["ids"][:-1] if row["finished"] else row["ids"])
+            assert tokenizer.decode(row["prompt_ids"]).startswith("<|user|>find: ")
+    assert len(groups) == 12
+    for group in groups.values():
+        assert sum(row["count"] for row in group) == 4 and len({row["text"] for row in group}) == len(group)
+        rewards = torch.tensor([row["reward"] for row in group for _ in range(row["count"])])
+        want = group_advantages(rewards, 4, 0.1)
+        assert [row["adv"] for row in group for _ in range(row["count"])] == pytest.approx(want.tolist(), abs=1e-5)
+    assert any(row["adv"] != 0 for row in rows) and any(row["count"] > 1 for row in rows)
+
+
+def test_logged_floats_read_back_to_the_same_float32():
+    g = torch.Generator().manual_seed(0)
+    values = -torch.rand(3, 400, generator=g) * 10 ** torch.randint(-30, 3, (3, 400), generator=g).float()
+    rollouts = [Rollout(Prompt("q", 0, "", (1,)), 0, s, tuple(range(400)), tuple(values[s].tolist()), True) for s in range(3)]
+    batches = pack(rollouts, 10_000)
+    columns = [dict(trainer_logp=b.sampler_logp, ref_logp=None) for b in batches]
+    rows = rollout_rows(1, rollouts, [Reward(0.0)] * 3, values[:, 0].tolist(), token_values(3, batches, columns))
+    rows = json.loads(json.dumps(rows))
+    for name in ("sampler_logp", "trainer_logp"):
+        assert np.array_equal(np.array([row[name] for row in rows], dtype=np.float32), values.numpy())
+    assert [np.float32(row["adv"]) for row in rows] == values[:, 0].tolist() and rows[0]["ref_logp"] is None
+
+
+def test_evaluations_and_summary(run, world):
+    folder = run()
+    cfg = configs.load(world, [])
+    before, after = jsonl(folder / "eval_before.jsonl"), jsonl(folder / "eval_after.jsonl")
+    queries = {row["id"]: row["text"] for row in jsonl(Path(cfg.data.test_queries))}
+    for rows in (before, after):
+        assert {row["id"]: row["raw"] for row in rows} == queries and len(rows) == 12
+        for row in rows:
+            assert set(row) == {"id", "raw", "rewrite", "ndcg_raw", "ndcg", "text", "error"}
+            assert (row["rewrite"] is None) == (row["error"] is not None) and (row["error"] is None or row["ndcg"] == 0)
+            assert row["error"] or row["rewrite"] in row["text"]
+    assert [row["ndcg_raw"] for row in before] == [row["ndcg_raw"] for row in after] and 0 < sum(row["ndcg_raw"] for row in before) < 12
+    s = json.loads((folder / "summary.json").read_text())
+    assert (s["task"], s["retriever"], s["metric"], s["n_eval"], s["seed"], s["steps"], s["world_size"], s["threads"]) == (
+        "product_search", "bm25", "ndcg@10", 12, 0, 3, 1, 1)
+    raw, b, a = (math.fsum(row[k] for row in rows) / 12 for rows, k in ((before, "ndcg_raw"), (before, "ndcg"), (after, "ndcg")))
+    for name, want in dict(raw=raw, before=b, after=a, gain=a - raw, after_minus_before=a - b).items():
+        assert s[name] == pytest.approx(want, abs=1e-12), name
+    for name in ("gain", "after_minus_before"):
+        low, high = s[name + "_ci95"]
+        assert low <= s[name] <= high
+    assert s["wall_s"] > 0 and s["rollout_tokens_per_s"] > 0
+    gaps = [row["max_logprob_gap"] for row in jsonl(folder / "metrics.jsonl")]
+    assert s["max_logprob_gap"] == max(gaps) and 0 <= s["logprob_gap_mean"] <= s["logprob_gap_p999"] <= s["max_logprob_gap"]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model/model.safetensors").read_bytes()
+
+
+def test_the_model_loads_in_transformers_and_has_moved(run, world):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder = run()
+    theirs, start = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (folder / "model", configs.load(world, []).model.path))
+    assert theirs.keys() == start.keys() and all(t.isfinite().all() for t in theirs.values())
+    assert all(not torch.equal(t, start[name]) for name, t in theirs.items())
+    assert AutoTokenizer.from_pretrained(folder / "model")("find: lamp")["input_ids"] == tiny_tokenizer()("find: lamp")["input_ids"]
+
+
+def test_the_first_gradient_recomputed_from_the_log(run, world):
+    """What step 1 logged, through transformers' model in rows of one text: -sum count adv logp / all sampled tokens, KL at 0."""
+    from transformers import AutoModelForCausalLM
+    model, loss, total = AutoModelForCausalLM.from_pretrained(configs.load(world, []).model.path), 0.0, 0
+    for row in jsonl(run() / "rollouts.jsonl.gz"):
+        if row["step"] == 1:
+            logits = model(input_ids=torch.tensor([row["prompt_ids"] + row["ids"]])).logits[0, len(row["prompt_ids"]) - 1:-1]
+            logp = logits.log_softmax(-1).gather(-1, torch.tensor(row["ids"])[:, None])[:, 0]
+            assert logp.tolist() == pytest.approx(row["trainer_logp"], abs=1e-4)
+            loss, total = loss - row["count"] * row["adv"] * logp.sum(), total + row["count"] * len(row["ids"])
+    (loss / total).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    assert jsonl(run() / "metrics.jsonl")[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_same_seed_same_bytes_another_seed_another_run(run):
+    a, b, c = run(), run(again=1), run("run.seed=1")
+    assert weights(a) == weights(b) != weights(c)
+    for name in ("rollouts.jsonl.gz", "eval_before.jsonl", "eval_after.jsonl"):
+        assert jsonl(a / name) == jsonl(b / name)
+    assert jsonl(a / "rollouts.jsonl.gz") != jsonl(c / "rollouts.jsonl.gz") and jsonl(a / "eval_before.jsonl") == jsonl(c / "eval_before.jsonl")
+
+
+def test_kl_is_measured_against_the_initial_policy(run):
+    folder = run("loss.kl=0.05")
+    rows = {row["step"]: row for row in jsonl(folder / "metrics.jsonl")}
+    assert rows[1]["kl"] == pytest.approx(0, abs=1e-6) and rows[2]["kl"] > 1e-6 and rows[3]["kl"] > 0
+    total, tokens = 0.0, 0
+    for row in jsonl(folder / "rollouts.jsonl.gz"):
+        if row["step"] == 1:
+            assert row["ref_logp"] == row["trainer_logp"]
+        if row["step"] == 2:
+            new, ref = (torch.tensor(row[name], dtype=torch.float64) for name in ("trainer_logp", "ref_logp"))
+            total, tokens = total + row["count"] * k3(new, ref).sum().item(), tokens + row["count"] * len(new)
+    assert rows[2]["kl"] == pytest.approx(total / tokens, rel=1e-2)
+    assert weights(folder) != weights(run())
+
+
+def test_shuffled_words_are_the_same_words(run):
+    plain, mixed = ({row["prompt"]: tiny_tokenizer().decode(row["prompt_ids"]) for row in jsonl(folder / "rollouts.jsonl.gz") if row["step"] == 1}
+                    for folder in (run(), run("data.shuffle_words=1.0", "train.steps=1")))
+    assert plain.keys() == mixed.keys() and plain != mixed
+
+    def words(text):
+        return sorted(text.removeprefix("<|user|>find: ").split("<|end|>")[0].split())
+    assert all(words(plain[id]) == words(mixed[id]) for id in plain)
+
+
+def test_steps_without_any_variance_change_nothing(run, world):
+    """One token cannot be an answer: all rewards are -1, all advantages 0, no gradient, and weight decay does not act."""
+    folder = run("sampling.max_new_tokens=1", "optimizer.weight_decay=0.5")
+    rows = jsonl(folder / "metrics.jsonl")
+    assert [(row["reward"], row["zero_variance"], row["grad_norm"], row["trained_share"], row["unparsable"]) for row in rows] == [(-1, 1, 0, 0, 1)] * 3
+    assert weights(folder) == Path(configs.load(world, []).model.path, "model.safetensors").read_bytes()
+
+
+def refused(argv, capsys) -> str:
+    """The one line on stderr of a run that exits with 2."""
+    capsys.readouterr()
+    assert guarded(train.main, argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("recr1: ") and err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err
+    return err
+
+
+def edited(world, key, folder, change) -> str:
+    """An override that points data.KEY at a changed copy of its file."""
+    source = Path(getattr(configs.load(world, []).data, key))
+    (folder / source.name).write_text(change(source.read_text(encoding="utf-8")), encoding="utf-8")
+    return f"data.{key}={folder / source.name}"
+
+
+BAD_LINE = '{"id": "x", "text": \n'
+REFUSED = {
+    "unknown key": (["train.step=3"], "unknown key train.step: did you mean train.steps?"),
+    "wrong type": (["train.steps=many"], "train.steps: expected int"),
+    "no data file": (["data.corpus=nowhere/corpus.jsonl"], "nowhere/corpus.jsonl"),
+    "no model": (["model.path=nowhere"], "nowhere"),
+    "long prompt": (["prompt.max_tokens=5"], "prompt.max_tokens is 5"),
+    "too few queries": (["train.prompts_per_step=1000"], "1000"),
+    "no place for the query": (["prompt.user=find"], "prompt.user"),
+    "shuffle_words above 1": (["data.shuffle_words=1.5"], "shuffle_words"),
+    "beta above 1": (["optimizer.betas=[0.9, 1.5]"], "optimizer.betas"),
+    "micro-batch below a rollout": (["train.tokens_per_micro_batch=8"], "train.tokens_per_micro_batch"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_one_line_before_training(name, world, tmp_path, capsys):
+    overrides, message = REFUSED[name]
+    assert message in refused([world, *overrides, f"run.dir={tmp_path / 'run'}"], capsys)
+    assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/eval_before.jsonl").exists()
+
+
+def test_a_corrupt_line_is_named(world, tmp_path, capsys):
+    override = edited(world, "train_queries", tmp_path, lambda text: text.replace("\n", "\n" + BAD_LINE, 1))
+    assert f"{tmp_path}/train.queries.jsonl:2: " in refused([world, override, f"run.dir={tmp_path / 'run'}"], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_without_a_chat_template(world, tmp_path, capsys):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    source = Path(configs.load(world, []).model.path)
+    tokenizer.save_pretrained(tmp_path / "policy")
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (tmp_path / "policy" / name).write_bytes((source / name).read_bytes())
+    assert "no chat template" in refused([world, f"model.path={tmp_path / 'policy'}", f"run.dir={tmp_path / 'run'}"], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(world, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/mine.txt").write_text("mine")
+    assert "not empty" in refused([world, f"run.dir={tmp_path / 'run'}"], capsys)
+    assert [(p.name, p.read_text()) for p in (tmp_path / "run").iterdir()] == [("mine.txt", "mine")]
+
+
+def test_no_arguments(capsys):
+    assert "usage" in refused([], capsys)
+
+
+def test_dropped_prompts_and_lines_are_counted(world, tmp_path, capsys):
+    long = json.dumps(dict(id="long", text="lamp " * 100))
+    override = edited(world, "train_queries", tmp_path, lambda text: f"{long}\n{BAD_LINE}{text}")
+    argv = [world, override, f"run.dir={tmp_path / 'run'}", "data.on_long_prompt=drop", "data.on_bad_line=drop", "train.steps=1", "train.eval_every=0"]
+    assert guarded(train.main, argv) == 0
+    out = capsys.readouterr().out
+    assert "1 prompts over the limit left out, first: query 'long'" in out and "1 data lines left out" in out and "train.queries.jsonl:2" in out
+    assert len(jsonl(tmp_path / "run/metrics.jsonl")) == 1
+
+
+def test_several_processes_are_refused_by_the_command(world, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "recr1.train", world, f"run.dir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"WORLD_SIZE": "2"})
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert done.stderr.startswith("recr1: this version trains on one process") and done.stderr.count("\n") == 1
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "policy_loss", lambda logp, *_: (logp.sum() * float("nan"), {"clip_share": 0.0}))
+    assert "step 0: the gradient norm is nan" in refused([world, f"run.dir={tmp_path / 'run'}"], capsys)
+    assert not (tmp_path / "run/model").exists()
+
+
+def test_sft_starts_at_the_completions_cross_entropy_and_falls():
+    g, vocab = torch.Generator().manual_seed(0), tiny_config().vocab_size
+    examples = [Rollout(Prompt(f"q{i}", i, "", tuple(torch.randint(vocab, (3 + i,), generator=g).tolist())), i, 0,
+                        tuple(torch.randint(vocab, (2 + i,), generator=g).tolist()), (0.0,) * (2 + i), True) for i in range(4)]
+    model, total = tiny_model(0, std=0.05), 0.0
+    for r in examples:
+        ids = torch.tensor([[*r.prompt.ids, *r.ids]])
+        with torch.no_grad():
+            logits = oracle(model)(input_ids=ids).logits[0, len(r.prompt.ids) - 1:-1]
+        total += torch.nn.functional.cross_entropy(logits, ids[0, len(r.prompt.ids):], reduction="sum").item()
+    losses = fit(model, lambda step: examples, 25, OptimizerConfig(lr=1e-2, weight_decay=0.0), 16)
+    assert losses[0] == pytest.approx(total / sum(len(r.ids) for r in examples), rel=1e-4)
+    assert losses[-1] < 0.2 * losses[0]
