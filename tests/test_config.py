@@ -64,7 +64,7 @@ def test_dump_reads_back_equal(yaml_file):
     assert load(yaml_file(dump(c)), []) == c != Config()
 
 
-@pytest.mark.parametrize("text", ["1e-6", "3E-4", "1.5e-3", "0.25", "1"])
+@pytest.mark.parametrize("text", ["1e-6", "3E-4", "1.5e-3", "0.25", "0"])
 def test_a_number_is_a_number_wherever_it_stands(yaml_file, text):
     from_list = load(yaml_file(f"optimizer: {{betas: [{text}, 0.5]}}"), []).optimizer.betas[0]
     assert load(yaml_file(""), [f"optimizer.lr={text}"]).optimizer.lr == from_list == float(text) and isinstance(from_list, float)
@@ -72,7 +72,7 @@ def test_a_number_is_a_number_wherever_it_stands(yaml_file, text):
 
 @pytest.mark.parametrize("text, message", [
     ("1: 2", "unknown key 1"), ("train:", "train: expected a section"), ("train: {steps: 1e3}", "train.steps: expected int, found str"),
-    ("sampling: {temperature: .nan}", "sampling.temperature: must be at least"), ("loss: {kl: .nan}", "loss.kl: must be at least"),
+    ("sampling: {temperature: .inf}", "sampling.temperature: must be a finite number"), ("loss: {kl: .nan}", "loss.kl: must be a finite number"),
     ("sampling: {group_size: 1}", "sampling.group_size: must be at least 2"), ("run: {dir: 3}", "run.dir: expected str, found int"),
     ("a: b: c", "not readable as YAML")])
 def test_more_that_is_refused_in_one_line(yaml_file, text, message):
