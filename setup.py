@@ -24,8 +24,9 @@ setup(
         "pyyaml",
         "rank-bm25",
         "nltk",                     # only its Porter stemmer
-        "regex",                    # these two come with transformers; named because recr1 imports them itself
+        "regex",                    # these three come with transformers; named because recr1 imports them itself
         "safetensors",
+        "huggingface_hub",
     ],
     extras_require={
         "dense": ["faiss-cpu"],     # one of these two, never both: together they break `import faiss`

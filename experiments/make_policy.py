@@ -29,8 +29,8 @@ CONTRACT = ["<think>", "</think>", "<answer>", "</answer>", '{"query": "', '"}']
 ROLES = ["<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-SHAPE = ModelConfig(vocab_size=4096, hidden_size=160, intermediate_size=448, num_hidden_layers=4, num_attention_heads=5,
-                    num_key_value_heads=5, head_dim=32, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=True,
+SHAPE = ModelConfig(family="qwen2", vocab_size=4096, hidden_size=160, intermediate_size=448, num_hidden_layers=4, num_attention_heads=5,
+                    num_key_value_heads=5, head_dim=32, rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None, tie_word_embeddings=True,
                     max_position_embeddings=2048)
 NOTICE = """The weights and the vocabulary in this folder were made by experiments/make_policy.py from the query texts and the film
 descriptions of the Movie Search Ranking Dataset (MSRD) by Metarank Labs, CC BY-SA 4.0: see experiments/data/msrd/LICENSE.msrd.md
@@ -142,7 +142,7 @@ def main(argv: list[str]) -> None:
         examples = Examples(tokenizer, chat, queries, documents, args.batch, name == "edit", args.seed + i)
         print(f"stage {name}: {steps} steps of {args.batch} examples")
         fit(model, examples, steps, optimizer, max_tokens=1024)
-    save_model(model, tokenizer, frozenset([tokenizer.eos_token_id]), args.out)
+    save_model(model.config, model.state_dict().items(), tokenizer, frozenset([tokenizer.eos_token_id]), args.out)
     (Path(args.out) / "NOTICE").write_text(NOTICE, encoding="utf-8")
 
 

@@ -25,7 +25,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Model:
-    path: str = ""                      # HF folder: config.json, safetensors, tokenizer, chat template
+    path: str = ""                      # HF folder (config.json, safetensors, tokenizer, chat template) or hub id (org/name)
     attention: str = "sdpa"
 
 

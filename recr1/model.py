@@ -1,4 +1,6 @@
-"""The Qwen2 decoder, with Hugging Face's parameter names, on packed rows: no batch dimension, no padding, no mask.
+"""The Qwen2, Qwen3 and Llama 3 decoder, with Hugging Face's parameter names, on packed rows: no batch dimension, no padding, no mask.
+
+One block for the three: Qwen2 has a bias on q, k, v; Qwen3 a norm over each head of q and k; Llama 3 neither, and may have scaled rope.
 
 Legend: M packed tokens, C width, H query heads, K kv heads, D head dim, V vocabulary. Attention is passed in as a callable
 (layer, q, k, v) -> (M, H, D): packed rows in training (attention.py), the KV cache in sampling (cache.py).
@@ -6,6 +8,8 @@ Legend: M packed tokens, C width, H query heads, K kv heads, D head dim, V vocab
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from math import pi
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +17,18 @@ from torch import nn
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's rope for contexts longer than it was first trained on ("llama3" in config.json): see `frequencies`."""
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The shape, in config.json's words."""
+    family: str                         # qwen2 | qwen3 | llama
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -24,6 +38,7 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
+    rope_scaling: RopeScaling | None
     tie_word_embeddings: bool
     max_position_embeddings: int
 
@@ -41,14 +56,16 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim = layer, c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=True)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=True)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=True)
+        self.layer, self.head_dim, bias = layer, c.head_dim, c.family == "qwen2"
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) if c.family == "qwen3" else nn.Identity() for _ in "qk")
 
     def forward(self, x, rope, attention):
         q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))  # (M, heads, D)
+        q, k = self.q_norm(q), self.k_norm(k)
         return self.o_proj(attention(self.layer, rotate(q, rope), rotate(k, rope), v).flatten(1))             # (M, C)
 
 
@@ -103,13 +120,29 @@ class Decoder(nn.Module):
         return head.weight[:self.reachable]
 
 
+@lru_cache
+def frequencies(c: ModelConfig, device, dtype) -> torch.Tensor:
+    """(D/2,): radians per position of RoPE's pairs (RoFormer, eq. 15), made once. Each operation is transformers' own: at position 8000
+    another order of them turns a pair by 5e-4 less in float32.
+
+    Scaled (Llama 3.1): a pair that turns more often than `high_freq_factor` times in the original context stays, one that turns less
+    often than `low_freq_factor` is slowed by `factor`, and the pairs between go from one to the other in a straight line.
+    """
+    speed = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, device=device, dtype=dtype) / c.head_dim)
+    if c.rope_scaling is None:
+        return speed
+    s = c.rope_scaling
+    turns = s.original_max_position_embeddings * speed / (2 * pi)
+    stay = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return stay * speed + (1 - stay) * speed / s.factor
+
+
 def rotation(positions: torch.Tensor, c: ModelConfig, dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of RoPE's angles (RoFormer, eq. 15), each (M, 1, D), for halves laid out as Hugging Face does."""
+    """cos and sin of RoPE's angles, each (M, 1, D), for halves laid out as Hugging Face does."""
     wide = torch.promote_types(dtype, torch.float32)
-    power = torch.arange(0, c.head_dim, 2, device=positions.device, dtype=wide) / c.head_dim
-    angle = positions.to(wide)[:, None] / c.rope_theta ** power                  # (M, D/2)
-    angle = torch.cat([angle, angle], dim=-1)[:, None]
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = positions.to(wide)[:, None] * frequencies(c, positions.device, wide)                           # (M, D/2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1)[:, None], torch.cat([sin, sin], dim=-1)[:, None]
 
 
 def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

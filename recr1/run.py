@@ -16,12 +16,13 @@ from . import data, evaluate
 from .chat import Chat, ChatError
 from .config import Config, ConfigError
 from .data import DataError
+from .hub import ModelFolderError, load_tokenizer, resolve, stop_ids
 from .log import RunLog, console_line, rollout_rows, say
 from .optim import NonFiniteGradient
 from .records import Prompt, Reward, Rollout
 from .retrieval.bm25 import load_or_build
 from .tasks.product_search import ProductSearch, PromptTooLong, make_prompts
-from .weights import ModelFolderError, load_model, load_tokenizer, save_model, stop_ids
+from .weights import load_model, save_model
 
 
 class RunError(ValueError):
@@ -40,9 +41,10 @@ class Run:
         self.folder = Path(cfg.run.dir)
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise RunError(f"run.dir: {self.folder} exists and is not empty; name a new folder, or move it away")
-        tokenizer = load_tokenizer(cfg.model.path)
-        self.tokenizer, self.stops = tokenizer, stop_ids(cfg.model.path, tokenizer)
-        self.policy = load_model(cfg.model.path, reachable=len(tokenizer))
+        path = resolve(cfg.model.path)
+        tokenizer = load_tokenizer(path)
+        self.tokenizer, self.stops = tokenizer, stop_ids(path, tokenizer)
+        self.policy = load_model(path, reachable=len(tokenizer))
         self.chat = Chat(tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
         self._read_data()
         try:
@@ -148,7 +150,7 @@ class Run:
 
     def finish(self, before: list[dict], after: list[dict]) -> None:
         """The model, summary.json, and the table a user reads."""
-        save_model(self.policy, self.tokenizer, self.stops, str(self.folder / "model"))
+        save_model(self.policy.config, self.policy.state_dict().items(), self.tokenizer, self.stops, str(self.folder / "model"))
         raw, b, a = evaluate.column(before, "ndcg_raw"), evaluate.column(before, "ndcg"), evaluate.column(after, "ndcg")
         metric = f"ndcg@{self.cfg.reward.k_eval}"
         (gain, gain_ci), (lift, lift_ci) = evaluate.mean_ci(a - raw), evaluate.mean_ci(a - b)

@@ -3,7 +3,7 @@ import pytest
 from tokenizers import AddedToken
 
 from recr1.chat import Chat, ChatError
-from recr1.weights import load_tokenizer
+from recr1.hub import load_tokenizer
 from tiny import CONTRACT, ROLES, TEMPLATE, tiny_tokenizer, write_policy
 
 TOKENIZER = tiny_tokenizer()

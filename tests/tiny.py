@@ -1,15 +1,16 @@
 """A small world for tests: tokenizer, policy, corpus and config, made in memory or written into a folder in well under a second."""
 import functools
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import yaml
 from tokenizers import AddedToken, pre_tokenizers, trainers
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Tokenizer
 
 from recr1.data import is_validation
-from recr1.model import Decoder, ModelConfig
+from recr1.model import Decoder, ModelConfig, RopeScaling
 from recr1.weights import save_model
 
 ROLES = ["<|endoftext|>", "<|end|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -22,7 +23,7 @@ MORE = "find buy the a cheap good for my house and with old new small big naïve
 
 
 @functools.cache
-def _vocabulary():
+def vocabulary():
     core = Qwen2Tokenizer()._tokenizer
     texts = [f"a {c} {t} {m}" for c in COLOURS for t in THINGS for m in MORE]
     core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400 - len(ROLES) - len(CONTRACT), show_progress=False,
@@ -33,7 +34,7 @@ def _vocabulary():
 
 def tiny_tokenizer() -> Qwen2Tokenizer:
     """Qwen2's byte-level BPE over about 400 ids; roles are special tokens, the answer contract's pieces are added but not special."""
-    vocab, merges = _vocabulary()
+    vocab, merges = vocabulary()
     tokenizer = Qwen2Tokenizer(vocab=dict(vocab), merges=list(merges), unk_token=ROLES[0], pad_token=ROLES[0], eos_token="<|end|>")
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in ROLES])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in CONTRACT])
@@ -41,9 +42,19 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
+FAMILIES = {    # overrides of tiny_config, each with what only this family has
+    "qwen2": dict(family="qwen2"),
+    "qwen3": dict(family="qwen3", head_dim=16, tie_word_embeddings=True),
+    # of the six pairs one turns more than 4 times in 48 positions, one between, four less than once
+    "llama": dict(family="llama", rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                                           original_max_position_embeddings=48)),
+}
+
+
 def tiny_config(**overrides) -> ModelConfig:
-    base = dict(vocab_size=len(tiny_tokenizer()), hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-6, rope_theta=10000.0, tie_word_embeddings=False, max_position_embeddings=512)
+    base = dict(family="qwen2", vocab_size=len(tiny_tokenizer()), hidden_size=48, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None,
+                tie_word_embeddings=False, max_position_embeddings=512)
     return ModelConfig(**base | overrides)
 
 
@@ -59,16 +70,15 @@ def tiny_model(seed: int = 0, std: float = 0.2, reachable: int | None = None, **
     return model
 
 
-def oracle(model: Decoder) -> Qwen2ForCausalLM:
+def oracle(model: Decoder) -> PreTrainedModel:
     """transformers' model with the same shape and weights. Its own generation settings are cleared."""
-    c = model.config
-    theirs = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size, num_hidden_layers=c.num_hidden_layers,
-        num_attention_heads=c.num_attention_heads, num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, rms_norm_eps=c.rms_norm_eps,
-        rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta), tie_word_embeddings=c.tie_word_embeddings,
-        max_position_embeddings=c.max_position_embeddings, bos_token_id=None, eos_token_id=None, pad_token_id=None))
+    c = asdict(model.config)
+    family, scaling = c.pop("family"), c.pop("rope_scaling")
+    rope = dict(rope_theta=c.pop("rope_theta"), **(dict(rope_type="llama3", **scaling) if scaling else dict(rope_type="default")))
+    config = AutoConfig.for_model(family, **c, rope_parameters=rope, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    theirs = AutoModelForCausalLM.from_config(config)
     state = dict(model.state_dict())
-    if c.tie_word_embeddings:
+    if c["tie_word_embeddings"]:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     theirs.to(model.head_weight.dtype).load_state_dict(state)
     return theirs.eval()
@@ -89,10 +99,14 @@ def answering_model(seed: int = 0, **overrides) -> Decoder:
     return model
 
 
+def save(model: Decoder, folder, tokenizer=None, stops=frozenset([5]), **settings) -> None:
+    save_model(model.config, model.state_dict().items(), tokenizer or tiny_tokenizer(), stops, str(folder), **settings)
+
+
 def write_policy(folder, seed: int = 0, **overrides) -> str:
     """An HF folder with the answering model (untied)."""
     tokenizer = tiny_tokenizer()
-    save_model(answering_model(seed, **overrides), tokenizer, frozenset([tokenizer.eos_token_id]), str(folder))
+    save(answering_model(seed, **overrides), folder, tokenizer, frozenset([tokenizer.eos_token_id]))
     return str(folder)
 
 
