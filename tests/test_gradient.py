@@ -9,7 +9,7 @@ from recr1.packing import distinct, pack
 from recr1.policy import score
 from recr1.records import Prompt, Rollout
 from recr1.train import with_advantages, with_reference
-from tiny import oracle, tiny_config, tiny_model
+from tiny import FAMILIES, oracle, tiny_config, tiny_model
 
 TEMPERATURE, CLIP, KL = 1.3, 0.2, 0.05
 
@@ -37,15 +37,22 @@ def norm(x, weight, eps):
 
 
 def padded_logits(w: dict, c, tokens, mask):
-    """Qwen2 on a padded rectangle in pure float64 (transformers' own rounds norms and rope to float32). tokens, mask (R, W) -> (R, W, V)."""
+    """The three families on a padded rectangle, all in float64 (transformers' own rounds norms and rope). tokens, mask (R, W) -> (R, W, V)."""
     R, W = tokens.shape
-    angle = torch.arange(W, dtype=torch.float64)[:, None] * c.rope_theta ** (-torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)
+    wave = 2 * torch.pi * c.rope_theta ** (torch.arange(0, c.head_dim, 2, dtype=torch.float64) / c.head_dim)       # positions per turn
+    if s := c.rope_scaling:                  # as Meta wrote it: three cases by wavelength
+        short, long = s.original_max_position_embeddings / s.high_freq_factor, s.original_max_position_embeddings / s.low_freq_factor
+        smooth = (s.original_max_position_embeddings / wave - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+        between = 1 / ((1 - smooth) / (s.factor * wave) + smooth / wave)
+        wave = torch.where(wave < short, wave, torch.where(wave > long, s.factor * wave, between))
+    angle = torch.arange(W, dtype=torch.float64)[:, None] * 2 * torch.pi / wave
     cos, sin = angle.cos(), angle.sin()                                                      # (W, D/2)
     allowed = torch.ones(W, W, dtype=torch.bool).tril() & mask.bool()[:, None, None, :]      # (R, 1, W, W)
 
     def heads(x, name, rotary):
-        x = (x @ w[f"{name}.weight"].T + w[f"{name}.bias"]).view(R, W, -1, c.head_dim).transpose(1, 2)
+        x = (x @ w[f"{name}_proj.weight"].T + (w[f"{name}_proj.bias"] if c.family == "qwen2" else 0)).view(R, W, -1, c.head_dim).transpose(1, 2)
         if rotary:
+            x = norm(x, w[f"{name}_norm.weight"], c.rms_norm_eps) if c.family == "qwen3" else x
             low, high = x.chunk(2, -1)
             x = torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
         return x.repeat_interleave(c.num_attention_heads // x.shape[1], 1)
@@ -53,7 +60,7 @@ def padded_logits(w: dict, c, tokens, mask):
     for i in range(c.num_hidden_layers):
         at = f"model.layers.{i}."
         h = norm(x, w[at + "input_layernorm.weight"], c.rms_norm_eps)
-        q, k, v = (heads(h, f"{at}self_attn.{n}_proj", n != "v") for n in "qkv")
+        q, k, v = (heads(h, f"{at}self_attn.{n}", n != "v") for n in "qkv")
         p = (q @ k.mT / c.head_dim ** 0.5).masked_fill(~allowed, -torch.inf).softmax(-1)
         x = x + (p @ v).transpose(1, 2).flatten(2) @ w[at + "self_attn.o_proj.weight"].T
         h = norm(x, w[at + "post_attention_layernorm.weight"], c.rms_norm_eps)
@@ -78,8 +85,9 @@ def padded_logp(w, c, rollouts):
     return logp, (at >= first) & (at < end)
 
 
-def test_the_reference_is_qwen2():
-    model, rollouts = tiny_model(3).double(), rollouts_of(3)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reference_is_transformers_model(family):
+    model, rollouts = tiny_model(3, **FAMILIES[family]).double(), rollouts_of(3)
     tokens, mask = rectangle(rollouts)
     with torch.no_grad():
         theirs = oracle(model)(input_ids=tokens, attention_mask=mask).logits
@@ -102,8 +110,9 @@ def reference_gradients(policy, frozen, rollouts, adv, total):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("group_size", [1, 3, 8])
-def test_packed_gradient_equals_the_padded_one(group_size, tied):
-    policy, frozen = (tiny_model(seed, tie_word_embeddings=tied).double() for seed in (1, 2))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_gradient_equals_the_padded_one(family, group_size, tied):
+    policy, frozen = (tiny_model(seed, **FAMILIES[family] | dict(tie_word_embeddings=tied)).double() for seed in (1, 2))
     rollouts = rollouts_of(group_size)
     if group_size > 1:                       # identical siblings have equal rewards, so equal advantages
         rewards = torch.tensor([hash((r.group, r.ids)) % 97 / 97 for r in rollouts], dtype=torch.float64)
@@ -133,4 +142,4 @@ def test_packed_gradient_equals_the_padded_one(group_size, tied):
             worst = max(worst, error)
             assert error <= 1e-12, (name, budget, error)
     assert 1 in batch_counts and max(batch_counts) > 2
-    print(f"groups of {group_size}, tied {tied}: largest ||a-b||/||b|| {worst:.1e} over micro-batch counts {sorted(batch_counts)}")
+    print(f"{family}, groups of {group_size}, tied {tied}: largest ||a-b||/||b|| {worst:.1e} over micro-batch counts {sorted(batch_counts)}")
