@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import jinja2
 from tokenizers import Tokenizer
@@ -25,12 +26,16 @@ class Chat:
             raise ChatError("prompt.user: must hold {query} exactly once, where the user's text goes")
         messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": user.replace("{query}", MARK)}]
         try:
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            # the date: Llama 3.2's template asks the clock, and the prompts of a run would change at midnight; Llama 3.1's own default
+            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
         except jinja2.TemplateError as e:
             raise ChatError(f"the chat template refuses these messages ({e}); change prompt.system or use another model") from None
         if rendered.count(MARK) != 1:
             raise ChatError(f"the chat template shows the user's message {rendered.count(MARK)} times; it must show it once, unchanged")
         before, after = rendered.split(MARK)
+        if "<think>" in assistant and re.search(r"<think>\s*</think>\s*$", after):
+            raise ChatError("the chat template ends in a thought that is closed already, and prompt.assistant opens a second one; "
+                            "set prompt.assistant='' for answers without a thought, or use a template that leaves the thought open")
         if assistant.endswith("<think>") and rendered.rstrip().endswith("<think>"):
             assistant = assistant.removesuffix("<think>")      # the template has opened the thought already
         # a space before the user's text belongs to its first word, as it would in the joined text: " word" is one token, " " + "word" two
