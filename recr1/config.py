@@ -20,13 +20,14 @@ class ConfigError(ValueError):
 class Run:
     dir: str = "runs/run"               # everything the run writes; must be new
     seed: int = 0
-    threads: int = 0                    # torch's threads per process; 0: the machine's cores
+    threads: int = 0                    # torch's threads per process; 0: the machine's cores, shared by its ranks
 
 
 @dataclass(frozen=True)
 class Model:
     path: str = ""                      # HF folder (config.json, safetensors, tokenizer, chat template) or hub id (org/name)
     attention: str = "sdpa"
+    compute: str = "auto"               # float32 | bfloat16 | auto (bfloat16 on a GPU); masters and optimizer are float32
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Data:
     corpus: str = ""                    # JSONL[.gz] {id, title, text}
     train_queries: str = ""             # JSONL[.gz] {id, text}; a fixed hash tenth of it is validation
     train_qrels: str = ""               # TSV[.gz] query id, document id, gain
-    test_queries: str = ""
+    test_queries: str = ""              # both empty: a second hash tenth of the train queries
     test_qrels: str = ""
     on_bad_line: str = "stop"           # stop | drop (counted)
     on_long_prompt: str = "stop"        # stop | drop (counted)
@@ -101,6 +102,7 @@ class Train:
     steps: int = 100
     prompts_per_step: int = 32
     tokens_per_micro_batch: int = 16384
+    checkpointing: bool = False         # keep only each block's input and compute it again in the backward
     eval_every: int = 100               # steps between validations; 0: none
     eval_queries: int = 0               # how many of the validation queries; 0: all
 
@@ -127,7 +129,8 @@ class Config:
     log: Log = field(default_factory=Log)
 
 
-CHOICES = {"task": ("product_search",), "model.attention": ("sdpa",), "data.on_bad_line": ("stop", "drop"),
+CHOICES = {"task": ("product_search",), "model.attention": ("sdpa",), "model.compute": ("auto", "float32", "bfloat16"),
+           "data.on_bad_line": ("stop", "drop"),
            "data.on_long_prompt": ("stop", "drop"), "retriever.kind": ("bm25",), "retriever.variant": ("lucene", "okapi"),
            "retriever.length": ("exact", "lucene"), "optimizer.kind": ("adamw", "muon"),
            "optimizer.on_nonfinite": ("stop", "skip")}
@@ -176,6 +179,8 @@ def load(path: str, overrides: list[str]) -> Config:
     for key, most in AT_MOST.items():
         if get(config, key) > most:
             raise ConfigError(f"{key}: must be at most {most}, is {get(config, key)}")
+    if bool(config.data.test_queries) != bool(config.data.test_qrels):
+        raise ConfigError("data.test_queries, data.test_qrels: give both files, or neither for a hash tenth of the train queries")
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise ConfigError(f"optimizer.betas: each must be at least 0 and below 1, is {list(config.optimizer.betas)}")
     return config

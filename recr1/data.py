@@ -93,7 +93,16 @@ def read_qrels(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[dict
 
 def is_validation(query_id: str) -> bool:
     """Whether a query of the train split belongs to validation: sha256 of its id, as an integer, is 0 modulo 10."""
-    return int(hashlib.sha256(query_id.encode()).hexdigest(), 16) % 10 == 0
+    return _tenth(query_id) == 0
+
+
+def is_test(query_id: str) -> bool:
+    """Whether it belongs to test where the data come without a test split: the same number is 1 modulo 10."""
+    return _tenth(query_id) == 1
+
+
+def _tenth(query_id):
+    return int(hashlib.sha256(query_id.encode()).hexdigest(), 16) % 10
 
 
 def steps_per_epoch(n: int, per_step: int) -> int:

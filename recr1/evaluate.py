@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
+from . import dist
+from .fsdp import gathered
 from .metrics import bootstrap_ci
-from .model import Decoder
 from .records import Prompt
 from .sample import generate
 from .tasks.product_search import ProductSearch
@@ -12,14 +14,19 @@ from .tasks.product_search import ProductSearch
 AT_ONCE = 512                    # prompts decoded together
 
 
-def evaluate(model: Decoder, prompts: list[Prompt], task: ProductSearch, max_new_tokens: int) -> list[dict]:
-    """One greedy answer per prompt -> rows {id, raw, rewrite, ndcg_raw, ndcg, text, error}; an unparsable answer scores 0."""
-    rollouts = []
-    for start in range(0, len(prompts), AT_ONCE):
-        rollouts += generate(model, prompts[start:start + AT_ONCE], 1, 1.0, max_new_tokens, task.stops, uniforms=None)
-    raw = task.metric([p.id for p in prompts], [p.text for p in prompts])
-    return [dict(id=p.id, raw=p.text, rewrite=reward.answer, ndcg_raw=before, ndcg=reward.parts["ndcg"], text=reward.text, error=reward.error)
-            for p, before, reward in zip(prompts, raw, task.score(rollouts))]
+def evaluate(model: torch.nn.Module, prompts: list[Prompt], task: ProductSearch, max_new_tokens: int) -> list[dict]:
+    """One greedy answer per prompt -> rows {id, raw, rewrite, ndcg_raw, ndcg, text, error}; an unparsable answer scores 0.
+
+    Each rank takes its share of the prompts; rank 0 gets all rows, in order, the others none.
+    """
+    mine, rollouts = dist.share(prompts), []
+    with gathered(model):
+        for start in range(0, len(mine), AT_ONCE):
+            rollouts += generate(model, mine[start:start + AT_ONCE], 1, 1.0, max_new_tokens, task.stops, uniforms=None)
+    raw = task.metric([p.id for p in mine], [p.text for p in mine])
+    rows = [dict(id=p.id, raw=p.text, rewrite=reward.answer, ndcg_raw=before, ndcg=reward.parts["ndcg"], text=reward.text, error=reward.error)
+            for p, before, reward in zip(mine, raw, task.score(rollouts))]
+    return [row for part in dist.gather(rows) or [] for row in part]
 
 
 def column(rows: list[dict], name: str) -> np.ndarray:

@@ -14,6 +14,8 @@ def group_advantages(rewards: torch.Tensor, group_size: int, std_floor: float) -
 
     A group of equal rewards is exactly 0, never the rounding of its mean divided by a tiny floor.
     """
+    if not len(rewards):
+        return rewards                                                                       # a rank without a share
     r = rewards.view(-1, group_size)                                                         # (P, G)
     centred = r - r.mean(1, keepdim=True)
     same = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)

@@ -5,12 +5,14 @@ import gzip
 import json
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from . import dist
 from .records import Batch, Reward, Rollout
 
 GAP_BINS = np.concatenate([[0.0], np.logspace(-9, 2, 2201)])      # 1.15% wide: percentiles of |sampler - trainer| over a whole run
@@ -22,6 +24,9 @@ class Gaps:
     def __init__(self):
         self.counts, self.total, self.largest = np.zeros(len(GAP_BINS), dtype=np.int64), 0.0, 0.0
 
+    def merge(self, other: Gaps) -> None:
+        self.counts, self.total, self.largest = self.counts + other.counts, self.total + other.total, max(self.largest, other.largest)
+
     def add(self, gaps: np.ndarray) -> None:
         self.counts += np.bincount(np.searchsorted(GAP_BINS, gaps).clip(max=len(GAP_BINS) - 1), minlength=len(GAP_BINS))
         self.total, self.largest = self.total + float(gaps.sum(dtype=np.float64)), max(self.largest, float(gaps.max(initial=0)))
@@ -32,12 +37,36 @@ class Gaps:
         return dict(logprob_gap_mean=self.total / max(1, n), logprob_gap_p999=min(float(GAP_BINS[at]), self.largest), max_logprob_gap=self.largest)
 
 
+@dataclass
+class Step:
+    """What one rank did in a step; the ranks' in order, `merged`, are the step's: groups are dealt out whole and contiguous."""
+    rollouts: list[Rollout]
+    rewards: list[Reward]
+    adv: list[float]                                   # (R,)
+    texts: list[Rollout]                               # the distinct ones of `rollouts`
+    first: list[int]                                   # where each stood first
+    tokens: list[dict] | None = None                   # per-token values by text, in the steps that keep them
+    sums: list[dict] = field(default_factory=list)     # by micro-batch, over tokens
+    gaps: Gaps = field(default_factory=Gaps)
+
+    def merge(self, other: Step) -> None:
+        self.first += [len(self.rollouts) + i for i in other.first]
+        for name in ("rollouts", "rewards", "adv", "texts", "tokens", "sums"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.gaps.merge(other.gaps)
+
+    def gap(self, logp: torch.Tensor, batch: Batch) -> None:
+        """Counts a micro-batch's |sampler - trainer|. logp (N,)."""
+        self.gaps.add((logp.detach() - batch.sampler_logp)[batch.weight > 0].abs().cpu().numpy())
+
+
 class RunLog:
-    """Appends to the files of one run folder; everything is on disk when a call returns."""
+    """Appends to the files of one run folder; everything is on disk when a call returns. Rank 0's object writes, the others' only keep time."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self.run_gaps, self.step_gaps = Gaps(), Gaps()
+        self.folder, self.writes = folder, dist.rank() == 0
+        self.run_gaps = Gaps()
         self.seconds: dict[str, float] = {}
         self.sampled, self.sampling_s = 0, 0.0
 
@@ -50,19 +79,13 @@ class RunLog:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
-    def gap(self, logp: torch.Tensor, batch: Batch) -> None:
-        """Counts a micro-batch's |sampler - trainer|, of the step and of the run. logp (N,)."""
-        gaps = (logp.detach() - batch.sampler_logp).abs().cpu().numpy()
-        self.step_gaps.add(gaps)
-        self.run_gaps.add(gaps)
-
-    def close_step(self, row: dict) -> dict:
+    def close_step(self, row: dict, gaps: Gaps) -> dict:
         """The step's row with its log-prob gap, tokens/s and seconds by phase, which then start anew."""
         tokens, seconds = row.pop("tokens"), self.seconds
         self.sampled, self.sampling_s = self.sampled + tokens, self.sampling_s + seconds["sample"]
-        row |= self.step_gaps.figures() | dict(rollout_tokens_per_s=tokens / seconds["sample"], seconds=seconds)
-        self.step_gaps, self.seconds = Gaps(), {}
-        return row
+        self.run_gaps.merge(gaps)
+        self.seconds = {}
+        return row | gaps.figures() | dict(rollout_tokens_per_s=tokens / seconds["sample"], seconds=seconds)
 
     def metrics(self, row: dict) -> None:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
@@ -75,14 +98,16 @@ class RunLog:
             f.write(gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=6, mtime=0))
 
     def rows(self, name: str, rows: list[dict]) -> None:
-        (self.folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        if self.writes:
+            (self.folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
     def json(self, name: str, value: dict) -> None:
         (self.folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def step_row(step: int, rollouts: list[Rollout], rewards: list[Reward], adv: torch.Tensor, group_size: int, sums: list[dict], **more) -> dict:
-    """The metrics of one step, each defined in the README's glossary. rollouts, rewards and adv: (R,); sums: by micro-batch, over tokens."""
+def step_row(step: int, done: Step, group_size: int, **more) -> dict:
+    """The metrics of one step (all ranks' merged), each defined in the README's glossary."""
+    rollouts, rewards, sums = done.rollouts, done.rewards, done.sums
     totals = torch.tensor([r.total for r in rewards]).view(-1, group_size)                   # (P, G)
     tokens = sum(len(r.ids) for r in rollouts)
     summed = {name: sum(s[name] for s in sums) for name in (sums[0] if sums else ())}
@@ -90,28 +115,31 @@ def step_row(step: int, rollouts: list[Rollout], rewards: list[Reward], adv: tor
     parts = {name: float(np.mean([r.parts[name] for r in rewards])) for name in rewards[0].parts}
     return dict(step=step, reward=totals.mean().item(), **parts, unparsable=float(np.mean([r.error is not None for r in rewards])),
                 reward_spread=totals.std(1).mean().item(), zero_variance=(totals.amax(1) == totals.amin(1)).float().mean().item(),
-                adv_std=adv.std().item(), kl=summed["kl"] / tokens if "kl" in summed else None, clip_share=summed.get("clip_share", 0.0) / tokens,
+                adv_std=torch.tensor(done.adv).std().item(), kl=summed["kl"] / tokens if "kl" in summed else None, clip_share=summed.get("clip_share", 0.0) / tokens,
                 entropy=summed.get("entropy", 0.0) / max(1.0, trained), trained_share=trained / tokens,
-                distinct=len({(r.group, r.ids) for r in rollouts}) / len(rollouts), completion_tokens=tokens / len(rollouts),
+                distinct=len(done.texts) / len(rollouts), completion_tokens=tokens / len(rollouts),
                 unfinished=float(np.mean([not r.finished for r in rollouts])), tokens=tokens, **more)
 
 
-def rollout_rows(step: int, rollouts: list[Rollout], rewards: list[Reward], adv: list[float], tokens: list[dict] | None) -> list[dict]:
-    """One row per distinct completion of a group; `tokens` adds the per-token values of those steps that keep them."""
+def rollout_rows(step: int, done: Step) -> list[dict]:
+    """One row per distinct completion of a group, with the per-token values in those steps that keep them."""
     rows = []
-    for i, (r, reward) in enumerate(zip(rollouts, rewards)):
+    for t, (r, i) in enumerate(zip(done.texts, done.first)):
+        reward = done.rewards[i]
         row = dict(step=step, prompt=r.prompt.id, sibling=r.sibling, count=r.count, text=reward.text, finished=r.finished,
-                   reward=reward.total, parts=reward.parts, error=reward.error, adv=_short(adv[i]))
-        if tokens is not None:
-            row |= dict(prompt_ids=list(r.prompt.ids), ids=list(r.ids), sampler_logp=_short(r.sampler_logp), **tokens[i])
+                   reward=reward.total, parts=reward.parts, error=reward.error, adv=_short(done.adv[i]))
+        if done.tokens is not None:
+            row |= dict(prompt_ids=list(r.prompt.ids), ids=list(r.ids), sampler_logp=_short(r.sampler_logp), **done.tokens[t])
         rows.append(row)
     return rows
 
 
 def token_values(count: int, batches: list[Batch], columns: list[dict]) -> list[dict]:
-    """Per-token tensors (N,) by batch -> one dict of lists per rollout; a column that is None stays null."""
+    """Per-token tensors (N,) by batch -> one dict of lists per rollout; a column that is None stays null. Idle batches have none."""
     out: list[dict] = [{} for _ in range(count)]
     for batch, named in zip(batches, columns):
+        if batch.rollout[0] < 0:
+            continue
         index, sizes = batch.rollout.unique_consecutive(return_counts=True)
         for name, values in named.items():
             parts = [None] * len(index) if values is None else [_short(v.tolist()) for v in values.split(sizes.tolist())]
@@ -133,5 +161,6 @@ def console_line(row: dict, steps: int) -> str:
 
 
 def say(text: str) -> None:
-    """Prints above a progress bar."""
-    tqdm.write(text)
+    """Prints above a progress bar, on rank 0."""
+    if dist.rank() == 0:
+        tqdm.write(text)

@@ -7,6 +7,7 @@ Legend: M packed tokens, C width, H query heads, K kv heads, D head dim, V vocab
 """
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from math import pi
@@ -112,6 +113,10 @@ class Decoder(nn.Module):
         for block in self.model.layers:
             x = block(x, rope, attention)
         return self.model.norm(x)
+
+    def root(self):
+        """The block in which `head_weight` may be used together with the forward; fsdp.py gathers it there."""
+        return nullcontext()
 
     @property
     def head_weight(self) -> torch.Tensor:

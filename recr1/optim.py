@@ -1,8 +1,12 @@
 """AdamW (and Muon for cold starts), the learning-rate schedule, clipping, and the finite check before any weight moves."""
 from __future__ import annotations
 
+import math
+
 import torch
 
+from . import dist
+from .config import ConfigError
 from .config import Optimizer as OptimizerConfig
 
 
@@ -20,6 +24,8 @@ class Optimizer:
         self.config, self.steps, self.skipped = config, steps, 0
         self.params = list(model.parameters())
         matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n] if config.kind == "muon" else []
+        if config.kind == "muon" and not matrices:
+            raise ConfigError("optimizer.kind: muon updates whole matrices and a sharded policy has none; use adamw")
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.params if id(p) not in chosen]
         self.parts = [(config.lr, torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps,
@@ -37,22 +43,29 @@ class Optimizer:
 
     def step(self, step: int) -> tuple[float, float]:
         """Gradient norm before clipping, and the learning rate used. Raises NonFiniteGradient (or skips, as configured)."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
+        norm = self.norm()
         lr = self.config.lr * self.factor(step)
-        if not torch.isfinite(norm):
+        if not math.isfinite(norm):                      # of all ranks' gradients together: every rank takes the same turn
             self.zero()
             if self.config.on_nonfinite == "stop":
-                raise NonFiniteGradient(f"step {step}: the gradient norm is {norm.item()}; no weight was changed. "
+                raise NonFiniteGradient(f"step {step}: the gradient norm is {norm}; no weight was changed. "
                                         "Lower optimizer.lr, or set optimizer.on_nonfinite=skip")
             self.skipped += 1
-            return norm.item(), lr
-        torch.nn.utils.clip_grads_with_norm_(self.params, self.config.clip_norm, norm)
+            return norm, lr
+        torch.nn.utils.clip_grads_with_norm_(self.params, self.config.clip_norm, torch.tensor(norm))
         for base, optimizer in self.parts:
             for group in optimizer.param_groups:
                 group["lr"] = base * self.factor(step)
             optimizer.step()
         self.zero()
-        return norm.item(), lr
+        return norm, lr
+
+    def norm(self) -> float:
+        """Euclidean norm of the whole gradient: each rank has its shards' part."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        parts = torch._foreach_norm(grads, dtype=torch.float64) if grads else []             # over a long shard float32 loses digits
+        [squares] = dist.total(float(sum(part.square() for part in parts)))
+        return math.sqrt(squares)
 
     def zero(self) -> None:
         for p in self.params:

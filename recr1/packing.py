@@ -6,6 +6,7 @@ from itertools import groupby
 
 import torch
 
+from . import dist
 from .records import Batch, Layout, Prompt, Rollout
 
 
@@ -36,6 +37,14 @@ def pack(rollouts: list[Rollout], max_tokens: int, device=None) -> list[Batch]:
         pending.append(piece)
         used += size
     return batches + [_batch(pending, device)] if pending else batches
+
+
+def in_step(batches: list[Batch], device=None) -> list[Batch]:
+    """As many batches on every rank, for each is a row of collectives: the shorter lists end in idle ones of one token, weight 0, rollout -1."""
+    missing = dist.largest(len(batches)) - len(batches)
+    prompt = Prompt("", 0, "", (0,))
+    idle = _batch([(prompt, [(-1, Rollout(prompt, 0, 0, (0,), (0.0,), False, count=0))])], device) if missing else None
+    return batches + [idle] * missing
 
 
 def _pieces(rollouts: list[Rollout], max_tokens: int):

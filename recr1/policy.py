@@ -42,9 +42,10 @@ def policy(logits: torch.Tensor, temperature: float) -> Policy:
 
 
 def score(model: torch.nn.Module, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob (N,) with gradient and entropy (N,) without of the batch's targets, by a Decoder."""
+    """Log-prob (N,) with gradient and entropy (N,) without of the batch's targets, by a Decoder, sharded or not."""
     def of_logits(logits, target):
         p = policy(logits, temperature)
         return p.logp(target[:, None])[:, 0], p.entropy()
-    hidden = model(batch.tokens, batch.positions, PackedAttention(*batch.layout, batch.tokens.device))         # (M, C)
-    return linear_logp(hidden.index_select(0, batch.predict_from), model.head_weight, batch.target, temperature, of_logits)
+    with model.root():                       # one gather for embedding and head
+        hidden = model(batch.tokens, batch.positions, PackedAttention(*batch.layout, batch.tokens.device))     # (M, C)
+        return linear_logp(hidden.index_select(0, batch.predict_from), model.head_weight, batch.target, temperature, of_logits)

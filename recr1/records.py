@@ -60,8 +60,8 @@ class Batch:
     layout: Layout
     target: torch.Tensor               # (N,) int64, the ids to be predicted
     predict_from: torch.Tensor         # (N,) int64, the row of `hidden` that predicts them
-    rollout: torch.Tensor              # (N,) int64, index into the list that was packed
-    weight: torch.Tensor               # (N,) identical siblings it stands for
+    rollout: torch.Tensor              # (N,) int64, index into the list that was packed; -1: none, the batch only keeps ranks in step
+    weight: torch.Tensor               # (N,) identical siblings it stands for; 0 for none
     sampler_logp: torch.Tensor         # (N,)
     old_logp: torch.Tensor | None = None   # (N,) None: the new ones, detached (one optimiser step per batch)
     ref_logp: torch.Tensor | None = None   # (N,)

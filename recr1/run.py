@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Iterator
 
@@ -12,17 +13,18 @@ import torch
 from tqdm import tqdm
 
 from . import config as configs
-from . import data, evaluate
+from . import data, dist, evaluate
 from .chat import Chat, ChatError
+from .checkpoint import compute_type, load_policy, load_reference, save_policy
 from .config import Config, ConfigError
 from .data import DataError
 from .hub import ModelFolderError, load_tokenizer, resolve, stop_ids
-from .log import RunLog, console_line, rollout_rows, say
+from .log import RunLog, Step, console_line, rollout_rows, say, step_row
 from .optim import NonFiniteGradient
-from .records import Prompt, Reward, Rollout
-from .retrieval.bm25 import load_or_build
+from .records import Prompt
+from .retrieval.bm25 import BM25, load_or_build
 from .tasks.product_search import ProductSearch, PromptTooLong, make_prompts
-from .weights import load_model, save_model
+from .weights import read_config
 
 
 class RunError(ValueError):
@@ -34,34 +36,49 @@ class Run:
 
     def __init__(self, cfg: Config):
         self.cfg, self.started = cfg, time.perf_counter()
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise RunError("this version trains on one process: start it with `python -m recr1.train`, not with torchrun on several")
-        self.threads = cfg.run.threads or os.cpu_count() or 1
+        self.threads = cfg.run.threads or max(1, (os.cpu_count() or 1) // dist.local_world())
         torch.set_num_threads(self.threads)
         self.folder = Path(cfg.run.dir)
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise RunError(f"run.dir: {self.folder} exists and is not empty; name a new folder, or move it away")
-        path = resolve(cfg.model.path)
-        tokenizer = load_tokenizer(path)
-        self.tokenizer, self.stops = tokenizer, stop_ids(path, tokenizer)
-        self.policy = load_model(path, reachable=len(tokenizer))
-        self.chat = Chat(tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
-        self._read_data()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise RunError(f"run.dir: cannot make {self.folder}: {e.strerror}") from None
-        (self.folder / "config.yaml").write_text(configs.dump(cfg), encoding="utf-8")
+        with dist.together():
+            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+                raise RunError(f"run.dir: {self.folder} exists and is not empty; name a new folder, or move it away")
+            if dist.local_rank() == 0:
+                resolve(cfg.model.path)                            # a hub id: one rank of a machine downloads
+        with dist.together():
+            model = resolve(cfg.model.path)
+            self.tokenizer = load_tokenizer(model)
+            self.stops = stop_ids(model, self.tokenizer)
+            self.chat = Chat(self.tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
+            self._read_data(read_config(model).max_position_embeddings)
+            compute = compute_type(cfg.model.compute)
+            self.policy = load_policy(model, len(self.tokenizer), compute, cfg.train.checkpointing)
+            self.reference = load_reference(model, len(self.tokenizer), compute) if cfg.loss.kl > 0 else None
+        with dist.together():
+            if dist.rank() == 0:
+                self._make_folder()
+            if dist.local_rank() == 0:
+                self._index()
+        with dist.together():
+            self.retriever = self._index()                         # built above, on this rank or beside it
         self.log = RunLog(self.folder)
         self.train_task, self.eval_task = self._task(cfg.reward.k_train), self._task(cfg.reward.k_eval)
-        say(f"recr1: {sum(p.numel() for p in self.policy.parameters()):,} parameters, attention {cfg.model.attention}, {self.threads} threads, "
-            f"{len(self.documents)} documents, queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test")
+        say(f"recr1: {self.policy.size:,} parameters in {str(compute).removeprefix('torch.')}, attention {cfg.model.attention}, {dist.world()} x "
+            f"{dist.device().type}, {self.threads} threads each, {len(self.documents[0])} documents, "
+            f"queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test")
 
-    def _read_data(self) -> None:
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(configs.dump(self.cfg), encoding="utf-8")
+        except OSError as e:
+            raise RunError(f"run.dir: cannot write into {self.folder}: {e.strerror}") from None
+
+    def _read_data(self, positions: int) -> None:
         d = self.cfg.data
-        doc_ids, texts, dropped = data.read_corpus(d.corpus, d.on_bad_line)
-        self.documents, prompts, self.qrels = doc_ids, {}, {}
-        for split, queries_path, qrels_path in (("train", d.train_queries, d.train_qrels), ("test", d.test_queries, d.test_qrels)):
+        *self.documents, dropped = data.read_corpus(d.corpus, d.on_bad_line)                 # ids, texts
+        prompts, self.qrels = {}, {}
+        splits = {"train": (d.train_queries, d.train_qrels), "test": (d.test_queries, d.test_qrels)}
+        for split, (queries_path, qrels_path) in splits.items() if d.test_queries else [("train", splits["train"])]:
             queries, more = data.read_queries(queries_path, d.on_bad_line)
             qrels, even_more = data.read_qrels(qrels_path, d.on_bad_line)
             both = self.qrels.keys() & queries.keys()
@@ -70,41 +87,50 @@ class Run:
             self.qrels |= {id: qrels.get(id, {}) for id in queries}
             prompts[split] = queries
             dropped += more + even_more
-        parts = {"train": {i: t for i, t in prompts["train"].items() if not data.is_validation(i)},
-                 "validation": {i: t for i, t in prompts["train"].items() if data.is_validation(i)}, "test": prompts["test"]}
+        parts = {"validation": {i: t for i, t in prompts["train"].items() if data.is_validation(i)},
+                 "test": prompts.get("test") or {i: t for i, t in prompts["train"].items() if data.is_test(i)}}
+        parts["train"] = {i: t for i, t in prompts["train"].items() if i not in parts["validation"] and i not in parts["test"]}
         made = {name: make_prompts(queries, self.chat, self.cfg.prompt.max_tokens, d.on_long_prompt) for name, queries in parts.items()}
-        self.train, self.validation, self.test = (made[name][0] for name in parts)
+        self.train, self.validation, self.test = (made[name][0] for name in ("train", "validation", "test"))
         for what, messages in (("data lines", dropped), ("prompts over the limit", [m for _, long in made.values() for m in long])):
             if messages:
                 say(f"recr1: {len(messages)} {what} left out, first: {messages[0]}")
         train, longest = self.cfg.train, self.cfg.prompt.max_tokens + self.cfg.sampling.max_new_tokens
         if len(self.train) < train.prompts_per_step:
-            raise RunError(f"train.prompts_per_step: {train.prompts_per_step} is more than the {len(self.train)} train queries outside the validation tenth")
+            raise RunError(f"train.prompts_per_step: {train.prompts_per_step} is more than the {len(self.train)} train queries outside the held-out tenths")
         for what, limit in (("train.tokens_per_micro_batch", train.tokens_per_micro_batch),
-                            ("the model's max_position_embeddings", self.policy.config.max_position_embeddings)):
+                            ("the model's max_position_embeddings", positions)):
             if longest > limit:
                 raise RunError(f"prompt.max_tokens + sampling.max_new_tokens = {longest} exceeds {what} = {limit}")
         if self.cfg.train.eval_every and not self.validation:
             raise RunError("no train query falls into the validation tenth; set train.eval_every=0 or bring more queries")
+        if not self.test:
+            raise RunError("no train query falls into the test tenth; bring more queries, or data.test_queries and data.test_qrels")
+
+    def _index(self) -> BM25:
         r = self.cfg.retriever
         index_dir = r.index_dir or str(self.folder.parent / f".{self.folder.name}.index")
         try:
-            self.retriever = load_or_build(index_dir, doc_ids, texts, k1=r.k1, b=r.b, variant=r.variant, length=r.length,
-                                           progress=lambda it: tqdm(it, desc="index", disable=None, leave=False))
+            return load_or_build(index_dir, *self.documents, k1=r.k1, b=r.b, variant=r.variant, length=r.length,
+                                 progress=lambda it: tqdm(it, desc="index", disable=None, leave=False))
         except (ValueError, OSError) as e:
             raise RunError(f"retriever: {e}") from None
 
     def _task(self, k: int) -> ProductSearch:
-        return ProductSearch(self.retriever, self.qrels, self.tokenizer.decode, self.stops, self.cfg.reward, k)
+        decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)          # as sampled: Llama's would drop spaces
+        return ProductSearch(self.retriever, self.qrels, decode, self.stops, self.cfg.reward, k)
 
     def steps(self) -> Iterator[int]:
         """Step numbers from 1, behind a progress bar on a terminal."""
-        return iter(tqdm(range(1, self.cfg.train.steps + 1), desc="train", disable=None))
+        for step in tqdm(range(1, self.cfg.train.steps + 1), desc="train", disable=None if dist.rank() == 0 else True):
+            self.began = time.perf_counter()
+            yield step
 
     def prompts(self, step: int) -> list[Prompt]:
-        """The P prompts of a step: a function of (seed, step), some with their words shuffled when the config says so."""
+        """This rank's share of a step's P prompts: a function of (seed, step), some with their words shuffled when the config says so."""
         seed, share = self.cfg.run.seed, self.cfg.data.shuffle_words
-        chosen = [self.train[i] for i in data.prompt_order(len(self.train), self.cfg.train.prompts_per_step, seed, step - 1)]
+        order = data.prompt_order(len(self.train), self.cfg.train.prompts_per_step, seed, step - 1)
+        chosen = [self.train[i] for i in dist.share(order.tolist())]
         if not share:
             return chosen
         texts = [data.shuffle_words(p.text, share, seed, step, p.index) for p in chosen]
@@ -124,7 +150,7 @@ class Run:
         return evaluate.evaluate(self.policy, prompts, self.eval_task, self.cfg.sampling.max_new_tokens)
 
     def test_scores(self, name: str) -> list[dict]:
-        """The test split, greedily, kept in the file `name`. Before and after training only: it never chooses anything."""
+        """The test split, greedily, kept in the file `name`; rank 0 has the rows. Before and after training only: it never chooses anything."""
         rows = self.evaluate(self.test)
         self.log.rows(name, rows)
         return rows
@@ -135,22 +161,34 @@ class Run:
         if not every or step % every:
             return {}
         rows = self.evaluate(self.validation[:self.cfg.train.eval_queries or None])
+        if not rows:
+            return {}                                              # rank 0 has them
         after, raw = evaluate.column(rows, "ndcg"), evaluate.column(rows, "ndcg_raw")
         gain, interval = evaluate.mean_ci(after - raw)
         return dict(val_ndcg=float(after.mean()), val_raw=float(raw.mean()), val_gain=gain, val_gain_ci95=interval,
                     val_errors=sum(row["error"] is not None for row in rows))
 
-    def record(self, step: int, row: dict, texts: list[Rollout], rewards: list[Reward], adv: list[float], tokens: list[dict] | None) -> None:
-        """Writes a step: rollouts, metrics with the validation when its turn has come, and the console line."""
-        self.log.rollouts(rollout_rows(step, texts, rewards, adv, tokens))
-        row = self.log.close_step(row) | self.validate(step)
+    def record(self, step: int, mine: Step, **more) -> None:
+        """Writes a step of all ranks: rollouts, metrics with the validation when its turn has come, and the console line."""
+        parts = dist.gather(mine)
+        self.log.seconds["step"] = time.perf_counter() - self.began          # validation and writing are not the step's
+        validation = self.validate(step)
+        if parts is None:
+            return
+        done, *others = parts
+        for other in others:
+            done.merge(other)
+        self.log.rollouts(rollout_rows(step, done))
+        row = self.log.close_step(step_row(step, done, self.cfg.sampling.group_size, **more), done.gaps) | validation
         self.log.metrics(row)
-        if "val_gain" in row or step % self.cfg.log.print_every == 0 or step in (1, self.cfg.train.steps):
+        if validation or step % self.cfg.log.print_every == 0 or step in (1, self.cfg.train.steps):
             say(console_line(row, self.cfg.train.steps))
 
     def finish(self, before: list[dict], after: list[dict]) -> None:
         """The model, summary.json, and the table a user reads."""
-        save_model(self.policy.config, self.policy.state_dict().items(), self.tokenizer, self.stops, str(self.folder / "model"))
+        save_policy(self.policy, self.tokenizer, self.stops, str(self.folder / "model"))
+        if dist.rank() > 0:
+            return
         raw, b, a = evaluate.column(before, "ndcg_raw"), evaluate.column(before, "ndcg"), evaluate.column(after, "ndcg")
         metric = f"ndcg@{self.cfg.reward.k_eval}"
         (gain, gain_ci), (lift, lift_ci) = evaluate.mean_ci(a - raw), evaluate.mean_ci(a - b)
@@ -158,8 +196,8 @@ class Run:
             task=self.cfg.task, retriever=self.cfg.retriever.kind, metric=metric, n_eval=len(after), raw=float(raw.mean()), before=float(b.mean()),
             after=float(a.mean()), gain=gain, gain_ci95=gain_ci, after_minus_before=lift, after_minus_before_ci95=lift_ci,
             unparsable_before=sum(row["error"] is not None for row in before), unparsable_after=sum(row["error"] is not None for row in after),
-            seed=self.cfg.run.seed, steps=self.cfg.train.steps, world_size=1, threads=self.threads, wall_s=time.perf_counter() - self.started,
-            rollout_tokens_per_s=self.log.sampled / self.log.sampling_s, **self.log.run_gaps.figures()))
+            seed=self.cfg.run.seed, steps=self.cfg.train.steps, world_size=dist.world(), threads=self.threads,
+            wall_s=time.perf_counter() - self.started, rollout_tokens_per_s=self.log.sampled / self.log.sampling_s, **self.log.run_gaps.figures()))
         say(f"\n{evaluate.table(before, after, metric)}\n\nrewrites on test:\n{evaluate.examples(after)}\n\n"
             f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, metrics.jsonl, rollouts.jsonl.gz, config.yaml")
 
@@ -168,10 +206,13 @@ EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, PromptTooLong, 
 
 
 def guarded(main, argv: list[str]) -> int:
-    """Runs main(argv); what a user can mend is one line on stderr and exit code 2, never a traceback."""
+    """Runs main(argv) on every rank; what a user can mend is one line on stderr and exit code 2, never a traceback."""
+    first = os.environ.get("RANK", "0") == "0"
     try:
-        main(argv)
+        with dist.session():
+            main(argv)
         return 0
-    except EXPECTED as e:
-        print(f"recr1: {e}", file=sys.stderr)
+    except EXPECTED as e:          # on all ranks at once: see dist.together
+        if first:
+            print(f"recr1: {e}", file=sys.stderr)
         return 2

@@ -35,6 +35,8 @@ def generate(model: Decoder, prompts: list[Prompt], group_size: int, temperature
     of `stops`, which it keeps, or unfinished at max_new_tokens. Log-probs are those of the policy at `temperature`.
     A `cache` of `new_cache` saves its memory from one call to the next: fresh pages cost a third of a small model's step.
     """
+    if not prompts:
+        return []                    # a rank without a share
     device = model.head_weight.device
     rows = [Row(p, list(range(group_size))) for p in range(len(prompts))]
     out: dict[tuple[int, int], Rollout] = {}

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 from typing import Callable
 
-import torch
 from tqdm import tqdm
 
 from .config import Optimizer as OptimizerConfig

@@ -1,26 +1,24 @@
 """Runs from end to end on a tiny world: what a run leaves behind, what it repeats, and how it refuses."""
-import gzip
+import hashlib
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from recr1 import config as configs
 from recr1 import train
 from recr1.config import Optimizer as OptimizerConfig
 from recr1.grpo import group_advantages, k3
-from recr1.log import rollout_rows, token_values
+from recr1.log import Step, rollout_rows, token_values
 from recr1.packing import pack
 from recr1.records import Prompt, Reward, Rollout
 from recr1.run import guarded
 from recr1.sft import fit
-from tiny import oracle, tiny_config, tiny_model, tiny_tokenizer, write_yaml
+from tiny import jsonl, oracle, refused, tiny_config, tiny_model, tiny_tokenizer, write_yaml
 
 FILES = {"config.yaml", "metrics.jsonl", "rollouts.jsonl.gz", "eval_before.jsonl", "eval_after.jsonl", "summary.json", "model"}
 PER_TOKEN = ["ids", "sampler_logp", "trainer_logp", "ref_logp", "old_logp", "entropy"]
@@ -31,11 +29,6 @@ ROOT = Path(__file__).resolve().parents[1]
 def world(tmp_path_factory):
     """A config with its policy, data and index; every run below names its own run.dir."""
     return write_yaml(tmp_path_factory.mktemp("world"))
-
-
-def jsonl(path: Path) -> list[dict]:
-    raw = path.read_bytes()
-    return [json.loads(line) for line in (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +106,7 @@ def test_logged_floats_read_back_to_the_same_float32():
     rollouts = [Rollout(Prompt("q", 0, "", (1,)), 0, s, tuple(range(400)), tuple(values[s].tolist()), True) for s in range(3)]
     batches = pack(rollouts, 10_000)
     columns = [dict(trainer_logp=b.sampler_logp, ref_logp=None) for b in batches]
-    rows = rollout_rows(1, rollouts, [Reward(0.0)] * 3, values[:, 0].tolist(), token_values(3, batches, columns))
+    rows = rollout_rows(1, Step(rollouts, [Reward(0.0)] * 3, values[:, 0].tolist(), rollouts, [0, 1, 2], token_values(3, batches, columns)))
     rows = json.loads(json.dumps(rows))
     for name in ("sampler_logp", "trainer_logp"):
         assert np.array_equal(np.array([row[name] for row in rows], dtype=np.float32), values.numpy())
@@ -215,14 +208,6 @@ def test_steps_without_any_variance_change_nothing(run, world):
     assert weights(folder) == Path(configs.load(world, []).model.path, "model.safetensors").read_bytes()
 
 
-def refused(argv, capsys) -> str:
-    """The one line on stderr of a run that exits with 2."""
-    capsys.readouterr()
-    assert guarded(train.main, argv) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("recr1: ") and err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err
-    return err
-
 
 def edited(world, key, folder, change) -> str:
     """An override that points data.KEY at a changed copy of its file."""
@@ -291,11 +276,24 @@ def test_dropped_prompts_and_lines_are_counted(world, tmp_path, capsys):
     assert len(jsonl(tmp_path / "run/metrics.jsonl")) == 1
 
 
-def test_several_processes_are_refused_by_the_command(world, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "recr1.train", world, f"run.dir={tmp_path / 'run'}"], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"WORLD_SIZE": "2"})
-    assert done.returncode == 2 and not (tmp_path / "run").exists()
-    assert done.stderr.startswith("recr1: this version trains on one process") and done.stderr.count("\n") == 1
+def test_three_files_are_enough(world, tmp_path):
+    """Without a test split of its own a second hash tenth of the queries is test; the three parts never overlap."""
+    tree = yaml.safe_load(Path(world).read_text())
+    del tree["data"]["test_queries"], tree["data"]["test_qrels"]
+    (tmp_path / "three.yaml").write_text(yaml.safe_dump(tree))
+    assert guarded(train.main, [str(tmp_path / "three.yaml"), f"run.dir={tmp_path / 'run'}"]) == 0
+    tested, queries = [row["id"] for row in jsonl(tmp_path / "run/eval_after.jsonl")], [f"train{i}" for i in range(60)]
+    assert tested == [q for q in queries if int(hashlib.sha256(q.encode()).hexdigest(), 16) % 10 == 1]
+    trained = {row["prompt"] for row in jsonl(tmp_path / "run/rollouts.jsonl.gz")}
+    assert trained and not any(int(hashlib.sha256(q.encode()).hexdigest(), 16) % 10 in (0, 1) for q in trained)
+
+
+def test_half_a_test_split_is_refused(world, tmp_path, capsys):
+    assert "data.test_qrels" in refused([world, "data.test_qrels=''", f"run.dir={tmp_path / 'run'}"], capsys)
+
+
+def test_muon_is_refused_for_a_sharded_policy(world, tmp_path, capsys):
+    assert "optimizer.kind" in refused([world, "optimizer.kind=muon", f"run.dir={tmp_path / 'run'}"], capsys)
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(world, tmp_path, capsys, monkeypatch):

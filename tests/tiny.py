@@ -1,5 +1,6 @@
 """A small world for tests: tokenizer, policy, corpus and config, made in memory or written into a folder in well under a second."""
 import functools
+import gzip
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -9,8 +10,10 @@ import yaml
 from tokenizers import AddedToken, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Tokenizer
 
+from recr1 import train
 from recr1.data import is_validation
 from recr1.model import Decoder, ModelConfig, RopeScaling
+from recr1.run import guarded
 from recr1.weights import save_model
 
 ROLES = ["<|endoftext|>", "<|end|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
@@ -148,3 +151,17 @@ def write_yaml(folder, **dotted_overrides) -> str:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
     return str(path)
+
+
+def jsonl(path: Path) -> list[dict]:
+    raw = path.read_bytes()
+    return [json.loads(line) for line in (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().splitlines()]
+
+
+def refused(argv, capsys) -> str:
+    """The one line on stderr of a run that exits with 2."""
+    capsys.readouterr()
+    assert guarded(train.main, argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("recr1: ") and err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err
+    return err

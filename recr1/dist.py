@@ -1,0 +1,138 @@
+"""torchrun's environment and the collectives that the rest needs. With one process there is no group: every call returns its own input.
+
+Every rank makes the same calls in the same order. Sums only: nothing averages behind our back (DESIGN decision 3).
+Legend: W ranks.
+"""
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as td
+
+TIME_LIMIT = timedelta(minutes=30)      # of one collective: the others wait while rank 0 builds an index
+
+# torch 2.13 deprecates the second names, 2.11 has no others
+_all_gather = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
+_reduce_scatter = getattr(td, "reduce_scatter_single", None) or td.reduce_scatter_tensor
+
+
+def rank() -> int:
+    return td.get_rank() if td.is_initialized() else 0
+
+
+def world() -> int:
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """This rank's number on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if world() > 1 else 0
+
+
+def local_world() -> int:
+    """Ranks on this machine: they share its cores."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def device() -> torch.device:
+    """This rank's: its GPU where there is one, else the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def session():
+    """The process group of a torchrun job for the time of the block: nccl between GPUs, gloo between CPUs and for what lies on the host."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    td.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo", timeout=TIME_LIMIT)
+    try:
+        yield
+        td.barrier()                     # a rank that leaves while another still receives would break the other's connection
+    finally:
+        td.destroy_process_group()
+
+
+def share(items: list) -> list:
+    """This rank's part of `items`: contiguous, so that the ranks' parts in order are the whole. Parts differ by one at most."""
+    at, n = rank(), len(items)
+    return items[at * n // world():(at + 1) * n // world()]
+
+
+def total(*values: float) -> tuple[float, ...]:
+    """The sum of each value over the ranks, in float64."""
+    if world() == 1:
+        return values
+    sums = torch.tensor(values, dtype=torch.float64)
+    td.all_reduce(sums)
+    return tuple(sums.tolist())
+
+
+def largest(value: int) -> int:
+    """The maximum over the ranks."""
+    if world() == 1:
+        return value
+    most = torch.tensor(value)
+    td.all_reduce(most, op=td.ReduceOp.MAX)
+    return int(most)
+
+
+def first(value: Any) -> Any:
+    """Rank 0's value, everywhere. Anything that pickles; it travels between our own processes only."""
+    if world() > 1:
+        values = [value]
+        td.broadcast_object_list(values)
+        [value] = values
+    return value
+
+
+def gather(value: Any) -> list | None:
+    """Rank 0: every rank's value, in their order; elsewhere None."""
+    if world() == 1:
+        return [value]
+    values = [None] * world() if rank() == 0 else None
+    td.gather_object(value, values)
+    return values
+
+
+@contextmanager
+def together():
+    """A block that fails on every rank if it fails on one, with the first one's exception: no rank waits for one that is gone.
+
+    No collective may stand inside.
+    """
+    error = None
+    try:
+        yield
+    except Exception as e:
+        error = e
+    if world() > 1:
+        errors = [None] * world()
+        td.all_gather_object(errors, error)
+        error = next((e for e in errors if e is not None), None)
+    if error is not None:
+        raise error
+
+
+def all_gather(shard: torch.Tensor) -> torch.Tensor:
+    """(n,) of each rank -> (W n,) everywhere."""
+    if world() == 1:
+        return shard
+    whole = shard.new_empty(world() * len(shard))
+    _all_gather(whole, shard)
+    return whole
+
+
+def reduce_scatter(whole: torch.Tensor) -> torch.Tensor:
+    """(W n,) of each rank -> this rank's (n,) of their sum."""
+    if world() == 1:
+        return whole
+    shard = whole.new_empty(len(whole) // world())
+    _reduce_scatter(shard, whole)
+    return shard

@@ -1,0 +1,109 @@
+"""Any number of ranks is the same run: gradients and weights against plain autograd on one process, and whole runs by torchrun."""
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ranks
+from recr1 import train
+from recr1.run import guarded
+from recr1.weights import load_model
+from tiny import jsonl, write_yaml
+
+HERE = Path(__file__).resolve().parent
+
+
+def torchrun(n: int, *arguments: str, expect: int = 0, **env) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *arguments]
+    path = os.pathsep.join([str(HERE), str(HERE.parent)])
+    done = subprocess.run(command, cwd=HERE.parent, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=path) | env, capture_output=True, text=True,
+                          timeout=300)
+    assert (done.returncode == 0) == (expect == 0), done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3], ids="{} ranks".format)
+def ours(request, tmp_path_factory) -> dict:
+    """Every case's results on so many ranks: one spawn."""
+    if request.param == 1:
+        return {case: ranks.results(case, sharded=True) for case in ranks.CASES} | dict(told=[ranks.one_fails()], shares=[list(range(7))])
+    out = tmp_path_factory.mktemp("ranks") / "out.pt"
+    torchrun(request.param, str(HERE / "ranks.py"), str(out))
+    return torch.load(out, weights_only=True)
+
+
+@functools.cache
+def plain(case: str) -> dict:
+    return ranks.results(case, sharded=False)
+
+
+@pytest.mark.parametrize("case", ranks.CASES)
+def test_gradient_and_weights_are_those_of_one_plain_process(ours, case):
+    ours, want = ours[case], plain(case)
+    assert ours.keys() == want.keys()
+    worst = {"grad": 0.0, "weight": 0.0}
+    for name in want.keys() - {"norm"}:
+        kind = name.split()[0]
+        error = ((ours[name] - want[name]).norm() / want[name].norm().clamp(min=1e-300)).item()
+        worst[kind] = max(worst[kind], error)
+    print(f"{case}: largest ||a-b||/||b|| of a gradient {worst['grad']:.1e}, of weights after 3 steps {worst['weight']:.1e}")
+    if case == "float64 nobody has":
+        assert not any(name.startswith("grad") for name in want) and ours["norm"] == 0
+        assert worst["weight"] == 0
+    elif case.startswith("float64"):
+        assert any(name.startswith("grad") for name in want)
+        assert worst["grad"] <= 1e-12 and worst["weight"] <= 1e-9
+        assert abs(ours["norm"] / want["norm"] - 1) < 1e-12
+    else:
+        assert worst["grad"] <= 1e-5
+
+
+def test_the_budget_does_not_matter_either():
+    for name, want in plain("float64").items():
+        error = (plain("float64 small batches")[name] - want).norm() / want.norm()
+        assert error <= (1e-12 if name.startswith("grad") else 1e-9), name
+
+
+def test_shares_are_the_whole_and_one_failure_is_everybodys(ours):
+    assert sum(ours["shares"], []) == list(range(7))
+    assert max(map(len, ours["shares"])) - min(map(len, ours["shares"])) <= 1
+    assert set(ours["told"]) == {"only here"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_yaml(tmp_path_factory.mktemp("world"), **{"loss.kl": 0.01, "run.threads": 0})
+
+
+@pytest.mark.parametrize("n, prompts", [(2, 5), (3, 2)])
+def test_a_run_on_several_ranks_is_the_run_on_one(n, prompts, world, tmp_path):
+    """Prompts that do not divide, even fewer than ranks; the same rollouts, rewards, evaluation and, to rounding, the same policy."""
+    one, many = tmp_path / "one", tmp_path / "many"
+    argv = [world, f"train.prompts_per_step={prompts}", "train.steps=2"]
+    assert guarded(train.main, [*argv, f"run.dir={one}"]) == 0
+    torchrun(n, "-m", "recr1.train", *argv, f"run.dir={many}")
+    assert {p.name for p in one.iterdir()} == {p.name for p in many.iterdir()}
+    assert jsonl(one / "eval_before.jsonl") == jsonl(many / "eval_before.jsonl")
+    for a, b in zip(jsonl(one / "rollouts.jsonl.gz"), jsonl(many / "rollouts.jsonl.gz"), strict=True):
+        for key in a:
+            assert a[key] == (pytest.approx(b[key], abs=2e-3) if key.endswith(("logp", "entropy", "adv")) else b[key]), key
+    rows = [[json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in (one, many)]
+    for a, b in zip(*rows, strict=True):
+        assert a.keys() == b.keys() and a["val_ndcg" if "val_ndcg" in a else "reward"] == b["val_ndcg" if "val_ndcg" in a else "reward"]
+        for key in a.keys() - {"seconds", "rollout_tokens_per_s"} - {key for key in a if "gap" in key}:
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
+    summary = json.loads((many / "summary.json").read_text())
+    assert summary["world_size"] == n and summary["n_eval"] == 12
+    theirs, ours = (load_model(str(folder / "model")).state_dict() for folder in (one, many))
+    assert max(((ours[k] - theirs[k]).norm() / theirs[k].norm()).item() for k in theirs) < 1e-3
+
+
+def test_bad_input_is_one_line_on_any_number_of_ranks(world, tmp_path):
+    done = torchrun(2, "-m", "recr1.train", world, "data.corpus=nowhere.jsonl", f"run.dir={tmp_path / 'run'}", expect=1)
+    assert [line for line in done.stderr.splitlines() if line.startswith("recr1:")] == ["recr1: nowhere.jsonl: no such file; check the path, or prepare the data set first"]
+    assert "Traceback" not in done.stderr.split("recr1:")[0] and not (tmp_path / "run").exists()
