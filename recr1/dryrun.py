@@ -1,0 +1,122 @@
+"""`--dry-run`: the whole run of a config, one step long, on a tiny random model of its architecture and tiny data of its formats. No hub, no GPU.
+
+Family and shape come from the model folder's config.json, or from shapes.yaml beside the config; where both are there they must agree.
+The tokenizer has the 256 bytes and WORDS whole answers, which the random model favours: rewards differ, so the step has a gradient.
+"""
+from __future__ import annotations
+
+import gzip
+import json
+import tempfile
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Iterator
+
+import torch
+import yaml
+from tokenizers import AddedToken, pre_tokenizers
+from transformers import Qwen2Tokenizer
+
+from . import dist
+from .config import Config, ConfigError
+from .data import is_test, is_validation
+from .model import Decoder, ModelConfig
+from .weights import parse_config, read_config, save_model
+
+WORDS = "lamp chair table shirt kettle guitar camera bicycle".split()
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+@contextmanager
+def shrunk(cfg: Config, path: str) -> Iterator[Config]:
+    """The config (read from the file `path`) with everything large made tiny, in a temporary folder of its own. Raises ConfigError."""
+    shape = model_shape(cfg.model.path, path)
+    longest = cfg.prompt.max_tokens + cfg.sampling.max_new_tokens
+    for what, limit in (("train.tokens_per_micro_batch", cfg.train.tokens_per_micro_batch),
+                        ("the model's max_position_embeddings", shape.max_position_embeddings)):
+        if longest > limit:
+            raise ConfigError(f"prompt.max_tokens + sampling.max_new_tokens = {longest} exceeds {what} = {limit}")
+    with tempfile.TemporaryDirectory(prefix="recr1-dry-run-") as own:
+        folder = Path(dist.first(own))                     # rank 0's serves all
+        with dist.together():
+            if dist.rank() == 0:
+                _write_policy(shape, folder / "policy")
+                _write_data(cfg, folder)
+        d = cfg.data
+        yield replace(
+            cfg, run=replace(cfg.run, dir=str(folder / "run")), model=replace(cfg.model, path=str(folder / "policy")),
+            data=replace(d, **{key: str(folder / _file(key, getattr(d, key))) for key in _FILES if getattr(d, key)}),
+            retriever=replace(cfg.retriever, index_dir=str(folder / "index")), prompt=replace(cfg.prompt, max_tokens=4096),
+            sampling=replace(cfg.sampling, max_new_tokens=8),
+            train=replace(cfg.train, steps=1, prompts_per_step=4, tokens_per_micro_batch=8192, eval_every=min(1, cfg.train.eval_every)))
+
+
+def model_shape(model: str, config_path: str) -> ModelConfig:
+    """The shape that model.path stands for, without a download."""
+    table, shape = Path(config_path).parent / "shapes.yaml", None
+    raw = (yaml.safe_load(table.read_text(encoding="utf-8")) if table.exists() else {}).get(model)
+    listed = parse_config(raw, f"{table}: {model}") if raw else None
+    if (Path(model) / "config.json").exists():
+        shape = read_config(model)
+    if listed and shape and listed != shape:
+        raise ConfigError(f"{table}: {model} is said to be {listed}, its config.json says {shape}; correct the table")
+    if not (listed or shape):
+        raise ConfigError(f"model.path: {model!r} is no model folder here and {table} has no entry of that name; add its shape there for --dry-run")
+    return shape or listed
+
+
+def _write_policy(shape: ModelConfig, folder: Path) -> None:
+    """A random model of the family: kv heads, tying, rope scaling as in `shape`, widths tiny."""
+    answers = [f'</think><answer>{{"query": "{word}"}}</answer>' for word in WORDS]
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], unk_token=SPECIAL[0], pad_token=SPECIAL[0], eos_token=SPECIAL[2])
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in answers])
+    tokenizer.chat_template = TEMPLATE
+    kv = min(2, shape.num_key_value_heads)
+    heads = kv * min(3, shape.num_attention_heads // shape.num_key_value_heads)
+    tiny = replace(shape, vocab_size=len(tokenizer) + 5, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=heads,
+                   num_key_value_heads=kv, head_dim=8, max_position_embeddings=8192)
+    model, g = Decoder(tiny), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1:
+                p.normal_(0, 0.02, generator=g)
+        # all hidden states lie near one direction; a token is written the more often the further its row reaches along it
+        along = torch.zeros(tiny.vocab_size).fill_(0.3)
+        along[tokenizer.convert_tokens_to_ids([*answers, SPECIAL[2]])] = torch.tensor([1.0] * len(answers) + [1.3])
+        direction = torch.nn.functional.normalize(torch.randn(48, generator=g), dim=0)
+        model.model.embed_tokens.weight += along[:, None] * direction
+        if not tiny.tie_word_embeddings:
+            model.lm_head.weight += along[:, None] * direction
+    save_model(tiny, model.state_dict().items(), tokenizer, frozenset([tokenizer.eos_token_id]), str(folder))
+
+
+_FILES = dict(corpus="corpus.jsonl", train_queries="train.queries.jsonl", train_qrels="train.qrels.tsv",
+              test_queries="test.queries.jsonl", test_qrels="test.qrels.tsv")
+
+
+def _file(key: str, like: str) -> str:
+    return _FILES[key] + (".gz" if like.endswith(".gz") else "")
+
+
+def _write_data(cfg: Config, folder: Path) -> None:
+    """Queries of one word; every document of that word is relevant. As many that no split is empty."""
+    def ids(split, n):
+        return [f"{split}{i}" for i in range(n)]
+    train = ids("train", 64)
+    assert any(map(is_validation, train)) and any(map(is_test, train))
+    word = {q: WORDS[i % len(WORDS)] for n, split in ((64, "train"), (8, "test")) for i, q in enumerate(ids(split, n))}
+    lines = {"corpus": [json.dumps(dict(id=f"d{i}", title=f"{w} {i}", text=f"a {w} and a {WORDS[i % 5]}")) for i, w in enumerate(WORDS * 3)]}
+    for split in ("train", "test"):
+        mine = [q for q in word if q.startswith(split)]
+        lines[f"{split}_queries"] = [json.dumps(dict(id=q, text=f"a {word[q]}")) for q in mine]
+        lines[f"{split}_qrels"] = [f"{q}\td{d}\t{1 + d % 2}" for q in mine for d in range(len(WORDS) * 3) if WORDS[d % len(WORDS)] == word[q]]
+    for key, rows in lines.items():
+        like = getattr(cfg.data, key)
+        if like:
+            text = "".join(row + "\n" for row in rows).encode()
+            (folder / _file(key, like)).write_bytes(gzip.compress(text) if like.endswith(".gz") else text)

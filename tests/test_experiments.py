@@ -1,0 +1,62 @@
+"""The experiments' configs and the README's: each passes its dry run, and what the README says to write trains."""
+import json
+import re
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recr1 import config as configs
+from recr1 import train
+from recr1.run import guarded
+from tiny import jsonl, refused, write_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_yaml(tmp_path_factory.mktemp("world"))
+
+
+CONFIGS = sorted(p for p in (ROOT / "experiments").glob("*.yaml") if p.name != "shapes.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_experiment_passes_its_dry_run(path, capsys, monkeypatch, tmp_path):
+    """One whole step, in small; whatever the config names need not be there, and nothing is asked of the network."""
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a dry run went to the network"))
+    monkeypatch.chdir(tmp_path)
+    assert guarded(train.main, [str(path), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    grad, spread = (float(re.search(rf"{name} +([\d.]+)", out)[1]) for name in ("grad", "spread"))
+    assert "dry run passed" in out and grad > 0 and spread > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_needs_the_shape(world, tmp_path, capsys):
+    assert "somebody/model" in (line := refused([world, "model.path=somebody/model", "--dry-run"], capsys)) and "shapes.yaml" in line
+    table = Path(world).parent / "shapes.yaml"
+    policy = configs.load(world, []).model.path
+    table.write_text(yaml.safe_dump({policy: json.loads((Path(policy) / "config.json").read_text()) | dict(hidden_size=96)}))
+    try:
+        assert "hidden_size=96" in refused([world, "--dry-run"], capsys)
+    finally:
+        table.unlink()
+
+
+def test_the_readmes_own_data_trains(world, tmp_path, monkeypatch):
+    """README, "Your own data": the YAML as it stands there, at most 15 lines, on three small files and a small model of that name."""
+    [text] = re.findall(r"```yaml\n(run: .*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(text.splitlines()) <= 15
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(text)
+    cfg, mine = configs.load(world, []), configs.load("mine.yaml", [])
+    for key in ("corpus", "train_queries", "train_qrels"):
+        to = Path(getattr(mine.data, key))
+        to.parent.mkdir(exist_ok=True)
+        shutil.copy(getattr(cfg.data, key), to)
+    assert guarded(train.main, ["mine.yaml", f"model.path={cfg.model.path}", "train.steps=2", "sampling.max_new_tokens=12", "train.eval_every=1"]) == 0
+    assert len(jsonl(Path(mine.run.dir) / "metrics.jsonl")) == 2
