@@ -16,6 +16,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["recr1", "recr1.*"]) + ["recr1.kernels"],
     package_dir={"recr1": "recr1", "recr1.kernels": "kernels"},
+    entry_points={"console_scripts": ["recr1=recr1.cli:command"]},
     install_requires=[
         "torch>=2.11,<2.16",        # experiments/setup_env.sh keeps a GPU machine's torch when it is in this range
         "transformers>=5.12,<6",

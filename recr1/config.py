@@ -199,6 +199,12 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
+def answering(config: Config) -> str:
+    """YAML of what a trained policy needs to answer as it did in training: the prompt and how long the answer may be."""
+    prompt = {k: _plain(v) for k, v in dataclasses.asdict(config.prompt).items()}
+    return yaml.safe_dump(dict(prompt=prompt, sampling=dict(max_new_tokens=config.sampling.max_new_tokens)), sort_keys=False, allow_unicode=True)
+
+
 def _plain(value):
     return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
 

@@ -7,7 +7,7 @@ import torch
 from . import dist
 from .fsdp import gathered
 from .metrics import bootstrap_ci
-from .records import Prompt
+from .records import Prompt, Rollout
 from .sample import generate
 from .tasks.product_search import ProductSearch
 
@@ -19,14 +19,21 @@ def evaluate(model: torch.nn.Module, prompts: list[Prompt], task: ProductSearch,
 
     Each rank takes its share of the prompts; rank 0 gets all rows, in order, the others none.
     """
-    mine, rollouts = dist.share(prompts), []
-    with gathered(model):
-        for start in range(0, len(mine), AT_ONCE):
-            rollouts += generate(model, mine[start:start + AT_ONCE], 1, 1.0, max_new_tokens, task.stops, uniforms=None)
+    mine = dist.share(prompts)
+    rollouts = greedy(model, mine, task.stops, max_new_tokens)
     raw = task.metric([p.id for p in mine], [p.text for p in mine])
     rows = [dict(id=p.id, raw=p.text, rewrite=reward.answer, ndcg_raw=before, ndcg=reward.parts["ndcg"], text=reward.text, error=reward.error)
             for p, before, reward in zip(mine, raw, task.score(rollouts))]
     return [row for part in dist.gather(rows) or [] for row in part]
+
+
+def greedy(model: torch.nn.Module, prompts: list[Prompt], stops: frozenset[int], max_new_tokens: int) -> list[Rollout]:
+    """One most likely text per prompt. A collective: every rank calls it, with its own prompts or none."""
+    rollouts = []
+    with gathered(model):
+        for start in range(0, len(prompts), AT_ONCE):
+            rollouts += generate(model, prompts[start:start + AT_ONCE], 1, 1.0, max_new_tokens, stops, uniforms=None)
+    return rollouts
 
 
 def column(rows: list[dict], name: str) -> np.ndarray:

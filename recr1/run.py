@@ -189,6 +189,7 @@ class Run:
         save_policy(self.policy, self.tokenizer, self.stops, str(self.folder / "model"))
         if dist.rank() > 0:
             return
+        (self.folder / "model/recr1.yaml").write_text(configs.answering(self.cfg), encoding="utf-8")
         raw, b, a = evaluate.column(before, "ndcg_raw"), evaluate.column(before, "ndcg"), evaluate.column(after, "ndcg")
         metric = f"ndcg@{self.cfg.reward.k_eval}"
         (gain, gain_ci), (lift, lift_ci) = evaluate.mean_ci(a - raw), evaluate.mean_ci(a - b)
