@@ -53,7 +53,7 @@ choose_python() {
 }
 
 set_up() {
-    local extra="${1:-}" start=$SECONDS venv stamp want torch pins
+    local extra="${1:-}" start=$SECONDS venv stamp want kept torch pins
     choose_python
     venv="$(dirname "$(dirname "$PYTHON")")"
     stamp="$venv/.recr1-setup"
@@ -65,12 +65,13 @@ set_up() {
         return
     fi
     "$PYTHON" -m pip --version >/dev/null 2>&1 || fail "$venv has no pip; add it with '$PYTHON -m ensurepip'"
-    torch="$(gpu_torch)"
-    torch="${torch:-2.13.0}"
+    kept="$(gpu_torch)"
+    torch="${kept:-2.13.0}"
     echo "setting up $venv with torch $torch (once; minutes when torch has to be downloaded)"
     rm -f "$stamp"
     pins="$venv/.recr1-constraints.txt"
-    { grep -v '^torch==' "$ROOT/experiments/constraints.txt"; echo "torch==$torch"; } >"$pins"
+    # a GPU machine's torch names the one Triton it works with
+    { grep -v -e '^torch==' ${kept:+-e '^triton=='} "$ROOT/experiments/constraints.txt"; echo "torch==$torch"; } >"$pins"
     # torch is named in this command, not only pinned: left to the dependencies, pip may choose another build of it
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -c "$pins" "torch==$torch" -e "$ROOT${extra:+[$extra]}" ||
         fail "pip could not install recr1 into $venv; its lines above say why (it needs network access and some gigabytes of disk)"

@@ -1,44 +1,321 @@
 """Linear -> log-prob: from hidden states and the head's weight to each target's log-prob, never holding (N, V).
 
-Legend: N trained tokens, C width, V vocabulary, n rows of a chunk.
+    logp = x[target] - logsumexp(x),  x = hidden @ weight.T / T;      d logp / d (hidden @ weight.T) = (onehot(target) - softmax(x)) / T
+
+`linear_logp` (recompute): any loss on logp; its backward makes the logits again, by slices of the vocabulary: with logsumexp known a
+slice needs no other, d_weight of a slice is one product over all rows (summed in the product's own float32, written once), and only
+the small d_hidden is added up. `linear_loss` (one shot): a loss that is a sum over tokens; gradients are made in the forward, by
+chunks of rows, and the logits are made once.
+
+Arithmetic for an H100 (not measured; 700 TF/s in products, 3.0 TB/s), V = 151,936, bf16, chunks of 1,024 rows = 0.29 GiB, in ms per
+1,024 rows at C = 896 / 2,048:
+    one shot   3 products 1.19 / 2.73, logits read, read, written 0.31, float32 d_weight read and written 0.36 / 0.83: 449 / 494 TF/s
+    recompute  4 products 1.59 / 3.64, the same passes 0.31, d_hidden 0.02 / 0.05: 580 / 638 TF/s on a third more FLOP: 1.92 / 4.00 ms
+so on a GPU the two take the same time (1.86 / 3.87 ms), and one shot saves d_hidden's and logp's second visit only; on a CPU the
+product is the cost and one shot wins by the fourth product.
+
+Legend: N trained tokens, C width, V vocabulary, n rows of a chunk, b rows of a block, v columns of a slice.
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import SimpleNamespace
+
 import torch
 
-CHUNK = 256                     # rows whose logits exist at once: at V = 4,096 they stay in a core's cache
+from .launch import require
+
+# Bytes of logits that exist at once. CPU: wide products, yet little beside a small head's gradient. GPU: 1,024 rows of Qwen's vocabulary in bf16.
+WORKSPACE = {"cpu": 64 << 20, "cuda": 311_164_928}
+BLOCK = {"cpu": 8 << 20, "cuda": 64 << 20}      # torch: what the policy visits several times over, in cache on a CPU
+SLICE = {"cpu": 16 << 20, "cuda": 311_164_928}  # the recomputed logits, which come by columns
+
+Formula = Callable[[torch.Tensor, slice], torch.Tensor]                            # logp (n,), its rows -> that part of the loss
+Pull = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]          # the same -> that part, d loss / d logp (n,)
 
 
-def linear_logp(hidden, weight, target, temperature: float, of_logits):
-    """hidden (N, C), weight (V, C), target (N,) -> log-prob (N,) with gradient, entropy (N,) without.
+def linear_logp(hidden, weight, target, temperature: float, policy, backend: str = "torch"):
+    """hidden (N, C), weight (V, C), target (N,) -> log-prob (N,) with gradient, entropy (N,) without, at least float32.
 
-    `of_logits(logits (n, V), target (n,)) -> (logp (n,), entropy (n,))` is the policy's definition (policy.py). The
-    backward makes a chunk's logits again: d logp / d logits = (onehot(target) - softmax(logits / T)) / T.
+    `policy(logits (b, V), temperature) -> Policy` is the definition (policy.py); backend "triton" computes the same in its kernels.
+    Rows whose incoming gradient is 0 are left out of the backward. Raises RuntimeError when the backend cannot run here.
     """
-    return _LinearLogp.apply(hidden, weight, target, temperature, of_logits)
+    require(backend, hidden.device)
+    return _LinearLogp.apply(hidden, weight, target, temperature, policy, backend)
+
+
+def linear_loss(hidden, weight, target, temperature: float, policy, pull: Pull, backend: str = "torch"):
+    """The same inputs -> loss (scalar with gradient), log-prob (N,) and entropy (N,) without; the logits are made once.
+
+    The loss is a sum over tokens: `pull(logp (n,), rows)` returns the part of one chunk, already divided by the total, and its
+    derivative; `by_autograd(formula)` makes a pull of a formula in plain torch. `rows` is a slice of 0..N.
+    """
+    require(backend, hidden.device)
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()      # the forward would make gradients that nobody can ask for
+    return _LinearLoss.apply(hidden, weight, target, temperature, policy, pull, backend)
+
+
+def by_autograd(formula: Formula) -> Pull:
+    """The Pull of a loss that is written in plain torch on logp."""
+    def pull(logp, rows):
+        with torch.enable_grad():
+            leaf = logp.detach().requires_grad_()
+            loss = formula(leaf, rows)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+    return pull
 
 
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target, temperature, of_logits):
-        ctx.save_for_backward(hidden, weight, target)
-        ctx.temperature = temperature
-        parts = [of_logits(h @ weight.T, t) for h, t in zip(hidden.split(CHUNK), target.split(CHUNK))]
-        logp, entropy = (torch.cat(column) for column in zip(*parts))
+    def forward(ctx, hidden, weight, target, temperature, policy, backend):
+        logp, entropy, log_norm = (hidden.new_empty(len(hidden), dtype=_wide(weight)) for _ in range(3))       # (N,) each
+        for rows, logits in _chunks(hidden, weight):
+            if backend == "triton":
+                statistics(logits, target[rows], temperature, logp[rows], entropy[rows], log_norm[rows])
+                continue
+            for here, block in _blocks(rows, logits):
+                p = policy(block, temperature)
+                logp[here], entropy[here], log_norm[here] = p.logp(target[here, None])[:, 0], p.entropy(), p.log_norm[:, 0]
+        ctx.save_for_backward(hidden, weight, target, log_norm)
+        ctx.temperature, ctx.gradient_ = temperature, triton_gradient_ if backend == "triton" else torch_gradient_
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, target = ctx.saved_tensors
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=wide)
-        grad = (grad / ctx.temperature).to(wide)[:, None]
-        start = 0
-        for h, t, g in zip(hidden.split(CHUNK), target.split(CHUNK), grad.split(CHUNK)):
-            d_logits = ((h @ weight.T).to(wide) * (1 / ctx.temperature)).softmax(-1).mul_(-g)      # (n, V)
-            d_logits = d_logits.scatter_add_(-1, t[:, None], g).to(weight.dtype)
-            d_hidden[start:start + len(h)] = d_logits @ weight
-            d_weight += d_logits.T @ h
-            start += len(h)
-        return d_hidden, d_weight.to(weight.dtype), None, None, None
+        hidden, weight, target, log_norm = ctx.saved_tensors
+        live = grad.nonzero()[:, 0]
+        some = len(live) < len(hidden)
+        h, target, log_norm, grad = (x.index_select(0, live) if some else x for x in (hidden, target, log_norm, grad.contiguous()))
+        d_hidden = torch.zeros_like(h, dtype=_wide(h)) if ctx.needs_input_grad[0] else None
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        for columns, logits in _slices(h, weight):
+            ctx.gradient_(logits, target - columns.start, log_norm, grad, ctx.temperature)
+            if d_hidden is not None:
+                _add_product(d_hidden, logits, weight[columns])
+            if d_weight is not None:
+                torch.mm(logits.T, h, out=d_weight[columns])
+        if d_hidden is not None:
+            d_hidden = d_hidden.to(hidden.dtype)
+            d_hidden = torch.zeros_like(hidden).index_copy_(0, live, d_hidden) if some else d_hidden
+        return d_hidden, d_weight, None, None, None, None
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, target, temperature, policy, pull, backend):
+        logp, entropy = (hidden.new_empty(len(hidden), dtype=_wide(weight)) for _ in range(2))                 # (N,) each
+        loss = logp.new_zeros(())
+        d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.empty_like(weight, dtype=_wide(weight)) if ctx.needs_input_grad[1] else None
+        cleared = 0                                            # the first product overwrites d_weight: it is never cleared, then added to
+        for rows, logits in _chunks(hidden, weight):
+            if backend == "triton":
+                live = _triton_gradient_chunk_(rows, logits, target, temperature, pull, logp, entropy, loss)
+            else:
+                live = _torch_gradient_chunk_(rows, logits, target, temperature, policy, pull, logp, entropy, loss)
+            if len(live) == 0:
+                continue
+            d_logits, h = logits[:len(live)], hidden.index_select(0, live)
+            if d_hidden is not None:
+                d_hidden.index_copy_(0, live, d_logits @ weight)
+            if d_weight is not None:
+                _add_product(d_weight, d_logits.T, h, beta=cleared)
+                cleared = 1
+        if d_weight is not None:
+            d_weight = (d_weight if cleared else d_weight.zero_()).to(weight.dtype)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.mark_non_differentiable(logp, entropy)
+        return loss, logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        scaled = (d if d is None or grad == 1 else d * grad.to(d.dtype) for d in ctx.saved_tensors)
+        return *scaled, None, None, None, None, None
+
+
+def _torch_gradient_chunk_(rows, logits, target, temperature, policy, pull, logp, entropy, loss):
+    """Fills logp and entropy of the rows, adds their part to the loss, and packs their d_logits, but those of gradient 0, to the top of
+    `logits`. Returns the rows (k,) they belong to. The policy's exponentials become the gradient, block by block, in cache."""
+    found = []
+    top = 0
+    for here, block in _blocks(rows, logits):
+        p = policy(block, temperature)
+        logp[here], entropy[here] = p.logp(target[here, None])[:, 0], p.entropy()
+        part, g = pull(logp[here], here)
+        loss += part
+        live = g.nonzero()[:, 0]
+        found.append(live + here.start)
+        weights, total, g, at, x = (y if len(live) == len(g) else y[live] for y in (p.weights, p.total, g, target[here], logp[here]))
+        g = (g / temperature)[:, None]
+        d_logits = logits[top:top + len(live)]
+        torch.mul(weights, -g / total, out=d_logits)
+        d_logits.scatter_(1, at[:, None], (g * -x.expm1()[:, None]).to(d_logits.dtype))                        # 1 - p, exact near p = 1
+        top += len(live)
+    return torch.cat(found)
+
+
+def _triton_gradient_chunk_(rows, logits, target, temperature, pull, logp, entropy, loss):
+    """The same by kernels. Rows of gradient 0 stay in place: no row may move while another program still reads it."""
+    if hasattr(pull, "on_logits_"):                            # a loss with a kernel of its own: one pass (group_loss.GroupPull)
+        loss += pull.on_logits_(logits, target[rows], temperature, rows, logp[rows], entropy[rows])
+    else:
+        log_norm = torch.empty_like(logp[rows])
+        statistics(logits, target[rows], temperature, logp[rows], entropy[rows], log_norm)
+        part, g = pull(logp[rows], rows)
+        loss += part
+        if not g.any():
+            return target.new_empty(0)
+        triton_gradient_(logits, target[rows], log_norm, g, temperature)
+    return torch.arange(rows.start, rows.stop, device=target.device)
+
+
+def torch_gradient_(logits, at, log_norm, pull, temperature: float) -> None:
+    """logits (n, v), a slice of the vocabulary -> d loss / d logits, in place. at (n,): the target's column, outside the slice too."""
+    x = logits.to(_wide(logits))
+    if temperature != 1.0:
+        x.div_(temperature)
+    pull = (pull / temperature)[:, None]
+    x.sub_(log_norm[:, None]).exp_().mul_(-pull)
+    inside = ((at >= 0) & (at < x.shape[1]))[:, None]
+    x.scatter_add_(1, at.clamp(0, x.shape[1] - 1)[:, None], torch.where(inside, pull, 0))
+    if x is not logits:
+        logits.copy_(x)
+
+
+def statistics(logits, target, temperature: float, logp, entropy, log_norm) -> None:
+    """Fills logp, entropy and logsumexp (n,) of logits (n, V), as policy.policy defines them: one pass, an online logsumexp, a program to a row."""
+    n, V = logits.shape
+    check_rows(logits, target, logp, entropy, log_norm)
+    kernels().statistics[n,](logits, target, logp, entropy, log_norm, float(temperature), V, logits.stride(0), **tile_of(V))
+
+
+def triton_gradient_(logits, at, log_norm, pull, temperature: float) -> None:
+    """torch_gradient_ by a kernel: one read and one write of logits (n, v), a program to 4,096 columns of a row."""
+    n, v = logits.shape
+    check_rows(logits, at, log_norm, pull)
+    if n:
+        kernels().gradient[n, -(-v // 4096)](logits, at, log_norm, pull, float(temperature), logits.stride(0), 4096, num_warps=4)
+
+
+def check_rows(logits, *of_rows) -> None:
+    n, stride = len(logits), logits.stride()
+    assert stride[1] == 1 and stride[0] % 16 == 0, f"rows must be dense and start at multiples of 16 numbers, strides are {stride}"
+    assert all(x.shape == (n,) and x.is_contiguous() for x in of_rows), f"one number for each of {n} rows, contiguous"
+
+
+def tile_of(V: int) -> dict[str, int]:
+    """A power of two of columns for a program that walks a row of V, 32 to a thread where there are so many."""
+    tile = min(8192, 1 << max(4, (V - 1).bit_length()))
+    return dict(TILE=tile, num_warps=max(1, tile // 1024))
+
+
+@cache
+def kernels() -> SimpleNamespace:
+    """The Triton kernels, made at first use: importing this file needs no Triton, and Triton finds `tl` and helpers among a module's globals.
+
+    V and a workspace's stride are constants of the model, other sizes run-time values: a new batch compiles nothing. A tile is loaded
+    whole up to the stride, and what stands behind V is masked after the load: masked by an odd V the load would go number by number.
+    """
+    global triton, tl, row_statistics, d_logits
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def row_statistics(x, scale, V: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr):
+        """Of the row at x, scaled by 1 / T: logsumexp, entropy."""
+        peak, total, moment = -float("inf"), 0.0, 0.0
+        for start in range(0, V, TILE):
+            column = start + tl.arange(0, TILE)
+            value = tl.load(x + column, mask=column < STRIDE, other=0.0).to(tl.float32) * scale
+            value = tl.where(column < V, value, -float("inf"))
+            higher = tl.maximum(peak, tl.max(value, 0))
+            weight = tl.exp(value - higher)
+            shrink = tl.exp(peak - higher)
+            total = total * shrink + tl.sum(weight, 0)
+            moment = moment * shrink + tl.sum(tl.where(weight > 0, weight * value, 0.0), 0)
+            peak = higher
+        log_norm = peak + tl.log(total)
+        return log_norm, log_norm - moment / total
+
+    @triton.jit
+    def d_logits(x, column, target, log_norm, pull, scale, STRIDE):
+        """Overwrites a tile of the row at x with pull (onehot - softmax) / T."""
+        value = tl.load(x + column, mask=column < STRIDE, other=0.0)
+        p = tl.exp(value.to(tl.float32) * scale - log_norm)
+        d = pull * scale * tl.where(column == target, 1.0 - p, -p)
+        tl.store(x + column, d.to(value.dtype), mask=column < STRIDE)
+
+    @triton.jit
+    def statistics(x, target, logp, entropy, log_norm, temperature, V: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        scale = 1.0 / temperature
+        norm, spread = row_statistics(x + row * STRIDE, scale, V, STRIDE, TILE)
+        chosen = tl.load(x + row * STRIDE + tl.load(target + row)).to(tl.float32) * scale
+        tl.store(logp + row, chosen - norm)
+        tl.store(entropy + row, spread)
+        tl.store(log_norm + row, norm)
+
+    @triton.jit
+    def gradient(x, target, log_norm, pull, temperature, STRIDE, TILE: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        d_logits(x + row * STRIDE, column, tl.load(target + row), tl.load(log_norm + row), tl.load(pull + row), 1.0 / temperature, STRIDE)
+
+    return SimpleNamespace(statistics=statistics, gradient=gradient, row_statistics=row_statistics, d_logits=d_logits)
+
+
+def _chunks(hidden, weight) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows of 0..N and their logits (n, V), one workspace for all."""
+    N, stride = len(hidden), _stride(len(weight))
+    rows = _most(WORKSPACE[hidden.device.type], stride * hidden.element_size(), N)
+    workspace = hidden.new_empty(rows, stride)
+    for start in range(0, N, rows):
+        stop = min(start + rows, N)
+        yield slice(start, stop), torch.mm(hidden[start:stop], weight.T, out=workspace[:stop - start, :len(weight)])
+
+
+def _slices(hidden, weight) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Columns of 0..V and their logits (N, v), one workspace for all."""
+    N, V = len(hidden), len(weight)
+    columns = _stride(_most(SLICE[hidden.device.type], max(N, 1) * hidden.element_size(), V))
+    workspace = hidden.new_empty(N, columns)
+    for start in range(0, V, columns):
+        stop = min(start + columns, V)
+        yield slice(start, stop), torch.mm(hidden, weight[start:stop].T, out=workspace[:, :stop - start])
+
+
+def _blocks(rows: slice, logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The chunk in blocks: rows of 0..N and their logits (b, V)."""
+    count = _most(BLOCK[logits.device.type], logits.shape[1] * _wide(logits).itemsize, len(logits))
+    for start in range(0, len(logits), count):
+        block = logits[start:start + count]
+        yield slice(rows.start + start, rows.start + start + len(block)), block
+
+
+def _most(budget: int, each: int, all: int) -> int:
+    """How many fit the budget: all, or a multiple of 128 (a GPU's tile), or of 4 (below it float32 sums depend on the number of rows)."""
+    fit = max(budget // each, 4)
+    return max(all, 1) if fit >= all else fit - fit % (128 if fit >= 128 else 4)
+
+
+def _stride(columns: int) -> int:
+    """Rows of a workspace start 32 bytes apart at least: the wide loads of cuBLAS and Triton need it, and real vocabularies are odd."""
+    return -(-columns // 16) * 16
+
+
+def _add_product(out, a, b, beta: float = 1) -> None:
+    """out = beta * out + a @ b, summed in out's type, which may be wider than theirs."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b, beta=beta)
+    elif out.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+    else:
+        out.mul_(beta).add_(a @ b) if beta else out.copy_(a @ b)
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    """The type of sums and log-probs; float64 stays float64."""
+    return torch.promote_types(x.dtype, torch.float32)

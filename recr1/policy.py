@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from .attention import PackedAttention
-from .kernels.logprob import linear_logp
+from .kernels.logprob import Pull, linear_logp, linear_loss
 from .records import Batch
 
 
@@ -41,11 +41,20 @@ def policy(logits: torch.Tensor, temperature: float) -> Policy:
     return Policy(scaled, weights, total, peak + total.log())
 
 
-def score(model: torch.nn.Module, batch: Batch, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob (N,) with gradient and entropy (N,) without of the batch's targets, by a Decoder, sharded or not."""
-    def of_logits(logits, target):
-        p = policy(logits, temperature)
-        return p.logp(target[:, None])[:, 0], p.entropy()
+def score(model: torch.nn.Module, batch: Batch, temperature: float, kernels: str = "torch") -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob (N,) with gradient and entropy (N,) of the batch's targets, by a Decoder, sharded or not."""
     with model.root():                       # one gather for embedding and head
-        hidden = model(batch.tokens, batch.positions, PackedAttention(*batch.layout, batch.tokens.device))     # (M, C)
-        return linear_logp(hidden.index_select(0, batch.predict_from), model.head_weight, batch.target, temperature, of_logits)
+        return linear_logp(*_head_inputs(model, batch), temperature, policy, kernels)
+
+
+def score_loss(model: torch.nn.Module, batch: Batch, temperature: float, pull: Pull,
+               kernels: str = "torch") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One shot: the loss that `pull` (kernels/logprob.py) makes of the log-probs, with gradient; log-prob (N,) and entropy (N,) without."""
+    with model.root():
+        return linear_loss(*_head_inputs(model, batch), temperature, policy, pull, kernels)
+
+
+def _head_inputs(model, batch: Batch):
+    """Hidden states that predict (N, C), head weight (V, C), targets (N,)."""
+    hidden = model(batch.tokens, batch.positions, PackedAttention(*batch.layout, batch.tokens.device))         # (M, C)
+    return hidden.index_select(0, batch.predict_from), model.head_weight, batch.target
