@@ -71,14 +71,14 @@ class GroupPull:
         self.adv = advantages(self.rewards, self.rule)
         self.sums = self.adv.new_zeros(len(STATISTICS))
 
-    def __call__(self, logp: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """logp (n,) of the rows -> their part of the loss, d loss / d logp (n,)."""
+    def __call__(self, logp: torch.Tensor, entropy: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """logp (n,) of the rows -> their part of the loss, d loss / d logp (n,); the entropy has no part in it."""
         n, tile = len(logp), 1024
         assert logp.dtype == torch.float32 and logp.is_contiguous()
         pull, sums = torch.empty_like(logp), logp.new_empty(-(-n // tile), len(STATISTICS))
         if n:
             kernels().tokens[len(sums),](logp, *self._of_tokens(rows), self.adv, pull, sums, n, *self._constants(), TILE=tile, num_warps=4)
-        return self._add(sums), pull
+        return self._add(sums), pull, None
 
     def on_logits_(self, logits, target, temperature: float, rows: slice, logp, entropy) -> torch.Tensor:
         """logits (n, V) of the rows -> d loss / d logits in place, logp and entropy (n,) filled; returns their part of the loss."""
@@ -115,7 +115,7 @@ def group_loss(logp: torch.Tensor, pull: GroupPull) -> torch.Tensor:
 class _GroupLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logp, pull):
-        loss, d_logp = pull(logp, slice(0, len(logp)))
+        loss, d_logp, _ = pull(logp, logp, slice(0, len(logp)))
         ctx.save_for_backward(d_logp)
         return loss.clone()
 
@@ -248,6 +248,6 @@ def kernels() -> SimpleNamespace:
         tl.store(sums + 4, gap)
         tl.debug_barrier()                         # the target's logit is read by every thread before any of them overwrites it
         for start in range(0, V, TILE):
-            d_logits(x, start + tl.arange(0, TILE), t, norm, d, scale, STRIDE)
+            d_logits(x, start + tl.arange(0, TILE), t, norm, d, None, None, scale, STRIDE)
 
     return SimpleNamespace(advantage=advantage, tokens=tokens, joined=joined)

@@ -1,6 +1,7 @@
 """Linear -> log-prob: from hidden states and the head's weight to each target's log-prob, never holding (N, V).
 
     logp = x[target] - logsumexp(x),  x = hidden @ weight.T / T;      d logp / d (hidden @ weight.T) = (onehot(target) - softmax(x)) / T
+    H = logsumexp(x) - softmax(x) . x;                                d H / d (hidden @ weight.T) = -softmax(x) (log softmax(x) + H) / T
 
 `linear_logp` (recompute): any loss on logp; its backward makes the logits again, by slices of the vocabulary: with logsumexp known a
 slice needs no other, d_weight of a slice is one product over all rows (summed in the product's own float32, written once), and only
@@ -32,11 +33,12 @@ BLOCK = {"cpu": 8 << 20, "cuda": 64 << 20}      # torch: what the policy visits 
 SLICE = {"cpu": 16 << 20, "cuda": 311_164_928}  # the recomputed logits, which come by columns
 
 Formula = Callable[[torch.Tensor, slice], torch.Tensor]                            # logp (n,), its rows -> that part of the loss
-Pull = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]          # the same -> that part, d loss / d logp (n,)
+# logp (n,), entropy (n,), their rows -> that part of the loss, d loss / d logp (n,), d loss / d entropy (n,) or None where it has no part
+Pull = Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
 
 
 def linear_logp(hidden, weight, target, temperature: float, policy, backend: str = "torch"):
-    """hidden (N, C), weight (V, C), target (N,) -> log-prob (N,) with gradient, entropy (N,) without, at least float32.
+    """hidden (N, C), weight (V, C), target (N,) -> log-prob (N,) and entropy (N,), both with gradient, at least float32.
 
     `policy(logits (b, V), temperature) -> Policy` is the definition (policy.py); backend "triton" computes the same in its kernels.
     Rows whose incoming gradient is 0 are left out of the backward. Raises RuntimeError when the backend cannot run here.
@@ -48,8 +50,8 @@ def linear_logp(hidden, weight, target, temperature: float, policy, backend: str
 def linear_loss(hidden, weight, target, temperature: float, policy, pull: Pull, backend: str = "torch"):
     """The same inputs -> loss (scalar with gradient), log-prob (N,) and entropy (N,) without; the logits are made once.
 
-    The loss is a sum over tokens: `pull(logp (n,), rows)` returns the part of one chunk, already divided by the total, and its
-    derivative; `by_autograd(formula)` makes a pull of a formula in plain torch. `rows` is a slice of 0..N.
+    The loss is a sum over tokens: `pull(logp (n,), entropy (n,), rows)` returns the part of one chunk, already divided by the total, and
+    its derivatives; `by_autograd(formula)` makes a pull of a formula in plain torch. `rows` is a slice of 0..N.
     """
     require(backend, hidden.device)
     if not torch.is_grad_enabled():
@@ -59,11 +61,11 @@ def linear_loss(hidden, weight, target, temperature: float, policy, pull: Pull, 
 
 def by_autograd(formula: Formula) -> Pull:
     """The Pull of a loss that is written in plain torch on logp."""
-    def pull(logp, rows):
+    def pull(logp, entropy, rows):
         with torch.enable_grad():
             leaf = logp.detach().requires_grad_()
             loss = formula(leaf, rows)
-        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0], None
     return pull
 
 
@@ -78,21 +80,23 @@ class _LinearLogp(torch.autograd.Function):
             for here, block in _blocks(rows, logits):
                 p = policy(block, temperature)
                 logp[here], entropy[here], log_norm[here] = p.logp(target[here, None])[:, 0], p.entropy(), p.log_norm[:, 0]
-        ctx.save_for_backward(hidden, weight, target, log_norm)
+        ctx.save_for_backward(hidden, weight, target, log_norm, entropy)
         ctx.temperature, ctx.gradient_ = temperature, triton_gradient_ if backend == "triton" else torch_gradient_
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)
         return logp, entropy
 
     @staticmethod
-    def backward(ctx, grad, _):
-        hidden, weight, target, log_norm = ctx.saved_tensors
-        live = grad.nonzero()[:, 0]
+    def backward(ctx, grad, d_entropy):
+        hidden, weight, target, log_norm, entropy = ctx.saved_tensors
+        grad = torch.zeros_like(log_norm) if grad is None else grad.contiguous()
+        live = (grad if d_entropy is None else grad.abs() + d_entropy.abs()).nonzero()[:, 0]
         some = len(live) < len(hidden)
-        h, target, log_norm, grad = (x.index_select(0, live) if some else x for x in (hidden, target, log_norm, grad.contiguous()))
+        h, target, log_norm, grad, entropy, d_entropy = (x if x is None or not some else x.index_select(0, live)
+                                                         for x in (hidden, target, log_norm, grad, entropy, d_entropy))
         d_hidden = torch.zeros_like(h, dtype=_wide(h)) if ctx.needs_input_grad[0] else None
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for columns, logits in _slices(h, weight):
-            ctx.gradient_(logits, target - columns.start, log_norm, grad, ctx.temperature)
+            ctx.gradient_(logits, target - columns.start, log_norm, grad, ctx.temperature, entropy, d_entropy)
             if d_hidden is not None:
                 _add_product(d_hidden, logits, weight[columns])
             if d_weight is not None:
@@ -144,15 +148,22 @@ def _torch_gradient_chunk_(rows, logits, target, temperature, policy, pull, logp
     for here, block in _blocks(rows, logits):
         p = policy(block, temperature)
         logp[here], entropy[here] = p.logp(target[here, None])[:, 0], p.entropy()
-        part, g = pull(logp[here], here)
+        part, g, h = pull(logp[here], entropy[here], here)
         loss += part
-        live = g.nonzero()[:, 0]
+        live = (g if h is None else g.abs() + h.abs()).nonzero()[:, 0]
         found.append(live + here.start)
-        weights, total, g, at, x = (y if len(live) == len(g) else y[live] for y in (p.weights, p.total, g, target[here], logp[here]))
-        g = (g / temperature)[:, None]
+        def taken(y):
+            return y if len(live) == len(g) else y[live]
+        weights, total, at, x = taken(p.weights), taken(p.total), taken(target[here]), taken(logp[here])[:, None]
+        slope = (taken(g) / temperature)[:, None]                                                              # (k, 1)
+        at_target = slope * -x.expm1()                                                                         # 1 - p, exact near p = 1
+        if h is not None:
+            bonus, spread = (taken(h) / temperature)[:, None], taken(entropy[here])[:, None]
+            at_target = at_target - bonus * x.exp() * (x + spread)
+            slope = slope + bonus * (taken(p.scaled) - taken(p.log_norm) + spread)                             # (k, V)
         d_logits = logits[top:top + len(live)]
-        torch.mul(weights, -g / total, out=d_logits)
-        d_logits.scatter_(1, at[:, None], (g * -x.expm1()[:, None]).to(d_logits.dtype))                        # 1 - p, exact near p = 1
+        torch.mul(weights, slope / -total, out=d_logits)
+        d_logits.scatter_(1, at[:, None], at_target.to(d_logits.dtype))
         top += len(live)
     return torch.cat(found)
 
@@ -164,21 +175,29 @@ def _triton_gradient_chunk_(rows, logits, target, temperature, pull, logp, entro
     else:
         log_norm = torch.empty_like(logp[rows])
         statistics(logits, target[rows], temperature, logp[rows], entropy[rows], log_norm)
-        part, g = pull(logp[rows], rows)
+        part, g, h = pull(logp[rows], entropy[rows], rows)
         loss += part
-        if not g.any():
+        if not g.any() and (h is None or not h.any()):
             return target.new_empty(0)
-        triton_gradient_(logits, target[rows], log_norm, g, temperature)
+        triton_gradient_(logits, target[rows], log_norm, g, temperature, entropy[rows], h)
     return torch.arange(rows.start, rows.stop, device=target.device)
 
 
-def torch_gradient_(logits, at, log_norm, pull, temperature: float) -> None:
-    """logits (n, v), a slice of the vocabulary -> d loss / d logits, in place. at (n,): the target's column, outside the slice too."""
+def torch_gradient_(logits, at, log_norm, pull, temperature: float, entropy=None, d_entropy=None) -> None:
+    """logits (n, v), a slice of the vocabulary -> d loss / d logits, in place. at (n,): the target's column, outside the slice too.
+
+    pull and d_entropy (n,): d loss / d logp, d loss / d entropy.
+    """
     x = logits.to(_wide(logits))
     if temperature != 1.0:
         x.div_(temperature)
     pull = (pull / temperature)[:, None]
-    x.sub_(log_norm[:, None]).exp_().mul_(-pull)
+    x.sub_(log_norm[:, None])
+    if d_entropy is None:
+        x.exp_().mul_(-pull)
+    else:
+        slope = (x + entropy[:, None]).mul_((d_entropy / -temperature)[:, None]).sub_(pull)
+        x.exp_().mul_(slope)
     inside = ((at >= 0) & (at < x.shape[1]))[:, None]
     x.scatter_add_(1, at.clamp(0, x.shape[1] - 1)[:, None], torch.where(inside, pull, 0))
     if x is not logits:
@@ -192,12 +211,13 @@ def statistics(logits, target, temperature: float, logp, entropy, log_norm) -> N
     kernels().statistics[n,](logits, target, logp, entropy, log_norm, float(temperature), V, logits.stride(0), **tile_of(V))
 
 
-def triton_gradient_(logits, at, log_norm, pull, temperature: float) -> None:
+def triton_gradient_(logits, at, log_norm, pull, temperature: float, entropy=None, d_entropy=None) -> None:
     """torch_gradient_ by a kernel: one read and one write of logits (n, v), a program to 4,096 columns of a row."""
     n, v = logits.shape
-    check_rows(logits, at, log_norm, pull)
+    entropy = None if d_entropy is None else entropy
+    check_rows(logits, at, log_norm, pull, *(x for x in (entropy, d_entropy) if x is not None))
     if n:
-        kernels().gradient[n, -(-v // 4096)](logits, at, log_norm, pull, float(temperature), logits.stride(0), 4096, num_warps=4)
+        kernels().gradient[n, -(-v // 4096)](logits, at, log_norm, pull, entropy, d_entropy, float(temperature), logits.stride(0), 4096, num_warps=4)
 
 
 def check_rows(logits, *of_rows) -> None:
@@ -241,11 +261,15 @@ def kernels() -> SimpleNamespace:
         return log_norm, log_norm - moment / total
 
     @triton.jit
-    def d_logits(x, column, target, log_norm, pull, scale, STRIDE):
-        """Overwrites a tile of the row at x with pull (onehot - softmax) / T."""
+    def d_logits(x, column, target, log_norm, pull, entropy, d_entropy, scale, STRIDE):
+        """Overwrites a tile of the row at x with (pull (onehot - softmax) - d_entropy softmax (log softmax + entropy)) / T."""
         value = tl.load(x + column, mask=column < STRIDE, other=0.0)
-        p = tl.exp(value.to(tl.float32) * scale - log_norm)
-        d = pull * scale * tl.where(column == target, 1.0 - p, -p)
+        log_p = value.to(tl.float32) * scale - log_norm
+        p = tl.exp(log_p)
+        d = pull * tl.where(column == target, 1.0 - p, -p)
+        if d_entropy is not None:
+            d -= d_entropy * p * (log_p + entropy)
+        d *= scale
         tl.store(x + column, d.to(value.dtype), mask=column < STRIDE)
 
     @triton.jit
@@ -259,10 +283,12 @@ def kernels() -> SimpleNamespace:
         tl.store(log_norm + row, norm)
 
     @triton.jit
-    def gradient(x, target, log_norm, pull, temperature, STRIDE, TILE: tl.constexpr):
+    def gradient(x, target, log_norm, pull, entropy, d_entropy, temperature, STRIDE, TILE: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        d_logits(x + row * STRIDE, column, tl.load(target + row), tl.load(log_norm + row), tl.load(pull + row), 1.0 / temperature, STRIDE)
+        spread = entropy if entropy is None else tl.load(entropy + row)
+        bonus = d_entropy if d_entropy is None else tl.load(d_entropy + row)
+        d_logits(x + row * STRIDE, column, tl.load(target + row), tl.load(log_norm + row), tl.load(pull + row), spread, bonus, 1.0 / temperature, STRIDE)
 
     return SimpleNamespace(statistics=statistics, gradient=gradient, row_statistics=row_statistics, d_logits=d_logits)
 

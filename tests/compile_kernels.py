@@ -28,7 +28,9 @@ FLAGS = dict(CISPO=False, CAPPED=True)
 head, group = logprob.kernels(), group_loss.kernels()
 CASES = {   # name: kernel, types of its arguments, constants, warps
     "statistics": (head.statistics, dict(x=H, target=I, logp=F, entropy=F, log_norm=F, temperature="fp32"), dict(V=V, STRIDE=STRIDE, TILE=8192), 8),
-    "gradient": (head.gradient, dict(x=H, target=I, log_norm=F, pull=F, temperature="fp32", STRIDE="i32"), dict(TILE=4096), 4),
+    "gradient": (head.gradient, dict(x=H, target=I, log_norm=F, pull=F, temperature="fp32", STRIDE="i32"), dict(entropy=None, d_entropy=None, TILE=4096), 4),
+    "gradient with entropy": (head.gradient, dict(x=H, target=I, log_norm=F, pull=F, entropy=F, d_entropy=F, temperature="fp32", STRIDE="i32"),
+                              dict(TILE=4096), 4),
     "tokens": (group.tokens, dict(logp=F, **TOKEN, pull=F, sums=F, N="i32", **LOSS), dict(**FLAGS, TILE=1024), 4),
     "tokens, first step": (group.tokens, dict(logp=F, sampler=F, rollout=I, weight=F, adv=F, pull=F, sums=F, N="i32", **LOSS),
                            dict(old=None, ref=None, CISPO=False, CAPPED=False, TILE=1024), 4),

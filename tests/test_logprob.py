@@ -47,6 +47,24 @@ def test_equals_the_full_log_softmax(N, C, V, temperature):
         assert (a - b).norm() <= 1e-13 * b.norm()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.3])
+@pytest.mark.parametrize("N, C, V", SIZES)
+def test_entropy_has_its_gradient_in_both_heads(N, C, V, temperature):
+    """Of a loss with both, of one with the entropy alone, and where some rows have neither."""
+    hidden, weight, target, pull = inputs(N, C, V)
+    bonus = pull.flip(0) * (torch.arange(N) % 3 > 0)
+    for g, h in ((pull * (torch.arange(N) % 2), bonus), (torch.zeros(N, dtype=pull.dtype), bonus)):
+        want = (sum((x * y).sum() for x, y in zip(full(hidden, weight, target, temperature), (g, h))))
+        logp, entropy = linear_logp(hidden, weight, target, temperature, policy)
+        shot, _, _ = linear_loss(hidden, weight, target, temperature, policy,
+                                 lambda x, e, rows: ((x * g[rows]).sum() + (e * h[rows]).sum(), g[rows], h[rows]))
+        torch.testing.assert_close(shot, want, rtol=1e-12, atol=1e-13)
+        theirs = torch.autograd.grad(want, (hidden, weight))
+        for loss in ((logp * g).sum() + (entropy * h).sum(), shot):
+            for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), theirs):
+                assert (a - b).norm() <= 1e-12 * b.norm() + 1e-15
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
 @pytest.mark.parametrize("N, C, V", SIZES)
 def test_one_shot_equals_the_full_log_softmax(N, C, V, temperature):
@@ -148,12 +166,6 @@ def test_large_logits_stay_finite():
     logp, entropy = linear_logp(hidden * 1e4, weight, target, 1.0, policy)
     grads = torch.autograd.grad(logp, (hidden, weight), pull)
     assert all(t.isfinite().all() for t in (logp, entropy, *grads)) and (logp <= 0).all() and (entropy >= 0).all()
-
-
-def test_entropy_carries_no_gradient():
-    hidden, weight, target, _ = inputs(6, 4, 11)
-    logp, entropy = linear_logp(hidden, weight, target, 1.0, policy)
-    assert logp.requires_grad and not entropy.requires_grad
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
