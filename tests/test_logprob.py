@@ -80,6 +80,13 @@ def test_rows_of_gradient_zero_are_left_out(dead):
             assert (a - b).norm() <= 1e-12 * b.norm()
 
 
+def test_a_plain_sum():
+    """Its derivative comes from autograd as one number, expanded."""
+    hidden, weight, target, _ = inputs(37, 13, 101)
+    ours = torch.autograd.grad(linear_loss(hidden, weight, target, 1.0, policy, by_autograd(lambda logp, rows: -logp.sum()))[0], (hidden, weight))
+    torch.testing.assert_close(ours, torch.autograd.grad(-full(hidden, weight, target, 1.0)[0].sum(), (hidden, weight)))
+
+
 def test_gradcheck():
     hidden, weight, target, pull = inputs(5, 3, 7)
     assert torch.autograd.gradcheck(lambda h, w: linear_logp(h, w, target, 1.3, policy)[0], (hidden, weight))
