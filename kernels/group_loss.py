@@ -10,7 +10,7 @@ values. DeepSeekMath (arXiv 2402.03300) eq. 3, DAPO (2503.14476), Dr.GRPO (2503.
 
 A token takes 28 bytes read and 4 written: 65,536 tokens are 2.1 MB, 0.7 us at 3.0 TB/s, less than a launch (arithmetic, not measured).
 Joined with the head (`on_logits_`, through logprob.linear_loss) the loss stands between two visits of a row of logits in one program. If the
-second visit finds the row in the L2 cache, 4 bytes a logit move instead of 6, and logprob.py's count becomes 475 / 507 TF/s; two programs of
+second visit finds the row in the L2 cache, 4 bytes a logit move instead of 6, and logprob.py's count becomes 474 / 507 TF/s; two programs of
 32 registers and 1,024 threads share a multiprocessor, 264 rows of 304 KB are 80 MB and H100's L2 holds 50, so expect a part of that.
 
 Legend: P groups, G siblings, N tokens, n rows of a chunk, V vocabulary.

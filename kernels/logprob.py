@@ -10,10 +10,10 @@ chunks of rows, and the logits are made once.
 
 Arithmetic for an H100 (not measured; 700 TF/s in products, 3.0 TB/s), V = 151,936, bf16, chunks of 1,024 rows = 0.29 GiB, in ms per
 1,024 rows at C = 896 / 2,048:
-    one shot   3 products 1.19 / 2.73, logits read, read, written 0.31, float32 d_weight read and written 0.36 / 0.83: 449 / 494 TF/s
-    recompute  4 products 1.59 / 3.64, the same passes 0.31, d_hidden 0.02 / 0.05: 580 / 638 TF/s on a third more FLOP: 1.92 / 4.00 ms
-so on a GPU the two take the same time (1.86 / 3.87 ms), and one shot saves d_hidden's and logp's second visit only; on a CPU the
-product is the cost and one shot wins by the fourth product.
+    one shot   3 products 1.19 / 2.73, logits read, read, written 0.31, float32 d_weight read and written 0.36 / 0.83: 448 / 494 TF/s
+    recompute  4 products 1.59 / 3.64, the same passes 0.31, float32 d_hidden 0.02 / 0.05: 580 / 638 TF/s, on a third more FLOP
+so on a GPU the two take about the same time, 1.87 / 3.87 and 1.92 / 4.00 ms: what the fourth product costs, d_weight's visits cost too.
+On a CPU the products are the cost and one shot wins by the fourth.
 
 Legend: N trained tokens, C width, V vocabulary, n rows of a chunk, b rows of a block, v columns of a slice.
 """
@@ -28,8 +28,8 @@ import torch
 from .launch import require
 
 # Bytes of logits that exist at once. CPU: wide products, yet little beside a small head's gradient. GPU: 1,024 rows of Qwen's vocabulary in bf16.
-WORKSPACE = {"cpu": 64 << 20, "cuda": 311_164_928}
-BLOCK = {"cpu": 8 << 20, "cuda": 64 << 20}      # torch: what the policy visits several times over, in cache on a CPU
+WORKSPACE = {"cpu": 48 << 20, "cuda": 311_164_928}
+BLOCK = {"cpu": 4 << 20, "cuda": 64 << 20}      # torch: what the policy visits several times over, in cache on a CPU
 SLICE = {"cpu": 16 << 20, "cuda": 311_164_928}  # the recomputed logits, which come by columns
 
 Formula = Callable[[torch.Tensor, slice], torch.Tensor]                            # logp (n,), its rows -> that part of the loss
@@ -65,7 +65,7 @@ def by_autograd(formula: Formula) -> Pull:
         with torch.enable_grad():
             leaf = logp.detach().requires_grad_()
             loss = formula(leaf, rows)
-        return loss.detach(), torch.autograd.grad(loss, leaf)[0], None
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0].contiguous(), None      # a plain sum's is one number, expanded
     return pull
 
 

@@ -70,6 +70,13 @@ def test_entropy_has_its_gradient(N, C, V):
             close(a, b, terms=10 * ((pull.norm() + bonus.norm() * (1 + parts[1].max())) * other.abs().max()).item())
 
 
+def test_one_shot_of_a_plain_sum():
+    hidden, weight = torch.randn(3, 5, generator=draw("h")).requires_grad_(), torch.randn(7, 5, generator=draw("w"))
+    target = torch.tensor([0, 6, 3])
+    ours, theirs = (linear_loss(hidden, weight, target, 1.0, policy, by_autograd(lambda logp, rows: -logp.sum()), b)[0] for b in ("triton", "torch"))
+    torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (ours, theirs)))
+
+
 def test_head_with_huge_logits():
     hidden, weight = (torch.full((3, 1), 1e4), torch.linspace(-1, 1, 33)[:, None])
     logp, entropy = linear_logp(hidden.requires_grad_(), weight, torch.tensor([32, 0, 5]), 1.0, policy, "triton")

@@ -37,3 +37,10 @@ def test_machine_code(tmp_path):
         assert code["wide_loads"] > 0 or "advantage" in name, (name, code)       # advantage reads a dozen numbers
         assert code["cut"] == 0 and (code["rounded"] > 0 or name.split()[0] not in ("gradient", "joined")), (name, code)
         assert code["wide_stores"] > 0 or "advantage" in name or "statistics" in name, (name, code)
+
+
+def test_bench_runs_dry(tmp_path):
+    done = run(tmp_path, "-W", "ignore", "experiments/bench/kernels.py", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("one_shot", "joined", "recompute", "eager")) and "one_shot: skipped" not in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1])["bars"]

@@ -98,6 +98,13 @@ def test_rows_of_gradient_zero_are_left_out(dead):
             assert (a - b).norm() <= 1e-12 * b.norm()
 
 
+def test_a_plain_sum():
+    """Its derivative comes from autograd as one number, expanded."""
+    hidden, weight, target, _ = inputs(37, 13, 101)
+    ours = torch.autograd.grad(linear_loss(hidden, weight, target, 1.0, policy, by_autograd(lambda logp, rows: -logp.sum()))[0], (hidden, weight))
+    torch.testing.assert_close(ours, torch.autograd.grad(-full(hidden, weight, target, 1.0)[0].sum(), (hidden, weight)))
+
+
 def test_gradcheck():
     hidden, weight, target, pull = inputs(5, 3, 7)
     assert torch.autograd.gradcheck(lambda h, w: linear_logp(h, w, target, 1.3, policy)[0], (hidden, weight))
@@ -175,3 +182,22 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
         linear_logp(hidden, weight, target, 1.0, policy, "triton")
     with pytest.raises(RuntimeError, match="kernels: 'cuda' is none of torch, triton"):
         linear_loss(hidden, weight, target, 1.0, policy, by_autograd(weighted(pull)), "cuda")
+
+
+def test_one_shot_equals_liger():
+    """The clipped loss with k3 KL, token mean (dapo), from hidden states: value and gradients."""
+    chunked = pytest.importorskip("liger_kernel.chunked_loss", reason="the package liger-kernel is not installed: not compared with it")
+    (B, T), C, V = (3, 11), 8, 67
+    hidden, weight, target, noise = inputs(B * T, C, V)
+    logp, _ = full(hidden.detach(), weight.detach(), target, 0.7)
+    old, ref, adv = logp + 0.3 * noise, logp - 0.2 * noise.roll(1), torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
+
+    def formula(logp, rows):
+        ratio, a, d = (logp - old[rows]).exp(), adv.repeat_interleave(T)[rows], ref[rows] - logp
+        return (0.04 * (torch.expm1(d) - d) - torch.minimum(ratio * a, ratio.clamp(0.8, 1.28) * a)).sum() / (B * T)
+    ours, *_ = linear_loss(hidden, weight, target, 0.7, policy, by_autograd(formula))
+    liger = chunked.LigerFusedLinearGRPOLoss(beta=0.04, epsilon_high=0.28, compiled=False, use_ref_model=True, loss_type="dapo", temperature=0.7)
+    theirs, _ = liger(hidden.view(B, T, C), weight, target.view(B, T), torch.ones(B, T), adv, ref_per_token_logps=ref.view(B, T), old_per_token_logps=old.view(B, T))
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    for a, b in zip(torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(theirs, (hidden, weight))):
+        assert (a - b).norm() <= 1e-6 * b.norm()
