@@ -43,7 +43,8 @@ def test_head(N, C, V, temperature, size, monkeypatch):
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     want, want_entropy = full(*exact, target, temperature)
     logp, entropy = linear_logp(hidden, weight, target, temperature, policy, "triton")
-    loss, logp_again, entropy_again = linear_loss(hidden, weight, target, temperature, policy, by_autograd(lambda x, rows: (x * pull[rows]).sum()), "triton")
+    formula = by_autograd(lambda x, rows: (x * pull[rows]).sum())
+    loss, logp_again, entropy_again = linear_loss(hidden, weight, target, temperature, policy, formula, "triton")
     assert torch.equal(logp, logp_again) and torch.equal(entropy, entropy_again)
     close(logp, want, terms=(hidden @ weight.T).abs().max().item() / temperature)
     assert (entropy - want_entropy).abs().max() <= 1e-5 * max(1, want.abs().max())
@@ -221,7 +222,8 @@ def test_joined(rule, dtype, monkeypatch):
     want_logp = full(*exact, target, temperature)[0]
     _, given = tokens(N, ("joined",))
     shift = want_logp.detach().float() - given["old"]
-    given |= dict(old=off_the_edge(want_logp, given["old"] + shift + 0.2 * torch.randn(N, generator=g), rule), ref=given["ref"] + shift, sampler=given["sampler"] + shift)
+    given |= {name: given[name] + shift for name in ("old", "ref", "sampler")}
+    given["old"] = off_the_edge(want_logp, given["old"] + 0.2 * torch.randn(N, generator=g), rule)
     p, apart = GroupPull(rule, **given), GroupPull(rule, **given)
     loss, logp, entropy = linear_loss(hidden, weight, target, temperature, policy, p, "triton")
     ours = torch.autograd.grad(loss, (hidden, weight))

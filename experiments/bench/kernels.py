@@ -91,6 +91,7 @@ class Case:
 
 FLOP = dict(one_shot=6, joined=6, recompute=8, one_shot_torch=6, eager=6, compiled=6, torch_linear_cross_entropy=6, liger_cross_entropy=6,
             cut_cross_entropy=8)
+OURS = ("one_shot", "joined", "recompute")
 NOT_DRY = ("compiled", "liger_cross_entropy", "cut_cross_entropy")
 
 
@@ -135,7 +136,7 @@ def usable(device: str, dry: bool) -> list[str]:
     """The paths that can run here; what cannot is said."""
     paths = []
     for path in FLOP:
-        why = "not in a dry run" if dry and path in NOT_DRY else launch.refusal("triton", torch.device(device)) if path in ("one_shot", "joined", "recompute") else None
+        why = "not in a dry run" if dry and path in NOT_DRY else launch.refusal("triton" if path in OURS else "torch", torch.device(device))
         try:
             if why is None:
                 case = Case(64, 32, 512, device)
@@ -171,8 +172,8 @@ def table(paths, model, N, C, V, device, repeats) -> dict[str, dict]:
         forward, backward, peak = (median(r[i] for r in runs[path][1:]) for i in range(3))
         speed = FLOP[path] * N * C * V / (forward + backward) / 1e12
         found[path] = dict(ms=1e3 * (forward + backward), tflops=speed)
-        print(f"{path:<28}{1e3 * forward:11.2f}{1e3 * backward:12.2f}{1e3 * (forward + backward):10.2f}{peak / 2**30:10.2f}{speed:11.4g}{speed / rate:7.2f}   "
-              + ", ".join(f"{e:.1e}" for e in wrong.get(path, [])))
+        print(f"{path:<28}{1e3 * forward:11.2f}{1e3 * backward:12.2f}{1e3 * (forward + backward):10.2f}{peak / 2**30:10.2f}"
+              f"{speed:11.4g}{speed / rate:7.2f}   " + ", ".join(f"{e:.1e}" for e in wrong.get(path, [])))
     return found
 
 
@@ -209,7 +210,7 @@ def main() -> int:
     shapes = [("dry", 40, 16, 301)] if args.dry_run else [(m, N, WIDTHS[m], 151_936) for m in args.models for N in args.tokens]
     for model, N, C, V in shapes:
         found = table(paths, model, N, C, V, device, 1 if args.dry_run else args.repeats)
-        for path in ("one_shot", "joined", "recompute"):
+        for path in OURS:
             if path in found and not args.dry_run:
                 bars.append(bar(f"{model} {N}: {path} TF/s", found[path]["tflops"], 450, found[path]["tflops"] >= 450))
                 bars += [bar(f"{model} {N}: {path} ms / {peer}", found[path]["ms"] / found[peer]["ms"], 1, found[path]["ms"] < found[peer]["ms"])

@@ -121,7 +121,8 @@ def main() -> int:
         peak = {path: int(subprocess.run([*command, path], capture_output=True, text=True, check=True).stdout.split()[-1]) for path in paths}
         print("N={:,} C={:,} V={:,}, float32, {} threads".format(*SHAPES[shape], args.threads))
         for path in paths:
-            print(f"  {path:<10}{seconds[path]:8.2f} s {seconds[path] / seconds['naive']:6.2f}x   {peak[path] / 2**20:8.0f} MiB {peak[path] / peak['naive']:6.2f}x")
+            print(f"  {path:<10}{seconds[path]:8.2f} s {seconds[path] / seconds['naive']:6.2f}x   "
+                  f"{peak[path] / 2**20:8.0f} MiB {peak[path] / peak['naive']:6.2f}x")
         for path, (time_bar, memory_bar) in BARS[shape].items():
             bars.append(bar(f"{shape}: {path} time / naive", seconds[path] / seconds["naive"], time_bar))
             if memory_bar:
