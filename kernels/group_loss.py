@@ -46,19 +46,20 @@ class Rule:
 class GroupPull:
     """The loss as a Pull of logprob.linear_loss, and with `on_logits_` joined to the head: rewards and hidden states in, gradients out.
 
-    rewards (P, G); of each token: rollout (N,) = p * G + g, or -1 for none, weight (N,), sampler (N,), and old and ref (N,) or None.
+    rewards (P, G), or None where `adv` (P * G,) is given; of each token: rollout (N,) = p * G + g, or -1 for none, weight (N,), sampler (N,),
+    and old and ref (N,) or None.
     `sums` gathers, over tokens and weighted: loss, clipped tokens, k3, the weight itself, |logp - sampler|.
     """
     rule: Rule
-    rewards: torch.Tensor
+    rewards: torch.Tensor | None
     rollout: torch.Tensor
     weight: torch.Tensor
     sampler: torch.Tensor
     total: float
     old: torch.Tensor | None = None
     ref: torch.Tensor | None = None
+    adv: torch.Tensor | None = None
     sums: torch.Tensor = field(init=False)
-    adv: torch.Tensor = field(init=False)          # (P * G,)
 
     def __post_init__(self):
         N = len(self.rollout)
@@ -66,9 +67,11 @@ class GroupPull:
         for name in ("weight", "sampler", "old", "ref"):
             x = getattr(self, name)
             assert x is None or (x.shape == (N,) and x.dtype == torch.float32 and x.is_contiguous()), f"{name}: wants float32 ({N},), contiguous"
-        assert self.rollout.is_contiguous() and self.rewards.ndim == 2 and self.rewards.dtype == torch.float32
+        assert self.rollout.is_contiguous()
         assert self.rule.kl == 0 or self.ref is not None, "kl needs the reference's log-probs"
-        self.adv = advantages(self.rewards, self.rule)
+        if self.adv is None:
+            assert self.rewards.ndim == 2 and self.rewards.dtype == torch.float32
+            self.adv = advantages(self.rewards, self.rule)
         self.sums = self.adv.new_zeros(len(STATISTICS))
 
     def __call__(self, logp: torch.Tensor, entropy: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor, None]:

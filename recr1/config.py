@@ -27,6 +27,8 @@ class Run:
 class Model:
     path: str = ""                      # HF folder (config.json, safetensors, tokenizer, chat template) or hub id (org/name)
     attention: str = "sdpa"
+    head: str = "one_shot"              # one_shot: gradients made in the forward, losses that are sums over tokens | recompute: any loss
+    kernels: str = "torch"              # torch | triton (GPU)
     compute: str = "auto"               # float32 | bfloat16 | auto (bfloat16 on a GPU); masters and optimizer are float32
 
 
@@ -67,6 +69,7 @@ class RewardRule:
     bonus: float = 0.1                  # added when the metric is above 0
     miss: float = 0.0                   # total when it is 0
     unparsable: float = -2.0            # total when there is no answer to score
+    overlong: int = 0                   # DAPO: tokens before max_new_tokens over which a penalty grows to 1; 0: none
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,27 @@ class Sampling:
     group_size: int = 8
     temperature: float = 1.0
     max_new_tokens: int = 512
+    resample: int = 0                   # DAPO: rounds of other prompts in place of groups whose rewards are all equal
 
 
 @dataclass(frozen=True)
 class Loss:
+    kind: str = "grpo"                  # grpo | dr_grpo | dapo | gspo | cispo | rloo | reinforce | module:function
+    advantage: str = ""                 # mean_std | mean | leave_one_out | module:function; empty: the kind's own
+    average: str = ""                   # token | sequence | constant; empty: the kind's own
     clip: float = 0.2
-    kl: float = 0.0                     # weight of the k3 KL to the initial policy; 0: no reference is kept
+    clip_high: float = 0.0              # upper side (DAPO's clip-higher); 0: as clip
+    kl: float = 0.0                     # weight of the KL to the initial policy; 0: no reference is kept
+    kl_estimator: str = "k3"            # k1 | k2 | k3
+    kl_in: str = "loss"                 # loss | reward
+    entropy: float = 0.0                # weight of the entropy bonus
+    importance_cap: float = 0.0         # cap of exp(trainer - sampler) as a weight (truncated importance sampling); 0: not applied
     std_floor: float = 1e-6             # advantage = (r - mean) / (std + std_floor)
+
+    @property
+    def high(self) -> float:
+        """The clip's upper side."""
+        return self.clip_high or self.clip
 
 
 @dataclass(frozen=True)
@@ -101,8 +118,10 @@ class Optimizer:
 class Train:
     steps: int = 100
     prompts_per_step: int = 32
+    inner_steps: int = 1                # optimiser steps per batch of rollouts, over equal shares of its prompts
     tokens_per_micro_batch: int = 16384
     checkpointing: bool = False         # keep only each block's input and compute it again in the backward
+    replay: str = ""                    # rollouts.jsonl.gz of a run: train on its logged steps, without a sampler
     eval_every: int = 100               # steps between validations; 0: none
     eval_queries: int = 0               # how many of the validation queries; 0: all
 
@@ -130,6 +149,8 @@ class Config:
 
 
 CHOICES = {"task": ("product_search",), "model.attention": ("sdpa",), "model.compute": ("auto", "float32", "bfloat16"),
+           "model.head": ("one_shot", "recompute"), "model.kernels": ("torch", "triton"), "loss.average": ("", "token", "sequence", "constant"),
+           "loss.kl_estimator": ("k1", "k2", "k3"), "loss.kl_in": ("loss", "reward"),
            "data.on_bad_line": ("stop", "drop"),
            "data.on_long_prompt": ("stop", "drop"), "retriever.kind": ("bm25",), "retriever.variant": ("lucene", "okapi"),
            "retriever.length": ("exact", "lucene"), "optimizer.kind": ("adamw", "muon"),
@@ -137,6 +158,7 @@ CHOICES = {"task": ("product_search",), "model.attention": ("sdpa",), "model.com
 AT_LEAST = {"run.threads": 0, "sampling.group_size": 2, "sampling.temperature": 1e-3, "sampling.max_new_tokens": 1, "train.steps": 1,
             "train.prompts_per_step": 1, "train.tokens_per_micro_batch": 1, "train.eval_every": 0, "train.eval_queries": 0,
             "log.tokens_every": 1, "log.print_every": 1, "prompt.max_tokens": 1, "reward.k_train": 1, "reward.k_eval": 1,
+            "train.inner_steps": 1, "sampling.resample": 0, "reward.overlong": 0, "loss.clip_high": 0, "loss.entropy": 0, "loss.importance_cap": 0,
             "loss.clip": 0, "loss.kl": 0, "loss.std_floor": 0, "optimizer.lr": 0, "optimizer.clip_norm": 1e-12,
             "optimizer.warmup_steps": 0, "data.shuffle_words": 0, "optimizer.muon_lr": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
             "optimizer.final_lr": 0}
@@ -179,6 +201,10 @@ def load(path: str, overrides: list[str]) -> Config:
     for key, most in AT_MOST.items():
         if get(config, key) > most:
             raise ConfigError(f"{key}: must be at most {most}, is {get(config, key)}")
+    if config.train.prompts_per_step % config.train.inner_steps:
+        raise ConfigError(f"train.inner_steps: {config.train.inner_steps} must divide train.prompts_per_step = {config.train.prompts_per_step}")
+    if config.reward.overlong > config.sampling.max_new_tokens:
+        raise ConfigError(f"reward.overlong: {config.reward.overlong} exceeds sampling.max_new_tokens = {config.sampling.max_new_tokens}")
     if bool(config.data.test_queries) != bool(config.data.test_qrels):
         raise ConfigError("data.test_queries, data.test_qrels: give both files, or neither for a hash tenth of the train queries")
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):

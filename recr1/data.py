@@ -113,13 +113,16 @@ def steps_per_epoch(n: int, per_step: int) -> int:
     return n // per_step
 
 
-def prompt_order(n: int, per_step: int, seed: int, step: int) -> np.ndarray:
-    """(per_step,) int64 indices into n prompts for this step, counted from 0.
+def prompt_order(n: int, per_step: int, seed: int, step: int, turn: int = 0, turns: int = 1) -> np.ndarray:
+    """(per_step,) int64 indices into n prompts for this step, counted from 0. Turn 0, 1, ... of `turns`: further prompts for the same step,
+    others as long as an epoch has so many steps.
 
     An epoch is a permutation that depends on (seed, epoch) alone. Its last n % per_step prompts are left out, others
     in each epoch, so no step straddles two epochs and no prompt comes twice in a step.
     """
-    epoch, place = divmod(step, steps_per_epoch(n, per_step))
+    length = steps_per_epoch(n, per_step)
+    epoch, place = divmod(step, length)
+    place = (place + turn * max(1, length // turns)) % length
     return _permutation(n, seed, epoch)[place * per_step:(place + 1) * per_step].copy()
 
 

@@ -45,20 +45,23 @@ class Step:
     adv: list[float]                                   # (R,)
     texts: list[Rollout]                               # the distinct ones of `rollouts`
     first: list[int]                                   # where each stood first
+    drawn: int = 0                                     # groups sampled for them
     tokens: list[dict] | None = None                   # per-token values by text, in the steps that keep them
     sums: list[dict] = field(default_factory=list)     # by micro-batch, over tokens
     gaps: Gaps = field(default_factory=Gaps)
 
     def merge(self, other: Step) -> None:
         self.first += [len(self.rollouts) + i for i in other.first]
-        for name in ("rollouts", "rewards", "adv", "texts", "tokens", "sums"):
+        for name in ("rollouts", "rewards", "adv", "texts", "drawn", "tokens", "sums"):
             if getattr(self, name) is not None:
                 setattr(self, name, getattr(self, name) + getattr(other, name))
         self.gaps.merge(other.gaps)
 
-    def gap(self, logp: torch.Tensor, batch: Batch) -> None:
-        """Counts a micro-batch's |sampler - trainer|. logp (N,)."""
-        self.gaps.add((logp.detach() - batch.sampler_logp)[batch.weight > 0].abs().cpu().numpy())
+    def add(self, logp: torch.Tensor, batch: Batch, stats: dict[str, float]) -> None:
+        """Counts a micro-batch's statistics and its |sampler - trainer|. logp (N,), the trainer's under the policy that sampled."""
+        old = logp if batch.old_logp is None else batch.old_logp
+        self.gaps.add((old - batch.sampler_logp)[batch.weight > 0].abs().cpu().numpy())
+        self.sums.append(stats)
 
 
 class RunLog:
@@ -82,10 +85,11 @@ class RunLog:
     def close_step(self, row: dict, gaps: Gaps) -> dict:
         """The step's row with its log-prob gap, tokens/s and seconds by phase, which then start anew."""
         tokens, seconds = row.pop("tokens"), self.seconds
-        self.sampled, self.sampling_s = self.sampled + tokens, self.sampling_s + seconds["sample"]
+        sampling_s = seconds.get("sample", 0.0)                        # none in a replay
+        self.sampled, self.sampling_s = self.sampled + tokens * (sampling_s > 0), self.sampling_s + sampling_s
         self.run_gaps.merge(gaps)
         self.seconds = {}
-        return row | gaps.figures() | dict(rollout_tokens_per_s=tokens / seconds["sample"], seconds=seconds)
+        return row | gaps.figures() | dict(rollout_tokens_per_s=tokens / sampling_s if sampling_s else None, seconds=seconds)
 
     def metrics(self, row: dict) -> None:
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
@@ -110,13 +114,15 @@ def step_row(step: int, done: Step, group_size: int, **more) -> dict:
     rollouts, rewards, sums = done.rollouts, done.rewards, done.sums
     totals = torch.tensor([r.total for r in rewards]).view(-1, group_size)                   # (P, G)
     tokens = sum(len(r.ids) for r in rollouts)
-    summed = {name: sum(s[name] for s in sums) for name in (sums[0] if sums else ())}
+    summed = {name: sum(s.get(name, 0.0) for s in sums) for name in {name for s in sums for name in s}}
     trained = summed.get("trained", 0.0)
     parts = {name: float(np.mean([r.parts[name] for r in rewards])) for name in rewards[0].parts}
     return dict(step=step, reward=totals.mean().item(), **parts, unparsable=float(np.mean([r.error is not None for r in rewards])),
                 reward_spread=totals.std(1).mean().item(), zero_variance=(totals.amax(1) == totals.amin(1)).float().mean().item(),
                 adv_std=torch.tensor(done.adv).std().item(), kl=summed["kl"] / tokens if "kl" in summed else None, clip_share=summed.get("clip_share", 0.0) / tokens,
-                entropy=summed.get("entropy", 0.0) / max(1.0, trained), trained_share=trained / tokens,
+                **{name: summed[name] / max(1.0, trained) for name in ("ratio_off", "trust", "entropy") if name in summed},
+                dlogp_norm=summed["dlogp_square"] ** 0.5 if "dlogp_square" in summed else None, trained_share=trained / tokens,
+                resampled=done.drawn - len(rollouts) // group_size,
                 distinct=len(done.texts) / len(rollouts), completion_tokens=tokens / len(rollouts),
                 unfinished=float(np.mean([not r.finished for r in rollouts])), tokens=tokens, **more)
 
@@ -155,9 +161,10 @@ def _short(x):
 
 def console_line(row: dict, steps: int) -> str:
     kl = f"{row['kl']:.4f}" if row["kl"] is not None else "off"
+    speed = f"{row['rollout_tokens_per_s']:,.0f} tok/s" if row["rollout_tokens_per_s"] else "replay"
     val = f"  val gain {row['val_gain']:+.4f}" if "val_gain" in row else ""
     return (f"step {row['step']:>5}/{steps}  reward {row['reward']:.4f}  spread {row['reward_spread']:.4f}  zero-var {row['zero_variance']:.2f}  "
-            f"kl {kl}  grad {row['grad_norm']:.3f}  gap {row['logprob_gap_mean']:.1e}  {row['rollout_tokens_per_s']:,.0f} tok/s{val}")
+            f"kl {kl}  grad {row['grad_norm']:.3f}  gap {row['logprob_gap_mean']:.1e}  {speed}{val}")
 
 
 def say(text: str) -> None:

@@ -15,13 +15,13 @@ class NonFiniteGradient(RuntimeError):
 
 
 class Optimizer:
-    """`step(i)` for i = 0, 1, ...: clip to `clip_norm`, check, update, clear the gradients.
+    """`step()`, at most `steps` times: clip to `clip_norm`, check, update, clear the gradients.
 
     AdamW is torch's fused one (Loshchilov & Hutter 2019). Muon (Jordan 2024) takes the 2-D weights inside the blocks.
     """
 
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig, steps: int):
-        self.config, self.steps, self.skipped = config, steps, 0
+        self.config, self.steps, self.taken, self.skipped = config, steps, 0, 0
         self.params = list(model.parameters())
         matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n] if config.kind == "muon" else []
         if config.kind == "muon" and not matrices:
@@ -41,14 +41,15 @@ class Optimizer:
         done = (step - c.warmup_steps) / max(1, self.steps - c.warmup_steps)
         return 1 - (1 - c.final_lr) * done
 
-    def step(self, step: int) -> tuple[float, float]:
+    def step(self) -> tuple[float, float]:
         """Gradient norm before clipping, and the learning rate used. Raises NonFiniteGradient (or skips, as configured)."""
+        step, self.taken = self.taken, self.taken + 1
         norm = self.norm()
         lr = self.config.lr * self.factor(step)
         if not math.isfinite(norm):                      # of all ranks' gradients together: every rank takes the same turn
             self.zero()
             if self.config.on_nonfinite == "stop":
-                raise NonFiniteGradient(f"step {step}: the gradient norm is {norm}; no weight was changed. "
+                raise NonFiniteGradient(f"optimiser step {step + 1}: the gradient norm is {norm}; no weight was changed. "
                                         "Lower optimizer.lr, or set optimizer.on_nonfinite=skip")
             self.skipped += 1
             return norm, lr

@@ -18,10 +18,13 @@ from .chat import Chat, ChatError
 from .checkpoint import compute_type, load_policy, load_reference, save_policy
 from .config import Config, ConfigError
 from .data import DataError
+from .grpo import objective
 from .hub import ModelFolderError, load_tokenizer, resolve, stop_ids
+from .kernels.launch import refusal
 from .log import RunLog, Step, console_line, rollout_rows, say, step_row
 from .optim import NonFiniteGradient
 from .records import Prompt
+from .replay import Replay, ReplayError
 from .retrieval.bm25 import BM25, load_or_build
 from .tasks.product_search import ProductSearch, PromptTooLong, make_prompts
 from .weights import read_config
@@ -53,6 +56,10 @@ class Run:
             compute = compute_type(cfg.model.compute)
             self.policy = load_policy(model, len(self.tokenizer), compute, cfg.train.checkpointing)
             self.reference = load_reference(model, len(self.tokenizer), compute) if cfg.loss.kl > 0 else None
+            self.replay = Replay(cfg.train.replay, cfg.sampling.group_size) if cfg.train.replay else None
+            loss = objective(cfg.loss, cfg.model)
+            if why := refusal(cfg.model.kernels, dist.device()):
+                raise ConfigError(why)
         with dist.together():
             if dist.rank() == 0:
                 self._make_folder()
@@ -62,8 +69,9 @@ class Run:
             self.retriever = self._index()                         # built above, on this rank or beside it
         self.log = RunLog(self.folder)
         self.train_task, self.eval_task = self._task(cfg.reward.k_train), self._task(cfg.reward.k_eval)
-        say(f"recr1: {self.policy.size:,} parameters in {str(compute).removeprefix('torch.')}, attention {cfg.model.attention}, {dist.world()} x "
-            f"{dist.device().type}, {self.threads} threads each, {len(self.documents[0])} documents, "
+        say(f"recr1: {self.policy.size:,} parameters in {str(compute).removeprefix('torch.')}, {dist.world()} x {dist.device().type}, {self.threads} threads each, "
+            f"attention {cfg.model.attention}, loss {cfg.loss.kind} ({loss.gain.__name__}, {loss.advantage.__name__}, per {loss.average}), "
+            f"head {cfg.model.head}, kernels {cfg.model.kernels}{' (group_loss)' if loss.fused else ''}, {len(self.documents[0])} documents, "
             f"queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test")
 
     def _make_folder(self) -> None:
@@ -118,7 +126,7 @@ class Run:
 
     def _task(self, k: int) -> ProductSearch:
         decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)          # as sampled: Llama's would drop spaces
-        return ProductSearch(self.retriever, self.qrels, decode, self.stops, self.cfg.reward, k)
+        return ProductSearch(self.retriever, self.qrels, decode, self.stops, self.cfg.reward, k, self.cfg.sampling.max_new_tokens)
 
     def steps(self) -> Iterator[int]:
         """Step numbers from 1, behind a progress bar on a terminal."""
@@ -126,10 +134,11 @@ class Run:
             self.began = time.perf_counter()
             yield step
 
-    def prompts(self, step: int) -> list[Prompt]:
-        """This rank's share of a step's P prompts: a function of (seed, step), some with their words shuffled when the config says so."""
+    def prompts(self, step: int, turn: int = 0) -> list[Prompt]:
+        """This rank's share of a step's P prompts: a function of (seed, step, turn), some with their words shuffled when the config says so."""
         seed, share = self.cfg.run.seed, self.cfg.data.shuffle_words
-        order = data.prompt_order(len(self.train), self.cfg.train.prompts_per_step, seed, step - 1)
+        order = data.prompt_order(len(self.train), self.cfg.train.prompts_per_step, seed, step - 1, turn,
+                                  1 + self.cfg.sampling.resample)
         chosen = [self.train[i] for i in dist.share(order.tolist())]
         if not share:
             return chosen
@@ -198,12 +207,13 @@ class Run:
             after=float(a.mean()), gain=gain, gain_ci95=gain_ci, after_minus_before=lift, after_minus_before_ci95=lift_ci,
             unparsable_before=sum(row["error"] is not None for row in before), unparsable_after=sum(row["error"] is not None for row in after),
             seed=self.cfg.run.seed, steps=self.cfg.train.steps, world_size=dist.world(), threads=self.threads,
-            wall_s=time.perf_counter() - self.started, rollout_tokens_per_s=self.log.sampled / self.log.sampling_s, **self.log.run_gaps.figures()))
+            wall_s=time.perf_counter() - self.started, rollout_tokens_per_s=self.log.sampled / self.log.sampling_s if self.log.sampling_s else None,
+            **self.log.run_gaps.figures()))
         say(f"\n{evaluate.table(before, after, metric)}\n\nrewrites on test:\n{evaluate.examples(after)}\n\n"
             f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, metrics.jsonl, rollouts.jsonl.gz, config.yaml")
 
 
-EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, PromptTooLong, RunError, NonFiniteGradient)
+EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, PromptTooLong, ReplayError, RunError, NonFiniteGradient)
 
 
 def guarded(main, argv: list[str]) -> int:

@@ -26,7 +26,7 @@ def fit(model: Decoder, examples: Callable[[int], list[Rollout]], steps: int, co
             loss = -logp.sum() / total
             loss.backward()
             loss_sum += loss.item()
-        norm, lr = optimizer.step(step)
+        norm, lr = optimizer.step()
         losses.append(loss_sum)
         bar.set_postfix(loss=f"{loss_sum:.4f}", norm=f"{norm:.2f}")
         if bar.disable and step % 100 == 0:

@@ -1,6 +1,6 @@
 """Rec-R1 by GRPO: python -m recr1.train experiments/quickstart.yaml [a.b=value ...]
 
-The loop reads as the algorithm (arXiv 2402.03300, algorithm 1, with one optimiser step per batch of rollouts).
+`train` reads as the algorithm (arXiv 2402.03300, algorithm 1); below it stand its steps, in the order in which they are called.
 """
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from . import config as configs
 from . import dist
 from .dryrun import shrunk
 from .fsdp import Sharded, gathered
-from .grpo import group_advantages, policy_loss
+from .grpo import denominator, group_advantages, kl_of_rollouts, objective, policy_loss
 from .log import Step, say, token_values
 from .optim import Optimizer
 from .packing import distinct, in_step, pack
 from .policy import score
-from .records import Batch, Rollout
+from .records import Batch, Reward, Rollout
 from .run import Run, guarded
 from .sample import generate, new_cache
 
@@ -40,39 +40,77 @@ def main(argv: list[str]) -> None:
 
 def train(cfg: configs.Config) -> None:
     run = Run(cfg)
-    policy, reference, sampling = run.policy, run.reference, cfg.sampling
-    optimizer = Optimizer(policy, cfg.optimizer, cfg.train.steps)
+    policy, loss = run.policy, objective(cfg.loss, cfg.model)
+    in_loss = run.reference if cfg.loss.kl_in == "loss" else None                            # the KL's place: the loss, or the reward
+    optimizer = Optimizer(policy, cfg.optimizer, cfg.train.steps * cfg.train.inner_steps)
     with gathered(policy):
         cache = new_cache(policy)
 
     before = run.test_scores("eval_before.jsonl")
     for step in run.steps():
-        prompts = run.prompts(step)                                                          # P prompts, each rank its share
-        with run.log.phase("sample"), gathered(policy):                                      # R = P * G, siblings adjacent
-            rollouts = generate(policy, prompts, sampling.group_size, sampling.temperature, sampling.max_new_tokens, run.stops,
-                                run.uniforms(step, prompts), cache)
-        with run.log.phase("reward"):
-            rewards = run.train_task.score(rollouts)                                         # the retriever runs here
-        adv = group_advantages(torch.tensor([r.total for r in rewards]), sampling.group_size, cfg.loss.std_floor)   # (R,)
-        [total] = dist.total(sum(len(r.ids) for r in rollouts))                              # the one denominator
-
+        with gathered(policy):
+            rollouts, rewards, drawn = explore(run, step, cache)                             # R = P * G, siblings adjacent; P is this rank's share
         with run.log.phase("train"):
             texts, first = distinct(rollouts)                                                # identical siblings: one row, counted
-            trained = [i for i, a in enumerate(adv[first]) if a != 0 or cfg.loss.kl > 0]     # the loss multiplies the others by 0
-            batches = with_reference(reference, micro_batches([texts[i] for i in trained], cfg), sampling.temperature)
-            kept = every_token(policy, reference, texts, cfg) if run.keeps_tokens(step) else None
-            done = Step(rollouts, rewards, adv.tolist(), texts, first, kept)
-            for batch in with_advantages(batches, adv[first][trained]):
-                logp, entropy = score(policy, batch, sampling.temperature)                   # (N,)
-                loss, stats = policy_loss(logp, batch, total, cfg.loss.clip, cfg.loss.kl)
-                loss.backward()
-                done.gap(logp, batch)
-                done.sums.append(stats | dict(entropy=(batch.weight * entropy).sum().item(), trained=batch.weight.sum().item()))
-            grad_norm, lr = optimizer.step(step - 1)
-
+            totals = torch.tensor([r.total for r in rewards])                                # (R,)
+            divergence = kl_of_each(run.reference, texts, rollouts, cfg) if run.reference and in_loss is None else None
+            if divergence is not None:
+                totals -= cfg.loss.kl * divergence
+            adv = group_advantages(totals, cfg.sampling.group_size, loss.advantage, cfg.loss)                   # (R,)
+            kept = every_token(policy, run.reference, texts, cfg) if run.keeps_tokens(step) else None
+            done = Step(rollouts, rewards, adv.tolist(), texts, first, drawn, kept, [] if divergence is None else [dict(kl=divergence.sum().item())])
+            for total, batches in optimiser_steps(policy, in_loss, texts, adv[first], cfg, loss.average):       # one, unless train.inner_steps > 1
+                for batch in batches:
+                    value, logp, stats = policy_loss(policy, batch, total, cfg.sampling.temperature, loss)
+                    value.backward()
+                    done.add(logp, batch, stats)
+                grad_norm, lr = optimizer.step()
         run.record(step, done, grad_norm=grad_norm, lr=lr, skipped=optimizer.skipped)
     after = run.test_scores("eval_after.jsonl")
     run.finish(before, after)
+
+
+def explore(run: Run, step: int, cache) -> tuple[list[Rollout], list[Reward], int]:
+    """Rollouts and rewards of this rank's prompts, or of a replayed step, and how many groups were drawn for them.
+
+    Groups whose rewards are all equal teach nothing: with sampling.resample other prompts are drawn in their place, that many times
+    (DAPO, arXiv 2503.14476, section 3.2). What is then still missing is filled with them.
+    """
+    if run.replay:
+        return run.replay.step(step)
+    s, groups, idle, drawn = run.cfg.sampling, [], [], 0
+    wanted = len(run.prompts(step))
+    for turn in range(1 + s.resample):
+        prompts = run.prompts(step, turn)[:wanted - len(groups)]
+        with run.log.phase("sample"):
+            rollouts = generate(run.policy, prompts, s.group_size, s.temperature, s.max_new_tokens, run.stops, run.uniforms(step, prompts), cache)
+        with run.log.phase("reward"):
+            rewards = run.train_task.score(rollouts)                                         # the retriever runs here
+        drawn += len(prompts)
+        for i in range(0, len(rollouts), s.group_size):
+            group = slice(i, i + s.group_size)
+            same = s.resample and len({r.total for r in rewards[group]}) == 1
+            (idle if same else groups).append((rollouts[group], rewards[group]))
+        if len(groups) == wanted:
+            break
+    groups = [*groups, *idle][:wanted]
+    return [replace(r, group=g) for g, (mine, _) in enumerate(groups) for r in mine], [r for _, mine in groups for r in mine], drawn
+
+
+def optimiser_steps(policy: Sharded, reference: Sharded | None, texts: list[Rollout], adv: torch.Tensor, cfg: configs.Config,
+                    average: str) -> list[tuple[float, list[Batch]]]:
+    """(the loss's denominator, micro-batches) of each optimiser step on these rollouts; adv (texts,). Equal shares of the prompts.
+
+    What the loss multiplies by 0 is left out: groups without variance, unless a KL in the loss reaches them too.
+    """
+    groups, steps, made = texts[-1].group + 1 if texts else 0, cfg.train.inner_steps, []
+    for k in range(steps):
+        share = [i for i, r in enumerate(texts) if r.group * steps // groups == k]
+        [total] = dist.total(denominator([texts[i] for i in share], average, cfg.sampling.max_new_tokens))
+        trained = [i for i in share if adv[i] != 0 or reference]
+        batches = with_advantages(with_reference(reference, micro_batches([texts[i] for i in trained], cfg), cfg.sampling.temperature), adv[trained])
+        made.append((max(1, total), with_old(policy, batches, cfg.sampling.temperature) if steps > 1 else batches))
+    return made
 
 
 def micro_batches(texts: list[Rollout], cfg: configs.Config) -> list[Batch]:
@@ -86,10 +124,23 @@ def with_reference(reference: Sharded | None, batches: list[Batch], temperature:
     return batches if reference is None else [replace(b, ref_logp=score(reference, b, temperature)[0]) for b in batches]
 
 
+@torch.no_grad()
+def with_old(policy: Sharded, batches: list[Batch], temperature: float) -> list[Batch]:
+    """Adds old_logp (N,), the policy's before the first of several optimiser steps."""
+    return [replace(b, old_logp=score(policy, b, temperature)[0]) for b in batches]
+
+
 def with_advantages(batches: list[Batch], adv: torch.Tensor) -> list[Batch]:
     """Adds adv (N,): each token has its rollout's, an idle one 0. adv counts along the list that was packed."""
     adv = torch.cat([adv, adv.new_zeros(1)])                                                 # rollout -1
     return [replace(b, adv=adv.to(b.tokens.device)[b.rollout]) for b in batches]
+
+
+def kl_of_each(reference: Sharded, texts: list[Rollout], rollouts: list[Rollout], cfg: configs.Config) -> torch.Tensor:
+    """The KL to the reference of each rollout, (R,): summed over its tokens."""
+    summed = kl_of_rollouts(with_reference(reference, micro_batches(texts, cfg), cfg.sampling.temperature), len(texts), cfg.loss.kl_estimator)
+    place = {(r.group, r.ids): i for i, r in enumerate(texts)}
+    return summed[[place[r.group, r.ids] for r in rollouts]]
 
 
 @torch.no_grad()
@@ -97,7 +148,7 @@ def every_token(policy: Sharded, reference: Sharded | None, texts: list[Rollout]
     """Per-token values of all the step's texts before its update, untrained ones too, for rollouts.jsonl.gz."""
     batches = with_reference(reference, micro_batches(texts, cfg), cfg.sampling.temperature)
     scored = [score(policy, batch, cfg.sampling.temperature) for batch in batches]
-    # one optimiser step per batch: the old policy is the one being trained (DESIGN decision 2)
+    # before the first optimiser step on it the old policy is the one being trained (DESIGN decision 2)
     return token_values(len(texts), batches, [dict(trainer_logp=logp, ref_logp=b.ref_logp, old_logp=logp, entropy=entropy)
                                               for b, (logp, entropy) in zip(batches, scored)])
 

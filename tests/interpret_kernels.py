@@ -1,16 +1,22 @@
 """The Triton kernels against float64 in Triton's interpreter. Run by test_kernels.py in a process of its own: TRITON_INTERPRET=1 must be
 set before anything imports Triton. Draws are fresh: RECR1_SEED, printed on failure, repeats them."""
 import os
+from dataclasses import replace
 
 import pytest
 import torch
+from test_gradient import rollouts_of
 from test_logprob import errors_in_bf16, full
 from triton.runtime import interpreter
 
+from recr1.config import Loss, Model
+from recr1.grpo import objective, policy_loss
 from recr1.kernels import logprob
 from recr1.kernels.group_loss import ADVANTAGES, GroupPull, Rule, advantages, group_loss
 from recr1.kernels.logprob import by_autograd, linear_logp, linear_loss
-from recr1.policy import policy
+from recr1.packing import pack
+from recr1.policy import policy, score
+from tiny import tiny_model
 
 SEED = int(os.environ["RECR1_SEED"])
 SIZES = [(1, 1, 2), (1, 7, 33), (37, 13, 101), (5, 8, 1001), (3, 4, 17_003)]     # the last one is two tiles and a tail
@@ -76,6 +82,24 @@ def test_one_shot_of_a_plain_sum():
     target = torch.tensor([0, 6, 3])
     ours, theirs = (linear_loss(hidden, weight, target, 1.0, policy, by_autograd(lambda logp, rows: -logp.sum()), b)[0] for b in ("triton", "torch"))
     torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (ours, theirs)))
+
+
+@pytest.mark.parametrize("loss", [dict(), dict(kind="dr_grpo", kl=0.1, clip=0.1, clip_high=0.3), dict(kind="cispo", importance_cap=1.1), dict(kind="grpo", entropy=0.1),
+                                  dict(kind="gspo")], ids=str)
+def test_policy_loss_of_the_loop(loss):
+    """kernels: triton against kernels: torch on a packed batch, fused where group_loss.py has the loss, else its head under the torch loss."""
+    policy_, o = tiny_model(1), [objective(Loss(**loss), Model(head="recompute" if loss.get("kind") == "gspo" else "one_shot", kernels=k)) for k in ("triton", "torch")]
+    assert o[0].fused == (loss.get("kind") != "gspo" and "entropy" not in loss) and not o[1].fused
+    [batch] = pack(rollouts_of(3), 10_000)
+    n, g = len(batch.target), draw("loop", str(loss))
+    near = score(policy_, batch, 1.3)[0].detach()
+    batch = replace(batch, adv=torch.randn(n, generator=g), weight=torch.randint(1, 3, (n,), generator=g).float(),
+                    **{name: near + 0.3 * torch.randn(n, generator=g) for name in ("old_logp", "ref_logp", "sampler_logp")})
+    (a, x, s), (b, y, t) = (policy_loss(policy_, batch, 7, 1.3, each) for each in o)
+    torch.testing.assert_close((a, x), (b, y), rtol=1e-4, atol=1e-5)
+    assert t.keys() - s.keys() <= {"dlogp_square"} and s == pytest.approx({name: t[name] for name in s}, rel=1e-3, abs=1e-3)
+    for p, q in zip(*(torch.autograd.grad(value, list(policy_.parameters())) for value in (a, b))):
+        assert (p - q).norm() <= 1e-4 * q.norm() + 1e-6
 
 
 def test_head_with_huge_logits():

@@ -8,29 +8,34 @@ from dataclasses import replace
 import torch
 
 from recr1 import dist
-from recr1.config import Config, ConfigError, Loss, Optimizer as OptimizerConfig, Sampling, Train
+from recr1.config import Config, ConfigError, Loss, Model, Optimizer as OptimizerConfig, Sampling, Train
 from recr1.fsdp import Sharded, gathered
-from recr1.grpo import group_advantages, policy_loss
+from recr1.grpo import group_advantages, objective, policy_loss
 from recr1.optim import Optimizer
 from recr1.packing import distinct
-from recr1.policy import score
 from recr1.records import Prompt, Rollout
-from recr1.train import micro_batches, with_advantages, with_reference
+from recr1.train import optimiser_steps
 from tiny import tiny_config, tiny_model
 
 PROMPTS, GROUP = 5, 4            # 5 divides by neither 2 nor 3
-SETTINGS = Config(sampling=Sampling(group_size=GROUP, temperature=1.3), loss=Loss(kl=0.05, std_floor=0.1),
+SETTINGS = Config(sampling=Sampling(group_size=GROUP, temperature=1.3),
                   optimizer=OptimizerConfig(lr=1e-2, clip_norm=0.05, weight_decay=0.1, betas=(0.9, 0.95)))
-CASES = {   # name: (dtype, model, tokens per micro-batch, checkpointing, groups without variance, KL)
-    "float64": (torch.float64, {}, 10_000, False, (), True),
-    "float64 small batches": (torch.float64, {}, 18, False, (), True),
-    "float64 checkpointing": (torch.float64, dict(family="qwen3"), 40, True, (), True),
-    "float64 tied": (torch.float64, dict(tie_word_embeddings=True, num_hidden_layers=3), 40, False, (), True),
-    "float64 tied checkpointing": (torch.float64, dict(tie_word_embeddings=True, num_hidden_layers=3), 18, True, (), True),
-    "float64 rank 0 has nothing to learn": (torch.float64, dict(family="llama"), 18, False, (0, 1), False),
-    "float64 nobody has": (torch.float64, {}, 18, False, range(PROMPTS), False),
-    "float32": (torch.float32, dict(tie_word_embeddings=True), 18, False, (), True),
-    "float32 checkpointing": (torch.float32, {}, 40, True, (0, 1), False),
+ONE, TWO = dict(kl=0.05, std_floor=0.1), dict(std_floor=0.1)          # with a reference, without
+CASES = {   # name: (dtype, model, tokens per micro-batch, checkpointing, groups without variance, loss)
+    "float64": (torch.float64, {}, 10_000, False, (), ONE),
+    "float64 small batches": (torch.float64, {}, 18, False, (), ONE),
+    "float64 checkpointing": (torch.float64, dict(family="qwen3"), 40, True, (), ONE),
+    "float64 tied": (torch.float64, dict(tie_word_embeddings=True, num_hidden_layers=3), 40, False, (), ONE),
+    "float64 tied checkpointing": (torch.float64, dict(tie_word_embeddings=True, num_hidden_layers=3), 18, True, (), ONE),
+    "float64 rank 0 has nothing to learn": (torch.float64, dict(family="llama"), 18, False, (0, 1), TWO),
+    "float64 nobody has": (torch.float64, {}, 18, False, range(PROMPTS), TWO),
+    "float64 recompute": (torch.float64, dict(tie_word_embeddings=True), 18, False, (), ONE),
+    "float64 GSPO": (torch.float64, {}, 18, False, (), dict(kind="gspo")),
+    "float64 Dr. GRPO with entropy and KL k2": (torch.float64, {}, 18, False, (), dict(kind="dr_grpo", entropy=0.1, kl=0.05, kl_estimator="k2")),
+    "float64 CISPO": (torch.float64, {}, 40, False, (), dict(kind="cispo", average="sequence")),
+    "float64 RLOO, trusting the trainer": (torch.float64, {}, 18, False, (), dict(kind="rloo", importance_cap=2.0)),
+    "float32": (torch.float32, dict(tie_word_embeddings=True), 18, False, (), ONE),
+    "float32 checkpointing": (torch.float32, {}, 40, True, (0, 1), TWO),
 }
 
 
@@ -57,20 +62,19 @@ def accumulate(policy, reference, step: int, same: tuple, cfg: Config) -> None:
     rewards = [r for x, r in zip(rollouts, rewards) if x.group in mine]
     rollouts = [x for x in rollouts if x.group in mine]
     dtype = next(policy.parameters()).dtype
-    adv = group_advantages(torch.tensor(rewards, dtype=dtype), GROUP, cfg.loss.std_floor)
-    [total] = dist.total(sum(len(r.ids) for r in rollouts))
-    texts, first = distinct(rollouts)
-    trained = [i for i, a in enumerate(adv[first]) if a != 0 or reference is not None]
-    batches = with_reference(reference, micro_batches([texts[i] for i in trained], cfg), cfg.sampling.temperature)
-    for batch in with_advantages(batches, adv[first][trained]):
-        logp, _ = score(policy, batch, cfg.sampling.temperature)
-        policy_loss(logp, batch, total, cfg.loss.clip, cfg.loss.kl if reference is not None else 0.0)[0].backward()
+    loss = objective(cfg.loss, cfg.model)
+    adv = group_advantages(torch.tensor(rewards, dtype=dtype), GROUP, loss.advantage, cfg.loss)
+    texts, first = distinct([replace(x, group=x.group - min(mine)) for x in rollouts])
+    [(total, batches)] = optimiser_steps(policy, reference, texts, adv[first], cfg, loss.average)
+    for batch in batches:
+        policy_loss(policy, batch, total, cfg.sampling.temperature, loss)[0].backward()
 
 
 def results(case: str, sharded: bool) -> dict[str, torch.Tensor]:
     """{"grad NAME", "weight NAME": tensor}: the first step's gradient and the weights after three AdamW steps."""
-    dtype, shape, budget, checkpointing, same, kl = CASES[case]
-    cfg = replace(SETTINGS, train=Train(tokens_per_micro_batch=budget))
+    dtype, shape, budget, checkpointing, same, loss = CASES[case]
+    whole = loss.get("kind") == "gspo" or "recompute" in case
+    cfg = replace(SETTINGS, train=Train(tokens_per_micro_batch=budget), loss=Loss(**loss), model=Model(head="recompute" if whole else "one_shot"))
 
     def model(seed, trainable):
         decoder = tiny_model(seed, **shape).to(dtype)
@@ -84,13 +88,13 @@ def results(case: str, sharded: bool) -> dict[str, torch.Tensor]:
             return {name: take(p) for name, p in policy.named_parameters() if take(p) is not None}
         units = [u for u in (policy.root_unit, *policy.units) if take(u.shard) is not None]
         return {w.name: view for u in units for w, view in zip(u.weights, u.views(dist.all_gather(take(u.shard))))}
-    policy, reference = model(1, True), model(2, False) if kl else None
+    policy, reference = model(1, True), model(2, False) if cfg.loss.kl else None
     optimizer, out = Optimizer(policy, cfg.optimizer, 3), {}
     for step in range(3):
         accumulate(policy, reference, step, same, cfg)
         if step == 0:
             out = {f"grad {name}": t.clone() for name, t in named(lambda p: p.grad).items()}
-        norm, _ = optimizer.step(step)
+        norm, _ = optimizer.step()
     if sharded:                  # what the sampler would see is what was trained
         with gathered(policy):
             assert not next(iter(policy.decoder.model.layers)).mlp.up_proj.weight.requires_grad

@@ -4,9 +4,9 @@ import copy
 import pytest
 import torch
 
-from recr1.grpo import group_advantages, policy_loss
+from recr1.config import Loss, Model
+from recr1.grpo import group_advantages, mean_std, objective, policy_loss
 from recr1.packing import distinct, pack
-from recr1.policy import score
 from recr1.records import Prompt, Rollout
 from recr1.train import with_advantages, with_reference
 from tiny import FAMILIES, oracle, tiny_config, tiny_model
@@ -112,11 +112,12 @@ def reference_gradients(policy, frozen, rollouts, adv, total):
 @pytest.mark.parametrize("group_size", [1, 3, 8])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_gradient_equals_the_padded_one(family, group_size, tied):
+    """With either head: they take turns over the micro-batch budgets."""
     policy, frozen = (tiny_model(seed, **FAMILIES[family] | dict(tie_word_embeddings=tied)).double() for seed in (1, 2))
     rollouts = rollouts_of(group_size)
     if group_size > 1:                       # identical siblings have equal rewards, so equal advantages
         rewards = torch.tensor([hash((r.group, r.ids)) % 97 / 97 for r in rollouts], dtype=torch.float64)
-        adv = group_advantages(rewards, group_size, 0.1)
+        adv = group_advantages(rewards, group_size, mean_std, Loss(std_floor=0.1))
     else:
         adv = torch.linspace(-1, 1, len(rollouts), dtype=torch.float64)
     total = sum(len(r.ids) for r in rollouts)
@@ -126,14 +127,15 @@ def test_packed_gradient_equals_the_padded_one(family, group_size, tied):
     longest = max(len(r.prompt.ids) + len(r.ids) - 1 for r in rollouts)
     everything = sum(len(r.prompt.ids) + len(r.ids) for r in rollouts)
     worst, batch_counts = 0.0, set()
-    for budget in (longest, longest + 11, 2 * longest, everything):
+    for i, budget in enumerate((longest, longest + 11, 2 * longest, everything, everything)):
+        loss_of = objective(Loss(clip=CLIP, kl=KL), Model(head="one_shot" if i % 2 else "recompute"))
         model = copy.deepcopy(policy)
         batches = with_advantages(with_reference(frozen, pack(texts, budget), TEMPERATURE), adv[first])
         batch_counts.add(len(batches))
         losses = []
         for batch in batches:
             assert len(batch.tokens) <= budget
-            loss, _ = policy_loss(score(model, batch, TEMPERATURE)[0], batch, total, CLIP, KL)
+            loss, *_ = policy_loss(model, batch, total, TEMPERATURE, loss_of)
             loss.backward()
             losses.append(loss.item())
         assert sum(losses) == pytest.approx(want_loss, rel=1e-10, abs=1e-12)

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from recr1.grpo import group_advantages, k3, policy_loss
+from recr1.config import Loss, Model
+from recr1.grpo import group_advantages, k3, mean_std, objective, pulled
 from recr1.records import Batch, Layout
 
 
@@ -14,16 +15,26 @@ def batch_of(adv, old=None, ref=None, weight=None):
                  torch.zeros(n), old, ref, torch.tensor(adv, dtype=torch.float64))
 
 
+def loss_of(logp, batch, total, **settings):
+    """(loss, d loss / d logp, statistics) of log-probs (N,)."""
+    loss, d_logp, _, stats = pulled(logp, torch.zeros_like(logp), batch, batch.weight, total, objective(Loss(**settings), Model()))
+    return loss, d_logp, stats
+
+
+def advantages(rewards, size, floor):
+    return group_advantages(rewards, size, mean_std, Loss(std_floor=floor))
+
+
 def test_advantages_are_numpys():
     r = np.random.default_rng(0).normal(size=(5, 8))
     want = (r - r.mean(1, keepdims=True)) / (r.std(1, ddof=1, keepdims=True) + 0.1)
-    got = group_advantages(torch.tensor(r).flatten(), 8, 0.1).view(5, 8)
+    got = advantages(torch.tensor(r).flatten(), 8, 0.1).view(5, 8)
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-12)
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7793, 1e6])
 def test_equal_rewards_are_exactly_zero(value):
-    assert (group_advantages(torch.full((12,), value), 6, 1e-6) == 0).all()
+    assert (advantages(torch.full((12,), value), 6, 1e-6) == 0).all()
 
 
 def test_four_tokens_by_hand():
@@ -36,30 +47,28 @@ def test_four_tokens_by_hand():
     3      1.5    -1    1.5 * -1  (not clipped)    +1 * 1.5 / 10 = +.15
     loss = -(2.4 - .8 + 2.2 - 1.5) / 10 = -.23
     """
-    logp = torch.tensor([1.5, 0.5, 1.1, 1.5], dtype=torch.float64).log().requires_grad_()
-    loss, stats = policy_loss(logp, batch_of([2, -1, 2, -1], old=torch.zeros(4)), total=10, clip=0.2, kl=0.0)
-    loss.backward()
+    logp = torch.tensor([1.5, 0.5, 1.1, 1.5], dtype=torch.float64).log()
+    loss, slope, stats = loss_of(logp, batch_of([2, -1, 2, -1], old=torch.zeros(4)), 10, clip=0.2)
     assert loss.item() == pytest.approx(-0.23, abs=1e-12)
-    assert logp.grad[:2].tolist() == [0.0, 0.0]
-    np.testing.assert_allclose(logp.grad[2:].numpy(), [-0.22, 0.15], rtol=1e-12)
+    assert slope[:2].tolist() == [0.0, 0.0]
+    np.testing.assert_allclose(slope[2:].numpy(), [-0.22, 0.15], rtol=1e-12)
+    assert stats["dlogp_square"] == pytest.approx(0.22 ** 2 + 0.15 ** 2)
     assert stats["clip_share"] == 2
 
 
 def test_one_step_per_batch_is_the_policy_gradient():
-    logp = torch.randn(6, dtype=torch.float64, requires_grad=True)
     adv = [1.0, -2.0, 0.5, 0.0, 3.0, -1.0]
-    policy_loss(logp, batch_of(adv), total=7, clip=0.2, kl=0.0)[0].backward()
-    np.testing.assert_allclose(logp.grad.numpy(), -np.array(adv) / 7, rtol=1e-12)
+    slope = loss_of(torch.randn(6, dtype=torch.float64), batch_of(adv), 7, clip=0.2)[1]
+    np.testing.assert_allclose(slope.numpy(), -np.array(adv) / 7, rtol=1e-12)
 
 
 def test_weight_is_identical_siblings_written_out():
     logp, ref = torch.tensor([-0.3, -1.2], dtype=torch.float64), torch.tensor([-0.5, -1.0], dtype=torch.float64)
     out = []
     for index, weight in (([0, 1], [1.0, 3.0]), ([0, 1, 1, 1], [1.0] * 4)):
-        x = logp.clone().requires_grad_()
-        loss, stats = policy_loss(x[index], batch_of([2.0 if i == 0 else -1.0 for i in index], ref=ref[index], weight=torch.tensor(weight)), 4, 0.2, 0.1)
-        loss.backward()
-        out.append((loss.item(), stats["kl"], *x.grad.tolist()))
+        batch = batch_of([2.0 if i == 0 else -1.0 for i in index], ref=ref[index], weight=torch.tensor(weight, dtype=torch.float64))
+        loss, slope, stats = loss_of(logp[index], batch, 4, kl=0.1)
+        out.append((loss.item(), stats["kl"].item(), *(slope[[i == j for i in index]].sum().item() for j in (0, 1))))
     assert out[0] == pytest.approx(out[1], rel=1e-12)
 
 
@@ -76,9 +85,8 @@ def test_k3_survives_float32_near_the_reference():
 def test_kl_pulls_towards_the_reference():
     """Upstream's sign rewards divergence; here a descent step must bring logp nearer to ref, from either side."""
     ref = torch.tensor([-1.0, -1.0], dtype=torch.float64)
-    logp = torch.tensor([-0.2, -2.5], dtype=torch.float64, requires_grad=True)
-    policy_loss(logp, batch_of([0.0, 0.0], ref=ref), total=1, clip=0.2, kl=0.5)[0].backward()
-    after = logp - 0.01 * logp.grad
+    logp = torch.tensor([-0.2, -2.5], dtype=torch.float64)
+    after = logp - 0.01 * loss_of(logp, batch_of([0.0, 0.0], ref=ref), 1, kl=0.5)[1]
     assert ((after - ref).abs() < (logp - ref).abs()).all()
     assert (k3(torch.randn(1000), torch.randn(1000)) >= 0).all() and k3(ref, ref).abs().max() == 0
 
@@ -87,24 +95,22 @@ def test_kl_pulls_towards_the_reference():
 def test_equal_rewards_are_exactly_zero_beside_unequal_ones(size):
     """Whatever the floor, 0 too: a constant group is 0 and its neighbour is not."""
     for floor in (0.0, 1e-12):
-        adv = group_advantages(torch.tensor([0.1] * size + [0.0] * (size - 1) + [1.0]), size, floor)
+        adv = advantages(torch.tensor([0.1] * size + [0.0] * (size - 1) + [1.0]), size, floor)
         assert adv[:size].tolist() == [0.0] * size and (adv[size:] != 0).all() and adv.isfinite().all()
 
 
 def test_micro_batches_sum_to_the_whole():
-    adv, logp = [1.0, -2.0, 0.5, 3.0], torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64, requires_grad=True)
-    whole = policy_loss(logp, batch_of(adv), 4, 0.2, 0.0)[0]
-    parts = sum(policy_loss(logp[i:i + 1], batch_of(adv[i:i + 1]), 4, 0.2, 0.0)[0] for i in range(4))
-    a, b = (torch.autograd.grad(x, logp)[0] for x in (whole, parts))
-    assert torch.equal(a, b) and whole.item() == pytest.approx(parts.item(), rel=1e-15)
+    adv, logp = [1.0, -2.0, 0.5, 3.0], torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)
+    whole, slope, _ = loss_of(logp, batch_of(adv), 4)
+    parts = [loss_of(logp[i:i + 1], batch_of(adv[i:i + 1]), 4) for i in range(4)]
+    assert torch.equal(slope, torch.cat([d for _, d, _ in parts])) and whole.item() == pytest.approx(sum(loss.item() for loss, _, _ in parts), rel=1e-15)
 
 
 def test_kl_by_hand():
     """d = ref - logp = 2 and -2: k3 = e^d - d - 1; d loss / d logp = kl (1 - e^d) / total. The other way round is another divergence."""
-    logp = torch.tensor([-3.0, -1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    logp = torch.tensor([-3.0, -1.0, -2.0], dtype=torch.float64)
     ref = torch.tensor([-1.0, -3.0, -2.0], dtype=torch.float64)
     assert k3(logp, ref).tolist() == pytest.approx([np.exp(2) - 3, np.exp(-2) + 1, 0.0], rel=1e-12)
-    loss, stats = policy_loss(logp, batch_of([0.0] * 3, ref=ref), total=5, clip=0.2, kl=0.1)
-    loss.backward()
-    assert logp.grad.tolist() == pytest.approx([0.1 * (1 - np.exp(2)) / 5, 0.1 * (1 - np.exp(-2)) / 5, 0.0], rel=1e-12)
-    assert stats["kl"] == pytest.approx(np.exp(2) + np.exp(-2) - 2, rel=1e-12) and loss.item() == pytest.approx(0.1 * stats["kl"] / 5, rel=1e-12)
+    loss, slope, stats = loss_of(logp, batch_of([0.0] * 3, ref=ref), 5, kl=0.1)
+    assert slope.tolist() == pytest.approx([0.1 * (1 - np.exp(2)) / 5, 0.1 * (1 - np.exp(-2)) / 5, 0.0], rel=1e-12)
+    assert stats["kl"].item() == pytest.approx(np.exp(2) + np.exp(-2) - 2, rel=1e-12) and loss.item() == pytest.approx(0.1 * stats["kl"].item() / 5, rel=1e-12)

@@ -16,7 +16,7 @@ LEVELS = [
     "records config data dist metrics answers attention kernels hub",
     "cache model policy packing chat offload decode_graph retrieval",      # cache calls attention
     "weights fsdp sample grpo optim",
-    "tasks checkpoint log plan dryrun",
+    "tasks checkpoint log plan dryrun replay",
     "evaluate report",
     "run",
     "train sft",

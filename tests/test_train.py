@@ -11,8 +11,9 @@ import yaml
 
 from recr1 import config as configs
 from recr1 import train
+from recr1.config import Loss
 from recr1.config import Optimizer as OptimizerConfig
-from recr1.grpo import group_advantages, k3
+from recr1.grpo import group_advantages, k3, mean_std
 from recr1.log import Step, rollout_rows, token_values
 from recr1.packing import pack
 from recr1.records import Prompt, Reward, Rollout
@@ -95,7 +96,7 @@ def test_rollouts(run):
     for group in groups.values():
         assert sum(row["count"] for row in group) == 4 and len({row["text"] for row in group}) == len(group)
         rewards = torch.tensor([row["reward"] for row in group for _ in range(row["count"])])
-        want = group_advantages(rewards, 4, 0.1)
+        want = group_advantages(rewards, 4, mean_std, Loss(std_floor=0.1))
         assert [row["adv"] for row in group for _ in range(row["count"])] == pytest.approx(want.tolist(), abs=1e-5)
     assert any(row["adv"] != 0 for row in rows) and any(row["count"] > 1 for row in rows)
 
@@ -106,7 +107,7 @@ def test_logged_floats_read_back_to_the_same_float32():
     rollouts = [Rollout(Prompt("q", 0, "", (1,)), 0, s, tuple(range(400)), tuple(values[s].tolist()), True) for s in range(3)]
     batches = pack(rollouts, 10_000)
     columns = [dict(trainer_logp=b.sampler_logp, ref_logp=None) for b in batches]
-    rows = rollout_rows(1, Step(rollouts, [Reward(0.0)] * 3, values[:, 0].tolist(), rollouts, [0, 1, 2], token_values(3, batches, columns)))
+    rows = rollout_rows(1, Step(rollouts, [Reward(0.0)] * 3, values[:, 0].tolist(), rollouts, [0, 1, 2], 1, token_values(3, batches, columns)))
     rows = json.loads(json.dumps(rows))
     for name in ("sampler_logp", "trainer_logp"):
         assert np.array_equal(np.array([row[name] for row in rows], dtype=np.float32), values.numpy())
@@ -297,8 +298,8 @@ def test_muon_is_refused_for_a_sharded_policy(world, tmp_path, capsys):
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "policy_loss", lambda logp, *_: (logp.sum() * float("nan"), {"clip_share": 0.0}))
-    assert "step 0: the gradient norm is nan" in refused([world, f"run.dir={tmp_path / 'run'}"], capsys)
+    monkeypatch.setattr(train, "policy_loss", lambda policy, batch, *_: (sum(p.sum() for p in policy.parameters()) * float("nan"), batch.sampler_logp, {}))
+    assert "step 1: the gradient norm is nan" in refused([world, f"run.dir={tmp_path / 'run'}"], capsys)
     assert not (tmp_path / "run/model").exists()
 
 

@@ -6,6 +6,7 @@ from typing import Callable, Sequence
 from ..answers import parse_query
 from ..chat import Chat
 from ..config import RewardRule
+from ..grpo import overlong
 from ..metrics import ndcg
 from ..records import Prompt, Reward, Rollout
 from ..retrieval.base import Retriever
@@ -33,15 +34,16 @@ def make_prompts(queries: dict[str, str], chat: Chat, max_tokens: int, on_long: 
 
 
 class ProductSearch:
-    """Scores completions. `qrels` {query id: {document id: gain}}; `decode` maps token ids to text; k is the depth of the ranking."""
+    """Scores completions. `qrels` {query id: {document id: gain}}; `decode` maps token ids to text; k is the depth of the ranking, limit
+    the length at which sampling cuts."""
 
     def __init__(self, retriever: Retriever, qrels: dict[str, dict[str, float]], decode: Callable[[Sequence[int]], str],
-                 stops: frozenset[int], rule: RewardRule, k: int):
-        self.retriever, self.qrels, self.decode, self.stops, self.rule, self.k = retriever, qrels, decode, stops, rule, k
+                 stops: frozenset[int], rule: RewardRule, k: int, limit: int):
+        self.retriever, self.qrels, self.decode, self.stops, self.rule, self.k, self.limit = retriever, qrels, decode, stops, rule, k, limit
         self.known: dict[tuple[str, tuple[int, ...]], Reward] = {}
 
     def score(self, rollouts: list[Rollout]) -> list[Reward]:
-        """One Reward per rollout: bonus + NDCG@k, `miss` where it is 0, `unparsable` where there is no answer. Never raises."""
+        """One Reward per rollout: bonus + NDCG@k, `miss` where it is 0, `unparsable` where there is no answer; less what is overlong. Never raises."""
         if len(self.known) > REMEMBERED:
             self.known.clear()
         new = {(r.prompt.id, r.ids): r for r in rollouts if (r.prompt.id, r.ids) not in self.known}
@@ -50,11 +52,11 @@ class ProductSearch:
         answered = [(key[0], query) for key, (query, _) in zip(new, parsed) if query is not None]
         values = iter(self.metric([id for id, _ in answered], [query for _, query in answered]))
         for key, text, (query, error) in zip(new, texts, parsed):
-            if error is not None:
-                self.known[key] = Reward(self.rule.unparsable, {"ndcg": 0.0}, error, text=text)
-            else:
-                value = next(values)
-                self.known[key] = Reward(self.rule.bonus + value if value > 0 else self.rule.miss, {"ndcg": value}, None, query, text)
+            value = 0.0 if error else next(values)
+            total = self.rule.unparsable if error else self.rule.bonus + value if value > 0 else self.rule.miss
+            late = overlong(len(key[1]), self.limit, self.rule.overlong)
+            parts = {"ndcg": value} | ({"overlong": late} if self.rule.overlong else {})
+            self.known[key] = Reward(total + late, parts, error, query, text)
         return [self.known[r.prompt.id, r.ids] for r in rollouts]
 
     def metric(self, query_ids: list[str], texts: list[str]) -> list[float]:

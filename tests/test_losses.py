@@ -1,0 +1,205 @@
+"""Losses in whole runs: inner steps, dynamic sampling, KL in the reward, a user's own functions, replay; and what each recipe does to one batch."""
+import gzip
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from recr1 import train
+from recr1.config import Loss, Model
+from recr1.data import prompt_order, steps_per_epoch
+from recr1.grpo import ADVANTAGES, RECIPES, denominator, group_advantages, k1, objective, overlong, policy_loss, pulled
+from recr1.log import Step, rollout_rows
+from recr1.packing import distinct, pack
+from recr1.records import Prompt, Rollout
+from recr1.replay import Replay
+from recr1.run import guarded
+from recr1.train import with_advantages, with_old
+from test_gradient import rollouts_of
+from tiny import jsonl, refused, tiny_model, write_yaml
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return write_yaml(tmp_path_factory.mktemp("world"), **{"log.tokens_every": 1, "train.eval_every": 0, "train.steps": 2})
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory):
+    def run(*overrides):
+        folder = tmp_path_factory.mktemp("runs") / "run"
+        assert guarded(train.main, [world, *overrides, f"run.dir={folder}"]) == 0
+        return folder
+    return run
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_every_recipe_trains_and_gives_one_gradient_for_any_micro_batches(kind):
+    """From the same rollouts, whole or cut: sequence ratios and averages survive the cutting, for a rollout is never split."""
+    o = objective(Loss(kind=kind, kl=0.1, entropy=0.05), Model(head="recompute"))
+    policy, rollouts = tiny_model(1).double(), rollouts_of(3)
+    texts, first = distinct(rollouts)
+    adv = group_advantages(torch.arange(len(rollouts), dtype=torch.float64) % 4, 3, o.advantage, o.config)[first]
+    total, found = denominator(texts, o.average, 9), []
+    assert total == denominator(rollouts, o.average, 9)
+    for budget in (20, 10_000):
+        for p in policy.parameters():
+            p.grad = None
+        batches = with_advantages([torch_replace(b) for b in pack(texts, budget)], adv)
+        for b in batches:
+            policy_loss(policy, b, total, 1.3, o)[0].backward()
+        found.append({name: p.grad.clone() for name, p in policy.named_parameters()})
+    for name, a in found[0].items():
+        assert a.norm() > 0 and (a - found[1][name]).norm() <= 1e-12 * a.norm(), name
+
+
+def torch_replace(batch):
+    """The batch in float64, with old and reference log-probs that differ from the sampler's by known amounts."""
+    from dataclasses import replace
+    n = torch.arange(len(batch.target), dtype=torch.float64)
+    key = (batch.target * 7 + batch.rollout) % 5                                             # of the token, not of its place in the batch
+    return replace(batch, weight=batch.weight.double(), sampler_logp=-3 - 0.1 * key.double(), old_logp=-3.05 - 0.1 * key.double(), ref_logp=-3 + 0 * n)
+
+
+def test_advantages_by_hand():
+    """Rewards 0, 0, 0, 4: mean 1, unbiased std 2; the mean of the others is 4/3, 4/3, 4/3, 0."""
+    r = torch.tensor([0.0, 0, 0, 4, 5, 5, 5, 5])
+    want = dict(mean_std=[-0.5, -0.5, -0.5, 1.5], mean=[-1, -1, -1, 3], leave_one_out=[-4 / 3, -4 / 3, -4 / 3, 4])
+    for name, f in ADVANTAGES.items():
+        assert group_advantages(r, 4, f, Loss(std_floor=0.0)).tolist() == pytest.approx(want[name] + [0.0] * 4)
+
+
+@pytest.mark.parametrize("length, want", [(10, 0.0), (80, 0.0), (90, -0.5), (100, -1.0), (101, -1.05)])
+def test_overlong_by_hand(length, want):
+    assert overlong(length, 100, 20) == pytest.approx(want) and overlong(length, 100, 0) == 0.0
+
+
+def test_inner_steps_move_the_ratio_and_the_clip_bites(run, world):
+    """The first of the four finds ratio 1, the others do not; a clipped token has gradient exactly 0, any other -A ratio / total."""
+    rows = jsonl(run("train.inner_steps=4", "train.prompts_per_step=4", "optimizer.lr=0.01", "loss.clip=0.05") / "metrics.jsonl")
+    assert all(row["ratio_off"] > 1e-3 for row in rows) and any(row["clip_share"] > 0 for row in rows)
+    assert all(row["ratio_off"] == 0 and row["clip_share"] == 0 for row in jsonl(run("train.prompts_per_step=4") / "metrics.jsonl"))
+
+    policy, moved, o = tiny_model(1).double(), tiny_model(1).double(), objective(Loss(clip=0.1, clip_high=0.2), Model())
+    with torch.no_grad():
+        for p in moved.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    [batch] = with_advantages(with_old(policy, pack(rollouts_of(3), 10_000), 1.0), torch.linspace(-1, 1, 15, dtype=torch.float64))
+    _, logp, stats = policy_loss(moved, batch, 7, 1.0, o)
+    ratio, adv = (logp - batch.old_logp).exp(), batch.adv
+    d = pulled(logp, torch.zeros_like(logp), batch, batch.weight, 7, o)[1]
+    cut = ((adv > 0) & (ratio > 1.2)) | ((adv < 0) & (ratio < 0.9))
+    assert cut.any() and (~cut).any() and (d[cut] == 0).all() and stats["clip_share"] == cut.sum()
+    torch.testing.assert_close(d[~cut], (-adv * ratio / 7)[~cut], rtol=1e-12, atol=0)
+
+
+def test_inner_steps_must_divide_the_prompts(world, tmp_path, capsys):
+    assert "train.inner_steps" in refused([world, "train.inner_steps=3", f"run.dir={tmp_path / 'run'}"], capsys)
+
+
+def test_dynamic_sampling_draws_other_prompts_for_groups_without_variance(run):
+    plain, more = (jsonl(run("reward.k_train=1", "sampling.group_size=2", *extra) / "metrics.jsonl") for extra in ((), ("sampling.resample=4",)))
+    assert all(row["resampled"] == 0 for row in plain) and sum(row["zero_variance"] for row in plain) > 0
+    assert sum(row["resampled"] for row in more) > 0
+    assert sum(row["zero_variance"] for row in more) < sum(row["zero_variance"] for row in plain)
+
+
+def test_further_turns_of_a_step_are_other_prompts():
+    n, per_step, turns = 50, 7, 4
+    assert steps_per_epoch(n, per_step) >= turns
+    for step in range(9):
+        drawn = [prompt_order(n, per_step, 3, step, turn, turns).tolist() for turn in range(turns)]
+        assert drawn[0] == prompt_order(n, per_step, 3, step).tolist() and len({i for d in drawn for i in d}) == turns * per_step
+
+
+def test_kl_in_the_reward_is_taken_off_before_the_advantage(run):
+    """Recomputed from the log: A of (reward - kl * sum of the sampler's log-prob over the reference's)."""
+    folder = run("loss.kl=0.5", "loss.kl_in=reward", "loss.kl_estimator=k1", "optimizer.lr=0.01")
+    groups, tokens, divergence = {}, 0, 0.0
+    for row in jsonl(folder / "rollouts.jsonl.gz"):
+        if row["step"] == 2:
+            tokens, divergence = tokens + row["count"] * len(row["ids"]), divergence + row["count"] * (sum(row["sampler_logp"]) - sum(row["ref_logp"]))
+            groups.setdefault(row["prompt"], []).append(row)
+    seen = 0.0
+    for group in groups.values():
+        penalties = [0.5 * k1(*(torch.tensor(row[name]) for name in ("sampler_logp", "ref_logp"))).sum().item() for row in group]
+        totals = torch.tensor([row["reward"] - p for row, p in zip(group, penalties) for _ in range(row["count"])])
+        want = (totals - totals.mean()) / (totals.std() + 0.1)
+        assert [row["adv"] for row in group for _ in range(row["count"])] == pytest.approx(want.tolist(), abs=1e-4)
+        seen = max(seen, *map(abs, penalties))
+    assert seen > 1e-3 and jsonl(folder / "metrics.jsonl")[1]["kl"] == pytest.approx(divergence / tokens, rel=1e-3)
+
+
+OWN = '''
+import torch
+
+def gain(logp, old, batch, c):
+    """Clip-free: ratio times advantage."""
+    return (logp - old).exp() * batch.adv
+
+gain.per_token = True
+
+def whole(logp, old, batch, c):
+    return (logp - old).exp() * batch.adv
+
+def ranks(r, c):
+    """Advantage by rank: 0, 1, .. shifted to mean 0."""
+    order = r.argsort(1).argsort(1).to(r.dtype)
+    return order - order.mean(1, keepdim=True)
+'''
+
+
+def test_a_users_loss_and_advantage_are_named_in_the_config(run, world, tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = run("loss.kind='mine:gain'", "loss.advantage='mine:ranks'")
+    rows = [row for row in jsonl(folder / "rollouts.jsonl.gz") if row["adv"]]
+    assert rows and {row["adv"] for row in rows} <= {-1.5, -0.5, 0.5, 1.5}
+    assert run("loss.kind='mine:whole'", "model.head=recompute").exists()
+    for override, part in (("loss.kind='mine:whole'", "model.head=recompute"), ("loss.kind='mine:nothing'", "nothing"), ("loss.kind='absent:gain'", "absent"),
+                           ("loss.kind=grop", "grpo, dr_grpo"), ("loss.advantage=median", "mean_std"), ("loss.kind=gspo", "model.head=recompute"),
+                           ("model.kernels=triton", "kernels: triton")):
+        assert part in refused([world, override, f"run.dir={tmp_path / 'run'}"], capsys), override
+    sys.modules.pop("mine")
+
+
+def test_replay_takes_the_same_step_without_a_sampler(run, world, tmp_path, capsys, monkeypatch):
+    first = run("train.steps=1")
+    monkeypatch.setattr(train, "generate", lambda *_: pytest.fail("a replay samples nothing"))
+    again = run("train.steps=1", f"train.replay={first}/rollouts.jsonl.gz")
+    a, b = (jsonl(folder / "metrics.jsonl")[0] for folder in (first, again))
+    assert b["rollout_tokens_per_s"] is None and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
+    assert {k: b[k] for k in ("reward", "zero_variance", "adv_std", "distinct", "completion_tokens")} == pytest.approx(
+        {k: a[k] for k in ("reward", "zero_variance", "adv_std", "distinct", "completion_tokens")})
+    for name in ("nowhere.gz", world):
+        assert name in refused([world, f"train.replay={name}", f"run.dir={tmp_path / 'run'}"], capsys)
+    assert "sampling.group_size" in refused([world, f"train.replay={first}/rollouts.jsonl.gz", "sampling.group_size=3", f"run.dir={tmp_path / 'run'}"], capsys)
+
+
+def test_a_replayed_step_is_what_was_logged(tmp_path):
+    rollouts = [Rollout(Prompt(f"q{g}", g, "", (1, 2, g)), g, s, (3, 4 + s // 2), (-0.5, -1.0), True) for g in range(2) for s in range(4)]
+    from recr1.records import Reward
+    rewards = [Reward(float(r.ids[1]), {"ndcg": 0.5}, None, None, "t") for r in rollouts]
+    texts, first = distinct(rollouts)
+    rows = rollout_rows(5, Step(rollouts, rewards, [0.0] * 8, texts, first, 2, [{} for _ in texts]))
+    (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    got, given, drawn = Replay(str(tmp_path / "r.jsonl.gz")).step(1)
+    assert [(r.group, r.sibling, r.ids, r.sampler_logp, r.prompt.ids) for r in got] == [(r.group, r.sibling, r.ids, r.sampler_logp, r.prompt.ids) for r in rollouts]
+    assert [r.total for r in given] == [r.total for r in rewards] and drawn == 2
+
+
+def test_dlogp_norm_is_the_norm_of_the_derivative(run):
+    """GRPO, one step per batch, no KL: d loss / d logp = -weight A / total at each token that is trained."""
+    folder = run("train.steps=1")
+    [row], rows = jsonl(folder / "metrics.jsonl"), jsonl(folder / "rollouts.jsonl.gz")
+    total = sum(r["count"] * len(r["ids"]) for r in rows)
+    assert row["dlogp_norm"] == pytest.approx(math.sqrt(sum(len(r["ids"]) * (r["count"] * r["adv"] / total) ** 2 for r in rows)), rel=1e-5)
+    assert row["trust"] == pytest.approx(1, abs=1e-4) and np.isfinite(row["ratio_off"])
+
+
+def test_the_log_prob_gap_of_inner_steps_is_that_of_the_policy_that_sampled(run):
+    row = jsonl(run("train.inner_steps=4", "train.prompts_per_step=4", "optimizer.lr=0.01") / "metrics.jsonl")[0]
+    assert row["max_logprob_gap"] < 1e-4
