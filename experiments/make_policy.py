@@ -144,6 +144,7 @@ def main(argv: list[str]) -> None:
         fit(model, examples, steps, optimizer, max_tokens=1024)
     save_model(model.config, model.state_dict().items(), tokenizer, frozenset([tokenizer.eos_token_id]), args.out)
     (Path(args.out) / "NOTICE").write_text(NOTICE, encoding="utf-8")
+    (Path(args.out) / "recr1.yaml").write_text(configs.answering(cfg), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The `recr1` command: score queries as they are or rewritten by a policy, look at a search, look at a rewrite.
+"""The `recr1` command: score queries as they are or rewritten by a policy, look at a search, a rewrite, a logged step.
 
 Files, plain or .gz, as data.py reads them. With --json the last line of the output is one JSON object. `recr1 eval` also runs under torchrun.
 """
@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from . import config as configs
-from . import data, dist
+from . import data, dist, losslab
 from .answers import parse_query
 from .chat import Chat
 from .checkpoint import compute_type, load_policy
@@ -76,6 +76,11 @@ def parser() -> argparse.ArgumentParser:
     policy(p), corpus(p, required=False)
     p.add_argument("query")
     p.add_argument("-k", type=positive, default=5, help="hits of each list")
+    p = command("losses", losses, "one logged step of a run under every loss")
+    p.add_argument("--run", dest="folder", metavar="RUN", required=True, help="a run's folder")
+    p.add_argument("--step", type=positive, required=True, help="a step whose tokens were logged (log.tokens_every)")
+    p.add_argument("--new", metavar="DIR", help="model folder of a later moment: the new log-probs come from it, and gradients of its parameters")
+    p.add_argument("--json", action="store_true", help="one JSON object on the last line")
     return top
 
 
@@ -143,6 +148,12 @@ def generate_one(args) -> None:
         index, texts = make_index(args)
         for title, words in (("raw", args.query), ("rewritten", query)):
             say(f"\n{title}: {plain(words) if words else '-'}\n{hits(index, texts, words, args.k) if words else '  no hits'}")
+
+
+def losses(args) -> None:
+    result = losslab.compare(args.folder, args.step, args.new)
+    say(losslab.table(result))
+    finish(args, result)
 
 
 class Rewriter:

@@ -136,6 +136,7 @@ class Sharded(nn.Module):
             return Unit({name: module for name, module in named.items() if inside(name)}, read, master, compute, device, trainable)
         self.root_unit = unit(lambda name: not name.startswith("model.layers."))
         self.units = nn.ModuleList(unit(lambda name: name == block or name.startswith(f"{block}.")) for block in blocks)
+        self.size = sum(w.shape.numel() for unit in (self.root_unit, *self.units) for w in unit.weights)       # weights in all
         for block, own in zip(decoder.model.layers, self.units):
             block.forward = self._runner(own, block.forward)
 
@@ -162,11 +163,6 @@ class Sharded(nn.Module):
     @property
     def head_weight(self) -> torch.Tensor:
         return self.decoder.head_weight
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return sum(w.shape.numel() for unit in (self.root_unit, *self.units) for w in unit.weights)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight by name, whole, in the master's type: one unit at a time, on all ranks (a collective)."""

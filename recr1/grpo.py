@@ -182,7 +182,7 @@ def policy_loss(model: torch.nn.Module, batch: Batch, total: float, temperature:
     head one_shot: the loss goes down to the head, which makes gradients chunk by chunk. recompute: log-probs come up, the loss is made of
     all of them. Either way d loss / d logp and d entropy, (N,), come from `pull`.
     """
-    weight = batch.weight / _lengths(batch.rollout) if o.average == "sequence" else batch.weight
+    weight = token_weights(batch, o)
     sums: dict[str, torch.Tensor] = {}
 
     def by_tokens(logp, entropy, rows):
@@ -263,10 +263,12 @@ def overlong(length: int, limit: int, buffer: int) -> float:
     return min(0.0, (limit - buffer - length) / buffer) if buffer else 0.0
 
 
-def _lengths(rollout: torch.Tensor) -> torch.Tensor:
-    """(N,): how many tokens each token's rollout has; a batch holds rollouts whole."""
-    _, index, size = rollout.unique(return_inverse=True, return_counts=True)
-    return size[index]
+def token_weights(batch: Batch, o: Objective) -> torch.Tensor:
+    """w (N,): identical siblings; in a mean over sequences shared by the tokens of each. A batch holds rollouts whole."""
+    if o.average != "sequence":
+        return batch.weight
+    _, index, size = batch.rollout.unique(return_inverse=True, return_counts=True)
+    return batch.weight / size[index]
 
 
 def _cut(batch: Batch, rows: slice) -> Batch:

@@ -10,6 +10,7 @@ import yaml
 
 from recr1 import config as configs
 from recr1 import train
+from recr1.dryrun import model_shape
 from recr1.run import guarded
 from tiny import jsonl, refused, write_yaml
 
@@ -34,6 +35,12 @@ def test_every_experiment_passes_its_dry_run(path, capsys, monkeypatch, tmp_path
     grad, spread = (float(re.search(rf"{name} +([\d.]+)", out)[1]) for name in ("grad", "spread"))
     assert "dry run passed" in out and grad > 0 and spread > 0
     assert not list(tmp_path.iterdir())
+
+
+def test_the_bundled_policys_shape_is_its_own(monkeypatch):
+    """Both are there, the table's entry and config.json, so they are compared."""
+    monkeypatch.chdir(ROOT)
+    assert model_shape("experiments/policy", "experiments/quickstart.yaml").num_hidden_layers == 4
 
 
 def test_a_dry_run_needs_the_shape(world, tmp_path, capsys):

@@ -2,13 +2,15 @@
 import gzip
 import json
 import math
+import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from recr1 import train
+from recr1 import cli, train
 from recr1.config import Loss, Model
 from recr1.data import prompt_order, steps_per_epoch
 from recr1.grpo import ADVANTAGES, RECIPES, denominator, group_advantages, k1, objective, overlong, policy_loss, pulled
@@ -77,6 +79,14 @@ def test_overlong_by_hand(length, want):
     assert overlong(length, 100, 20) == pytest.approx(want) and overlong(length, 100, 0) == 0.0
 
 
+def test_overlong_answers_lose_reward_and_it_is_logged_apart(run):
+    rows = jsonl(run("train.steps=1", "reward.overlong=10", "sampling.max_new_tokens=12") / "rollouts.jsonl.gz")
+    for row in rows:
+        late = overlong(len(row["ids"]), 12, 10)
+        assert row["parts"]["overlong"] == pytest.approx(late) and row["reward"] == pytest.approx((-1.0 if row["error"] else row["parts"]["ndcg"]) + late)
+    assert len({row["parts"]["overlong"] for row in rows}) > 1
+
+
 def test_inner_steps_move_the_ratio_and_the_clip_bites(run, world):
     """The first of the four finds ratio 1, the others do not; a clipped token has gradient exactly 0, any other -A ratio / total."""
     rows = jsonl(run("train.inner_steps=4", "train.prompts_per_step=4", "optimizer.lr=0.01", "loss.clip=0.05") / "metrics.jsonl")
@@ -133,37 +143,20 @@ def test_kl_in_the_reward_is_taken_off_before_the_advantage(run):
     assert seen > 1e-3 and jsonl(folder / "metrics.jsonl")[1]["kl"] == pytest.approx(divergence / tokens, rel=1e-3)
 
 
-OWN = '''
-import torch
-
-def gain(logp, old, batch, c):
-    """Clip-free: ratio times advantage."""
-    return (logp - old).exp() * batch.adv
-
-gain.per_token = True
-
-def whole(logp, old, batch, c):
-    return (logp - old).exp() * batch.adv
-
-def ranks(r, c):
-    """Advantage by rank: 0, 1, .. shifted to mean 0."""
-    order = r.argsort(1).argsort(1).to(r.dtype)
-    return order - order.mean(1, keepdim=True)
-'''
-
-
 def test_a_users_loss_and_advantage_are_named_in_the_config(run, world, tmp_path, capsys, monkeypatch):
-    (tmp_path / "mine.py").write_text(OWN)
+    """README, "Change the loss": its file as it stands there."""
+    [text] = re.findall(r"```python\n(# my_loss.py.*?)```", (Path(__file__).resolve().parents[1] / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "my_loss.py").write_text(text + "\n\ndef whole(logp, old, batch, c):\n    return (logp - old).exp() * batch.adv\n")
     monkeypatch.syspath_prepend(tmp_path)
-    folder = run("loss.kind='mine:gain'", "loss.advantage='mine:ranks'")
+    folder = run("loss.kind='my_loss:soft'", "loss.advantage='my_loss:ranks'")
     rows = [row for row in jsonl(folder / "rollouts.jsonl.gz") if row["adv"]]
     assert rows and {row["adv"] for row in rows} <= {-1.5, -0.5, 0.5, 1.5}
-    assert run("loss.kind='mine:whole'", "model.head=recompute").exists()
-    for override, part in (("loss.kind='mine:whole'", "model.head=recompute"), ("loss.kind='mine:nothing'", "nothing"), ("loss.kind='absent:gain'", "absent"),
+    assert run("loss.kind='my_loss:whole'", "model.head=recompute").exists()
+    for override, part in (("loss.kind='my_loss:whole'", "model.head=recompute"), ("loss.kind='my_loss:nothing'", "nothing"), ("loss.kind='absent:gain'", "absent"),
                            ("loss.kind=grop", "grpo, dr_grpo"), ("loss.advantage=median", "mean_std"), ("loss.kind=gspo", "model.head=recompute"),
                            ("model.kernels=triton", "kernels: triton")):
         assert part in refused([world, override, f"run.dir={tmp_path / 'run'}"], capsys), override
-    sys.modules.pop("mine")
+    sys.modules.pop("my_loss")
 
 
 def test_replay_takes_the_same_step_without_a_sampler(run, world, tmp_path, capsys, monkeypatch):
@@ -203,3 +196,28 @@ def test_dlogp_norm_is_the_norm_of_the_derivative(run):
 def test_the_log_prob_gap_of_inner_steps_is_that_of_the_policy_that_sampled(run):
     row = jsonl(run("train.inner_steps=4", "train.prompts_per_step=4", "optimizer.lr=0.01") / "metrics.jsonl")[0]
     assert row["max_logprob_gap"] < 1e-4
+
+
+def test_one_batch_under_every_loss(run, capsys):
+    """GRPO's weights are the logged advantages; Dr. GRPO points where GRPO does not; a later model moves the ratio, and its gradients are compared too."""
+    folder = run("train.steps=2", "optimizer.lr=0.01", "loss.clip=0.05")
+    assert guarded(cli.main, ["losses", "--run", str(folder), "--step", "2", "--json"]) == 0
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert "every ratio is 1" in out and result["losses"].keys() == RECIPES.keys() and all(row["clip_share"] == 0 for row in result["losses"].values())
+    rows = [row for row in jsonl(folder / "rollouts.jsonl.gz") if row["step"] == 2]
+    assert result["losses"]["grpo"]["weight_max"] == pytest.approx(max(row["adv"] for row in rows), rel=1e-4)
+    assert result["losses"]["grpo"]["weight_min"] == pytest.approx(min(row["adv"] for row in rows), rel=1e-4)
+    [logged] = [row for row in jsonl(folder / "metrics.jsonl") if row["step"] == 2]
+    assert result["losses"]["grpo"]["dlogp_norm"] == pytest.approx(logged["dlogp_norm"], rel=1e-4)
+    assert result["tokens"] == sum(len(row["ids"]) for row in rows)
+    for a, row in result["cosine"].items():
+        assert row[a] == pytest.approx(1, abs=1e-5) and row == pytest.approx({b: result["cosine"][b][a] for b in row}, abs=1e-5)
+    assert result["cosine"]["grpo"]["dapo"] == pytest.approx(1, abs=1e-5) and result["cosine"]["grpo"]["dr_grpo"] < 0.9999
+    assert result["cosine"]["rloo"]["reinforce"] == pytest.approx(1, abs=1e-5)
+    assert guarded(cli.main, ["losses", "--run", str(folder), "--step", "2", "--new", str(folder / "model"), "--json"]) == 0
+    later = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert later["losses"]["grpo"]["clip_share"] > 0 and later["losses"]["cispo"]["clip_share"] == 0
+    assert all(row["grad_norm"] > 0 for row in later["losses"].values()) and later["parameter_cosine"]["grpo"]["gspo"] < 0.9999
+    assert guarded(cli.main, ["losses", "--run", str(folder), "--step", "9"]) == 2
+    assert "step 9" in capsys.readouterr().err

@@ -1,10 +1,10 @@
-"""recr1.kernels is found from a checkout, from a wheel, from any folder; and our kernels/ does not hide Hugging Face's `kernels`."""
+"""recr1.kernels is found from a checkout, a wheel, an sdist and an editable install; our kernels/ does not hide Hugging Face's `kernels`."""
 import json
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -33,56 +33,51 @@ def test_checkout_from_elsewhere(tmp_path):
     assert Path(python(WHERE, tmp_path, ROOT)) == ROOT / "kernels/logprob.py"
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """A copy of what is packaged: a build leaves build/ and egg-info where it runs."""
-    source = tmp_path_factory.mktemp("source")
-    for folder in ("recr1", "kernels"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "README.md", "LICENSE"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
-    return source
-
-
-def pip(*arguments, cwd: Path, executable=sys.executable) -> None:
-    done = subprocess.run([executable, "-m", "pip", arguments[0], "--quiet", "--disable-pip-version-check", "--no-index", "--no-deps",
-                           "--no-build-isolation", *map(str, arguments[1:])], cwd=cwd, capture_output=True, text=True)
+def pip(*argv) -> None:
+    done = subprocess.run([sys.executable, "-m", "pip", *map(str, argv)], capture_output=True, text=True,
+                          env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1"})
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope="module")
-def wheel(source, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    pip("wheel", "--wheel-dir", out, source, cwd=out)
+def make_wheel(source: Path, out: Path) -> Path:
+    """The wheel of a source folder or an sdist, made without network access."""
+    pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", out, source)
     [path] = out.glob("*.whl")
     return path
 
 
-def test_sdist_makes_the_same_wheel(source, wheel, tmp_path):
-    done = subprocess.run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", tmp_path], cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    [archive] = tmp_path.glob("*.tar.gz")
-    pip("wheel", "--wheel-dir", tmp_path, archive, cwd=tmp_path)
-    [again] = tmp_path.glob("*.whl")
-    assert sorted(zipfile.ZipFile(again).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")      # a build leaves build/ and egg-info where it runs
+    for name in ("recr1", "kernels"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder)
+    return folder
 
 
-def test_an_environment_with_the_wheel_runs_the_command_and_the_kernels_from_anywhere(wheel, tmp_path):
-    """The environment sees this one's libraries, not this checkout: the wheel is all it has of recr1."""
-    venv.create(tmp_path / "env", with_pip=True)
-    ours = tmp_path / "env/bin/python"
-    site = Path(python("import sysconfig; print(sysconfig.get_path('purelib'))", tmp_path, executable=ours))
-    libraries = sysconfig.get_path("purelib")
-    # a path file, so that its packages come after ours and its own path files (an editable recr1) are not read
-    (site / "libraries.pth").write_text(libraries + "\n")
-    pip("install", wheel, cwd=tmp_path, executable=ours)
-    assert Path(python(WHERE, tmp_path, executable=ours)) == site / "recr1/kernels/logprob.py"
-    data = ROOT / "experiments/data/esci_small"
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run([tmp_path / "env/bin/recr1", "eval-queries", "--corpus", data / "corpus.jsonl.gz", "--queries", data / "test.queries.jsonl", "--qrels",
-                           data / "test.qrels.tsv", "--json"], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["n"] == 150, done.stderr
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    return make_wheel(source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    python(f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})", source)
+    [path] = out.glob("*.tar.gz")
+    return path
+
+
+def install(what: list, env: Path) -> Path:
+    """A new environment that sees this one's packages but not its recr1, with `what` installed by pip; returns its bin folder."""
+    venv.create(env)
+    [site] = env.glob("lib/python*/site-packages")
+    # a folder named in a .pth file is searched, but its own .pth files, such as an editable recr1's, are not read
+    (site / "borrowed.pth").write_text("".join(f"{p}\n" for p in sys.path if Path(p).name in ("site-packages", "dist-packages")))
+    pip("--python", env / "bin/python", "install", "--quiet", "--no-deps", "--no-build-isolation", "--ignore-installed", *what)
+    return env / "bin"
 
 
 def test_wheel_holds_every_source(wheel):
@@ -97,6 +92,39 @@ def test_wheel_from_elsewhere(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (tmp_path / "cwd").mkdir()
     assert Path(python(WHERE, tmp_path / "cwd", tmp_path / "site")) == tmp_path / "site/recr1/kernels/logprob.py"
+
+
+def test_sdist_makes_the_same_wheel(sdist, wheel, tmp_path):
+    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    sources = {str(p.relative_to(ROOT)) for top in ("recr1", "kernels") for p in (ROOT / top).rglob("*.py")}
+    assert names >= sources | {"setup.py", "README.md", "LICENSE"}
+    ours, theirs = (zipfile.ZipFile(path) for path in (wheel, make_wheel(sdist, tmp_path)))
+    assert sorted(ours.namelist()) == sorted(theirs.namelist())
+    assert all(ours.read(name) == theirs.read(name) for name in ours.namelist() if not name.endswith("/RECORD"))
+
+
+def test_installed_wheel_runs_from_elsewhere(wheel, tmp_path):
+    """The light form of experiments/bench/wheel.sh, without the download: console script, kernels, and the bundled data's figures."""
+    bin = install([wheel], tmp_path / "env")
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    for interpreter_cwd, where in ((cwd, tmp_path / "env"), (ROOT, ROOT)):           # from its root the checkout wins, whole
+        assert Path(python(WHERE, interpreter_cwd, executable=bin / "python")).is_relative_to(where)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    help = subprocess.run([bin / "recr1", "--help"], cwd=cwd, env=env, capture_output=True, text=True)
+    assert help.returncode == 0 and "eval-queries" in help.stdout, help.stderr
+    esci = ROOT / "experiments/data/esci_small"
+    done = subprocess.run([bin / "recr1", "eval-queries", "--json", "--corpus", esci / "corpus.jsonl.gz", "--queries", esci / "test.queries.jsonl",
+                           "--qrels", esci / "test.qrels.tsv"], cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["metrics"]["ndcg@100"] == pytest.approx(0.788, abs=0.005) and not list(cwd.iterdir())
+
+
+def test_editable_install(source, tmp_path):
+    bin = install(["--editable", source], tmp_path / "env")
+    for cwd in (source, tmp_path):
+        assert Path(python(WHERE, cwd, executable=bin / "python")) == source / "kernels/logprob.py"
+    assert "eval-queries" in subprocess.run([bin / "recr1", "--help"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
 
 
 def test_kernels_folder_does_not_hide_hugging_faces():

@@ -20,7 +20,7 @@ LEVELS = [
     "evaluate report",
     "run",
     "train sft",
-    "explain doctor",
+    "explain doctor losslab",
     "cli",
 ]
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units.split()}
