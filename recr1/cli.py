@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from functools import partial
@@ -28,6 +29,7 @@ from .metrics import hit_rate, ndcg, recall, reciprocal_rank
 from .retrieval.bm25 import BM25, load_or_build
 from .run import guarded
 from .tasks.product_search import make_prompts
+from .weights import read_config
 
 METRICS = {"ndcg": ndcg, "recall": recall, "mrr": reciprocal_rank, "hit": hit_rate}
 
@@ -143,11 +145,13 @@ def generate_one(args) -> None:
     [rollout] = rewriter.greedy([prompt])
     text = rewriter.decode(rollout)
     query, error = parse_query(text)
-    say(plain(query) if query else f"no answer ({error}): {plain(text)}")
+    if query is None:
+        raise ConfigError(f"the policy's answer holds no query ({error}): {plain(text)[:200]!r}; is its prompt the one it was trained with?")
+    say(plain(query))
     if args.corpus:
         index, texts = make_index(args)
         for title, words in (("raw", args.query), ("rewritten", query)):
-            say(f"\n{title}: {plain(words) if words else '-'}\n{hits(index, texts, words, args.k) if words else '  no hits'}")
+            say(f"\n{title}: {plain(words)}\n{hits(index, texts, words, args.k)}")
 
 
 def losses(args) -> None:
@@ -167,7 +171,9 @@ class Rewriter:
         self.config = configs.load(recipe, [])
         self.tokenizer = load_tokenizer(folder)
         self.stops = stop_ids(folder, self.tokenizer)
-        prompt = self.config.prompt
+        prompt, most = self.config.prompt, read_config(folder).max_position_embeddings
+        if prompt.max_tokens + self.config.sampling.max_new_tokens > most:
+            raise ConfigError(f"{recipe}: prompt.max_tokens + sampling.max_new_tokens exceeds the model's max_position_embeddings = {most}")
         self.chat = Chat(self.tokenizer, prompt.system, prompt.user, prompt.assistant)
         self.policy = load_policy(folder, len(self.tokenizer), compute_type("auto"))
 
@@ -199,9 +205,9 @@ def read_judged(args) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
     queries, (qrels, repeats) = data.read_queries(args.queries)[0], data.read_qrels(args.qrels)
     for path, other, lost in ((args.queries, args.qrels, queries.keys() - qrels.keys()), (args.qrels, args.queries, qrels.keys() - queries.keys())):
         if lost:
-            say(f"recr1: {path}: {len(lost)} query ids are not in {other} and left out, first: {min(lost)}")
+            say(f"recr1: {path}: {len(lost)} query ids are not in {other} and left out, first: {plain(min(lost))}")
     if repeats:
-        say(f"recr1: {len(repeats)} judgements given twice, first: {repeats[0]}")
+        say(f"recr1: {len(repeats)} judgements given twice, first: {plain(repeats[0])}")
     if not queries.keys() & qrels.keys():
         raise ConfigError(f"{args.queries}: none of its query ids is judged in {args.qrels}")
     return {id: text for id, text in queries.items() if id in qrels}, qrels
@@ -209,7 +215,7 @@ def read_judged(args) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
 
 def scores(index: BM25, queries: list[str | None], gains: list[dict[str, float]], metrics: dict[str, tuple]) -> dict[str, np.ndarray]:
     """{metric: (Q,)}; no query (None) scores 0."""
-    depth, values = max(k for _, k in metrics.values()), {name: np.zeros(len(queries)) for name in metrics}
+    depth, values = min(max(k for _, k in metrics.values()), len(index.doc_ids)), {name: np.zeros(len(queries)) for name in metrics}
     asked = [i for i, query in enumerate(queries) if query is not None]
     for start in range(0, len(asked), 1024):
         at = asked[start:start + 1024]
@@ -238,7 +244,7 @@ def finish(args, result: dict) -> None:
 
 def hits(index: BM25, texts: dict[str, str], query: str, k: int) -> str:
     """The best k as text: rank, score, id, the document's beginning; below it what each matched term adds to the score."""
-    rows, found = index.search([query], k)
+    rows, found = index.search([query], min(k, len(index.doc_ids)))
     lines = []
     for rank, (r, score) in enumerate(zip(rows[0].tolist(), found[0].tolist()), 1):
         if r >= 0:
@@ -249,14 +255,21 @@ def hits(index: BM25, texts: dict[str, str], query: str, k: int) -> str:
 
 
 def plain(text: str) -> str:
-    """Data on a terminal: without the control characters that could drive it."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text)
+    """Data on a terminal: without the characters that could drive it, control codes and those that turn the direction of writing."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def command() -> None:
     """The console script."""
     torch.set_num_threads(max(1, torch.get_num_threads() // dist.local_world()))
-    sys.exit(guarded(main, sys.argv[1:]))
+    sys.stdout.reconfigure(errors="replace")         # a title that this terminal cannot write
+    try:
+        code = guarded(main, sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:                          # `| head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -102,8 +102,6 @@ def k3(logp: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
 
 
 KL = {"k1": k1, "k2": k2, "k3": k3}
-
-# --- recipes ---------------------------------------------------------------------------------------------------------------------
 # average: token, the mean over all tokens; sequence, the mean over rollouts of their means; constant, the sum over R * max_new_tokens
 
 
@@ -171,9 +169,6 @@ def denominator(texts: list[Rollout], average: str, max_new_tokens: int) -> int:
     """This rank's part of `total`; texts count for their identical siblings."""
     siblings = sum(r.count for r in texts)
     return {"token": sum(r.count * len(r.ids) for r in texts), "sequence": siblings, "constant": siblings * max_new_tokens}[average]
-
-
-# --- the loop's line -------------------------------------------------------------------------------------------------------------
 
 
 def policy_loss(model: torch.nn.Module, batch: Batch, total: float, temperature: float, o: Objective):

@@ -22,7 +22,6 @@ from .records import Batch, Reward, Rollout
 from .run import Run, guarded
 from .sample import generate, new_cache
 
-
 USAGE = "usage: python -m recr1.train CONFIG.yaml [a.b=value ...] [--dry-run], or torchrun --nproc-per-node N -m recr1.train ..."
 
 
@@ -52,13 +51,11 @@ def train(cfg: configs.Config) -> None:
             rollouts, rewards, drawn = explore(run, step, cache)                             # R = P * G, siblings adjacent; P is this rank's share
         with run.log.phase("train"):
             texts, first = distinct(rollouts)                                                # identical siblings: one row, counted
-            totals = torch.tensor([r.total for r in rewards])                                # (R,)
-            divergence = kl_of_each(run.reference, texts, rollouts, cfg) if run.reference and in_loss is None else None
-            if divergence is not None:
-                totals -= cfg.loss.kl * divergence
+            divergence = kl_of_each(None if in_loss else run.reference, texts, rollouts, cfg)                   # (R,), 0 where the loss has it
+            totals = torch.tensor([r.total for r in rewards]) - cfg.loss.kl * divergence                        # (R,)
             adv = group_advantages(totals, cfg.sampling.group_size, loss.advantage, cfg.loss)                   # (R,)
             kept = every_token(policy, run.reference, texts, cfg) if run.keeps_tokens(step) else None
-            done = Step(rollouts, rewards, adv.tolist(), texts, first, drawn, kept, [] if divergence is None else [dict(kl=divergence.sum().item())])
+            done = Step(rollouts, rewards, adv.tolist(), texts, first, drawn, kept, [dict(kl=divergence.sum().item())] if run.reference else [])
             for total, batches in optimiser_steps(policy, in_loss, texts, adv[first], cfg, loss.average):       # one, unless train.inner_steps > 1
                 for batch in batches:
                     value, logp, stats = policy_loss(policy, batch, total, cfg.sampling.temperature, loss)
@@ -109,7 +106,11 @@ def optimiser_steps(policy: Sharded, reference: Sharded | None, texts: list[Roll
         [total] = dist.total(denominator([texts[i] for i in share], average, cfg.sampling.max_new_tokens))
         trained = [i for i in share if adv[i] != 0 or reference]
         batches = with_advantages(with_reference(reference, micro_batches([texts[i] for i in trained], cfg), cfg.sampling.temperature), adv[trained])
-        made.append((max(1, total), with_old(policy, batches, cfg.sampling.temperature) if steps > 1 else batches))
+        if cfg.train.replay:                          # whoever wrote these texts, it was not this policy
+            batches = [replace(b, old_logp=b.sampler_logp) for b in batches]
+        elif steps > 1:
+            batches = with_old(policy, batches, cfg.sampling.temperature)
+        made.append((max(1, total), batches))
     return made
 
 
@@ -136,8 +137,10 @@ def with_advantages(batches: list[Batch], adv: torch.Tensor) -> list[Batch]:
     return [replace(b, adv=adv.to(b.tokens.device)[b.rollout]) for b in batches]
 
 
-def kl_of_each(reference: Sharded, texts: list[Rollout], rollouts: list[Rollout], cfg: configs.Config) -> torch.Tensor:
-    """The KL to the reference of each rollout, (R,): summed over its tokens."""
+def kl_of_each(reference: Sharded | None, texts: list[Rollout], rollouts: list[Rollout], cfg: configs.Config) -> torch.Tensor:
+    """The KL to the reference of each rollout, (R,): summed over its tokens; 0 without one."""
+    if reference is None:
+        return torch.zeros(len(rollouts))
     summed = kl_of_rollouts(with_reference(reference, micro_batches(texts, cfg), cfg.sampling.temperature), len(texts), cfg.loss.kl_estimator)
     place = {(r.group, r.ids): i for i, r in enumerate(texts)}
     return summed[[place[r.group, r.ids] for r in rollouts]]
@@ -149,8 +152,9 @@ def every_token(policy: Sharded, reference: Sharded | None, texts: list[Rollout]
     batches = with_reference(reference, micro_batches(texts, cfg), cfg.sampling.temperature)
     scored = [score(policy, batch, cfg.sampling.temperature) for batch in batches]
     # before the first optimiser step on it the old policy is the one being trained (DESIGN decision 2)
-    return token_values(len(texts), batches, [dict(trainer_logp=logp, ref_logp=b.ref_logp, old_logp=logp, entropy=entropy)
-                                              for b, (logp, entropy) in zip(batches, scored)])
+    columns = [dict(trainer_logp=logp, ref_logp=b.ref_logp, old_logp=b.sampler_logp if cfg.train.replay else logp, entropy=entropy)
+               for b, (logp, entropy) in zip(batches, scored)]
+    return token_values(len(texts), batches, columns)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import torch
+from torch.distributed.fsdp import fully_shard
 
 from recr1 import dist
 from recr1.config import Config, ConfigError, Loss, Model, Optimizer as OptimizerConfig, Sampling, Train
@@ -101,6 +102,17 @@ def results(case: str, sharded: bool) -> dict[str, torch.Tensor]:
     return out | {f"weight {name}": t.detach().clone() for name, t in named(lambda p: p.data).items()} | {"norm": torch.tensor(norm)}
 
 
+def fsdp2() -> dict[str, torch.Tensor]:
+    """The gradient of case "float64 checkpointing", by torch's fully_shard: per block and root, sums in place of its means."""
+    _, shape, budget, _, same, loss = CASES["float64 checkpointing"]
+    policy, reference = (tiny_model(seed, **shape).double() for seed in (1, 2))
+    for module in (*policy.model.layers, policy):
+        fully_shard(module, reshard_after_forward=module is not policy)        # the head is used after the root's forward
+        module.set_gradient_divide_factor(1.0)
+    accumulate(policy, reference.requires_grad_(False), 0, same, replace(SETTINGS, train=Train(tokens_per_micro_batch=budget), loss=Loss(**loss)))
+    return {f"grad {name}": p.grad.full_tensor() for name, p in policy.named_parameters()}
+
+
 def one_fails() -> str:
     """What every rank is told when the last one fails in a block of dist.together."""
     try:
@@ -115,6 +127,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with dist.session():
         done = {case: results(case, sharded=True) for case in CASES}
+        theirs = fsdp2()
         told, shares = dist.gather(one_fails()), dist.gather(dist.share(list(range(7))))
         if dist.rank() == 0:
-            torch.save(done | dict(told=told, shares=shares), sys.argv[1])
+            torch.save(done | dict(told=told, shares=shares, fsdp2=theirs), sys.argv[1])

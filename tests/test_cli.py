@@ -136,9 +136,9 @@ def test_search_shows_terms_that_add_up_to_the_score(world, capsys):
 
 
 def test_control_characters_of_the_data_do_not_reach_the_terminal(tmp_path, capsys):
-    (tmp_path / "c.jsonl").write_text(json.dumps(dict(id="a", title="red \x1b[31m lamp\x07\u009b2J")) + "\n")
+    (tmp_path / "c.jsonl").write_text(json.dumps(dict(id="a", title="red \x1b[31m lamp\x07\u009b2J\u202e")) + "\n")
     out = run(capsys, "search", "--corpus", tmp_path / "c.jsonl", "lamp")
-    assert "lamp" in out and not set(out) & set("\x1b\x07\u009b")
+    assert "lamp" in out and not set(out) & set("\x1b\x07\u009b\u202e")
 
 
 def test_queries_without_judgement_are_left_out_aloud(world, tmp_path, capsys):
@@ -147,6 +147,17 @@ def test_queries_without_judgement_are_left_out_aloud(world, tmp_path, capsys):
     (tmp_path / "r.tsv").write_text(Path(cfg.data.test_qrels).read_text() + "ghost\td1\t1\n")
     out = run(capsys, "eval-queries", *flags(cfg.data.corpus, tmp_path / "q.jsonl", tmp_path / "r.tsv"), "--json")
     assert "first: extra" in out and "first: ghost" in out and json.loads(out.splitlines()[-1])["n"] == 12
+
+
+def test_more_hits_than_documents_are_no_more_than_documents(world, capsys):
+    assert len(run(capsys, "search", "--corpus", world[0].data.corpus, "lamp house", "-k", 10 ** 9).splitlines()) == 2 * 40
+    assert "recall@1000000000" in run(capsys, "eval-queries", *tiny_flags(world[0]), "--metrics", "recall@1000000000")
+
+
+def test_a_closed_pipe_and_a_poor_terminal_end_in_no_traceback(world):
+    command = f"{sys.executable} -m recr1.cli search --corpus {world[0].data.corpus} 'ユーザー lamp house' -k 40 | head -1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, env=os.environ | dict(PYTHONIOENCODING="ascii"))
+    assert done.stdout.startswith("  1 ") and "Traceback" not in done.stderr
 
 
 def test_bad_input_is_one_line(world, tmp_path, capsys):
@@ -158,6 +169,11 @@ def test_bad_input_is_one_line(world, tmp_path, capsys):
     assert "none of its query ids is judged" in refused(capsys, "eval-queries", *flags(cfg.data.corpus, cfg.data.test_queries, tmp_path / "none.tsv"))
     assert "k1" in refused(capsys, "search", "--corpus", cfg.data.corpus, "x", "--k1", "-1")
     assert "no/such/folder" in refused(capsys, "generate", "--model", "no/such/folder", "x")
+    long = tmp_path / "long.yaml"
+    long.write_text("prompt: {max_tokens: 64}\nsampling: {max_new_tokens: 100000}\n")
+    assert "max_position_embeddings" in refused(capsys, "generate", "--model", folder / "model", "x", "--config", long)
+    long.write_text("prompt: {max_tokens: 64}\nsampling: {max_new_tokens: 1}\n")
+    assert "holds no query" in refused(capsys, "generate", "--model", folder / "model", "x", "--config", long)
     (folder / "model/recr1.yaml").rename(tmp_path / "recr1.yaml")
     try:
         assert "recr1.yaml" in (line := refused(capsys, "generate", "--model", folder / "model", "x")) and "--config" in line

@@ -162,8 +162,9 @@ def test_a_users_loss_and_advantage_are_named_in_the_config(run, world, tmp_path
 def test_replay_takes_the_same_step_without_a_sampler(run, world, tmp_path, capsys, monkeypatch):
     first = run("train.steps=1")
     monkeypatch.setattr(train, "generate", lambda *_: pytest.fail("a replay samples nothing"))
-    again = run("train.steps=1", f"train.replay={first}/rollouts.jsonl.gz")
-    a, b = (jsonl(folder / "metrics.jsonl")[0] for folder in (first, again))
+    again = run("train.steps=3", "optimizer.lr=0.01", f"train.replay={first}/rollouts.jsonl.gz")
+    (a,), (b, *later) = (jsonl(folder / "metrics.jsonl") for folder in (first, again))
+    assert b["ratio_off"] < 1e-5 and all(row["ratio_off"] > 1e-3 and row["reward"] == b["reward"] for row in later)      # the file's step again, off-policy
     assert b["rollout_tokens_per_s"] is None and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
     assert {k: b[k] for k in ("reward", "zero_variance", "adv_std", "distinct", "completion_tokens")} == pytest.approx(
         {k: a[k] for k in ("reward", "zero_variance", "adv_std", "distinct", "completion_tokens")})

@@ -63,6 +63,13 @@ def test_gradient_and_weights_are_those_of_one_plain_process(ours, case):
         assert worst["grad"] <= 1e-5
 
 
+def test_gradient_is_that_of_torchs_fully_shard(ours):
+    if "fsdp2" not in ours:
+        pytest.skip("one process: nothing is sharded")
+    for name, want in ours["fsdp2"].items():
+        assert (ours["float64 checkpointing"][name] - want).norm() <= 1e-12 * want.norm(), name
+
+
 def test_the_budget_does_not_matter_either():
     for name, want in plain("float64").items():
         error = (plain("float64 small batches")[name] - want).norm() / want.norm()
