@@ -22,7 +22,7 @@ from . import dist
 from .config import Config, ConfigError
 from .data import is_test, is_validation
 from .model import Decoder, ModelConfig
-from .weights import parse_config, read_config, save_model
+from .weights import check_room, parse_config, read_config, save_model
 
 WORDS = "lamp chair table shirt kettle guitar camera bicycle".split()
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -34,11 +34,7 @@ TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content']
 def shrunk(cfg: Config, path: str) -> Iterator[Config]:
     """The config (read from the file `path`) with everything large made tiny, in a temporary folder of its own. Raises ConfigError."""
     shape = model_shape(cfg.model.path, path)
-    longest = cfg.prompt.max_tokens + cfg.sampling.max_new_tokens
-    for what, limit in (("train.tokens_per_micro_batch", cfg.train.tokens_per_micro_batch),
-                        ("the model's max_position_embeddings", shape.max_position_embeddings)):
-        if longest > limit:
-            raise ConfigError(f"prompt.max_tokens + sampling.max_new_tokens = {longest} exceeds {what} = {limit}")
+    check_room(cfg, shape.max_position_embeddings)
     with tempfile.TemporaryDirectory(prefix="recr1-dry-run-") as own:
         folder = Path(dist.first(own))                     # rank 0's serves all
         with dist.together():

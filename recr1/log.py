@@ -39,7 +39,7 @@ class Gaps:
 
 @dataclass
 class Step:
-    """What one rank did in a step; the ranks' in order, `merged`, are the step's: groups are dealt out whole and contiguous."""
+    """What one rank did in a step; the ranks' merged in order are the step's: groups are dealt out whole and contiguous."""
     rollouts: list[Rollout]
     rewards: list[Reward]
     adv: list[float]                                   # (R,)

@@ -27,7 +27,7 @@ from .records import Prompt
 from .replay import Replay, ReplayError
 from .retrieval.bm25 import BM25, load_or_build
 from .tasks.product_search import ProductSearch, PromptTooLong, make_prompts
-from .weights import read_config
+from .weights import check_room, read_config
 
 
 class RunError(ValueError):
@@ -103,13 +103,10 @@ class Run:
         for what, messages in (("data lines", dropped), ("prompts over the limit", [m for _, long in made.values() for m in long])):
             if messages:
                 say(f"recr1: {len(messages)} {what} left out, first: {messages[0]}")
-        train, longest = self.cfg.train, self.cfg.prompt.max_tokens + self.cfg.sampling.max_new_tokens
+        train = self.cfg.train
         if len(self.train) < train.prompts_per_step:
             raise RunError(f"train.prompts_per_step: {train.prompts_per_step} is more than the {len(self.train)} train queries outside the held-out tenths")
-        for what, limit in (("train.tokens_per_micro_batch", train.tokens_per_micro_batch),
-                            ("the model's max_position_embeddings", positions)):
-            if longest > limit:
-                raise RunError(f"prompt.max_tokens + sampling.max_new_tokens = {longest} exceeds {what} = {limit}")
+        check_room(self.cfg, positions)
         if self.cfg.train.eval_every and not self.validation:
             raise RunError("no train query falls into the validation tenth; set train.eval_every=0 or bring more queries")
         if not self.test:

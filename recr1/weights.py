@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .config import Config, ConfigError
 from .hub import ModelFolderError, read_json
 from .model import Decoder, ModelConfig, RopeScaling
 
@@ -79,6 +80,14 @@ def _check_values(config: ModelConfig, where: str) -> None:
         raise ModelFolderError(f"{where}: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}, and head_dim {dim} even")
     if s and s.high_freq_factor <= s.low_freq_factor:
         raise ModelFolderError(f"{where}: rope's high_freq_factor {s.high_freq_factor} must be above low_freq_factor {s.low_freq_factor}")
+
+
+def check_room(cfg: Config, positions: int) -> None:
+    """Raises ConfigError unless the longest text a run may make fits into a micro-batch and into the model's `positions`."""
+    longest = cfg.prompt.max_tokens + cfg.sampling.max_new_tokens
+    for what, limit in (("train.tokens_per_micro_batch", cfg.train.tokens_per_micro_batch), ("the model's max_position_embeddings", positions)):
+        if longest > limit:
+            raise ConfigError(f"prompt.max_tokens + sampling.max_new_tokens = {longest} exceeds {what} = {limit}")
 
 
 def config_json(c: ModelConfig) -> dict:
