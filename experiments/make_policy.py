@@ -16,9 +16,10 @@ import torch
 from tokenizers import AddedToken, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from recr1 import config as configs
+from recr1 import config_file as configs
 from recr1 import data
 from recr1.chat import Chat
+from recr1.config import Optimizer as OptimizerConfig
 from recr1.model import Decoder, ModelConfig
 from recr1.records import Prompt, Rollout
 from recr1.sft import fit
@@ -138,7 +139,7 @@ def main(argv: list[str]) -> None:
     model = initialised(args.seed)
     stages = [("copy", args.copy_steps, 2e-3, 0.02), ("edit", args.edit_steps, 1e-3, 0.01)]
     for i, (name, steps, lr, muon_lr) in enumerate(stages):
-        optimizer = configs.Optimizer(kind="muon", lr=lr, muon_lr=muon_lr, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=50, final_lr=0.02)
+        optimizer = OptimizerConfig(kind="muon", lr=lr, muon_lr=muon_lr, betas=(0.9, 0.95), weight_decay=0.0, warmup_steps=50, final_lr=0.02)
         examples = Examples(tokenizer, chat, queries, documents, args.batch, name == "edit", args.seed + i)
         print(f"stage {name}: {steps} steps of {args.batch} examples")
         fit(model, examples, steps, optimizer, max_tokens=1024)

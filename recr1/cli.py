@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import config as configs
+from . import config_file as configs
 from . import data, dist, losslab
 from .answers import parse_query
 from .chat import Chat

@@ -1,15 +1,7 @@
-"""Frozen dataclasses <- YAML + a.b=value. Every key and type is checked before anything else happens; nothing is guessed."""
+"""Every setting, its default and what it means, as frozen dataclasses. config_file.py reads them from YAML and checks them."""
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import math
-import re
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import yaml
 
 
 class ConfigError(ValueError):
@@ -18,9 +10,10 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    dir: str = "runs/run"               # everything the run writes; must be new
+    dir: str = "runs/run"               # everything the run writes: new, or a run of this very config, which then goes on
     seed: int = 0
     threads: int = 0                    # torch's threads per process; 0: the machine's cores, shared by its ranks
+    patience: int = 300                 # seconds a rank waits for the others in one collective, once training has begun
 
 
 @dataclass(frozen=True)
@@ -90,6 +83,7 @@ class Loss:
     kl: float = 0.0                     # weight of the KL to the initial policy; 0: no reference is kept
     kl_estimator: str = "k3"            # k1 | k2 | k3
     kl_in: str = "loss"                 # loss | reward
+    reference_on_host: bool = False     # the reference's shards lie in host memory
     entropy: float = 0.0                # weight of the entropy bonus
     importance_cap: float = 0.0         # cap of exp(trainer - sampler) as a weight (truncated importance sampling); 0: not applied
     std_floor: float = 1e-6             # advantage = (r - mean) / (std + std_floor)
@@ -112,6 +106,8 @@ class Optimizer:
     final_lr: float = 1.0               # share of lr that the linear decay ends at; 1: constant
     clip_norm: float = 1.0
     on_nonfinite: str = "stop"          # stop | skip (the step; counted)
+    max_skips: int = 10                 # stop after so many skipped in a row
+    on_host: bool = False               # AdamW's moments lie in host memory and come to the GPU shard by shard
 
 
 @dataclass(frozen=True)
@@ -121,9 +117,17 @@ class Train:
     inner_steps: int = 1                # optimiser steps per batch of rollouts, over equal shares of its prompts
     tokens_per_micro_batch: int = 16384
     checkpointing: bool = False         # keep only each block's input and compute it again in the backward
+    reduce: str = "micro_batch"         # when gradients are summed over ranks: micro_batch | step (whole gradients are kept: less traffic)
+    frozen: str = ""                    # weights that are not trained: patterns of names, e.g. "model.embed_tokens.*, *norm.weight"
     replay: str = ""                    # rollouts.jsonl.gz of a run: train on its logged steps, without a sampler
     eval_every: int = 100               # steps between validations; 0: none
     eval_queries: int = 0               # how many of the validation queries; 0: all
+
+
+@dataclass(frozen=True)
+class Save:
+    every: int = 100                    # steps between checkpoints; 0: none but at SIGTERM
+    keep: int = 2                       # so many of the last, and the best on validation
 
 
 @dataclass(frozen=True)
@@ -145,123 +149,5 @@ class Config:
     loss: Loss = field(default_factory=Loss)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
+    save: Save = field(default_factory=Save)
     log: Log = field(default_factory=Log)
-
-
-CHOICES = {"task": ("product_search",), "model.attention": ("sdpa",), "model.compute": ("auto", "float32", "bfloat16"),
-           "model.head": ("one_shot", "recompute"), "model.kernels": ("torch", "triton"), "loss.average": ("", "token", "sequence", "constant"),
-           "loss.kl_estimator": ("k1", "k2", "k3"), "loss.kl_in": ("loss", "reward"),
-           "data.on_bad_line": ("stop", "drop"),
-           "data.on_long_prompt": ("stop", "drop"), "retriever.kind": ("bm25",), "retriever.variant": ("lucene", "okapi"),
-           "retriever.length": ("exact", "lucene"), "optimizer.kind": ("adamw", "muon"),
-           "optimizer.on_nonfinite": ("stop", "skip")}
-AT_LEAST = {"run.threads": 0, "sampling.group_size": 2, "sampling.temperature": 1e-3, "sampling.max_new_tokens": 1, "train.steps": 1,
-            "train.prompts_per_step": 1, "train.tokens_per_micro_batch": 1, "train.eval_every": 0, "train.eval_queries": 0,
-            "log.tokens_every": 1, "log.print_every": 1, "prompt.max_tokens": 1, "reward.k_train": 1, "reward.k_eval": 1,
-            "train.inner_steps": 1, "sampling.resample": 0, "reward.overlong": 0, "loss.clip_high": 0, "loss.entropy": 0, "loss.importance_cap": 0,
-            "loss.clip": 0, "loss.kl": 0, "loss.std_floor": 0, "optimizer.lr": 0, "optimizer.clip_norm": 1e-12,
-            "optimizer.warmup_steps": 0, "data.shuffle_words": 0, "optimizer.muon_lr": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
-            "optimizer.final_lr": 0}
-AT_MOST = {"data.shuffle_words": 1, "optimizer.final_lr": 1}
-
-
-def load(path: str, overrides: list[str]) -> Config:
-    """YAML file, then each `a.b=value` (value in YAML) on top. Raises ConfigError: unknown key, wrong type, bad value, no file."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(e).split())}") from None
-    if tree is not None and not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines at the top, found {type(tree).__name__}")
-    tree = tree or {}
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise ConfigError(f"override {item!r}: write it as key=value, e.g. train.steps=10")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"override {item!r}: the value is not YAML; quote it") from None
-        node = tree
-        *sections, last = key.split(".")
-        for name in sections:
-            node = node.setdefault(name, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"override {item!r}: {name} is not a section")
-        node[last] = value
-    config = _build(Config, tree, "")
-    for key, allowed in CHOICES.items():
-        if get(config, key) not in allowed:
-            raise ConfigError(f"{key}: {get(config, key)!r} is not one of {', '.join(allowed)}")
-    for key, least in AT_LEAST.items():
-        if get(config, key) < least:
-            raise ConfigError(f"{key}: must be at least {least}, is {get(config, key)}")
-    for key, most in AT_MOST.items():
-        if get(config, key) > most:
-            raise ConfigError(f"{key}: must be at most {most}, is {get(config, key)}")
-    if config.train.prompts_per_step % config.train.inner_steps:
-        raise ConfigError(f"train.inner_steps: {config.train.inner_steps} must divide train.prompts_per_step = {config.train.prompts_per_step}")
-    if config.reward.overlong > config.sampling.max_new_tokens:
-        raise ConfigError(f"reward.overlong: {config.reward.overlong} exceeds sampling.max_new_tokens = {config.sampling.max_new_tokens}")
-    if bool(config.data.test_queries) != bool(config.data.test_qrels):
-        raise ConfigError("data.test_queries, data.test_qrels: give both files, or neither for a hash tenth of the train queries")
-    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise ConfigError(f"optimizer.betas: each must be at least 0 and below 1, is {list(config.optimizer.betas)}")
-    return config
-
-
-def get(config: Config, key: str):
-    """The value at a dotted key."""
-    for name in key.split("."):
-        config = getattr(config, name)
-    return config
-
-
-def dump(config: Config) -> str:
-    """YAML that `load` reads back to an equal Config."""
-    plain = {k: _plain(v) for k, v in dataclasses.asdict(config).items()}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-
-
-def answering(config: Config) -> str:
-    """YAML of what a trained policy needs to answer as it did in training: the prompt and how long the answer may be."""
-    prompt = {k: _plain(v) for k, v in dataclasses.asdict(config.prompt).items()}
-    return yaml.safe_dump(dict(prompt=prompt, sampling=dict(max_new_tokens=config.sampling.max_new_tokens)), sort_keys=False, allow_unicode=True)
-
-
-def _plain(value):
-    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
-
-
-def _build(cls, tree, where: str):
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{where[:-1]}: expected a section of key: value lines, found {tree!r}")
-    hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in tree.items():
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1)
-            hint = f"did you mean {where}{near[0]}?" if near else f"known here: {', '.join(hints)}"
-            raise ConfigError(f"unknown key {where}{key}: {hint}")
-        kind = hints[key]
-        values[key] = _build(kind, value, f"{where}{key}.") if dataclasses.is_dataclass(kind) else _value(kind, value, where + key)
-    return cls(**values)
-
-
-def _value(kind, value, key: str):
-    if kind is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        value = float(value)                   # YAML 1.1 reads 1e-6 as a string: it is meant as a number
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if typing.get_origin(kind) is tuple:
-        kinds = typing.get_args(kind)
-        if not isinstance(value, list) or len(value) != len(kinds):
-            raise ConfigError(f"{key}: expected a list of {len(kinds)} values, found {value!r}")
-        return tuple(_value(k, v, key) for k, v in zip(kinds, value))
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{key}: expected {kind.__name__}, found {type(value).__name__} {value!r}")
-    if kind is float and not math.isfinite(value):
-        raise ConfigError(f"{key}: must be a finite number, is {value}")
-    return value

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import config as configs
+from . import config_file as configs
 from .config import ConfigError, Model
 from .grpo import RECIPES, denominator, group_advantages, objective, pulled, token_weights
 from .hub import load_tokenizer, resolve

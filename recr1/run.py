@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import config as configs
+from . import config_file as configs
 from . import data, dist, evaluate
 from .chat import Chat, ChatError
 from .checkpoint import compute_type, load_policy, load_reference, save_policy

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from . import config as configs
+from . import config_file as configs
 from . import dist
+from .config import Config, ConfigError
 from .dryrun import shrunk
 from .fsdp import Sharded, gathered
 from .grpo import denominator, group_advantages, kl_of_rollouts, objective, policy_loss
@@ -28,7 +29,7 @@ USAGE = "usage: python -m recr1.train CONFIG.yaml [a.b=value ...] [--dry-run], o
 def main(argv: list[str]) -> None:
     config, *overrides = [a for a in argv if a != "--dry-run"] or [""]
     if not config or config.startswith("-"):
-        raise configs.ConfigError(USAGE)
+        raise ConfigError(USAGE)
     cfg = configs.load(config, overrides)
     if "--dry-run" not in argv:
         return train(cfg)
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
     say(f"dry run passed: {config}")
 
 
-def train(cfg: configs.Config) -> None:
+def train(cfg: Config) -> None:
     run = Run(cfg)
     policy, loss = run.policy, objective(cfg.loss, cfg.model)
     in_loss = run.reference if cfg.loss.kl_in == "loss" else None                            # the KL's place: the loss, or the reward
@@ -94,7 +95,7 @@ def explore(run: Run, step: int, cache) -> tuple[list[Rollout], list[Reward], in
     return [replace(r, group=g) for g, (mine, _) in enumerate(groups) for r in mine], [r for _, mine in groups for r in mine], drawn
 
 
-def optimiser_steps(policy: Sharded, reference: Sharded | None, texts: list[Rollout], adv: torch.Tensor, cfg: configs.Config,
+def optimiser_steps(policy: Sharded, reference: Sharded | None, texts: list[Rollout], adv: torch.Tensor, cfg: Config,
                     average: str) -> list[tuple[float, list[Batch]]]:
     """(the loss's denominator, micro-batches) of each optimiser step on these rollouts; adv (texts,). Equal shares of the prompts.
 
@@ -114,7 +115,7 @@ def optimiser_steps(policy: Sharded, reference: Sharded | None, texts: list[Roll
     return made
 
 
-def micro_batches(texts: list[Rollout], cfg: configs.Config) -> list[Batch]:
+def micro_batches(texts: list[Rollout], cfg: Config) -> list[Batch]:
     """Packed by the token budget, as many on every rank."""
     return in_step(pack(texts, cfg.train.tokens_per_micro_batch, dist.device()), dist.device())
 
@@ -137,7 +138,7 @@ def with_advantages(batches: list[Batch], adv: torch.Tensor) -> list[Batch]:
     return [replace(b, adv=adv.to(b.tokens.device)[b.rollout]) for b in batches]
 
 
-def kl_of_each(reference: Sharded | None, texts: list[Rollout], rollouts: list[Rollout], cfg: configs.Config) -> torch.Tensor:
+def kl_of_each(reference: Sharded | None, texts: list[Rollout], rollouts: list[Rollout], cfg: Config) -> torch.Tensor:
     """The KL to the reference of each rollout, (R,): summed over its tokens; 0 without one."""
     if reference is None:
         return torch.zeros(len(rollouts))
@@ -147,7 +148,7 @@ def kl_of_each(reference: Sharded | None, texts: list[Rollout], rollouts: list[R
 
 
 @torch.no_grad()
-def every_token(policy: Sharded, reference: Sharded | None, texts: list[Rollout], cfg: configs.Config) -> list[dict]:
+def every_token(policy: Sharded, reference: Sharded | None, texts: list[Rollout], cfg: Config) -> list[dict]:
     """Per-token values of all the step's texts before its update, untrained ones too, for rollouts.jsonl.gz."""
     batches = with_reference(reference, micro_batches(texts, cfg), cfg.sampling.temperature)
     scored = [score(policy, batch, cfg.sampling.temperature) for batch in batches]

@@ -12,7 +12,7 @@ import pytest
 import pytrec_eval
 import yaml
 
-from recr1 import cli, config as configs, train
+from recr1 import cli, config_file as configs, train
 from recr1.answers import parse_query
 from recr1.data import read_corpus, read_qrels, read_queries
 from recr1.retrieval.bm25 import BM25

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from recr1.config import Config, ConfigError, dump, load
+from recr1.config import Config, ConfigError
+from recr1.config_file import dump, load
 
 QUICKSTART = str(Path(__file__).resolve().parents[1] / "experiments" / "quickstart.yaml")
 

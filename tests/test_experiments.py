@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recr1 import config as configs
+from recr1 import config_file as configs
 from recr1 import train
 from recr1.dryrun import model_shape
 from recr1.run import guarded

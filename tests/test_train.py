@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from recr1 import config as configs
+from recr1 import config_file as configs
 from recr1 import train
 from recr1.config import Loss
 from recr1.config import Optimizer as OptimizerConfig
