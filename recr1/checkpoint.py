@@ -22,7 +22,7 @@ def load_policy(folder: str, reachable: int, compute: torch.dtype, checkpointing
 
 def load_reference(folder: str, reachable: int, compute: torch.dtype) -> Sharded:
     """The same, frozen and kept in the compute type: the policy before training."""
-    return _load(folder, reachable, master=compute, compute=compute, trainable=False)
+    return _load(folder, reachable, master=compute, compute=compute, frozen=("*",))
 
 
 def _load(folder: str, reachable: int, **how) -> Sharded:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Callable
 
 import torch
 import torch.distributed as td
@@ -120,19 +120,26 @@ def together():
         raise error
 
 
-def all_gather(shard: torch.Tensor) -> torch.Tensor:
-    """(n,) of each rank -> (W n,) everywhere."""
+def all_gather(shard: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begins to collect (n,) of each rank; the call it returns waits and gives the (W n,)."""
     if world() == 1:
-        return shard
-    whole = shard.new_empty(world() * len(shard))
-    _all_gather(whole, shard)
-    return whole
+        return lambda: shard
+    return _begin(_all_gather, shard.new_empty(world() * len(shard)), shard)
 
 
-def reduce_scatter(whole: torch.Tensor) -> torch.Tensor:
-    """(W n,) of each rank -> this rank's (n,) of their sum."""
+def reduce_scatter(whole: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begins to sum (W n,) over the ranks; the call it returns waits and gives this rank's (n,)."""
     if world() == 1:
-        return whole
-    shard = whole.new_empty(len(whole) // world())
-    _reduce_scatter(shard, whole)
-    return shard
+        return lambda: whole
+    return _begin(_reduce_scatter, whole.new_empty(len(whole) // world()), whole)
+
+
+def _begin(collective, out: torch.Tensor, source: torch.Tensor) -> Callable[[], torch.Tensor]:
+    work = collective(out, source, async_op=True)
+
+    def wait() -> torch.Tensor:
+        nonlocal source
+        work.wait()
+        source = None                    # until here the collective reads it
+        return out
+    return wait

@@ -1,155 +1,154 @@
 """Fully sharded data parallelism, ZeRO-3 (Rajbhandari et al. 2020, section 5), by hand (DESIGN decision 5).
 
-A unit is one block, or the root: embedding, last norm and head. Its weights lie in one flat vector, cut into W equal shards; a rank
-owns one, the master copy that the optimizer updates, and nothing else of the unit between its uses. To run a unit is to gather its
-shards into the compute type and hang views of them on its modules. The gather is one autograd function: its backward is the
-reduce-scatter (SUM, in the master's type) of the gradient. With one rank, gather and reduce-scatter are the identity.
-
-Legend: W ranks, n numbers of a shard, P weights of a unit.
+A unit is one block, or the root: embedding, last norm and head. Its weights lie in one flat vector (flat.py), cut into W equal shards; a
+rank owns one, the master copy that the optimizer updates, and nothing else of the unit between its uses. To run a unit is to gather its
+shards into the compute type and hang views of them on its modules; meanwhile the next unit's gather is under way, in the backward the
+previous one's. The gather is an autograd function: its backward is the reduce-scatter (SUM, in the master's type) of the gradient, under
+way while the unit before computes its own. One rank: both are the identity. n: numbers of a shard.
 """
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
-from typing import Callable, Iterator, NamedTuple
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Callable, Iterator
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from . import dist
+from . import dist, offload
+from .flat import Flat, by_block
 from .model import Decoder
 
-ALIGN = 64         # numbers: every weight starts on a boundary that matrix kernels like
-
-
-class Weight(NamedTuple):
-    """One tensor of a unit and its place in the flat vector."""
-    name: str                  # Hugging Face's
-    module: nn.Module
-    attribute: str
-    shape: torch.Size
-    start: int
+at_the_end = torch.autograd.Variable._execution_engine.queue_callback          # of the backward that is running
 
 
 class Unit(nn.Module):
-    """The shard of some modules' weights. Between uses the modules have no weights at all: a forgotten gather is an error, not a stale value."""
+    """The shard of some weights. Between uses their modules have no weights at all: a forgotten gather is an error, not a stale value."""
 
-    def __init__(self, named_modules: dict[str, nn.Module], read: Callable[[str], torch.Tensor], master: torch.dtype, compute: torch.dtype,
-                 device: torch.device, trainable: bool):
+    def __init__(self, weights: list, read: Callable[[str], torch.Tensor], trainable: bool, master: torch.dtype, compute: torch.dtype,
+                 device: torch.device, on_host: bool, reduce: Callable[[Unit], None]):
         super().__init__()
-        self.weights, size = [], 0
-        for prefix, module in named_modules.items():
-            for attribute, p in list(module.named_parameters(recurse=False)):
-                self.weights.append(Weight(f"{prefix}.{attribute}", module, attribute, p.shape, size))
-                size += -(-p.numel() // ALIGN) * ALIGN
-                delattr(module, attribute)
-        n = -(-size // dist.world())
-        first = dist.rank() * n                                    # this rank owns [first, first + n)
-        shard = torch.zeros(n, dtype=master, device=device)
-        for w in self.weights:
-            low, high = max(first, w.start), min(first + n, w.start + w.shape.numel())
-            if low < high:                                         # other ranks' weights are not even read
-                shard[low - first:high - first] = read(w.name).flatten()[low - w.start:high - w.start].to(shard)
-        self.shard, self.compute, self.bound = nn.Parameter(shard, requires_grad=trainable), compute, False
-        self.again: torch.Tensor | None = None                     # gathered once more, for the unit's backward
+        self.flat, self.compute, self.device, self.reduce = Flat(weights), compute, device, reduce
+        shard = offload.zeros(self.flat.n, master) if on_host else torch.zeros(self.flat.n, dtype=master, device=device)
+        self.shard = nn.Parameter(self.flat.fill(shard, read), requires_grad=trainable)
+        self.before, self.after = [], []                           # the units of the blocks on either side
+        self.coming: tuple[int, Callable] | None = None            # a gather under way: of which version of the shard, how to wait for it
+        self.again: torch.Tensor | None = None                     # gathered once more, for the backward
+        self.grads: torch.Tensor | None = None                     # (W n,) not yet summed over ranks
 
-    def gather(self, dtype: torch.dtype) -> torch.Tensor:
-        """(W n,) of all ranks' shards; the shard itself where it is the whole and has the type."""
-        return dist.all_gather(self.shard.detach().to(dtype))
+    def start(self) -> None:
+        """Begins to gather, unless that is under way."""
+        if self.coming is None or self.coming[0] != self.shard._version:
+            self.coming = self.shard._version, offload.all_gather(self.shard.detach(), self.compute, self.device)
 
-    def views(self, whole: torch.Tensor) -> list[torch.Tensor]:
-        return [whole[w.start:w.start + w.shape.numel()].view(w.shape) for w in self.weights]
+    def take(self) -> torch.Tensor:
+        """(W n,) of all ranks' shards in the compute type; the shard itself where it is the whole and has the type."""
+        self.start()
+        (_, wait), self.coming = self.coming, None
+        return wait()
 
-    @contextmanager
-    def whole(self, keep: bool):
-        """For the block, the modules have their weights. `keep`: autograd may hold on to them (a checkpoint frees them by itself).
+    def retake(self) -> torch.Tensor:
+        """The same for what autograd saved, until the unit's backward is over."""
+        if self.again is None:
+            self.again = self.take()
+            at_the_end(lambda: setattr(self, "again", None))
+            for unit in self.before:
+                unit.start()
+            for unit in self.after:                                # a frozen one has no backward of its own
+                unit.again = None
+        return self.again
 
-        Else what autograd would save of them is (unit, place), and the backward gathers once more: two units' weights at most are alive.
-        """
-        if self.bound:
+
+@contextmanager
+def whole(units: list[Unit], ahead: list[Unit], keep: bool = True):
+    """Inside, the units' modules have their weights, and those of `ahead` are on their way. `keep`: autograd may hold on to the weights
+    (a checkpoint lets go by itself). Else what it would save of them is (unit, place), and the backward gathers again."""
+    if units[0].flat.hung:
+        yield
+        return
+    views = [_Gather.apply(unit.shard, unit) for unit in units]
+    for unit in ahead:
+        unit.start()
+    owner = {mine[0].untyped_storage().data_ptr(): unit for unit, mine in zip(units, views)}
+    keep |= not torch.is_grad_enabled() or units[0].shard.untyped_storage().data_ptr() in owner          # the shard itself stays anyway
+
+    def pack(t: torch.Tensor):
+        unit = owner.get(t.untyped_storage().data_ptr())
+        return t if unit is None else (unit, t.shape, t.stride(), t.storage_offset())
+
+    def unpack(saved):
+        return saved if isinstance(saved, torch.Tensor) else saved[0].retake().as_strided(*saved[1:])
+    for unit, mine in zip(units, views):
+        unit.flat.hang(mine)
+    try:
+        with nullcontext() if keep else saved_tensors_hooks(pack, unpack):
             yield
-            return
-        views = _Gather.apply(self.shard, self)
-        hooks = ExitStack()
-        if not keep and torch.is_grad_enabled() and views[0].untyped_storage().data_ptr() != self.shard.untyped_storage().data_ptr():
-            hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack(views[0].untyped_storage().data_ptr()), _unpack))
-        for w, view in zip(self.weights, views):
-            w.module.__dict__[w.attribute] = view
-        self.bound = True
-        try:
-            with hooks:
-                yield
-        finally:
-            self.bound = False
-            for w in self.weights:
-                del w.module.__dict__[w.attribute]
-
-    def _pack(self, storage: int):
-        def pack(t: torch.Tensor):
-            return (self, t.shape, t.stride(), t.storage_offset()) if t.untyped_storage().data_ptr() == storage else t
-        return pack
-
-
-def _unpack(saved):
-    if isinstance(saved, torch.Tensor):
-        return saved
-    unit, shape, stride, offset = saved
-    if unit.again is None:
-        unit.again = unit.gather(unit.compute)
-    return unit.again.as_strided(shape, stride, offset)
+    finally:
+        for unit in units:
+            unit.flat.strip()
 
 
 class _Gather(torch.autograd.Function):
-    """shard (n,) -> the unit's P weights, views of one gathered vector; backward: their gradients -> the shard's (n,), summed over ranks."""
+    """shard (n,) -> the unit's weights, views of one gathered vector. backward: their gradients, summed over ranks, join shard.grad."""
 
     @staticmethod
     def forward(ctx, shard, unit):
-        ctx.unit = unit
-        return tuple(unit.views(unit.gather(unit.compute)))
+        ctx.unit, gathered = unit, unit.take()
+        return tuple(w.view(gathered) for w in unit.flat.weights)
 
     @staticmethod
     def backward(ctx, *grads):
         unit = ctx.unit
         unit.again = None
-        whole = unit.shard.new_zeros(dist.world() * len(unit.shard))
-        for part, grad in zip(unit.views(whole), grads):
+        if unit.grads is None:
+            unit.grads = torch.zeros(dist.world() * unit.flat.n, dtype=unit.shard.dtype, device=unit.device)
+        for w, grad in zip(unit.flat.weights, grads):
             if grad is not None:
-                part.copy_(grad)
-        return dist.reduce_scatter(whole), None
+                w.view(unit.grads).add_(grad)
+        unit.reduce(unit)
+        return None, None
 
 
 class Sharded(nn.Module):
-    """A Decoder whose parameters are shards; call it as a Decoder, with the head inside `root()`.
-
-    `read(name)` gives each weight once. master: the type of the shards, their gradients and the optimizer's state; compute: that of
-    the gathered weights. checkpointing: a block keeps its input only and is computed again in the backward.
+    """A Decoder whose parameters are shards; call it as a Decoder, with the head inside `root()`. A backward adds to its shards' .grad.
+    `read(name)` gives each weight once. master: type of the shards, their gradients and the optimizer's state; compute: of the gathered
+    weights. checkpointing: a block keeps its input only and is computed again in the backward. frozen: patterns of names that are not
+    trained. on_host: the shards lie in host memory. While `hold`, gradients stay whole, for the next backward.
     """
 
     def __init__(self, decoder: Decoder, read: Callable[[str], torch.Tensor], *, device: torch.device, master: torch.dtype = torch.float32,
-                 compute: torch.dtype = torch.float32, checkpointing: bool = False, trainable: bool = True):
+                 compute: torch.dtype = torch.float32, checkpointing: bool = False, frozen: tuple[str, ...] = (), on_host: bool = False):
         super().__init__()
-        self.decoder, self.config, self.checkpointing = decoder, decoder.config, checkpointing
-        named = dict(decoder.named_modules())
-        blocks = [f"model.layers.{i}" for i in range(len(decoder.model.layers))]
+        self.decoder, self.config, self.checkpointing, self.hold, self.summing = decoder, decoder.config, checkpointing, False, None
+        self.root_units, *blocks = [[Unit(some, read, some is both[0], master, compute, device, on_host, self._reduce) for some in both if some]
+                                    for both in by_block(decoder, frozen)]
+        self.units = nn.ModuleList(sum(blocks, self.root_units))
+        self.size = sum(w.shape.numel() for unit in self.units for w in unit.flat.weights)
+        self.blocks = [[], *blocks, []]
+        for layer, before, own, after in zip(decoder.model.layers, self.blocks, self.blocks[1:], self.blocks[2:]):
+            for unit in own:
+                unit.before, unit.after = before, after
+            layer.forward = self._runner(layer.forward, before, own, after)
 
-        def unit(inside: Callable[[str], bool]) -> Unit:
-            return Unit({name: module for name, module in named.items() if inside(name)}, read, master, compute, device, trainable)
-        self.root_unit = unit(lambda name: not name.startswith("model.layers."))
-        self.units = nn.ModuleList(unit(lambda name: name == block or name.startswith(f"{block}.")) for block in blocks)
-        self.size = sum(w.shape.numel() for unit in (self.root_unit, *self.units) for w in unit.weights)       # weights in all
-        for block, own in zip(decoder.model.layers, self.units):
-            block.forward = self._runner(own, block.forward)
-
-    def _runner(self, unit: Unit, forward):
+    def _runner(self, forward, before: list[Unit], own: list[Unit], after: list[Unit]):
         def run(*inputs):
-            with unit.whole(keep=self.checkpointing):
+            if self.checkpointing and torch.is_grad_enabled() and not own[0].flat.hung:
+                return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False,
+                                  context_fn=lambda: (whole(own, after), whole(own, before)))             # forward, recomputation
+            with whole(own, after, keep=False):
                 return forward(*inputs)
+        return run
 
-        def run_checkpointed(*inputs):
-            if not self.checkpointing or unit.bound or not torch.is_grad_enabled():
-                return run(*inputs)
-            return checkpoint(run, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return run_checkpointed
+    def _reduce(self, unit: Unit | None = None) -> None:
+        """The sum over ranks of a unit's gradient begins; that of the unit before ends."""
+        if self.summing:
+            (done, wait), self.summing = self.summing, None
+            grad = wait()
+            done.shard.grad = grad if done.shard.grad is None else done.shard.grad.add_(grad)
+        if unit and not self.hold:
+            self.summing, unit.grads = (unit, dist.reduce_scatter(unit.grads)), None
+            at_the_end(self._reduce)
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attention) -> torch.Tensor:
         """As Decoder's: tokens (M,), positions (M,) -> hidden (M, C)."""
@@ -158,7 +157,7 @@ class Sharded(nn.Module):
 
     def root(self):
         """Embedding, last norm and head, gathered once for the block; their gradients meet in one reduce-scatter."""
-        return self.root_unit.whole(keep=True)
+        return whole(self.root_units, ahead=self.blocks[1])
 
     @property
     def head_weight(self) -> torch.Tensor:
@@ -166,8 +165,9 @@ class Sharded(nn.Module):
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight by name, whole, in the master's type: one unit at a time, on all ranks (a collective)."""
-        for unit in (self.root_unit, *self.units):
-            yield from zip((w.name for w in unit.weights), unit.views(unit.gather(unit.shard.dtype)))
+        for unit in self.units:
+            gathered = offload.all_gather(unit.shard.detach(), unit.shard.dtype, unit.device)()
+            yield from ((w.name, w.view(gathered)) for w in unit.flat.weights)
 
 
 @contextmanager
@@ -175,6 +175,6 @@ def gathered(model: nn.Module):
     """All of a Sharded model's weights, gathered once, for sampling: no gradient. Another module passes as it is."""
     with torch.no_grad(), ExitStack() as stack:
         if isinstance(model, Sharded):
-            for unit in (model.root_unit, *model.units):
-                stack.enter_context(unit.whole(keep=True))
+            for group in (model.root_units, *model.blocks[1:-1]):
+                stack.enter_context(whole(group, ahead=[]))
         yield model

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
 from . import dist
 from .config import ConfigError
 from .config import Optimizer as OptimizerConfig
+from .offload import HostAdamW
 
 
 class NonFiniteGradient(RuntimeError):
@@ -22,14 +24,14 @@ class Optimizer:
 
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig, steps: int):
         self.config, self.steps, self.taken, self.skipped = config, steps, 0, 0
-        self.params = list(model.parameters())
-        matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n] if config.kind == "muon" else []
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        matrices = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and "layers" in n] if config.kind == "muon" else []
         if config.kind == "muon" and not matrices:
             raise ConfigError("optimizer.kind: muon updates whole matrices and a sharded policy has none; use adamw")
         chosen = {id(p) for p in matrices}
         rest = [p for p in self.params if id(p) not in chosen]
-        self.parts = [(config.lr, torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, eps=config.eps,
-                                                    weight_decay=config.weight_decay, fused=True))]
+        adamw = HostAdamW if config.on_host else partial(torch.optim.AdamW, fused=True)
+        self.parts = [(config.lr, adamw(rest, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay))]
         if matrices:
             self.parts.append((config.muon_lr, torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)))
 

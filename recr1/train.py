@@ -58,7 +58,8 @@ def train(cfg: Config) -> None:
             kept = every_token(policy, run.reference, texts, cfg) if run.keeps_tokens(step) else None
             done = Step(rollouts, rewards, adv.tolist(), texts, first, drawn, kept, [dict(kl=divergence.sum().item())] if run.reference else [])
             for total, batches in optimiser_steps(policy, in_loss, texts, adv[first], cfg, loss.average):       # one, unless train.inner_steps > 1
-                for batch in batches:
+                for i, batch in enumerate(batches, 1):
+                    policy.hold = cfg.train.reduce == "step" and i < len(batches)            # the last backward sums over ranks
                     value, logp, stats = policy_loss(policy, batch, total, cfg.sampling.temperature, loss)
                     value.backward()
                     done.add(logp, batch, stats)

@@ -4,9 +4,12 @@ torchrun --nproc-per-node N tests/ranks.py FILE writes {case: {name: tensor}} fo
 """
 import sys
 from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from recr1 import dist
 from recr1.config import Config, ConfigError, Loss, Model, Optimizer as OptimizerConfig, Sampling, Train
@@ -22,22 +25,52 @@ PROMPTS, GROUP = 5, 4            # 5 divides by neither 2 nor 3
 SETTINGS = Config(sampling=Sampling(group_size=GROUP, temperature=1.3),
                   optimizer=OptimizerConfig(lr=1e-2, clip_norm=0.05, weight_decay=0.1, betas=(0.9, 0.95)))
 ONE, TWO = dict(kl=0.05, std_floor=0.1), dict(std_floor=0.1)          # with a reference, without
-CASES = {   # name: (dtype, model, tokens per micro-batch, checkpointing, groups without variance, loss)
-    "float64": (torch.float64, {}, 10_000, False, (), ONE),
-    "float64 small batches": (torch.float64, {}, 18, False, (), ONE),
-    "float64 checkpointing": (torch.float64, dict(family="qwen3"), 40, True, (), ONE),
-    "float64 tied": (torch.float64, dict(tie_word_embeddings=True, num_hidden_layers=3), 40, False, (), ONE),
-    "float64 tied checkpointing": (torch.float64, dict(tie_word_embeddings=True, num_hidden_layers=3), 18, True, (), ONE),
-    "float64 rank 0 has nothing to learn": (torch.float64, dict(family="llama"), 18, False, (0, 1), TWO),
-    "float64 nobody has": (torch.float64, {}, 18, False, range(PROMPTS), TWO),
-    "float64 recompute": (torch.float64, dict(tie_word_embeddings=True), 18, False, (), ONE),
-    "float64 GSPO": (torch.float64, {}, 18, False, (), dict(kind="gspo")),
-    "float64 Dr. GRPO with entropy and KL k2": (torch.float64, {}, 18, False, (), dict(kind="dr_grpo", entropy=0.1, kl=0.05, kl_estimator="k2")),
-    "float64 CISPO": (torch.float64, {}, 40, False, (), dict(kind="cispo", average="sequence")),
-    "float64 RLOO, trusting the trainer": (torch.float64, {}, 18, False, (), dict(kind="rloo", importance_cap=2.0)),
-    "float32": (torch.float32, dict(tie_word_embeddings=True), 18, False, (), ONE),
-    "float32 checkpointing": (torch.float32, {}, 40, True, (0, 1), TWO),
+
+
+class Case(NamedTuple):
+    loss: dict
+    budget: int = 18                     # tokens per micro-batch
+    dtype: torch.dtype = torch.float64
+    compute: torch.dtype | None = None   # as dtype
+    same: tuple = ()                     # groups without variance
+    checkpointing: bool = False
+    head: str = "one_shot"
+    reduce: str = "micro_batch"
+    frozen: tuple[str, ...] = ()
+    on_host: bool = False                # the reference, and AdamW's moments
+    shape: dict = {}                     # of the model
+
+
+TIED = dict(tie_word_embeddings=True, num_hidden_layers=3)
+NORMS = ("model.layers.0.*", "*norm.weight")        # a block that is frozen, and parts of the others and of the root
+BF16 = dict(dtype=torch.float32, compute=torch.bfloat16)
+CASES = {
+    "float64": Case(ONE, 10_000),
+    "float64 small batches": Case(ONE),
+    "float64 checkpointing": Case(ONE, 40, checkpointing=True, shape=dict(family="qwen3")),
+    "float64 tied": Case(ONE, 40, shape=TIED),
+    "float64 tied checkpointing": Case(ONE, checkpointing=True, shape=TIED),
+    "float64 rank 0 has nothing to learn": Case(TWO, same=(0, 1), shape=dict(family="llama")),
+    "float64 nobody has": Case(TWO, same=tuple(range(PROMPTS))),
+    "float64 recompute": Case(ONE, head="recompute", shape=dict(tie_word_embeddings=True)),
+    "float64 GSPO": Case(dict(kind="gspo"), head="recompute"),
+    "float64 Dr. GRPO with entropy and KL k2": Case(dict(kind="dr_grpo", entropy=0.1, kl=0.05, kl_estimator="k2")),
+    "float64 CISPO": Case(dict(kind="cispo", average="sequence"), 40),
+    "float64 RLOO, trusting the trainer": Case(dict(kind="rloo", importance_cap=2.0)),
+    "float64 one reduction a step": Case(ONE, reduce="step", shape=TIED),
+    "float64 one reduction a step, checkpointing": Case(TWO, same=(0, 1), reduce="step", checkpointing=True),
+    "float64 frozen": Case(ONE, frozen=NORMS, shape=dict(num_hidden_layers=3)),
+    "float64 frozen, checkpointing, one reduction a step": Case(ONE, frozen=NORMS, checkpointing=True, reduce="step", shape=TIED),
+    "float64 frozen embedding": Case(ONE, frozen=("model.embed_tokens.weight",)),
+    "float64 on the host": Case(ONE, on_host=True, frozen=NORMS, shape=TIED),
+    "float32": Case(ONE, dtype=torch.float32, shape=dict(tie_word_embeddings=True)),
+    "float32 checkpointing": Case(TWO, 40, dtype=torch.float32, same=(0, 1), checkpointing=True),
+    "bfloat16": Case(ONE, shape=TIED, **BF16),
+    "bfloat16 checkpointing": Case(ONE, 40, checkpointing=True, **BF16),
 }
+AGAINST_FSDP2 = ["float64 checkpointing", "float64 tied", "float64 small batches", "float64 frozen", "float64 one reduction a step", "bfloat16", "bfloat16 checkpointing"]
+
+GATHERED = ["float64 tied", "float64 tied checkpointing", "float64 frozen", "float64 frozen, checkpointing, one reduction a step"]
 
 
 def rollouts_and_rewards(step: int, same: tuple) -> tuple[list[Rollout], list[float]]:
@@ -56,8 +89,8 @@ def rollouts_and_rewards(step: int, same: tuple) -> tuple[list[Rollout], list[fl
     return rollouts, rewards
 
 
-def accumulate(policy, reference, step: int, same: tuple, cfg: Config) -> None:
-    """The loop's train phase for this rank's share of the step, without the optimizer."""
+def accumulate(policy, reference, step: int, same: tuple, cfg: Config) -> float:
+    """The loop's train phase for this rank's share of the step, without the optimizer. Returns this rank's part of the loss."""
     rollouts, rewards = rollouts_and_rewards(step, same)
     mine = set(dist.share(list(range(PROMPTS))))
     rewards = [r for x, r in zip(rollouts, rewards) if x.group in mine]
@@ -67,34 +100,50 @@ def accumulate(policy, reference, step: int, same: tuple, cfg: Config) -> None:
     adv = group_advantages(torch.tensor(rewards, dtype=dtype), GROUP, loss.advantage, cfg.loss)
     texts, first = distinct([replace(x, group=x.group - min(mine)) for x in rollouts])
     [(total, batches)] = optimiser_steps(policy, reference, texts, adv[first], cfg, loss.average)
-    for batch in batches:
-        policy_loss(policy, batch, total, cfg.sampling.temperature, loss)[0].backward()
+    sum_of_losses = 0.0
+    for i, batch in enumerate(batches, 1):
+        policy.hold = cfg.train.reduce == "step" and i < len(batches)
+        value, *_ = policy_loss(policy, batch, total, cfg.sampling.temperature, loss)
+        value.backward()
+        sum_of_losses += value.item()
+    return sum_of_losses
 
 
-def results(case: str, sharded: bool) -> dict[str, torch.Tensor]:
-    """{"grad NAME", "weight NAME": tensor}: the first step's gradient and the weights after three AdamW steps."""
-    dtype, shape, budget, checkpointing, same, loss = CASES[case]
-    whole = loss.get("kind") == "gspo" or "recompute" in case
-    cfg = replace(SETTINGS, train=Train(tokens_per_micro_batch=budget), loss=Loss(**loss), model=Model(head="recompute" if whole else "one_shot"))
+def settings(case: Case) -> Config:
+    return replace(SETTINGS, train=Train(tokens_per_micro_batch=case.budget, reduce=case.reduce), loss=Loss(**case.loss),
+                   model=Model(head=case.head), optimizer=replace(SETTINGS.optimizer, on_host=case.on_host))
 
-    def model(seed, trainable):
-        decoder = tiny_model(seed, **shape).to(dtype)
+
+def freeze(decoder, frozen: tuple[str, ...]):
+    for name, p in decoder.named_parameters():
+        p.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in frozen))
+    return decoder
+
+
+def results(name: str, sharded: bool) -> dict[str, torch.Tensor]:
+    """{"grad NAME", "weight NAME": tensor}: the first step's gradient and the weights after three AdamW steps; "loss" of the first, "norm" of the last."""
+    case = CASES[name]
+    cfg = settings(case if sharded else case._replace(on_host=False))
+
+    def model(seed, frozen):
+        decoder = tiny_model(seed, **case.shape).to(case.dtype)
         if not sharded:
-            return decoder.requires_grad_(trainable)
+            return freeze(decoder, frozen)
         state = dict(decoder.state_dict())
-        return Sharded(decoder, state.__getitem__, device=dist.device(), master=dtype, compute=dtype, checkpointing=checkpointing, trainable=trainable)
+        return Sharded(decoder, state.__getitem__, device=dist.device(), master=case.dtype, compute=case.compute or case.dtype,
+                       checkpointing=case.checkpointing, frozen=frozen, on_host=case.on_host and frozen == ("*",))
 
     def named(take):             # `take` of every parameter, by Hugging Face's names
         if not sharded:
             return {name: take(p) for name, p in policy.named_parameters() if take(p) is not None}
-        units = [u for u in (policy.root_unit, *policy.units) if take(u.shard) is not None]
-        return {w.name: view for u in units for w, view in zip(u.weights, u.views(dist.all_gather(take(u.shard))))}
-    policy, reference = model(1, True), model(2, False) if cfg.loss.kl else None
+        return {w.name: w.view(whole) for u in policy.units if take(u.shard) is not None
+                for whole in [dist.all_gather(take(u.shard))()] for w in u.flat.weights}
+    policy, reference = model(1, case.frozen), model(2, ("*",)) if cfg.loss.kl else None
     optimizer, out = Optimizer(policy, cfg.optimizer, 3), {}
     for step in range(3):
-        accumulate(policy, reference, step, same, cfg)
+        loss = accumulate(policy, reference, step, case.same, cfg)
         if step == 0:
-            out = {f"grad {name}": t.clone() for name, t in named(lambda p: p.grad).items()}
+            out = {f"grad {name}": t.clone() for name, t in named(lambda p: p.grad).items()} | dict(loss=torch.tensor(dist.total(loss)[0], dtype=torch.float64))
         norm, _ = optimizer.step()
     if sharded:                  # what the sampler would see is what was trained
         with gathered(policy):
@@ -102,15 +151,43 @@ def results(case: str, sharded: bool) -> dict[str, torch.Tensor]:
     return out | {f"weight {name}": t.detach().clone() for name, t in named(lambda p: p.data).items()} | {"norm": torch.tensor(norm)}
 
 
-def fsdp2() -> dict[str, torch.Tensor]:
-    """The gradient of case "float64 checkpointing", by torch's fully_shard: per block and root, sums in place of its means."""
-    _, shape, budget, _, same, loss = CASES["float64 checkpointing"]
-    policy, reference = (tiny_model(seed, **shape).double() for seed in (1, 2))
-    for module in (*policy.model.layers, policy):
-        fully_shard(module, reshard_after_forward=module is not policy)        # the head is used after the root's forward
-        module.set_gradient_divide_factor(1.0)
-    accumulate(policy, reference.requires_grad_(False), 0, same, replace(SETTINGS, train=Train(tokens_per_micro_batch=budget), loss=Loss(**loss)))
-    return {f"grad {name}": p.grad.full_tensor() for name, p in policy.named_parameters()}
+def fsdp2(name: str) -> dict[str, torch.Tensor]:
+    """The first step's gradient and loss by torch's fully_shard: per block and root, sums in place of its means."""
+    case = CASES[name]
+    policy, reference = (tiny_model(seed, **case.shape).to(case.dtype) for seed in (1, 2))
+    freeze(policy, case.frozen), freeze(reference, ("*",))
+    mixed = MixedPrecisionPolicy(param_dtype=case.compute, reduce_dtype=case.dtype) if case.compute else MixedPrecisionPolicy()
+    for decoder in (policy, reference):
+        for module in (*decoder.model.layers, decoder):
+            fully_shard(module, reshard_after_forward=module is not decoder, mp_policy=mixed)        # the head is used after the root's forward
+            module.set_gradient_divide_factor(1.0), module.set_force_sum_reduction_for_comms(True)       # gloo cannot scale
+    loss = accumulate(policy, reference, 0, case.same, settings(case))
+    return {f"grad {name}": p.grad.full_tensor() for name, p in policy.named_parameters() if p.requires_grad} | dict(loss=torch.tensor(dist.total(loss)[0], dtype=torch.float64))
+
+
+def gathered_bytes(name: str) -> tuple[int, int]:
+    """(the most bytes of gathered weights alive at one time in two steps' forward and backward, two largest blocks and the root)."""
+    case, alive, most = CASES[name], [], 0
+    decoder = tiny_model(1, **case.shape).to(case.dtype)
+    state = dict(decoder.state_dict())
+    policy = Sharded(decoder, state.__getitem__, device=dist.device(), master=case.dtype, compute=case.dtype, checkpointing=case.checkpointing,
+                     frozen=case.frozen)
+    begin = dist._all_gather
+
+    def counted(whole, *more, **kwargs):
+        nonlocal most
+        alive.append((StorageWeakRef(whole.untyped_storage()), whole.nbytes))
+        most = max(most, sum(size for storage, size in alive if not storage.expired()))
+        return begin(whole, *more, **kwargs)
+    dist._all_gather = counted
+    try:
+        for step in range(2):
+            accumulate(policy, None, step, case.same, replace(settings(case), loss=Loss(**TWO)))
+            assert all(storage.expired() for storage, _ in alive), "gathered weights outlive the backward"
+    finally:
+        dist._all_gather = begin
+    sizes = [sum(dist.world() * u.shard.nbytes for u in units) for units in policy.blocks[1:-1]]
+    return most, sum(sorted(sizes)[-2:]) + sum(dist.world() * u.shard.nbytes for u in policy.root_units)
 
 
 def one_fails() -> str:
@@ -127,7 +204,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with dist.session():
         done = {case: results(case, sharded=True) for case in CASES}
-        theirs = fsdp2()
+        theirs = {case: fsdp2(case) for case in AGAINST_FSDP2}
+        sizes = {case: gathered_bytes(case) for case in GATHERED}
         told, shares = dist.gather(one_fails()), dist.gather(dist.share(list(range(7))))
         if dist.rank() == 0:
-            torch.save(done | dict(told=told, shares=shares, fsdp2=theirs), sys.argv[1])
+            torch.save(done | dict(told=told, shares=shares, fsdp2=theirs, gathered_bytes=sizes), sys.argv[1])

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # An import goes to a strictly lower level. A folder is one unit: inside it files may import each other, without circles.
 LEVELS = [
     "records config data dist metrics answers attention kernels hub",
-    "config_file cache model policy packing chat offload decode_graph retrieval",      # cache calls attention
+    "config_file cache model policy packing chat offload flat decode_graph retrieval",      # cache calls attention
     "weights fsdp sample grpo optim",
     "tasks checkpoint log plan dryrun replay",
     "evaluate report",
@@ -25,7 +25,7 @@ LEVELS = [
 ]
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units.split()}
 
-READERS_PATH = ("records config dist model attention cache policy packing fsdp sample grpo optim answers metrics "
+READERS_PATH = ("records config dist model attention cache policy packing flat fsdp sample grpo optim answers metrics "
                 "tasks/product_search train").split()
 
 
