@@ -13,9 +13,10 @@ def model_and_twin():
     return a, b
 
 
-def test_equals_torchs_adamw_with_clipping_and_schedule():
+@pytest.mark.parametrize("on_host", [False, True])
+def test_equals_torchs_adamw_with_clipping_and_schedule(on_host):
     ours, theirs = model_and_twin()
-    config = Config(lr=0.05, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=2, final_lr=0.2, clip_norm=0.5)
+    config = Config(on_host=on_host, lr=0.05, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=2, final_lr=0.2, clip_norm=0.5)
     optimizer = Optimizer(ours, config, steps=6)
     adamw = torch.optim.AdamW(theirs.parameters(), lr=0.0, betas=(0.9, 0.95), eps=config.eps, weight_decay=0.1)
     rates = []

@@ -5,7 +5,8 @@ python experiments/bench/fsdp.py [--ranks 2] [--pairs 10] [--layers 12 --width 5
 Starts `ranks` processes of one thread (gloo), or one per GPU (nccl). In each, both models live side by side and take their steps in turn;
 a step is forward, backward, clipping and fused AdamW, on cross-entropy of a batch of rows x length tokens per rank, with and without activation
 checkpointing. fully_shard has one group per block and one for the root; its checkpointing is torch's wrapper inside. Peak: bytes that the
-allocator holds above the step's start, from the profiler's memory events (CUDA: the allocator's own count). Needs a quiet machine.
+allocator holds above the step's start, from the profiler's memory events (CUDA: the allocator's own count). Resident memory is each side's
+alone, of three steps in processes of its own. Needs a quiet machine.
 """
 import argparse
 import json
@@ -14,6 +15,7 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as td
@@ -30,6 +32,8 @@ from recr1.packing import pack
 from recr1.policy import score
 from recr1.records import Batch, Prompt, Rollout
 
+ROOT = str(Path(__file__).resolve().parents[2])
+ALONE = ("ours", "fully_shard", "ours+checkpointing", "fully_shard+checkpointing")
 SETTINGS = OptimizerConfig(lr=1e-3, clip_norm=1.0)
 
 
@@ -38,19 +42,35 @@ def main() -> None:
     for name, default in dict(ranks=2, pairs=10, layers=12, width=512, vocabulary=8192, rows=8, length=128).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--alone", choices=ALONE, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if "RANK" not in os.environ:
-        sys.exit(subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks), *sys.argv],
-                                env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=os.getcwd())).returncode)
+        for alone in [["--alone", choice] for choice in ALONE] + [[]]:
+            done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks), *sys.argv, *alone],
+                                  env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=ROOT))
+            if done.returncode:
+                sys.exit(done.returncode)
+        return
     torch.set_num_threads(1)
     with dist.session():
+        if args.alone:
+            return resident(args, *args.alone.split("+"))
         bars = [bar for checkpointing in (False, True) for bar in compare(args, checkpointing)]
         if dist.rank() == 0:
             print(json.dumps({"bars": bars}))
 
 
+def resident(args, side: str, *checkpointing: str) -> None:
+    step = SIDES[side](args, bool(checkpointing))
+    for i in range(3):
+        step(batch(args, i))
+    most = dist.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    if dist.rank() == 0:
+        print(f"{args.alone:<27} resident {most / 1024:,.0f} MiB, the larger rank, 3 steps")
+
+
 def compare(args, checkpointing: bool) -> list[dict]:
-    sides = {"ours": ours(args, checkpointing), "fully_shard": theirs(args, checkpointing)}
+    sides = {name: make(args, checkpointing) for name, make in SIDES.items()}
     batches = [batch(args, step) for step in range(3)]
     seconds, losses = {name: [] for name in sides}, {name: [] for name in sides}
     for step in range(2 + args.pairs):
@@ -75,8 +95,7 @@ def compare(args, checkpointing: bool) -> list[dict]:
             f, median = figures[name], torch.tensor(seconds[name]).median().item()
             print(f"  {name:<12} {median:.3f} s/step (fastest {min(seconds[name]):.3f})   peak above step start {f['peak'] / 2**20:,.0f} MiB   "
                   f"state {f['state'] / 2**20:,.1f} MiB + gradient {f['gradient'] / 2**20:,.1f} MiB per rank   moved {f['moved'] / 2**20:,.0f} MiB per rank and step")
-        print(f"  time ours / fully_shard {time_ratio:.3f} (pairs {pairs[0]:.3f} to {pairs[-1]:.3f})   peak {peak_ratio:.3f}   losses differ by at most {difference:.1e}   "
-              f"resident at most {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB (both models)")
+        print(f"  time ours / fully_shard {time_ratio:.3f} (pairs {pairs[0]:.3f} to {pairs[-1]:.3f})   peak {peak_ratio:.3f}   losses differ by at most {difference:.1e}")
     mine = figures["ours"]["state"] + figures["ours"]["gradient"]
     return [bar(f"step time over fully_shard, {title}", time_ratio, 1.03), bar(f"peak over fully_shard, {title}", peak_ratio, 1.0),
             bar(f"state bytes per rank over 16 N / W, {title}", mine / (16 * n / world), 1.02), bar(f"losses differ (relative), {title}", difference, 1e-5)]
@@ -160,6 +179,9 @@ def theirs(args, checkpointing: bool):
     step.state = lambda: sum(p.to_local().nbytes for p in params) + sum(
         t.to_local().nbytes for s in optimizer.state.values() for t in s.values() if t.numel() > 1)
     return step
+
+
+SIDES = {"ours": ours, "fully_shard": theirs}
 
 
 def measure(step, batch: Batch) -> dict[str, int]:
