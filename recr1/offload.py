@@ -47,7 +47,14 @@ class HostAdamW:
     def __init__(self, params: list[torch.Tensor], **settings):
         self.params, self.updates = params, [torch.optim.AdamW([p], fused=True, **settings) for p in params]
         self.param_groups = [group for update in self.updates for group in update.param_groups]
-        self.state = {p: dict(step=torch.zeros((), device=p.device), exp_avg=zeros(p.shape, p.dtype), exp_avg_sq=zeros(p.shape, p.dtype)) for p in params}
+        self.host = {p: dict(step=torch.zeros((), device=p.device), exp_avg=zeros(p.shape, p.dtype), exp_avg_sq=zeros(p.shape, p.dtype)) for p in params}
+
+    @property
+    def state(self) -> dict[torch.Tensor, dict]:
+        """By parameter: step, exp_avg, exp_avg_sq, whole."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()                                     # copies back may be under way
+        return self.host
 
     def step(self) -> None:
         chosen = [(p, update) for p, update in zip(self.params, self.updates) if p.grad is not None]
@@ -60,7 +67,7 @@ class HostAdamW:
 
     def _fetch(self, p: torch.Tensor) -> Callable[[], dict]:
         """Begins to copy the shard's moments to its device; the call it returns waits."""
-        host = self.state[p]
+        host = self.host[p]
         if p.device.type != "cuda":
             return lambda: host
         stream = side_stream(p.device)
@@ -81,4 +88,4 @@ class HostAdamW:
         stream.wait_stream(torch.cuda.current_stream(p.device))
         with torch.cuda.stream(stream):
             for name in ("exp_avg", "exp_avg_sq"):
-                self.state[p][name].copy_(state[name], non_blocking=True)
+                self.host[p][name].copy_(state[name], non_blocking=True)

@@ -1,9 +1,12 @@
 """What every run does around its loop: open the folder, build the parts from the config, log, evaluate, leave the results."""
 from __future__ import annotations
 
+import json
+import math
 import os
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Iterator
@@ -12,60 +15,64 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from . import data, dist, evaluate, stopping
 from . import config_file as configs
-from . import data, dist, evaluate
 from .chat import Chat, ChatError
 from .checkpoint import compute_type, load_policy, load_reference, save_policy
 from .config import Config, ConfigError
 from .data import DataError
+from .files import WriteError, write_text, writing
 from .grpo import objective
 from .hub import ModelFolderError, load_tokenizer, resolve, stop_ids
 from .kernels.launch import refusal
 from .log import RunLog, Step, console_line, rollout_rows, say, step_row
-from .optim import NonFiniteGradient
-from .records import Prompt
+from .optim import NonFiniteGradient, Optimizer
+from .records import Batch, Prompt
 from .replay import Replay, ReplayError
+from .resume import Progress, RunError, look
 from .retrieval.bm25 import BM25, load_or_build
+from .stopping import EARLY, Stopped, at_once
 from .tasks.product_search import ProductSearch, PromptTooLong, make_prompts
 from .weights import check_room, read_config
 
 
-class RunError(ValueError):
-    """The run cannot start as configured. The message says what to change."""
-
-
 class Run:
-    """One training run: `policy`, `task`, `prompts(step)`, `steps()`, and the files under run.dir. Everything is checked before training."""
+    """One training run: `policy`, `task`, `prompts(step)`, `steps()`, and the files under run.dir. Everything is checked before training.
+
+    run.dir is new, or holds a run of the same config, which goes on from its newest checkpoint: see `resumed`.
+    """
 
     def __init__(self, cfg: Config):
         self.cfg, self.started = cfg, time.perf_counter()
         self.threads = cfg.run.threads or max(1, (os.cpu_count() or 1) // dist.local_world())
         torch.set_num_threads(self.threads)
         self.folder = Path(cfg.run.dir)
-        with dist.together():
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise RunError(f"run.dir: {self.folder} exists and is not empty; name a new folder, or move it away")
+        with dist.together(), at_once():
+            found = look(self.folder, cfg) if dist.rank() == 0 else False
             if dist.local_rank() == 0:
                 resolve(cfg.model.path)                            # a hub id: one rank of a machine downloads
-        with dist.together():
+        with dist.together(), at_once():
             model = resolve(cfg.model.path)
             self.tokenizer = load_tokenizer(model)
             self.stops = stop_ids(model, self.tokenizer)
             self.chat = Chat(self.tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
             self._read_data(read_config(model).max_position_embeddings)
             compute = compute_type(cfg.model.compute)
-            self.policy = load_policy(model, len(self.tokenizer), compute, cfg.train.checkpointing)
-            self.reference = load_reference(model, len(self.tokenizer), compute) if cfg.loss.kl > 0 else None
+            self.policy = load_policy(model, len(self.tokenizer), compute, cfg.train.checkpointing, cfg.train.frozen)
+            self.reference = load_reference(model, len(self.tokenizer), compute, cfg.loss.reference_on_host) if cfg.loss.kl > 0 else None
             self.replay = Replay(cfg.train.replay, cfg.sampling.group_size) if cfg.train.replay else None
             loss = objective(cfg.loss, cfg.model)
             if why := refusal(cfg.model.kernels, dist.device()):
                 raise ConfigError(why)
-        with dist.together():
+        self.found = dist.first(found)                             # a run of this config
+        with dist.together(), at_once():
             if dist.rank() == 0:
-                self._make_folder()
+                with writing(self.folder):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                write_text(self.folder / "config.yaml", configs.dump(cfg))
             if dist.local_rank() == 0:
                 self._index()
-        with dist.together():
+        with dist.together(), at_once():
             self.retriever = self._index()                         # built above, on this rank or beside it
         self.log = RunLog(self.folder)
         self.train_task, self.eval_task = self._task(cfg.reward.k_train), self._task(cfg.reward.k_eval)
@@ -73,13 +80,6 @@ class Run:
             f"attention {cfg.model.attention}, loss {cfg.loss.kind} ({loss.gain.__name__}, {loss.advantage.__name__}, per {loss.average}), "
             f"head {cfg.model.head}, kernels {cfg.model.kernels}{' (group_loss)' if loss.fused else ''}, {len(self.documents[0])} documents, "
             f"queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test")
-
-    def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(configs.dump(self.cfg), encoding="utf-8")
-        except OSError as e:
-            raise RunError(f"run.dir: cannot write into {self.folder}: {e.strerror}") from None
 
     def _read_data(self, positions: int) -> None:
         d = self.cfg.data
@@ -125,9 +125,49 @@ class Run:
         decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)          # as sampled: Llama's would drop spaces
         return ProductSearch(self.retriever, self.qrels, decode, self.stops, self.cfg.reward, k, self.cfg.sampling.max_new_tokens)
 
+    @contextmanager
+    def resumed(self, optimizer: Optimizer):
+        """Goes on from the newest valid checkpoint of run.dir. Asked to stop inside, all ranks save the state after the last finished step and leave."""
+        self.progress = Progress(self.cfg, self.started, self.policy, optimizer, self.log, self.tokenizer, self.stops)
+        self.progress.resume(self.found)
+        try:
+            if self.progress.row is not None:
+                self._conclude()                                   # stopped in its validation
+            yield
+        except Stopped:
+            raise Stopped(self.progress.leave()) from None
+
+    def meet(self) -> None:
+        """Between collectives: when one rank was asked to stop, all do (Stopped). A step that has moved weights is first finished, if that is soon."""
+        if dist.largest(stopping.asked()) > self.progress.moved():
+            raise Stopped(EARLY)
+
+    def update(self, step: int, batches: list[Batch], done: Step) -> tuple[float, float]:
+        """The optimiser's step on the gradient of `batches`: its norm and the learning rate.
+
+        Where a loss or the gradient is not finite on any rank, no weight moves on any and all ranks' batches are kept. Raises NonFiniteGradient.
+        """
+        losses, stop = [s["loss"] for s in done.sums[len(done.sums) - len(batches):]], None
+        try:
+            norm, lr = self.progress.optimizer.step(sum(losses))
+        except NonFiniteGradient as e:
+            norm, lr, stop = math.nan, 0.0, str(e)
+        if math.isfinite(norm):
+            self.progress.skips = 0
+            return norm, lr
+        self.progress.skips += 1
+        where = self.log.nonfinite(step, batches, losses, done)
+        if stop:
+            raise NonFiniteGradient(f"{stop}; {where}")
+        if self.progress.skips >= self.cfg.optimizer.max_skips:
+            raise NonFiniteGradient(f"step {step}: {self.progress.skips} optimiser steps in a row were not finite and skipped (optimizer.max_skips); {where}")
+        say(f"recr1: step {step}: the loss or gradient is not finite, no weight was changed; {where}")
+        return norm, lr
+
     def steps(self) -> Iterator[int]:
-        """Step numbers from 1, behind a progress bar on a terminal."""
-        for step in tqdm(range(1, self.cfg.train.steps + 1), desc="train", disable=None if dist.rank() == 0 else True):
+        """Numbers of the steps to be done, from 1, behind a progress bar on a terminal."""
+        last = self.cfg.train.steps
+        for step in tqdm(range(self.progress.step + 1, last + 1), "train", last, initial=self.progress.step, disable=None if dist.rank() == 0 else True):
             self.began = time.perf_counter()
             yield step
 
@@ -157,9 +197,21 @@ class Run:
 
     def test_scores(self, name: str) -> list[dict]:
         """The test split, greedily, kept in the file `name`; rank 0 has the rows. Before and after training only: it never chooses anything."""
+        kept = self._kept(self.folder / name) if dist.rank() == 0 and name == "eval_before.jsonl" else None
+        if dist.first(kept is not None):
+            return kept or []
         rows = self.evaluate(self.test)
-        self.log.rows(name, rows)
+        with dist.together():
+            self.log.rows(name, rows)
         return rows
+
+    def _kept(self, path: Path) -> list[dict] | None:
+        """The evaluation that an earlier start of this run has left, if it is whole."""
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if self.found else []
+            return rows if [row["id"] for row in rows] == [p.id for p in self.test] else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def validate(self, step: int) -> dict[str, float]:
         """At every `eval_every`-th step: NDCG on validation and its gain over the raw query, with the interval."""
@@ -175,27 +227,42 @@ class Run:
                     val_errors=sum(row["error"] is not None for row in rows))
 
     def record(self, step: int, mine: Step, **more) -> None:
-        """Writes a step of all ranks: rollouts, metrics with the validation when its turn has come, and the console line."""
+        """Writes a step of all ranks: rollouts, metrics with the validation when its turn has come, the console line, a checkpoint when its has."""
         parts = dist.gather(mine)
         self.log.seconds["step"] = time.perf_counter() - self.began          # validation and writing are not the step's
-        validation = self.validate(step)
-        if parts is None:
-            return
-        done, *others = parts
-        for other in others:
-            done.merge(other)
-        self.log.rollouts(rollout_rows(step, done))
-        row = self.log.close_step(step_row(step, done, self.cfg.sampling.group_size, **more), done.gaps) | validation
-        self.log.metrics(row)
-        if validation or step % self.cfg.log.print_every == 0 or step in (1, self.cfg.train.steps):
+        with dist.together():
+            row = {}
+            if parts is not None:
+                done, *others = parts
+                for other in others:
+                    done.merge(other)
+                self.log.rollouts(rollout_rows(step, done))
+                row = self.log.close_step(step_row(step, done, self.cfg.sampling.group_size, **more), done.gaps)
+        self.progress.finished(step, row)
+        self._conclude()
+        self.meet()
+        self.progress.save_if_due()
+
+    def _conclude(self) -> None:
+        """The last step's validation, its line in metrics.jsonl and on the console."""
+        step = self.progress.step
+        row = self.progress.row | (validation := self.validate(step))
+        with dist.together():
+            if dist.rank() == 0:
+                self.log.metrics(row)
+                self.progress.validated(validation.get("val_ndcg"))
+        self.progress.row = None
+        if dist.rank() == 0 and (validation or step % self.cfg.log.print_every == 0 or step in (1, self.cfg.train.steps)):
             say(console_line(row, self.cfg.train.steps))
 
     def finish(self, before: list[dict], after: list[dict]) -> None:
         """The model, summary.json, and the table a user reads."""
-        save_policy(self.policy, self.tokenizer, self.stops, str(self.folder / "model"))
-        if dist.rank() > 0:
-            return
-        (self.folder / "model/recr1.yaml").write_text(configs.answering(self.cfg), encoding="utf-8")
+        save_policy(self.policy, self.tokenizer, self.stops, self.folder / "model", configs.answering(self.cfg))
+        with dist.together():
+            if dist.rank() == 0:
+                self._sum_up(before, after)
+
+    def _sum_up(self, before: list[dict], after: list[dict]) -> None:
         raw, b, a = evaluate.column(before, "ndcg_raw"), evaluate.column(before, "ndcg"), evaluate.column(after, "ndcg")
         metric = f"ndcg@{self.cfg.reward.k_eval}"
         (gain, gain_ci), (lift, lift_ci) = evaluate.mean_ci(a - raw), evaluate.mean_ci(a - b)
@@ -204,21 +271,24 @@ class Run:
             after=float(a.mean()), gain=gain, gain_ci95=gain_ci, after_minus_before=lift, after_minus_before_ci95=lift_ci,
             unparsable_before=sum(row["error"] is not None for row in before), unparsable_after=sum(row["error"] is not None for row in after),
             seed=self.cfg.run.seed, steps=self.cfg.train.steps, world_size=dist.world(), threads=self.threads,
-            wall_s=time.perf_counter() - self.started, rollout_tokens_per_s=self.log.sampled / self.log.sampling_s if self.log.sampling_s else None,
+            wall_s=time.perf_counter() - self.progress.started, rollout_tokens_per_s=self.log.sampled / self.log.sampling_s if self.log.sampling_s else None,
             **self.log.run_gaps.figures()))
         say(f"\n{evaluate.table(before, after, metric)}\n\nrewrites on test:\n{evaluate.examples(after)}\n\n"
             f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, metrics.jsonl, rollouts.jsonl.gz, config.yaml")
 
 
-EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, PromptTooLong, ReplayError, RunError, NonFiniteGradient)
+EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, PromptTooLong, ReplayError, RunError, NonFiniteGradient, WriteError)
 
 
 def guarded(main, argv: list[str]) -> int:
-    """Runs main(argv) on every rank; what a user can mend is one line on stderr and exit code 2, never a traceback."""
+    """Runs main(argv) on every rank; what a user can mend is one line on stderr and exit code 2, never a traceback. Asked to stop: 0."""
     first = os.environ.get("RANK", "0") == "0"
     try:
         with dist.session():
-            main(argv)
+            try:
+                main(argv)
+            except Stopped as e:
+                say(f"recr1: {e}")
         return 0
     except EXPECTED as e:          # on all ranks at once: see dist.together
         if first:
