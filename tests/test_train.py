@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from recr1 import config_file as configs
 from recr1 import train
@@ -145,7 +146,7 @@ def weights(folder: Path) -> bytes:
 
 
 def test_the_model_loads_in_transformers_and_has_moved(run, world):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     folder = run()
     theirs, start = (AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (folder / "model", configs.load(world, []).model.path))
     assert theirs.keys() == start.keys() and all(t.isfinite().all() for t in theirs.values())
@@ -155,7 +156,6 @@ def test_the_model_loads_in_transformers_and_has_moved(run, world):
 
 def test_the_first_gradient_recomputed_from_the_log(run, world):
     """What step 1 logged, through transformers' model in rows of one text: -sum count adv logp / all sampled tokens, KL at 0."""
-    from transformers import AutoModelForCausalLM
     model, loss, total = AutoModelForCausalLM.from_pretrained(configs.load(world, []).model.path), 0.0, 0
     for row in jsonl(run() / "rollouts.jsonl.gz"):
         if row["step"] == 1:
@@ -209,6 +209,20 @@ def test_steps_without_any_variance_change_nothing(run, world):
     assert weights(folder) == Path(configs.load(world, []).model.path, "model.safetensors").read_bytes()
 
 
+def test_where_things_lie_changes_no_bit(run):
+    """The reference and AdamW's moments in host memory, gradients summed once a step, blocks computed again: the same weights, on one rank."""
+    kl, budget = "loss.kl=0.5", "train.tokens_per_micro_batch=80"
+    want = weights(run(kl, budget))
+    assert weights(run(kl, budget, "loss.reference_on_host=true", "optimizer.on_host=true", "train.reduce=step")) == want
+    assert weights(run(kl, budget, "train.checkpointing=true")) == want
+
+
+def test_frozen_weights_stay(run, world):
+    pattern = "model.embed_tokens.*, *layernorm.weight"
+    start = AutoModelForCausalLM.from_pretrained(configs.load(world, []).model.path).state_dict()
+    for name, t in AutoModelForCausalLM.from_pretrained(run(f"train.frozen={pattern}", "optimizer.weight_decay=0.5") / "model").state_dict().items():
+        assert torch.equal(t, start[name]) == (name.startswith("model.embed_tokens") or name.endswith("layernorm.weight")), name
+
 
 def edited(world, key, folder, change) -> str:
     """An override that points data.KEY at a changed copy of its file."""
@@ -227,6 +241,8 @@ REFUSED = {
     "too few queries": (["train.prompts_per_step=1000"], "1000"),
     "no place for the query": (["prompt.user=find"], "prompt.user"),
     "shuffle_words above 1": (["data.shuffle_words=1.5"], "shuffle_words"),
+    "frozen fits nothing": (["train.frozen=embed"], "train.frozen: 'embed' fits the name of no weight"),
+    "all frozen": (["train.frozen='*'"], "every weight is frozen"),
     "beta above 1": (["optimizer.betas=[0.9, 1.5]"], "optimizer.betas"),
     "micro-batch below a rollout": (["train.tokens_per_micro_batch=8"], "train.tokens_per_micro_batch"),
 }
