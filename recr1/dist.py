@@ -6,6 +6,7 @@ Legend: W ranks.
 from __future__ import annotations
 
 import os
+import re
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as td
 
-TIME_LIMIT = timedelta(minutes=30)      # of one collective: the others wait while rank 0 builds an index
+from .heartbeat import begins_collective, blame, leaves
+
+SETUP_LIMIT = timedelta(minutes=30)     # of one collective while the run is set up: the others wait while rank 0 builds an index
 
 # torch 2.13 deprecates the second names, 2.11 has no others
 _all_gather = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
@@ -43,20 +46,44 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+class RankLost(RuntimeError):
+    """A collective failed or took too long: another rank is gone or hangs. The message, where this rank is to print one, says which."""
+
+
 @contextmanager
 def session():
-    """The process group of a torchrun job for the time of the block: nccl between GPUs, gloo between CPUs and for what lies on the host."""
+    """The process group of a torchrun job for the time of the block: nccl between GPUs, gloo between CPUs and for what lies on the host.
+
+    Raises RankLost in place of a collective's own error. Not of nccl's time limit: its watchdog ends the process (SIGABRT, the default of
+    TORCH_NCCL_ASYNC_ERROR_HANDLING), after it has named the collective on stderr; the heartbeats then say which rank had begun fewer.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     if device().type == "cuda":
         torch.cuda.set_device(device())
-    td.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo", timeout=TIME_LIMIT)
+    td.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo", timeout=SETUP_LIMIT)
     try:
         yield
         td.barrier()                     # a rank that leaves while another still receives would break the other's connection
+    except BaseException as e:
+        if not _of_a_collective(e):
+            leaves(e)                    # for the others to read, who lose this rank now
+            raise
+        raise RankLost(blame(str(e).splitlines()[0]) or "") from None
     finally:
         td.destroy_process_group()
+
+
+def _of_a_collective(e: BaseException) -> bool:
+    """Whether another rank is missing; gloo has no type for it."""
+    return isinstance(e, td.DistError) or isinstance(e, RuntimeError) and bool(re.search(r"gloo/transport|pair closure", str(e)))
+
+
+def patience(seconds: int) -> None:
+    """From here on no collective may take longer, those that are waited for later neither."""
+    if world() > 1:
+        td.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))      # of both backends; torch has no public name for it
 
 
 def share(items: list) -> list:
@@ -69,6 +96,7 @@ def total(*values: float) -> tuple[float, ...]:
     """The sum of each value over the ranks, in float64."""
     if world() == 1:
         return values
+    begins_collective()
     sums = torch.tensor(values, dtype=torch.float64)
     td.all_reduce(sums)
     return tuple(sums.tolist())
@@ -78,6 +106,7 @@ def largest(value: int) -> int:
     """The maximum over the ranks."""
     if world() == 1:
         return value
+    begins_collective()
     most = torch.tensor(value)
     td.all_reduce(most, op=td.ReduceOp.MAX)
     return int(most)
@@ -86,6 +115,7 @@ def largest(value: int) -> int:
 def first(value: Any) -> Any:
     """Rank 0's value, everywhere. Anything that pickles; it travels between our own processes only."""
     if world() > 1:
+        begins_collective()
         values = [value]
         td.broadcast_object_list(values)
         [value] = values
@@ -96,6 +126,7 @@ def gather(value: Any) -> list | None:
     """Rank 0: every rank's value, in their order; elsewhere None."""
     if world() == 1:
         return [value]
+    begins_collective()
     values = [None] * world() if rank() == 0 else None
     td.gather_object(value, values)
     return values
@@ -113,6 +144,7 @@ def together():
     except Exception as e:
         error = e
     if world() > 1:
+        begins_collective()
         errors = [None] * world()
         td.all_gather_object(errors, error)
         error = next((e for e in errors if e is not None), None)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import dist
+from . import dist, heartbeat
 from .records import Batch, Reward, Rollout
 
 GAP_BINS = np.concatenate([[0.0], np.logspace(-9, 2, 2201)])      # 1.15% wide: percentiles of |sampler - trainer| over a whole run
@@ -75,7 +75,8 @@ class RunLog:
 
     @contextmanager
     def phase(self, name: str):
-        """Adds the block's wall seconds to this step's `seconds`."""
+        """Adds the block's wall seconds to this step's `seconds`; the rank's heartbeat names it."""
+        heartbeat.at(name)
         start = time.perf_counter()
         try:
             yield

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from . import config_file as configs
-from . import data, dist, evaluate
+from . import data, dist, evaluate, heartbeat
 from .chat import Chat, ChatError
 from .checkpoint import compute_type, load_policy, load_reference, save_policy
 from .config import Config, ConfigError
@@ -63,16 +63,27 @@ class Run:
         with dist.together():
             if dist.rank() == 0:
                 self._make_folder()
+                self._open_heartbeat()
+        with dist.together():
+            if dist.rank() > 0:
+                self._open_heartbeat()
             if dist.local_rank() == 0:
                 self._index()
         with dist.together():
             self.retriever = self._index()                         # built above, on this rank or beside it
         self.log = RunLog(self.folder)
+        dist.patience(cfg.run.patience)
         self.train_task, self.eval_task = self._task(cfg.reward.k_train), self._task(cfg.reward.k_eval)
         say(f"recr1: {self.policy.size:,} parameters in {str(compute).removeprefix('torch.')}, {dist.world()} x {dist.device().type}, {self.threads} threads each, "
             f"attention {cfg.model.attention}, loss {cfg.loss.kind} ({loss.gain.__name__}, {loss.advantage.__name__}, per {loss.average}), "
             f"head {cfg.model.head}, kernels {cfg.model.kernels}{' (group_loss)' if loss.fused else ''}, {len(self.documents[0])} documents, "
             f"queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test")
+
+    def _open_heartbeat(self) -> None:
+        try:
+            heartbeat.start(self.folder / "heartbeats", dist.rank(), dist.world())
+        except OSError as e:
+            raise RunError(f"run.dir: rank {dist.rank()} cannot write into {self.folder}, which every rank must see: {e.strerror}") from None
 
     def _make_folder(self) -> None:
         try:
@@ -129,6 +140,7 @@ class Run:
         """Step numbers from 1, behind a progress bar on a terminal."""
         for step in tqdm(range(1, self.cfg.train.steps + 1), desc="train", disable=None if dist.rank() == 0 else True):
             self.began = time.perf_counter()
+            heartbeat.at("gather", step)
             yield step
 
     def prompts(self, step: int, turn: int = 0) -> list[Prompt]:
@@ -153,6 +165,7 @@ class Run:
 
     def evaluate(self, prompts: list[Prompt]) -> list[dict]:
         """A greedy pass over `prompts`; see evaluate.py."""
+        heartbeat.at("eval")
         return evaluate.evaluate(self.policy, prompts, self.eval_task, self.cfg.sampling.max_new_tokens)
 
     def test_scores(self, name: str) -> list[dict]:
@@ -176,9 +189,11 @@ class Run:
 
     def record(self, step: int, mine: Step, **more) -> None:
         """Writes a step of all ranks: rollouts, metrics with the validation when its turn has come, and the console line."""
+        heartbeat.at("log")
         parts = dist.gather(mine)
         self.log.seconds["step"] = time.perf_counter() - self.began          # validation and writing are not the step's
         validation = self.validate(step)
+        heartbeat.at("log")
         if parts is None:
             return
         done, *others = parts
@@ -192,6 +207,7 @@ class Run:
 
     def finish(self, before: list[dict], after: list[dict]) -> None:
         """The model, summary.json, and the table a user reads."""
+        heartbeat.at("save")
         save_policy(self.policy, self.tokenizer, self.stops, str(self.folder / "model"))
         if dist.rank() > 0:
             return
@@ -210,11 +226,15 @@ class Run:
             f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, metrics.jsonl, rollouts.jsonl.gz, config.yaml")
 
 
-EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, PromptTooLong, ReplayError, RunError, NonFiniteGradient)
+EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, PromptTooLong, ReplayError, RunError, NonFiniteGradient, heartbeat.Busy)
+RANK_LOST = 3
 
 
 def guarded(main, argv: list[str]) -> int:
-    """Runs main(argv) on every rank; what a user can mend is one line on stderr and exit code 2, never a traceback."""
+    """Runs main(argv) on every rank; what a user can mend is one line on stderr and exit code 2, never a traceback.
+
+    Exit code 3, with one line of one of the others, when a rank is gone or hangs: torchrun --max-restarts then starts all of them anew.
+    """
     first = os.environ.get("RANK", "0") == "0"
     try:
         with dist.session():
@@ -224,3 +244,9 @@ def guarded(main, argv: list[str]) -> int:
         if first:
             print(f"recr1: {e}", file=sys.stderr)
         return 2
+    except dist.RankLost as e:
+        if str(e):
+            print(f"recr1: {e}", file=sys.stderr)
+        return RANK_LOST
+    finally:
+        heartbeat.stop()

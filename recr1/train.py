@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from . import config_file as configs
-from . import dist
+from . import dist, heartbeat
 from .config import Config, ConfigError
 from .dryrun import shrunk
 from .fsdp import Sharded, gathered
@@ -58,10 +58,12 @@ def train(cfg: Config) -> None:
             kept = every_token(policy, run.reference, texts, cfg) if run.keeps_tokens(step) else None
             done = Step(rollouts, rewards, adv.tolist(), texts, first, drawn, kept, [dict(kl=divergence.sum().item())] if run.reference else [])
             for total, batches in optimiser_steps(policy, in_loss, texts, adv[first], cfg, loss.average):       # one, unless train.inner_steps > 1
-                for batch in batches:
+                for i, batch in enumerate(batches, 1):
+                    heartbeat.at(f"train {i}/{len(batches)}")
                     value, logp, stats = policy_loss(policy, batch, total, cfg.sampling.temperature, loss)
                     value.backward()
                     done.add(logp, batch, stats)
+                heartbeat.at("step")
                 grad_norm, lr = optimizer.step()
         run.record(step, done, grad_norm=grad_norm, lr=lr, skipped=optimizer.skipped)
     after = run.test_scores("eval_after.jsonl")
