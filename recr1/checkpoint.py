@@ -1,13 +1,33 @@
-"""Model folder <-> sharded policy: where weights.py's names and tensors meet fsdp.py's shards."""
+"""Model folder <-> sharded policy, and the checkpoints of a run.
+
+    checkpoints/step_000123/rank_00000-of-00002.safetensors   a rank's shards: masters and AdamW's moments
+                            model/                            the policy as a Hugging Face folder
+                            state.json                        what else the run needs to go on
+                            manifest.json                     size and sha256 of each file, written last
+    checkpoints/LATEST, BEST                                  names of folders
+
+A folder is made as step_000123.partial and renamed when all of it is on the disk. All ranks see one disk. No pickle is written or read.
+"""
 from __future__ import annotations
 
+import json
+import os
+import re
+from pathlib import Path
+from typing import Callable
+
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from . import dist
-from .fsdp import Sharded
+from .files import PARTIAL, Damaged, WriteError, check, contents, discard, fingerprint, read_json, seal, write_text, writing
+from .fsdp import Sharded, Unit
+from .optim import Optimizer
 from .weights import Tensors, empty_model, save_model
 
 COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NAME = re.compile(r"step_\d{6,}")
 
 
 def compute_type(name: str) -> torch.dtype:
@@ -31,10 +51,217 @@ def _load(folder: str, reachable: int, **how) -> Sharded:
     return Sharded(model, tensors.__getitem__, device=dist.device(), **how)
 
 
-def save_policy(policy: Sharded, tokenizer, stops: frozenset[int], folder: str) -> None:
-    """A Hugging Face folder, written by rank 0; a collective."""
-    if dist.rank() == 0:
-        save_model(policy.config, policy.tensors(), tokenizer, stops, folder)
-    else:
-        for _ in policy.tensors():
+def save_policy(policy: Sharded, tokenizer, stops: frozenset[int], folder: Path, recipe: str) -> None:
+    """A Hugging Face folder with `recipe` as its recr1.yaml, written by rank 0, read again and compared; a collective. Raises WriteError."""
+    def write(tensors):
+        save_model(policy.config, tensors, tokenizer, stops, str(folder))
+        (folder / "recr1.yaml").write_text(recipe, encoding="utf-8")
+
+    def compare(tensors):
+        written = Tensors(str(folder))
+        for name, t in tensors:
+            if not torch.equal(written[name].view(torch.uint8), t.detach().cpu().contiguous().view(torch.uint8)):
+                raise WriteError(f"{folder}: {name} reads back otherwise than it was written; the disk is failing")
+    for work in (write, compare):
+        tensors, error = policy.tensors(), None
+        if dist.rank() == 0:
+            try:
+                with writing(folder):
+                    work(tensors)
+            except Exception as e:                   # the other ranks are in the collectives of tensors()
+                error = e
+        for _ in tensors:
             pass
+        with dist.together():
+            if error:
+                raise error if not isinstance(error, SafetensorError) else WriteError(f"cannot write {folder}: {error}")
+
+
+def save(root: Path, step: int, state: Callable[[], dict], policy: Sharded, optimizer: Optimizer, tokenizer, stops: frozenset[int], recipe: str) -> Path:
+    """Writes root/step_N; a collective. state() is called on rank 0. When it fails, on whatever rank, all raise and the older ones stand."""
+    final = root / f"step_{step:06d}"
+    folder, own = final.with_name(final.name + PARTIAL), _shard_name(dist.rank(), dist.world())
+    with dist.together(), writing(root):
+        if dist.rank() == 0:
+            remove_partial(root)
+            folder.mkdir(parents=True)
+    with dist.together(), writing(folder):
+        shards = {name: t.detach().cpu() for name, t in _tensors(policy, optimizer).items()}
+        try:
+            save_file(shards, folder / own)
+        except SafetensorError as e:
+            raise WriteError(f"cannot write {folder / own}: {e}") from None
+        written = {own: fingerprint(folder / own)}
+    save_policy(policy, tokenizer, stops, folder / "model", recipe)
+    parts = dist.gather(written)
+    with dist.together(), writing(folder):
+        if parts is not None:
+            (folder / "state.json").write_text(json.dumps(state() | _setting(policy, optimizer)) + "\n", encoding="utf-8")
+            seal(folder, {name: entry for part in parts for name, entry in part.items()}, final)
+            write_text(root / "LATEST", final.name + "\n")
+    return final
+
+
+def prune(root: Path, keep: int, best: list | None) -> None:
+    """Names the best (value, step) in BEST if it stands, and leaves the last `keep` checkpoints and those that LATEST and BEST name. Rank 0."""
+    names = _names(root)
+    if best and (name := f"step_{best[1]:06d}") in names:
+        write_text(root / "BEST", name + "\n")
+    for name in set(names[:-keep]) - {_pointer(root, "LATEST"), _pointer(root, "BEST")}:
+        discard(root / name)
+
+
+def settle(root: Path, folder: Path, best: list | None) -> list | None:
+    """Goes on from `folder`: newer ones, which were refused, are set aside as step_N.refused, LATEST and BEST put right. Returns the best that stands. Rank 0."""
+    names = _names(root)
+    for name in names[names.index(folder.name) + 1:]:
+        aside = root / f"{name}.refused"
+        if aside.exists():
+            discard(aside)
+        os.replace(root / name, aside)
+    write_text(root / "LATEST", folder.name + "\n")
+    best = best if best and f"step_{best[1]:06d}" in names else None
+    if best:
+        write_text(root / "BEST", f"step_{best[1]:06d}\n")
+    else:
+        (root / "BEST").unlink(missing_ok=True)
+    return best
+
+
+def remove_partial(root: Path) -> None:
+    """What a run that died was writing."""
+    for path in root.glob(f"*{PARTIAL}"):
+        discard(path)
+
+
+def newest(root: Path, policy: Sharded, optimizer: Optimizer, fits: Callable[[dict], None]) -> tuple[Path | None, dict, list[str]]:
+    """The newest checkpoint that is whole and fits this run, its state, and why each newer one was refused; a collective, rank 0 decides.
+
+    fits(state) raises ValueError for a checkpoint that is another run's. All bytes are hashed, each rank its share of the files.
+    """
+    names, latest, refused = *dist.first((_names(root), _pointer(root, "LATEST"))), []
+    if latest and latest not in names:
+        refused.append(f"LATEST names {latest!r}: " + ("it is not there" if NAME.fullmatch(latest) else "no checkpoint's name, not followed"))
+    for name in reversed(names):
+        folder, files, state, why = root / name, {}, {}, None
+        if dist.rank() == 0:
+            try:
+                files = contents(folder)
+                state = _state(folder, files, policy, optimizer)
+                fits(state)
+            except (ValueError, OSError, KeyError, TypeError, AttributeError) as e:
+                why = _reason(e)
+        files, state, why = dist.first((files, state, why))
+        if not why:
+            why = next(filter(None, dist.first(dist.gather(_check_share(folder, files, state)))), None)
+        if not why:
+            return folder, state, refused
+        refused.append(f"{name}: {why}")
+    return None, {}, refused
+
+
+def load(folder: Path, state: dict, policy: Sharded, optimizer: Optimizer) -> None:
+    """Masters, moments and counters of a checkpoint that `newest` has found good. Saved by another number of ranks, the shards are dealt anew."""
+    files = [safe_open(folder / _shard_name(q, state["world"]), framework="pt", device="cpu") for q in range(state["world"])]
+
+    def read(name: str, like: torch.Tensor) -> torch.Tensor:
+        slices = [file.get_slice(name) for file in files]
+        if not like.ndim:
+            return files[0].get_tensor(name)
+        [theirs], n = slices[0].get_shape(), len(like)
+        first, out = dist.rank() * n, torch.zeros(n)                # only the end of the last shards is no weight: zeros
+        for q, part in enumerate(slices):
+            low, high = max(first, q * theirs), min(first + n, (q + 1) * theirs)
+            if low < high:
+                out[low - first:high - first] = part[low - q * theirs:high - q * theirs]
+        return out
+    with torch.no_grad():
+        for name, unit in _units(policy).items():
+            unit.shard.copy_(read(f"{name}.shard", unit.shard))
+    optimizer.restore({name: read(name, t) for name, t in optimizer.tensors().items()}, state["taken"], state["skipped"])
+
+
+def _units(policy: Sharded) -> dict[str, Unit]:
+    return {name: module for name, module in policy.named_modules() if isinstance(module, Unit)}
+
+
+def _tensors(policy: Sharded, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """All that a rank must not lose, by name."""
+    return {f"{name}.shard": unit.shard for name, unit in _units(policy).items()} | optimizer.tensors()
+
+
+def _setting(policy: Sharded, optimizer: Optimizer) -> dict:
+    """What a resumed run compares itself with: ranks, versions, how each unit's weights lie in its flat vector, the length of its shards."""
+    return dict(version=1, taken=optimizer.taken, skipped=optimizer.skipped, world=dist.world(), torch=torch.__version__, device=dist.device().type, cpu=torch.backends.cpu.get_cpu_capability(),
+                threads=torch.get_num_threads(),
+                shapes={name: list(t.shape) for name, t in _tensors(policy, optimizer).items()}, units=_layout(policy))
+
+
+def differences(state: dict, policy: Sharded, optimizer: Optimizer) -> str:
+    """In what this process differs from the one that saved `state`: a resumed run is bit-exact only where this is empty."""
+    now = _setting(policy, optimizer)
+    return ", ".join(f"{key} {state[key]} -> {now[key]}" for key in ("world", "threads", "torch", "device", "cpu") if state.get(key) != now[key])
+
+
+def _layout(policy: Sharded) -> dict:
+    """Unit by unit, the flat vector's length up to the end of its last weight (what follows fills the last shards) and the weights in it."""
+    return {name: dict(size=max(w.start + w.shape.numel() for w in unit.weights), weights=[[w.name, list(w.shape), w.start] for w in unit.weights])
+            for name, unit in _units(policy).items()}
+
+
+def _state(folder: Path, files: dict[str, dict], policy: Sharded, optimizer: Optimizer) -> dict:
+    """state.json, if it belongs to this model and to the shards beside it. Raises Damaged."""
+    if "state.json" not in files:
+        raise Damaged("state.json is missing")
+    check(folder, "state.json", files["state.json"])
+    state = read_json(folder / "state.json")
+    if state["version"] != 1 or folder.name != f"step_{state['step']:06d}" or not 1 <= state["world"] <= 10**5:
+        raise Damaged("state.json is of another step or version")
+    shards = {_shard_name(q, state["world"]) for q in range(state["world"])}
+    for name in sorted(files.keys() ^ shards):
+        if name in shards:
+            raise Damaged(f"{name} is missing")
+        if name != "state.json" and (not name.startswith("model/") or name.endswith((".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py"))):
+            raise Damaged(f"{name!r} is no file of a checkpoint: not opened")
+    if state["units"] != _layout(policy) or state["shapes"].keys() != _tensors(policy, optimizer).keys():
+        raise Damaged("state.json: its weights lie otherwise than this policy's; it is another model's, or another version's")
+    for name, unit in state["units"].items():
+        if state["shapes"][f"{name}.shard"][0] * state["world"] < unit["size"]:
+            raise Damaged(f"state.json: the shards of {name} are not all of it")
+    return state
+
+
+def _check_share(folder: Path, files: dict[str, dict], state: dict) -> str | None:
+    """Why one of this rank's share of the files is not what it should be."""
+    try:
+        for i, name in enumerate(sorted(files)):
+            if i % dist.world() == dist.rank():
+                check(folder, name, files[name])
+                if name.startswith("rank_"):
+                    file = safe_open(folder / name, framework="pt", device="cpu")
+                    parts = {tensor: file.get_slice(tensor) for tensor in file.keys()}
+                    if {t: p.get_shape() for t, p in parts.items()} != state["shapes"] or {p.get_dtype() for p in parts.values()} != {"F32"}:
+                        raise Damaged(f"{name}: its tensors are not those of state.json")
+    except (ValueError, OSError, SafetensorError) as e:
+        return _reason(e)
+    return None
+
+
+def _shard_name(rank: int, world: int) -> str:
+    return f"rank_{rank:05d}-of-{world:05d}.safetensors"
+
+
+def _names(root: Path) -> list[str]:
+    """Checkpoints by step, whatever their state."""
+    found = [p.name for p in root.iterdir() if NAME.fullmatch(p.name)] if root.is_dir() else []
+    return sorted(found, key=lambda name: int(name.removeprefix("step_")))
+
+
+def _pointer(root: Path, name: str) -> str:
+    """What LATEST or BEST says: looked at, never followed."""
+    path = root / name
+    return path.read_text(encoding="utf-8", errors="replace")[:200].strip() if path.is_file() and not path.is_symlink() else ""
+
+
+def _reason(e: Exception) -> str:
+    return str(e) if isinstance(e, (ValueError, SafetensorError)) else f"{type(e).__name__}: {e}"

@@ -47,7 +47,8 @@ def shrunk(cfg: Config, path: str) -> Iterator[Config]:
             data=replace(d, **{key: str(folder / _file(key, getattr(d, key))) for key in _FILES if getattr(d, key)}),
             retriever=replace(cfg.retriever, index_dir=str(folder / "index")), prompt=replace(cfg.prompt, max_tokens=4096),
             sampling=replace(cfg.sampling, max_new_tokens=8),
-            train=replace(cfg.train, steps=1, prompts_per_step=4, tokens_per_micro_batch=8192, eval_every=min(1, cfg.train.eval_every)))
+            train=replace(cfg.train, steps=1, prompts_per_step=4, tokens_per_micro_batch=8192, eval_every=min(1, cfg.train.eval_every)),
+            save=replace(cfg.save, every=1))
 
 
 def model_shape(model: str, config_path: str) -> ModelConfig:

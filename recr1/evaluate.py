@@ -9,6 +9,7 @@ from .fsdp import gathered
 from .metrics import bootstrap_ci
 from .records import Prompt, Rollout
 from .sample import generate
+from .stopping import at_once
 from .tasks.product_search import ProductSearch
 
 AT_ONCE = 512                    # prompts decoded together
@@ -21,16 +22,17 @@ def evaluate(model: torch.nn.Module, prompts: list[Prompt], task: ProductSearch,
     """
     mine = dist.share(prompts)
     rollouts = greedy(model, mine, task.stops, max_new_tokens)
-    raw = task.metric([p.id for p in mine], [p.text for p in mine])
-    rows = [dict(id=p.id, raw=p.text, rewrite=reward.answer, ndcg_raw=before, ndcg=reward.parts["ndcg"], text=reward.text, error=reward.error)
-            for p, before, reward in zip(mine, raw, task.score(rollouts))]
+    with dist.together(), at_once():
+        raw = task.metric([p.id for p in mine], [p.text for p in mine])
+        rows = [dict(id=p.id, raw=p.text, rewrite=reward.answer, ndcg_raw=before, ndcg=reward.parts["ndcg"], text=reward.text, error=reward.error)
+                for p, before, reward in zip(mine, raw, task.score(rollouts))]
     return [row for part in dist.gather(rows) or [] for row in part]
 
 
 def greedy(model: torch.nn.Module, prompts: list[Prompt], stops: frozenset[int], max_new_tokens: int) -> list[Rollout]:
     """One most likely text per prompt. A collective: every rank calls it, with its own prompts or none."""
     rollouts = []
-    with gathered(model):
+    with gathered(model), dist.together(), at_once():
         for start in range(0, len(prompts), AT_ONCE):
             rollouts += generate(model, prompts[start:start + AT_ONCE], 1, 1.0, max_new_tokens, stops, uniforms=None)
     return rollouts

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,12 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from . import dist, heartbeat
+from .files import sync, write_text
 from .records import Batch, Reward, Rollout
 
 GAP_BINS = np.concatenate([[0.0], np.logspace(-9, 2, 2201)])      # 1.15% wide: percentiles of |sampler - trainer| over a whole run
+
+NONFINITE = 5                             # steps whose batches are kept
+GROWING = ("metrics.jsonl", "rollouts.jsonl.gz")
 
 
 class Gaps:
@@ -30,6 +37,17 @@ class Gaps:
     def add(self, gaps: np.ndarray) -> None:
         self.counts += np.bincount(np.searchsorted(GAP_BINS, gaps).clip(max=len(GAP_BINS) - 1), minlength=len(GAP_BINS))
         self.total, self.largest = self.total + float(gaps.sum(dtype=np.float64)), max(self.largest, float(gaps.max(initial=0)))
+
+    def state(self) -> dict:
+        """As JSON; the histogram by its bins that hold something."""
+        bins = np.flatnonzero(self.counts)
+        return dict(bins=bins.tolist(), counts=self.counts[bins].tolist(), total=self.total, largest=self.largest)
+
+    @classmethod
+    def restored(cls, state: dict) -> Gaps:
+        gaps = cls()
+        gaps.counts[state["bins"]], gaps.total, gaps.largest = state["counts"], float(state["total"]), float(state["largest"])
+        return gaps
 
     def figures(self) -> dict[str, float]:
         n = int(self.counts.sum())
@@ -57,11 +75,11 @@ class Step:
                 setattr(self, name, getattr(self, name) + getattr(other, name))
         self.gaps.merge(other.gaps)
 
-    def add(self, logp: torch.Tensor, batch: Batch, stats: dict[str, float]) -> None:
-        """Counts a micro-batch's statistics and its |sampler - trainer|. logp (N,), the trainer's under the policy that sampled."""
+    def add(self, loss: torch.Tensor, logp: torch.Tensor, batch: Batch, stats: dict[str, float]) -> None:
+        """Counts a micro-batch's loss, statistics and |sampler - trainer|. logp (N,), the trainer's under the policy that sampled."""
         old = logp if batch.old_logp is None else batch.old_logp
         self.gaps.add((old - batch.sampler_logp)[batch.weight > 0].abs().cpu().numpy())
-        self.sums.append(stats)
+        self.sums.append(dict(loss=loss.item(), **stats))
 
 
 class RunLog:
@@ -103,11 +121,55 @@ class RunLog:
             f.write(gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=6, mtime=0))
 
     def rows(self, name: str, rows: list[dict]) -> None:
+        """All of them or none, on rank 0."""
         if self.writes:
-            (self.folder / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            write_text(self.folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def json(self, name: str, value: dict) -> None:
-        (self.folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        write_text(self.folder / name, json.dumps(value, indent=2) + "\n")
+
+    def nonfinite(self, step: int, batches: list[Batch], losses: list[float], done: Step) -> str:
+        """Keeps this rank's batches of a step that was not finite, with their losses, rewards and advantages; all ranks. Says where."""
+        root, own = self.folder / "nonfinite", f"rank_{dist.rank():05d}"
+        folder = root / f"step_{step:06d}"
+        if dist.first(not folder.exists() and root.exists() and len(list(root.iterdir())) >= NONFINITE):
+            return f"its batches are not kept, {root} has those of {NONFINITE} steps"
+        tensors = {f"{i}.{name}": t.detach().cpu().contiguous() for i, b in enumerate(batches)
+                   for name, t in (vars(b) | b.layout._asdict()).items() if isinstance(t, torch.Tensor)}
+        texts = [dict(prompt=r.prompt.id, sibling=r.sibling, count=r.count, reward=done.rewards[i].total, adv=done.adv[i], text=done.rewards[i].text)
+                 for r, i in zip(done.texts, done.first)]
+        failed = 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / f"{own}.safetensors")
+            write_text(folder / f"{own}.json", json.dumps(dict(step=step, rank=dist.rank(), losses=losses, texts=texts)) + "\n")
+        except (OSError, SafetensorError):
+            failed = 1
+        return f"its batches {'could not be written to' if dist.largest(failed) else 'are in'} {folder}"
+
+    def state(self) -> dict:
+        """What a resumed run goes on from: the length in bytes of the files that grow, forced onto the disk, and the counters of the whole run."""
+        ends = {}
+        for name in GROWING:
+            sync(self.folder / name)
+            ends[name] = (self.folder / name).stat().st_size
+        return dict(ends=ends, gaps=self.run_gaps.state(), sampled=self.sampled, sampling_s=self.sampling_s)
+
+    def check(self, state: dict) -> None:
+        """Raises ValueError unless the files here are at least as long as `state` says."""
+        Gaps.restored(state["gaps"])
+        for name in GROWING:
+            path, end = self.folder / name, state["ends"][name]
+            if not 0 <= end <= (path.stat().st_size if path.exists() else 0):
+                raise ValueError(f"{name} is shorter than it was then; the log has lost rows")
+
+    def restore(self, state: dict | None) -> None:
+        """Cuts the files back to where they stood; None: to nothing."""
+        if state:
+            self.run_gaps, self.sampled, self.sampling_s = Gaps.restored(state["gaps"]), state["sampled"], state["sampling_s"]
+        for name in GROWING:
+            if self.writes and (self.folder / name).exists():
+                os.truncate(self.folder / name, state["ends"][name] if state else 0)
 
 
 def step_row(step: int, done: Step, group_size: int, **more) -> dict:

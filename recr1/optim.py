@@ -23,6 +23,7 @@ class Optimizer:
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig, steps: int):
         self.config, self.steps, self.taken, self.skipped = config, steps, 0, 0
         self.params = list(model.parameters())
+        self.names = {p: n for n, p in model.named_parameters()}
         matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n] if config.kind == "muon" else []
         if config.kind == "muon" and not matrices:
             raise ConfigError("optimizer.kind: muon updates whole matrices and a sharded policy has none; use adamw")
@@ -41,10 +42,13 @@ class Optimizer:
         done = (step - c.warmup_steps) / max(1, self.steps - c.warmup_steps)
         return 1 - (1 - c.final_lr) * done
 
-    def step(self) -> tuple[float, float]:
-        """Gradient norm before clipping, and the learning rate used. Raises NonFiniteGradient (or skips, as configured)."""
+    def step(self, loss: float = 0.0) -> tuple[float, float]:
+        """Gradient norm before clipping, and the learning rate used. Raises NonFiniteGradient (or skips, as configured).
+
+        loss: this rank's part of the step's; one that is not finite on any rank counts as a gradient that is not.
+        """
         step, self.taken = self.taken, self.taken + 1
-        norm = self.norm()
+        norm = self.norm(loss)
         lr = self.config.lr * self.factor(step)
         if not math.isfinite(norm):                      # of all ranks' gradients together: every rank takes the same turn
             self.zero()
@@ -61,13 +65,33 @@ class Optimizer:
         self.zero()
         return norm, lr
 
-    def norm(self) -> float:
-        """Euclidean norm of the whole gradient: each rank has its shards' part."""
+    def norm(self, loss: float = 0.0) -> float:
+        """Euclidean norm of the whole gradient: each rank has its shards' part. NaN when a rank's loss is not finite."""
         grads = [p.grad for p in self.params if p.grad is not None]
         parts = torch._foreach_norm(grads, dtype=torch.float64) if grads else []             # over a long shard float32 loses digits
-        [squares] = dist.total(float(sum(part.square() for part in parts)))
-        return math.sqrt(squares)
+        squares, loss = dist.total(float(sum(part.square() for part in parts)), loss)
+        return math.sqrt(squares) if math.isfinite(loss) else math.nan
 
     def zero(self) -> None:
         for p in self.params:
             p.grad = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """AdamW's state by name: "exp_avg.NAME", "exp_avg_sq.NAME" and the updates made, "step.NAME" (), of each trained parameter; at first zeros.
+
+        The state itself: `step` is not taken - skipped, for a step without any gradient makes no update.
+        """
+        [(_, adamw)], found = self.parts, {}
+        for p in adamw.param_groups[0]["params"]:
+            if p.requires_grad:
+                state = adamw.state[p]
+                if not state:
+                    state |= dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                found |= {f"{key}.{self.names[p]}": t for key, t in state.items()}
+        return found
+
+    def restore(self, tensors: dict[str, torch.Tensor], taken: int, skipped: int) -> None:
+        """Goes on from what tensors() gave, and from the steps taken and skipped until then."""
+        self.taken, self.skipped = taken, skipped
+        for name, t in self.tensors().items():
+            t.copy_(tensors[name])

@@ -22,6 +22,7 @@ from .policy import score
 from .records import Batch, Reward, Rollout
 from .run import Run, guarded
 from .sample import generate, new_cache
+from .stopping import at_once, listening
 
 USAGE = "usage: python -m recr1.train CONFIG.yaml [a.b=value ...] [--dry-run], or torchrun --nproc-per-node N -m recr1.train ..."
 
@@ -46,27 +47,28 @@ def train(cfg: Config) -> None:
     with gathered(policy):
         cache = new_cache(policy)
 
-    before = run.test_scores("eval_before.jsonl")
-    for step in run.steps():
-        with gathered(policy):
-            rollouts, rewards, drawn = explore(run, step, cache)                             # R = P * G, siblings adjacent; P is this rank's share
-        with run.log.phase("train"):
-            texts, first = distinct(rollouts)                                                # identical siblings: one row, counted
-            divergence = kl_of_each(None if in_loss else run.reference, texts, rollouts, cfg)                   # (R,), 0 where the loss has it
-            totals = torch.tensor([r.total for r in rewards]) - cfg.loss.kl * divergence                        # (R,)
-            adv = group_advantages(totals, cfg.sampling.group_size, loss.advantage, cfg.loss)                   # (R,)
-            kept = every_token(policy, run.reference, texts, cfg) if run.keeps_tokens(step) else None
-            done = Step(rollouts, rewards, adv.tolist(), texts, first, drawn, kept, [dict(kl=divergence.sum().item())] if run.reference else [])
-            for total, batches in optimiser_steps(policy, in_loss, texts, adv[first], cfg, loss.average):       # one, unless train.inner_steps > 1
-                for i, batch in enumerate(batches, 1):
-                    heartbeat.at(f"train {i}/{len(batches)}")
-                    value, logp, stats = policy_loss(policy, batch, total, cfg.sampling.temperature, loss)
-                    value.backward()
-                    done.add(logp, batch, stats)
-                heartbeat.at("step")
-                grad_norm, lr = optimizer.step()
-        run.record(step, done, grad_norm=grad_norm, lr=lr, skipped=optimizer.skipped)
-    after = run.test_scores("eval_after.jsonl")
+    with run.resumed(optimizer):                                                             # from the last checkpoint; when asked to stop, it saves one
+        before = run.test_scores("eval_before.jsonl")
+        for step in run.steps():
+            with gathered(policy), dist.together(), at_once():
+                rollouts, rewards, drawn = explore(run, step, cache)                         # R = P * G, siblings adjacent; P is this rank's share
+            with run.log.phase("train"):
+                texts, first = distinct(rollouts)                                            # identical siblings: one row, counted
+                divergence = kl_of_each(None if in_loss else run.reference, texts, rollouts, cfg)               # (R,), 0 where the loss has it
+                totals = torch.tensor([r.total for r in rewards]) - cfg.loss.kl * divergence                    # (R,)
+                adv = group_advantages(totals, cfg.sampling.group_size, loss.advantage, cfg.loss)               # (R,)
+                kept = every_token(policy, run.reference, texts, cfg) if run.keeps_tokens(step) else None
+                done = Step(rollouts, rewards, adv.tolist(), texts, first, drawn, kept, [dict(kl=divergence.sum().item())] if run.reference else [])
+                for total, batches in optimiser_steps(policy, in_loss, texts, adv[first], cfg, loss.average):   # one, unless train.inner_steps > 1
+                    for i, batch in enumerate(batches, 1):
+                        heartbeat.at(f"train {i}/{len(batches)}")
+                        value, logp, stats = policy_loss(policy, batch, total, cfg.sampling.temperature, loss)
+                        value.backward()
+                        done.add(value, logp, batch, stats)
+                        run.meet()
+                    grad_norm, lr = run.update(step, batches, done)
+            run.record(step, done, grad_norm=grad_norm, lr=lr, skipped=optimizer.skipped)
+        after = run.test_scores("eval_after.jsonl")
     run.finish(before, after)
 
 
@@ -161,4 +163,5 @@ def every_token(policy: Sharded, reference: Sharded | None, texts: list[Rollout]
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
+    with listening():
+        sys.exit(guarded(main, sys.argv[1:]))

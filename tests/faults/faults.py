@@ -5,15 +5,15 @@ import tempfile
 import time
 from pathlib import Path
 
-#import damage
+import damage
 import stops
 from world import World
 
 KINDS = {   # name: (what makes them, how many)
     "SIGKILL of a rank": (stops.kills, 50),
     "SIGKILL inside a save": (stops.saves, 20),
-#    "corrupted checkpoint": (damage.corruptions, 30),
-#    "disk full": (damage.disks, 12),
+    "corrupted checkpoint": (damage.corruptions, 30),
+    "disk full": (damage.disks, 12),
     "SIGTERM": (stops.terms, 20),
     "a rank hangs or leaves": (stops.between_ranks, 8),
     "SIGKILL under torchrun": (stops.torchruns, 3),

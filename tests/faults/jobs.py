@@ -12,6 +12,7 @@ from pathlib import Path
 
 from recr1 import heartbeat, train
 from recr1.run import guarded
+from recr1.stopping import listening
 
 
 class Job:
@@ -99,7 +100,8 @@ def _rank(rank: int, ranks: int, port: int, argv: list[str], out: int, prepare) 
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         if prepare:
             prepare(rank)
-        code = guarded(train.main, argv)
+        with listening():
+            code = guarded(train.main, argv)
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
     except BaseException:

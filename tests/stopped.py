@@ -1,0 +1,55 @@
+"""A training run that something happens to: python tests/stopped.py WHAT CONFIG [a.b=value ...], also on the ranks of a torchrun job.
+
+WHAT is WORD@N or WORD@N:RANK: at the N-th moment of that kind (counted from 1, on that rank or on all) a signal, or a value that is not finite.
+"""
+import os
+import signal
+import sys
+from pathlib import Path
+
+from recr1 import checkpoint, evaluate, log, run, train
+from recr1.stopping import listening
+
+
+def at(what: str, act) -> None:
+    """Patches the moment so that act(result) runs in its N-th call and gives what the call returns."""
+    word, _, rest = what.partition("@")
+    number, _, rank = rest.partition(":")
+    if rank and os.environ.get("RANK", "0") != rank:
+        return
+    owner, name = {"sample": (train, "generate"), "batch": (train, "policy_loss"), "evaluate": (evaluate, "generate"), "save": (checkpoint, "save_file"),
+                   "log": (log.RunLog, "metrics"), "index": (run, "load_or_build")}[word]
+    inner, calls = getattr(owner, name), []
+
+    def outer(*args, **kwargs):
+        calls.append(None)
+        result = inner(*args, **kwargs)
+        return act(result) if len(calls) == int(number) else result
+    setattr(owner, name, outer)
+
+
+def sigterm(result):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return result
+
+
+def sigkill(result):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def nan(result):
+    value, *rest = result
+    return value * float("nan"), *rest
+
+
+def infinite(result):
+    """Only the loss, its gradient stays as it is."""
+    value, *rest = result
+    return value + float("inf"), *rest
+
+
+if __name__ == "__main__":
+    act, what = sys.argv[1].split("-")
+    at(what, dict(sigterm=sigterm, sigkill=sigkill, nan=nan, infinite=infinite)[act])
+    with listening():
+        sys.exit(run.guarded(train.main, sys.argv[2:]))
