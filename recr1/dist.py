@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import time
+import uuid
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -62,8 +64,10 @@ def session():
         return
     if device().type == "cuda":
         torch.cuda.set_device(device())
-    td.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo", timeout=SETUP_LIMIT)
     try:
+        store, me, ranks = next(td.rendezvous("env://", timeout=SETUP_LIMIT))
+        td.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo", store=_of_this_start(store, me, ranks),
+                              rank=me, world_size=ranks, timeout=SETUP_LIMIT)
         yield
         td.barrier()                     # a rank that leaves while another still receives would break the other's connection
     except BaseException as e:
@@ -72,7 +76,30 @@ def session():
             raise
         raise RankLost(blame(str(e).splitlines()[0]) or "") from None
     finally:
-        td.destroy_process_group()
+        if td.is_initialized():
+            td.destroy_process_group()
+
+
+def _of_this_start(store: td.Store, rank: int, world: int) -> td.Store:
+    """A part of torchrun's store that only the ranks of this start use: it keeps one for all its restarts, with the addresses of the dead in it.
+
+    A rank is known to be of this start when it answers: what stands under its number may be of an earlier one.
+    """
+    own, deadline = uuid.uuid4().hex, time.monotonic() + SETUP_LIMIT.total_seconds()
+    store.set(f"here/{rank}", own)
+    if rank > 0:
+        name = store.get(f"start of {own}").decode()               # waits
+        store.set(f"{name}/has {rank}", "")
+        return td.PrefixStore(name, store)
+    missing = set(range(1, world))
+    while missing := {r for r in missing if not store.check([f"{own}/has {r}"])}:
+        for r in missing:
+            if store.check([f"here/{r}"]):
+                store.set(f"start of {store.get(f'here/{r}').decode()}", own)
+        if time.monotonic() > deadline:
+            raise td.DistStoreError(f"no sign of rank {min(missing)}")
+        time.sleep(0.01)
+    return td.PrefixStore(own, store)
 
 
 def _of_a_collective(e: BaseException) -> bool:
@@ -147,7 +174,10 @@ def together():
         begins_collective()
         errors = [None] * world()
         td.all_gather_object(errors, error)
-        error = next((e for e in errors if e is not None), None)
+        source = next((r for r, e in enumerate(errors) if e is not None), rank())
+        if source != rank():             # its own copy has the traceback
+            error = errors[source]
+            error.add_note(f"on rank {source}")
     if error is not None:
         raise error
 
