@@ -7,7 +7,8 @@ import shutil
 import signal
 from pathlib import Path
 
-from recr1 import checkpoint, config_file, files, heartbeat, log, weights
+from recr1 import checkpoint, config_file, log
+from recr1 import run as around
 from recr1.retrieval import bm25
 from world import LIMIT, RANKS, Outcome, World
 
@@ -133,7 +134,7 @@ def disks(world: World, n: int) -> list[Outcome]:
              ("rollouts.jsonl.gz", log.RunLog, "rollouts", 3, 1), ("rollouts.jsonl.gz, torn", log.RunLog, "rollouts", 2, 1500),
              ("metrics.jsonl", log.RunLog, "metrics", 3, 1), ("metrics.jsonl, torn", log.RunLog, "metrics", 2, 700),
              ("a shard", checkpoint, "save_file", 2, 5000), ("HF export", checkpoint, "save_model", 3, 10_000), ("state.json", checkpoint, "_setting", 3, 10),
-             ("manifest.json", files, "seal", 2, 10), ("LATEST", files, "write_text", 9, 0), ("final model", checkpoint, "save_policy", 7, 100),
+             ("manifest.json", checkpoint, "seal", 2, 10), ("LATEST", checkpoint, "write_text", 3, 0), ("final model", around, "save_policy", 1, 100),
              ("summary.json", log.RunLog, "json", 1, 10))
     outcomes = []
     for what, owner, name, time, limit in cases if n >= len(cases) else world.rng.sample(cases, n):

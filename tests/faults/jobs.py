@@ -56,12 +56,14 @@ class Job:
                 return None
             time.sleep(0.005)
         self._listen()
-        os.close(self.output)
+        if self.output is not None:
+            os.close(self.output)
+            self.output = None
         return list(self.codes.values())
 
     def _listen(self) -> None:
         try:
-            while more := os.read(self.output, 1 << 16):
+            while self.output is not None and (more := os.read(self.output, 1 << 16)):
                 self.heard += more
         except BlockingIOError:
             pass

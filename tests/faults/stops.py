@@ -1,5 +1,6 @@
 """Processes that stop: killed anywhere, killed inside a save, asked to end, hanging, leaving. Each function makes n faults."""
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,12 +25,19 @@ def kills(world: World, n: int) -> list[Outcome]:
     while len(outcomes) < n:
         run, chain, step = world.fresh(), [], 0
         while True:
-            job = world.start(run)
-            if len(chain) == min(IN_A_ROW, n - len(outcomes)) or not (killed := _kill_one(world, job, PHASES[(len(outcomes) + len(chain)) % len(PHASES)], step)):
+            job, before = world.start(run), step
+            killed = None
+            if len(chain) < min(IN_A_ROW, n - len(outcomes)):
+                killed = _kill_one(world, job, PHASES[(len(outcomes) + len(chain)) % len(PHASES)], step)
+            if not killed:
+                codes = job.wait(LIMIT)
+            if (went := resumed(job)) is not None and before and went not in (before - 1, before):
+                chain[-1].verdict, chain[-1].note = "lost", f"killed in step {before}, it went on after step {went}: {job.said()}"
+            if not killed:
                 break
-            step, outcome = killed
+            step, outcome = max(step, killed[0]), killed[1]
             chain.append(outcome)
-        verdict, note = world.judge(run, job, job.wait(LIMIT))
+        verdict, note = world.judge(run, job, codes)
         for outcome in chain:
             if verdict != "survived":
                 outcome.verdict, outcome.note = verdict, note
@@ -37,12 +45,18 @@ def kills(world: World, n: int) -> list[Outcome]:
     return outcomes
 
 
+def resumed(job: Job) -> int | None:
+    """The step after which a job went on, 0: from the start; None if it was killed before that or has not said."""
+    found = re.search(r"goes on after step (\d+)", job.said())
+    return int(found[1]) if found else 0 if "starts from step 1" in job.said() else None
+
+
 def _kill_one(world: World, job: Job, phase: str, step: int) -> tuple[int, Outcome] | None:
     """Kills a rank in this phase of a step soon after `step`: (the step that it was in, outcome); None if the job was through first."""
     rank, at = world.rng.randrange(RANKS), 0 if phase == "setup" else min(STEPS, step + world.rng.randrange(1, 3))
     if not job.reached(rank, phase, at):
         return None
-    time.sleep(world.rng.random() * 0.02)
+    time.sleep(world.rng.random() ** 4 * 0.02)
     job.kill(ranks=[rank])
     codes = job.wait(LIMIT)
     if codes is None:
@@ -55,7 +69,7 @@ def _kill_one(world: World, job: Job, phase: str, step: int) -> tuple[int, Outco
     blamed = f"rank {rank} (pid {job.pids[rank]}, {was.get('host')}) is gone; it was in phase {was['phase']} of step {was['step']}"
     others = [code for r, code in enumerate(codes) if r != rank]
     if was["step"] and (others != [3] or f"recr1: {blamed}" not in job.lines()):
-        outcome.note = f"the other rank ended with {others} and said {job.lines()[-1:]}, not {blamed!r}"
+        outcome.verdict, outcome.note = "lost", f"the other rank ended with {others} and said {job.lines()[-1:]}, not {blamed!r}"
     return was["step"], outcome
 
 
@@ -82,7 +96,7 @@ def saves(world: World, n: int) -> list[Outcome]:
         there = checkpoints(run)
         job, outcome.verdict, outcome.note = world.finish(run)
         whole = f"step_{step:06d}" in there
-        if outcome.verdict == "survived" and f"step {step - (not whole)}" not in job.said():
+        if outcome.verdict == "survived" and resumed(job) != step - (not whole):
             outcome.verdict, outcome.note = "silent", f"{there} were there; it went on otherwise: {job.lines()}"
     return outcomes
 
@@ -121,7 +135,7 @@ def terms(world: World, n: int) -> list[Outcome]:
             start = time.monotonic()
             codes = job.wait(LIMIT)
             took = time.monotonic() - start
-            outcome = Outcome(was["phase"].split()[0], note=f"{took:.1f} s")
+            outcome = Outcome(was["phase"].split()[0], seconds=took)
             saved = [int(name[5:]) for name in checkpoints(run) if name.startswith("step_") and name[5:].isdigit()]
             if codes != [0] * RANKS or took > ENDS:
                 outcome.verdict, outcome.note = "lost", f"exit codes {codes} after {took:.1f} s: {job.said()[-1000:]}"
@@ -165,7 +179,7 @@ def between_ranks(world: World, n: int) -> list[Outcome]:
         codes = job.wait(10)
         lines = [line for line in job.lines() if f"rank {rank} " in line and says in line and f"phase {phase}" in line and "step 2" in line]
         others = [code for r, code in enumerate(codes) if r != rank]
-        outcome = Outcome(f"{way} in {phase}", note=f"{took:.1f} s")
+        outcome = Outcome(f"{way} in {phase}", seconds=took)
         if way == "raises" and phase != "train":                  # where all ranks hear of it, all raise it
             fine = others == [1, 1] and job.said().count(f"on rank {rank}") == 2
         else:

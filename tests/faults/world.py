@@ -23,13 +23,14 @@ class Outcome:
     where: str
     verdict: str = "survived"
     note: str = ""
+    seconds: float | None = None           # until every rank had ended, where that is the question
 
 
 class World:
     """Config, policy and data in `folder`, and the result of an undisturbed run."""
 
-    def __init__(self, folder: Path, seed: int):
-        self.folder, self.rng, self.runs = folder, random.Random(seed), 0
+    def __init__(self, folder: Path):
+        self.folder, self.rng, self.runs = folder, random.Random(), 0
         self.config = str(folder / "config.yaml")
         forked(lambda: tiny.write_yaml(folder, **SETTINGS))
         run = self.fresh()
