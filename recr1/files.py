@@ -31,7 +31,7 @@ def writing(place: Path):
     try:
         yield
     except OSError as e:
-        raise WriteError(f"cannot write {e.filename or place}: {e.strerror or e}; make room there, then start the same command again") from None
+        raise WriteError(f"cannot write {e.filename or place}: {e.strerror or e}; mend that, then the same command goes on from the last checkpoint") from None
 
 
 def sync(path: Path) -> None:
@@ -44,12 +44,13 @@ def sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """The whole text, or the file as it was."""
+    """The whole text, or the file as it was. Raises WriteError."""
     partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    os.replace(partial, path)
-    sync(path.parent)
+    with writing(path):
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
 
 
 def read_json(path: Path) -> Any:

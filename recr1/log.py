@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from . import dist, heartbeat
-from .files import sync, write_text
+from .files import WriteError, sync, write_text, writing
 from .records import Batch, Reward, Rollout
 
 GAP_BINS = np.concatenate([[0.0], np.logspace(-9, 2, 2201)])      # 1.15% wide: percentiles of |sampler - trainer| over a whole run
@@ -111,13 +111,15 @@ class RunLog:
         return row | gaps.figures() | dict(rollout_tokens_per_s=tokens / sampling_s if sampling_s else None, seconds=seconds)
 
     def metrics(self, row: dict) -> None:
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as f:
+        path = self.folder / "metrics.jsonl"
+        with writing(path), open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
 
     def rollouts(self, rows: list[dict]) -> None:
         """One gzip member per call: a torn tail costs one step."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with open(self.folder / "rollouts.jsonl.gz", "ab") as f:
+        path = self.folder / "rollouts.jsonl.gz"
+        with writing(path), open(path, "ab") as f:
             f.write(gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=6, mtime=0))
 
     def rows(self, name: str, rows: list[dict]) -> None:
@@ -143,7 +145,7 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, folder / f"{own}.safetensors")
             write_text(folder / f"{own}.json", json.dumps(dict(step=step, rank=dist.rank(), losses=losses, texts=texts)) + "\n")
-        except (OSError, SafetensorError):
+        except (OSError, WriteError, SafetensorError):
             failed = 1
         return f"its batches {'could not be written to' if dist.largest(failed) else 'are in'} {folder}"
 

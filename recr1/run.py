@@ -1,7 +1,6 @@
 """What every run does around its loop: open the folder, build the parts from the config, log, evaluate, leave the results."""
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -16,13 +15,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, data, dist, evaluate, heartbeat, stopping
+from . import data, dist, evaluate, heartbeat, stopping
 from . import config_file as configs
 from .chat import Chat, ChatError
 from .checkpoint import compute_type, load_policy, load_reference, save_policy
 from .config import Config, ConfigError
 from .data import DataError
-from .files import PARTIAL, Damaged, WriteError, discard, write_text, writing
+from .files import WriteError, write_text, writing
 from .grpo import objective
 from .hub import ModelFolderError, load_tokenizer, resolve, stop_ids
 from .kernels.launch import refusal
@@ -30,17 +29,11 @@ from .log import RunLog, Step, console_line, rollout_rows, say, step_row
 from .optim import NonFiniteGradient, Optimizer
 from .records import Batch, Prompt
 from .replay import Replay, ReplayError
+from .resume import Progress, RunError, look
 from .retrieval.bm25 import BM25, load_or_build
 from .stopping import EARLY, Stopped, at_once
 from .tasks.product_search import ProductSearch, PromptTooLong, make_prompts
 from .weights import check_room, read_config
-
-
-FREE = ("run.dir", "run.threads", "run.patience", "log.", "save.")       # what a run that goes on may have otherwise
-
-
-class RunError(ValueError):
-    """The run cannot start as configured. The message says what to change."""
 
 
 class Run:
@@ -54,11 +47,8 @@ class Run:
         self.threads = cfg.run.threads or max(1, (os.cpu_count() or 1) // dist.local_world())
         torch.set_num_threads(self.threads)
         self.folder = Path(cfg.run.dir)
-        self.step, self.row = 0, None                              # the last finished step, and its metrics until they are written
-        self.value, self.best = None, None                         # rank 0: the last step's val_ndcg, if it was validated; [value, step] of the best saved one
-        self.skips, self.saved = 0, ""                             # optimiser steps skipped in a row; the last checkpoint written or loaded
         with dist.together(), at_once():
-            found = self._look() if dist.rank() == 0 else False
+            found = look(self.folder, cfg) if dist.rank() == 0 else False
             if dist.local_rank() == 0:
                 resolve(cfg.model.path)                            # a hub id: one rank of a machine downloads
         with dist.together(), at_once():
@@ -77,7 +67,9 @@ class Run:
         self.found = dist.first(found)                             # a run of this config
         with dist.together(), at_once():
             if dist.rank() == 0:
-                self._make_folder()
+                with writing(self.folder):
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                write_text(self.folder / "config.yaml", configs.dump(cfg))
                 self._open_heartbeat()
         with dist.together(), at_once():
             if dist.rank() > 0:
@@ -94,30 +86,9 @@ class Run:
             f"head {cfg.model.head}, kernels {cfg.model.kernels}{' (group_loss)' if loss.fused else ''}, {len(self.documents[0])} documents, "
             f"queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test")
 
-    def _look(self) -> bool:
-        """Whether run.dir holds a run of this config, not finished. Raises RunError for what is neither that nor empty."""
-        if not self.folder.exists() or self.folder.is_dir() and {p.name for p in self.folder.iterdir()} <= {f"config.yaml{PARTIAL}"}:
-            return False
-        if not (self.folder / "config.yaml").is_file():
-            raise RunError(f"run.dir: {self.folder} exists, is not empty and holds no run's config.yaml; name a new folder, or move it away")
-        if (self.folder / "summary.json").exists():
-            raise RunError(f"run.dir: the run in {self.folder} is finished; name a new folder, or move it away")
-        if difference := different(dataclasses.asdict(configs.load(str(self.folder / "config.yaml"), [])), self.cfg):
-            raise RunError(f"run.dir: the run in {self.folder} has another config: {difference}; name a new folder, or set it back")
-        return True
-
     def _open_heartbeat(self) -> None:
-        try:
+        with writing(self.folder):
             heartbeat.start(self.folder / "heartbeats", dist.rank(), dist.world())
-        except OSError as e:
-            raise RunError(f"run.dir: rank {dist.rank()} cannot write into {self.folder}, which every rank must see: {e.strerror}") from None
-
-    def _make_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / "config.yaml", configs.dump(self.cfg))
-        except OSError as e:
-            raise RunError(f"run.dir: cannot write into {self.folder}: {e.strerror}") from None
 
     def _read_data(self, positions: int) -> None:
         d = self.cfg.data
@@ -166,75 +137,18 @@ class Run:
     @contextmanager
     def resumed(self, optimizer: Optimizer):
         """Goes on from the newest valid checkpoint of run.dir. Asked to stop inside, all ranks save the state after the last finished step and leave."""
-        self.optimizer, self.root = optimizer, self.folder / "checkpoints"
-        folder, state, refused = checkpoint.newest(self.root, self.policy, optimizer, self._fits)
-        for why in refused:
-            say(f"recr1: checkpoint refused: {why}")
-        if folder is None and refused:
-            raise RunError(f"{self.root}: none of the checkpoints is valid (the last: {refused[-1]}); move {self.folder} away to start anew")
-        with dist.together(), writing(self.root):
-            if dist.rank() == 0 and self.root.exists():
-                checkpoint.remove_partial(self.root)
-            self.log.restore(state.get("log"))
-        if folder is not None:
-            checkpoint.load(folder, state, self.policy, optimizer)
-            self.saved, self.step, self.row, self.best, self.skips = folder.name, state["step"], state["row"], state["best"], state["skips"]
-            self.started -= state["wall_s"]
-            changed = checkpoint.differences(state, self.policy, optimizer)
-            say(f"recr1: goes on after step {self.step} from {folder}, " + (f"not bit for bit the same run: {changed}" if changed else "bit for bit the same run"))
-            with dist.together(), writing(self.root):
-                if dist.rank() == 0:
-                    self.best = checkpoint.settle(self.root, folder, self.best)
-        elif self.found:
-            say(f"recr1: {self.folder} has no checkpoint: starts from step 1 again")
+        self.progress = Progress(self.cfg, self.started, self.policy, optimizer, self.log, self.tokenizer, self.stops)
+        self.progress.resume(self.found)
         try:
-            if self.row is not None:
-                self.conclude()                                    # stopped in its validation
+            if self.progress.row is not None:
+                self._conclude()                                   # stopped in its validation
             yield
         except Stopped:
-            raise Stopped(f"stopped after step {self.step}; {self._leave()}") from None
-
-    def _fits(self, state: dict) -> None:
-        if difference := different(state["config"], self.cfg):
-            raise Damaged(f"state.json is another config's: {difference}")
-        if not isinstance(state["wall_s"], float) or not isinstance(state["skips"], int) or state["step"] > self.cfg.train.steps:
-            raise Damaged("state.json is not of the form that this version writes")
-        self.log.check(state["log"])
-
-    def _state(self) -> dict:
-        self._rate()
-        return dict(step=self.step, row=self.row, best=self.best, skips=self.skips, wall_s=time.perf_counter() - self.started, log=self.log.state(),
-                    config=dataclasses.asdict(self.cfg))
-
-    def _rate(self) -> None:
-        if self.value is not None and (self.best is None or self.value > self.best[0]):
-            self.best = [self.value, self.step]
-
-    def _save(self) -> None:
-        """A checkpoint of the state after self.step; a collective."""
-        heartbeat.at("save")
-        folder = checkpoint.save(self.root, self.step, self._state, self.policy, self.optimizer, self.tokenizer, self.stops, configs.answering(self.cfg))
-        self.saved = folder.name
-        with dist.together(), writing(self.root):
-            if dist.rank() == 0:
-                checkpoint.prune(self.root, self.cfg.save.keep, self.best)
-
-    def _leave(self) -> str:
-        """Asked to stop: saves what is not yet saved. Says what stands."""
-        again = "the same command goes on from there" if self.step else "nothing to save; the same command starts again"
-        if self._moved():
-            return f"the step after it had moved weights and is lost; {self.saved or 'no checkpoint'} stands"
-        if self.step and self.saved != f"step_{self.step:06d}":
-            self._save()
-        return f"{self.root / self.saved}; {again}" if self.step else again
-
-    def _moved(self) -> bool:
-        """Whether weights have changed since the last finished step: within train.inner_steps."""
-        return self.optimizer.taken > self.step * self.cfg.train.inner_steps
+            raise Stopped(self.progress.leave()) from None
 
     def meet(self) -> None:
         """Between collectives: when one rank was asked to stop, all do (Stopped). A step that has moved weights is first finished, if that is soon."""
-        if dist.largest(stopping.asked()) > self._moved():
+        if dist.largest(stopping.asked()) > self.progress.moved():
             raise Stopped(EARLY)
 
     def update(self, step: int, batches: list[Batch], done: Step) -> tuple[float, float]:
@@ -242,28 +156,28 @@ class Run:
 
         Where a loss or the gradient is not finite on any rank, no weight moves on any and all ranks' batches are kept. Raises NonFiniteGradient.
         """
-        losses, stop = [s["loss"] for s in done.sums[len(done.sums) - len(batches):]], None
         heartbeat.at("step")
+        losses, stop = [s["loss"] for s in done.sums[len(done.sums) - len(batches):]], None
         try:
-            norm, lr = self.optimizer.step(sum(losses))
+            norm, lr = self.progress.optimizer.step(sum(losses))
         except NonFiniteGradient as e:
             norm, lr, stop = math.nan, 0.0, str(e)
         if math.isfinite(norm):
-            self.skips = 0
+            self.progress.skips = 0
             return norm, lr
-        self.skips += 1
+        self.progress.skips += 1
         where = self.log.nonfinite(step, batches, losses, done)
         if stop:
             raise NonFiniteGradient(f"{stop}; {where}")
-        if self.skips >= self.cfg.optimizer.max_skips:
-            raise NonFiniteGradient(f"step {step}: {self.skips} optimiser steps in a row were not finite and skipped (optimizer.max_skips); {where}")
+        if self.progress.skips >= self.cfg.optimizer.max_skips:
+            raise NonFiniteGradient(f"step {step}: {self.progress.skips} optimiser steps in a row were not finite and skipped (optimizer.max_skips); {where}")
         say(f"recr1: step {step}: the loss or gradient is not finite, no weight was changed; {where}")
         return norm, lr
 
     def steps(self) -> Iterator[int]:
         """Numbers of the steps to be done, from 1, behind a progress bar on a terminal."""
         last = self.cfg.train.steps
-        for step in tqdm(range(self.step + 1, last + 1), "train", last, initial=self.step, disable=None if dist.rank() == 0 else True):
+        for step in tqdm(range(self.progress.step + 1, last + 1), "train", last, initial=self.progress.step, disable=None if dist.rank() == 0 else True):
             self.began = time.perf_counter()
             heartbeat.at("gather", step)
             yield step
@@ -299,7 +213,7 @@ class Run:
         if dist.first(kept is not None):
             return kept or []
         rows = self.evaluate(self.test)
-        with dist.together(), writing(self.folder):
+        with dist.together():
             self.log.rows(name, rows)
         return rows
 
@@ -329,7 +243,7 @@ class Run:
         heartbeat.at("log")
         parts = dist.gather(mine)
         self.log.seconds["step"] = time.perf_counter() - self.began          # validation and writing are not the step's
-        with dist.together(), writing(self.folder):
+        with dist.together():
             row = {}
             if parts is not None:
                 done, *others = parts
@@ -337,33 +251,29 @@ class Run:
                     done.merge(other)
                 self.log.rollouts(rollout_rows(step, done))
                 row = self.log.close_step(step_row(step, done, self.cfg.sampling.group_size, **more), done.gaps)
-        self.step, self.row, self.value = step, row, None          # from here on the step stands: a run that is stopped goes on below
-        self.conclude()
+        self.progress.finished(step, row)
+        self._conclude()
         self.meet()
-        if self.cfg.save.every and (step % self.cfg.save.every == 0 or step == self.cfg.train.steps):
-            self._save()
+        self.progress.save_if_due()
 
-    def conclude(self) -> None:
+    def _conclude(self) -> None:
         """The last step's validation, its line in metrics.jsonl and on the console."""
-        row = self.row | (validation := self.validate(self.step))
-        self.value = validation.get("val_ndcg")
+        step = self.progress.step
+        row = self.progress.row | (validation := self.validate(step))
         heartbeat.at("log")
-        with dist.together(), writing(self.folder):
+        with dist.together():
             if dist.rank() == 0:
                 self.log.metrics(row)
-                if self.saved == f"step_{self.step:06d}":          # saved before it was validated
-                    self._rate()
-                    checkpoint.prune(self.root, self.cfg.save.keep, self.best)
-        self.row = None
-        if validation or self.step % self.cfg.log.print_every == 0 or self.step in (1, self.cfg.train.steps):
-            if dist.rank() == 0:
-                say(console_line(row, self.cfg.train.steps))
+                self.progress.validated(validation.get("val_ndcg"))
+        self.progress.row = None
+        if dist.rank() == 0 and (validation or step % self.cfg.log.print_every == 0 or step in (1, self.cfg.train.steps)):
+            say(console_line(row, self.cfg.train.steps))
 
     def finish(self, before: list[dict], after: list[dict]) -> None:
         """The model, summary.json, and the table a user reads."""
         heartbeat.at("save")
         save_policy(self.policy, self.tokenizer, self.stops, self.folder / "model", configs.answering(self.cfg))
-        with dist.together(), writing(self.folder):
+        with dist.together():
             if dist.rank() == 0:
                 self._sum_up(before, after)
 
@@ -376,20 +286,10 @@ class Run:
             after=float(a.mean()), gain=gain, gain_ci95=gain_ci, after_minus_before=lift, after_minus_before_ci95=lift_ci,
             unparsable_before=sum(row["error"] is not None for row in before), unparsable_after=sum(row["error"] is not None for row in after),
             seed=self.cfg.run.seed, steps=self.cfg.train.steps, world_size=dist.world(), threads=self.threads,
-            wall_s=time.perf_counter() - self.started, rollout_tokens_per_s=self.log.sampled / self.log.sampling_s if self.log.sampling_s else None,
+            wall_s=time.perf_counter() - self.progress.started, rollout_tokens_per_s=self.log.sampled / self.log.sampling_s if self.log.sampling_s else None,
             **self.log.run_gaps.figures()))
         say(f"\n{evaluate.table(before, after, metric)}\n\nrewrites on test:\n{evaluate.examples(after)}\n\n"
             f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, metrics.jsonl, rollouts.jsonl.gz, config.yaml")
-
-
-def different(other: dict, cfg: Config) -> str:
-    """The first key in which a config, as a dict, is not `cfg`, with both values; "" for none. What FREE names does not count."""
-    def flat(tree: dict, where: str = "") -> dict:
-        pairs = (flat(v, f"{where}{k}.") if isinstance(v, dict) else {where + k: list(v) if isinstance(v, tuple) else v} for k, v in tree.items())
-        return {k: v for part in pairs for k, v in part.items()}
-    theirs, ours = flat(other), flat(dataclasses.asdict(cfg))
-    return next((f"{key} was {theirs.get(key)!r}, now {ours.get(key)!r}" for key in sorted(theirs.keys() | ours.keys())
-                 if theirs.get(key) != ours.get(key) and not key.startswith(FREE)), "")
 
 
 EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, PromptTooLong, ReplayError, RunError, NonFiniteGradient, WriteError, heartbeat.Busy)

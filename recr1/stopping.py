@@ -50,8 +50,7 @@ class at_once:
     def __exit__(self, *error):
         global _raising
         _raising = False
-        if error == (None, None, None):
-            self._meet()                 # somebody's `except` may have taken the one that was raised
+        self._meet()                     # somebody's `except` may have taken the one that was raised
 
     def _meet(self):
         if _since:

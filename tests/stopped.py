@@ -11,7 +11,7 @@ from recr1 import checkpoint, evaluate, log, run, train
 from recr1.stopping import listening
 
 
-def at(what: str, act) -> None:
+def at(what: str, act, patch=setattr) -> None:
     """Patches the moment so that act(result) runs in its N-th call and gives what the call returns."""
     word, _, rest = what.partition("@")
     number, _, rank = rest.partition(":")
@@ -24,8 +24,8 @@ def at(what: str, act) -> None:
     def outer(*args, **kwargs):
         calls.append(None)
         result = inner(*args, **kwargs)
-        return act(result) if len(calls) == int(number) else result
-    setattr(owner, name, outer)
+        return act(result) if len(calls) == int(number or 1) else result
+    patch(owner, name, outer)
 
 
 def sigterm(result):

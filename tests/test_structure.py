@@ -18,7 +18,7 @@ LEVELS = [
     "config_file cache model policy packing chat offload decode_graph retrieval",      # cache calls attention
     "weights fsdp sample grpo optim",
     "tasks checkpoint log plan dryrun replay",
-    "evaluate report",
+    "evaluate report resume",
     "run",
     "train sft",
     "explain doctor losslab",

@@ -1,0 +1,44 @@
+"""torchrun --nproc-per-node N tests/sharded_save.py FOLDER POLICY...: loads FOLDER's newest checkpoint, or trains two steps when it has none, and saves.
+
+The other half of test_checkpoint.py's dealing of shards among another number of ranks; writes FOLDER/export.N and FOLDER/moments.N.safetensors.
+"""
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import ranks
+from recr1 import checkpoint, dist
+from recr1.config import Config
+from recr1.config import Optimizer as OptimizerConfig
+from recr1.optim import Optimizer
+from tiny import tiny_tokenizer
+
+
+def work(folder: Path, policy_folder: str) -> None:
+    policy = checkpoint.load_policy(policy_folder, len(tiny_tokenizer()), torch.float32)
+    optimizer, root = Optimizer(policy, OptimizerConfig(lr=1e-2, weight_decay=0.1), 9), folder / "checkpoints"
+    found, state, refused = checkpoint.newest(root, policy, optimizer, lambda state: None)
+    assert not refused, refused
+    if found is None:
+        for step in range(2):
+            ranks.accumulate(policy, None, step, (), Config())
+            optimizer.step()
+        checkpoint.save(root, 2, lambda: dict(step=2), policy, optimizer, tiny_tokenizer(), frozenset([5]), "")
+    else:
+        checkpoint.load(found, state, policy, optimizer)
+        assert (optimizer.taken, optimizer.skipped) == (2, 0)
+    checkpoint.save_policy(policy, tiny_tokenizer(), frozenset([5]), folder / f"export.{dist.world()}", "")
+    moments = {}
+    for name, t in optimizer.tensors().items():
+        unit = policy.get_submodule(name.split(".", 1)[1].removesuffix(".shard")) if t.ndim else None
+        moments |= {name: t} if unit is None else {f"{name} {w.name}": v.clone() for w, v in zip(unit.weights, unit.views(dist.all_gather(t)))}
+    if dist.rank() == 0:
+        save_file(moments, folder / f"moments.{dist.world()}.safetensors")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with dist.session():
+        work(Path(sys.argv[1]), sys.argv[2])
