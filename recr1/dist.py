@@ -6,9 +6,6 @@ Legend: W ranks.
 from __future__ import annotations
 
 import os
-import re
-import time
-import uuid
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -16,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as td
 
-from .heartbeat import begins_collective, blame, leaves
+from .heartbeat import begins_collective, ended_by
+from .restarts import store_of_this_start
 
 SETUP_LIMIT = timedelta(minutes=30)     # of one collective while the run is set up: the others wait while rank 0 builds an index
 
@@ -48,63 +46,30 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-class RankLost(RuntimeError):
-    """A collective failed or took too long: another rank is gone or hangs. The message, where this rank is to print one, says which."""
-
-
 @contextmanager
 def session():
     """The process group of a torchrun job for the time of the block: nccl between GPUs, gloo between CPUs and for what lies on the host.
 
-    Raises RankLost in place of a collective's own error. Not of nccl's time limit: its watchdog ends the process (SIGABRT, the default of
-    TORCH_NCCL_ASYNC_ERROR_HANDLING), after it has named the collective on stderr; the heartbeats then say which rank had begun fewer.
+    Raises heartbeat.RankLost in place of a collective's own error.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     if device().type == "cuda":
-        torch.cuda.set_device(device())
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))       # device() knows only inside the group
     try:
-        store, me, ranks = next(td.rendezvous("env://", timeout=SETUP_LIMIT))
-        td.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo", store=_of_this_start(store, me, ranks),
-                              rank=me, world_size=ranks, timeout=SETUP_LIMIT)
+        store, me, ranks = store_of_this_start(SETUP_LIMIT)
+        td.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo", store=store, rank=me, world_size=ranks,
+                              timeout=SETUP_LIMIT)
         yield
         td.barrier()                     # a rank that leaves while another still receives would break the other's connection
     except BaseException as e:
-        if not _of_a_collective(e):
-            leaves(e)                    # for the others to read, who lose this rank now
+        if (end := ended_by(e)) is e:
             raise
-        raise RankLost(blame(str(e).splitlines()[0]) or "") from None
+        raise end from None
     finally:
         if td.is_initialized():
             td.destroy_process_group()
-
-
-def _of_this_start(store: td.Store, rank: int, world: int) -> td.Store:
-    """A part of torchrun's store that only the ranks of this start use: it keeps one for all its restarts, with the addresses of the dead in it.
-
-    A rank is known to be of this start when it answers: what stands under its number may be of an earlier one.
-    """
-    own, deadline = uuid.uuid4().hex, time.monotonic() + SETUP_LIMIT.total_seconds()
-    store.set(f"here/{rank}", own)
-    if rank > 0:
-        name = store.get(f"start of {own}").decode()               # waits
-        store.set(f"{name}/has {rank}", "")
-        return td.PrefixStore(name, store)
-    missing = set(range(1, world))
-    while missing := {r for r in missing if not store.check([f"{own}/has {r}"])}:
-        for r in missing:
-            if store.check([f"here/{r}"]):
-                store.set(f"start of {store.get(f'here/{r}').decode()}", own)
-        if time.monotonic() > deadline:
-            raise td.DistStoreError(f"no sign of rank {min(missing)}")
-        time.sleep(0.01)
-    return td.PrefixStore(own, store)
-
-
-def _of_a_collective(e: BaseException) -> bool:
-    """Whether another rank is missing; gloo has no type for it."""
-    return isinstance(e, td.DistError) or isinstance(e, RuntimeError) and bool(re.search(r"gloo/transport|pair closure", str(e)))
 
 
 def patience(seconds: int) -> None:

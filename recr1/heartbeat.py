@@ -8,10 +8,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from contextlib import suppress
 from pathlib import Path
+
+import torch.distributed as td
 
 GRACE = 3.0            # seconds in which the others say that they give up too, or that they failed
 SIZE = 512             # bytes: every state overwrites the one before
@@ -20,6 +23,10 @@ _own: Heartbeat | None = None
 
 class Busy(ValueError):
     """Another job is running in this folder."""
+
+
+class RankLost(RuntimeError):
+    """A collective failed or took too long: another rank is gone or hangs. The message, where this rank is to print one, says which."""
 
 
 class Heartbeat:
@@ -105,12 +112,19 @@ def begins_collective() -> None:
         _own.write()
 
 
-def leaves(why: BaseException) -> None:
-    """This rank ends by an exception of its own."""
+def ended_by(e: BaseException) -> BaseException:
+    """What a rank ends with that an exception ends: the exception, noted for the others to read; or RankLost, when it is a collective's own.
+
+    Not of nccl's time limit (untested, from its documentation): its watchdog ends the process by SIGABRT, the default of
+    TORCH_NCCL_ASYNC_ERROR_HANDLING, and names the collective; the files here still say which rank had begun fewer.
+    """
+    # gloo has no type for it
+    if isinstance(e, td.DistError) or isinstance(e, RuntimeError) and re.search(r"gloo/transport|pair closure", str(e)):
+        return RankLost(blame(str(e).splitlines()[0]) or "")
     if _own:
-        first = (str(why).splitlines() or [""])[0]
-        _own.state["left"] = f"{type(why).__name__}: {first[:160]}"
+        _own.state["left"] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:160]}"
         _own.write()
+    return e
 
 
 def blame(error: str) -> str | None:

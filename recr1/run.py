@@ -313,7 +313,7 @@ def guarded(main, argv: list[str]) -> int:
         if first:
             print(f"recr1: {e}", file=sys.stderr)
         return 2
-    except dist.RankLost as e:
+    except heartbeat.RankLost as e:
         if str(e):
             print(f"recr1: {e}", file=sys.stderr)
         return RANK_LOST

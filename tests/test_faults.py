@@ -75,7 +75,8 @@ def test_heartbeat_file(tmp_path):
     heartbeat.at("step")
     state = heartbeat.read(folder, 0)
     assert (state["phase"], state["step"]) == ("step", 3)
-    heartbeat.leaves(ValueError("one\ntwo"))
+    error = ValueError("one\ntwo")
+    assert heartbeat.ended_by(error) is error
     heartbeat.stop()
     state = heartbeat.read(folder, 0)
     assert not state["alive"] and state["left"] == "ValueError: one"
