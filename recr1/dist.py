@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, Callable
 
 import torch
 import torch.distributed as td
 
-TIME_LIMIT = timedelta(minutes=30)      # of one collective: the others wait while rank 0 builds an index
+from .heartbeat import begins_collective
 
 # torch 2.13 deprecates the second names, 2.11 has no others
 _all_gather = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
@@ -43,22 +42,6 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-@contextmanager
-def session():
-    """The process group of a torchrun job for the time of the block: nccl between GPUs, gloo between CPUs and for what lies on the host."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
-        return
-    if device().type == "cuda":
-        torch.cuda.set_device(device())
-    td.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo", timeout=TIME_LIMIT)
-    try:
-        yield
-        td.barrier()                     # a rank that leaves while another still receives would break the other's connection
-    finally:
-        td.destroy_process_group()
-
-
 def share(items: list) -> list:
     """This rank's part of `items`: contiguous, so that the ranks' parts in order are the whole. Parts differ by one at most."""
     at, n = rank(), len(items)
@@ -69,6 +52,7 @@ def total(*values: float) -> tuple[float, ...]:
     """The sum of each value over the ranks, in float64."""
     if world() == 1:
         return values
+    begins_collective()
     sums = torch.tensor(values, dtype=torch.float64)
     td.all_reduce(sums)
     return tuple(sums.tolist())
@@ -78,6 +62,7 @@ def largest(value: int) -> int:
     """The maximum over the ranks."""
     if world() == 1:
         return value
+    begins_collective()
     most = torch.tensor(value)
     td.all_reduce(most, op=td.ReduceOp.MAX)
     return int(most)
@@ -86,6 +71,7 @@ def largest(value: int) -> int:
 def first(value: Any) -> Any:
     """Rank 0's value, everywhere. Anything that pickles; it travels between our own processes only."""
     if world() > 1:
+        begins_collective()
         values = [value]
         td.broadcast_object_list(values)
         [value] = values
@@ -96,6 +82,7 @@ def gather(value: Any) -> list | None:
     """Rank 0: every rank's value, in their order; elsewhere None."""
     if world() == 1:
         return [value]
+    begins_collective()
     values = [None] * world() if rank() == 0 else None
     td.gather_object(value, values)
     return values
@@ -113,9 +100,13 @@ def together():
     except Exception as e:
         error = e
     if world() > 1:
+        begins_collective()
         errors = [None] * world()
         td.all_gather_object(errors, error)
-        error = next((e for e in errors if e is not None), None)
+        source = next((r for r, e in enumerate(errors) if e is not None), rank())
+        if source != rank():             # its own copy has the traceback
+            error = errors[source]
+            error.add_note(f"on rank {source}")
     if error is not None:
         raise error
 
@@ -135,6 +126,7 @@ def reduce_scatter(whole: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def _begin(collective, out: torch.Tensor, source: torch.Tensor) -> Callable[[], torch.Tensor]:
+    begins_collective()
     work = collective(out, source, async_op=True)
 
     def wait() -> torch.Tensor:

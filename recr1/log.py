@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from . import dist
+from . import dist, heartbeat
 from .files import WriteError, sync, write_text, writing
 from .records import Batch, Reward, Rollout
 
@@ -93,7 +93,8 @@ class RunLog:
 
     @contextmanager
     def phase(self, name: str):
-        """Adds the block's wall seconds to this step's `seconds`."""
+        """Adds the block's wall seconds to this step's `seconds`; the rank's heartbeat names it."""
+        heartbeat.at(name)
         start = time.perf_counter()
         try:
             yield

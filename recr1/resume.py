@@ -5,7 +5,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from . import checkpoint, dist
+from . import checkpoint, dist, heartbeat
 from . import config_file as configs
 from .config import Config
 from .files import PARTIAL, Damaged, writing
@@ -94,6 +94,7 @@ class Progress:
 
     def save(self) -> None:
         """A checkpoint of the state after the last finished step, and the pruning of older ones; a collective. Raises WriteError on all ranks."""
+        heartbeat.at("save")
         folder = checkpoint.save(self.root, self.step, self._state, self.policy, self.optimizer, self.tokenizer, self.stops, configs.answering(self.cfg))
         self.saved = folder.name
         with dist.together(), writing(self.root):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import data, dist, evaluate, stopping
+from . import data, dist, evaluate, heartbeat, stopping
 from . import config_file as configs
 from .chat import Chat, ChatError
 from .checkpoint import compute_type, load_policy, load_reference, save_policy
@@ -31,6 +31,7 @@ from .records import Batch, Prompt
 from .replay import Replay, ReplayError
 from .resume import Progress, RunError, look
 from .retrieval.bm25 import BM25, load_or_build
+from .session import patience, session
 from .stopping import EARLY, Stopped, at_once
 from .tasks.product_search import ProductSearch, PromptTooLong, make_prompts
 from .weights import check_room, read_config
@@ -70,16 +71,25 @@ class Run:
                 with writing(self.folder):
                     self.folder.mkdir(parents=True, exist_ok=True)
                 write_text(self.folder / "config.yaml", configs.dump(cfg))
+                self._open_heartbeat()
+        with dist.together(), at_once():
+            if dist.rank() > 0:
+                self._open_heartbeat()
             if dist.local_rank() == 0:
                 self._index()
         with dist.together(), at_once():
             self.retriever = self._index()                         # built above, on this rank or beside it
         self.log = RunLog(self.folder)
+        patience(cfg.run.patience)
         self.train_task, self.eval_task = self._task(cfg.reward.k_train), self._task(cfg.reward.k_eval)
         say(f"recr1: {self.policy.size:,} parameters in {str(compute).removeprefix('torch.')}, {dist.world()} x {dist.device().type}, {self.threads} threads each, "
             f"attention {cfg.model.attention}, loss {cfg.loss.kind} ({loss.gain.__name__}, {loss.advantage.__name__}, per {loss.average}), "
             f"head {cfg.model.head}, kernels {cfg.model.kernels}{' (group_loss)' if loss.fused else ''}, {len(self.documents[0])} documents, "
             f"queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test")
+
+    def _open_heartbeat(self) -> None:
+        with writing(self.folder):
+            heartbeat.start(self.folder / "heartbeats", dist.rank(), dist.world())
 
     def _read_data(self, positions: int) -> None:
         d = self.cfg.data
@@ -147,6 +157,7 @@ class Run:
 
         Where a loss or the gradient is not finite on any rank, no weight moves on any and all ranks' batches are kept. Raises NonFiniteGradient.
         """
+        heartbeat.at("step")
         losses, stop = [s["loss"] for s in done.sums[len(done.sums) - len(batches):]], None
         try:
             norm, lr = self.progress.optimizer.step(sum(losses))
@@ -169,6 +180,7 @@ class Run:
         last = self.cfg.train.steps
         for step in tqdm(range(self.progress.step + 1, last + 1), "train", last, initial=self.progress.step, disable=None if dist.rank() == 0 else True):
             self.began = time.perf_counter()
+            heartbeat.at("gather", step)
             yield step
 
     def prompts(self, step: int, turn: int = 0) -> list[Prompt]:
@@ -193,6 +205,7 @@ class Run:
 
     def evaluate(self, prompts: list[Prompt]) -> list[dict]:
         """A greedy pass over `prompts`; see evaluate.py."""
+        heartbeat.at("eval")
         return evaluate.evaluate(self.policy, prompts, self.eval_task, self.cfg.sampling.max_new_tokens)
 
     def test_scores(self, name: str) -> list[dict]:
@@ -228,6 +241,7 @@ class Run:
 
     def record(self, step: int, mine: Step, **more) -> None:
         """Writes a step of all ranks: rollouts, metrics with the validation when its turn has come, the console line, a checkpoint when its has."""
+        heartbeat.at("log")
         parts = dist.gather(mine)
         self.log.seconds["step"] = time.perf_counter() - self.began          # validation and writing are not the step's
         with dist.together():
@@ -247,6 +261,7 @@ class Run:
         """The last step's validation, its line in metrics.jsonl and on the console."""
         step = self.progress.step
         row = self.progress.row | (validation := self.validate(step))
+        heartbeat.at("log")
         with dist.together():
             if dist.rank() == 0:
                 self.log.metrics(row)
@@ -257,6 +272,7 @@ class Run:
 
     def finish(self, before: list[dict], after: list[dict]) -> None:
         """The model, summary.json, and the table a user reads."""
+        heartbeat.at("save")
         save_policy(self.policy, self.tokenizer, self.stops, self.folder / "model", configs.answering(self.cfg))
         with dist.together():
             if dist.rank() == 0:
@@ -277,14 +293,18 @@ class Run:
             f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, metrics.jsonl, rollouts.jsonl.gz, config.yaml")
 
 
-EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, PromptTooLong, ReplayError, RunError, NonFiniteGradient, WriteError)
+EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, PromptTooLong, ReplayError, RunError, NonFiniteGradient, WriteError, heartbeat.Busy)
+RANK_LOST = 3
 
 
 def guarded(main, argv: list[str]) -> int:
-    """Runs main(argv) on every rank; what a user can mend is one line on stderr and exit code 2, never a traceback. Asked to stop: 0."""
+    """Runs main(argv) on every rank; what a user can mend is one line on stderr and exit code 2, never a traceback. Asked to stop: 0.
+
+    3, with one line of one of the others, when a rank is gone or hangs: torchrun --max-restarts then starts all of them anew.
+    """
     first = os.environ.get("RANK", "0") == "0"
     try:
-        with dist.session():
+        with session():
             try:
                 main(argv)
             except Stopped as e:
@@ -294,3 +314,9 @@ def guarded(main, argv: list[str]) -> int:
         if first:
             print(f"recr1: {e}", file=sys.stderr)
         return 2
+    except heartbeat.RankLost as e:
+        if str(e):
+            print(f"recr1: {e}", file=sys.stderr)
+        return RANK_LOST
+    finally:
+        heartbeat.stop()

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from . import config_file as configs
-from . import dist
+from . import dist, heartbeat
 from .config import Config, ConfigError
 from .dryrun import shrunk
 from .fsdp import Sharded, gathered
@@ -61,6 +61,7 @@ def train(cfg: Config) -> None:
                 done = Step(rollouts, rewards, adv.tolist(), texts, first, drawn, kept, [dict(kl=divergence.sum().item())] if run.reference else [])
                 for total, batches in optimiser_steps(policy, in_loss, texts, adv[first], cfg, loss.average):   # one, unless train.inner_steps > 1
                     for i, batch in enumerate(batches, 1):
+                        heartbeat.at(f"train {i}/{len(batches)}")
                         policy.hold = cfg.train.reduce == "step" and i < len(batches)        # the last backward sums over ranks
                         value, logp, stats = policy_loss(policy, batch, total, cfg.sampling.temperature, loss)
                         value.backward()

@@ -18,6 +18,7 @@ from recr1.grpo import group_advantages, objective, policy_loss
 from recr1.optim import Optimizer
 from recr1.packing import distinct
 from recr1.records import Prompt, Rollout
+from recr1.session import session
 from recr1.train import optimiser_steps
 from tiny import tiny_config, tiny_model
 
@@ -202,7 +203,7 @@ def one_fails() -> str:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with dist.session():
+    with session():
         done = {case: results(case, sharded=True) for case in CASES}
         theirs = {case: fsdp2(case) for case in AGAINST_FSDP2}
         sizes = {case: gathered_bytes(case) for case in GATHERED}

@@ -13,6 +13,7 @@ from recr1 import checkpoint, dist
 from recr1.config import Config
 from recr1.config import Optimizer as OptimizerConfig
 from recr1.optim import Optimizer
+from recr1.session import session
 from tiny import tiny_tokenizer
 
 
@@ -43,5 +44,5 @@ def work(folder: Path, policy_folder: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with dist.session():
+    with session():
         work(Path(sys.argv[1]), sys.argv[2])

@@ -22,7 +22,7 @@ from recr1.run import guarded
 from recr1.sft import fit
 from tiny import jsonl, oracle, refused, tiny_config, tiny_model, tiny_tokenizer, write_yaml
 
-FILES = {"config.yaml", "metrics.jsonl", "rollouts.jsonl.gz", "eval_before.jsonl", "eval_after.jsonl", "summary.json", "model", "checkpoints"}
+FILES = {"config.yaml", "metrics.jsonl", "rollouts.jsonl.gz", "eval_before.jsonl", "eval_after.jsonl", "summary.json", "model", "checkpoints", "heartbeats"}
 PER_TOKEN = ["ids", "sampler_logp", "trainer_logp", "ref_logp", "old_logp", "entropy"]
 ROOT = Path(__file__).resolve().parents[1]
 

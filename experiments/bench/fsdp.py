@@ -31,6 +31,7 @@ from recr1.optim import Optimizer
 from recr1.packing import pack
 from recr1.policy import score
 from recr1.records import Batch, Prompt, Rollout
+from recr1.session import session
 
 ROOT = str(Path(__file__).resolve().parents[2])
 ALONE = ("ours", "fully_shard", "ours+checkpointing", "fully_shard+checkpointing")
@@ -52,7 +53,7 @@ def main() -> None:
                 sys.exit(done.returncode)
         return
     torch.set_num_threads(1)
-    with dist.session():
+    with session():
         if args.alone:
             return resident(args, *args.alone.split("+"))
         bars = [bar for checkpointing in (False, True) for bar in compare(args, checkpointing)]

@@ -1,0 +1,172 @@
+"""Files that are not what was written: checkpoints that rot or lie, and a disk that is full. Each function makes n faults."""
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+from recr1 import checkpoint, config_file, log
+from recr1 import run as around
+from recr1.retrieval import bm25
+from world import LIMIT, RANKS, Outcome, World
+
+LAST, BEFORE = "step_000004", "step_000003"
+KINDS = ("rank_00000-of-00002.safetensors", "rank_00001-of-00002.safetensors", "model/model.safetensors", "model/config.json", "model/tokenizer.json",
+         "state.json", "manifest.json")
+
+
+def corruptions(world: World, n: int) -> list[Outcome]:
+    """The newest checkpoint damaged in one file: it is refused with the file's name, and the one before used."""
+    template = _stopped(world)
+    cases = [*_rot(world), *_lies(world)]
+    outcomes = []
+    for what, named, damage in cases if n >= len(cases) else world.rng.sample(cases, n):
+        run = world.fresh()
+        shutil.copytree(template, run, symlinks=True)
+        damage(run / "checkpoints")
+        job, verdict, note = world.finish(run)
+        outcome = Outcome(what, verdict, note)
+        outcomes.append(outcome)
+        used = LAST if what.startswith("LATEST") else BEFORE
+        if verdict == "survived" and not any(named in line and "refused" in line for line in job.lines()):
+            outcome.verdict, outcome.note = "silent", f"{named!r} is not named: {job.lines()}"
+        elif verdict == "survived" and not any(used in line and "goes on after step" in line for line in job.lines()):
+            outcome.verdict, outcome.note = "silent", f"it did not go on from {used}: {job.lines()}"
+        elif (world.folder / "executed").exists():
+            outcome.verdict, outcome.note = "silent", "the payload was executed"
+    return outcomes
+
+
+def _stopped(world: World) -> Path:
+    """A run killed in its fifth step, with the checkpoints of steps 2 to 4."""
+    template = world.folder / "template"
+    job = world.start(template)
+    assert job.reached(1, "sample", 5), job.said()
+    job.kill()
+    job.wait(LIMIT)
+    assert (template / "checkpoints" / LAST).is_dir() and (template / "checkpoints" / BEFORE).is_dir(), list((template / "checkpoints").iterdir())
+    return template
+
+
+def _rot(world: World):
+    """Every kind of file cut short, with one bit changed, gone."""
+    def cut(path: Path):
+        os.truncate(path, world.rng.randrange(path.stat().st_size))
+
+    def flip(path: Path):
+        raw = bytearray(path.read_bytes())
+        raw[world.rng.randrange(len(raw))] ^= 1 << world.rng.randrange(8)
+        path.write_bytes(raw)
+    for kind in KINDS:
+        for how, damage in (("cut short", cut), ("one bit", flip), ("gone", Path.unlink)):
+            yield f"{kind} {how}", LAST if (kind, how) == ("manifest.json", "one bit") else kind, lambda root, kind=kind, damage=damage: damage(root / LAST / kind)
+
+
+def _lies(world: World):
+    """What somebody might have put there."""
+    executed = world.folder / "executed"
+
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {executed}",)
+
+    def manifest(change):
+        def damage(root: Path):
+            path = root / LAST / "manifest.json"
+            value = json.loads(path.read_text())
+            change(value["files"])
+            path.write_text(json.dumps(value))
+        return damage
+
+    def rename(to):
+        def change(named):
+            named[to] = named.pop("state.json")
+        return manifest(change)
+
+    def pickled(root: Path):
+        (root / LAST / "optimizer.pt").write_bytes(pickle.dumps(Payload()))
+
+    def pickled_shard(root: Path):
+        (root / LAST / KINDS[0]).write_bytes(pickle.dumps(Payload()))
+
+    def linked(root: Path):
+        path = root / LAST / KINDS[0]
+        path.rename(root.parent / "elsewhere")
+        path.symlink_to(root.parent / "elsewhere")
+
+    def linked_folder(root: Path):
+        (root / LAST).rename(root.parent / "elsewhere")
+        (root / LAST).symlink_to(root.parent / "elsewhere")
+
+    def swapped(root: Path):
+        a, b = (root / LAST / kind for kind in KINDS[:2])
+        kept = a.read_bytes()
+        a.write_bytes(b.read_bytes())
+        b.write_bytes(kept)
+
+    def pointing(root: Path):
+        (root / "LATEST").write_text("../../x\n")
+
+    def older(root: Path):
+        shutil.rmtree(root / LAST)
+        shutil.copytree(root / BEFORE, root / LAST)
+
+    def deep(root: Path):
+        (root / LAST / "manifest.json").write_text("[" * 100_000)
+    yield "manifest: ../../secret", "manifest.json", rename("../../secret")
+    yield "manifest: /etc/passwd", "manifest.json", rename("/etc/passwd")
+    yield "manifest: nested 100,000 deep", "manifest.json", deep
+    yield "a pickle beside the shards", "optimizer.pt", pickled
+    yield "a pickle in place of a shard", KINDS[0], pickled_shard
+    yield "a shard is a link", KINDS[0], linked
+    yield "the folder is a link", LAST, linked_folder
+    yield "two shards in each other's place", "rank_0000", swapped
+    yield "LATEST: ../../x", "LATEST", pointing
+    if not executed.exists():
+        yield "an older checkpoint under this name", "state.json", older
+
+
+def disks(world: World, n: int) -> list[Outcome]:
+    """No file may grow past a limit any more (RLIMIT_FSIZE) once a certain write comes: one clear line, and with room again the run goes on."""
+    cases = (("config.yaml", config_file, "dump", 1, 0), ("the index", bm25.BM25, "save", 1, 100), ("eval_before.jsonl", log.RunLog, "rows", 1, 10),
+             ("rollouts.jsonl.gz", log.RunLog, "rollouts", 3, 1), ("rollouts.jsonl.gz, torn", log.RunLog, "rollouts", 2, 1500),
+             ("metrics.jsonl", log.RunLog, "metrics", 3, 1), ("metrics.jsonl, torn", log.RunLog, "metrics", 2, 700),
+             ("a shard", checkpoint, "save_file", 2, 5000), ("HF export", checkpoint, "save_model", 3, 10_000), ("state.json", checkpoint, "_setting", 3, 10),
+             ("manifest.json", checkpoint, "seal", 2, 10), ("LATEST", checkpoint, "write_text", 3, 0), ("final model", around, "save_policy", 1, 100),
+             ("summary.json", log.RunLog, "json", 1, 10))
+    outcomes = []
+    for what, owner, name, time, limit in cases if n >= len(cases) else world.rng.sample(cases, n):
+        run = world.fresh()
+        if what == "the index":
+            shutil.rmtree(world.folder / "index")
+        before = world.start(run, prepare=lambda rank: _full_from(owner, name, time, limit))
+        codes = before.wait(LIMIT)
+        outcome = Outcome(what)
+        outcomes.append(outcome)
+        if codes is None or len(set(codes)) != 1 or codes[0] not in (0, 2) or "Traceback" in before.said() or \
+                codes[0] and sum("File too large" in line for line in before.lines()) != 1:
+            outcome.verdict, outcome.note = "lost", f"exit codes {codes}: {before.said()[-1500:]}"
+            continue
+        if codes == [0] * RANKS:
+            outcome.verdict, outcome.note = "lost", "the write never came"
+            continue
+        outcome.note = before.lines()[-1]
+        job, verdict, note = world.finish(run)
+        if verdict != "survived":
+            outcome.verdict, outcome.note = verdict, f"{before.lines()}: {note}"
+    return outcomes
+
+
+def _full_from(owner, name: str, time: int, limit: int) -> None:
+    """In this process, from the `time`-th call of owner.name on, no file may become longer than `limit` bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    function, calls = getattr(owner, name), [0]
+
+    def watched(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] >= time:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        return function(*args, **kwargs)
+    setattr(owner, name, watched)

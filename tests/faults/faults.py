@@ -1,0 +1,54 @@
+"""The faults of run.sh: made by the number, counted, and judged against an undisturbed run."""
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import damage
+import stops
+from world import World
+
+KINDS = {   # name: (what makes them, how many)
+    "SIGKILL of a rank": (stops.kills, 50),
+    "SIGKILL inside a save": (stops.saves, 20),
+    "corrupted checkpoint": (damage.corruptions, 30),
+    "disk full": (damage.disks, 14),
+    "SIGTERM": (stops.terms, 20),
+    "a rank hangs or leaves": (stops.between_ranks, 8),
+    "SIGKILL under torchrun": (stops.torchruns, 3),
+}
+
+
+def main(argv: list[str]) -> int:
+    """[N: so many of each] [name of a kind ...]; 0 if nothing was lost."""
+    each = next((int(a) for a in argv if a.isdigit()), None)
+    chosen = [a for a in argv if not a.isdigit()] or list(KINDS)
+    bars, bad = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder))
+        print(f"{'fault':<26}{'N':>5}{'survived':>10}{'lost':>7}{'silent':>8}{'seconds':>9}  where", flush=True)
+        for seed, (kind, (make, n)) in enumerate(KINDS.items()):
+            if kind not in chosen:
+                continue
+            world.rng.seed(seed)
+            start, n = time.monotonic(), min(n, each or n)
+            outcomes = make(world, n)
+            counts = {verdict: sum(o.verdict == verdict for o in outcomes) for verdict in ("survived", "lost", "silent")}
+            where: dict[str, int] = {}
+            for o in outcomes:
+                where[o.where] = where.get(o.where, 0) + 1
+            told = ", ".join(f"{name} {count}" for name, count in where.items()) if len(where) <= 10 else "each another place"
+            slowest = max((o.seconds for o in outcomes if o.seconds is not None), default=None)
+            told += f"; all ended within {slowest:.1f} s" if slowest is not None else ""
+            print(f"{kind:<26}{len(outcomes):>5}{counts['survived']:>10}{counts['lost']:>7}{counts['silent']:>8}{time.monotonic() - start:>9.0f}  {told}", flush=True)
+            for o in outcomes:
+                if o.note or o.verdict != "survived":
+                    print(f"    {o.verdict}: {o.where}: {o.note}", flush=True)
+            bars.append(dict(name=f"{kind}: survived of {n}", value=counts["survived"], bar=n, ok=counts["survived"] == n == len(outcomes)))
+    print(json.dumps(dict(bars=bars)))
+    return 0 if all(bar["ok"] for bar in bars) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# bash tests/faults/run.sh [N] [kind ...]: makes the faults of faults.py (about ten minutes on two cores), or N of each kind, or only some kinds.
+# Prints a table and ends with a line of JSON; exit code 1 if a run was lost or anything went wrong in silence.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../../experiments/setup_env.sh"
+set_up dev
+
+cd "$ROOT"
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONPATH="$ROOT:$ROOT/tests"
+exec "$PYTHON" tests/faults/faults.py "$@"

@@ -1,0 +1,233 @@
+"""Processes that stop: killed anywhere, killed inside a save, asked to end, hanging, leaving. Each function makes n faults."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from jobs import Job
+from recr1 import heartbeat
+from recr1.tasks.product_search import ProductSearch
+from world import LIMIT, RANKS, STEPS, Outcome, World, checkpoints
+
+PHASES = ("setup", "eval", "sample", "reward", "train", "step", "log", "save", "gather")
+IN_A_ROW = 5           # kills of one run, one after the other
+ENDS = 25.0            # seconds after SIGTERM
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def kills(world: World, n: int) -> list[Outcome]:
+    """SIGKILL of a random rank at a random moment; the same command again, until the run is through."""
+    outcomes = []
+    while len(outcomes) < n:
+        run, chain, step = world.fresh(), [], 0
+        while True:
+            job, before = world.start(run), step
+            killed = None
+            if len(chain) < min(IN_A_ROW, n - len(outcomes)):
+                killed = _kill_one(world, job, PHASES[(len(outcomes) + len(chain)) % len(PHASES)], step)
+            if not killed:
+                codes = job.wait(LIMIT)
+            if (went := resumed(job)) is not None and before and went not in (before - 1, before):
+                chain[-1].verdict, chain[-1].note = "lost", f"killed in step {before}, it went on after step {went}: {job.said()}"
+            if not killed:
+                break
+            step, outcome = max(step, killed[0]), killed[1]
+            chain.append(outcome)
+        verdict, note = world.judge(run, job, codes)
+        for outcome in chain:
+            if verdict != "survived":
+                outcome.verdict, outcome.note = verdict, note
+        outcomes += chain
+    return outcomes
+
+
+def resumed(job: Job) -> int | None:
+    """The step after which a job went on, 0: from the start; None if it was killed before that or has not said."""
+    found = re.search(r"goes on after step (\d+)", job.said())
+    return int(found[1]) if found else 0 if "starts from step 1" in job.said() else None
+
+
+def _kill_one(world: World, job: Job, phase: str, step: int) -> tuple[int, Outcome] | None:
+    """Kills a rank in this phase of a step soon after `step`: (the step that it was in, outcome); None if the job was through first."""
+    rank, at = world.rng.randrange(RANKS), 0 if phase == "setup" else min(STEPS, step + world.rng.randrange(1, 3))
+    if not job.reached(rank, phase, at):
+        return None
+    time.sleep(world.rng.random() ** 4 * 0.02)
+    job.kill(ranks=[rank])
+    codes = job.wait(LIMIT)
+    if codes is None:
+        return step, Outcome("?", "lost", f"the other rank hangs after rank {rank} was killed: {job.said()[-1000:]}")
+    if codes[rank] != -signal.SIGKILL:
+        return None
+    was = heartbeat.read(job.folder / "heartbeats", rank)
+    was = was if was and was["pid"] == job.pids[rank] else dict(phase="setup", step=0)
+    outcome = Outcome(was["phase"].split()[0])
+    blamed = f"rank {rank} (pid {job.pids[rank]}, {was.get('host')}) is gone; it was in phase {was['phase']} of step {was['step']}"
+    others = [code for r, code in enumerate(codes) if r != rank]
+    if was["step"] and (others != [3] or f"recr1: {blamed}" not in job.lines()):
+        outcome.verdict, outcome.note = "lost", f"the other rank ended with {others} and said {job.lines()[-1:]}, not {blamed!r}"
+    return was["step"], outcome
+
+
+def saves(world: World, n: int) -> list[Outcome]:
+    """SIGKILL inside a save, before or after a file reached the disk or got its name: the checkpoint before is used and nothing partial."""
+    run = world.fresh()
+    events: list[str] = []
+    trace = world.folder / "trace"
+    world.start(run, prepare=lambda rank: _at_events(rank, lambda k, name: open(trace, "a").write(f"{rank} {name}\n"))).wait(LIMIT)
+    events = [line for line in trace.read_text().splitlines()]
+    outcomes, counts = [], Counter(line.split()[0] for line in events)
+    points = [(rank, k) for rank in range(RANKS) for k in range(counts[str(rank)])]
+    for rank, k in sorted(world.rng.sample(points, min(n, len(points)))):
+        step = world.rng.randrange(2, STEPS)
+        run = world.fresh()
+        job = world.start(run, prepare=lambda r: r == rank and _at_events(r, lambda i, name: i == k and os.kill(os.getpid(), signal.SIGKILL), step))
+        codes = job.wait(LIMIT)
+        name = [line.split(maxsplit=1)[1] for line in events if line.startswith(f"{rank} ")][k]
+        outcome = Outcome(f"rank {rank} before {name}")
+        outcomes.append(outcome)
+        if codes is None or codes[rank] != -signal.SIGKILL:
+            outcome.verdict, outcome.note = "lost", f"exit codes {codes}: {job.said()[-1000:]}"
+            continue
+        there = checkpoints(run)
+        job, outcome.verdict, outcome.note = world.finish(run)
+        whole = f"step_{step:06d}" in there
+        if outcome.verdict == "survived" and resumed(job) != step - (not whole):
+            outcome.verdict, outcome.note = "silent", f"{there} were there; it went on otherwise: {job.lines()}"
+    return outcomes
+
+
+def _at_events(rank: int, act, step: int = 2) -> None:
+    """In this process, calls act(k, what) before the k-th time that a save of this step forces something onto the disk or renames it."""
+    seen = [0]
+
+    def watched(function, describe):
+        def call(*args, **kwargs):
+            state = heartbeat._own and heartbeat._own.state
+            if state and state["phase"] == "save" and state["step"] == step:
+                seen[0] += 1
+                act(seen[0] - 1, describe(*args))
+            return function(*args, **kwargs)
+        return call
+    os.fsync = watched(os.fsync, lambda file: f"fsync {Path(os.readlink(f'/proc/self/fd/{file}')).name}")
+    os.replace = watched(os.replace, lambda a, b: f"rename to {Path(b).name}")
+
+
+def terms(world: World, n: int) -> list[Outcome]:
+    """SIGTERM to all ranks at a random moment, with no checkpoint but the one that it asks for: all exit 0 in time, the run goes on from there."""
+    outcomes = []
+    while len(outcomes) < n:
+        run, chain, step = world.fresh(), [], 0
+        while True:
+            job = world.start(run, "save.every=0")
+            rank, phase = world.rng.randrange(RANKS), PHASES[(len(outcomes) + len(chain)) % len(PHASES)]
+            if len(chain) == min(IN_A_ROW, n - len(outcomes)) or not job.reached(rank, phase, min(STEPS, step + (phase != "setup"))):
+                break
+            time.sleep(world.rng.random() * 0.05)
+            was = job.state(rank)
+            if not job.running():
+                break
+            job.kill(signal.SIGTERM)
+            start = time.monotonic()
+            codes = job.wait(LIMIT)
+            took = time.monotonic() - start
+            outcome = Outcome(was["phase"].split()[0], seconds=took)
+            saved = [int(name[5:]) for name in checkpoints(run) if name.startswith("step_") and name[5:].isdigit()]
+            if codes != [0] * RANKS or took > ENDS:
+                outcome.verdict, outcome.note = "lost", f"exit codes {codes} after {took:.1f} s: {job.said()[-1000:]}"
+            elif not (run / "summary.json").exists() and max(saved, default=0) < was["step"] - 1:
+                outcome.verdict, outcome.note = "lost", f"in step {was['step']}; saved {saved}: {job.said()[-1000:]}"
+            chain.append(outcome)
+            step = was["step"]
+            if (run / "summary.json").exists():
+                break
+        if job.running() or None not in job.codes.values() and (run / "summary.json").exists():
+            verdict, note = world.judge(run, job, job.wait(LIMIT) if job.running() else list(job.codes.values()))
+            for outcome in chain:
+                if outcome.verdict == "survived" and verdict != "survived":
+                    outcome.verdict, outcome.note = verdict, note
+        outcomes += chain
+    return outcomes
+
+
+def between_ranks(world: World, n: int) -> list[Outcome]:
+    """One of three ranks hangs, leaves, or raises: the job ends soon, with that rank and its phase in one line of another."""
+    def stop():
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def fail():
+        raise IndexError("made up")
+    ways = {"hangs": (stop, "has not moved for"), "exits 0": (lambda: os._exit(0), "is gone; it was in"),
+            "sys.exit(0)": (lambda: sys.exit(0), "failed in"), "raises": (fail, "failed in")}
+    outcomes = []
+    for i in range(n):
+        way, (act, says) = list(ways.items())[i % len(ways)]
+        rank, phase = i % 3, ("reward", "train", "sample")[i // len(ways) % 3]
+        run = world.fresh()
+        job = world.start(run, "run.patience=8", "save.every=2", ranks=3, prepare=lambda r: r == rank and _in_phase(phase, 2, act))
+        start = time.monotonic()
+        deadline = start + LIMIT
+        while sum(code is None for code in job.codes.values()) > (way == "hangs") and time.monotonic() < deadline:
+            job.running()
+            time.sleep(0.01)
+        took = time.monotonic() - start
+        job.kill()
+        codes = job.wait(10)
+        lines = [line for line in job.lines() if f"rank {rank} " in line and says in line and f"phase {phase}" in line and "step 2" in line]
+        others = [code for r, code in enumerate(codes) if r != rank]
+        outcome = Outcome(f"{way} in {phase}", seconds=took)
+        if way == "raises" and phase != "train":                  # where all ranks hear of it, all raise it
+            fine = others == [1, 1] and job.said().count(f"on rank {rank}") == 2
+        else:
+            fine = others == [3, 3] and len(lines) == 1 and job.said().count("Traceback") == (way == "raises")
+        if not fine:
+            outcome.verdict, outcome.note = "lost", f"rank {rank}: exit codes {codes}, said {job.said()[-1500:]}"
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _in_phase(phase: str, step: int, act) -> None:
+    """In this process, acts when the rank enters the phase of the step."""
+    at = heartbeat.at
+
+    def watched(name, number=None):
+        at(name, number)
+        state = heartbeat._own and heartbeat._own.state
+        if state and state["step"] == step and state["phase"].split()[0] == phase:
+            act()
+    heartbeat.at = watched
+
+
+def torchruns(world: World, n: int) -> list[Outcome]:
+    """A rank killed under torchrun --max-restarts: it starts all of them again, and the run comes to its end by itself."""
+    outcomes = []
+    for i in range(n):
+        run, rank, phase = world.fresh(), i % RANKS, ("sample", "train", "save")[i % 3]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--max-restarts", "1", "--standalone",
+                   "-m", "recr1.train", world.config, f"run.dir={run}"]
+        with open(world.folder / "torchrun.log", "w+") as log:
+            job = subprocess.Popen(command, cwd=CHECKOUT, stdout=log, stderr=log)
+            killed, deadline = None, time.monotonic() + LIMIT
+            while job.poll() is None and time.monotonic() < deadline:
+                state = heartbeat.read(run / "heartbeats", rank)
+                if not killed and state and state["step"] == 3 and state["phase"].split()[0] == phase:
+                    os.kill(state["pid"], signal.SIGKILL)
+                    killed = state
+                time.sleep(0.0005)
+            job.kill()
+            code = job.wait()
+            log.seek(0)
+            said = log.read()
+        outcome = Outcome(f"rank {rank} in {phase}")
+        if not killed or code:
+            outcome.verdict, outcome.note = "lost", f"torchrun ends with {code}: {said[-2000:]}"
+        else:
+            outcome.verdict, outcome.note = world.judge(run, None, [0] * RANKS)
+            if f"rank {rank} (pid {killed['pid']}" not in said:
+                outcome.note = f"nobody named the rank: {said[-1500:]}"
+        outcomes.append(outcome)
+    return outcomes
