@@ -165,7 +165,7 @@ def newest(root: Path, policy: Sharded, optimizer: Optimizer, fits: Callable[[di
                 why = _reason(e)
         files, state, why = dist.first((files, state, why))
         if not why:
-            why = next(filter(None, dist.first(dist.gather(_check_share(folder, files, state)))), None)
+            why = next(filter(None, dist.first(dist.gather(_check_share(folder, files, state, _tensors(policy, optimizer))))), None)
         if not why:
             return folder, state, refused
         refused.append(f"{name}: {why}")
@@ -181,7 +181,7 @@ def load(folder: Path, state: dict, policy: Sharded, optimizer: Optimizer) -> No
         if not like.ndim:
             return files[0].get_tensor(name)
         [theirs], n = slices[0].get_shape(), len(like)
-        first, out = dist.rank() * n, torch.zeros(n)                # only the end of the last shards is no weight: zeros
+        first, out = dist.rank() * n, torch.zeros(n, dtype=like.dtype)               # only the end of the last shards is no weight: zeros
         for q, part in enumerate(slices):
             low, high = max(first, q * theirs), min(first + n, (q + 1) * theirs)
             if low < high:
@@ -203,10 +203,10 @@ def _tensors(policy: Sharded, optimizer: Optimizer) -> dict[str, torch.Tensor]:
 
 
 def _setting(policy: Sharded, optimizer: Optimizer) -> dict:
-    """What a resumed run compares itself with: ranks, versions, how each unit's weights lie in its flat vector, the length of its shards."""
-    return dict(version=1, taken=optimizer.taken, skipped=optimizer.skipped, world=dist.world(), torch=torch.__version__, device=dist.device().type, cpu=torch.backends.cpu.get_cpu_capability(),
-                threads=torch.get_num_threads(),
-                shapes={name: list(t.shape) for name, t in _tensors(policy, optimizer).items()}, units=_layout(policy))
+    """What a resumed run compares itself with: counters, versions, how each unit's weights lie in its flat vector, the shapes of a rank's tensors."""
+    return dict(version=1, taken=optimizer.taken, skipped=optimizer.skipped, world=dist.world(), threads=torch.get_num_threads(), torch=torch.__version__,
+                device=dist.device().type, cpu=torch.backends.cpu.get_cpu_capability(), units=_layout(policy),
+                shapes={name: list(t.shape) for name, t in _tensors(policy, optimizer).items()})
 
 
 def differences(state: dict, policy: Sharded, optimizer: Optimizer) -> str:
@@ -235,15 +235,19 @@ def _state(folder: Path, files: dict[str, dict], policy: Sharded, optimizer: Opt
             raise Damaged(f"{name} is missing")
         if name != "state.json" and (not name.startswith("model/") or name.endswith((".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py"))):
             raise Damaged(f"{name!r} is no file of a checkpoint: not opened")
-    if state["units"] != _layout(policy) or state["shapes"].keys() != _tensors(policy, optimizer).keys():
+    shapes = state["shapes"]
+    if state["units"] != _layout(policy) or shapes.keys() != _tensors(policy, optimizer).keys():
         raise Damaged("state.json: its weights lie otherwise than this policy's; it is another model's, or another version's")
     for name, unit in state["units"].items():
-        if state["shapes"][f"{name}.shard"][0] * state["world"] < unit["size"]:
+        [length] = shapes[f"{name}.shard"]
+        if length * state["world"] < unit["size"] or any(shape not in ([], [length]) for key, shape in shapes.items() if key.endswith(f".{name}.shard")):
             raise Damaged(f"state.json: the shards of {name} are not all of it")
+    if not all(type(state[key]) is int for key in ("world", "taken", "skipped")):
+        raise Damaged("state.json: a counter is no whole number")
     return state
 
 
-def _check_share(folder: Path, files: dict[str, dict], state: dict) -> str | None:
+def _check_share(folder: Path, files: dict[str, dict], state: dict, tensors: dict[str, torch.Tensor]) -> str | None:
     """Why one of this rank's share of the files is not what it should be."""
     try:
         for i, name in enumerate(sorted(files)):
@@ -251,8 +255,8 @@ def _check_share(folder: Path, files: dict[str, dict], state: dict) -> str | Non
                 check(folder, name, files[name])
                 if name.startswith("rank_"):
                     file = safe_open(folder / name, framework="pt", device="cpu")
-                    parts = {tensor: file.get_slice(tensor) for tensor in file.keys()}
-                    if {t: p.get_shape() for t, p in parts.items()} != state["shapes"] or {p.get_dtype() for p in parts.values()} != {"F32"}:
+                    if {t: file.get_slice(t).get_shape() for t in file.keys()} != state["shapes"] or \
+                            any((file.get_slice(t)[:0] if like.ndim else file.get_tensor(t)).dtype != like.dtype for t, like in tensors.items()):
                         raise Damaged(f"{name}: its tensors are not those of state.json")
     except (ValueError, OSError, SafetensorError) as e:
         return _reason(e)

@@ -290,7 +290,8 @@ class Run:
             wall_s=time.perf_counter() - self.progress.started, rollout_tokens_per_s=self.log.sampled / self.log.sampling_s if self.log.sampling_s else None,
             **self.log.run_gaps.figures()))
         say(f"\n{evaluate.table(before, after, metric)}\n\nrewrites on test:\n{evaluate.examples(after)}\n\n"
-            f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, metrics.jsonl, rollouts.jsonl.gz, config.yaml")
+            f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, metrics.jsonl, rollouts.jsonl.gz, "
+            f"config.yaml{', checkpoints/' if self.progress.saved else ''}")
 
 
 EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, PromptTooLong, ReplayError, RunError, NonFiniteGradient, WriteError, heartbeat.Busy)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 GRACE = 12.0            # seconds after the signal in which a step that has begun to move weights may still be finished
 
-EARLY = "stopped before the first step; there is nothing to save, the same command starts again"
+EARLY = "stopped before training went on; there is nothing new to save, run the same command again"
 
 _since, _raising = 0.0, False              # when the signal came; whether it is raised where it comes
 

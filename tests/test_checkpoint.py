@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import sharded_save
 from recr1 import checkpoint, cli, files, train
@@ -140,6 +140,9 @@ CORRUPTIONS = {   # what happens to checkpoints/step_000003 -> what is said abou
     "state of another config": (lambda f: rewritten(f, config={}), "another config's"),
     "state with a log from the future": (lambda f: rewritten(f, log=json.loads((f / "state.json").read_text())["log"]
                                                              | dict(ends={"metrics.jsonl": 10**9, "rollouts.jsonl.gz": 0})), "metrics.jsonl is shorter"),
+    "shards cut short": (lambda f: rewritten(f, shapes={name: [1] for name in json.loads((f / "state.json").read_text())["shapes"]}), "not all of it"),
+    "moments in half precision": (lambda f: (save_file({n: t.half() for n, t in load_file(f / SHARD).items()}, f / SHARD), resealed(f)), "its tensors are not"),
+    "counter that is none": (lambda f: rewritten(f, taken="3"), "a counter is no whole number"),
     "state with words for numbers": (lambda f: rewritten(f, wall_s="long"), "state.json"),
 }
 
