@@ -44,7 +44,7 @@ def undisturbed(world, tmp_path_factory):
 
 def kept(folder: Path) -> dict:
     """Everything of a finished run that may not depend on what happened on the way."""
-    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and "checkpoints" not in p.parts}
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and not {"checkpoints", "heartbeats"} & set(p.parts)}
     del files["config.yaml"]                                       # names run.dir
     rows = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in files.pop("metrics.jsonl").decode().splitlines()]
     summary = {k: v for k, v in json.loads(files.pop("summary.json")).items() if k not in TIMES}
