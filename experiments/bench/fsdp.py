@@ -43,10 +43,11 @@ def main() -> None:
     for name, default in dict(ranks=2, pairs=10, layers=12, width=512, vocabulary=8192, rows=8, length=128).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--resident", action=argparse.BooleanOptionalAction, default=True, help="resident memory of each side, alone")
     parser.add_argument("--alone", choices=ALONE, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if "RANK" not in os.environ:
-        for alone in [["--alone", choice] for choice in ALONE] + [[]]:
+        for alone in [["--alone", choice] for choice in ALONE if args.resident] + [[]]:
             done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks), *sys.argv, *alone],
                                   env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=ROOT))
             if done.returncode:
