@@ -154,7 +154,7 @@ class Ours:
                     value, logp, stats = policy_loss(self.policy, batch, total, cfg.sampling.temperature, self.loss)
                 with clock.phase("backward"):
                     value.backward()
-                done.add(logp, batch, stats)
+                done.add(value, logp, batch, stats)
             with clock.phase("optimizer"):
                 norm, _ = self.optimizer.step()
         return done, norm
