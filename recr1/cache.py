@@ -12,7 +12,8 @@ from .attention import SLOTS, PackedAttention, attend_rows
 class KVCache:
     """Keys and values by layer, (rows, K, S, D). As a callable (layer, q, k, v) it is the attention of one decode step.
 
-    `lengths` (rows,) counts the tokens a row holds; `live` is B. Slots beyond a row's length are masked. Room grows as needed.
+    `lengths` (rows,) counts the tokens a row holds; `live` is B. Slots beyond a row's length are masked. Room grows as needed, to twice
+    that, but not past `most`.
     """
 
     def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype, device):
@@ -20,6 +21,7 @@ class KVCache:
         self.layers, self.live = layers, 0
         self.lengths = torch.zeros(0, dtype=torch.int64, device=device)
         self.width = 0                                   # the longest live row, in tokens
+        self.most = 1 << 62, 1 << 62                     # rows, slots that the texts under way can come to: set by generate()
 
     def prefill(self, packed: PackedAttention, lengths: torch.Tensor):
         """The attention callable of the prompts' packed forward: it writes prompt p into row p on the way."""
@@ -60,17 +62,22 @@ class KVCache:
 
     def _slots(self) -> int:
         """Key slots that the next decode step reads: room for one token more, rounded up."""
-        return -(-(self.width + 1) // SLOTS) * SLOTS
+        return slots(self.width + 1)
 
     def _reserve(self, rows: int, room: int) -> None:
-        """Place for `rows` rows of `room` slots, with as much again to grow into. Zeros, not empty: 0 * NaN in a masked slot is NaN."""
+        """Place for `rows` rows of `room` slots, with as much again to grow into, up to `most`. Zeros, not empty: 0 * NaN in a masked slot is NaN."""
         _, have_rows, heads, have_slots, dim = self.store.shape
         if rows <= have_rows and room <= have_slots:
             return
-        rows = have_rows if rows <= have_rows else 2 * rows
-        room = have_slots if room <= have_slots else 2 * room
+        rows = have_rows if rows <= have_rows else max(rows, min(2 * rows, self.most[0]))
+        room = have_slots if room <= have_slots else max(room, min(2 * room, self.most[1]))
         bigger = self.store.new_zeros(2 * self.layers, rows, heads, room, dim)
         bigger[:, :self.live, :, :self.width] = self.store[:, :self.live, :, :self.width]
         lengths = self.lengths.new_zeros(rows)
         lengths[:self.live] = self.lengths[:self.live]
         self.store, self.lengths = bigger, lengths
+
+
+def slots(tokens: int) -> int:
+    """Slots of a row that holds so many tokens."""
+    return -(-tokens // SLOTS) * SLOTS

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .attention import PackedAttention
-from .cache import KVCache
+from .cache import KVCache, slots
 from .model import Decoder
 from .policy import policy
 from .records import Prompt, Rollout
@@ -41,6 +41,7 @@ def generate(model: Decoder, prompts: list[Prompt], group_size: int, temperature
     rows = [Row(p, list(range(group_size))) for p in range(len(prompts))]
     out: dict[tuple[int, int], Rollout] = {}
     cache = cache or new_cache(model)
+    cache.most = len(prompts) * group_size, slots(max(len(p.ids) for p in prompts) + max_new_tokens)
     hidden = prefill(model, prompts, cache)                                                  # (P, C)
     for t in range(max_new_tokens):
         distribution = policy(hidden @ model.head_weight.T, temperature)                     # (B, V)

@@ -44,8 +44,8 @@ def train(cfg: Config) -> None:
     policy, loss = run.policy, objective(cfg.loss, cfg.model)
     in_loss = run.reference if cfg.loss.kl_in == "loss" else None                            # the KL's place: the loss, or the reward
     optimizer = Optimizer(policy, cfg.optimizer, cfg.train.steps * cfg.train.inner_steps)
-    with gathered(policy):
-        cache = new_cache(policy)
+    with gathered(policy):                               # fresh pages are dear on a CPU; on a GPU training needs the room
+        cache = new_cache(policy) if dist.device().type == "cpu" else None
 
     with run.resumed(optimizer):                                                             # from the last checkpoint; when asked to stop, it saves one
         before = run.test_scores("eval_before.jsonl")
