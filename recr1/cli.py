@@ -22,20 +22,24 @@ from .answers import parse_query
 from .chat import Chat
 from .checkpoint import compute_type, load_policy
 from .config import ConfigError
+from .dryrun import model_shape
 from .evaluate import greedy, mean_ci
 from .hub import load_tokenizer, resolve, stop_ids
 from .log import say
 from .metrics import hit_rate, ndcg, recall, reciprocal_rank
+from .plan import bytes_of, plan
 from .retrieval.bm25 import BM25, load_or_build
 from .run import guarded
 from .tasks.product_search import make_prompts
-from .weights import read_config
+from .weights import check_room, read_config
 
 METRICS = {"ndcg": ndcg, "recall": recall, "mrr": reciprocal_rank, "hit": hit_rate}
 
 
 def main(argv: list[str]) -> None:
-    args = parser().parse_args(argv)
+    args, args.overrides = parser().parse_known_args(argv)
+    if args.overrides and (args.run is not plan_memory or any(text.startswith("-") for text in args.overrides)):
+        parser().error(f"unrecognized arguments: {' '.join(args.overrides)}")
     args.run(args)
 
 
@@ -83,6 +87,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--step", type=positive, required=True, help="a step whose tokens were logged (log.tokens_every)")
     p.add_argument("--new", metavar="DIR", help="model folder of a later moment: the new log-probs come from it, and gradients of its parameters")
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    p = command("plan", plan_memory, "the memory that a training needs by phase, and what to set so that it fits",
+                usage="recr1 plan CONFIG --gpus N --memory 48GB [a.b=value ...]")
+    p.add_argument("config", metavar="CONFIG", help="a training's; the model's shape comes from its folder or from shapes.yaml beside the config")
+    p.add_argument("--gpus", type=positive, required=True, metavar="N", help="how many, one rank each")
+    p.add_argument("--memory", required=True, metavar="48GB", help="of each; GB is 10^9 bytes, GiB 2^30")
     return top
 
 
@@ -158,6 +167,16 @@ def losses(args) -> None:
     result = losslab.compare(args.folder, args.step, args.new)
     say(losslab.table(result))
     finish(args, result)
+
+
+def plan_memory(args) -> None:
+    memory, cfg = bytes_of(args.memory), configs.load(args.config, args.overrides)
+    shape = model_shape(cfg.model.path, args.config)
+    check_room(cfg, shape.max_position_embeddings)
+    text, why_not = plan(cfg, shape, args.gpus, memory)
+    say(text)
+    if why_not:
+        raise ConfigError(why_not)
 
 
 class Rewriter:
