@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from . import dist
+from .footprint import AT_ONCE
 from .fsdp import gathered
 from .metrics import bootstrap_ci
 from .records import Prompt, Rollout
@@ -12,16 +13,14 @@ from .sample import generate
 from .stopping import at_once
 from .tasks.product_search import ProductSearch
 
-AT_ONCE = 512                    # prompts decoded together
 
-
-def evaluate(model: torch.nn.Module, prompts: list[Prompt], task: ProductSearch, max_new_tokens: int) -> list[dict]:
+def evaluate(model: torch.nn.Module, prompts: list[Prompt], task: ProductSearch, max_new_tokens: int, rows_at_once: int = AT_ONCE) -> list[dict]:
     """One greedy answer per prompt -> rows {id, raw, rewrite, ndcg_raw, ndcg, text, error}; an unparsable answer scores 0.
 
     Each rank takes its share of the prompts; rank 0 gets all rows, in order, the others none.
     """
     mine = dist.share(prompts)
-    rollouts = greedy(model, mine, task.stops, max_new_tokens)
+    rollouts = greedy(model, mine, task.stops, max_new_tokens, rows_at_once)
     with dist.together(), at_once():
         raw = task.metric([p.id for p in mine], [p.text for p in mine])
         rows = [dict(id=p.id, raw=p.text, rewrite=reward.answer, ndcg_raw=before, ndcg=reward.parts["ndcg"], text=reward.text, error=reward.error)
@@ -29,12 +28,12 @@ def evaluate(model: torch.nn.Module, prompts: list[Prompt], task: ProductSearch,
     return [row for part in dist.gather(rows) or [] for row in part]
 
 
-def greedy(model: torch.nn.Module, prompts: list[Prompt], stops: frozenset[int], max_new_tokens: int) -> list[Rollout]:
-    """One most likely text per prompt. A collective: every rank calls it, with its own prompts or none."""
+def greedy(model: torch.nn.Module, prompts: list[Prompt], stops: frozenset[int], max_new_tokens: int, rows: int = AT_ONCE) -> list[Rollout]:
+    """One most likely text per prompt, `rows` of them decoded together. A collective: every rank calls it, with its own prompts or none."""
     rollouts = []
     with gathered(model), dist.together(), at_once():
-        for start in range(0, len(prompts), AT_ONCE):
-            rollouts += generate(model, prompts[start:start + AT_ONCE], 1, 1.0, max_new_tokens, stops, uniforms=None)
+        for start in range(0, len(prompts), rows):
+            rollouts += generate(model, prompts[start:start + rows], 1, 1.0, max_new_tokens, stops, uniforms=None)
     return rollouts
 
 

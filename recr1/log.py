@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from . import dist, heartbeat
+from . import dist, heartbeat, memory
 from .files import WriteError, sync, write_text, writing
 from .records import Batch, Reward, Rollout
 
@@ -89,26 +89,38 @@ class RunLog:
         self.folder, self.writes = folder, dist.rank() == 0
         self.run_gaps = Gaps()
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, int] = {}
+        self.peaks, self.peaks_of = {}, ""
         self.sampled, self.sampling_s = 0, 0.0
 
     @contextmanager
     def phase(self, name: str):
-        """Adds the block's wall seconds to this step's `seconds`; the rank's heartbeat names it."""
+        """Adds the block's wall seconds to this step's `seconds` and keeps its peak of memory; the rank's heartbeat names it."""
         heartbeat.at(name)
         start = time.perf_counter()
         try:
-            yield
+            with self.peak(name):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    @contextmanager
+    def peak(self, name: str):
+        """Keeps the block's peak of this rank's memory: the step's and the run's largest of that name."""
+        self.peaks_of = memory.restart()
+        yield
+        most = memory.peak()
+        for kept in (self.memory, self.peaks):
+            kept[name] = max(kept.get(name, 0), most)
+
     def close_step(self, row: dict, gaps: Gaps) -> dict:
-        """The step's row with its log-prob gap, tokens/s and seconds by phase, which then start anew."""
-        tokens, seconds = row.pop("tokens"), self.seconds
+        """The step's row with its log-prob gap, tokens/s, and seconds and memory by phase, which then start anew."""
+        tokens, seconds, peaks = row.pop("tokens"), self.seconds, self.memory
         sampling_s = seconds.get("sample", 0.0)                        # none in a replay
         self.sampled, self.sampling_s = self.sampled + tokens * (sampling_s > 0), self.sampling_s + sampling_s
         self.run_gaps.merge(gaps)
-        self.seconds = {}
-        return row | gaps.figures() | dict(rollout_tokens_per_s=tokens / sampling_s if sampling_s else None, seconds=seconds)
+        self.seconds, self.memory = {}, {}
+        return row | gaps.figures() | dict(rollout_tokens_per_s=tokens / sampling_s if sampling_s else None, seconds=seconds, memory=peaks)
 
     def metrics(self, row: dict) -> None:
         path = self.folder / "metrics.jsonl"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import data, dist, evaluate, heartbeat, stopping
+from . import data, dist, evaluate, heartbeat, memory, plan, stopping
 from . import config_file as configs
 from .chat import Chat, ChatError
 from .checkpoint import compute_type, load_policy, load_reference, save_policy
@@ -86,6 +86,8 @@ class Run:
             f"attention {cfg.model.attention}, loss {cfg.loss.kind} ({loss.gain.__name__}, {loss.advantage.__name__}, per {loss.average}), "
             f"head {cfg.model.head}, kernels {cfg.model.kernels}{' (group_loss)' if loss.fused else ''}, {len(self.documents[0])} documents, "
             f"queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test")
+        self.footprint = plan.Footprint(cfg, self.policy.config, dist.world(), gpu=dist.device().type == "cuda")
+        say(plan.announcement(self.footprint, memory.installed()))
 
     def _open_heartbeat(self) -> None:
         with writing(self.folder):
@@ -206,7 +208,8 @@ class Run:
     def evaluate(self, prompts: list[Prompt]) -> list[dict]:
         """A greedy pass over `prompts`; see evaluate.py."""
         heartbeat.at("eval")
-        return evaluate.evaluate(self.policy, prompts, self.eval_task, self.cfg.sampling.max_new_tokens)
+        with self.log.peak("evaluate"):
+            return evaluate.evaluate(self.policy, prompts, self.eval_task, self.cfg.sampling.max_new_tokens, self.footprint.evaluated)
 
     def test_scores(self, name: str) -> list[dict]:
         """The test split, greedily, kept in the file `name`; rank 0 has the rows. Before and after training only: it never chooses anything."""
@@ -288,7 +291,7 @@ class Run:
             unparsable_before=sum(row["error"] is not None for row in before), unparsable_after=sum(row["error"] is not None for row in after),
             seed=self.cfg.run.seed, steps=self.cfg.train.steps, world_size=dist.world(), threads=self.threads,
             wall_s=time.perf_counter() - self.progress.started, rollout_tokens_per_s=self.log.sampled / self.log.sampling_s if self.log.sampling_s else None,
-            **self.log.run_gaps.figures()))
+            **self.log.run_gaps.figures(), memory=dict(predicted=plan.by_run_phase(self.footprint), measured=self.log.peaks, of=self.log.peaks_of)))
         say(f"\n{evaluate.table(before, after, metric)}\n\nrewrites on test:\n{evaluate.examples(after)}\n\n"
             f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, metrics.jsonl, rollouts.jsonl.gz, "
             f"config.yaml{', checkpoints/' if self.progress.saved else ''}")
