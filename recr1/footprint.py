@@ -133,12 +133,13 @@ class Footprint:
         shared = self.gathered(2) + [
             Term("rope", "2 e M D", 2 * e * M * self.D),
             Term("layout", "8 B (T + S) ids, B T S masks  (PackedAttention)", sum(8 * B * (T + S) + masks * T * S for B, T, S, masks in rows))]
+        last_norm = Term("last norm", "M C (4 + e)", M * C * (4 + e))
         for moment in self.head(N, self.cfg.model.head == "one_shot"):
-            yield self.state(before) + shared + [saved, Term("last norm", "M C (4 + e)", M * C * (4 + e))] + moment
+            yield self.state(before) + shared + [saved, last_norm] + moment
         if self.cfg.model.head == "recompute":
             space = min(SLICE["cuda" if self.gpu else "cpu"], N * self.V * e)
             yield self.state(before) + shared + [
-                saved, Term("last norm", "M C (4 + e)", M * C * (4 + e)), Term("selected hidden", "e N C  (policy._head_inputs)", e * N * C),
+                saved, last_norm, Term("selected hidden", "e N C  (policy._head_inputs)", e * N * C),
                 Term("logits workspace", "e N v <= logprob.SLICE, and 4 N v when e = 2", space * (3 if e == 2 else 1)),
                 Term("head: d hidden", "4 N C, and e N C when it is cast", (4 + e * (e == 2)) * N * C), Term("head: d weight", "e V C", e * self.V * C)]
         once = block if checkpointing else 0
@@ -146,6 +147,9 @@ class Footprint:
         attend = running - e * 4 * M * F - M * C * (4 + 2 * e) + e * (2 * M * C + 3 * F * C + C * self.H * self.D)
         flight, d_weight = Term("gradient under way", "4 U' (1 + 1/W)  (Sharded._reduce: while the block before runs)", vector * self.U1), \
             Term("head: d weight", "e V C, until the root's reduction", e * self.V * C)
+        yield self.state(before) + shared + [saved, last_norm, Term("head: d hidden", "e N C", e * N * C), d_weight,
+                                             Term("head: d weight once more", "e V C, as the gradient of head[:reachable]", d_weight.bytes)]
+        root = max(2 * d_weight.bytes, d_weight.bytes * (2 - self.shape.tie_word_embeddings) + vector * self.R1)
         for behind in (0, 1, self.L - 1):      # blocks whose backward is over, the last one's gradient under way: the last block, the one before, the first
             left = saved._replace(bytes=saved.bytes * (1 - behind / self.L))
             common = self.state(4 * self.U1 / self.W * max(0, behind - 1) if only else before) + shared + [
@@ -154,7 +158,7 @@ class Footprint:
                             Term("block's backward", "e (M (C + 2 F) + C F), or attention's where that is more", max(mlp, attend))]
             yield common + [Term("block's gradient", "e U' as computed, 4 U' as reduced", (e + vector) * self.U1)]
         yield self.state(before if not only else 4 * (self.P1 - self.R1) / self.W) + self.gathered(0) + [
-            flight, Term("root's gradient", "e V C of the embedding and of the head, 4 R' as reduced", 2 * e * self.V * C + vector * self.R1)]
+            flight, Term("root's gradient", "e V C of the embedding and of the head, one where tied, and 4 R' as reduced", root)]
 
     def stores(self, rows: int = 0, group: int = 0) -> list[float]:
         """Bytes of the sampler's cache as it grows: after the prompts, after the siblings part, at the end (cache._reserve)."""
