@@ -33,11 +33,6 @@ def room(memory: float) -> float:
     return memory * (1 - FRAGMENTS) - CONTEXT
 
 
-# from cheap to dear: each line goes on top of those before it, a smaller token budget on top of each line that does not fit by itself
-LADDER = ({}, {"train.reduce": "micro_batch"}, {"train.checkpointing": True}, {"loss.reference_on_host": True},
-          {"loss.reference_on_host": None, "optimizer.on_host": True}, {"loss.reference_on_host": True})
-
-
 def set_in(cfg: Config, options: dict) -> Config:
     for key, value in options.items():
         section, name = key.split(".")
