@@ -112,7 +112,6 @@ class Recipe(NamedTuple):
 
 
 ADVANTAGES = {f.__name__: f for f in (mean_std, mean, leave_one_out)}
-AVERAGES = ("token", "sequence", "constant")
 RECIPES = {
     "grpo": Recipe(clipped, "mean_std", "token"),            # Rec-R1's verl; average: sequence is DeepSeekMath's own eq. 3
     "dr_grpo": Recipe(clipped, "mean", "constant"),          # arXiv 2503.20783, section 3

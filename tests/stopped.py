@@ -5,7 +5,6 @@ WHAT is WORD@N or WORD@N:RANK: at the N-th moment of that kind (counted from 1, 
 import os
 import signal
 import sys
-from pathlib import Path
 
 from recr1 import checkpoint, evaluate, log, run, train
 from recr1.stopping import listening

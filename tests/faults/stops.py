@@ -10,7 +10,6 @@ from pathlib import Path
 
 from jobs import Job
 from recr1 import heartbeat
-from recr1.tasks.product_search import ProductSearch
 from world import LIMIT, RANKS, STEPS, Outcome, World, checkpoints
 
 PHASES = ("setup", "eval", "sample", "reward", "train", "step", "log", "save", "gather")
