@@ -25,6 +25,7 @@ from types import SimpleNamespace
 
 import torch
 
+from ..linear import product, product_into
 from .launch import require
 
 # Bytes of logits that exist at once. CPU: wide products, yet little beside a small head's gradient. GPU: 1,024 rows of Qwen's vocabulary in bf16.
@@ -124,7 +125,7 @@ class _LinearLoss(torch.autograd.Function):
                 continue
             d_logits, h = logits[:len(live)], hidden.index_select(0, live)
             if d_hidden is not None:
-                d_hidden.index_copy_(0, live, d_logits @ weight)
+                d_hidden.index_copy_(0, live, product(d_logits, weight.T))
             if d_weight is not None:
                 _add_product(d_weight, d_logits.T, h, beta=cleared)
                 cleared = 1
@@ -300,7 +301,7 @@ def _chunks(hidden, weight) -> Iterator[tuple[slice, torch.Tensor]]:
     workspace = hidden.new_empty(rows, stride)
     for start in range(0, N, rows):
         stop = min(start + rows, N)
-        yield slice(start, stop), torch.mm(hidden[start:stop], weight.T, out=workspace[:stop - start, :len(weight)])
+        yield slice(start, stop), product_into(workspace[:stop - start, :len(weight)], hidden[start:stop], weight)
 
 
 def _slices(hidden, weight) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -310,7 +311,7 @@ def _slices(hidden, weight) -> Iterator[tuple[slice, torch.Tensor]]:
     workspace = hidden.new_empty(N, columns)
     for start in range(0, V, columns):
         stop = min(start + columns, V)
-        yield slice(start, stop), torch.mm(hidden, weight[start:stop].T, out=workspace[:, :stop - start])
+        yield slice(start, stop), product_into(workspace[:, :stop - start], hidden, weight[start:stop])
 
 
 def _blocks(rows: slice, logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:

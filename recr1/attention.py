@@ -29,6 +29,7 @@ class PackedAttention:
         self.unpad_p, self.unpad_c = real_p.flatten().nonzero()[:, 0], real_c.flatten().nonzero()[:, 0]
         self.keys_p, _ = _padded(start, lengths, up(lengths, SLOTS))
         self.mask_p = _reads(torch.zeros_like(lengths[:1]), self.rows_p.shape[1], self.keys_p.shape[1])
+        self.cached = self.keys_p                                              # rows of k and v that the sampler keeps for each sequence
         if not len(self.unpad_c):
             return
         # completion r's keys stand as the sampler's cache holds them: its prompt's, then its own, without a gap
@@ -36,7 +37,7 @@ class PackedAttention:
         slot = torch.arange(up(before + own, SLOTS), device=device)
         self.keys_c = torch.where(slot < before[:, None], start[prompt_of, None] + slot,
                                   torch.where(slot < (before + own)[:, None], (own_start - before)[:, None] + slot, 0))   # (R, S)
-        self.mask_c = _reads(before, self.rows_c.shape[1], len(slot))
+        self.mask_c, self.cached = _reads(before, self.rows_c.shape[1], len(slot)), self.keys_c
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = _attend(_take(q, self.rows_p), _take(k, self.keys_p), _take(v, self.keys_p), self.mask_p)
@@ -52,16 +53,21 @@ def up(lengths: torch.Tensor, multiple: int) -> int:
     return -(-int(lengths.max()) // multiple) * multiple if len(lengths) else 0
 
 
-def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Decode: one query per row over its first `lengths` keys. q (B, H, D), k and v (B, K, S, D), lengths (B,) -> (B, H, D).
+def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Decode: one query per row. q (B, H, D), k and v (B, K, S, D), mask of `reads` (B, 1, 1, 1, S) -> (B, H, D).
 
     The H/K query heads of a kv head stand as rows of one small product: heads are never repeated. S is a multiple of SLOTS.
     """
     B, H, D = q.shape
-    mask = (torch.arange(k.shape[2], device=q.device) < lengths[:, None])[:, None, None]     # (B, 1, 1, S)
     q = q.view(B, k.shape[1], -1, D)
     per_head = q.shape[2]
-    return _attend(F.pad(q, (0, 0, 0, -per_head % ROWS)), k, v, mask)[:, :, :per_head].reshape(B, H, D)
+    return _plain(F.pad(q, (0, 0, 0, -per_head % ROWS))[:, :, None], k, v, mask)[:, :, 0, :per_head].reshape(B, H, D)
+
+
+def reads(last: torch.Tensor, slots: int, dtype) -> torch.Tensor:
+    """What is added to scores so that row b reads slots 0 .. last[b]: 0 or -inf, (B, 1, 1, 1, slots)."""
+    beyond = torch.arange(slots, device=last.device) > last[:, None]
+    return torch.zeros(beyond.shape, dtype=dtype, device=last.device).masked_fill_(beyond, float("-inf"))[:, None, None, None]
 
 
 def _reads(before: torch.Tensor, width: int, keys: int) -> torch.Tensor:
@@ -88,7 +94,11 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
     K, S = k.shape[1:3]
     if T * S > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != K)
-    q = (q * D ** -0.5).unflatten(1, (K, -1))                                  # (B, K, H/K, T, D): heads are not repeated
     hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
-    weights = (q @ k[:, :, None].mT + hidden[:, :, None]).softmax(-1)          # (B, K, H/K, T, S)
-    return (weights @ v[:, :, None]).flatten(1, 2)
+    return _plain(q.unflatten(1, (K, -1)), k, v, hidden[:, :, None]).flatten(1, 2)
+
+
+def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """q (B, K, H/K, T, D), k and v (B, K, S, D), hidden (B or 1, 1, 1, T, S), -inf where not read -> (B, K, H/K, T, D): heads are not repeated."""
+    weights = ((q * q.shape[-1] ** -0.5) @ k[:, :, None].mT + hidden).softmax(-1)
+    return weights @ v[:, :, None]

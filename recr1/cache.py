@@ -4,9 +4,10 @@ Legend: B live rows, S slots, K kv heads, D head dim. Rows 0..B-1 are live: no r
 """
 from __future__ import annotations
 
+import numpy as np
 import torch
 
-from .attention import SLOTS, PackedAttention, attend_rows
+from .attention import SLOTS, PackedAttention, attend_rows, reads
 
 
 class KVCache:
@@ -21,44 +22,56 @@ class KVCache:
         self.layers, self.live = layers, 0
         self.lengths = torch.zeros(0, dtype=torch.int64, device=device)
         self.width = 0                                   # the longest live row, in tokens
-        self.most = 1 << 62, 1 << 62                     # rows, slots that the texts under way can come to: set by generate()
+
+    def clear(self, rows: int, room: int) -> None:
+        """No row is live any more; the texts to come need at most so many rows of so many slots."""
+        self.live, self.width, self.most = 0, 0, (rows, room)
 
     def prefill(self, packed: PackedAttention, lengths: torch.Tensor):
-        """The attention callable of the prompts' packed forward: it writes prompt p into row p on the way."""
-        n, width = packed.rows_p.shape
-        self._reserve(n, width)
-        self.live, self.width = n, int(lengths.max())
-        self.lengths[:n] = lengths.to(self.lengths.device)
+        """The attention callable of the prompts' packed forward: it writes their keys and values into the next rows on the way."""
+        start, width = self.live, packed.cached.shape[1]
+        self._reserve(start + len(lengths), max(width, self._slots()))
+        self.live, self.width = start + len(lengths), max(self.width, int(lengths.max()))
+        self.lengths[start:self.live] = lengths.to(self.lengths.device)
 
         def attention(layer, q, k, v):
             for at, new in ((layer, k), (self.layers + layer, v)):
-                padded = new.index_select(0, packed.rows_p.flatten()).view(n, width, *new.shape[1:])
-                self.store[at, :n, :, :width] = padded.transpose(1, 2)
+                padded = new.index_select(0, packed.cached.flatten()).view(-1, width, *new.shape[1:])
+                self.store[at, start:self.live, :, :width] = padded.transpose(1, 2)
             return packed(layer, q, k, v)
         return attention
 
+    def next(self) -> torch.Tensor:
+        """Positions (B,) of the live rows' next tokens, for which a decode step begins."""
+        self.row, self.at = torch.arange(self.live, device=self.lengths.device), self.lengths[:self.live].clone()
+        self.mask = reads(self.at, self._slots(), self.store.dtype)
+        return self.at
+
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        n, at = self.live, self.lengths[:self.live]
-        keys, values = self.store[layer, :n], self.store[self.layers + layer, :n]            # (B, K, S, D)
-        row = torch.arange(n, device=q.device)
-        keys[row, :, at], values[row, :, at] = k, v
+        keys, values = self.store[layer, :self.live], self.store[self.layers + layer, :self.live]            # (B, K, S, D)
+        keys[self.row, :, self.at], values[self.row, :, self.at] = k, v
         width = self._slots()
-        return attend_rows(q, keys[:, :, :width], values[:, :, :width], at + 1)
+        return attend_rows(q, keys[:, :, :width], values[:, :, :width], self.mask)
 
     def advance(self) -> None:
         """After a decode step through all layers: every live row holds one token more."""
         self.lengths[:self.live] += 1
         self.width += 1
 
-    def rearrange(self, sources: list[int], targets: list[int], live: int) -> None:
-        """Copies row sources[i] to row targets[i] (all read before any is written); rows 0..live-1 are then the live ones."""
-        self._reserve(live, self._slots())
-        if sources:
-            src, dst = (torch.tensor(x, device=self.lengths.device) for x in (sources, targets))
+    def rearrange(self, parents: np.ndarray) -> np.ndarray:
+        """Row i to come continues row parents[i] (ascending): copied where a row continues as several, others stay, and fill places
+        that became free. Returns where each now stands; rows 0..n-1 are the live ones."""
+        n = len(parents)
+        stays = (parents < n) & np.diff(parents, prepend=-1).astype(bool)
+        place = parents.copy()
+        place[~stays] = np.setdiff1d(np.arange(n), parents[stays])
+        self._reserve(n, self._slots())
+        if not stays.all():
+            src, dst = (torch.from_numpy(x[~stays]).to(self.lengths.device) for x in (parents, place))
             self.lengths[dst] = self.lengths[src]
             self.store[:, dst, :, :self.width] = self.store[:, src, :, :self.width]
-        self.live = live
-        self.width = int(self.lengths[:live].max())
+        self.live, self.width = n, int(self.lengths[:n].max()) if n else 0
+        return place
 
     def _slots(self) -> int:
         """Key slots that the next decode step reads: room for one token more, rounded up."""

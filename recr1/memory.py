@@ -1,6 +1,7 @@
-"""The peak of this process's memory over a stretch of time: what torch allocated on the GPU, or without one the resident high-water mark."""
+"""The peak of this process's memory over a stretch of time: what torch allocated on the GPU, or without one the resident high-water mark. And its pages."""
 from __future__ import annotations
 
+import ctypes
 import re
 import resource
 import sys
@@ -34,3 +35,14 @@ def peak() -> int:
 def installed() -> int | None:
     """Bytes of this rank's GPU; None without one."""
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+
+
+def keep_pages(on: bool = True) -> None:
+    """Memory that torch frees on a CPU stays this process's own, ready for the next tensor; off: glibc's defaults again.
+
+    By default glibc gives every freed tensor above 128 KiB to 32 MiB back to the system, and the next one of its size costs a page fault every
+    4 KiB: 22 ms for 19 MB here, where writing it takes 1 ms. The peak is the same. Elsewhere than on Linux with glibc nothing is done.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
+        for option, kept, default in ((-4, 0, 65536), (-1, 1 << 40, 128 << 10), (-2, 64 << 20, 128 << 10)):     # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(option, min(kept if on else default, 2**31 - 1))

@@ -1,67 +1,133 @@
-"""generate(): batched KV-cache sampling with the training modules. Legend: P prompts, G siblings, B live rows, V vocabulary.
+"""generate(): batched KV-cache sampling with the training modules. Legend: P prompts, G siblings, R = P*G texts, B live rows, V vocabulary.
 
 Siblings that are still the same text are one row (DESIGN decision 13): each draws with its own uniform, and the row splits
 where they choose differently. Prefill once per prompt is the case of the empty completion. Same text as one row each.
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from .attention import PackedAttention
 from .cache import KVCache, slots
+from .linear import product
 from .model import Decoder
 from .policy import policy
 from .records import Prompt, Rollout
 
-
-@dataclass
-class Row:
-    """A text that `siblings` of group `group` share so far."""
-    group: int
-    siblings: list[int]
-    ids: list[int] = field(default_factory=list)
-    logp: list[float] = field(default_factory=list)
+LAG = {"cpu": 1, "cuda": 8}    # tokens between two looks at who has stopped: a GPU would wait for each look, longer than some tokens that nobody reads take
 
 
 @torch.no_grad()
 def generate(model: Decoder, prompts: list[Prompt], group_size: int, temperature: float, max_new_tokens: int, stops: frozenset[int],
-             uniforms: np.ndarray | None, cache: KVCache | None = None) -> list[Rollout]:
+             uniforms: np.ndarray | None, cache: KVCache | None = None, *, room: int | None = None,
+             heard: Callable[[int, int], None] | None = None, done: Callable[[list[Rollout]], None] | None = None) -> list[Rollout]:
     """P prompts -> P * G rollouts, siblings adjacent, in order.
 
     `uniforms` (P, G, max_new_tokens) in (0, 1), one per token, chooses by inverse CDF; None is greedy. A text ends with any id
     of `stops`, which it keeps, or unfinished at max_new_tokens. Log-probs are those of the policy at `temperature`.
     A `cache` of `new_cache` saves its memory from one call to the next: fresh pages cost a third of a small model's step.
+    `room`: the cache's slots, rows times their length; texts beyond it wait and enter as others end. `heard(r, id)` gets every token of
+    text r in order, `done(siblings)` each group once its last text has ended. Raises ValueError when `room` does not hold one text.
     """
     if not prompts:
         return []                    # a rank without a share
-    device = model.head_weight.device
-    rows = [Row(p, list(range(group_size))) for p in range(len(prompts))]
-    out: dict[tuple[int, int], Rollout] = {}
-    cache = cache or new_cache(model)
-    cache.most = len(prompts) * group_size, slots(max(len(p.ids) for p in prompts) + max_new_tokens)
-    hidden = prefill(model, prompts, cache)                                                  # (P, C)
-    for t in range(max_new_tokens):
-        distribution = policy(hidden @ model.head_weight.T, temperature)                     # (B, V)
-        ids, logp = choose(distribution, rows, None if uniforms is None else uniforms[:, :, t])
-        alive: list[tuple[int, Row]] = []                                                    # (its row so far, the row it becomes)
-        for b, row in enumerate(rows):
-            for branch in split(row, ids[b], logp[b]):
-                finished = branch.ids[-1] in stops
-                if finished or t + 1 == max_new_tokens:
-                    for s in branch.siblings:
-                        out[branch.group, s] = Rollout(prompts[branch.group], branch.group, s, tuple(branch.ids), tuple(branch.logp), finished)
-                else:
-                    alive.append((b, branch))
-        if not alive:
-            break
-        rows = place(alive, cache)
-        tokens = torch.tensor([row.ids[-1] for row in rows], device=device)
-        hidden = model(tokens, cache.lengths[:cache.live].clone(), cache)                    # (B, C)
-        cache.advance()
-    return [out[p, s] for p in range(len(prompts)) for s in range(group_size)]
+    cache, texts = cache or new_cache(model), Texts(prompts, group_size, max_new_tokens, stops, model.config.vocab_size)
+    widest = slots(max(len(p.ids) for p in prompts) + max_new_tokens)
+    most = len(texts.length) if room is None else min(room // widest, len(texts.length))     # texts at once
+    if not most:
+        raise ValueError(f"room for {room} slots does not hold one text of {widest}")
+    cache.clear(most, widest)
+    lag, hidden = LAG[model.head_weight.device.type], None
+    while True:
+        if entering := texts.enter(most):
+            first = prefill(model, entering, cache)                                          # (P', C)
+            hidden = first if hidden is None else torch.cat([hidden, first])                 # (B, C)
+        if not len(texts.who):
+            return texts.rollouts(done)
+        chosen = []
+        for t in range(texts.steps(lag)):
+            if t:
+                hidden = decode(model, chosen[-1][0][:, 0], cache)
+            chosen.append(choose(policy(product(hidden, model.head_weight), temperature), texts.draws(uniforms, t)))
+        texts.write(*(torch.stack(x).cpu().numpy() for x in zip(*chosen)), heard)
+        texts.rollouts(done)
+        tokens = texts.part(cache)
+        hidden = decode(model, tokens.to(cache.lengths.device), cache) if len(tokens) else None
+
+
+class Texts:
+    """The R texts of a call. First they wait, then they are under way: text who[i] is in row row[i], both by row; then they have ended."""
+
+    def __init__(self, prompts: list[Prompt], group_size: int, max_new_tokens: int, stops: frozenset[int], vocabulary: int):
+        R = len(prompts) * group_size
+        self.prompts, self.G, self.T = prompts, group_size, max_new_tokens
+        self.ids, self.logp = np.zeros((R, self.T), np.int64), np.zeros((R, self.T))
+        self.length, self.ended, self.entered = np.zeros(R, np.int64), np.zeros(R, bool), 0
+        self.stops = np.isin(np.arange(vocabulary), list(stops))                             # (V,)
+        self.who, self.row, self.rows = np.zeros(0, np.int64), np.zeros(0, np.int64), 0
+        self.groups: list[list[Rollout] | None] = [None] * len(prompts)
+
+    def enter(self, most: int) -> list[Prompt]:
+        """As many more as there may be at once, by groups where a group fits; the prompts that take the next rows."""
+        start = self.entered
+        while self.entered < len(self.length) and (unit := min(self.G - self.entered % self.G, most)) <= most - len(self.who) - (self.entered - start):
+            self.entered += unit
+        new = np.arange(start, self.entered)
+        groups, place = np.unique(new // self.G, return_inverse=True)
+        self.who, self.row, self.rows = np.append(self.who, new), np.append(self.row, self.rows + place), self.rows + len(groups)
+        return [self.prompts[p] for p in groups]
+
+    def steps(self, lag: int) -> int:
+        """Tokens until the next look: rows that several texts share may split at any."""
+        return 1 if self.rows < len(self.who) else min(lag, self.T - int(self.length[self.who].max()))
+
+    def draws(self, uniforms: np.ndarray | None, t: int) -> np.ndarray | None:
+        """(B, most siblings in a row): the uniforms of the t-th token from here."""
+        self.column = np.arange(len(self.who)) - np.searchsorted(self.row, self.row)
+        if uniforms is None:
+            return None
+        u = np.full((self.rows, self.column.max() + 1), 0.5)
+        u[self.row, self.column] = uniforms[self.who // self.G, self.who % self.G, self.length[self.who] + t]
+        return u
+
+    def write(self, ids: np.ndarray, logp: np.ndarray, heard: Callable[[int, int], None] | None) -> None:
+        """Chosen ids and their log-probs, (tokens, B, siblings in a row; 1 where they agree): each text takes its own, up to its end."""
+        column, running = self.column % ids.shape[2], np.ones(len(self.who), bool)
+        for chosen, value in zip(ids[:, self.row, column], logp[:, self.row, column]):
+            who = self.who[running]
+            self.ids[who, self.length[who]], self.logp[who, self.length[who]] = chosen[running], value[running]
+            self.length[who] += 1
+            for r in who if heard else ():
+                heard(int(r), int(self.ids[r, self.length[r] - 1]))
+            running &= ~(self.stops[chosen] | (self.length[self.who] == self.T))
+        self.ended[self.who[~running]] = True
+
+    def rollouts(self, done: Callable[[list[Rollout]], None] | None) -> list[Rollout]:
+        """Those of the groups that have ended, each handed to `done` when it does."""
+        for p in np.flatnonzero(self.ended.reshape(-1, self.G).all(1)):
+            if self.groups[p] is None:
+                texts = [(r, self.length[r]) for r in range(p * self.G, (p + 1) * self.G)]
+                self.groups[p] = [Rollout(self.prompts[p], int(p), s, tuple(self.ids[r, :n].tolist()), tuple(self.logp[r, :n].tolist()),
+                                          bool(self.stops[self.ids[r, n - 1]])) for s, (r, n) in enumerate(texts)]
+                if done:
+                    done(self.groups[p])
+        return [rollout for group in self.groups for rollout in group or ()]
+
+    def part(self, cache: KVCache) -> torch.Tensor:
+        """Ended texts leave; each row becomes one row for each id that its texts chose. Returns these ids, (B,)."""
+        alive = ~self.ended[self.who]
+        who, row = self.who[alive], self.row[alive]
+        last, V = self.ids[who, self.length[who] - 1], len(self.stops)
+        branches, branch = np.unique(row * V + last, return_inverse=True)
+        row = cache.rearrange(branches // V)[branch]
+        order = np.argsort(row, kind="stable")
+        self.who, self.row, self.rows = who[order], row[order], len(branches)
+        tokens = np.zeros(self.rows, np.int64)
+        tokens[row] = last
+        return torch.from_numpy(tokens)
 
 
 def new_cache(model: Decoder) -> KVCache:
@@ -71,59 +137,40 @@ def new_cache(model: Decoder) -> KVCache:
 
 
 def prefill(model: Decoder, prompts: list[Prompt], cache: KVCache) -> torch.Tensor:
-    """The prompts' packed forward: row p of the cache then holds prompt p. Returns the hidden states (P, C) that predict the first tokens."""
-    device = cache.lengths.device
-    lengths, none = torch.tensor([len(p.ids) for p in prompts]), torch.zeros(0, dtype=torch.int64)
-    tokens = torch.tensor([t for p in prompts for t in p.ids], device=device)
-    positions = torch.tensor([t for p in prompts for t in range(len(p.ids))], device=device)
-    hidden = model(tokens, positions, cache.prefill(PackedAttention(lengths, none, none, device), lengths))
-    return hidden.index_select(0, (lengths.cumsum(0) - 1).to(device))
+    """The prompts' packed forward, what all begin with computed once; they take the cache's next rows. Returns the hidden states (P, C) that
+    predict the first tokens."""
+    device, first, last = cache.lengths.device, min(p.ids for p in prompts), max(p.ids for p in prompts)
+    same = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), len(first)) if len(prompts) > 1 else 0
+    same = min(same, min(len(p.ids) for p in prompts) - 1)               # each has a token of its own
+    sequences = [first[:same]] * (same > 0) + [p.ids[same:] for p in prompts]
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    if same:
+        packed = PackedAttention(lengths[:1], lengths[1:], torch.zeros(len(prompts), dtype=torch.int64), device)
+    else:
+        none = torch.zeros(0, dtype=torch.int64)
+        packed = PackedAttention(lengths, none, none, device)
+    tokens = torch.tensor([t for ids in sequences for t in ids], device=device)
+    positions = torch.tensor([t for i, ids in enumerate(sequences) for t in range(same * (i > 0), same * (i > 0) + len(ids))], device=device)
+    hidden = model(tokens, positions, cache.prefill(packed, torch.tensor([len(p.ids) for p in prompts])))
+    return hidden.index_select(0, (lengths.cumsum(0) - 1)[-len(prompts):].to(device))
 
 
-def choose(distribution, rows: list[Row], uniforms: np.ndarray | None) -> tuple[list[list[int]], list[list[float]]]:
-    """Each row's siblings' next ids and their log-probs, by inverse CDF (or argmax). uniforms (P, G)."""
+def decode(model: Decoder, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+    """The live rows' next tokens (B,) -> the hidden states (B, C) that predict those after them."""
+    hidden = model(tokens, cache.next(), cache)
+    cache.advance()
+    return hidden
+
+
+def choose(distribution, uniforms: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next ids and their log-probs, both (B, K): by inverse CDF for K uniforms of a row, (B, K), or argmax, K = 1."""
     weights = distribution.weights
     if uniforms is None:
-        ids = weights.argmax(-1, keepdim=True)                                               # (B, 1): siblings agree
+        ids = weights.argmax(-1, keepdim=True)
     else:
-        most = max(len(row.siblings) for row in rows)
-        u = np.full((len(rows), most), 0.5)
-        for b, row in enumerate(rows):
-            u[b, :len(row.siblings)] = uniforms[row.group, row.siblings]
         cdf = weights.cumsum(-1)                                                             # (B, V)
         mass = cdf[:, -1:]
-        at = torch.as_tensor(u, device=cdf.device).to(cdf.dtype) * mass
-        mass = mass.contiguous()
+        at = torch.as_tensor(uniforms, device=cdf.device).to(cdf.dtype) * mass
         # right=True never lands on an id of probability 0; a u that rounds to 1 would fall off the end: the last possible id
-        ids = torch.minimum(torch.searchsorted(cdf, at, right=True), torch.searchsorted(cdf, mass))
-    return ids.tolist(), distribution.logp(ids).tolist()
-
-
-def split(row: Row, ids: list[int], logp: list[float]) -> list[Row]:
-    """The row continued: one branch per different id its siblings chose, in the order of the siblings."""
-    if len(ids) == 1 or len(row.siblings) == 1:
-        return [Row(row.group, row.siblings, row.ids + ids[:1], row.logp + logp[:1])]
-    branches: dict[int, Row] = {}
-    for s, i, x in zip(row.siblings, ids, logp):
-        if i in branches:
-            branches[i].siblings.append(s)
-        else:
-            branches[i] = Row(row.group, [s], row.ids + [i], row.logp + [x])
-    return list(branches.values())
-
-
-def place(alive: list[tuple[int, Row]], cache: KVCache) -> list[Row]:
-    """Cache rows for the branches: the first of a row stays where it is, finished rows' places are filled, the rest appended."""
-    n = len(alive)
-    rows: list[Row | None] = [None] * n
-    movers = []
-    for b, branch in alive:
-        if b < n and rows[b] is None:
-            rows[b] = branch
-        else:
-            movers.append((b, branch))
-    free = [i for i, row in enumerate(rows) if row is None]
-    for i, (_, branch) in zip(free, movers):
-        rows[i] = branch
-    cache.rearrange([b for b, _ in movers], free, n)
-    return rows
+        ids = torch.minimum(torch.searchsorted(cdf, at, right=True), torch.searchsorted(cdf, mass.contiguous()))
+    return ids, distribution.logp(ids)
