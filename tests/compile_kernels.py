@@ -16,11 +16,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from recr1.kernels import group_loss, logprob
+from recr1.kernels import choose, group_loss, logprob
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 V, STRIDE = 151_665, 151_680         # Qwen2.5's reachable ids: odd
-F, I, H = "*fp32", "*i64", "*bf16"
+F, D, I, H = "*fp32", "*fp64", "*i64", "*bf16"
 LOSS = dict(inverse="fp32", low="fp32", high="fp32", kl="fp32", cap="fp32")
 TOKEN = dict(old=F, ref=F, sampler=F, rollout=I, weight=F, adv=F)
 FLAGS = dict(CISPO=False, CAPPED=True)
@@ -36,6 +36,10 @@ CASES = {   # name: kernel, types of its arguments, constants, warps
                            dict(old=None, ref=None, CISPO=False, CAPPED=False, TILE=1024), 4),
     "joined": (group.joined, dict(x=H, target=I, **TOKEN, logp=F, entropy=F, sums=F, temperature="fp32", **LOSS),
                dict(**FLAGS, V=V, STRIDE=STRIDE, TILE=8192), 32),
+    **{f"choose {name}": (choose.kernels().choose, dict(x=kind, **({} if greedy else dict(uniforms=D)), ids=I, logp=F, cut=F, temperature="fp32", top_p="fp32"),
+                          dict(V=V, STRIDE=STRIDE, BITS=bits, TILE=8192, **(dict(uniforms=None) if greedy else {})), 8)
+       for name, kind, bits, greedy in (("greedy", H, 0, True), ("bf16", H, 0, False), ("float32", F, 0, False), ("nucleus, bf16", H, 16, False),
+                                        ("nucleus, float32", F, 32, False))},
     "advantage": (group.advantage, dict(rewards=F, adv=F, floor="fp32"), dict(G=12, OTHERS=11, TILE=16, KIND=0), 4),
 }
 
