@@ -69,7 +69,9 @@ class RewardRule:
 class Sampling:
     group_size: int = 8
     temperature: float = 1.0
+    top_p: float = 1.0                  # below 1 the gradient is biased: said at start and in summary.json, the mass cut off is logged
     max_new_tokens: int = 512
+    cache_gib: float = 0.0              # of keys and values at once: more texts wait; 0: a GPU's free memory, on a CPU all
     resample: int = 0                   # DAPO: rounds of other prompts in place of groups whose rewards are all equal
 
 

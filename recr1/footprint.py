@@ -163,12 +163,14 @@ class Footprint:
     def stores(self, rows: int = 0, group: int = 0) -> list[float]:
         """Bytes of the sampler's cache as it grows: after the prompts, after the siblings part, at the end (cache._reserve)."""
         prompts, group = rows or self.prompts, group or self.G
-        most, all = slots(self.longest), prompts * group
+        most, slot = slots(self.longest), 2 * self.e * self.L * self.K * self.D
+        all = min(prompts * group, int(self.cfg.sampling.cache_gib * 2**30 / slot) // most or prompts * group)
+        prompts = min(prompts, all)
         have, room, found = 0, 0, []
-        for need, width in ((prompts, up(self.p, ROWS)), (all, slots(self.p + 1)), (all, slots(self.p + self.inputs))):
+        for need, width in ((prompts, slots(self.p)), (all, slots(self.p + 1)), (all, slots(self.p + self.inputs))):
             have = have if need <= have else max(need, min(2 * need, all))
             room = room if width <= room else max(width, min(2 * width, most))
-            found.append(2 * self.e * self.L * self.K * self.D * have * room)
+            found.append(slot * have * room)
         return found
 
     def sampling(self, rows: int = 0, group: int = 0) -> Iterator[list[Term]]:

@@ -18,9 +18,11 @@ def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) 
     if not onednn(x):
         return F.linear(x, w, bias)
     if not (w.is_contiguous() or w.T.is_contiguous()):
-        w = w.contiguous()                                # rows with gaps would take oneDNN's reference loop, a thousand times slower
+        w = w.contiguous()                                # rows with gaps would take oneDNN's reference loop, a thousand times slower,
+    if 0 in x.stride():
+        x = x.contiguous()                                # and so would expanded ones
     if len(x) == 1:                                       # one row has a kernel of its own, with other bits
-        return product(x.expand(2, -1), w, bias)[:1]
+        return product(x.repeat(2, 1), w, bias)[:1]
     return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
 
 

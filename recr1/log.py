@@ -200,7 +200,7 @@ def step_row(step: int, done: Step, group_size: int, **more) -> dict:
                 **{name: summed[name] / max(1.0, trained) for name in ("ratio_off", "trust", "entropy") if name in summed},
                 dlogp_norm=summed["dlogp_square"] ** 0.5 if "dlogp_square" in summed else None, trained_share=trained / tokens,
                 resampled=done.drawn - len(rollouts) // group_size,
-                distinct=len(done.texts) / len(rollouts), completion_tokens=tokens / len(rollouts),
+                top_p_cut=float(np.mean([r.cut for r in rollouts])), distinct=len(done.texts) / len(rollouts), completion_tokens=tokens / len(rollouts),
                 unfinished=float(np.mean([not r.finished for r in rollouts])), tokens=tokens, **more)
 
 

@@ -30,6 +30,7 @@ class Rollout:
     sampler_logp: tuple[float, ...]   # log-prob of each id under the policy that sampled it
     finished: bool             # False: cut at max_new_tokens
     count: int = 1             # identical siblings it stands for
+    cut: float = 0.0           # mean mass that top_p cut off its tokens' distributions
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from . import data, dist, evaluate, heartbeat, memory, plan, stopping
 from . import config_file as configs
+from .cache import slots
 from .chat import Chat, ChatError
 from .checkpoint import compute_type, load_policy, load_reference, save_policy
 from .config import Config, ConfigError
@@ -47,6 +48,8 @@ class Run:
         self.cfg, self.started = cfg, time.perf_counter()
         self.threads = cfg.run.threads or max(1, (os.cpu_count() or 1) // dist.local_world())
         torch.set_num_threads(self.threads)
+        if dist.device().type == "cpu":
+            memory.keep_pages()
         self.folder = Path(cfg.run.dir)
         with dist.together(), at_once():
             found = look(self.folder, cfg) if dist.rank() == 0 else False
@@ -61,6 +64,9 @@ class Run:
             compute = compute_type(cfg.model.compute)
             self.policy = load_policy(model, len(self.tokenizer), compute, cfg.train.checkpointing, cfg.train.frozen)
             self.reference = load_reference(model, len(self.tokenizer), compute, cfg.loss.reference_on_host) if cfg.loss.kl > 0 else None
+            self.slot = 2 * self.policy.config.num_hidden_layers * self.policy.config.num_key_value_heads * self.policy.config.head_dim * compute.itemsize
+            if (room := self.room()) is not None and room < (one := slots(cfg.prompt.max_tokens + cfg.sampling.max_new_tokens)):
+                raise ConfigError(f"sampling.cache_gib: {room * self.slot / 2**30:.2g} GiB do not hold one text, which takes {one * self.slot / 2**30:.2g}")
             self.replay = Replay(cfg.train.replay, cfg.sampling.group_size) if cfg.train.replay else None
             loss = objective(cfg.loss, cfg.model)
             if why := refusal(cfg.model.kernels, dist.device()):
@@ -86,6 +92,8 @@ class Run:
             f"attention {cfg.model.attention}, loss {cfg.loss.kind} ({loss.gain.__name__}, {loss.advantage.__name__}, per {loss.average}), "
             f"head {cfg.model.head}, kernels {cfg.model.kernels}{' (group_loss)' if loss.fused else ''}, {len(self.documents[0])} documents, "
             f"queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test")
+        if cfg.sampling.top_p < 1:
+            say(f"recr1: {BIASED.format(cfg.sampling.top_p)}")
         self.footprint = plan.Footprint(cfg, self.policy.config, dist.world(), gpu=dist.device().type == "cuda")
         say(plan.announcement(self.footprint, memory.installed()))
 
@@ -201,6 +209,11 @@ class Run:
         s = self.cfg.sampling
         return data.uniforms(self.cfg.run.seed, step, np.array([p.index for p in prompts]), s.group_size, s.max_new_tokens)
 
+    def room(self) -> int | None:
+        """Slots that the sampler's cache may come to: sampling.cache_gib, or four fifths of what a GPU has free; on a CPU no limit."""
+        budget = self.cfg.sampling.cache_gib * 2**30 or 0.8 * (memory.free() or 0)
+        return int(budget / self.slot) if budget else None
+
     def keeps_tokens(self, step: int) -> bool:
         """Whether this step's rollouts are logged with their per-token values."""
         return step == 1 or step % self.cfg.log.tokens_every == 0
@@ -289,6 +302,7 @@ class Run:
             task=self.cfg.task, retriever=self.cfg.retriever.kind, metric=metric, n_eval=len(after), raw=float(raw.mean()), before=float(b.mean()),
             after=float(a.mean()), gain=gain, gain_ci95=gain_ci, after_minus_before=lift, after_minus_before_ci95=lift_ci,
             unparsable_before=sum(row["error"] is not None for row in before), unparsable_after=sum(row["error"] is not None for row in after),
+            **(dict(biased=BIASED.format(self.cfg.sampling.top_p)) if self.cfg.sampling.top_p < 1 else {}),
             seed=self.cfg.run.seed, steps=self.cfg.train.steps, world_size=dist.world(), threads=self.threads,
             wall_s=time.perf_counter() - self.progress.started, rollout_tokens_per_s=self.log.sampled / self.log.sampling_s if self.log.sampling_s else None,
             **self.log.run_gaps.figures(), memory=dict(predicted=plan.by_run_phase(self.footprint), measured=self.log.peaks, of=self.log.peaks_of)))
@@ -297,6 +311,7 @@ class Run:
             f"config.yaml{', checkpoints/' if self.progress.saved else ''}")
 
 
+BIASED = "sampling.top_p = {} samples from a truncated distribution and trains the whole one: the gradient is biased (1 is not)"
 EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, PromptTooLong, ReplayError, RunError, NonFiniteGradient, WriteError, heartbeat.Busy)
 RANK_LOST = 3
 

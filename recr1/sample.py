@@ -12,6 +12,7 @@ import torch
 
 from .attention import PackedAttention
 from .cache import KVCache, slots
+from .kernels.choose import choose
 from .linear import product
 from .model import Decoder
 from .policy import policy
@@ -22,12 +23,13 @@ LAG = {"cpu": 1, "cuda": 8}    # tokens between two looks at who has stopped: a 
 
 @torch.no_grad()
 def generate(model: Decoder, prompts: list[Prompt], group_size: int, temperature: float, max_new_tokens: int, stops: frozenset[int],
-             uniforms: np.ndarray | None, cache: KVCache | None = None, *, room: int | None = None,
+             uniforms: np.ndarray | None, cache: KVCache | None = None, *, top_p: float = 1.0, room: int | None = None,
              heard: Callable[[int, int], None] | None = None, done: Callable[[list[Rollout]], None] | None = None) -> list[Rollout]:
     """P prompts -> P * G rollouts, siblings adjacent, in order.
 
     `uniforms` (P, G, max_new_tokens) in (0, 1), one per token, chooses by inverse CDF; None is greedy. A text ends with any id
-    of `stops`, which it keeps, or unfinished at max_new_tokens. Log-probs are those of the policy at `temperature`.
+    of `stops`, which it keeps, or unfinished at max_new_tokens. Log-probs are those of the policy at `temperature`; top_p < 1
+    draws from the fewest most likely ids that hold so much of it.
     A `cache` of `new_cache` saves its memory from one call to the next: fresh pages cost a third of a small model's step.
     `room`: the cache's slots, rows times their length; texts beyond it wait and enter as others end. `heard(r, id)` gets every token of
     text r in order, `done(siblings)` each group once its last text has ended. Raises ValueError when `room` does not hold one text.
@@ -51,7 +53,7 @@ def generate(model: Decoder, prompts: list[Prompt], group_size: int, temperature
         for t in range(texts.steps(lag)):
             if t:
                 hidden = decode(model, chosen[-1][0][:, 0], cache)
-            chosen.append(choose(policy(product(hidden, model.head_weight), temperature), texts.draws(uniforms, t)))
+            chosen.append(choose(policy(product(hidden, model.head_weight), temperature), texts.draws(uniforms, t, hidden), top_p))
         texts.write(*(torch.stack(x).cpu().numpy() for x in zip(*chosen)), heard)
         texts.rollouts(done)
         tokens = texts.part(cache)
@@ -64,7 +66,7 @@ class Texts:
     def __init__(self, prompts: list[Prompt], group_size: int, max_new_tokens: int, stops: frozenset[int], vocabulary: int):
         R = len(prompts) * group_size
         self.prompts, self.G, self.T = prompts, group_size, max_new_tokens
-        self.ids, self.logp = np.zeros((R, self.T), np.int64), np.zeros((R, self.T))
+        self.ids, self.logp, self.cut = np.zeros((R, self.T), np.int64), np.zeros((R, self.T)), np.zeros(R)
         self.length, self.ended, self.entered = np.zeros(R, np.int64), np.zeros(R, bool), 0
         self.stops = np.isin(np.arange(vocabulary), list(stops))                             # (V,)
         self.who, self.row, self.rows = np.zeros(0, np.int64), np.zeros(0, np.int64), 0
@@ -84,21 +86,23 @@ class Texts:
         """Tokens until the next look: rows that several texts share may split at any."""
         return 1 if self.rows < len(self.who) else min(lag, self.T - int(self.length[self.who].max()))
 
-    def draws(self, uniforms: np.ndarray | None, t: int) -> np.ndarray | None:
+    def draws(self, uniforms: np.ndarray | None, t: int, like: torch.Tensor) -> torch.Tensor | None:
         """(B, most siblings in a row): the uniforms of the t-th token from here."""
         self.column = np.arange(len(self.who)) - np.searchsorted(self.row, self.row)
         if uniforms is None:
             return None
         u = np.full((self.rows, self.column.max() + 1), 0.5)
         u[self.row, self.column] = uniforms[self.who // self.G, self.who % self.G, self.length[self.who] + t]
-        return u
+        return torch.from_numpy(u).to(like.device)
 
-    def write(self, ids: np.ndarray, logp: np.ndarray, heard: Callable[[int, int], None] | None) -> None:
-        """Chosen ids and their log-probs, (tokens, B, siblings in a row; 1 where they agree): each text takes its own, up to its end."""
+    def write(self, ids: np.ndarray, logp: np.ndarray, cut: np.ndarray, heard: Callable[[int, int], None] | None) -> None:
+        """Chosen ids, their log-probs (tokens, B, siblings in a row; 1 where they agree) and the mass cut off (tokens, B): each text takes its
+        own, up to its end."""
         column, running = self.column % ids.shape[2], np.ones(len(self.who), bool)
-        for chosen, value in zip(ids[:, self.row, column], logp[:, self.row, column]):
+        for chosen, value, off in zip(ids[:, self.row, column], logp[:, self.row, column], cut[:, self.row]):
             who = self.who[running]
             self.ids[who, self.length[who]], self.logp[who, self.length[who]] = chosen[running], value[running]
+            self.cut[who] += off[running]
             self.length[who] += 1
             for r in who if heard else ():
                 heard(int(r), int(self.ids[r, self.length[r] - 1]))
@@ -111,7 +115,7 @@ class Texts:
             if self.groups[p] is None:
                 texts = [(r, self.length[r]) for r in range(p * self.G, (p + 1) * self.G)]
                 self.groups[p] = [Rollout(self.prompts[p], int(p), s, tuple(self.ids[r, :n].tolist()), tuple(self.logp[r, :n].tolist()),
-                                          bool(self.stops[self.ids[r, n - 1]])) for s, (r, n) in enumerate(texts)]
+                                          bool(self.stops[self.ids[r, n - 1]]), cut=float(self.cut[r] / n)) for s, (r, n) in enumerate(texts)]
                 if done:
                     done(self.groups[p])
         return [rollout for group in self.groups for rollout in group or ()]
@@ -160,17 +164,3 @@ def decode(model: Decoder, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor
     hidden = model(tokens, cache.next(), cache)
     cache.advance()
     return hidden
-
-
-def choose(distribution, uniforms: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next ids and their log-probs, both (B, K): by inverse CDF for K uniforms of a row, (B, K), or argmax, K = 1."""
-    weights = distribution.weights
-    if uniforms is None:
-        ids = weights.argmax(-1, keepdim=True)
-    else:
-        cdf = weights.cumsum(-1)                                                             # (B, V)
-        mass = cdf[:, -1:]
-        at = torch.as_tensor(uniforms, device=cdf.device).to(cdf.dtype) * mass
-        # right=True never lands on an id of probability 0; a u that rounds to 1 would fall off the end: the last possible id
-        ids = torch.minimum(torch.searchsorted(cdf, at, right=True), torch.searchsorted(cdf, mass.contiguous()))
-    return ids, distribution.logp(ids)

@@ -10,10 +10,11 @@ from transformers import GenerationConfig
 from recr1 import attention
 from recr1.attention import PackedAttention
 from recr1.data import uniforms
+from recr1.kernels.choose import choose
 from recr1.packing import distinct, pack
 from recr1.policy import policy, score
 from recr1.records import Prompt, Rollout
-from recr1.sample import Row, choose, generate
+from recr1.sample import generate
 from tiny import COLOURS, FAMILIES, THINGS, answering_model, oracle, tiny_model, tiny_tokenizer
 
 EOS = tiny_tokenizer().eos_token_id
@@ -180,7 +181,7 @@ def test_no_uniform_yields_an_id_of_probability_zero(dtype):
     logits[:, :50] = logits[:, 900:950] = logits[:, -50:] = -1e4
     distribution = policy(logits, 1.0)
     u = np.array([[0.0, 2.0 ** -53, 1e-12, 0.5, 1 - 2.0 ** -25, 1 - 2.0 ** -53]])
-    (ids,), (logp,) = choose(distribution, [Row(0, list(range(u.shape[1])))], u)
+    (ids,), (logp,), _ = (x.tolist() for x in choose(distribution, torch.from_numpy(u)))
     assert all(distribution.weights[0, i] > 0 for i in ids) and min(logp) > -50
     assert ids[0] == 50 and ids[-1] == 1949                                     # the first and the last that have any
     assert ids == sorted(ids)
