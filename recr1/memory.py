@@ -44,12 +44,12 @@ def installed() -> int | None:
     return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
 
 
-def keep_pages(on: bool = True) -> None:
-    """Memory that torch frees on a CPU stays this process's own, ready for the next tensor; off: glibc's defaults again.
+def keep_pages() -> None:
+    """Memory that torch frees on a CPU stays this process's own, ready for the next tensor.
 
-    By default glibc gives every freed tensor above 128 KiB to 32 MiB back to the system, and the next one of its size costs a page fault every
-    4 KiB: 22 ms for 19 MB here, where writing it takes 1 ms. The peak is the same. Elsewhere than on Linux with glibc nothing is done.
+    By default glibc gives freed tensors of 32 MiB and more back to the system, and what lies at its heap's end, and the next one of their size
+    costs a page fault every 4 KiB: 22 ms for 19 MB here, where writing it takes 1 ms. Elsewhere than on Linux with glibc nothing is done.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
-        for option, kept, default in ((-4, 0, 65536), (-1, 1 << 40, 128 << 10), (-2, 64 << 20, 128 << 10)):     # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            libc.mallopt(option, min(kept if on else default, 2**31 - 1))
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20)):       # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(option, value)

@@ -37,6 +37,7 @@ try:
 except ImportError:
     sys.exit("step.py: the package trl is not installed: pip install trl")
 
+from recr1 import memory
 from recr1.config import Config, Loss, Sampling
 from recr1.fsdp import Sharded, gathered
 from recr1.grpo import group_advantages, objective, policy_loss
@@ -249,6 +250,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dry-run", action="store_true", help="a tiny size: its times mean nothing")
     args = parser.parse_args()
+    memory.keep_pages()                          # as run.py does; here TRL profits too
     torch.set_num_threads(args.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)               # of transformers, about its own names
