@@ -176,6 +176,8 @@ class Footprint:
     def sampling(self, rows: int = 0, group: int = 0) -> Iterator[list[Term]]:
         prompts, group = rows or self.prompts, group or self.G
         base = self.state(cache=rows > 0) + self.gathered(self.L)
+        if not self.gpu and self.e == 4:
+            base.append(Term("weights in oneDNN's order", "e (L U + V C)  (linear.sampling)", self.e * (self.L * self.U + self.V * self.C)))
         B, first, parted, last = prompts * group, *self.stores(rows, group)
         store = "2 e L K D rows slots  (KVCache.store)"
         held = Term("distribution", "8 B V of the token before  (sample.generate)", 8 * B * self.V)

@@ -6,6 +6,8 @@ stands beside it. Everything that is not float32 on a CPU takes torch's own prod
 """
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,10 +16,10 @@ SLICE = 1 << 20    # bytes of a product that is still in cache when it is copied
 
 
 def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (M, K), w (N, K), bias (N,) -> x @ w.T + bias (M, N), without gradient."""
+    """x (M, K), w (N, K) or what `packed` made of it, bias (N,) -> x @ w.T + bias (M, N), without gradient."""
     if not onednn(x):
         return F.linear(x, w, bias)
-    if not (w.is_contiguous() or w.T.is_contiguous()):
+    if not (w.is_mkldnn or w.is_contiguous() or w.T.is_contiguous()):
         w = w.contiguous()                                # rows with gaps would take oneDNN's reference loop, a thousand times slower,
     if 0 in x.stride():
         x = x.contiguous()                                # and so would expanded ones
@@ -34,6 +36,11 @@ def product_into(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.T
     for start in range(0, len(w), columns):
         out[:, start:start + columns] = product(x, w[start:start + columns])
     return out
+
+
+def packed(w: torch.Tensor) -> torch.Tensor:
+    """w (N, K) in oneDNN's own order, for `product` with few rows, each of which would sort it anew (1.2 to 1.4 times faster at 64, same bits)."""
+    return torch.ops.mkldnn._reorder_linear_weight(w.contiguous()) if onednn(w) else w
 
 
 def onednn(x: torch.Tensor) -> bool:
@@ -56,8 +63,22 @@ class _Linear(torch.autograd.Function):
 
 class Linear(nn.Linear):
     """nn.Linear by `product`. x (M, in) -> (M, out)."""
+    packed: torch.Tensor | None = None                    # the weight's, while `sampling` lasts
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if onednn(x) and torch.is_grad_enabled():
             return _Linear.apply(x, self.weight, self.bias)
-        return product(x, self.weight, self.bias)
+        return product(x, self.weight if self.packed is None else self.packed, self.bias)
+
+
+@contextmanager
+def sampling(model: nn.Module, head: torch.Tensor):
+    """For the block every Linear of the model has its weight `packed`, another copy of it in memory; yields the head's."""
+    layers = [m for m in model.modules() if isinstance(m, Linear) and onednn(m.weight)]
+    try:
+        for m in layers:
+            m.packed = packed(m.weight.detach())
+        yield packed(head.detach())
+    finally:
+        for m in layers:
+            del m.packed

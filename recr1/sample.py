@@ -13,7 +13,7 @@ import torch
 from .attention import PackedAttention
 from .cache import KVCache, slots
 from .kernels.choose import choose
-from .linear import product
+from .linear import product, sampling
 from .model import Decoder
 from .policy import policy
 from .records import Prompt, Rollout
@@ -42,7 +42,12 @@ def generate(model: Decoder, prompts: list[Prompt], group_size: int, temperature
     if not most:
         raise ValueError(f"room for {room} slots does not hold one text of {widest}")
     cache.clear(most, widest)
-    lag, hidden = LAG[model.head_weight.device.type], None
+    with sampling(model, model.head_weight) as head:
+        return _generate(model, head, texts, most, cache, temperature, top_p, uniforms, heard, done)
+
+
+def _generate(model, head, texts, most, cache, temperature, top_p, uniforms, heard, done) -> list[Rollout]:
+    lag, hidden = LAG[cache.lengths.device.type], None
     while True:
         if entering := texts.enter(most):
             first = prefill(model, entering, cache)                                          # (P', C)
@@ -53,7 +58,7 @@ def generate(model: Decoder, prompts: list[Prompt], group_size: int, temperature
         for t in range(texts.steps(lag)):
             if t:
                 hidden = decode(model, chosen[-1][0][:, 0], cache)
-            chosen.append(choose(policy(product(hidden, model.head_weight), temperature), texts.draws(uniforms, t, hidden), top_p))
+            chosen.append(choose(policy(product(hidden, head), temperature), texts.draws(uniforms, t, hidden), top_p))
         texts.write(*(torch.stack(x).cpu().numpy() for x in zip(*chosen)), heard)
         texts.rollouts(done)
         tokens = texts.part(cache)
