@@ -18,13 +18,16 @@ class PackedAttention:
     """softmax(q k^T / sqrt(D)) v for the rows of one layout (records.py); call it as (layer, q, k, v).
 
     q (M, H, D), k and v (M, K, D) -> (M, H, D). Index tensors are made once and serve all layers. SDPA needs padded
-    rows: padding lives only inside the call, at the end of a row, where causality or the mask hides it.
+    rows: padding lives only inside the call, at the end of a row, where causality or the mask hides it. `varlen` (varlen.py) needs none.
     """
 
-    def __init__(self, prompt_lengths: torch.Tensor, completion_lengths: torch.Tensor, prompt_of: torch.Tensor, device=None):
+    def __init__(self, prompt_lengths: torch.Tensor, completion_lengths: torch.Tensor, prompt_of: torch.Tensor, device=None, varlen=None):
+        self.varlen = varlen and varlen(prompt_lengths, completion_lengths, prompt_of, device)
         lengths, own, prompt_of = (t.to(device) for t in (prompt_lengths, completion_lengths, prompt_of))   # (P,), (R,), (R,)
         start, own_start = lengths.cumsum(0) - lengths, lengths.sum() + own.cumsum(0) - own
-        self.rows_p, real_p = _padded(start, lengths, up(lengths, ROWS))       # (P, L)
+        self.rows_p, real_p = _padded(start, lengths, up(lengths, ROWS))       # (P, L); the sampler's cache is filled by it
+        if varlen:
+            return
         self.rows_c, real_c = _padded(own_start, own, up(own, ROWS))           # (R, T)
         self.unpad_p, self.unpad_c = real_p.flatten().nonzero()[:, 0], real_c.flatten().nonzero()[:, 0]
         self.keys_p, _ = _padded(start, lengths, up(lengths, SLOTS))
@@ -39,6 +42,8 @@ class PackedAttention:
         self.mask_c = _reads(before, self.rows_c.shape[1], len(slot))
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if self.varlen:
+            return self.varlen(q, k, v)
         out = _attend(_take(q, self.rows_p), _take(k, self.keys_p), _take(v, self.keys_p), self.mask_p)
         out = out.transpose(1, 2).flatten(0, 1).index_select(0, self.unpad_p)
         if not len(self.unpad_c):

@@ -76,7 +76,7 @@ def prefill(model: Decoder, prompts: list[Prompt], cache: KVCache) -> torch.Tens
     lengths, none = torch.tensor([len(p.ids) for p in prompts]), torch.zeros(0, dtype=torch.int64)
     tokens = torch.tensor([t for p in prompts for t in p.ids], device=device)
     positions = torch.tensor([t for p in prompts for t in range(len(p.ids))], device=device)
-    hidden = model(tokens, positions, cache.prefill(PackedAttention(lengths, none, none, device), lengths))
+    hidden = model(tokens, positions, cache.prefill(PackedAttention(lengths, none, none, device, model.backend.varlen), lengths))
     return hidden.index_select(0, (lengths.cumsum(0) - 1).to(device))
 
 
