@@ -18,28 +18,30 @@ class PackedAttention:
     """softmax(q k^T / sqrt(D)) v for the rows of one layout (records.py); call it as (layer, q, k, v).
 
     q (M, H, D), k and v (M, K, D) -> (M, H, D). Index tensors are made once and serve all layers. SDPA needs padded
-    rows: padding lives only inside the call, at the end of a row, where causality or the mask hides it.
+    rows: padding lives only inside the call, at the end of a row, where causality or the mask hides it. `varlen` (varlen.py) needs none.
     """
 
-    def __init__(self, prompt_lengths: torch.Tensor, completion_lengths: torch.Tensor, prompt_of: torch.Tensor, device=None):
+    def __init__(self, prompt_lengths: torch.Tensor, completion_lengths: torch.Tensor, prompt_of: torch.Tensor, device=None, varlen=None):
+        self.varlen = varlen and varlen(prompt_lengths, completion_lengths, prompt_of, device)
         lengths, own, prompt_of = (t.to(device) for t in (prompt_lengths, completion_lengths, prompt_of))   # (P,), (R,), (R,)
         start, own_start = lengths.cumsum(0) - lengths, lengths.sum() + own.cumsum(0) - own
+        # keys of sequence i as the sampler's cache holds them: a completion's prompt's, then its own, without a gap
+        before, whole = lengths[prompt_of], lengths[prompt_of] + own           # (R,)
+        slot = torch.arange(up(whole, SLOTS), device=device)
+        self.keys_p, _ = _padded(start, lengths, up(lengths, SLOTS))           # (P, S)
+        self.keys_c = torch.where(slot < before[:, None], start[prompt_of, None] + slot,
+                                  torch.where(slot < whole[:, None], (own_start - before)[:, None] + slot, 0))               # (R, S')
+        if varlen:
+            return
         self.rows_p, real_p = _padded(start, lengths, up(lengths, ROWS))       # (P, L)
         self.rows_c, real_c = _padded(own_start, own, up(own, ROWS))           # (R, T)
         self.unpad_p, self.unpad_c = real_p.flatten().nonzero()[:, 0], real_c.flatten().nonzero()[:, 0]
-        self.keys_p, _ = _padded(start, lengths, up(lengths, SLOTS))
         self.mask_p = _reads(torch.zeros_like(lengths[:1]), self.rows_p.shape[1], self.keys_p.shape[1])
-        self.cached = self.keys_p                                              # rows of k and v that the sampler keeps for each sequence
-        if not len(self.unpad_c):
-            return
-        # completion r's keys stand as the sampler's cache holds them: its prompt's, then its own, without a gap
-        before = lengths[prompt_of]                                            # (R,)
-        slot = torch.arange(up(before + own, SLOTS), device=device)
-        self.keys_c = torch.where(slot < before[:, None], start[prompt_of, None] + slot,
-                                  torch.where(slot < (before + own)[:, None], (own_start - before)[:, None] + slot, 0))   # (R, S)
-        self.mask_c, self.cached = _reads(before, self.rows_c.shape[1], len(slot)), self.keys_c
+        self.mask_c = _reads(before, self.rows_c.shape[1], len(slot))
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if self.varlen:
+            return self.varlen(q, k, v)
         out = _attend(_take(q, self.rows_p), _take(k, self.keys_p), _take(v, self.keys_p), self.mask_p)
         out = out.transpose(1, 2).flatten(0, 1).index_select(0, self.unpad_p)
         if not len(self.unpad_c):

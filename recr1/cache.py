@@ -29,14 +29,15 @@ class KVCache:
 
     def prefill(self, packed: PackedAttention, lengths: torch.Tensor):
         """The attention callable of the prompts' packed forward: it writes their keys and values into the next rows on the way."""
-        start, width = self.live, packed.cached.shape[1]
+        kept = packed.keys_c if len(packed.keys_c) else packed.keys_p         # rows of k and v, for each sequence that samples
+        start, width = self.live, kept.shape[1]
         self._reserve(start + len(lengths), max(width, self._slots()))
         self.live, self.width = start + len(lengths), max(self.width, int(lengths.max()))
         self.lengths[start:self.live] = lengths.to(self.lengths.device)
 
         def attention(layer, q, k, v):
             for at, new in ((layer, k), (self.layers + layer, v)):
-                padded = new.index_select(0, packed.cached.flatten()).view(-1, width, *new.shape[1:])
+                padded = new.index_select(0, kept.flatten()).view(-1, width, *new.shape[1:])
                 self.store[at, start:self.live, :, :width] = padded.transpose(1, 2)
             return packed(layer, q, k, v)
         return attention

@@ -19,7 +19,7 @@ class Run:
 @dataclass(frozen=True)
 class Model:
     path: str = ""                      # HF folder (config.json, safetensors, tokenizer, chat template) or hub id (org/name)
-    attention: str = "sdpa"
+    attention: str = "auto"             # sdpa | varlen | flash (GPU, bfloat16) | auto: varlen where it can run, else sdpa
     head: str = "one_shot"              # one_shot: gradients made in the forward, losses that are sums over tokens | recompute: any loss
     kernels: str = "torch"              # torch | triton (GPU)
     compute: str = "auto"               # float32 | bfloat16 | auto (bfloat16 on a GPU); masters and optimizer are float32

@@ -12,7 +12,7 @@ import yaml
 
 from .config import Config, ConfigError
 
-CHOICES = {"task": ("product_search",), "model.attention": ("sdpa",), "model.compute": ("auto", "float32", "bfloat16"),
+CHOICES = {"task": ("product_search",), "model.attention": ("auto", "varlen", "flash", "sdpa"), "model.compute": ("auto", "float32", "bfloat16"),
            "model.head": ("one_shot", "recompute"), "model.kernels": ("torch", "triton"), "loss.average": ("", "token", "sequence", "constant"),
            "loss.kl_estimator": ("k1", "k2", "k3"), "loss.kl_in": ("loss", "reward"),
            "data.on_bad_line": ("stop", "drop"),

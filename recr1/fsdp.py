@@ -120,7 +120,7 @@ class Sharded(nn.Module):
     def __init__(self, decoder: Decoder, read: Callable[[str], torch.Tensor], *, device: torch.device, master: torch.dtype = torch.float32,
                  compute: torch.dtype = torch.float32, checkpointing: bool = False, frozen: tuple[str, ...] = (), on_host: bool = False):
         super().__init__()
-        self.decoder, self.config, self.checkpointing, self.hold, self.summing = decoder, decoder.config, checkpointing, False, None
+        self.decoder, self.config, self.backend, self.checkpointing, self.hold, self.summing = decoder, decoder.config, decoder.backend, checkpointing, False, None
         self.root_units, *blocks = [[Unit(some, read, some is both[0], master, compute, device, on_host, self._reduce) for some in both if some]
                                     for both in by_block(decoder, frozen)]
         self.units = nn.ModuleList(sum(blocks, self.root_units))

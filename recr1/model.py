@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .linear import Linear
+from .varlen import Backend
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, reachable: int | None = None):
         super().__init__()
-        self.config = config
+        self.config, self.backend = config, Backend()     # backend: of attention over packed rows; load_policy sets it
         self.reachable = reachable or config.vocab_size   # ids the tokenizer has: nobody samples or scores beyond (policy.py)
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),

@@ -62,8 +62,8 @@ class Run:
             self.chat = Chat(self.tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
             self._read_data(read_config(model).max_position_embeddings)
             compute = compute_type(cfg.model.compute)
-            self.policy = load_policy(model, len(self.tokenizer), compute, cfg.train.checkpointing, cfg.train.frozen)
-            self.reference = load_reference(model, len(self.tokenizer), compute, cfg.loss.reference_on_host) if cfg.loss.kl > 0 else None
+            self.policy = load_policy(model, len(self.tokenizer), compute, cfg.train.checkpointing, cfg.train.frozen, cfg.model.attention)
+            self.reference = load_reference(model, len(self.tokenizer), compute, cfg.loss.reference_on_host, cfg.model.attention) if cfg.loss.kl > 0 else None
             self.slot = 2 * self.policy.config.num_hidden_layers * self.policy.config.num_key_value_heads * self.policy.config.head_dim * compute.itemsize
             if (room := self.room()) is not None and room < (one := slots(cfg.prompt.max_tokens + cfg.sampling.max_new_tokens)):
                 raise ConfigError(f"sampling.cache_gib: {room * self.slot / 2**30:.2g} GiB do not hold one text, which takes {one * self.slot / 2**30:.2g}")
@@ -89,7 +89,7 @@ class Run:
         patience(cfg.run.patience)
         self.train_task, self.eval_task = self._task(cfg.reward.k_train), self._task(cfg.reward.k_eval)
         say(f"recr1: {self.policy.size:,} parameters in {str(compute).removeprefix('torch.')}, {dist.world()} x {dist.device().type}, {self.threads} threads each, "
-            f"attention {cfg.model.attention}, loss {cfg.loss.kind} ({loss.gain.__name__}, {loss.advantage.__name__}, per {loss.average}), "
+            f"attention {self.policy.backend}, loss {cfg.loss.kind} ({loss.gain.__name__}, {loss.advantage.__name__}, per {loss.average}), "
             f"head {cfg.model.head}, kernels {cfg.model.kernels}{' (group_loss)' if loss.fused else ''}, {len(self.documents[0])} documents, "
             f"queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test")
         if cfg.sampling.top_p < 1:

@@ -154,10 +154,10 @@ def prefill(model: Decoder, prompts: list[Prompt], cache: KVCache) -> torch.Tens
     sequences = [first[:same]] * (same > 0) + [p.ids[same:] for p in prompts]
     lengths = torch.tensor([len(ids) for ids in sequences])
     if same:
-        packed = PackedAttention(lengths[:1], lengths[1:], torch.zeros(len(prompts), dtype=torch.int64), device)
+        packed = PackedAttention(lengths[:1], lengths[1:], torch.zeros(len(prompts), dtype=torch.int64), device, model.backend.varlen)
     else:
         none = torch.zeros(0, dtype=torch.int64)
-        packed = PackedAttention(lengths, none, none, device)
+        packed = PackedAttention(lengths, none, none, device, model.backend.varlen)
     tokens = torch.tensor([t for ids in sequences for t in ids], device=device)
     positions = torch.tensor([t for i, ids in enumerate(sequences) for t in range(same * (i > 0), same * (i > 0) + len(ids))], device=device)
     hidden = model(tokens, positions, cache.prefill(packed, torch.tensor([len(p.ids) for p in prompts])))

@@ -19,6 +19,7 @@ from recr1.config import Loss, Model
 from recr1.grpo import ADVANTAGES, denominator, group_advantages, kl_of_rollouts, objective, policy_loss
 from recr1.packing import distinct, pack
 from recr1.records import Prompt, Rollout
+from recr1.varlen import Backend
 
 LIMIT, V, C, TEMPERATURE, KL_WEIGHT = 11, 13, 8, 0.7, 0.04
 G = 3                                                                        # TRL makes G / (G - 1) of the unbiased std in float32: exact for 3
@@ -233,7 +234,7 @@ def test_liger(name, head, cap, kl):
     [(b, at)], _ = batches_of(w, o)
 
     class Policy:                                                            # what recr1/policy.py asks of a model
-        head_weight, root = weight, staticmethod(nullcontext)
+        head_weight, root, backend = weight, staticmethod(nullcontext), Backend()
         __call__ = staticmethod(lambda tokens, positions, attention: hidden)
     loss, logp, _ = policy_loss(Policy(), b, total, TEMPERATURE, o)
     equal(logp, w.now[at])
