@@ -5,12 +5,17 @@ prompt's keys is the sum over its siblings, as in the padded way, but its rows a
 """
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
+
+from .varlen import Backend
 
 # Query rows and key slots are padded to these, and keys stand in one order, so that sampler and trainer sum alike: on CPU in float32
 # the mean |sampler - trainer| log-prob falls from 1.4e-7 to 3e-9, the 99.9th percentile from 9e-6 to 1e-6, at no measurable cost.
 ROWS, SLOTS = 4, 16
+BLOCK = 128         # slots that an exact product sums at once: MKL cuts longer sums by their length, of which masked slots are part
 SHORT = 64 * 128    # queries x keys of a row below which a plain product beats SDPA's blocks on CPU (4.6x at 12 x 24, 1.3x at 128 x 256)
 
 
@@ -21,8 +26,9 @@ class PackedAttention:
     rows: padding lives only inside the call, at the end of a row, where causality or the mask hides it. `varlen` (varlen.py) needs none.
     """
 
-    def __init__(self, prompt_lengths: torch.Tensor, completion_lengths: torch.Tensor, prompt_of: torch.Tensor, device=None, varlen=None):
-        self.varlen = varlen and varlen(prompt_lengths, completion_lengths, prompt_of, device)
+    def __init__(self, prompt_lengths: torch.Tensor, completion_lengths: torch.Tensor, prompt_of: torch.Tensor, device=None,
+                 backend: Backend = Backend()):
+        self.varlen, self.exact = backend.varlen and backend.varlen(prompt_lengths, completion_lengths, prompt_of, device), backend.exact
         lengths, own, prompt_of = (t.to(device) for t in (prompt_lengths, completion_lengths, prompt_of))   # (P,), (R,), (R,)
         start, own_start = lengths.cumsum(0) - lengths, lengths.sum() + own.cumsum(0) - own
         # keys of sequence i as the sampler's cache holds them: a completion's prompt's, then its own, without a gap
@@ -31,7 +37,7 @@ class PackedAttention:
         self.keys_p, _ = _padded(start, lengths, up(lengths, SLOTS))           # (P, S)
         self.keys_c = torch.where(slot < before[:, None], start[prompt_of, None] + slot,
                                   torch.where(slot < whole[:, None], (own_start - before)[:, None] + slot, 0))               # (R, S')
-        if varlen:
+        if self.varlen:
             return
         self.rows_p, real_p = _padded(start, lengths, up(lengths, ROWS))       # (P, L)
         self.rows_c, real_c = _padded(own_start, own, up(own, ROWS))           # (R, T)
@@ -42,11 +48,11 @@ class PackedAttention:
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if self.varlen:
             return self.varlen(q, k, v)
-        out = _attend(_take(q, self.rows_p), _take(k, self.keys_p), _take(v, self.keys_p), self.mask_p)
+        out = _attend(_take(q, self.rows_p), _take(k, self.keys_p), _take(v, self.keys_p), self.mask_p, self.exact)
         out = out.transpose(1, 2).flatten(0, 1).index_select(0, self.unpad_p)
         if not len(self.unpad_c):
             return out
-        completions = _attend(_take(q, self.rows_c), _take(k, self.keys_c), _take(v, self.keys_c), self.mask_c)
+        completions = _attend(_take(q, self.rows_c), _take(k, self.keys_c), _take(v, self.keys_c), self.mask_c, self.exact)
         return torch.cat([out, completions.transpose(1, 2).flatten(0, 1).index_select(0, self.unpad_c)])
 
 
@@ -55,7 +61,7 @@ def up(lengths: torch.Tensor, multiple: int) -> int:
     return -(-int(lengths.max()) // multiple) * multiple if len(lengths) else 0
 
 
-def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, exact: bool = False) -> torch.Tensor:
     """Decode: one query per row. q (B, H, D), k and v (B, K, S, D), mask of `reads` (B, 1, 1, 1, S) -> (B, H, D).
 
     The H/K query heads of a kv head stand as rows of one small product: heads are never repeated. S is a multiple of SLOTS.
@@ -63,7 +69,7 @@ def attend_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.T
     B, H, D = q.shape
     q = q.view(B, k.shape[1], -1, D)
     per_head = q.shape[2]
-    return _plain(F.pad(q, (0, 0, 0, -per_head % ROWS))[:, :, None], k, v, mask)[:, :, 0, :per_head].reshape(B, H, D)
+    return _plain(F.pad(q, (0, 0, 0, -per_head % ROWS))[:, :, None], k, v, mask, exact)[:, :, 0, :per_head].reshape(B, H, D)
 
 
 def reads(last: torch.Tensor, slots: int, dtype) -> torch.Tensor:
@@ -90,17 +96,22 @@ def _take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, exact: bool) -> torch.Tensor:
     """q (B, H, T, D), k and v (B, K, S, D), mask (B or 1, 1, T, S) of which keys are read -> (B, H, T, D)."""
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
-    if T * S > SHORT:
+    if T * S > SHORT and not exact:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != K)
     hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, float("-inf"))
-    return _plain(q.unflatten(1, (K, -1)), k, v, hidden[:, :, None]).flatten(1, 2)
+    return _plain(q.unflatten(1, (K, -1)), k, v, hidden[:, :, None], exact).flatten(1, 2)
 
 
-def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """q (B, K, H/K, T, D), k and v (B, K, S, D), hidden (B or 1, 1, 1, T, S), -inf where not read -> (B, K, H/K, T, D): heads are not repeated."""
+def _plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, exact: bool) -> torch.Tensor:
+    """q (B, K, H/K, T, D), k and v (B, K, S, D), hidden (B or 1, 1, 1, T, S), -inf where not read -> (B, K, H/K, T, D): heads are not repeated.
+
+    `exact` (CPU, float32): a query's result is a function of itself and the keys it reads, bit for bit, whatever B, T and S are.
+    """
     weights = ((q * q.shape[-1] ** -0.5) @ k[:, :, None].mT + hidden).softmax(-1)
-    return weights @ v[:, :, None]
+    if not exact:
+        return weights @ v[:, :, None]
+    return reduce(torch.add, (w @ x for w, x in zip(weights.split(BLOCK, -1), v[:, :, None].split(BLOCK, -2))))

@@ -17,9 +17,9 @@ class KVCache:
     that, but not past `most`.
     """
 
-    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype, device):
+    def __init__(self, layers: int, kv_heads: int, head_dim: int, dtype, device, exact: bool = False):
         self.store = torch.zeros(2 * layers, 0, kv_heads, 0, head_dim, dtype=dtype, device=device)   # keys, then values, by layer
-        self.layers, self.live = layers, 0
+        self.layers, self.live, self.exact = layers, 0, exact
         self.lengths = torch.zeros(0, dtype=torch.int64, device=device)
         self.width = 0                                   # the longest live row, in tokens
 
@@ -52,7 +52,7 @@ class KVCache:
         keys, values = self.store[layer, :self.live], self.store[self.layers + layer, :self.live]            # (B, K, S, D)
         keys[self.row, :, self.at], values[self.row, :, self.at] = k, v
         width = self._slots()
-        return attend_rows(q, keys[:, :, :width], values[:, :, :width], self.mask)
+        return attend_rows(q, keys[:, :, :width], values[:, :, :width], self.mask, self.exact)
 
     def advance(self) -> None:
         """After a decode step through all layers: every live row holds one token more."""

@@ -25,6 +25,7 @@ from . import dist
 from .config import ConfigError
 from .files import PARTIAL, Damaged, WriteError, check, contents, discard, fingerprint, read_json, seal, write_text, writing
 from .fsdp import Sharded, Unit
+from .linear import inexact
 from .model import Decoder
 from .optim import Optimizer
 from .varlen import Unusable, choose
@@ -39,10 +40,12 @@ def compute_type(name: str) -> torch.dtype:
     return COMPUTE[("bfloat16" if dist.device().type == "cuda" else "float32") if name == "auto" else name]
 
 
-def load_policy(folder: str, reachable: int, compute: torch.dtype, checkpointing: bool = False, frozen: str = "", attention: str = "auto") -> Sharded:
-    """The folder's model, float32 masters; each rank reads what it owns. `frozen`, `attention`: as in the config. Raises ModelFolderError, ConfigError."""
+def load_policy(folder: str, reachable: int, compute: torch.dtype, checkpointing: bool = False, frozen: str = "", attention: str = "auto",
+                exact: bool = False) -> Sharded:
+    """The folder's model, float32 masters; each rank reads what it owns. `frozen`, `attention`, `exact`
+    (model.batch_invariant): as in the config. Raises ModelFolderError, ConfigError."""
     patterns = tuple(p.strip() for p in frozen.split(",") if p.strip())
-    model, tensors = _open(folder, reachable, compute, attention)
+    model, tensors = _open(folder, reachable, compute, attention, exact)
     names = model.state_dict().keys()
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -52,13 +55,14 @@ def load_policy(folder: str, reachable: int, compute: torch.dtype, checkpointing
     return Sharded(model, tensors.__getitem__, device=dist.device(), compute=compute, checkpointing=checkpointing, frozen=patterns)
 
 
-def load_reference(folder: str, reachable: int, compute: torch.dtype, on_host: bool = False, attention: str = "auto") -> Sharded:
+def load_reference(folder: str, reachable: int, compute: torch.dtype, on_host: bool = False, attention: str = "auto",
+                   exact: bool = False) -> Sharded:
     """The same, frozen and kept in the compute type, in host memory if asked: the policy before training."""
-    model, tensors = _open(folder, reachable, compute, attention)
+    model, tensors = _open(folder, reachable, compute, attention, exact)
     return Sharded(model, tensors.__getitem__, device=dist.device(), master=compute, compute=compute, frozen=("*",), on_host=on_host)
 
 
-def _open(folder: str, reachable: int, compute: torch.dtype, attention: str) -> tuple[Decoder, Tensors]:
+def _open(folder: str, reachable: int, compute: torch.dtype, attention: str, exact: bool) -> tuple[Decoder, Tensors]:
     model, tensors = empty_model(folder, reachable), Tensors(folder)
     tensors.check(model)
     c = model.config
@@ -66,6 +70,10 @@ def _open(folder: str, reachable: int, compute: torch.dtype, attention: str) -> 
         model.backend = choose(attention, c.num_attention_heads > c.num_key_value_heads, c.head_dim, compute, dist.device())
     except Unusable as e:
         raise ConfigError(f"model.attention: {e}; sdpa runs everywhere") from None
+    if exact:
+        if why := inexact(compute, dist.device()):
+            raise ConfigError(f"model.batch_invariant: {why}")
+        model.backend = model.backend._replace(exact=True)
     return model, tensors
 
 

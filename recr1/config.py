@@ -22,6 +22,7 @@ class Model:
     attention: str = "auto"             # sdpa | varlen | flash (GPU, bfloat16) | auto: varlen where it can run, else sdpa
     head: str = "one_shot"              # one_shot: gradients made in the forward, losses that are sums over tokens | recompute: any loss
     kernels: str = "torch"              # torch | triton (GPU)
+    batch_invariant: bool = False       # CPU, float32: log-probs do not depend on the batch; sampler's and trainer's are equal bit for bit
     compute: str = "auto"               # float32 | bfloat16 | auto (bfloat16 on a GPU); masters and optimizer are float32
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+ONEDNN = torch.backends.mkldnn.is_available()
 SLICE = 1 << 20    # bytes of a product that is still in cache when it is copied to its place
 
 
@@ -44,7 +45,12 @@ def packed(w: torch.Tensor) -> torch.Tensor:
 
 
 def onednn(x: torch.Tensor) -> bool:
-    return x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return not inexact(x.dtype, x.device)
+
+
+def inexact(dtype: torch.dtype, device: torch.device) -> str:
+    """Why `product` may give a row other bits beside other rows; empty: it does not."""
+    return "" if device.type == "cpu" and dtype == torch.float32 and ONEDNN else "needs float32 on a CPU, where torch has oneDNN"
 
 
 class _Linear(torch.autograd.Function):

@@ -56,5 +56,5 @@ def score_loss(model: torch.nn.Module, batch: Batch, temperature: float, pull: P
 
 def _head_inputs(model, batch: Batch):
     """Hidden states that predict (N, C), head weight (V, C), targets (N,)."""
-    hidden = model(batch.tokens, batch.positions, PackedAttention(*batch.layout, batch.tokens.device, model.backend.varlen))   # (M, C)
+    hidden = model(batch.tokens, batch.positions, PackedAttention(*batch.layout, batch.tokens.device, model.backend))   # (M, C)
     return hidden.index_select(0, batch.predict_from), model.head_weight, batch.target

@@ -62,8 +62,9 @@ class Run:
             self.chat = Chat(self.tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
             self._read_data(read_config(model).max_position_embeddings)
             compute = compute_type(cfg.model.compute)
-            self.policy = load_policy(model, len(self.tokenizer), compute, cfg.train.checkpointing, cfg.train.frozen, cfg.model.attention)
-            self.reference = load_reference(model, len(self.tokenizer), compute, cfg.loss.reference_on_host, cfg.model.attention) if cfg.loss.kl > 0 else None
+            how = cfg.model.attention, cfg.model.batch_invariant
+            self.policy = load_policy(model, len(self.tokenizer), compute, cfg.train.checkpointing, cfg.train.frozen, *how)
+            self.reference = load_reference(model, len(self.tokenizer), compute, cfg.loss.reference_on_host, *how) if cfg.loss.kl > 0 else None
             self.slot = 2 * self.policy.config.num_hidden_layers * self.policy.config.num_key_value_heads * self.policy.config.head_dim * compute.itemsize
             if (room := self.room()) is not None and room < (one := slots(cfg.prompt.max_tokens + cfg.sampling.max_new_tokens)):
                 raise ConfigError(f"sampling.cache_gib: {room * self.slot / 2**30:.2g} GiB do not hold one text, which takes {one * self.slot / 2**30:.2g}")

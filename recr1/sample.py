@@ -142,7 +142,7 @@ class Texts:
 def new_cache(model: Decoder) -> KVCache:
     """An empty cache in the model's shape, type and place."""
     c, weight = model.config, model.head_weight
-    return KVCache(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, weight.dtype, weight.device)
+    return KVCache(c.num_hidden_layers, c.num_key_value_heads, c.head_dim, weight.dtype, weight.device, model.backend.exact)
 
 
 def prefill(model: Decoder, prompts: list[Prompt], cache: KVCache) -> torch.Tensor:
@@ -154,10 +154,10 @@ def prefill(model: Decoder, prompts: list[Prompt], cache: KVCache) -> torch.Tens
     sequences = [first[:same]] * (same > 0) + [p.ids[same:] for p in prompts]
     lengths = torch.tensor([len(ids) for ids in sequences])
     if same:
-        packed = PackedAttention(lengths[:1], lengths[1:], torch.zeros(len(prompts), dtype=torch.int64), device, model.backend.varlen)
+        packed = PackedAttention(lengths[:1], lengths[1:], torch.zeros(len(prompts), dtype=torch.int64), device, model.backend)
     else:
         none = torch.zeros(0, dtype=torch.int64)
-        packed = PackedAttention(lengths, none, none, device, model.backend.varlen)
+        packed = PackedAttention(lengths, none, none, device, model.backend)
     tokens = torch.tensor([t for ids in sequences for t in ids], device=device)
     positions = torch.tensor([t for i, ids in enumerate(sequences) for t in range(same * (i > 0), same * (i > 0) + len(ids))], device=device)
     hidden = model(tokens, positions, cache.prefill(packed, torch.tensor([len(p.ids) for p in prompts])))

@@ -26,9 +26,11 @@ class Backend(NamedTuple):
     name: str = "sdpa"
     varlen: Callable | None = None      # (lengths, own, prompt_of, device) -> Varlen; None: SDPA over padded rows (attention.py)
     note: str = ""
+    exact: bool = False                 # model.batch_invariant: see attention._plain
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.note})" if self.note else self.name
+        said = "; ".join(filter(None, (self.note, "batch invariant" * self.exact)))
+        return f"{self.name} ({said})" if said else self.name
 
 
 def choose(asked: str, grouped: bool, head_dim: int, compute: torch.dtype, device: torch.device) -> Backend:

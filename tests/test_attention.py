@@ -118,7 +118,7 @@ def test_outputs_and_gradients_are_those_of_sdpa(gpu, monkeypatch, name, layout,
         return torch.randn(int(lengths.sum() + own.sum()), n, 8, generator=generator, dtype=torch.float64)
     inputs = [random(n).requires_grad_() for n in (heads, kv_heads, kv_heads)]
     want = PackedAttention(lengths, own, prompt_of)(0, *inputs)
-    packed = PackedAttention(lengths, own, prompt_of, CPU, backend.varlen)
+    packed = PackedAttention(lengths, own, prompt_of, CPU, backend)
     monkeypatch.setattr(attention, "_attend", None)                            # no second way behind it
     ours, toward = packed(0, *inputs), random(heads)
     assert (ours - want).abs().max() < 1e-12
@@ -128,7 +128,7 @@ def test_outputs_and_gradients_are_those_of_sdpa(gpu, monkeypatch, name, layout,
 
 def test_no_row_is_padded_and_no_head_repeated_where_the_kernel_groups_them(gpu, monkeypatch):
     lengths, own, prompt_of = (torch.tensor(x) for x in LAYOUTS["completions of one token"])
-    packed = PackedAttention(lengths, own, prompt_of, CPU, stand_in(monkeypatch, "flash", True).varlen)
+    packed = PackedAttention(lengths, own, prompt_of, CPU, stand_in(monkeypatch, "flash", True))
     q, k = torch.randn(24, 4, 8), torch.randn(24, 2, 8)
     packed(0, q, k, k)
     assert sys.modules["flash_attn"].calls == [((13, 4, 8), (13, 2, 8)), ((11, 4, 8), (3 + 4 + 9 + 7, 2, 8))]
@@ -303,7 +303,7 @@ def test_on_a_gpu(asked, heads, kv_heads, dim):
 
         def outcome(dtype, of):
             *inputs, toward = (x.to(dtype, copy=True) for x in exact)
-            out = PackedAttention(lengths, own, prompt_of, GPU, of.varlen)(0, *(x.requires_grad_() for x in inputs))
+            out = PackedAttention(lengths, own, prompt_of, GPU, of)(0, *(x.requires_grad_() for x in inputs))
             return [x.float() for x in (out, *torch.autograd.grad(out, inputs, toward))]
         for want, sdpa, ours in zip(outcome(torch.float32, Backend()), outcome(torch.bfloat16, Backend()), outcome(torch.bfloat16, backend)):
             assert (ours - want).norm() <= 4 * (sdpa - want).norm() + 1e-3 * want.norm()
