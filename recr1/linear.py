@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 ONEDNN = torch.backends.mkldnn.is_available()
+ROWS = 16          # fewer rows are padded to a multiple: each count has its own compiled loop, of which oneDNN keeps 1,024; and a single row other bits
 SLICE = 1 << 20    # bytes of a product that is still in cache when it is copied to its place
 
 
@@ -24,8 +25,9 @@ def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) 
         w = w.contiguous()                                # rows with gaps would take oneDNN's reference loop, a thousand times slower,
     if 0 in x.stride():
         x = x.contiguous()                                # and so would expanded ones
-    if len(x) == 1:                                       # one row has a kernel of its own, with other bits
-        return product(x.repeat(2, 1), w, bias)[:1]
+    n = len(x)
+    if n % ROWS and n < 64 * ROWS:
+        return product(F.pad(x, (0, 0, 0, -n % ROWS)), w, bias)[:n]
     return torch.ops.mkldnn._linear_pointwise(x, w, bias, "none", [], "")
 
 

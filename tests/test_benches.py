@@ -25,3 +25,8 @@ def test_sharding_against_fully_shard():
 def test_share_of_the_peak():
     out, [bar] = run("experiments/bench/mfu.py", "--dry-run", "--checkpointing")
     assert "44 tokens computed" in out and bar["value"] > 0        # 2 x 2 rollouts of 8 + 8, each prompt once, no row for a last token: 2 * 8 + 4 * 7
+
+
+def test_the_gap_of_sampler_and_trainer():
+    out, bars = run("experiments/bench/exact.py", "--steps=2", "--pairs=1", "train.prompts_per_step=4")
+    assert out.count("s a step") == 2 and all(bar["ok"] for bar in bars if "gap" in bar["name"])

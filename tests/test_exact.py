@@ -1,5 +1,6 @@
 """model.batch_invariant: log-probs of sampler and trainer equal bit for bit, whatever stands beside a row."""
 import json
+
 import numpy as np
 import pytest
 import torch
