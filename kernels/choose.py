@@ -7,8 +7,8 @@ whatever ties with its least likely one. Log-probs are the whole policy's, not r
 
 `choose` is the formula in torch. `triton_choose` reads a row of logits twice and its choice's tile once more, and writes 12 bytes: 384 rows
 of 151,936 in bf16 are 117 MB a visit, 0.08 ms at 3.0 TB/s where torch's half a dozen passes over float32 take 0.5 (arithmetic, not
-measured). The nucleus costs it a visit per bit of a logit, 16 or 32, and no sort. Its log-prob is the `statistics` kernel's of logprob.py,
-by the same function: equal logits, equal bits.
+measured). The nucleus costs it a visit per bit of a logit, 16 or 32, and no sort. Its log-prob comes from the function and the tiles of
+logprob.py's `statistics` kernel: from equal logits equal bits, in the interpreter; on a GPU not yet compared.
 
 Legend: B rows, K siblings that share a row, V vocabulary.
 """

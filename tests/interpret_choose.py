@@ -9,7 +9,7 @@ from recr1.kernels.choose import choose, triton_choose
 from recr1.policy import policy
 
 SEED = int(os.environ["RECR1_SEED"])
-SIZES = [(1, 1, 2), (1, 5, 33), (37, 2, 101), (5, 8, 1001), (2, 3, 17_003)]      # B, K, V; the last one is two tiles and a tail
+SIZES = [(1, 1, 2), (1, 5, 33), (7, 2, 101), (3, 3, 1001), (2, 2, 17_003)]      # B, K, V; the last one is two tiles and a tail
 EDGES = [0.0, 2.0 ** -53, 1 - 2.0 ** -53, 1.0]                                   # float64: the third becomes 1 in float32
 
 
@@ -45,12 +45,9 @@ def between(ids, u, p, slack):
     assert (u >= before - slack).all() and (u <= after + slack).all(), f"seed {SEED}"
 
 
-@pytest.mark.parametrize("top_p", [1.0, 0.8, 0.3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, top_p", [(torch.float32, 1.0), (torch.float32, 0.8), (torch.bfloat16, 1.0), (torch.bfloat16, 0.3)])
 @pytest.mark.parametrize("B, K, V", SIZES)
 def test_inverse_cdf(B, K, V, dtype, top_p):
-    if V > 10_000 and dtype == torch.float32 and top_p == 0.3:
-        pytest.skip("the bisection of 17,003 columns was seen at 0.8")
     temperature = 0.7 if V % 3 else 1.0
     g = draw(B, K, V, dtype, top_p)
     logits = rows(B, V, dtype, g)
@@ -104,16 +101,18 @@ def test_no_uniform_yields_an_id_of_probability_zero(dtype, top_p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ties", [[0.0, -0.0], [1.5, 1.5], [-2.5, -2.5]], ids=str)
 def test_what_ties_at_the_nucleus_edge_stays_in_it(dtype, ties):
-    """Eight ids tie for the last place, 0 and -0 among them: all are drawn; with top_p below the first one's mass none is."""
+    """Eight ids tie for the last place, 0 and -0 among them: one uniform in the middle of each id's share draws all, and with a top_p that
+    the first one reaches, it alone."""
     logits = torch.full((1, 16), min(ties) - 20, dtype=dtype)
     logits[0, 3] = ties[0] + 3
     logits[0, 4:12] = torch.tensor(ties * 4, dtype=dtype)
-    u = torch.linspace(0.0005, 0.9995, 200, dtype=torch.float64)[None]
     p = logits[0].double().softmax(-1)
-    for top_p, kept in ((float(p[3]) + 0.01, set(range(3, 12))), (float(p[3]) - 0.01, {3})):
+    for top_p, kept in ((float(p[3]) + 0.01, list(range(3, 12))), (float(p[3]) - 0.01, [3])):
+        share = p[kept] / p[kept].sum()
+        u = (share.cumsum(0) - share / 2)[None]
         ids, _, cut = triton_choose(logits, 1.0, u, top_p)
-        assert set(ids[0].tolist()) == kept == set(choose(policy(logits, 1.0), u, top_p)[0][0].tolist())
-        assert abs(cut.item() - (1 - p[list(kept)].sum().item())) < 1e-6
+        assert ids[0].tolist() == kept == choose(policy(logits, 1.0), u, top_p)[0][0].tolist()
+        assert abs(cut.item() - (1 - p[kept].sum().item())) < 1e-6
 
 
 def test_a_row_that_is_not_finite_yields_ids_of_the_vocabulary():

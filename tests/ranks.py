@@ -40,6 +40,7 @@ class Case(NamedTuple):
     frozen: tuple[str, ...] = ()
     on_host: bool = False                # the reference, and AdamW's moments
     shape: dict = {}                     # of the model
+    group: int = GROUP
 
 
 TIED = dict(tie_word_embeddings=True, num_hidden_layers=3)
@@ -69,13 +70,18 @@ CASES = {
     "bfloat16": Case(ONE, shape=TIED, **BF16),
     "bfloat16 checkpointing": Case(ONE, 40, checkpointing=True, **BF16),
 }
+# Shared prompts under checkpointing, for test_ranks.py's padded reference: budgets that split a group of 8, and that hold several groups
+PADDED = {f"{name}, groups of {group}, {family}, {budget} tokens": Case(ONE, budget, dtype, checkpointing=True, group=group, shape=dict(family=family, **tied))
+          for name, dtype in (("float64", torch.float64), ("float32", torch.float32))
+          for group, budget, family, tied in ((1, 40, "qwen2", {}), (3, 40, "llama", TIED), (8, 40, "qwen3", TIED), (8, 200, "qwen2", {}))}
+CASES |= PADDED
 AGAINST_FSDP2 = ["float64 checkpointing", "float64 tied", "float64 small batches", "float64 frozen", "float64 one reduction a step", "bfloat16", "bfloat16 checkpointing"]
 
 GATHERED = ["float64 tied", "float64 tied checkpointing", "float64 frozen", "float64 frozen, checkpointing, one reduction a step"]
 
 
-def rollouts_and_rewards(step: int, same: tuple) -> tuple[list[Rollout], list[float]]:
-    """PROMPTS * GROUP rollouts of unequal lengths; every third sibling repeats its elder; groups in `same` have one reward."""
+def rollouts_and_rewards(step: int, same: tuple = (), group: int = GROUP) -> tuple[list[Rollout], list[float]]:
+    """PROMPTS * group rollouts of unequal lengths; every third sibling repeats its elder; groups in `same` have one reward."""
     g = torch.Generator().manual_seed(step)
 
     def ids(low, high):
@@ -83,22 +89,28 @@ def rollouts_and_rewards(step: int, same: tuple) -> tuple[list[Rollout], list[fl
     rollouts, rewards = [], []
     for p in range(PROMPTS):
         prompt, texts = Prompt(f"q{p}", p, "", ids(1, 8)), []
-        for s in range(GROUP):
+        for s in range(group):
             texts.append(texts[-1] if s % 3 == 2 else ids(1, 10))
             rollouts.append(Rollout(prompt, p, s, texts[-1], (0.0,) * len(texts[-1]), True))
             rewards.append(1.0 if p in same else len(texts[-1]) * 0.1 + p)
     return rollouts, rewards
 
 
-def accumulate(policy, reference, step: int, same: tuple, cfg: Config) -> float:
+def advantages(rewards: list[float], cfg: Config, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """The loop's. Of a group of one they would all be 0: what its reward has over 3."""
+    rewards = torch.tensor(rewards, dtype=dtype)
+    return group_advantages(rewards, group, objective(cfg.loss, cfg.model).advantage, cfg.loss) if group > 1 else rewards - 3
+
+
+def accumulate(policy, reference, step: int, same: tuple, cfg: Config, group: int = GROUP) -> float:
     """The loop's train phase for this rank's share of the step, without the optimizer. Returns this rank's part of the loss."""
-    rollouts, rewards = rollouts_and_rewards(step, same)
+    rollouts, rewards = rollouts_and_rewards(step, same, group)
     mine = set(dist.share(list(range(PROMPTS))))
     rewards = [r for x, r in zip(rollouts, rewards) if x.group in mine]
     rollouts = [x for x in rollouts if x.group in mine]
     dtype = next(policy.parameters()).dtype
     loss = objective(cfg.loss, cfg.model)
-    adv = group_advantages(torch.tensor(rewards, dtype=dtype), GROUP, loss.advantage, cfg.loss)
+    adv = advantages(rewards, cfg, group, dtype)
     texts, first = distinct([replace(x, group=x.group - min(mine)) for x in rollouts])
     [(total, batches)] = optimiser_steps(policy, reference, texts, adv[first], cfg, loss.average)
     sum_of_losses = 0.0
@@ -142,7 +154,7 @@ def results(name: str, sharded: bool) -> dict[str, torch.Tensor]:
     policy, reference = model(1, case.frozen), model(2, ("*",)) if cfg.loss.kl else None
     optimizer, out = Optimizer(policy, cfg.optimizer, 3), {}
     for step in range(3):
-        loss = accumulate(policy, reference, step, case.same, cfg)
+        loss = accumulate(policy, reference, step, case.same, cfg, case.group)
         if step == 0:
             out = {f"grad {name}": t.clone() for name, t in named(lambda p: p.grad).items()} | dict(loss=torch.tensor(dist.total(loss)[0], dtype=torch.float64))
         norm, _ = optimizer.step()
