@@ -41,11 +41,11 @@ def compute_type(name: str) -> torch.dtype:
 
 
 def load_policy(folder: str, reachable: int, compute: torch.dtype, checkpointing: bool = False, frozen: str = "", attention: str = "auto",
-                exact: bool = False) -> Sharded:
+                exact: bool = False, float32_head: bool = False) -> Sharded:
     """The folder's model, float32 masters; each rank reads what it owns. `frozen`, `attention`, `exact`
-    (model.batch_invariant): as in the config. Raises ModelFolderError, ConfigError."""
+    (model.batch_invariant), `float32_head`: as in the config. Raises ModelFolderError, ConfigError."""
     patterns = tuple(p.strip() for p in frozen.split(",") if p.strip())
-    model, tensors = _open(folder, reachable, compute, attention, exact)
+    model, tensors = _open(folder, reachable, compute, attention, exact, float32_head)
     names = model.state_dict().keys()
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -56,13 +56,13 @@ def load_policy(folder: str, reachable: int, compute: torch.dtype, checkpointing
 
 
 def load_reference(folder: str, reachable: int, compute: torch.dtype, on_host: bool = False, attention: str = "auto",
-                   exact: bool = False) -> Sharded:
+                   exact: bool = False, float32_head: bool = False) -> Sharded:
     """The same, frozen and kept in the compute type, in host memory if asked: the policy before training."""
-    model, tensors = _open(folder, reachable, compute, attention, exact)
+    model, tensors = _open(folder, reachable, compute, attention, exact, float32_head)
     return Sharded(model, tensors.__getitem__, device=dist.device(), master=compute, compute=compute, frozen=("*",), on_host=on_host)
 
 
-def _open(folder: str, reachable: int, compute: torch.dtype, attention: str, exact: bool) -> tuple[Decoder, Tensors]:
+def _open(folder: str, reachable: int, compute: torch.dtype, attention: str, exact: bool, float32_head: bool) -> tuple[Decoder, Tensors]:
     model, tensors = empty_model(folder, reachable), Tensors(folder)
     tensors.check(model)
     c = model.config
@@ -73,7 +73,7 @@ def _open(folder: str, reachable: int, compute: torch.dtype, attention: str, exa
     if exact:
         if why := inexact(compute, dist.device()):
             raise ConfigError(f"model.batch_invariant: {why}")
-        model.backend = model.backend._replace(exact=True)
+    model.backend = model.backend._replace(exact=exact, float32_head=float32_head)
     return model, tensors
 
 

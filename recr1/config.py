@@ -21,6 +21,7 @@ class Model:
     path: str = ""                      # HF folder (config.json, safetensors, tokenizer, chat template) or hub id (org/name)
     attention: str = "auto"             # sdpa | varlen | flash (GPU, bfloat16) | auto: varlen where it can run, else sdpa
     head: str = "one_shot"              # one_shot: gradients made in the forward, losses that are sums over tokens | recompute: any loss
+    head_float32: bool = False          # logits by a float32 product where the rest computes in bfloat16
     kernels: str = "torch"              # torch | triton (GPU)
     batch_invariant: bool = False       # CPU, float32: log-probs do not depend on the batch; sampler's and trainer's are equal bit for bit
     compute: str = "auto"               # float32 | bfloat16 | auto (bfloat16 on a GPU); masters and optimizer are float32

@@ -54,7 +54,13 @@ def score_loss(model: torch.nn.Module, batch: Batch, temperature: float, pull: P
         return linear_loss(*_head_inputs(model, batch), temperature, policy, pull, kernels)
 
 
+def head_of(model) -> torch.Tensor:
+    """The head's weight (V, C) as logits are made with it: in float32 where model.head_float32 says so."""
+    return model.head_weight.float() if model.backend.float32_head else model.head_weight
+
+
 def _head_inputs(model, batch: Batch):
     """Hidden states that predict (N, C), head weight (V, C), targets (N,)."""
     hidden = model(batch.tokens, batch.positions, PackedAttention(*batch.layout, batch.tokens.device, model.backend))   # (M, C)
-    return hidden.index_select(0, batch.predict_from), model.head_weight, batch.target
+    head = head_of(model)
+    return hidden.index_select(0, batch.predict_from).to(head.dtype), head, batch.target

@@ -62,7 +62,7 @@ class Run:
             self.chat = Chat(self.tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
             self._read_data(read_config(model).max_position_embeddings)
             compute = compute_type(cfg.model.compute)
-            how = cfg.model.attention, cfg.model.batch_invariant
+            how = cfg.model.attention, cfg.model.batch_invariant, cfg.model.head_float32
             self.policy = load_policy(model, len(self.tokenizer), compute, cfg.train.checkpointing, cfg.train.frozen, *how)
             self.reference = load_reference(model, len(self.tokenizer), compute, cfg.loss.reference_on_host, *how) if cfg.loss.kl > 0 else None
             self.slot = 2 * self.policy.config.num_hidden_layers * self.policy.config.num_key_value_heads * self.policy.config.head_dim * compute.itemsize

@@ -15,7 +15,7 @@ from .cache import KVCache, slots
 from .kernels.choose import choose
 from .linear import product, sampling
 from .model import Decoder
-from .policy import policy
+from .policy import head_of, policy
 from .records import Prompt, Rollout
 
 LAG = {"cpu": 1, "cuda": 8}    # tokens between two looks at who has stopped: a GPU would wait for each look, longer than some tokens that nobody reads take
@@ -42,7 +42,7 @@ def generate(model: Decoder, prompts: list[Prompt], group_size: int, temperature
     if not most:
         raise ValueError(f"room for {room} slots does not hold one text of {widest}")
     cache.clear(most, widest)
-    with sampling(model, model.head_weight) as head:
+    with sampling(model, head_of(model)) as head:
         return _generate(model, head, texts, most, cache, temperature, top_p, uniforms, heard, done)
 
 
@@ -58,7 +58,7 @@ def _generate(model, head, texts, most, cache, temperature, top_p, uniforms, hea
         for t in range(texts.steps(lag)):
             if t:
                 hidden = decode(model, chosen[-1][0][:, 0], cache)
-            chosen.append(choose(policy(product(hidden, head), temperature), texts.draws(uniforms, t, hidden), top_p))
+            chosen.append(choose(policy(product(hidden.to(head.dtype), head), temperature), texts.draws(uniforms, t, hidden), top_p))
         texts.write(*(torch.stack(x).cpu().numpy() for x in zip(*chosen)), heard)
         texts.rollouts(done)
         tokens = texts.part(cache)

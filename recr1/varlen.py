@@ -26,6 +26,7 @@ class Backend(NamedTuple):
     name: str = "sdpa"
     varlen: Callable | None = None      # (lengths, own, prompt_of, device) -> Varlen; None: SDPA over padded rows (attention.py)
     note: str = ""
+    float32_head: bool = False          # model.head_float32: see policy.head_of
     exact: bool = False                 # model.batch_invariant: see attention._plain
 
     def __str__(self) -> str:

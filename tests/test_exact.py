@@ -97,3 +97,25 @@ def test_products_are_the_matrix_products(rows, inputs, outputs):
         ours = torch.autograd.grad(layer(leaf), [leaf, layer.weight, layer.bias], toward)
         for a, e in zip(ours, torch.autograd.grad(oracle(theirs), [theirs, oracle.weight, oracle.bias], toward.double())):
             assert a.shape == e.shape and torch.allclose(a.double(), e, atol=1e-3)
+
+
+def test_a_float32_head_on_a_bfloat16_trunk():
+    """Its log-probs are closer to the float32 head's own than bfloat16 logits', in sampler and trainer; its gradient reaches the bfloat16 weight."""
+    model = tiny_model(seed=4, std=0.3, tie_word_embeddings=True).bfloat16()
+    prompts, u = drawn(model, 3, 4, 5, 20, 12, 0)
+    gaps = {}
+    for wide in (True, False):
+        model.backend = Backend(float32_head=wide)
+        rollouts = generate(model, prompts, 4, 1.0, 12, frozenset(), u)
+        [batch] = pack(distinct(rollouts)[0], 4096)
+        hidden = []
+        hook = model.register_forward_hook(lambda *args: hidden.append(args[-1].detach().double()))
+        logp = score(model, batch, 1.0)[0]
+        hook.remove()
+        logits = hidden[0].index_select(0, batch.predict_from) @ model.head_weight.detach().double().T
+        want = logits.log_softmax(-1).gather(1, batch.target[:, None])[:, 0]
+        gaps[wide] = (logp.detach() - want).abs().max().item()
+        model.zero_grad()
+        logp.sum().backward()
+        assert model.model.embed_tokens.weight.grad.abs().max() > 0 and np.isfinite([x for r in rollouts for x in r.sampler_logp]).all()
+    assert gaps[True] < 1e-5 < 1e-3 < gaps[False]
