@@ -1,4 +1,4 @@
-"""One whole GRPO step against TRL's GRPOTrainer on a CPU: python experiments/bench/step.py [--shape 4x256|12x512|all] [--pairs 5] [--threads 2]
+"""One whole GRPO step against TRL's GRPOTrainer on a CPU: python experiments/bench/step.py [--shape 4x256|12x512|long|all] [--pairs N] [--threads 2]
 
 Both sides: the same Qwen2 (tied, V = 8,192, random weights) in float32, 8 prompts of 64 tokens x 8 generations of 64 tokens (the stop id lies
 outside the vocabulary, so nothing stops early), temperature 1, the same reward on the decoded text, the token-mean loss of group advantages
@@ -8,6 +8,7 @@ config's defaults; TRL's is trainer.train(), its settings stand in `Theirs`: no 
 before it, now after. Random weights are the hard case for a sampler that shares rows: siblings part at their first token (`distinct`).
 Then the gradient norm of TRL's first step against ours on its texts and weights: both compute the same.
 
+`long`: 4x256 with prompts of 256 tokens, as recommendation's are; TRL takes 4 to 5 times as long there, so 3 pairs in place of 5.
 Medians over the pairs after two warm-up steps. Ends with one line of JSON: the bars and whether they hold. Needs a quiet machine and 6 GB.
 `--dry-run` takes a tiny size: it shows that the bench works, its times mean nothing.
 """
@@ -21,7 +22,6 @@ import tempfile
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import asdict
 from statistics import median
 from time import perf_counter
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 try:
     from datasets import Dataset            # comes with trl
@@ -41,12 +41,13 @@ from recr1.config import Config, Loss, Sampling
 from recr1.fsdp import Sharded, gathered
 from recr1.grpo import group_advantages, objective, policy_loss
 from recr1.log import Step
-from recr1.model import Decoder, ModelConfig
+from recr1.model import Decoder
 from recr1.optim import Optimizer
 from recr1.packing import distinct
 from recr1.records import Prompt, Reward, Rollout
 from recr1.sample import generate, new_cache
 from recr1.train import optimiser_steps
+from sides import qwen2, twins
 
 WARM = 2                                    # steps before the first pair that counts
 PHASES = ("sample", "reward", "forward", "backward", "optimizer", "rest", "step")
@@ -54,11 +55,12 @@ PHASES = ("sample", "reward", "forward", "backward", "optimizer", "rest", "step"
 
 class Size(SimpleNamespace):
     """layers, width, inner (of the MLP), heads; the rest has defaults."""
-    vocabulary, prompts, group, prompt, completion = 8192, 8, 8, 64, 64
+    vocabulary, prompts, group, prompt, completion, pairs = 8192, 8, 8, 64, 64, 5
     batch = 8                                # TRL's per_device_train_batch_size: its default, and the fastest of 4 to 64 (4x256) and of 8, 32, 64 (12x512)
 
 
-SIZES = {"4x256": Size(layers=4, width=256, inner=1024, heads=4, bar=0.60), "12x512": Size(layers=12, width=512, inner=1536, heads=8, bar=0.80)}
+SMALL, WIDE = dict(layers=4, width=256, inner=1024, heads=4), dict(layers=12, width=512, inner=1536, heads=8)
+SIZES = {"4x256": Size(**SMALL, bar=0.40), "12x512": Size(**WIDE, bar=0.55), "long": Size(**SMALL, bar=0.20, prompt=256, pairs=3)}
 DRY = Size(layers=2, width=32, inner=48, heads=4, bar=1000.0, vocabulary=128, prompts=3, group=4, prompt=8, completion=8, batch=6)
 
 
@@ -91,18 +93,7 @@ class Clock:
 
 def made(size: Size) -> tuple[Decoder, torch.nn.Module, PreTrainedTokenizerFast]:
     """Our decoder and transformers' model with the same random weights, and a tokenizer whose tokens are words: w0, w1, ..."""
-    config = ModelConfig(
-        family="qwen2", vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=size.inner, num_hidden_layers=size.layers,
-        num_attention_heads=size.heads, num_key_value_heads=2, head_dim=size.width // size.heads, rms_norm_eps=1e-6, rope_theta=10000.0,
-        rope_scaling=None, tie_word_embeddings=True, max_position_embeddings=1024)
-    theirs = asdict(config)
-    family, theta = theirs.pop("family"), theirs.pop("rope_theta")
-    theirs.pop("rope_scaling")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        family, **theirs, rope_parameters=dict(rope_type="default", rope_theta=theta), bos_token_id=None, eos_token_id=None, pad_token_id=None))
-    decoder = Decoder(config)
-    decoder.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"})
+    decoder, model = twins(qwen2(size.layers, size.width, size.inner, size.heads, size.vocabulary))
     core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size.vocabulary)} | {"<stop>": size.vocabulary}, unk_token="<stop>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return decoder, model, PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<stop>", pad_token="<stop>")
@@ -254,7 +245,7 @@ def measured(name: str, size: Size, pairs: int) -> list[dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="all", choices=[*SIZES, "all"])
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--pairs", type=int, help="default: 5, of the long shape 3")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dry-run", action="store_true", help="a tiny size: its times mean nothing")
     args = parser.parse_args()
@@ -262,7 +253,7 @@ def main() -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)               # of transformers, about its own names
     sizes = {"dry run": DRY} if args.dry_run else {name: size for name, size in SIZES.items() if args.shape in (name, "all")}
-    bars = [bar for name, size in sizes.items() for bar in measured(name, size, args.pairs)]
+    bars = [bar for name, size in sizes.items() for bar in measured(name, size, args.pairs or size.pairs)]
     print(json.dumps({"bars": bars}))
     return 0 if all(bar["ok"] for bar in bars) else 1
 

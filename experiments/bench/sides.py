@@ -1,0 +1,51 @@
+"""What the benches against others share: one set of random weights on both sides, and the peak of what a call allocates."""
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from recr1.model import Decoder, ModelConfig
+
+
+def qwen2(layers: int, width: int, inner: int, heads: int, vocabulary: int) -> ModelConfig:
+    """A small Qwen2 with two kv heads and a tied head."""
+    return ModelConfig(
+        family="qwen2", vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=2, head_dim=width // heads, rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None, tie_word_embeddings=True,
+        max_position_embeddings=1024)
+
+
+def twins(config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[Decoder, PreTrainedModel]:
+    """Our decoder and transformers' model with the same random weights, transformers' own initialisation. Plain rope only."""
+    theirs = asdict(config)
+    family, theta, scaling = (theirs.pop(key) for key in ("family", "rope_theta", "rope_scaling"))
+    assert scaling is None, "rope scaling is not translated"
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+            family, **theirs, rope_parameters=dict(rope_type="default", rope_theta=theta), bos_token_id=None, eos_token_id=None, pad_token_id=None),
+            dtype=dtype, attn_implementation="sdpa").eval()
+        decoder = Decoder(config).to(dtype)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    decoder.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name not in tied})
+    return decoder, model
+
+
+def allocated(run) -> int:
+    """Bytes that torch's allocator holds at most during run(), above what it held before. On a CPU the profiler's memory events are counted."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - start
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    held = peak = 0
+    for _, size in events:
+        held += size
+        peak = max(peak, held)
+    return peak
