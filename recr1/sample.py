@@ -6,6 +6,7 @@ where they choose differently. Prefill once per prompt is the case of the empty 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Callable
 
 import numpy as np
 import torch
@@ -28,12 +29,13 @@ class Row:
 
 @torch.no_grad()
 def generate(model: Decoder, prompts: list[Prompt], group_size: int, temperature: float, max_new_tokens: int, stops: frozenset[int],
-             uniforms: np.ndarray | None, cache: KVCache | None = None) -> list[Rollout]:
+             uniforms: np.ndarray | None, cache: KVCache | None = None, *, heard: Callable[[int, int], None] | None = None) -> list[Rollout]:
     """P prompts -> P * G rollouts, siblings adjacent, in order.
 
     `uniforms` (P, G, max_new_tokens) in (0, 1), one per token, chooses by inverse CDF; None is greedy. A text ends with any id
     of `stops`, which it keeps, or unfinished at max_new_tokens. Log-probs are those of the policy at `temperature`.
     A `cache` of `new_cache` saves its memory from one call to the next: fresh pages cost a third of a small model's step.
+    `heard(r, id)` is called for each token of rollout r, in the order of its text, as soon as it is chosen.
     """
     if not prompts:
         return []                    # a rank without a share
@@ -49,6 +51,8 @@ def generate(model: Decoder, prompts: list[Prompt], group_size: int, temperature
         alive: list[tuple[int, Row]] = []                                                    # (its row so far, the row it becomes)
         for b, row in enumerate(rows):
             for branch in split(row, ids[b], logp[b]):
+                for s in branch.siblings if heard else ():
+                    heard(branch.group * group_size + s, branch.ids[-1])
                 finished = branch.ids[-1] in stops
                 if finished or t + 1 == max_new_tokens:
                     for s in branch.siblings:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as td
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.profiler import ProfilerActivity, profile
 
 from recr1 import dist
 from recr1.config import Optimizer as OptimizerConfig
@@ -31,7 +32,6 @@ from recr1.packing import pack
 from recr1.policy import score
 from recr1.records import Batch, Prompt, Rollout
 from recr1.session import session
-from sides import allocated
 
 ROOT = str(Path(__file__).resolve().parents[2])
 ALONE = ("ours", "fully_shard", "ours+checkpointing", "fully_shard+checkpointing")
@@ -206,7 +206,19 @@ def measure(step, batch: Batch) -> dict[str, int]:
     for (module, name, _), collective in zip(names, kept):
         setattr(module, name, collective)
     synchronize()
-    peak = allocated(lambda: step(batch))
+    if dist.device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        step(batch)
+        peak = torch.cuda.max_memory_allocated() - start
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            step(batch)
+        events = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+        held = peak = 0
+        for _, size in events:
+            held += size
+            peak = max(peak, held)
     return dict(peak=peak, moved=moved, state=step.state(), gradient=step.gradient)
 
 

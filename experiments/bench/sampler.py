@@ -8,7 +8,8 @@ faster of transformers' two, with its range over the turns.
 equal: 12 prompts of 64 tokens x 8 texts of 128. ragged: the same with log-normal lengths (sigma 0.7, cut at 128, mean 45), the same for all sides.
 transformers is told by a StoppingCriteria that gives a flag per row, its own way to end rows; we draw a stop id: it is the last of the vocabulary,
 and the token's uniform is next to 1 where the text shall end, at most .99 before. That every length came out as drawn is checked.
-first token: seconds of a call for one token. peak: bytes that the allocator holds above the weights, in a call of its own that makes its own cache.
+first token: seconds of a call for one token. peak: growth of the resident memory's high-water mark (a GPU: of the allocator's bytes) over one call that
+makes its own cache, on a CPU each side in a process of its own, warmed up by a small call.
 rows: the share of the texts' tokens that were computed at all (siblings that are still one text are one row). greedy: both decode the prompts
 greedily; how many texts differ, and how many of them where transformers' best logit leads by more than 1e-4.
 
@@ -22,8 +23,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -33,12 +35,13 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
 
+from recr1 import memory
 from recr1.data import uniforms
 from recr1.dryrun import model_shape
 from recr1.model import Decoder, ModelConfig
 from recr1.records import Prompt
 from recr1.sample import generate, new_cache
-from sides import allocated, qwen2, twins
+from twins import qwen2, twins
 
 ROOT = Path(__file__).resolve().parents[2]
 MEAN, SIGMA = 45 / 128, 0.7             # ragged texts: mean over the longest, and the width of the normal
@@ -132,13 +135,15 @@ class Pair:
     """One shape and type: the sides on the same weights, and what they reach on a piece of work."""
 
     def __init__(self, name: str, config: ModelConfig, dtype: torch.dtype, device: str):
-        self.name, self.config, self.device = f"{name} {str(dtype).removeprefix('torch.')}", config, device
+        self.name, self.config, self.dtype, self.device = name, config, dtype, device
+        self.title = f"{name} {str(dtype).removeprefix('torch.')}"
         self.decoder, self.model = twins(config, dtype, device)
         self.sides = dict(ours=Ours(self.decoder), dynamic=Theirs(self.model, False), static=Theirs(self.model, True))
 
     def seconds(self, work: Work, repeats: int) -> dict[str, list[float]]:
         found = {name: [] for name in self.sides}
-        self.sides["ours"](work.batch(self.config.vocab_size, 0))                              # its cache then has this work's size
+        for name, side in self.sides.items():                # ours grows its cache to this work's size; a GPU compiles
+            side(work.batch(self.config.vocab_size, 0))
         for i in range(1, 1 + repeats):
             batch = work.batch(self.config.vocab_size, i)
             for name, side in list(self.sides.items())[::1 if i % 2 else -1]:
@@ -153,8 +158,7 @@ class Pair:
 
     def measure(self, title: str, work: Work, repeats: int) -> SimpleNamespace:
         """Prints a line of the table and returns its figures."""
-        alone = self.sides | dict(ours=Ours(self.decoder))                                     # with a cache of its own
-        peak = {name: allocated(lambda: side(work.batch(self.config.vocab_size, 0))) for name, side in alone.items()}      # warms all of them up
+        peak = {name: self.peak(name, work) for name in self.sides}
         first = {name: median(times) for name, times in self.seconds(replace(work, new=1, ragged=False), repeats).items()}
         seconds = self.seconds(work, repeats)
         tokens = [int(work.batch(self.config.vocab_size, i).lengths.sum()) for i in range(1, 1 + repeats)]
@@ -162,9 +166,23 @@ class Pair:
         best = max("dynamic", "static", key=speed.get)
         ratio = speed["ours"] / speed[best]
         by_turn = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds[best])]
-        print(f"{self.name:<16}{title:<26}" + "".join(f"{speed[n]:>9,.0f}" for n in speed) + f"{ratio:>7.2f} ({min(by_turn):.2f}-{max(by_turn):.2f})"
+        print(f"{self.title:<16}{title:<26}" + "".join(f"{speed[n]:>9,.0f}" for n in speed) + f"{ratio:>7.2f} ({min(by_turn):.2f}-{max(by_turn):.2f})"
               + "".join(f"{1e3 * first[n]:>9,.1f}" for n in first) + "".join(f"{peak[n] / 2**20:>9,.1f}" for n in peak) + f"{self.shared:>7.3f}", flush=True)
         return SimpleNamespace(speed=speed, ratio=ratio)
+
+    def peak(self, side: str, work: Work) -> int:
+        if self.device == "cuda":
+            return self.growth(side, work)
+        what = json.dumps([self.name, asdict(self.config), str(self.dtype).removeprefix("torch."), side, asdict(work), torch.get_num_threads()])
+        done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--alone", what], stdout=subprocess.PIPE, check=True, text=True)
+        return int(done.stdout)
+
+    def growth(self, side: str, work: Work) -> int:
+        run = Ours(self.decoder) if side == "ours" else self.sides[side]                       # ours with a cache of its own
+        memory.restart()
+        before = memory.peak()
+        run(work.batch(self.config.vocab_size, 0))
+        return memory.peak() - before
 
     def greedy(self, work: Work) -> int:
         """How many prompts' greedy texts differ from transformers' where the best token is clear."""
@@ -178,7 +196,7 @@ class Pair:
                 with torch.no_grad():
                     best, second = self.model(row[None, :work.prompt + differs.index(True)]).logits[0, -1].topk(2).values.tolist()
                 differ, clear = differ + 1, clear + (best - second > TIE)
-        print(f"{self.name:<16}greedy: {differ} of {len(prompts)} texts of {work.new} tokens differ from transformers', {clear} of them not at a tie")
+        print(f"{self.title:<16}greedy: {differ} of {len(prompts)} texts of {work.new} tokens differ from transformers', {clear} of them not at a tie")
         return clear
 
     def synchronize(self) -> None:
@@ -223,6 +241,14 @@ def barred(name: str, size: Size, work: Work, repeats: int) -> list[dict]:
                      for how, f, least in zip(("equal", "ragged"), figures, (size.equal, size.ragged))]
             bars.append(dict(name=f"{name}: greedy texts that differ from transformers' where its best token is clear", value=clear, bar=0, ok=clear == 0))
     return bars
+
+
+def alone(name: str, config: dict, dtype: str, side: str, work: dict, threads: int) -> None:
+    """A process of its own: prints the bytes by which its memory grows over the work."""
+    torch.set_num_threads(threads)
+    pair = Pair(name, ModelConfig(**config), getattr(torch, dtype), "cpu")
+    pair.sides[side](replace(Work(**work), new=4).batch(pair.config.vocab_size, 1))
+    print(pair.growth(side, Work(**work)))
 
 
 def table(name: str, size: Size, base: Work, repeats: int, dry: bool) -> None:
@@ -282,7 +308,11 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="group sizes 1-16, prompts and completions 64-512; no bars")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes: their times mean nothing")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.alone:
+        alone(*json.loads(args.alone))
+        return 0
     on_cpu, gpu = ([name for name in args.shape if name in sizes] for sizes in (SIZES, GPU_SIZES))
     if gpu and (on_cpu or args.table):
         parser.error("shapes of a GPU go alone, without --table")

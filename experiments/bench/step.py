@@ -47,7 +47,7 @@ from recr1.packing import distinct
 from recr1.records import Prompt, Reward, Rollout
 from recr1.sample import generate, new_cache
 from recr1.train import optimiser_steps
-from sides import qwen2, twins
+from twins import qwen2, twins
 
 WARM = 2                                    # steps before the first pair that counts
 PHASES = ("sample", "reward", "forward", "backward", "optimizer", "rest", "step")

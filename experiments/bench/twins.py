@@ -1,10 +1,9 @@
-"""What the benches against others share: one set of random weights on both sides, and the peak of what a call allocates."""
+"""Our decoder and transformers' model with the same random weights: for the benches that compare the two."""
 from __future__ import annotations
 
 from dataclasses import asdict
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from recr1.model import Decoder, ModelConfig
@@ -32,20 +31,3 @@ def twins(config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     decoder.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name not in tied})
     return decoder, model
-
-
-def allocated(run) -> int:
-    """Bytes that torch's allocator holds at most during run(), above what it held before. On a CPU the profiler's memory events are counted."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - start
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
-    held = peak = 0
-    for _, size in events:
-        held += size
-        peak = max(peak, held)
-    return peak
