@@ -23,9 +23,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import subprocess
+import multiprocessing
 import sys
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -173,9 +174,9 @@ class Pair:
     def peak(self, side: str, work: Work) -> int:
         if self.device == "cuda":
             return self.growth(side, work)
-        what = json.dumps([self.name, asdict(self.config), str(self.dtype).removeprefix("torch."), side, asdict(work), torch.get_num_threads()])
-        done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--alone", what], stdout=subprocess.PIPE, check=True, text=True)
-        return int(done.stdout)
+        fresh = multiprocessing.get_context("forkserver")                                      # one that has only imported this file, and its forks
+        with ProcessPoolExecutor(1, fresh) as process:
+            return process.submit(alone, self.name, self.config, self.dtype, side, work, torch.get_num_threads()).result()
 
     def growth(self, side: str, work: Work) -> int:
         run = Ours(self.decoder) if side == "ours" else self.sides[side]                       # ours with a cache of its own
@@ -243,12 +244,12 @@ def barred(name: str, size: Size, work: Work, repeats: int) -> list[dict]:
     return bars
 
 
-def alone(name: str, config: dict, dtype: str, side: str, work: dict, threads: int) -> None:
-    """A process of its own: prints the bytes by which its memory grows over the work."""
+def alone(name: str, config: ModelConfig, dtype: torch.dtype, side: str, work: Work, threads: int) -> int:
+    """In a process of its own: the bytes by which its memory grows over the work."""
     torch.set_num_threads(threads)
-    pair = Pair(name, ModelConfig(**config), getattr(torch, dtype), "cpu")
-    pair.sides[side](replace(Work(**work), new=4).batch(pair.config.vocab_size, 1))
-    print(pair.growth(side, Work(**work)))
+    pair = Pair(name, config, dtype, "cpu")
+    pair.sides[side](replace(work, new=4).batch(config.vocab_size, 1))
+    return pair.growth(side, work)
 
 
 def table(name: str, size: Size, base: Work, repeats: int, dry: bool) -> None:
@@ -308,11 +309,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="group sizes 1-16, prompts and completions 64-512; no bars")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes: their times mean nothing")
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.alone:
-        alone(*json.loads(args.alone))
-        return 0
     on_cpu, gpu = ([name for name in args.shape if name in sizes] for sizes in (SIZES, GPU_SIZES))
     if gpu and (on_cpu or args.table):
         parser.error("shapes of a GPU go alone, without --table")
