@@ -10,7 +10,6 @@ import os
 import re
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,19 +18,17 @@ from tqdm import tqdm
 from . import config_file as configs
 from . import data, dist, losslab
 from .answers import parse_query
-from .chat import Chat
-from .checkpoint import compute_type, load_policy
 from .config import ConfigError
 from .dryrun import model_shape
-from .evaluate import greedy, mean_ci
-from .hub import load_tokenizer, resolve, stop_ids
+from .evaluate import mean_ci
 from .log import say
 from .metrics import hit_rate, ndcg, recall, reciprocal_rank
 from .plan import bytes_of, plan
 from .retrieval.bm25 import BM25, load_or_build
+from .rewriter import Rewriter
 from .run import guarded
 from .tasks.product_search import make_prompts
-from .weights import check_room, read_config
+from .weights import check_room
 
 METRICS = {"ndcg": ndcg, "recall": recall, "mrr": reciprocal_rank, "hit": hit_rate}
 
@@ -76,12 +73,14 @@ def parser() -> argparse.ArgumentParser:
     policy(p), corpus(p), judged(p)
     p = command("search", search, "the best hits of one query, and what each matched term contributed")
     corpus(p)
-    p.add_argument("query")
+    p.add_argument("query", type=utf8)
     p.add_argument("-k", type=positive, default=10, help="how many")
-    p = command("generate", generate_one, "a policy's rewrite of one query; with --corpus both hit lists")
+    p = command("generate", generate_one, "a policy's answer to one query, shown as it is sampled; with --corpus both hit lists")
     policy(p), corpus(p, required=False)
-    p.add_argument("query")
+    p.add_argument("query", type=utf8)
     p.add_argument("-k", type=positive, default=5, help="hits of each list")
+    p.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="draw at this temperature; default 0: the most likely token each time")
+    p.add_argument("--seed", type=natural, metavar="N", help="of the draws, which are the same again for the same seed; default 0")
     p = command("losses", losses, "one logged step of a run under every loss")
     p.add_argument("--run", dest="folder", metavar="RUN", required=True, help="a run's folder")
     p.add_argument("--step", type=positive, required=True, help="a step whose tokens were logged (log.tokens_every)")
@@ -99,6 +98,30 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, is {text!r}")
     return int(text)
+
+
+def natural(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2 ** 63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, is {text!r}")
+    return int(text)
+
+
+def temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not (value == 0 or 1e-3 <= value <= 1e3):
+        raise argparse.ArgumentTypeError(f"must be 0 or a number from 0.001 to 1000, is {text!r}")
+    return value
+
+
+def utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:                       # bytes that the shell passed on as they were
+        raise argparse.ArgumentTypeError(f"is not UTF-8: {text!r}") from None
+    return text
 
 
 def metric_list(text: str) -> dict[str, tuple]:
@@ -125,7 +148,7 @@ def eval_policy(args) -> None:
     with dist.together():
         queries, qrels = read_judged(args)
         index = make_index(args)[0] if dist.rank() == 0 else None
-        rewriter = Rewriter(args)
+        rewriter = Rewriter(args.model, args.config)
         prompts, long = make_prompts(queries, rewriter.chat, rewriter.config.prompt.max_tokens, "drop")
     mine = {p.id: query for p, query in zip(dist.share(prompts), rewriter.rewrite(dist.share(prompts)))}
     parts = dist.gather(mine)
@@ -149,16 +172,18 @@ def search(args) -> None:
 
 
 def generate_one(args) -> None:
-    rewriter = Rewriter(args)
-    [prompt], _ = make_prompts({"query": args.query}, rewriter.chat, rewriter.config.prompt.max_tokens, "stop")
-    [rollout] = rewriter.greedy([prompt])
-    text = rewriter.decode(rollout)
-    query, error = parse_query(text)
+    if args.seed is not None and not args.temperature:
+        raise ConfigError("--seed: nothing is drawn at temperature 0; add --temperature 1")
+    rewriter = Rewriter(args.model, args.config)
+    prompt = rewriter.prompt(args.query)
+    index, texts = make_index(args) if args.corpus else (None, {})       # first: what is wrong with the files is said before anything is sampled
+    rollout = rewriter.stream(prompt, args.temperature, args.seed or 0, write_now)
+    query, error = parse_query(rewriter.decode(rollout))
     if query is None:
-        raise ConfigError(f"the policy's answer holds no query ({error}): {plain(text)[:200]!r}; is its prompt the one it was trained with?")
+        cut = "" if rollout.finished else f"; it was cut at sampling.max_new_tokens = {len(rollout.ids)}"
+        raise ConfigError(f"the policy's answer holds no query ({error}){cut}; is its prompt the one it was trained with?")
     say(plain(query))
     if args.corpus:
-        index, texts = make_index(args)
         for title, words in (("raw", args.query), ("rewritten", query)):
             say(f"\n{title}: {plain(words)}\n{hits(index, texts, words, args.k)}")
 
@@ -177,34 +202,6 @@ def plan_memory(args) -> None:
     say(text)
     if why_not:
         raise ConfigError(why_not)
-
-
-class Rewriter:
-    """A policy with the prompt it was trained with: `rewrite(prompts)` -> queries, None where there is no answer."""
-
-    def __init__(self, args):
-        folder = resolve(args.model)
-        recipe = args.config or str(Path(folder) / "recr1.yaml")
-        if not args.config and not Path(recipe).exists():
-            raise ConfigError(f"{recipe}: no such file; it says with which prompt the policy was trained: name a config with --config X.yaml")
-        self.config = configs.load(recipe, [])
-        self.tokenizer = load_tokenizer(folder)
-        self.stops = stop_ids(folder, self.tokenizer)
-        prompt, most = self.config.prompt, read_config(folder).max_position_embeddings
-        if prompt.max_tokens + self.config.sampling.max_new_tokens > most:
-            raise ConfigError(f"{recipe}: prompt.max_tokens + sampling.max_new_tokens exceeds the model's max_position_embeddings = {most}")
-        self.chat = Chat(self.tokenizer, prompt.system, prompt.user, prompt.assistant)
-        self.policy = load_policy(folder, len(self.tokenizer), compute_type("auto"))
-
-    def greedy(self, prompts):
-        return greedy(self.policy, prompts, self.stops, self.config.sampling.max_new_tokens)
-
-    def decode(self, rollout) -> str:
-        ids = rollout.ids[:-1] if rollout.ids[-1] in self.stops else rollout.ids
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-
-    def rewrite(self, prompts) -> list[str | None]:
-        return [parse_query(self.decode(rollout))[0] for rollout in self.greedy(prompts)]
 
 
 def make_index(args) -> tuple[BM25, dict[str, str]]:
@@ -273,9 +270,14 @@ def hits(index: BM25, texts: dict[str, str], query: str, k: int) -> str:
     return "\n".join(lines) or "  no hits"
 
 
-def plain(text: str) -> str:
+def plain(text: str, keep: str = "") -> str:
     """Data on a terminal: without the characters that could drive it, control codes and those that turn the direction of writing."""
-    return "".join(c if c.isprintable() else " " for c in text)
+    return "".join(c if c.isprintable() or c in keep else " " for c in text)
+
+
+def write_now(text: str) -> None:
+    sys.stdout.write(plain(text, keep="\n"))
+    sys.stdout.flush()
 
 
 def command() -> None:
@@ -288,6 +290,8 @@ def command() -> None:
     except BrokenPipeError:                          # `| head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except KeyboardInterrupt:                        # what was written stands
+        code = 130
     sys.exit(code)
 
 

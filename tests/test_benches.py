@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -30,3 +32,23 @@ def test_share_of_the_peak():
 def test_the_gap_of_sampler_and_trainer():
     out, bars = run("experiments/bench/exact.py", "--steps=2", "--pairs=1", "train.prompts_per_step=4")
     assert out.count("s a step") == 2 and all(bar["ok"] for bar in bars if "gap" in bar["name"])
+
+
+@pytest.mark.parametrize("how, rows, bars", [(("4x256",), 4, 3), (("4x256", "--table"), 6, 0), (("0.5B", "1.5B"), 2, 3)], ids=["bars", "table", "gpu"])
+def test_sampler_against_transformers(how, rows, bars):
+    out, found = run("experiments/bench/sampler.py", "--dry-run", "--threads=1", "--shape", *how)
+    table = [line for line in out.splitlines() if line.startswith(how[0].split("x")[0]) or line.startswith("1.5B")]
+    assert len([line for line in table if "greedy" not in line]) == rows and len(found) == bars
+    assert all(bar["ok"] for bar in found)                     # no time; that greedy texts are transformers' holds at any size
+
+
+def test_the_samplers_ceiling_and_ragged_lengths(monkeypatch):
+    """The ceiling against the arithmetic of three shapes by hand, in thousands of tokens per second on an H100."""
+    monkeypatch.syspath_prepend(ROOT / "experiments/bench")
+    import sampler
+    work = sampler.Work(prompts=32, group=12, prompt=256, new=512)
+    for name, thousands in (("0.5B", 216), ("1.5B", 81), ("3B", 48)):
+        shape = sampler.model_shape(f"Qwen/Qwen2.5-{name}-Instruct", str(ROOT / "experiments/any.yaml"))
+        assert round(sampler.roofline(shape, work, 3.0e12) / 1000) == thousands
+    ends = sampler.Work(ragged=True).batch(8192, 0).lengths
+    assert ends.shape == (12, 8) and abs(ends.mean() - 45) < 0.1 and ends.min() >= 1 and ends.max() == 128

@@ -118,12 +118,13 @@ def test_eval_on_two_ranks_is_eval_on_one(world, capsys):
     assert done.stdout == run(capsys, *argv)
 
 
-def test_generate_prints_the_rewrite_and_both_hit_lists(world, capsys):
+def test_generate_prints_text_and_rewrite_of_the_evaluation_and_both_hit_lists(world, capsys):
     cfg, folder = world
     row = next(row for row in jsonl(folder / "eval_after.jsonl") if row["rewrite"])
-    assert run(capsys, "generate", "--model", folder / "model", row["raw"]).strip() == parse_query(row["text"])[0] == row["rewrite"]
+    shown = f"{row['text']}\n{row['rewrite']}\n"
+    assert run(capsys, "generate", "--model", folder / "model", row["raw"]) == shown and parse_query(row["text"])[0] == row["rewrite"]
     out = run(capsys, "generate", "--model", folder / "model", row["raw"], "--corpus", cfg.data.corpus, "-k", 2)
-    assert out.startswith(row["rewrite"] + "\n\nraw: " + row["raw"]) and f"rewritten: {row['rewrite']}" in out
+    assert out.startswith(f"{shown}\nraw: {row['raw']}\n") and f"rewritten: {row['rewrite']}" in out
 
 
 def test_search_shows_terms_that_add_up_to_the_score(world, capsys):

@@ -19,7 +19,7 @@ LEVELS = [
     "weights fsdp sample grpo optim footprint",
     "tasks checkpoint log plan dryrun replay",
     "evaluate report resume",
-    "run",
+    "run rewriter",
     "train sft",
     "explain doctor losslab",
     "cli",

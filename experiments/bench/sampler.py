@@ -23,9 +23,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import subprocess
+import multiprocessing
+import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -173,9 +175,9 @@ class Pair:
     def peak(self, side: str, work: Work) -> int:
         if self.device == "cuda":
             return self.growth(side, work)
-        what = json.dumps([self.name, asdict(self.config), str(self.dtype).removeprefix("torch."), side, asdict(work), torch.get_num_threads()])
-        done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--alone", what], stdout=subprocess.PIPE, check=True, text=True)
-        return int(done.stdout)
+        fresh = multiprocessing.get_context("forkserver")                                      # one that has only imported this file, and its forks
+        with ProcessPoolExecutor(1, fresh) as process:
+            return process.submit(alone, self.name, self.config, self.dtype, side, work, torch.get_num_threads()).result()
 
     def growth(self, side: str, work: Work) -> int:
         run = Ours(self.decoder) if side == "ours" else self.sides[side]                       # ours with a cache of its own
@@ -223,7 +225,7 @@ class Size:
 
 SIZES = {"4x256": Size(qwen2(4, 256, 1024, 4, 8192), 2.0, 4.0), "12x512": Size(qwen2(12, 512, 1536, 8, 8192), 1.4, 3.0)}
 GPU_SIZES = {"0.5B": (130_000, 6.0), "1.5B": (49_000, None), "3B": (29_000, None)}              # bars: tokens/s; over theirs
-DRY, TINY = Size(qwen2(2, 32, 48, 4, 128), 0.0, 0.0), dict(prompts=3, group=2, prompt=8, new=12)
+DRY, TINY = Size(qwen2(2, 32, 48, 4, 128), 0.0, 0.0), dict(prompts=3, group=2, prompt=8, new=8)
 
 
 def bar(name: str, value: float, least: float) -> dict:
@@ -243,18 +245,18 @@ def barred(name: str, size: Size, work: Work, repeats: int) -> list[dict]:
     return bars
 
 
-def alone(name: str, config: dict, dtype: str, side: str, work: dict, threads: int) -> None:
-    """A process of its own: prints the bytes by which its memory grows over the work."""
+def alone(name: str, config: ModelConfig, dtype: torch.dtype, side: str, work: Work, threads: int) -> int:
+    """In a process of its own: the bytes by which its memory grows over the work."""
     torch.set_num_threads(threads)
-    pair = Pair(name, ModelConfig(**config), getattr(torch, dtype), "cpu")
-    pair.sides[side](replace(Work(**work), new=4).batch(pair.config.vocab_size, 1))
-    print(pair.growth(side, Work(**work)))
+    pair = Pair(name, config, dtype, "cpu")
+    pair.sides[side](replace(work, new=4).batch(config.vocab_size, 1))
+    return pair.growth(side, work)
 
 
 def table(name: str, size: Size, base: Work, repeats: int, dry: bool) -> None:
     """Rows of the batch stay as many when the group's size changes."""
     pair, rows = Pair(name, size.config, FLOAT32, "cpu"), base.prompts * base.group
-    groups, more = ((1, 3), (8, 16)) if dry else ((1, 2, 4, 8, 16), (64, 128, 256, 512))
+    groups, more = ((2,), (8, 16)) if dry else ((1, 2, 4, 8, 16), (64, 128, 256, 512))
     works = [replace(base, prompts=rows // g, group=g) for g in groups]
     works += [replace(base, prompt=n) for n in more if n != base.prompt] + [replace(base, new=n) for n in more if n != base.new]
     works += [replace(base, prompts=rows // groups[-1], group=groups[-1], prompt=more[-1], new=more[-1])]
@@ -308,20 +310,18 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="group sizes 1-16, prompts and completions 64-512; no bars")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes: their times mean nothing")
-    parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.alone:
-        alone(*json.loads(args.alone))
-        return 0
     on_cpu, gpu = ([name for name in args.shape if name in sizes] for sizes in (SIZES, GPU_SIZES))
     if gpu and (on_cpu or args.table):
         parser.error("shapes of a GPU go alone, without --table")
-    if gpu and not args.dry_run and not torch.cuda.is_available():
+    if on_cpu or args.dry_run:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""                  # memory.py counts a GPU's bytes where it sees one
+    elif not torch.cuda.is_available():
         parser.error("no GPU here; --dry-run shows that the bench works")
     repeats = args.repeats or (1 if args.dry_run else 2 if args.table or gpu else 5)
     torch.set_num_threads(args.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    print(f"{torch.cuda.get_device_name() if gpu and torch.cuda.is_available() else f'CPU, {args.threads} threads'}, torch {torch.__version__}, {repeats} repeats\n{HEADER}")
+    print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {args.threads} threads'}, torch {torch.__version__}, {repeats} repeats\n{HEADER}")
     bars, tiny = [], Work(**TINY)
     for name in on_cpu:
         size, work = (DRY, tiny) if args.dry_run else (SIZES[name], Work())
