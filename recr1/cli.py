@@ -19,7 +19,7 @@ from tqdm import tqdm
 from . import config_file as configs
 from . import data, dist, losslab
 from .answers import parse_query
-from .chat import Chat
+from .chat import Chat, make_prompts
 from .checkpoint import compute_type, load_policy
 from .config import ConfigError
 from .dryrun import model_shape
@@ -30,7 +30,6 @@ from .metrics import hit_rate, ndcg, recall, reciprocal_rank
 from .plan import bytes_of, plan
 from .retrieval.bm25 import BM25, load_or_build
 from .run import guarded
-from .tasks.product_search import make_prompts
 from .weights import check_room, read_config
 
 METRICS = {"ndcg": ndcg, "recall": recall, "mrr": reciprocal_rank, "hit": hit_rate}
