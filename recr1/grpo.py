@@ -8,11 +8,9 @@ the whole optimiser step, all ranks and micro-batches. Masks do not exist: a Bat
 
 Legend: P prompts, G group, R = P*G rollouts, N trained tokens, n of a chunk.
 """
-from __future__ import annotations
-
 import importlib
-from dataclasses import dataclass, fields, replace
-from typing import Callable, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Callable
 
 import torch
 
@@ -102,24 +100,16 @@ def k3(logp: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
 
 
 KL = {"k1": k1, "k2": k2, "k3": k3}
-# average: token, the mean over all tokens; sequence, the mean over rollouts of their means; constant, the sum over R * max_new_tokens
-
-
-class Recipe(NamedTuple):
-    gain: Callable
-    advantage: str
-    average: str
-
-
 ADVANTAGES = {f.__name__: f for f in (mean_std, mean, leave_one_out)}
+# gain, advantage, average: token, the mean over all tokens; sequence, the mean over rollouts of their means; constant, the sum over R * max_new_tokens
 RECIPES = {
-    "grpo": Recipe(clipped, "mean_std", "token"),            # Rec-R1's verl; average: sequence is DeepSeekMath's own eq. 3
-    "dr_grpo": Recipe(clipped, "mean", "constant"),          # arXiv 2503.20783, section 3
-    "dapo": Recipe(clipped, "mean_std", "token"),            # arXiv 2503.14476, eq. 8-12: with clip_high, sampling.resample, reward.overlong
-    "gspo": Recipe(sequence_clipped, "mean_std", "sequence"),
-    "cispo": Recipe(cispo, "mean_std", "token"),
-    "rloo": Recipe(reinforce, "leave_one_out", "token"),
-    "reinforce": Recipe(reinforce, "mean", "token"),         # with the group's mean as baseline
+    "grpo": (clipped, "mean_std", "token"),                  # Rec-R1's verl; average: sequence is DeepSeekMath's own eq. 3
+    "dr_grpo": (clipped, "mean", "constant"),                # arXiv 2503.20783, section 3
+    "dapo": (clipped, "mean_std", "token"),                  # arXiv 2503.14476, eq. 8-12: with clip_high, sampling.resample, reward.overlong
+    "gspo": (sequence_clipped, "mean_std", "sequence"),
+    "cispo": (cispo, "mean_std", "token"),
+    "rloo": (reinforce, "leave_one_out", "token"),
+    "reinforce": (reinforce, "mean", "token"),               # with the group's mean as baseline
 }
 
 
@@ -143,14 +133,13 @@ class Objective:
 
 def objective(c: Loss, model: Model) -> Objective:
     """Resolves loss.kind, loss.advantage, loss.average. Raises ConfigError."""
-    recipe = RECIPES.get(c.kind) or Recipe(_named("loss.kind", c.kind, RECIPES), "mean_std", "token")
-    advantage = c.advantage or recipe.advantage
-    made = Objective(c, recipe.gain, ADVANTAGES.get(advantage) or _named("loss.advantage", advantage, ADVANTAGES), c.average or recipe.average,
-                     model.head, model.kernels)
-    if made.head == "one_shot" and not getattr(made.gain, "per_token", False):
+    gain, name, average = RECIPES.get(c.kind) or (_named("loss.kind", c.kind, RECIPES), "mean_std", "token")
+    name = c.advantage or name
+    advantage = ADVANTAGES.get(name) or _named("loss.advantage", name, ADVANTAGES)
+    if model.head == "one_shot" and not getattr(gain, "per_token", False):
         raise ConfigError(f"loss.kind: {c.kind} needs whole rollouts, or does not say that it needs none (function.per_token = True); "
                           "set model.head=recompute")
-    return made
+    return Objective(c, gain, advantage, c.average or average, model.head, model.kernels)
 
 
 def _named(key: str, text: str, known) -> Callable:
@@ -267,7 +256,4 @@ def token_weights(batch: Batch, o: Objective) -> torch.Tensor:
 
 def _cut(batch: Batch, rows: slice) -> Batch:
     """The batch with its per-token fields cut to some tokens."""
-    return replace(batch, **{name: getattr(batch, name)[rows] for name in _PER_TOKEN if getattr(batch, name) is not None})
-
-
-_PER_TOKEN = [f.name for f in fields(Batch) if f.name not in ("tokens", "positions", "layout")]
+    return replace(batch, **{name: x[rows] for name, x in vars(batch).items() if name not in ("tokens", "positions", "layout") and x is not None})

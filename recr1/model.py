@@ -47,14 +47,11 @@ class ModelConfig:
     max_position_embeddings: int
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
+class RMSNorm(nn.RMSNorm):
+    """torch's, in float32 at least (float64 stays) up to the weight."""
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))   # at least float32; float64 stays
-        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * F.rms_norm(wide, self.normalized_shape, eps=self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -98,6 +95,7 @@ class Block(nn.Module):
 
 class Decoder(nn.Module):
     """tokens (M,), positions (M,) -> hidden (M, C), after the last norm. The head stands apart: see `head_weight`."""
+    root = nullcontext    # the block in which `head_weight` may be used together with the forward; fsdp.py gathers it there
 
     def __init__(self, config: ModelConfig, reachable: int | None = None):
         super().__init__()
@@ -116,10 +114,6 @@ class Decoder(nn.Module):
         for block in self.model.layers:
             x = block(x, rope, attention)
         return self.model.norm(x)
-
-    def root(self):
-        """The block in which `head_weight` may be used together with the forward; fsdp.py gathers it there."""
-        return nullcontext()
 
     @property
     def head_weight(self) -> torch.Tensor:
