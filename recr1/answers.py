@@ -61,8 +61,8 @@ def answer_json(completion: str) -> tuple[object, str | None]:
     bare = _STRING.sub("", text)
     if bare.count("[") + bare.count("{") > MAX_BRACKETS:
         return None, "too_deep"
-    try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse), None
+    try:        # NaN, Infinity, -Infinity: json.loads takes them, JSON does not have them, and int raises ValueError
+        return json.loads(text, object_pairs_hook=_object, parse_constant=int), None
     except KeyError:                # _object's
         return None, "duplicate_key"
     # A plain ValueError is Python's limit on the digits of an int. RecursionError: the caller's own stack was almost full.
@@ -75,7 +75,3 @@ def _object(pairs):
     if len(keys) < len(pairs):
         raise KeyError
     return keys
-
-
-def _refuse(constant):      # NaN, Infinity, -Infinity: json.loads takes them, JSON does not have them
-    raise ValueError(constant)

@@ -15,7 +15,7 @@ from typing import Callable
 import torch
 
 from .config import ConfigError, Loss, Model
-from .kernels.group_loss import GroupPull, Rule
+from .kernels.group_loss import GroupPull, Known, Rule
 from .policy import score, score_loss
 from .records import Batch, Rollout
 
@@ -101,7 +101,7 @@ def k3(logp: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
 
 KL = {"k1": k1, "k2": k2, "k3": k3}
 ADVANTAGES = {f.__name__: f for f in (mean_std, mean, leave_one_out)}
-# gain, advantage, average: token, the mean over all tokens; sequence, the mean over rollouts of their means; constant, the sum over R * max_new_tokens
+# gain, advantage, average (token: mean over all tokens; sequence: mean over rollouts of their means; constant: sum over R * max_new_tokens)
 RECIPES = {
     "grpo": (clipped, "mean_std", "token"),                  # Rec-R1's verl; average: sequence is DeepSeekMath's own eq. 3
     "dr_grpo": (clipped, "mean", "constant"),                # arXiv 2503.20783, section 3
@@ -169,7 +169,8 @@ def policy_loss(model: torch.nn.Module, batch: Batch, total: float, temperature:
     sums: dict[str, torch.Tensor] = {}
 
     def by_tokens(logp, entropy, rows):
-        part, *gradients, stats = pulled(logp, entropy, _cut(batch, rows), weight[rows], total, o)
+        cut = {name: x[rows] for name, x in vars(batch).items() if name not in ("tokens", "positions", "layout") and x is not None}
+        part, *gradients, stats = pulled(logp, entropy, replace(batch, **cut), weight[rows], total, o)
         for name, value in stats.items():
             sums[name] = sums.get(name, 0.0) + value
         return part, *gradients
@@ -178,14 +179,13 @@ def policy_loss(model: torch.nn.Module, batch: Batch, total: float, temperature:
         loss, logp, entropy = score_loss(model, batch, temperature, pull, o.kernels)
     else:
         logp, entropy = score(model, batch, temperature, o.kernels)
-        loss = _Known.apply(logp, entropy, *pull(logp.detach(), entropy.detach(), slice(0, len(logp))))
+        loss = Known.apply(logp, entropy, *pull(logp.detach(), entropy.detach(), slice(0, len(logp))))
     if o.fused:
-        kernel = pull.statistics()
-        sums = dict(clip_share=0.0 if pull.rule.cispo else kernel["clipped"]) | (dict(kl=kernel["kl"]) if pull.ref is not None else {})
+        sums = pull.logged()
     logp, w = logp.detach(), batch.weight
     old = logp if batch.old_logp is None else batch.old_logp
-    sums |= dict(ratio_off=(w * (logp - old).expm1().abs()).sum(), trust=(w * (old - batch.sampler_logp).exp()).sum(), entropy=(w * entropy.detach()).sum(),
-                 trained=w.sum())
+    sums |= dict(ratio_off=(w * (logp - old).expm1().abs()).sum(), trust=(w * (old - batch.sampler_logp).exp()).sum(),
+                 entropy=(w * entropy.detach()).sum(), trained=w.sum())
     return loss, logp, {name: float(value) for name, value in sums.items()}
 
 
@@ -220,19 +220,6 @@ def pulled(logp: torch.Tensor, entropy: torch.Tensor, batch: Batch, weight: torc
     return loss.detach() + (d_entropy * entropy).sum(), d_logp, d_entropy if c.entropy else None, stats
 
 
-class _Known(torch.autograd.Function):
-    """A loss whose derivatives at logp and entropy are known."""
-
-    @staticmethod
-    def forward(ctx, logp, entropy, loss, d_logp, d_entropy):
-        ctx.save_for_backward(d_logp, d_entropy)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *(d if d is None else d * grad for d in ctx.saved_tensors), None, None, None
-
-
 def kl_of_rollouts(batches: list[Batch], count: int, estimator: str) -> torch.Tensor:
     """KL to the reference summed over each packed rollout's tokens, (count,): what `kl_in: reward` takes off the rewards. Uses the sampler's log-probs."""
     sums = torch.zeros(count + 1)                                                            # the last one: idle batches' rollout -1
@@ -252,8 +239,3 @@ def token_weights(batch: Batch, o: Objective) -> torch.Tensor:
         return batch.weight
     _, index, size = batch.rollout.unique(return_inverse=True, return_counts=True)
     return batch.weight / size[index]
-
-
-def _cut(batch: Batch, rows: slice) -> Batch:
-    """The batch with its per-token fields cut to some tokens."""
-    return replace(batch, **{name: x[rows] for name, x in vars(batch).items() if name not in ("tokens", "positions", "layout") and x is not None})

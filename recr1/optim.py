@@ -22,14 +22,14 @@ class Optimizer:
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig, steps: int):
         self.config, self.steps, self.taken, self.skipped = config, steps, 0, 0
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for p, n in self.names.items() if config.kind == "muon" and p.ndim == 2 and "layers" in n]
+        matrices = {p: n for p, n in self.names.items() if config.kind == "muon" and p.ndim == 2 and "layers" in n}
         if config.kind == "muon" and not matrices:
             raise ConfigError("optimizer.kind: muon updates whole matrices and a sharded policy has none; use adamw")
-        rest = [p for p in self.names if p not in set(matrices)]
+        rest = [p for p in self.names if p not in matrices]
         adamw = HostAdamW if config.on_host else partial(torch.optim.AdamW, fused=True)
         self.parts = [(config.lr, adamw(rest, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay))]
         if matrices:
-            self.parts.append((config.muon_lr, torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)))
+            self.parts.append((config.muon_lr, torch.optim.Muon(list(matrices), lr=config.muon_lr, weight_decay=config.weight_decay)))
 
     def factor(self, step: int) -> float:
         """Share of the base learning rate at `step`: linear warm-up, then linear to `final_lr`."""
