@@ -97,6 +97,11 @@ class GroupPull:
         """The sums so far, by name."""
         return dict(zip(STATISTICS, self.sums.tolist()))
 
+    def logged(self) -> dict[str, float]:
+        """Those of them that grpo.pulled gives too, by its names."""
+        found = self.statistics()
+        return dict(clip_share=0.0 if self.rule.cispo else found["clipped"]) | (dict(kl=found["kl"]) if self.ref is not None else {})
+
     def _of_tokens(self, rows: slice):
         return (x if x is None else x[rows] for x in (self.old, self.ref, self.sampler, self.rollout, self.weight))
 
@@ -112,19 +117,21 @@ class GroupPull:
 
 def group_loss(logp: torch.Tensor, pull: GroupPull) -> torch.Tensor:
     """logp (N,) with gradient -> the scalar loss, for head: recompute."""
-    return _GroupLoss.apply(logp, pull)
+    at = logp.detach()
+    return Known.apply(logp, at, *pull(at, at, slice(0, len(at))))
 
 
-class _GroupLoss(torch.autograd.Function):
+class Known(torch.autograd.Function):
+    """A loss whose derivatives at logp and entropy, (N,) each or None, are known."""
+
     @staticmethod
-    def forward(ctx, logp, pull):
-        loss, d_logp, _ = pull(logp, logp, slice(0, len(logp)))
-        ctx.save_for_backward(d_logp)
+    def forward(ctx, logp, entropy, loss, d_logp, d_entropy):
+        ctx.save_for_backward(d_logp, d_entropy)
         return loss.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.saved_tensors[0] * grad, None
+        return *(d if d is None else d * grad for d in ctx.saved_tensors), None, None, None
 
 
 def advantages(rewards: torch.Tensor, rule: Rule) -> torch.Tensor:

@@ -21,6 +21,7 @@ MAX_CHARS = 32_768      # room for every real answer, and a bound on the time js
 MAX_BRACKETS = 256      # bounds the nesting, so json never recurses deeply
 # Possessive, and the closing quote is optional, so that one pass consumes an unclosed string: linear.
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)
+_SURROGATE = re.compile(r"[\ud800-\udfff]")      # json.loads accepts a lone one
 
 
 def parse_query(completion: str) -> tuple[str | None, str | None]:
@@ -29,22 +30,16 @@ def parse_query(completion: str) -> tuple[str | None, str | None]:
     The query is stripped of surrounding white space and not empty. Keys beside "query" are ignored.
     """
     answer, error = answer_json(completion)
-    if error is None and not isinstance(answer, dict):
-        error = "not_object"
-    if error is None and "query" not in answer:
-        error = "no_query"
-    if error is None and not isinstance(answer["query"], str):
-        error = "query_not_string"
     if error is not None:
         return None, error
-    query = answer["query"].strip()
-    if not query:
-        return None, "query_empty"
-    try:
-        query.encode()
-    except UnicodeEncodeError:      # json.loads accepts a lone "\ud800"
-        return None, "query_surrogate"
-    return query, None
+    if not isinstance(answer, dict):
+        return None, "not_object"
+    query = answer.get("query")
+    if not isinstance(query, str):
+        return None, "query_not_string" if "query" in answer else "no_query"
+    query = query.strip()
+    error = "query_empty" if not query else "query_surrogate" if _SURROGATE.search(query) else None
+    return (None, error) if error else (query, None)
 
 
 def answer_json(completion: str) -> tuple[object, str | None]:
@@ -66,25 +61,17 @@ def answer_json(completion: str) -> tuple[object, str | None]:
     bare = _STRING.sub("", text)
     if bare.count("[") + bare.count("{") > MAX_BRACKETS:
         return None, "too_deep"
-    try:
-        return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse), None
-    except _DuplicateKey:
+    try:        # NaN, Infinity, -Infinity: json.loads takes them, JSON does not have them, and int raises ValueError
+        return json.loads(text, object_pairs_hook=_object, parse_constant=int), None
+    except KeyError:                # _object's
         return None, "duplicate_key"
     # A plain ValueError is Python's limit on the digits of an int. RecursionError: the caller's own stack was almost full.
     except (ValueError, RecursionError):
         return None, "no_json"
 
 
-class _DuplicateKey(ValueError):
-    pass
-
-
 def _object(pairs):
     keys = dict(pairs)
     if len(keys) < len(pairs):
-        raise _DuplicateKey
+        raise KeyError
     return keys
-
-
-def _refuse(constant):      # NaN, Infinity, -Infinity: json.loads takes them, JSON does not have them
-    raise ValueError(constant)

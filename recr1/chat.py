@@ -7,6 +7,8 @@ import re
 import jinja2
 from tokenizers import Tokenizer
 
+from .records import Prompt
+
 MARK = "\x1auser-text\x1a"      # stands for the user's text while the template is rendered
 
 
@@ -53,3 +55,18 @@ class Chat:
     def user_ids(self, text: str) -> list[int]:
         """Ids of data text by a tokenizer that has no added tokens: `<think>` in it is letters, never the control token."""
         return self.plain.encode(text, add_special_tokens=False).ids
+
+
+def make_prompts(queries: dict[str, str], chat: Chat, max_tokens: int, on_long: str) -> tuple[list[Prompt], list[str]]:
+    """Queries {id: text} -> their prompts in file order, and a message for each one that on_long = drop left out. On stop it raises ChatError."""
+    prompts, dropped = [], []
+    for id, text in queries.items():
+        ids = chat.prompt(text)
+        if len(ids) > max_tokens:
+            message = f"query {id!r}: its prompt has {len(ids)} tokens, prompt.max_tokens is {max_tokens}; raise it or set data.on_long_prompt=drop"
+            if on_long == "stop":
+                raise ChatError(message)
+            dropped.append(message)
+        else:
+            prompts.append(Prompt(id, len(prompts), text, ids))
+    return prompts, dropped

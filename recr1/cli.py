@@ -18,6 +18,7 @@ from tqdm import tqdm
 from . import config_file as configs
 from . import data, dist, losslab
 from .answers import parse_query
+from .chat import make_prompts
 from .config import ConfigError
 from .dryrun import model_shape
 from .evaluate import mean_ci
@@ -27,7 +28,6 @@ from .plan import bytes_of, plan
 from .retrieval.bm25 import BM25, load_or_build
 from .rewriter import Rewriter
 from .run import guarded
-from .tasks.product_search import make_prompts
 from .weights import check_room
 
 METRICS = {"ndcg": ndcg, "recall": recall, "mrr": reciprocal_rank, "hit": hit_rate}

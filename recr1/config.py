@@ -1,6 +1,4 @@
 """Every setting, its default and what it means, as frozen dataclasses. config_file.py reads them from YAML and checks them."""
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 

@@ -1,10 +1,7 @@
 """torchrun's environment and the collectives that the rest needs. With one process there is no group: every call returns its own input.
 
-Every rank makes the same calls in the same order. Sums only: nothing averages behind our back (DESIGN decision 3).
-Legend: W ranks.
+Every rank makes the same calls in the same order. Sums only: nothing averages behind our back (DESIGN decision 3). Legend: W ranks.
 """
-from __future__ import annotations
-
 import os
 from contextlib import contextmanager
 from typing import Any, Callable
@@ -70,12 +67,11 @@ def largest(value: int) -> int:
 
 def first(value: Any) -> Any:
     """Rank 0's value, everywhere. Anything that pickles; it travels between our own processes only."""
+    values = [value]
     if world() > 1:
         begins_collective()
-        values = [value]
         td.broadcast_object_list(values)
-        [value] = values
-    return value
+    return values[0]
 
 
 def gather(value: Any) -> list | None:
@@ -113,20 +109,19 @@ def together():
 
 def all_gather(shard: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Begins to collect (n,) of each rank; the call it returns waits and gives the (W n,)."""
-    if world() == 1:
-        return lambda: shard
-    return _begin(_all_gather, shard.new_empty(world() * len(shard)), shard)
+    return _begin(_all_gather, world() * len(shard), shard)
 
 
 def reduce_scatter(whole: torch.Tensor) -> Callable[[], torch.Tensor]:
     """Begins to sum (W n,) over the ranks; the call it returns waits and gives this rank's (n,)."""
+    return _begin(_reduce_scatter, len(whole) // world(), whole)
+
+
+def _begin(collective, size: int, source: torch.Tensor) -> Callable[[], torch.Tensor]:
     if world() == 1:
-        return lambda: whole
-    return _begin(_reduce_scatter, whole.new_empty(len(whole) // world()), whole)
-
-
-def _begin(collective, out: torch.Tensor, source: torch.Tensor) -> Callable[[], torch.Tensor]:
+        return lambda: source
     begins_collective()
+    out = source.new_empty(size)
     work = collective(out, source, async_op=True)
 
     def wait() -> torch.Tensor:

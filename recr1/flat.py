@@ -3,8 +3,6 @@
 The layout does not depend on W, only the zeros at the end do: shards of one W, joined, are cut anew for another (checkpoint.py).
 Legend: W ranks, n numbers of a shard.
 """
-from __future__ import annotations
-
 from fnmatch import fnmatchcase
 from typing import Callable, NamedTuple
 
@@ -31,11 +29,10 @@ class Weight(NamedTuple):
 def by_block(decoder: nn.Module, frozen: tuple[str, ...]) -> list[tuple[list, list]]:
     """(name, module, attribute) of every weight: those trained and those whose name fits a pattern of `frozen`; of the root, of each block."""
     weights = [([], []) for _ in range(1 + len(decoder.model.layers))]
-    for prefix, module in decoder.named_modules():
-        block = 1 + int(prefix.split(".")[2]) if prefix.startswith("model.layers.") else 0
-        for attribute, _ in module.named_parameters(recurse=False):
-            name = f"{prefix}.{attribute}"
-            weights[block][any(fnmatchcase(name, p) for p in frozen)].append((name, module, attribute))
+    for name, _ in decoder.named_parameters():
+        module, _, attribute = name.rpartition(".")
+        block = 1 + int(name.split(".")[2]) if name.startswith("model.layers.") else 0
+        weights[block][any(fnmatchcase(name, p) for p in frozen)].append((name, decoder.get_submodule(module), attribute))
     return weights
 
 

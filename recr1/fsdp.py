@@ -6,8 +6,6 @@ shards into the compute type and hang views of them on its modules; meanwhile th
 previous one's. The gather is an autograd function: its backward is the reduce-scatter (SUM, in the master's type) of the gradient, under
 way while the unit before computes its own. One rank: both are the identity. n: numbers of a shard.
 """
-from __future__ import annotations
-
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Callable, Iterator
 
@@ -27,7 +25,7 @@ class Unit(nn.Module):
     """The shard of some weights. Between uses their modules have no weights at all: a forgotten gather is an error, not a stale value."""
 
     def __init__(self, weights: list, read: Callable[[str], torch.Tensor], trainable: bool, master: torch.dtype, compute: torch.dtype,
-                 device: torch.device, on_host: bool, reduce: Callable[[Unit], None]):
+                 device: torch.device, on_host: bool, reduce: Callable[["Unit"], None]):
         super().__init__()
         self.flat, self.compute, self.device, self.reduce = Flat(weights), compute, device, reduce
         shard = offload.zeros(self.flat.n, master) if on_host else torch.zeros(self.flat.n, dtype=master, device=device)

@@ -8,16 +8,14 @@ the whole optimiser step, all ranks and micro-batches. Masks do not exist: a Bat
 
 Legend: P prompts, G group, R = P*G rollouts, N trained tokens, n of a chunk.
 """
-from __future__ import annotations
-
 import importlib
-from dataclasses import dataclass, fields, replace
-from typing import Callable, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Callable
 
 import torch
 
 from .config import ConfigError, Loss, Model
-from .kernels.group_loss import GroupPull, Rule
+from .kernels.group_loss import GroupPull, Known, Rule
 from .policy import score, score_loss
 from .records import Batch, Rollout
 
@@ -102,24 +100,16 @@ def k3(logp: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
 
 
 KL = {"k1": k1, "k2": k2, "k3": k3}
-# average: token, the mean over all tokens; sequence, the mean over rollouts of their means; constant, the sum over R * max_new_tokens
-
-
-class Recipe(NamedTuple):
-    gain: Callable
-    advantage: str
-    average: str
-
-
 ADVANTAGES = {f.__name__: f for f in (mean_std, mean, leave_one_out)}
+# gain, advantage, average (token: mean over all tokens; sequence: mean over rollouts of their means; constant: sum over R * max_new_tokens)
 RECIPES = {
-    "grpo": Recipe(clipped, "mean_std", "token"),            # Rec-R1's verl; average: sequence is DeepSeekMath's own eq. 3
-    "dr_grpo": Recipe(clipped, "mean", "constant"),          # arXiv 2503.20783, section 3
-    "dapo": Recipe(clipped, "mean_std", "token"),            # arXiv 2503.14476, eq. 8-12: with clip_high, sampling.resample, reward.overlong
-    "gspo": Recipe(sequence_clipped, "mean_std", "sequence"),
-    "cispo": Recipe(cispo, "mean_std", "token"),
-    "rloo": Recipe(reinforce, "leave_one_out", "token"),
-    "reinforce": Recipe(reinforce, "mean", "token"),         # with the group's mean as baseline
+    "grpo": (clipped, "mean_std", "token"),                  # Rec-R1's verl; average: sequence is DeepSeekMath's own eq. 3
+    "dr_grpo": (clipped, "mean", "constant"),                # arXiv 2503.20783, section 3
+    "dapo": (clipped, "mean_std", "token"),                  # arXiv 2503.14476, eq. 8-12: with clip_high, sampling.resample, reward.overlong
+    "gspo": (sequence_clipped, "mean_std", "sequence"),
+    "cispo": (cispo, "mean_std", "token"),
+    "rloo": (reinforce, "leave_one_out", "token"),
+    "reinforce": (reinforce, "mean", "token"),               # with the group's mean as baseline
 }
 
 
@@ -143,14 +133,13 @@ class Objective:
 
 def objective(c: Loss, model: Model) -> Objective:
     """Resolves loss.kind, loss.advantage, loss.average. Raises ConfigError."""
-    recipe = RECIPES.get(c.kind) or Recipe(_named("loss.kind", c.kind, RECIPES), "mean_std", "token")
-    advantage = c.advantage or recipe.advantage
-    made = Objective(c, recipe.gain, ADVANTAGES.get(advantage) or _named("loss.advantage", advantage, ADVANTAGES), c.average or recipe.average,
-                     model.head, model.kernels)
-    if made.head == "one_shot" and not getattr(made.gain, "per_token", False):
+    gain, name, average = RECIPES.get(c.kind) or (_named("loss.kind", c.kind, RECIPES), "mean_std", "token")
+    name = c.advantage or name
+    advantage = ADVANTAGES.get(name) or _named("loss.advantage", name, ADVANTAGES)
+    if model.head == "one_shot" and not getattr(gain, "per_token", False):
         raise ConfigError(f"loss.kind: {c.kind} needs whole rollouts, or does not say that it needs none (function.per_token = True); "
                           "set model.head=recompute")
-    return made
+    return Objective(c, gain, advantage, c.average or average, model.head, model.kernels)
 
 
 def _named(key: str, text: str, known) -> Callable:
@@ -180,7 +169,8 @@ def policy_loss(model: torch.nn.Module, batch: Batch, total: float, temperature:
     sums: dict[str, torch.Tensor] = {}
 
     def by_tokens(logp, entropy, rows):
-        part, *gradients, stats = pulled(logp, entropy, _cut(batch, rows), weight[rows], total, o)
+        cut = {name: x[rows] for name, x in vars(batch).items() if name not in ("tokens", "positions", "layout") and x is not None}
+        part, *gradients, stats = pulled(logp, entropy, replace(batch, **cut), weight[rows], total, o)
         for name, value in stats.items():
             sums[name] = sums.get(name, 0.0) + value
         return part, *gradients
@@ -189,14 +179,13 @@ def policy_loss(model: torch.nn.Module, batch: Batch, total: float, temperature:
         loss, logp, entropy = score_loss(model, batch, temperature, pull, o.kernels)
     else:
         logp, entropy = score(model, batch, temperature, o.kernels)
-        loss = _Known.apply(logp, entropy, *pull(logp.detach(), entropy.detach(), slice(0, len(logp))))
+        loss = Known.apply(logp, entropy, *pull(logp.detach(), entropy.detach(), slice(0, len(logp))))
     if o.fused:
-        kernel = pull.statistics()
-        sums = dict(clip_share=0.0 if pull.rule.cispo else kernel["clipped"]) | (dict(kl=kernel["kl"]) if pull.ref is not None else {})
+        sums = pull.logged()
     logp, w = logp.detach(), batch.weight
     old = logp if batch.old_logp is None else batch.old_logp
-    sums |= dict(ratio_off=(w * (logp - old).expm1().abs()).sum(), trust=(w * (old - batch.sampler_logp).exp()).sum(), entropy=(w * entropy.detach()).sum(),
-                 trained=w.sum())
+    sums |= dict(ratio_off=(w * (logp - old).expm1().abs()).sum(), trust=(w * (old - batch.sampler_logp).exp()).sum(),
+                 entropy=(w * entropy.detach()).sum(), trained=w.sum())
     return loss, logp, {name: float(value) for name, value in sums.items()}
 
 
@@ -231,19 +220,6 @@ def pulled(logp: torch.Tensor, entropy: torch.Tensor, batch: Batch, weight: torc
     return loss.detach() + (d_entropy * entropy).sum(), d_logp, d_entropy if c.entropy else None, stats
 
 
-class _Known(torch.autograd.Function):
-    """A loss whose derivatives at logp and entropy are known."""
-
-    @staticmethod
-    def forward(ctx, logp, entropy, loss, d_logp, d_entropy):
-        ctx.save_for_backward(d_logp, d_entropy)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *(d if d is None else d * grad for d in ctx.saved_tensors), None, None, None
-
-
 def kl_of_rollouts(batches: list[Batch], count: int, estimator: str) -> torch.Tensor:
     """KL to the reference summed over each packed rollout's tokens, (count,): what `kl_in: reward` takes off the rewards. Uses the sampler's log-probs."""
     sums = torch.zeros(count + 1)                                                            # the last one: idle batches' rollout -1
@@ -263,11 +239,3 @@ def token_weights(batch: Batch, o: Objective) -> torch.Tensor:
         return batch.weight
     _, index, size = batch.rollout.unique(return_inverse=True, return_counts=True)
     return batch.weight / size[index]
-
-
-def _cut(batch: Batch, rows: slice) -> Batch:
-    """The batch with its per-token fields cut to some tokens."""
-    return replace(batch, **{name: getattr(batch, name)[rows] for name in _PER_TOKEN if getattr(batch, name) is not None})
-
-
-_PER_TOKEN = [f.name for f in fields(Batch) if f.name not in ("tokens", "positions", "layout")]

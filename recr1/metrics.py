@@ -46,13 +46,10 @@ def bootstrap_ci(values: np.ndarray, seed: int = 0, samples: int = 10_000) -> tu
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
         raise ValueError(f"bootstrap_ci needs a non-empty (n,) array of finite values, got shape {values.shape}")
-    n, rng, means = len(values), np.random.default_rng(seed), np.empty(samples)
+    n, rng = len(values), np.random.default_rng(seed)
     rows = max(1, 1_000_000 // n)       # resamples at a time: about 16 MB, whatever n and `samples` are
-    for start in range(0, samples, rows):
-        draws = rng.integers(n, size=(min(rows, samples - start), n))
-        means[start:start + rows] = values[draws].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+    means = [values[rng.integers(n, size=(min(rows, samples - start), n))].mean(axis=1) for start in range(0, samples, rows)]
+    return tuple(np.percentile(np.concatenate(means), [2.5, 97.5]).tolist())
 
 
 def _gains_by_rank(ranked, gains, k):

@@ -5,8 +5,6 @@ One block for the three: Qwen2 has a bias on q, k, v; Qwen3 a norm over each hea
 Legend: M packed tokens, C width, H query heads, K kv heads, D head dim, V vocabulary. Attention is passed in as a callable
 (layer, q, k, v) -> (M, H, D): packed rows in training (attention.py), the KV cache in sampling (cache.py).
 """
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,14 +45,11 @@ class ModelConfig:
     max_position_embeddings: int
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
+class RMSNorm(nn.RMSNorm):
+    """torch's, in float32 at least (float64 stays) up to the weight."""
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))   # at least float32; float64 stays
-        return self.weight * F.rms_norm(wide, wide.shape[-1:], eps=self.eps).to(x.dtype)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * F.rms_norm(wide, self.normalized_shape, eps=self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -62,8 +57,7 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim, bias = layer, c.head_dim, c.family == "qwen2"
         self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=bias)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias)
+        self.k_proj, self.v_proj = (Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias) for _ in "kv")
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
         self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) if c.family == "qwen3" else nn.Identity() for _ in "qk")
 
@@ -76,8 +70,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.gate_proj, self.up_proj = (Linear(c.hidden_size, c.intermediate_size, bias=False) for _ in range(2))
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
@@ -88,8 +81,7 @@ class Block(nn.Module):
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
         self.self_attn, self.mlp = Attention(c, layer), MLP(c)
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm, self.post_attention_layernorm = (RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
 
     def forward(self, x, rope, attention):
         x = x + self.self_attn(self.input_layernorm(x), rope, attention)
@@ -98,6 +90,7 @@ class Block(nn.Module):
 
 class Decoder(nn.Module):
     """tokens (M,), positions (M,) -> hidden (M, C), after the last norm. The head stands apart: see `head_weight`."""
+    root = nullcontext    # the block in which `head_weight` may be used together with the forward; fsdp.py gathers it there
 
     def __init__(self, config: ModelConfig, reachable: int | None = None):
         super().__init__()
@@ -117,10 +110,6 @@ class Decoder(nn.Module):
             x = block(x, rope, attention)
         return self.model.norm(x)
 
-    def root(self):
-        """The block in which `head_weight` may be used together with the forward; fsdp.py gathers it there."""
-        return nullcontext()
-
     @property
     def head_weight(self) -> torch.Tensor:
         """(V', C): the rows of the head that the tokenizer can reach; the embedding's own when tied."""
@@ -137,9 +126,8 @@ def frequencies(c: ModelConfig, device, dtype) -> torch.Tensor:
     often than `low_freq_factor` is slowed by `factor`, and the pairs between go from one to the other in a straight line.
     """
     speed = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, device=device, dtype=dtype) / c.head_dim)
-    if c.rope_scaling is None:
+    if (s := c.rope_scaling) is None:
         return speed
-    s = c.rope_scaling
     turns = s.original_max_position_embeddings * speed / (2 * pi)
     stay = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
     return stay * speed + (1 - stay) * speed / s.factor
@@ -149,8 +137,7 @@ def rotation(positions: torch.Tensor, c: ModelConfig, dtype) -> tuple[torch.Tens
     """cos and sin of RoPE's angles, each (M, 1, D), for halves laid out as Hugging Face does."""
     wide = torch.promote_types(dtype, torch.float32)
     angle = positions.to(wide)[:, None] * frequencies(c, positions.device, wide)                           # (M, D/2)
-    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    return torch.cat([cos, cos], dim=-1)[:, None], torch.cat([sin, sin], dim=-1)[:, None]
+    return tuple(torch.cat([x, x], dim=-1)[:, None] for x in (angle.cos().to(dtype), angle.sin().to(dtype)))
 
 
 def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

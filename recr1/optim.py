@@ -1,14 +1,11 @@
 """AdamW (and Muon for cold starts), the learning-rate schedule, clipping, and the finite check before any weight moves."""
-from __future__ import annotations
-
 import math
 from functools import partial
 
 import torch
 
 from . import dist
-from .config import ConfigError
-from .config import Optimizer as OptimizerConfig
+from .config import ConfigError, Optimizer as OptimizerConfig
 from .offload import HostAdamW
 
 
@@ -24,17 +21,15 @@ class Optimizer:
 
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig, steps: int):
         self.config, self.steps, self.taken, self.skipped = config, steps, 0, 0
-        self.params = [p for p in model.parameters() if p.requires_grad]
-        self.names = {p: n for n, p in model.named_parameters()}
-        matrices = [p for n, p in model.named_parameters() if p.requires_grad and p.ndim == 2 and "layers" in n] if config.kind == "muon" else []
+        self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+        matrices = {p: n for p, n in self.names.items() if config.kind == "muon" and p.ndim == 2 and "layers" in n}
         if config.kind == "muon" and not matrices:
             raise ConfigError("optimizer.kind: muon updates whole matrices and a sharded policy has none; use adamw")
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in self.params if id(p) not in chosen]
+        rest = [p for p in self.names if p not in matrices]
         adamw = HostAdamW if config.on_host else partial(torch.optim.AdamW, fused=True)
         self.parts = [(config.lr, adamw(rest, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay))]
         if matrices:
-            self.parts.append((config.muon_lr, torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)))
+            self.parts.append((config.muon_lr, torch.optim.Muon(list(matrices), lr=config.muon_lr, weight_decay=config.weight_decay)))
 
     def factor(self, step: int) -> float:
         """Share of the base learning rate at `step`: linear warm-up, then linear to `final_lr`."""
@@ -50,33 +45,28 @@ class Optimizer:
         loss: this rank's part of the step's; one that is not finite on any rank counts as a gradient that is not.
         """
         step, self.taken = self.taken, self.taken + 1
-        norm = self.norm(loss)
-        lr = self.config.lr * self.factor(step)
-        if not math.isfinite(norm):                      # of all ranks' gradients together: every rank takes the same turn
-            self.zero()
-            if self.config.on_nonfinite == "stop":
-                raise NonFiniteGradient(f"optimiser step {step + 1}: the gradient norm is {norm}; no weight was changed. "
-                                        "Lower optimizer.lr, or set optimizer.on_nonfinite=skip")
-            self.skipped += 1
-            return norm, lr
-        torch.nn.utils.clip_grads_with_norm_(self.params, self.config.clip_norm, torch.tensor(norm))
-        for base, optimizer in self.parts:
-            for group in optimizer.param_groups:
-                group["lr"] = base * self.factor(step)
-            optimizer.step()
-        self.zero()
-        return norm, lr
+        norm, factor = self.norm(loss), self.factor(step)
+        finite = math.isfinite(norm)                     # of all ranks' gradients together: every rank takes the same turn
+        if finite:
+            torch.nn.utils.clip_grads_with_norm_(self.names, self.config.clip_norm, torch.tensor(norm))
+            for base, optimizer in self.parts:
+                for group in optimizer.param_groups:
+                    group["lr"] = base * factor
+                optimizer.step()
+        for p in self.names:
+            p.grad = None
+        if not finite and self.config.on_nonfinite == "stop":
+            raise NonFiniteGradient(f"optimiser step {step + 1}: the gradient norm is {norm}; no weight was changed. "
+                                    "Lower optimizer.lr, or set optimizer.on_nonfinite=skip")
+        self.skipped += not finite
+        return norm, self.config.lr * factor
 
     def norm(self, loss: float = 0.0) -> float:
         """Euclidean norm of the whole gradient: each rank has its shards' part. NaN when a rank's loss is not finite."""
-        grads = [p.grad for p in self.params if p.grad is not None]
+        grads = [p.grad for p in self.names if p.grad is not None]
         parts = torch._foreach_norm(grads, dtype=torch.float64) if grads else []             # over a long shard float32 loses digits
         squares, loss = dist.total(float(sum(part.square() for part in parts)), loss)
         return math.sqrt(squares) if math.isfinite(loss) else math.nan
-
-    def zero(self) -> None:
-        for p in self.params:
-            p.grad = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """AdamW's state by name: "exp_avg.NAME", "exp_avg_sq.NAME" and the updates made, "step.NAME" (), of each trained parameter; at first zeros.
@@ -84,11 +74,11 @@ class Optimizer:
         The state itself: `step` is not taken - skipped, for a step without any gradient makes no update.
         """
         [(_, adamw)], found = self.parts, {}
-        for p in self.params:
+        for p, name in self.names.items():
             state = adamw.state[p]
             if not state:
                 state |= dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            found |= {f"{key}.{self.names[p]}": t for key, t in state.items()}
+            found |= {f"{key}.{name}": t for key, t in state.items()}
         return found
 
     def restore(self, tensors: dict[str, torch.Tensor], taken: int, skipped: int) -> None:

@@ -1,8 +1,8 @@
 """Rollouts -> packed Batches. Where a token is predicted from is decided here, once (DESIGN: What flows)."""
-from __future__ import annotations
-
+from collections import Counter
 from dataclasses import replace
-from itertools import groupby
+from itertools import accumulate, groupby
+from typing import Callable
 
 import torch
 
@@ -12,12 +12,10 @@ from .records import Batch, Layout, Prompt, Rollout
 
 def distinct(rollouts: list[Rollout]) -> tuple[list[Rollout], list[int]]:
     """One rollout per different text of a group, counting the siblings that wrote it, and where each first stood: same loss, fewer rows."""
-    first: dict[tuple, int] = {}
-    counts: dict[tuple, int] = {}
+    first, counts = {}, Counter()
     for i, r in enumerate(rollouts):
-        key = (r.group, r.ids)
-        first.setdefault(key, i)
-        counts[key] = counts.get(key, 0) + r.count
+        first.setdefault((r.group, r.ids), i)
+        counts[r.group, r.ids] += r.count
     return [replace(rollouts[i], count=counts[key]) for key, i in first.items()], list(first.values())
 
 
@@ -27,16 +25,17 @@ def pack(rollouts: list[Rollout], max_tokens: int, device=None) -> list[Batch]:
     A rollout is never split; a group only when it alone exceeds the budget, and its prompt is then computed again.
     `Batch.rollout` counts along the list given here. Raises ValueError when one rollout exceeds the budget.
     """
-    batches, pending, used = [], [], 0               # pending: (prompt, [(index, rollout), ...]) pieces of one batch
-    by_length = sorted(_pieces(rollouts, max_tokens), key=lambda p: (len(p[0].ids), max(len(r.ids) for _, r in p[1])))
-    for piece in by_length:                          # like lengths together: what attend() pads inside is least
-        size = len(piece[0].ids) + sum(len(r.ids) - 1 for _, r in piece[1])
-        if pending and used + size > max_tokens:
-            batches.append(_batch(pending, device))
-            pending, used = [], 0
-        pending.append(piece)
-        used += size
-    return batches + [_batch(pending, device)] if pending else batches
+    pieces = []                                      # (prompt, [(index, rollout), ...]): groups, or the parts of one that is larger than the budget
+    for _, group in groupby(enumerate(rollouts), key=lambda item: item[1].group):
+        group = list(group)
+        prompt = group[0][1].prompt
+        for _, r in group:
+            if len(prompt.ids) + _own(r) > max_tokens:
+                raise ValueError(f"prompt {prompt.id!r}: a rollout of {len(prompt.ids)} + {_own(r)} tokens exceeds "
+                                 f"train.tokens_per_micro_batch = {max_tokens}; raise it")
+        pieces += [(prompt, part) for part in _runs(group, lambda item: _own(item[1]), max_tokens - len(prompt.ids))]
+    pieces.sort(key=lambda p: (len(p[0].ids), max(len(r.ids) for _, r in p[1])))             # like together: what attend() pads inside is least
+    return [_batch(run, device) for run in _runs(pieces, lambda p: len(p[0].ids) + sum(_own(r) for _, r in p[1]), max_tokens)]
 
 
 def in_step(batches: list[Batch], device=None) -> list[Batch]:
@@ -47,21 +46,22 @@ def in_step(batches: list[Batch], device=None) -> list[Batch]:
     return batches + [idle] * missing
 
 
-def _pieces(rollouts: list[Rollout], max_tokens: int):
-    """Groups, or the parts of one that is larger than the budget."""
-    for _, group in groupby(enumerate(rollouts), key=lambda item: item[1].group):
-        part, used = [], 0
-        for i, r in group:
-            need, prompt = len(r.ids) - 1, r.prompt
-            if len(prompt.ids) + need > max_tokens:
-                raise ValueError(f"prompt {prompt.id!r}: a rollout of {len(prompt.ids)} + {need} tokens exceeds "
-                                 f"train.tokens_per_micro_batch = {max_tokens}; raise it")
-            if part and len(prompt.ids) + used + need > max_tokens:
-                yield prompt, part
-                part, used = [], 0
-            part.append((i, r))
-            used += need
-        yield prompt, part
+def _own(r: Rollout) -> int:
+    """Rows that a completion takes: the last token predicts nothing."""
+    return len(r.ids) - 1
+
+
+def _runs(items: list, size: Callable, most: int):
+    """The items in order, as many at a time as come to `most` together."""
+    run, used = [], 0
+    for item in items:
+        if run and used + size(item) > most:
+            yield run
+            run, used = [], 0
+        run.append(item)
+        used += size(item)
+    if run:
+        yield run
 
 
 def _batch(pieces: list[tuple[Prompt, list[tuple[int, Rollout]]]], device) -> Batch:
@@ -69,16 +69,11 @@ def _batch(pieces: list[tuple[Prompt, list[tuple[int, Rollout]]]], device) -> Ba
     items = [(p, i, r) for p, (_, part) in enumerate(pieces) for i, r in part]
     tokens = [t for ids in prompts for t in ids] + [t for _, _, r in items for t in r.ids[:-1]]
     positions = [t for ids in prompts for t in range(len(ids))]
-    last_row, end = [], 0                            # the last row of each prompt predicts all its siblings' first tokens
-    for ids in prompts:
-        end += len(ids)
-        last_row.append(end - 1)
-    predict_from = []
+    after, end, predict_from = list(accumulate(map(len, prompts))), len(positions), []
     for p, _, r in items:
-        own = len(r.ids) - 1
-        positions += range(len(prompts[p]), len(prompts[p]) + own)
-        predict_from += [last_row[p], *range(end, end + own)]
-        end += own
+        positions += range(len(prompts[p]), len(prompts[p]) + _own(r))
+        predict_from += [after[p] - 1, *range(end, end + _own(r))]       # the last row of a prompt predicts all its siblings' first tokens
+        end += _own(r)
 
     def long(x):
         return torch.tensor(x, dtype=torch.int64, device=device)
@@ -88,7 +83,7 @@ def _batch(pieces: list[tuple[Prompt, list[tuple[int, Rollout]]]], device) -> Ba
     return Batch(
         tokens=long(tokens), positions=long(positions),
         layout=Layout(*(torch.tensor(x, dtype=torch.int64) for x in (
-            [len(ids) for ids in prompts], [len(r.ids) - 1 for _, _, r in items], [p for p, _, _ in items]))),
+            [len(ids) for ids in prompts], [_own(r) for _, _, r in items], [p for p, _, _ in items]))),
         target=long([t for _, _, r in items for t in r.ids]), predict_from=long(predict_from),
         rollout=long(each(lambda i, r: i)), weight=torch.tensor(each(lambda i, r: float(r.count)), device=device),
         sampler_logp=torch.tensor([x for _, _, r in items for x in r.sampler_logp], device=device))

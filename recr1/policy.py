@@ -3,8 +3,6 @@
 Temperature is part of the policy, and ids that the tokenizer lacks are no part of it: `Decoder.head_weight` ends before them.
 Legend: M packed tokens, N trained tokens, C width, V vocabulary.
 """
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

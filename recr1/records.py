@@ -3,8 +3,6 @@
     Prompt --generate x G--> Rollout --task.score--> Reward --group_advantages--> adv (R,)
     Rollouts --pack--> Batch --model--> hidden (M, C) --head--> logp (N,) --loss--> scalar
 """
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import NamedTuple
 

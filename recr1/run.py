@@ -18,7 +18,7 @@ from tqdm import tqdm
 from . import data, dist, evaluate, heartbeat, memory, plan, stopping
 from . import config_file as configs
 from .cache import slots
-from .chat import Chat, ChatError
+from .chat import Chat, ChatError, make_prompts
 from .checkpoint import compute_type, load_policy, load_reference, save_policy
 from .config import Config, ConfigError
 from .data import DataError
@@ -34,7 +34,7 @@ from .resume import Progress, RunError, look
 from .retrieval.bm25 import BM25, load_or_build
 from .session import patience, session
 from .stopping import EARLY, Stopped, at_once
-from .tasks.product_search import ProductSearch, PromptTooLong, make_prompts
+from .tasks.product_search import ProductSearch
 from .weights import check_room, read_config
 
 
@@ -313,7 +313,7 @@ class Run:
 
 
 BIASED = "sampling.top_p = {} samples from a truncated distribution and trains the whole one: the gradient is biased (1 is not)"
-EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, PromptTooLong, ReplayError, RunError, NonFiniteGradient, WriteError, heartbeat.Busy)
+EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, ReplayError, RunError, NonFiniteGradient, WriteError, heartbeat.Busy)
 RANK_LOST = 3
 
 

@@ -2,8 +2,6 @@
 
 `train` reads as the algorithm (arXiv 2402.03300, algorithm 1); below it stand its steps, in the order in which they are called.
 """
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 
@@ -24,13 +22,11 @@ from .run import Run, guarded
 from .sample import generate, new_cache
 from .stopping import at_once, listening
 
-USAGE = "usage: python -m recr1.train CONFIG.yaml [a.b=value ...] [--dry-run], or torchrun --nproc-per-node N -m recr1.train ..."
-
 
 def main(argv: list[str]) -> None:
     config, *overrides = [a for a in argv if a != "--dry-run"] or [""]
     if not config or config.startswith("-"):
-        raise ConfigError(USAGE)
+        raise ConfigError("usage: python -m recr1.train CONFIG.yaml [a.b=value ...] [--dry-run], or torchrun --nproc-per-node N -m recr1.train ...")
     cfg = configs.load(config, overrides)
     if "--dry-run" not in argv:
         return train(cfg)

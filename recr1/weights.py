@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from pathlib import Path, PurePosixPath
+from typing import get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,12 +70,12 @@ def parse_config(raw: dict, where: str) -> ModelConfig:
 
 
 def _check_values(config: ModelConfig, where: str) -> None:
-    kinds = dict(int=(int,), float=(int, float), bool=(bool,))
+    kinds = {int: (int,), float: (int, float), bool: (bool,)}
     for part in filter(None, (config, config.rope_scaling)):
-        for f in fields(part):
-            value = getattr(part, f.name)
-            if f.type in kinds and (type(value) not in kinds[f.type] or not isinstance(value, bool) and value <= 0):
-                raise ModelFolderError(f"{where}: {f.name} must be a {'bool' if f.type == 'bool' else 'positive ' + f.type}, found {value!r}")
+        for name, kind in get_type_hints(type(part)).items():
+            value = getattr(part, name)
+            if kind in kinds and (type(value) not in kinds[kind] or not isinstance(value, bool) and value <= 0):
+                raise ModelFolderError(f"{where}: {name} must be a {'bool' if kind is bool else 'positive ' + kind.__name__}, found {value!r}")
     heads, kv_heads, dim, s = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rope_scaling
     if heads % kv_heads or dim % 2:
         raise ModelFolderError(f"{where}: num_attention_heads {heads} must be a multiple of num_key_value_heads {kv_heads}, and head_dim {dim} even")

@@ -1,36 +1,14 @@
 """Product search, Rec-R1's first task: a shopper's words -> the policy's query -> a fixed retriever -> NDCG (arXiv 2503.24289, section 3)."""
-from __future__ import annotations
-
 from typing import Callable, Sequence
 
 from ..answers import parse_query
-from ..chat import Chat
 from ..config import RewardRule
 from ..grpo import overlong
 from ..metrics import ndcg
-from ..records import Prompt, Reward, Rollout
+from ..records import Reward, Rollout
 from ..retrieval.base import Retriever
 
 REMEMBERED = 500_000             # scored completions kept: a reward depends on the query and the text alone
-
-
-class PromptTooLong(ValueError):
-    """A prompt exceeds prompt.max_tokens and the config says stop."""
-
-
-def make_prompts(queries: dict[str, str], chat: Chat, max_tokens: int, on_long: str) -> tuple[list[Prompt], list[str]]:
-    """Queries {id: text} -> their prompts in file order, and a message for each one that on_long = drop left out."""
-    prompts, dropped = [], []
-    for id, text in queries.items():
-        ids = chat.prompt(text)
-        if len(ids) > max_tokens:
-            message = f"query {id!r}: its prompt has {len(ids)} tokens, prompt.max_tokens is {max_tokens}; raise it or set data.on_long_prompt=drop"
-            if on_long == "stop":
-                raise PromptTooLong(message)
-            dropped.append(message)
-        else:
-            prompts.append(Prompt(id, len(prompts), text, ids))
-    return prompts, dropped
 
 
 class ProductSearch:
