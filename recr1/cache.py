@@ -24,8 +24,7 @@ class KVCache:
         self.width = 0                                   # the longest live row, in tokens
 
     def clear(self, rows: int, room: int, at_once: bool = False) -> None:
-        """No row is live any more; the texts to come need at most so many rows of so many slots. `at_once`: these stand from now on, and stay
-        where they are."""
+        """No row is live any more; the texts to come need at most so many rows of so many slots. `at_once`: these are there from now on."""
         self.live, self.width, self.most = 0, 0, (rows, room)
         if at_once:
             self._reserve(rows, room)
@@ -46,8 +45,7 @@ class KVCache:
         return attention
 
     def next(self, rows: int = 0, width: int = 0) -> torch.Tensor:
-        """Positions (B,) of the live rows' next tokens, for which a decode step begins. It may take more rows, which are nobody's, and read
-        more slots, all masked: decode_graph.py."""
+        """Positions (B,) of the live rows' next tokens, for which a decode step begins. A graph takes `rows` and `width`, both may be more."""
         rows, self.reading = rows or self.live, width or self._slots()
         self.row, self.at = torch.arange(rows, device=self.lengths.device), self.lengths[:rows].clamp(max=self.reading - 1)
         self.mask = reads(self.at, self.reading, self.store.dtype)

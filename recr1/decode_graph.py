@@ -42,11 +42,10 @@ class DecodeGraphs:
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
     def __call__(self, ids: torch.Tensor, uniforms: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        B, (_, most, _, room, _) = len(ids), self.cache.store.shape
+        B, pair = len(ids), self.pair(len(ids), uniforms is not None)
         self.ids[:B, 0] = ids
         if uniforms is not None:
             self.uniforms[:B] = uniforms
-        pair = rung(B, most), min(-(-(self.cache.width + 1) // SLOTS) * SLOTS, room), uniforms is not None
         if pair not in self.graphs:
             self.graphs[pair] = None
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -62,6 +61,11 @@ class DecodeGraphs:
             self.graphs[pair].replay()
         self.cache.width += 1                                                                # on the host: no part of the graph
         return self.ids[:B].clone(), self.logp[:B].clone(), self.cut[:B].clone()
+
+    def pair(self, rows: int, sampled: bool) -> tuple[int, int, bool]:
+        """Rows and slots of the graph for a step of so many rows from here."""
+        _, most, _, room, _ = self.cache.store.shape
+        return rung(rows, most), min(-(-(self.cache.width + 1) // SLOTS) * SLOTS, room), sampled
 
     def _step(self, rows: int, width: int, sampled: bool) -> None:
         """What is captured. Whatever it takes from the host, its shapes above all, stays as it was then."""

@@ -1,4 +1,5 @@
 """Decode steps as CUDA graphs (decode_graph.py) against the eager steps. Without a GPU by a stand-in that keeps CUDA's rules on the CPU."""
+import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -77,19 +78,17 @@ class Graph:
 
 
 class Stream:
-    current, waits = "main", []
-
-    def __init__(self, device):
-        Stream.waits = []
+    def __init__(self, device=None):
+        self.waited = []
 
     def wait_stream(self, other):
-        Stream.waits.append((self, other))
+        self.waited.append(other)
 
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """Graphs on the CPU. Yields what was captured: (rows, slots, sampled) -> Graph, and the pairs whose step ran, in order."""
-    seen = SimpleNamespace(graphs={}, ran=[], pools=set(), made=[])
+    """Graphs on the CPU. Yields the pairs whose step ran without a graph or was captured, in order, and each DecodeGraphs with its addresses."""
+    seen, main = SimpleNamespace(ran=[], pools=set(), made=[]), Stream()
 
     @contextmanager
     def capture(graph, pool, stream, capture_error_mode):
@@ -111,9 +110,8 @@ def on_cpu(monkeypatch):
         seen.made.append((self, [place(x) for x in (self.cache.store, self.cache.lengths, self.ids, self.uniforms, self.logp, self.cut)]))
 
     for name, stand_in in dict(CUDAGraph=Graph, graph=capture, Stream=Stream, stream=lambda stream: nullcontext(), graph_pool_handle=object,
-                               current_stream=lambda: Stream.current).items():
+                               current_stream=lambda: main).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(Stream, "current", SimpleNamespace(wait_stream=lambda other: Stream.waits.append(("main", other))))
     monkeypatch.setattr(decode_graph, "SLOTS", 16)         # the tiny texts pass several widths
     monkeypatch.setattr(DecodeGraphs, "_step", noted)
     monkeypatch.setattr(DecodeGraphs, "__init__", remembered)
@@ -123,7 +121,7 @@ def on_cpu(monkeypatch):
     for self, places in seen.made:
         assert places == [place(x) for x in (self.cache.store, self.cache.lengths, self.ids, self.uniforms, self.logp, self.cut)], "what graphs use has moved"
         assert all(graph is None or graph.replays for graph in self.graphs.values())
-        assert self.stream in {a for a, _ in Stream.waits} and ("main", self.stream) in Stream.waits
+        assert self.stream.waited and len(self.stream.waited) == main.waited.count(self.stream) and set(self.stream.waited) == {main}
     assert len(seen.pools) <= len(seen.made)
     assert max((seen.ran.count(pair) for pair in set(seen.ran)), default=0) <= 2 * len(seen.made), "a pair runs twice: to warm up, to be captured"
 
@@ -273,17 +271,23 @@ def test_the_stand_in_captures_without_effect_and_replays_into_the_same_memory()
 
 
 def test_a_cache_that_moves_is_noticed(on_cpu, monkeypatch):
-    """The stand-in is no rubber stamp: graphs over a cache that grows give other texts, or fail."""
+    """The stand-in is no rubber stamp: graphs over a cache that moves write other texts."""
     model, reserve = tiny_model(seed=4).double(), KVCache._reserve
-    want = draw(model, "odd number of rows")
+    want = draw(model, "greedy")
 
     def moving(self, rows, room):
         reserve(self, rows, room)
         self.store = self.store.clone()
     monkeypatch.setattr(KVCache, "_reserve", moving)
-    got = draw(model, "odd number of rows")
+    got = draw(model, "greedy")
     assert [r.ids for r in got] != [r.ids for r in want]
     on_cpu.made.clear()
+
+
+def test_nothing_of_the_graphs_is_left(on_cpu):
+    draw(tiny_model(seed=4), "siblings")
+    graphs = weakref.ref(on_cpu.made.pop()[0])
+    assert graphs() is None, "a circle of references keeps the graphs, and their memory, until the collector comes"
 
 
 def test_the_cpu_keeps_its_growing_cache_and_has_no_graphs():
@@ -312,15 +316,22 @@ def test_on_a_gpu_graphs_change_nothing(case, kernels, dtype, bound, monkeypatch
 
 
 @gpu
+def test_on_a_gpu_nothing_of_the_graphs_is_left():
+    model = tiny_model(seed=4).to("cuda")
+    draw(model, "siblings")
+    before = torch.cuda.memory_allocated()
+    draw(model, "siblings")
+    assert torch.cuda.memory_allocated() == before
+
+
+@gpu
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_on_a_gpu_a_replayed_step_waits_for_nothing(kernels, monkeypatch):
     """In bfloat16; every step but a pair's first two, under torch's own check for synchronising calls."""
     model, step, checked = tiny_model(seed=4).to("cuda", torch.bfloat16), DecodeGraphs.__call__, []
 
     def quiet(self, *inputs):
-        before = {pair for pair, graph in self.graphs.items() if graph}
-        pair = rung(len(inputs[0]), self.cache.store.shape[1])
-        known = any(rows == pair and width > self.cache.width for rows, width, _ in before)
+        known = self.graphs.get(self.pair(len(inputs[0]), inputs[1] is not None)) is not None
         torch.cuda.set_sync_debug_mode("error" if known else "default")
         try:
             return step(self, *inputs)
