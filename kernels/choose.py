@@ -19,8 +19,23 @@ from types import SimpleNamespace
 
 import torch
 
+from ..linear import product, product_into
 from . import logprob
 from .launch import require
+
+
+def linear_choose(hidden, weight, temperature: float, policy, uniforms: torch.Tensor | None = None, top_p: float = 1.0, backend: str = "torch"):
+    """`choose` from hidden (B, C) and the head's weight (V, C) or what linear.py's `packed` made of it: the logits are made on the way.
+
+    `policy(logits (B, V), temperature) -> Policy` is the definition (policy.py); backend "triton" chooses by `triton_choose`. Raises
+    RuntimeError when the backend cannot run here.
+    """
+    require(backend, hidden.device)
+    hidden = hidden.to(weight.dtype)                         # a float32 head on a bfloat16 trunk
+    if backend == "torch":
+        return choose(policy(product(hidden, weight), temperature), uniforms, top_p)
+    workspace = hidden.new_empty(len(hidden), logprob._stride(len(weight)))
+    return triton_choose(product_into(workspace[:, :len(weight)], hidden, weight), temperature, uniforms, top_p)
 
 
 def choose(policy, uniforms: torch.Tensor | None = None, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

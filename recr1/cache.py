@@ -23,9 +23,11 @@ class KVCache:
         self.lengths = torch.zeros(0, dtype=torch.int64, device=device)
         self.width = 0                                   # the longest live row, in tokens
 
-    def clear(self, rows: int, room: int) -> None:
-        """No row is live any more; the texts to come need at most so many rows of so many slots."""
+    def clear(self, rows: int, room: int, at_once: bool = False) -> None:
+        """No row is live any more; the texts to come need at most so many rows of so many slots. `at_once`: these are there from now on."""
         self.live, self.width, self.most = 0, 0, (rows, room)
+        if at_once:
+            self._reserve(rows, room)
 
     def prefill(self, packed: PackedAttention, lengths: torch.Tensor):
         """The attention callable of the prompts' packed forward: it writes their keys and values into the next rows on the way."""
@@ -42,17 +44,17 @@ class KVCache:
             return packed(layer, q, k, v)
         return attention
 
-    def next(self) -> torch.Tensor:
-        """Positions (B,) of the live rows' next tokens, for which a decode step begins."""
-        self.row, self.at = torch.arange(self.live, device=self.lengths.device), self.lengths[:self.live].clone()
-        self.mask = reads(self.at, self._slots(), self.store.dtype)
+    def next(self, rows: int = 0, width: int = 0) -> torch.Tensor:
+        """Positions (B,) of the live rows' next tokens, for which a decode step begins. A graph takes `rows` and `width`, both may be more."""
+        rows, self.reading = rows or self.live, width or self._slots()
+        self.row, self.at = torch.arange(rows, device=self.lengths.device), self.lengths[:rows].clamp(max=self.reading - 1)
+        self.mask = reads(self.at, self.reading, self.store.dtype)
         return self.at
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        keys, values = self.store[layer, :self.live], self.store[self.layers + layer, :self.live]            # (B, K, S, D)
+        keys, values = (self.store[at, :len(self.row), :, :self.reading] for at in (layer, self.layers + layer))           # (B, K, S, D)
         keys[self.row, :, self.at], values[self.row, :, self.at] = k, v
-        width = self._slots()
-        return attend_rows(q, keys[:, :, :width], values[:, :, :width], self.mask, self.exact)
+        return attend_rows(q, keys, values, self.mask, self.exact)
 
     def advance(self) -> None:
         """After a decode step through all layers: every live row holds one token more."""

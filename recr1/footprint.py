@@ -122,7 +122,7 @@ class Footprint:
 
     def training(self) -> Iterator[list[Term]]:
         M, N, rows, only = self.micro_batch()
-        e, C, F, U, checkpointing = self.e, self.C, self.F, self.U, self.cfg.train.checkpointing
+        e, C, F, checkpointing = self.e, self.C, self.F, self.cfg.train.checkpointing
         kept, running = self.attention(rows, True)
         norms = 2 * M * C * (4 + 2 * e) + M * (self.H + self.K) * self.D * (4 + e) * (self.shape.family == "qwen3")
         block, one = norms + kept + e * M * (self.H * self.D + 4 * F), "2 M C (4 + 2 e) + e M (4 F + H D) + attention's rows"

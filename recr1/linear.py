@@ -32,9 +32,11 @@ def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) 
 
 
 def product_into(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """out (M, N) = x @ w.T, whose rows may have gaps."""
+    """out (M, N) = x @ w.T, whose rows may have gaps; w as for `product`."""
     if not onednn(x):
         return torch.mm(x, w.T, out=out)
+    if w.is_mkldnn:
+        return out.copy_(product(x, w))
     columns = max(64, SLICE // max(1, 4 * len(x)))
     for start in range(0, len(w), columns):
         out[:, start:start + columns] = product(x, w[start:start + columns])

@@ -6,14 +6,16 @@ where they choose differently. Prefill once per prompt is the case of the empty 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 
 from .attention import PackedAttention
 from .cache import KVCache, slots
-from .kernels.choose import choose
-from .linear import product, sampling
+from .decode_graph import DEVICES, DecodeGraphs
+from .kernels.choose import linear_choose
+from .linear import sampling
 from .model import Decoder
 from .policy import head_of, policy
 from .records import Prompt, Rollout
@@ -23,13 +25,14 @@ LAG = {"cpu": 1, "cuda": 8}    # tokens between two looks at who has stopped: a 
 
 @torch.no_grad()
 def generate(model: Decoder, prompts: list[Prompt], group_size: int, temperature: float, max_new_tokens: int, stops: frozenset[int],
-             uniforms: np.ndarray | None, cache: KVCache | None = None, *, top_p: float = 1.0, room: int | None = None,
+             uniforms: np.ndarray | None, cache: KVCache | None = None, *, top_p: float = 1.0, room: int | None = None, kernels: str = "torch",
              heard: Callable[[int, int], None] | None = None, done: Callable[[list[Rollout]], None] | None = None) -> list[Rollout]:
     """P prompts -> P * G rollouts, siblings adjacent, in order.
 
     `uniforms` (P, G, max_new_tokens) in (0, 1), one per token, chooses by inverse CDF; None is greedy. A text ends with any id
     of `stops`, which it keeps, or unfinished at max_new_tokens. Log-probs are those of the policy at `temperature`; top_p < 1
     draws from the fewest most likely ids that hold so much of it.
+    `kernels`, torch or triton, make the choice; on a GPU steps in which no row is shared are CUDA graphs (decode_graph.py).
     A `cache` of `new_cache` saves its memory from one call to the next: fresh pages cost a third of a small model's step.
     `room`: the cache's slots, rows times their length; texts beyond it wait and enter as others end. `heard(r, id)` gets every token of
     text r in order, `done(siblings)` each group once its last text has ended. Raises ValueError when `room` does not hold one text.
@@ -41,28 +44,33 @@ def generate(model: Decoder, prompts: list[Prompt], group_size: int, temperature
     most = len(texts.length) if room is None else min(room // widest, len(texts.length))     # texts at once
     if not most:
         raise ValueError(f"room for {room} slots does not hold one text of {widest}")
-    cache.clear(most, widest)
+    graphed = cache.lengths.device.type in DEVICES
+    cache.clear(most, widest, at_once=graphed)
     with sampling(model, head_of(model)) as head:
-        return _generate(model, head, texts, most, cache, temperature, top_p, uniforms, heard, done)
+        choice = partial(linear_choose, weight=head, temperature=temperature, policy=policy, top_p=top_p, backend=kernels)
+        graphs = DecodeGraphs(model, cache, choice) if graphed else None
+        return _generate(model, texts, most, cache, choice, graphs, uniforms, heard, done)
 
 
-def _generate(model, head, texts, most, cache, temperature, top_p, uniforms, heard, done) -> list[Rollout]:
-    lag, hidden = LAG[cache.lengths.device.type], None
+def _generate(model, texts, most, cache, choice, graphs, uniforms, heard, done) -> list[Rollout]:
+    device, tokens = cache.lengths.device, ()
     while True:
-        if entering := texts.enter(most):
-            first = prefill(model, entering, cache)                                          # (P', C)
-            hidden = first if hidden is None else torch.cat([hidden, first])                 # (B, C)
+        entering = texts.enter(most)
         if not len(texts.who):
             return texts.rollouts(done)
         chosen = []
-        for t in range(texts.steps(lag)):
-            if t:
-                hidden = decode(model, chosen[-1][0][:, 0], cache)
-            chosen.append(choose(policy(product(hidden.to(head.dtype), head), temperature), texts.draws(uniforms, t, hidden), top_p))
+        for u in texts.draws(uniforms, LAG[device.type], device):
+            if graphs and not entering and texts.rows == len(texts.who):
+                chosen.append(graphs(tokens, u))
+            else:
+                hidden = [decode(model, tokens, cache)] if len(tokens) else []
+                if entering:
+                    hidden, entering = [*hidden, prefill(model, entering, cache)], []
+                chosen.append(choice(torch.cat(hidden), uniforms=u))                         # of hidden (B, C)
+            tokens = chosen[-1][0][:, 0]
         texts.write(*(torch.stack(x).cpu().numpy() for x in zip(*chosen)), heard)
         texts.rollouts(done)
-        tokens = texts.part(cache)
-        hidden = decode(model, tokens.to(cache.lengths.device), cache) if len(tokens) else None
+        tokens = texts.part(cache).to(device)
 
 
 class Texts:
@@ -87,18 +95,15 @@ class Texts:
         self.who, self.row, self.rows = np.append(self.who, new), np.append(self.row, self.rows + place), self.rows + len(groups)
         return [self.prompts[p] for p in groups]
 
-    def steps(self, lag: int) -> int:
-        """Tokens until the next look: rows that several texts share may split at any."""
-        return 1 if self.rows < len(self.who) else min(lag, self.T - int(self.length[self.who].max()))
-
-    def draws(self, uniforms: np.ndarray | None, t: int, like: torch.Tensor) -> torch.Tensor | None:
-        """(B, most siblings in a row): the uniforms of the t-th token from here."""
+    def draws(self, uniforms: np.ndarray | None, lag: int, device) -> torch.Tensor | list[None]:
+        """The uniforms of the tokens until the next look, (tokens, B, most siblings in a row), or None as often: shared rows may split at any."""
         self.column = np.arange(len(self.who)) - np.searchsorted(self.row, self.row)
+        count = 1 if self.rows < len(self.who) else min(lag, self.T - int(self.length[self.who].max()))
         if uniforms is None:
-            return None
-        u = np.full((self.rows, self.column.max() + 1), 0.5)
-        u[self.row, self.column] = uniforms[self.who // self.G, self.who % self.G, self.length[self.who] + t]
-        return torch.from_numpy(u).to(like.device)
+            return [None] * count
+        u = np.full((count, self.rows, self.column.max() + 1), 0.5)
+        u[:, self.row, self.column] = uniforms[self.who // self.G, self.who % self.G, self.length[self.who] + np.arange(count)[:, None]]
+        return torch.from_numpy(u).to(device)               # all at once: each copy would wait for the GPU
 
     def write(self, ids: np.ndarray, logp: np.ndarray, cut: np.ndarray, heard: Callable[[int, int], None] | None) -> None:
         """Chosen ids, their log-probs (tokens, B, siblings in a row; 1 where they agree) and the mass cut off (tokens, B): each text takes its

@@ -83,7 +83,7 @@ def explore(run: Run, step: int, cache) -> tuple[list[Rollout], list[Reward], in
         prompts = run.prompts(step, turn)[:wanted - len(groups)]
         with run.log.phase("sample"):
             rollouts = generate(run.policy, prompts, s.group_size, s.temperature, s.max_new_tokens, run.stops, run.uniforms(step, prompts), cache,
-                                top_p=s.top_p, room=run.room())
+                                top_p=s.top_p, room=run.room(), kernels=run.cfg.model.kernels)
         with run.log.phase("reward"):
             rewards = run.train_task.score(rollouts)                                         # the retriever runs here
         drawn += len(prompts)

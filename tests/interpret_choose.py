@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from recr1.kernels import logprob
-from recr1.kernels.choose import choose, triton_choose
+from recr1.kernels.choose import choose, linear_choose, triton_choose
+from recr1.linear import packed
 from recr1.policy import policy
 
 SEED = int(os.environ["RECR1_SEED"])
@@ -125,3 +126,14 @@ def test_a_row_that_is_not_finite_yields_ids_of_the_vocabulary():
 
 def test_no_rows():
     assert [x.shape for x in triton_choose(torch.empty(0, 32), 1.0, torch.empty(0, 4))] == [(0, 4), (0, 4), (0,)]
+
+
+@pytest.mark.parametrize("V", [33, 101])
+def test_from_hidden_states(V):
+    """Logits in rows that start at multiples of 16, from the head's weight as it is and in oneDNN's order."""
+    g = draw("head", V)
+    hidden, weight, u = torch.randn(5, 24, generator=g), torch.randn(V, 24, generator=g), torch.rand(5, 2, generator=g, dtype=torch.float64)
+    for head in (weight, packed(weight)):
+        for uniforms in (u, None):
+            ours, theirs = (linear_choose(hidden, head, 0.7, policy, uniforms, backend=backend) for backend in ("triton", "torch"))
+            assert torch.equal(ours[0], theirs[0]) and (ours[1] - theirs[1]).abs().max() <= 1e-5, f"seed {SEED}"

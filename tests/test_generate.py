@@ -20,7 +20,7 @@ from recr1.rewriter import Stream
 from recr1.run import guarded
 from recr1.sample import generate
 from recr1.weights import load_model
-from tiny import CONTRACT, answering_model, save, tiny_tokenizer, write_data, write_policy, write_yaml
+from tiny import CONTRACT, answering_model, save, tiny_tokenizer, write_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = tiny_tokenizer()
