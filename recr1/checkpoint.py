@@ -67,13 +67,12 @@ def _open(folder: str, reachable: int, compute: torch.dtype, attention: str, exa
     tensors.check(model)
     c = model.config
     try:
-        model.backend = choose(attention, c.num_attention_heads > c.num_key_value_heads, c.head_dim, compute, dist.device())
+        backend = choose(attention, c.num_attention_heads > c.num_key_value_heads, c.head_dim, compute, dist.device())
     except Unusable as e:
         raise ConfigError(f"model.attention: {e}; sdpa runs everywhere") from None
-    if exact:
-        if why := inexact(compute, dist.device()):
-            raise ConfigError(f"model.batch_invariant: {why}")
-    model.backend = model.backend._replace(exact=exact, float32_head=float32_head)
+    if exact and (why := inexact(compute, dist.device())):
+        raise ConfigError(f"model.batch_invariant: {why}")
+    model.set_backend(backend._replace(exact=exact, float32_head=float32_head))
     return model, tensors
 
 

@@ -68,13 +68,17 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    exact = False    # model.batch_invariant
+
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.gate_proj, self.up_proj = (Linear(c.hidden_size, c.intermediate_size, bias=False) for _ in range(2))
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        # torch's silu takes other bits for what is left of a thread's share than for whole vectors; exp does not
+        return self.down_proj((gate / (1 + (-gate).exp()) if self.exact else F.silu(gate)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -94,7 +98,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, reachable: int | None = None):
         super().__init__()
-        self.config, self.backend = config, Backend()     # backend: of attention over packed rows; load_policy sets it
+        self.config, self.backend = config, Backend()     # set_backend changes it
         self.reachable = reachable or config.vocab_size   # ids the tokenizer has: nobody samples or scores beyond (policy.py)
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
@@ -109,6 +113,12 @@ class Decoder(nn.Module):
         for block in self.model.layers:
             x = block(x, rope, attention)
         return self.model.norm(x)
+
+    def set_backend(self, backend: Backend) -> None:
+        """How attention is computed, and whether all is exact (varlen.py). Before it is sharded."""
+        self.backend = backend
+        for block in self.model.layers:
+            block.mlp.exact = backend.exact
 
     @property
     def head_weight(self) -> torch.Tensor:

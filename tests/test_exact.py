@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recr1 import train
-from recr1.linear import Linear, product, product_into, sampling
+from recr1.linear import Linear, packed, product, product_into, sampling
 from recr1.packing import distinct, pack
 from recr1.policy import score
 from recr1.records import Prompt
@@ -16,7 +16,8 @@ from recr1.varlen import Backend
 from tiny import FAMILIES, tiny_model, write_yaml
 
 # prompts, siblings, shortest and longest prompt, tokens, what all prompts begin with, tokens of a micro-batch
-BATCHES = [(3, 4, 1, 20, 20, 0, 90), (8, 8, 3, 12, 12, 37, 4096), (5, 3, 60, 160, 40, 5, 700), (1, 1, 4, 5, 7, 0, 4096), (2, 2, 250, 260, 30, 0, 4096)]
+BATCHES = [(3, 4, 1, 20, 20, 0, 90), (8, 8, 3, 12, 12, 37, 4096), (5, 3, 60, 160, 40, 5, 700), (1, 1, 4, 5, 7, 0, 4096), (2, 2, 250, 260, 30, 0, 4096),
+           (8, 1, 250, 260, 12, 0, 4096)]
 
 
 def drawn(model, prompts, group, low, high, new, common, seed=0):
@@ -26,15 +27,16 @@ def drawn(model, prompts, group, low, high, new, common, seed=0):
     return questions, random.random((prompts, group, new))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("family", [*FAMILIES, "odd widths"])
 def test_sampler_and_trainer_give_the_same_bits(family, threads):
+    """Odd widths and three threads: shares of rows end inside a vector."""
     before, differ = torch.get_num_threads(), {True: 0, False: 0}
     torch.set_num_threads(threads)
     try:
         for exact in (True, False):
-            model = tiny_model(seed=4, **FAMILIES[family])
-            model.backend = Backend(exact=exact)
+            model = tiny_model(seed=4, **FAMILIES.get(family, dict(intermediate_size=37)))
+            model.set_backend(Backend(exact=exact))
             for *case, budget in BATCHES:
                 prompts, u = drawn(model, *case)
                 texts, _ = distinct(generate(model, prompts, case[1], 1.0, case[4], frozenset(range(0, 394, 40)), u))
@@ -48,13 +50,24 @@ def test_sampler_and_trainer_give_the_same_bits(family, threads):
 
 def test_a_texts_bits_do_not_depend_on_the_batch():
     model = tiny_model(seed=4)
-    model.backend = Backend(exact=True)
+    model.set_backend(Backend(exact=True))
     prompts, u = drawn(model, 9, 4, 30, 120, 40, 11)
     whole = generate(model, prompts, 4, 1.0, 40, frozenset([7]), u)
     for at in ([3], [8, 2, 5], list(range(9))[::-1]):
         for room in (None, 400):
             some = generate(model, [prompts[i] for i in at], 4, 1.0, 40, frozenset([7]), u[at], room=room)
             assert [(r.ids, r.sampler_logp) for r in some] == [(whole[4 * i + s].ids, whole[4 * i + s].sampler_logp) for i in at for s in range(4)]
+
+
+@pytest.mark.parametrize("outputs", [2, 64, 65, 394, 4096, 4097])
+def test_a_rows_product_does_not_depend_on_how_it_is_called(outputs):
+    """Alone, beside any number of rows, packed or not, and written in slices, the last of which may be one column wide."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(500, 160, generator=g), torch.randn(outputs, 160, generator=g)
+    want, order, out = product(x, w), packed(w), torch.zeros(500, outputs + 3)[:, :outputs]
+    for n in (*range(1, 40), 63, 64, 65, 192, 320, 448, 499):
+        for got in (product(x[:n], w), product(x[:n], order), product_into(out[:n], x[:n], w)):
+            assert torch.equal(got, want[:n]), n
 
 
 def test_a_whole_run_has_no_gap_at_all(tmp_path):
@@ -105,7 +118,7 @@ def test_a_float32_head_on_a_bfloat16_trunk():
     prompts, u = drawn(model, 3, 4, 5, 20, 12, 0)
     gaps = {}
     for wide in (True, False):
-        model.backend = Backend(float32_head=wide)
+        model.set_backend(Backend(float32_head=wide))
         rollouts = generate(model, prompts, 4, 1.0, 12, frozenset(), u)
         [batch] = pack(distinct(rollouts)[0], 4096)
         hidden = []
