@@ -34,7 +34,7 @@ def test_the_gap_of_sampler_and_trainer():
     assert out.count("s a step") == 2 and all(bar["ok"] for bar in bars if "gap" in bar["name"])
 
 
-@pytest.mark.parametrize("how, rows, bars", [(("4x256",), 4, 3), (("4x256", "--table"), 6, 0), (("0.5B", "1.5B"), 2, 3)], ids=["bars", "table", "gpu"])
+@pytest.mark.parametrize("how, rows, bars", [(("4x256",), 4, 3), (("4x256", "--table"), 4, 0), (("0.5B", "1.5B"), 2, 3)], ids=["bars", "table", "gpu"])
 def test_sampler_against_transformers(how, rows, bars):
     out, found = run("experiments/bench/sampler.py", "--dry-run", "--threads=1", "--shape", *how)
     table = [line for line in out.splitlines() if line.startswith(how[0].split("x")[0]) or line.startswith("1.5B")]
