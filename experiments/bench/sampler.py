@@ -175,7 +175,8 @@ class Pair:
     def peak(self, side: str, work: Work) -> int:
         if self.device == "cuda":
             return self.growth(side, work)
-        fresh = multiprocessing.get_context("forkserver")                                      # one that has only imported this file, and its forks
+        fresh = multiprocessing.get_context("forkserver")              # a process that has only imported, and its forks
+        fresh.set_forkserver_preload(["transformers.models.qwen2.modeling_qwen2", "recr1.dryrun", "recr1.sample"])
         with ProcessPoolExecutor(1, fresh) as process:
             return process.submit(alone, self.name, self.config, self.dtype, side, work, torch.get_num_threads()).result()
 
