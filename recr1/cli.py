@@ -9,12 +9,10 @@ import json
 import os
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from . import config_file as configs
 from . import data, dist, losslab
@@ -28,7 +26,9 @@ from .hub import load_tokenizer, resolve, stop_ids
 from .log import say
 from .metrics import hit_rate, ndcg, recall, reciprocal_rank
 from .plan import bytes_of, plan
-from .retrieval.bm25 import BM25, load_or_build
+from .retrieval.bm25 import BM25, SCORERS, check, load_or_build
+from .retrieval.index import Index
+from .retrieval.postings import Parameters
 from .run import guarded
 from .tasks.product_search import make_prompts
 from .weights import check_room, read_config
@@ -59,6 +59,8 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--b", type=float, default=0.75)
         p.add_argument("--variant", choices=("lucene", "okapi"), default="lucene")
         p.add_argument("--length", choices=("exact", "lucene"), default="exact", help="lucene: its one-byte document lengths")
+        p.add_argument("--scorer", choices=SCORERS, default="torch", help="numba: extra [fast]; the same results")
+        p.add_argument("--upstream-wrapping", action="store_true", help='search "(contents:QUERY)" as the published code does: it loses the first word')
         p.add_argument("--index-dir", metavar="D", help="keep the index there; default: in memory only")
 
     def judged(p):
@@ -210,10 +212,16 @@ class Rewriter:
 def make_index(args) -> tuple[BM25, dict[str, str]]:
     """The index of --corpus and its texts by document id."""
     ids, texts, _ = data.read_corpus(args.corpus)
-    build = partial(load_or_build, args.index_dir) if args.index_dir else BM25.build
+    parameters = dict(k1=args.k1, b=args.b, variant=args.variant, length=args.length)
+    how = dict(scorer=args.scorer, upstream_wrapping=args.upstream_wrapping)
     try:
-        index = build(ids, texts, k1=args.k1, b=args.b, variant=args.variant, length=args.length,
-                      progress=lambda it: tqdm(it, desc="index", disable=None, leave=False))
+        if args.index_dir:
+            index = load_or_build(args.index_dir, args.corpus, **how, **parameters)
+        else:
+            check(args.scorer)
+            index = BM25(Index.of_file(args.corpus, Parameters(**parameters), numba=args.scorer == "numba"), **how)
+    except data.DataError:
+        raise
     except (ValueError, OSError) as e:
         raise ConfigError(str(e)) from None
     return index, dict(zip(ids, texts))
