@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 
 BLOCK = 1 << 16           # documents whose sums are made together: half a megabyte of float64, which stays in a core's L2
-LANES = 16                # sums whose largest is compared with the threshold before any of them is looked at
+LANES = 64                # sums whose largest is compared with the threshold before any of them is looked at
 SHIFT = 15                # a bin of the histogram is the upper 17 bits of a score: 1/256 of its size
 LOWEST = (127 - 16) << (23 - SHIFT)       # the bin of 2 ** -16; smaller scores share it, those above 2 ** 16 the last
 BINS = 32 << (23 - SHIFT)
@@ -31,7 +31,7 @@ class Scorer:
         """
         rows = np.full((len(starts) - 1, k), -1, np.int64)
         scores = np.full(rows.shape, -np.inf, np.float32)
-        self._search(*self.arrays, self.documents, terms, weights, starts, rows, scores.view(np.uint32))
+        self._search(*self.arrays, self.documents, terms, weights, starts, LANES, rows, scores.view(np.uint32))
         return rows, scores
 
 
@@ -40,11 +40,12 @@ def _compiled_search():
     from numba import njit
 
     @njit(nogil=True, error_model="numpy", cache=True)
-    def search(offsets, docs, impacts, D, terms, weights, starts, rows, scores):
+    def search(offsets, docs, impacts, D, terms, weights, starts, lanes, rows, scores):
         """Term by term into BLOCK sums; of a block only what may still be among the best k is kept.
 
         The threshold is the lower edge of the histogram bin in which the k-th best of the scores so far lies. Unsigned indices: a signed one would
         be tested for being negative at every access. Positive floats ascend as their bits do, so sums are compared as integers.
+        lanes is LANES: a loop of constant length would be unrolled, and then not vectorised.
         """
         k = rows.shape[1]
         sums = np.zeros(BLOCK, np.float64)
@@ -55,7 +56,7 @@ def _compiled_search():
         digits = np.empty(2048, np.int64)
         edge = np.empty(1, np.uint32)
         floor = np.empty(1, np.float64)
-        one = np.uint64(1)
+        one, lanes = np.uint64(1), np.uint64(lanes)
         for q in range(len(starts) - 1):
             first, n_terms = starts[q], starts[q + 1] - starts[q]
             at, end = np.empty(n_terms, np.uint64), np.empty(n_terms, np.uint64)
@@ -78,12 +79,12 @@ def _compiled_search():
                     at[t] = p
                 if not touched:
                     continue
-                for c in range(np.uint64(0), np.uint64(width), np.uint64(LANES)):
+                for c in range(np.uint64(0), np.uint64(width), lanes):
                     largest = np.int64(0)
-                    for x in range(c, c + np.uint64(LANES)):
+                    for x in range(c, c + lanes):
                         largest = max(largest, sum_bits[x])
                     if largest > threshold:
-                        for x in range(c, c + np.uint64(LANES)):
+                        for x in range(c, c + lanes):
                             if sum_bits[x] > threshold:
                                 kept[n], kept_rows[n] = np.float32(sums[x]), np.int32(begin + np.int64(x))
                                 bin = min(max(np.int64(kept_bits[n] >> np.uint32(SHIFT)) - LOWEST, 0), BINS - 1)
@@ -98,7 +99,7 @@ def _compiled_search():
                             edge[0] = (np.uint32(lowest + LOWEST) << np.uint32(SHIFT)) - np.uint32(1)
                             floor[0] = edge.view(np.float32)[0]
                             threshold = floor.view(np.int64)[0]
-                    for x in range(c, c + np.uint64(LANES)):
+                    for x in range(c, c + lanes):
                         sum_bits[x] = 0
 
             if lowest > 0:                       # what was kept under an earlier, lower threshold

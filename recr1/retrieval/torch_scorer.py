@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 AT_ONCE = 1 << 28          # bytes
+CHUNK = 1 << 16            # postings widened at once on a CPU: into memory that is there already, small enough for a cache
 
 
 class Scorer:
@@ -26,7 +27,7 @@ class Scorer:
 
         k <= D. Best first, equal scores by row; past the last hit row -1, score -inf.
         """
-        Q, L = len(starts) - 1, 64
+        Q, L = len(starts) - 1, 128
         while L > 1 and self.documents < 4 * k * L:
             L //= 2
         B = -(-self.documents // L)
@@ -35,29 +36,47 @@ class Scorer:
         sums = torch.empty(n, B, L, dtype=torch.float64, device=self.device)
         rows = torch.full((Q, k), -1, device=self.device)
         scores = torch.full((Q, k), -torch.inf, device=self.device)
+        add = self._add_at_once if self.at_once else self._adder()
         for q in range(0, Q, n):
             part = sums[:min(n, Q - q)].zero_()
-            self._add(part.view(-1), B * L, terms, weights, starts[q:q + len(part) + 1])
+            within = slice(starts[q], starts[q + len(part)])
+            add(part.view(len(part), -1), terms[within], weights[within], np.diff(starts[q:q + len(part) + 1]))
             _best(part, rows[q:q + n], scores[q:q + n])
         return rows.cpu().numpy(), scores.cpu().numpy()
 
-    def _add(self, sums: torch.Tensor, width: int, terms: np.ndarray, weights: np.ndarray, starts: np.ndarray) -> None:
-        """Every posting of the queries' terms, times the term's weight, into sums (n * width,)."""
-        t = terms[starts[0]:starts[-1]]
-        first, last = self.offsets[t], self.offsets[t + 1]
-        if not self.at_once:
-            for a, b, weight in zip(first.tolist(), last.tolist(), weights[starts[0]:starts[-1]].tolist()):
-                impacts = self.impacts[a:b] if weight == 1 else self.impacts[a:b] * weight
-                sums.index_add_(0, self.docs[a:b], impacts.double())
-            return
-        query = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
-        shift = first - np.concatenate([[0], np.cumsum(last - first)[:-1]])          # from a posting's place among all to its place in the index
-        table = torch.from_numpy(np.stack([last - first, shift, query * width])).to(self.device)
-        weight = torch.from_numpy(weights[starts[0]:starts[-1]]).to(self.device)
-        total = int((last - first).sum())
-        term = torch.repeat_interleave(torch.arange(len(t), device=self.device), table[0], output_size=total)
+    def _adder(self):
+        """add(sums (1, width), terms, weights, _): the postings of one query's terms, times the term's weight; short ones together."""
+        place, value = torch.empty(CHUNK, dtype=torch.int64), torch.empty(CHUNK, dtype=torch.float64)
+
+        def flush(sums, pieces):
+            docs, impacts = [self.docs[a:b] for a, b, _ in pieces], [self.impacts[a:b] if w == 1 else self.impacts[a:b] * w for a, b, w in pieces]
+            docs, impacts = (docs[0], impacts[0]) if len(pieces) == 1 else (torch.cat(docs), torch.cat(impacts))
+            sums[0].scatter_add_(0, place[:len(docs)].copy_(docs), value[:len(docs)].copy_(impacts))
+
+        def add(sums, terms, weights, _):
+            pieces, size = [], 0
+            first, last = self.offsets[terms], self.offsets[terms + 1]
+            for t in np.argsort(last - first):
+                for a in range(first[t], last[t], CHUNK):
+                    b = min(a + CHUNK, int(last[t]))
+                    if size + b - a > CHUNK:
+                        flush(sums, pieces)
+                        pieces, size = [], 0
+                    pieces.append((a, b, float(weights[t])))
+                    size += b - a
+            if pieces:
+                flush(sums, pieces)
+        return add
+
+    def _add_at_once(self, sums: torch.Tensor, terms: np.ndarray, weights: np.ndarray, sizes: np.ndarray) -> None:
+        """All postings of n queries of `sizes` terms each, times the terms' weights, into sums (n, width)."""
+        first, counts = self.offsets[terms], self.offsets[terms + 1] - self.offsets[terms]
+        shift = first - (np.cumsum(counts) - counts)             # from a posting's place among all of these to its place in the index
+        table = torch.from_numpy(np.stack([counts, shift, np.repeat(np.arange(len(sizes)), sizes) * sums.shape[1]])).to(self.device)
+        total, weight = int(counts.sum()), torch.from_numpy(weights).to(self.device)
+        term = torch.repeat_interleave(torch.arange(len(terms), device=self.device), table[0], output_size=total)
         place = torch.arange(total, device=self.device) + table[1][term]
-        sums.index_add_(0, self.docs[place] + table[2][term], (self.impacts[place] * weight[term]).double())
+        sums.view(-1).index_add_(0, self.docs[place] + table[2][term], (self.impacts[place] * weight[term]).double())
 
 
 def _best(sums: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> None:
@@ -65,17 +84,23 @@ def _best(sums: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> None:
 
     Two levels: the k-th largest of the blocks' maxima is a score that at least k documents reach, so only blocks that reach it are looked into.
     """
-    k = rows.shape[1]
+    (n, B, L), k = sums.shape, rows.shape[1]
     maxima = sums.amax(2).float()                                                                     # (n, B)
-    floor = maxima.topk(k).values[:, -1:] if k < maxima.shape[1] else torch.zeros_like(maxima[:, :1])
-    query, block = ((maxima >= floor) & (maxima > 0)).nonzero(as_tuple=True)
-    values = sums[query, block].float()                                                               # (blocks kept, L)
-    at, lane = ((values >= floor[query]) & (values > 0)).nonzero(as_tuple=True)
-    found, query, row = values[at, lane], query[at], block[at] * sums.shape[2] + lane                 # by query, then row
+    floor = maxima.topk(k, sorted=False).values.amin(1) if k < B else torch.zeros_like(maxima[:, 0])  # (n,)
+    floor = floor.clamp(min=torch.finfo(torch.float32).tiny)                                          # a hit's score is above 0
+    block = (maxima >= floor[:, None]).view(-1).nonzero().view(-1)
+    query = block // B
+    values = sums.view(-1, L).index_select(0, block).float()                                          # (blocks kept, L)
+    at = (values >= floor[query, None]).view(-1).nonzero().view(-1)
+    found, block = values.view(-1)[at], block[at // L]
+    query, row = block // B, block % B * L + at % L                                                   # by query, then row
     order = found.argsort(descending=True, stable=True)                                               # equal scores stay in the order of their rows
-    order = order[query[order].argsort(stable=True)] if len(sums) > 1 else order
-    query, counts = query[order], torch.bincount(query, minlength=len(sums))
+    if n == 1:
+        order = order[:k]
+        rows[0, :len(order)], scores[0, :len(order)] = row[order], found[order]
+        return
+    order = order[query[order].argsort(stable=True)]
+    query, counts = query[order], torch.bincount(query, minlength=n)
     rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[query]
     kept = rank < k
-    query, rank = query[kept], rank[kept]
-    rows[query, rank], scores[query, rank] = row[order][kept], found[order][kept]
+    rows[query[kept], rank[kept]], scores[query[kept], rank[kept]] = row[order][kept], found[order][kept]
