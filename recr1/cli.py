@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--b", type=float, default=0.75)
         p.add_argument("--variant", choices=("lucene", "okapi"), default="lucene")
         p.add_argument("--length", choices=("exact", "lucene"), default="exact", help="lucene: its one-byte document lengths")
-        p.add_argument("--scorer", choices=SCORERS, default="torch", help="numba: extra [fast]; the same results")
+        p.add_argument("--scorer", choices=SCORERS, default="torch", help="numba: extra [fast], CPU, the faster one")
         p.add_argument("--upstream-wrapping", action="store_true", help='search "(contents:QUERY)" as the published code does: it loses the first word')
         p.add_argument("--index-dir", metavar="D", help="keep the index there; default: in memory only")
 

@@ -131,8 +131,7 @@ def test_scores_of_rank_bm25(name):
     assert floored                                     # terms in more than half of the documents: the epsilon rule
     for query in some_queries(name, 15) + [" ".join(floored[:2])]:
         want = oracle.get_scores(analyze(query))
-        got = dense(index(name, "numba", variant="okapi", k1=1.5), query, corpus(name)[0])
-        assert np.array_equal(got, dense(index(name, variant="okapi", k1=1.5), query, corpus(name)[0]))
+        got = dense(index(name, variant="okapi", k1=1.5), query, corpus(name)[0])
         np.testing.assert_allclose(got, np.maximum(want, 0), rtol=1e-4, atol=1e-6, err_msg=query)
 
 
@@ -275,15 +274,20 @@ def threads():
 
 
 @pytest.mark.parametrize("k", [1, 20, 1000, 10**6])
-def test_both_scorers_give_the_same_to_the_bit(k, threads):
+def test_both_scorers_rank_the_same(k, threads):
+    """Scores to 1e-6; documents change places only where scores are that close. Threads change nothing."""
     texts = [*some_queries("titles", 100), "", "the", "zyxt", " ".join(some_queries("titles", 40))]
     (rows, scores), other = index("titles").search(texts, k), index("titles", "numba").search(texts, k)
-    assert np.array_equal(rows, other[0]) and np.array_equal(scores, other[1]) and rows.shape == (104, k)
-    assert (rows[:100, 0] >= 0).all() and (rows[100:103] == -1).all()
+    np.testing.assert_allclose(scores, other[1], rtol=1e-6)
+    moved = rows != other[0]
+    assert rows.shape == (104, k) and moved.mean() < 1e-3 and (rows[:100, 0] >= 0).all() and (rows[100:103] == -1).all()
+    for q, rank in zip(*moved.nonzero()):
+        at = np.flatnonzero(other[0][q] == rows[q, rank])
+        assert not len(at) or other[1][q, at[0]] == pytest.approx(other[1][q, rank], rel=1e-6)
     threads(2)
-    for scorer in SCORERS:
+    for scorer, alone in zip(SCORERS, ((rows, scores), other)):
         shared = index("titles", scorer).search(texts, k)
-        assert np.array_equal(rows, shared[0]) and np.array_equal(scores, shared[1])
+        assert np.array_equal(alone[0], shared[0]) and np.array_equal(alone[1], shared[1])
     assert torch.get_num_threads() == 2
 
 
@@ -305,20 +309,19 @@ def test_scorers_against_a_whole_sort(D, n, levels):
     sizes = [1, 3, 20, 0, 7]
     terms, starts = np.concatenate([rng.choice(20, s, replace=False) for s in sizes]), np.cumsum([0, *sizes])
     weights = rng.integers(1, 4, len(terms)).astype(np.float32)
-    for k in (1, 10, 1000, D):
-        k = min(k, D)
-        want_rows, want = np.full((5, k), -1), np.full((5, k), -np.inf, np.float32)
-        for q in range(5):
-            sums = np.zeros(D)
-            for t, w in zip(terms[starts[q]:starts[q + 1]], weights[starts[q]:starts[q + 1]]):
-                at = slice(found.offsets[t], found.offsets[t + 1])
-                sums[found.docs[at]] += w * found.impacts[at]
-            order = np.argsort(-sums.astype(np.float32), kind="stable")[:k]
-            order = order[sums[order].astype(np.float32) > 0]
-            want_rows[q, :len(order)], want[q, :len(order)] = order, sums[order].astype(np.float32)
-        for scorer in (numba_scorer.Scorer(*arrays), torch_scorer.Scorer(*arrays), torch_scorer.Scorer(*arrays, at_once=2**22)):
+    for scorer, kind in ((numba_scorer.Scorer(*arrays), np.float64), (torch_scorer.Scorer(*arrays, at_once=2**22), np.float64), (torch_scorer.Scorer(*arrays), np.float32)):
+        for k in {1, min(10, D), min(1000, D), D}:
             rows, scores = scorer.top(terms, weights, starts, k)
-            assert np.array_equal(rows, want_rows) and np.array_equal(scores, want)
+            for q in range(5):
+                sums = np.zeros(D, kind)
+                for t, w in zip(terms[starts[q]:starts[q + 1]], weights[starts[q]:starts[q + 1]]):
+                    at = slice(found.offsets[t], found.offsets[t + 1])
+                    sums[found.docs[at]] += w * found.impacts[at]
+                order = np.argsort(-sums.astype(np.float32), kind="stable")[:k]
+                order = order[sums[order].astype(np.float32) > 0]
+                n = len(order)
+                assert np.array_equal(rows[q, :n], order) and np.array_equal(scores[q, :n], sums[order].astype(np.float32))
+                assert (rows[q, n:] == -1).all() and (scores[q, n:] == -np.inf).all()
 
 
 @pytest.mark.parametrize("D", [7, 500])

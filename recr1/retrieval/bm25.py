@@ -26,7 +26,7 @@ SCORERS = ("torch", "numba")
 class BM25:
     """A Retriever. doc_ids: the id of every row, ascending.
 
-    scorer: "torch", on `device`, or "numba" (extra [fast], CPU); the same results. On a CPU as many threads as torch has share a batch of queries.
+    scorer: "torch", on `device`, or "numba" (extra [fast], CPU): see their files. On a CPU as many threads as torch has share a batch of queries.
     upstream_wrapping: search for "(contents:QUERY)" as the published code does. Lucene's tokenizer joins letter:letter, so a query that begins with
         a letter loses its first word, and another gains the token `content`.
     Raises ValueError for a scorer that is not there.
@@ -51,8 +51,8 @@ class BM25:
         """Q texts -> rows (Q, k) int64 and scores (Q, k) float32, best first; past the last hit row -1, score -inf.
 
         A hit has at least one token of the query and a score above 0 (in "okapi" a common term may have 0 or less). A token that the query repeats
-        counts as often as it stands there. Equal scores are ranked by document id, which also decides which of them are among the k. Sums are
-        made in float64 and rounded once, as Lucene does: in float32 ties would split by the order of the terms. Raises ValueError for k < 1.
+        counts as often as it stands there; the order of words does not matter. Equal scores are ranked by document id, which also decides which
+        of them are among the k. Raises ValueError for k < 1.
         """
         if k < 1:
             raise ValueError(f"k: must be at least 1, got {k}")
@@ -91,9 +91,9 @@ class BM25:
         return sorted(parts, key=lambda part: -part[1])
 
     def _terms(self, query: str) -> dict[int, int]:
-        """{term's number: how often the query has it}, of the tokens that the index has."""
+        """{term's number: how often the query has it}, of the tokens that the index has, in ascending order."""
         counts = Counter(analyze(f"(contents:{query})" if self.wrapped else query))
-        return {t: count for token, count in counts.items() if (t := self._number(token)) >= 0}
+        return dict(sorted((t, count) for token, count in counts.items() if (t := self._number(token)) >= 0))
 
 
 def load_or_build(directory: str | Path, corpus: str | os.PathLike, *, on_bad_line: str = "stop", scorer: str = "torch", upstream_wrapping: bool = False,

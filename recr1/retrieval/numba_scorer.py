@@ -1,4 +1,6 @@
-"""The numba scorer and index build (extra [fast]): the arrays and the results are those of the torch scorer and the numpy build, bit for bit.
+"""The numba scorer and index build (extra [fast]). The build's arrays are numpy's, bit for bit.
+
+Sums are made in float64 and rounded once, as Lucene does: scores are Lucene's whatever the order of the terms.
 
 Nothing imports numba before it is asked for. Compiled code is kept in __pycache__; numba holds no threads of its own here: bm25.py gives each of
 torch's threads its share of the queries, and the functions release the interpreter.
