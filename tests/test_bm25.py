@@ -273,17 +273,18 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("k", [1, 20, 1000, 10**6])
+@pytest.mark.parametrize("k", [1, 20, 1000, 17_000])
 def test_both_scorers_rank_the_same(k, threads):
     """Scores to 1e-6; documents change places only where scores are that close. Threads change nothing."""
-    texts = [*some_queries("titles", 100), "", "the", "zyxt", " ".join(some_queries("titles", 40))]
+    texts = [*some_queries("titles", 40), "", "the", "zyxt", " ".join(some_queries("titles", 10))]
     (rows, scores), other = index("titles").search(texts, k), index("titles", "numba").search(texts, k)
     np.testing.assert_allclose(scores, other[1], rtol=1e-6)
-    moved = rows != other[0]
-    assert rows.shape == (104, k) and moved.mean() < 1e-3 and (rows[:100, 0] >= 0).all() and (rows[100:103] == -1).all()
-    for q, rank in zip(*moved.nonzero()):
-        at = np.flatnonzero(other[0][q] == rows[q, rank])
-        assert not len(at) or other[1][q, at[0]] == pytest.approx(other[1][q, rank], rel=1e-6)
+    assert rows.shape == (44, k) and (rows[:40, 0] >= 0).all() and (rows[40:43] == -1).all() and np.array_equal(rows >= 0, other[0] >= 0)
+    for q, (every, score) in enumerate(zip(*index("titles", "numba").search(texts, len(corpus("titles")[0])))):
+        true = np.zeros(len(every) + 1, np.float32)
+        true[every] = score                            # of row -1: the last place
+        hits = rows[q] >= 0
+        np.testing.assert_allclose(true[rows[q][hits]], other[1][q][hits], rtol=1e-6)
     threads(2)
     for scorer, alone in zip(SCORERS, ((rows, scores), other)):
         shared = index("titles", scorer).search(texts, k)

@@ -54,11 +54,14 @@ class BM25:
         counts as often as it stands there; the order of words does not matter. Equal scores are ranked by document id, which also decides which
         of them are among the k. Raises ValueError for k < 1.
         """
+        return self.rank([self._terms(query) for query in queries], k)
+
+    def rank(self, found: list[dict[int, int]], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """`search` for Q queries that are terms' numbers already: {number: how often}, ascending."""
         if k < 1:
             raise ValueError(f"k: must be at least 1, got {k}")
-        rows = np.full((len(queries), k), -1, np.int64)
-        scores = np.full((len(queries), k), -np.inf, np.float32)
-        found = [self._terms(query) for query in queries]
+        rows = np.full((len(found), k), -1, np.int64)
+        scores = np.full((len(found), k), -np.inf, np.float32)
         starts = np.cumsum([0, *map(len, found)])
         terms = np.array([t for part in found for t in part], np.int64)
         weights = np.array([count for part in found for count in part.values()], np.float32)
@@ -69,9 +72,9 @@ class BM25:
             lengths = np.cumsum([0, *(starts[part + 1] - starts[part])])
             rows[part, :depth], scores[part, :depth] = self.scorer.top(terms[places], weights[places], lengths, depth)
 
-        threads = min(torch.get_num_threads(), len(queries)) if self.device.type == "cpu" else 1
+        threads = min(torch.get_num_threads(), len(found)) if self.device.type == "cpu" else 1
         if threads < 2:
-            share(np.arange(len(queries)))
+            share(np.arange(len(found)))
             return rows, scores
         cost = np.add.reduceat(np.append(offsets[terms + 1] - offsets[terms], 0), starts[:-1]) * (np.diff(starts) > 0)
         heaviest = np.argsort(-cost, kind="stable")
