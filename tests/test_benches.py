@@ -25,3 +25,10 @@ def test_sharding_against_fully_shard():
 def test_share_of_the_peak():
     out, [bar] = run("experiments/bench/mfu.py", "--dry-run", "--checkpointing")
     assert "44 tokens computed" in out and bar["value"] > 0        # 2 x 2 rollouts of 8 + 8, each prompt once, no row for a last token: 2 * 8 + 4 * 7
+
+
+def test_bm25_beside_others():
+    out, bars = run("experiments/bench/retrieval.py", "--dry-run")
+    assert out.count("ours, numba") == out.count("bm25s, numpy") == out.count("rank_bm25") == 2 and len(bars) == 10
+    # no time, no memory of corpora this small: what must hold at any size
+    assert all(bar["ok"] for bar in bars if "overlap" in bar["name"])
