@@ -13,7 +13,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from . import config_file as configs
 from . import data, dist, losslab
@@ -25,9 +24,11 @@ from .evaluate import mean_ci
 from .log import say
 from .metrics import hit_rate, ndcg, recall, reciprocal_rank
 from .plan import bytes_of, plan
-from .retrieval.bm25 import BM25, load_or_build
+from .retrieval.bm25 import BM25, SCORERS, check, load_or_build
+from .retrieval.index import Index
+from .retrieval.postings import Parameters
 from .rewriter import Rewriter
-from .run import guarded
+ from .run import guarded
 from .weights import check_room
 
 METRICS = {"ndcg": ndcg, "recall": recall, "mrr": reciprocal_rank, "hit": hit_rate}
@@ -56,6 +57,8 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--b", type=float, default=0.75)
         p.add_argument("--variant", choices=("lucene", "okapi"), default="lucene")
         p.add_argument("--length", choices=("exact", "lucene"), default="exact", help="lucene: its one-byte document lengths")
+        p.add_argument("--scorer", choices=SCORERS, default="torch", help="numba: extra [fast], CPU, the faster one")
+        p.add_argument("--upstream-wrapping", action="store_true", help='search "(contents:QUERY)" as the published code does: it loses the first word')
         p.add_argument("--index-dir", metavar="D", help="keep the index there; default: in memory only")
 
     def judged(p):
@@ -207,10 +210,16 @@ def plan_memory(args) -> None:
 def make_index(args) -> tuple[BM25, dict[str, str]]:
     """The index of --corpus and its texts by document id."""
     ids, texts, _ = data.read_corpus(args.corpus)
-    build = partial(load_or_build, args.index_dir) if args.index_dir else BM25.build
+    parameters = dict(k1=args.k1, b=args.b, variant=args.variant, length=args.length)
+    how = dict(scorer=args.scorer, upstream_wrapping=args.upstream_wrapping)
     try:
-        index = build(ids, texts, k1=args.k1, b=args.b, variant=args.variant, length=args.length,
-                      progress=lambda it: tqdm(it, desc="index", disable=None, leave=False))
+        if args.index_dir:
+            index = load_or_build(args.index_dir, args.corpus, **how, **parameters)
+        else:
+            check(args.scorer)
+            index = BM25(Index.of_file(args.corpus, Parameters(**parameters), numba=args.scorer == "numba"), **how)
+    except data.DataError:
+        raise
     except (ValueError, OSError) as e:
         raise ConfigError(str(e)) from None
     return index, dict(zip(ids, texts))

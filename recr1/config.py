@@ -44,6 +44,8 @@ class Retriever:
     length: str = "exact"               # exact | lucene (its one-byte lengths)
     k1: float = 1.2
     b: float = 0.75
+    scorer: str = "torch"               # torch | numba (extra [fast], CPU, the faster one)
+    upstream_wrapping: bool = False     # search "(contents:QUERY)" as the published code does, which loses the query's first word
     index_dir: str = ""                 # where the index is kept; empty: beside the run
 
 

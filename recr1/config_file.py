@@ -17,7 +17,7 @@ CHOICES = {"task": ("product_search",), "model.attention": ("auto", "varlen", "f
            "loss.kl_estimator": ("k1", "k2", "k3"), "loss.kl_in": ("loss", "reward"),
            "data.on_bad_line": ("stop", "drop"),
            "data.on_long_prompt": ("stop", "drop"), "retriever.kind": ("bm25",), "retriever.variant": ("lucene", "okapi"),
-           "retriever.length": ("exact", "lucene"), "optimizer.kind": ("adamw", "muon"),
+           "retriever.length": ("exact", "lucene"), "retriever.scorer": ("torch", "numba"), "optimizer.kind": ("adamw", "muon"),
            "optimizer.on_nonfinite": ("stop", "skip"), "train.reduce": ("micro_batch", "step")}
 AT_LEAST = {"run.threads": 0, "sampling.group_size": 2, "sampling.temperature": 1e-3, "sampling.top_p": 1e-3, "sampling.cache_gib": 0, "sampling.max_new_tokens": 1, "train.steps": 1,
             "train.prompts_per_step": 1, "train.tokens_per_micro_batch": 1, "train.eval_every": 0, "train.eval_queries": 0,

@@ -15,7 +15,8 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -31,18 +32,26 @@ class _Repeat(DataError):
 
 def read_corpus(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[list[str], list[str], list[str]]:
     """(ids, contents, dropped), in file order; contents are title + " " + text, or the one that is not empty."""
-    docs: dict[str, str] = {}
+    dropped: list[str] = []
+    docs = dict(documents(path, on_bad_line, dropped))
+    return list(docs), list(docs.values()), dropped
+
+
+def documents(path: str | os.PathLike, on_bad_line: str, dropped: list[str],
+              place: Callable[[int], None] | None = None) -> Iterator[tuple[str, str]]:
+    """read_corpus one document after the other: (id, contents). `dropped` grows meanwhile; place(bytes of the file read so far) is called at times."""
+    seen: set[str] = set()
 
     def parse(line):
         row = _row(line)
-        key, parts = _new_id(row, docs), [_string(row, name) for name in ("title", "text") if name in row]
+        key, parts = _new_id(row, seen), [_string(row, name) for name in ("title", "text") if name in row]
         contents = " ".join(part for part in parts if part)
         if not contents.strip():
             raise DataError("neither 'title' nor 'text' says anything; give one of them or delete the line")
-        docs[key] = contents
+        seen.add(key)
+        return key, contents
 
-    dropped = _read(path, on_bad_line, parse)
-    return list(docs), list(docs.values()), dropped
+    return _parsed(path, on_bad_line, parse, dropped, place)
 
 
 def read_queries(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[dict[str, str], list[str]]:
@@ -179,22 +188,34 @@ def _permutation(n, seed, epoch):
 
 def _read(path: str | os.PathLike, on_bad_line: str, parse: Callable[[str], None]) -> list[str]:
     """Calls parse(line) for every line, which stores it or raises DataError without a place; returns `dropped`."""
+    dropped: list[str] = []
+    for _ in _parsed(path, on_bad_line, parse, dropped):
+        pass
+    return dropped
+
+
+def _parsed(path, on_bad_line, parse, dropped, place=None):
+    """Yields parse(line) of every good line, with a message in `dropped` for each other one."""
     if on_bad_line not in ("stop", "drop"):
         raise ValueError(f"on_bad_line is {on_bad_line!r}; want 'stop' or 'drop'")
-    name, dropped, number = os.fspath(path), [], 0
+    name, number = os.fspath(path), 0
     try:
         # Binary: only \n ends a line, so the number is the one an editor shows; text mode would also split at \r.
-        with (gzip.open if name.endswith(".gz") else open)(name, "rb") as file:
+        with open(name, "rb") as raw_file, gzip.open(raw_file) if name.endswith(".gz") else nullcontext(raw_file) as file:
             for number, raw in enumerate(file, 1):
                 if number == 1 and raw.startswith(b"\x1f\x8b"):
                     raise DataError(f"{name}: compressed by gzip; give it a name that ends in .gz")
+                if place and number % 1000 == 0:
+                    place(raw_file.tell())
                 try:
-                    parse(_decode(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw))
+                    parsed = parse(_decode(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw))
                 except DataError as error:
                     message = f"{name}:{number}: {error}"
                     if on_bad_line == "stop" and not isinstance(error, _Repeat):
                         raise DataError(message) from None
                     dropped.append(message)
+                    continue
+                yield parsed
     except FileNotFoundError:
         raise DataError(f"{name}: no such file; check the path, or prepare the data set first") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -205,7 +226,6 @@ def _read(path: str | os.PathLike, on_bad_line: str, parse: Callable[[str], None
         raise DataError(f"{name}: the file is empty; download or write it again")
     if number == len(dropped):
         raise DataError(f"{name}: none of its {number} lines is good; the first: {dropped[0]}")
-    return dropped
 
 
 def _decode(raw):

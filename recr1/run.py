@@ -86,12 +86,16 @@ class Run:
                 self._index()
         with dist.together(), at_once():
             self.retriever = self._index()                         # built above, on this rank or beside it
+        lines, *first = self.retriever.index.meta["dropped"]
+        if lines:
+            say(f"recr1: {lines} lines of the corpus left out, first: {first[0]}")
         self.log = RunLog(self.folder)
         patience(cfg.run.patience)
         self.train_task, self.eval_task = self._task(cfg.reward.k_train), self._task(cfg.reward.k_eval)
         say(f"recr1: {self.policy.size:,} parameters in {str(compute).removeprefix('torch.')}, {dist.world()} x {dist.device().type}, {self.threads} threads each, "
             f"attention {self.policy.backend}, loss {cfg.loss.kind} ({loss.gain.__name__}, {loss.advantage.__name__}, per {loss.average}), "
-            f"head {cfg.model.head}, kernels {cfg.model.kernels}{' (group_loss)' if loss.fused else ''}, {len(self.documents[0])} documents, "
+            f"head {cfg.model.head}, kernels {cfg.model.kernels}{' (group_loss)' if loss.fused else ''}, {len(self.retriever.doc_ids)} documents, "
+            f"retriever {self.retriever.how}, "
             f"queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test")
         if cfg.sampling.top_p < 1:
             say(f"recr1: {BIASED.format(cfg.sampling.top_p)}")
@@ -104,8 +108,7 @@ class Run:
 
     def _read_data(self, positions: int) -> None:
         d = self.cfg.data
-        *self.documents, dropped = data.read_corpus(d.corpus, d.on_bad_line)                 # ids, texts
-        prompts, self.qrels = {}, {}
+        prompts, self.qrels, dropped = {}, {}, []
         splits = {"train": (d.train_queries, d.train_qrels), "test": (d.test_queries, d.test_qrels)}
         for split, (queries_path, qrels_path) in splits.items() if d.test_queries else [("train", splits["train"])]:
             queries, more = data.read_queries(queries_path, d.on_bad_line)
@@ -137,8 +140,10 @@ class Run:
         r = self.cfg.retriever
         index_dir = r.index_dir or str(self.folder.parent / f".{self.folder.name}.index")
         try:
-            return load_or_build(index_dir, *self.documents, k1=r.k1, b=r.b, variant=r.variant, length=r.length,
-                                 progress=lambda it: tqdm(it, desc="index", disable=None, leave=False))
+            return load_or_build(index_dir, self.cfg.data.corpus, on_bad_line=self.cfg.data.on_bad_line, k1=r.k1, b=r.b, variant=r.variant,
+                                 length=r.length, scorer=r.scorer, upstream_wrapping=r.upstream_wrapping, device=dist.device())
+        except DataError:
+            raise
         except (ValueError, OSError) as e:
             raise RunError(f"retriever: {e}") from None
 

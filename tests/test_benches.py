@@ -52,3 +52,10 @@ def test_the_samplers_ceiling_and_ragged_lengths(monkeypatch):
         assert round(sampler.roofline(shape, work, 3.0e12) / 1000) == thousands
     ends = sampler.Work(ragged=True).batch(8192, 0).lengths
     assert ends.shape == (12, 8) and abs(ends.mean() - 45) < 0.1 and ends.min() >= 1 and ends.max() == 128
+
+
+def test_bm25_beside_others():
+    out, bars = run("experiments/bench/retrieval.py", "--dry-run")
+    assert out.count("ours, numba") == out.count("bm25s, numpy") == out.count("rank_bm25") == 2 and len(bars) == 10
+    # no time, no memory of corpora this small: what must hold at any size
+    assert all(bar["ok"] for bar in bars if "overlap" in bar["name"])

@@ -4,21 +4,24 @@ import gzip
 import json
 import math
 import random
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+import sys
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from recr1.retrieval import bm25 as module
 from recr1.retrieval.analyzer import analyze
-from recr1.retrieval.bm25 import BM25, load_or_build
+from recr1.retrieval.bm25 import BM25
+from recr1.retrieval.index import Index
+from recr1.retrieval.postings import Parameters, stored_lengths
 
 LUCENE = Path(__file__).parent / "data" / "lucene"
 DATA = Path(__file__).parent.parent / "experiments" / "data"
 CORPORA = ["msrd", "esci_small", "titles"]
+SCORERS = module.SCORERS
 
 
 def rows(name: str) -> list[list[str]]:
@@ -42,18 +45,28 @@ def tokens(name: str) -> list[list[str]]:
 
 
 @cache
-def index(name: str, **options) -> BM25:
-    return BM25.build(*corpus(name), **options)
+def made(name: str, **parameters) -> Index:
+    return Index.of_texts(*corpus(name), Parameters(**parameters))
 
 
-def lucene_index(name: str) -> BM25:
-    return index(name, length="exact" if name == "titles" else "lucene")    # a title is short: both are the same
+def index(name: str, scorer: str = "torch", **parameters) -> BM25:
+    return BM25(made(name, **parameters), scorer)
+
+
+def lucene_index(name: str, scorer: str = "torch") -> BM25:
+    return index(name, scorer, length="exact" if name == "titles" else "lucene")    # a title is short: both are the same
 
 
 @cache
 def queries() -> dict[str, str]:
     lines = [line for path in DATA.glob("*/*.queries.jsonl") for line in path.read_text(encoding="utf-8").splitlines()]
     return {query["id"]: query["text"] for query in map(json.loads, lines)}
+
+
+@cache
+def queries_of_test(name: str) -> list[str]:
+    lines = (DATA / name / "test.queries.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
 
 
 def some_queries(name: str, n: int) -> list[str]:
@@ -68,34 +81,37 @@ def ids(index: BM25, ranking: np.ndarray) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------------- against others
 
-@pytest.mark.parametrize("name", CORPORA)
-def test_rankings_of_lucene(name):
-    """The same documents in the same order, ties included, with the same scores."""
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("name, length", [("msrd", "lucene"), ("esci_small", "lucene"), ("titles", "lucene"), ("titles", "exact")])
+def test_rankings_of_lucene(name, length, scorer):
+    """The same documents in the same order, ties included, with the same scores. Titles are short: both lengths are the same."""
+    searched = index(name, scorer, length=length)
     want = {}
     for c, query, rank, doc_id, score in rows("ranking.tsv"):
         if c == name:
             want.setdefault(query, []).append((doc_id, float(score)))
-    found, scores = lucene_index(name).search([queries()[query] for query in want], 20)
+    found, scores = searched.search([queries()[query] for query in want], 20)
     assert len(want) > 70
     for ranking, score, (query, expected) in zip(found, scores, want.items()):
         n = len(expected)
         np.testing.assert_allclose(score[:n], [s for _, s in expected], rtol=1e-6, err_msg=query)
-        assert ids(lucene_index(name), ranking) == [doc_id for doc_id, _ in expected], query
+        assert ids(searched, ranking) == [doc_id for doc_id, _ in expected], query
         assert (ranking[n:] == -1).all() and (score[n:] == -np.inf).all()
 
 
+@pytest.mark.parametrize("scorer", SCORERS)
 @pytest.mark.parametrize("name", CORPORA)
-def test_matches_of_lucene(name):
+def test_matches_of_lucene(name, scorer):
     table = [row for row in rows("matches.tsv") if row[0] == name]
     texts = [queries()[query] for _, query, _, _ in table]
     assert [analyze(text) for text in texts] == [json.loads(found) for _, _, found, _ in table]
-    found, _ = lucene_index(name).search(texts, len(corpus(name)[0]))
+    found, _ = lucene_index(name, scorer).search(texts, len(corpus(name)[0]))
     assert (found >= 0).sum(1).tolist() == [int(hits) for _, _, _, hits in table]
 
 
 def test_stored_length_of_lucene():
     table = rows("length_byte.tsv")
-    stored = module._stored(np.array([int(length) for length, _, _ in table]))
+    stored = stored_lengths(np.array([int(length) for length, _, _ in table]))
     assert stored.tolist() == [int(decoded) for _, _, decoded in table]
 
 
@@ -120,12 +136,19 @@ def test_scores_of_rank_bm25(name):
 
 @pytest.mark.parametrize("name", ["msrd", "esci_small"])
 def test_scores_of_bm25s(name):
+    """Every test query: all of its scores, the documents not found included."""
     import bm25s
     oracle = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
     oracle.index(tokens(name), show_progress=False)
-    for query in some_queries(name, 30):
-        got = dense(index(name), query, corpus(name)[0])
-        np.testing.assert_allclose(got, oracle.get_scores(analyze(query)), rtol=1e-4, atol=1e-5, err_msg=query)
+    row = [index(name).doc_ids.find(doc_id) for doc_id in corpus(name)[0]]
+    texts = queries_of_test(name)
+    found, scores = index(name).search(texts, len(row))
+    for query, ranking, score in zip(texts, found, scores):
+        got, hits = np.zeros(len(row)), ranking >= 0
+        got[ranking[hits]] = score[hits]
+        analyzed = analyze(query)                      # bm25s takes no empty query
+        want = oracle.get_scores(analyzed) if analyzed else np.zeros(len(row))
+        np.testing.assert_allclose(got[row], want, rtol=1e-4, atol=1e-4, err_msg=query)
 
 
 # ---------------------------------------------------------------------------------------------------------- by hand
@@ -143,19 +166,21 @@ def test_lucene_formula_by_hand():
     want = {"d1": 2 * term(2, 2, 3), "d2": term(2, 2, 4), "d3": 2 * term(1, 2, 2) + term(1, 2, 2)}
     assert ids(index, found[0]) == sorted(want, key=want.get, reverse=True)
     np.testing.assert_allclose(scores[0, :3], sorted(want.values(), reverse=True), rtol=1e-6)
-    parts = index.explain("a red red Fox purple", index.doc_ids.index("d3"))
+    parts = index.explain("a red red Fox purple", index.doc_ids.find("d3"))
     assert [token for token, _ in parts] == ["red", "fox"]
     assert sum(value for _, value in parts) == pytest.approx(want["d3"], rel=1e-6)
-    assert index.explain("red", index.doc_ids.index("d2")) == []
+    assert index.explain("red", index.doc_ids.find("d2")) == []
 
 
 def test_parameters_matter():
+    def impacts(*texts, **options):
+        return BM25.build(*texts, **options).index.impacts
     for options in (dict(k1=2.0), dict(b=0.0), dict(variant="okapi")):
-        assert not np.array_equal(BM25.build(IDS, TEXTS, **options).impacts, BM25.build(IDS, TEXTS).impacts)
-    flat = BM25.build(IDS, TEXTS, k1=0.0)              # k1 = 0: only whether the term is there
-    assert len(set(flat.impacts[flat.offsets[flat.terms["fox"]]:][:2])) == 1
+        assert not np.array_equal(impacts(IDS, TEXTS, **options), impacts(IDS, TEXTS))
+    flat = BM25.build(IDS, TEXTS, k1=0.0).index        # k1 = 0: only whether the term is there
+    assert len(set(flat.impacts[flat.offsets[flat.terms.find("fox")]:][:2])) == 1
     long = ["word " * 50 + f"w{i}" for i in range(3)]
-    assert not np.array_equal(BM25.build("abc", long, length="lucene").impacts, BM25.build("abc", long).impacts)
+    assert not np.array_equal(impacts("abc", long, length="lucene"), impacts("abc", long))
 
 
 def test_okapi_drops_scores_that_are_not_positive():
@@ -166,7 +191,7 @@ def test_okapi_drops_scores_that_are_not_positive():
 
 def test_ties_are_ranked_by_id_as_string_also_at_the_cut():
     index = BM25.build(["9", "10", "b", "a", "é", "z", "1"], ["same words"] * 6 + ["same same other"])
-    assert index.doc_ids == ["1", "10", "9", "a", "b", "z", "é"]
+    assert list(index.doc_ids) == ["1", "10", "9", "a", "b", "z", "é"]
     found, scores = index.search(["words"], 4)
     assert ids(index, found[0]) == ["10", "9", "a", "b"] and len(set(scores[0])) == 1
     found, _ = index.search(["same words"], 3)
@@ -204,11 +229,9 @@ def test_a_query_does_not_depend_on_its_batch():
 
 
 def test_order_of_documents_does_not_matter():
-    seen = []
-    index = BM25.build(IDS, TEXTS, progress=lambda docs: (seen.append(doc) or doc for doc in docs))
-    other = BM25.build(IDS[::-1], TEXTS[::-1])
-    assert len(seen) == len(IDS) and index.doc_ids == other.doc_ids == sorted(IDS)
-    assert index.terms == other.terms and np.array_equal(index.impacts, other.impacts)
+    index, other = BM25.build(IDS, TEXTS).index, BM25.build(IDS[::-1], TEXTS[::-1]).index
+    assert list(index.doc_ids) == list(other.doc_ids) == sorted(IDS)
+    assert list(index.terms) == list(other.terms) == sorted(index.terms) and np.array_equal(index.impacts, other.impacts)
 
 
 @pytest.mark.parametrize("arguments, options, says", [
@@ -219,115 +242,67 @@ def test_order_of_documents_does_not_matter():
     ((["a"], ["x"]), dict(variant="plus"), "variant"),
     ((["a"], ["x"]), dict(length="short"), "length"),
     ((["a"], ["x"]), dict(k1=-1), "k1"),
+    ((["a"], ["x"]), dict(scorer="jax"), "scorer: must be one of torch, numba"),
     ((["a"], ["x"]), dict(b=1.5), "b between"),
 ])
-def test_bad_arguments(arguments, options, says, tmp_path):
+def test_bad_arguments(arguments, options, says):
     with pytest.raises(ValueError, match=says):
         BM25.build(*arguments, **options)
-    with pytest.raises(ValueError, match=says):
-        load_or_build(tmp_path / "index", *arguments, **options)
-    assert not list(tmp_path.iterdir())
 
 
-def test_k_must_be_positive():
+@pytest.mark.parametrize("k", [0, -1])
+def test_k_must_be_positive(k):
     with pytest.raises(ValueError, match="k: must be at least 1"):
-        BM25.build(IDS, TEXTS).search(["red"], 0)
+        BM25.build(IDS, TEXTS).search(["red"], k)
 
 
-# --------------------------------------------------------------------------------------------------------- on disk
-
-def test_saved_and_loaded_index_is_the_same(tmp_path):
-    index("msrd").save(tmp_path / "deep" / "index")
-    loaded = BM25.load(tmp_path / "deep" / "index")
-    texts = some_queries("msrd", 30)
-    for one, other in zip(index("msrd").search(texts, 50), loaded.search(texts, 50)):
-        assert np.array_equal(one, other)
-    assert (loaded.doc_ids, loaded.terms) == (index("msrd").doc_ids, index("msrd").terms)
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["index"]         # nothing temporary stays
+def test_numba_that_is_absent_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    with pytest.raises(ValueError, match=r"numba, which is not installed here: pip install 'recr1\[fast\]'; scorer torch"):
+        BM25.build(IDS, TEXTS, scorer="numba")
 
 
-def builds(monkeypatch) -> Counter:
-    """Count the calls of BM25.build from here on."""
-    count, build = Counter(), BM25.build
-    monkeypatch.setattr(BM25, "build", lambda *a, **o: count.update(builds=1) or build(*a, **o))
-    return count
+# --------------------------------------------------------------------------------------------------- the two scorers
+
+@pytest.fixture
+def threads():
+    """Sets torch's threads, one setting for both scorers."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
-def test_cache_is_used_if_and_only_if_it_fits(tmp_path, monkeypatch):
-    """One thing changed at a time, and back."""
-    def same(index, other):
-        return (index.doc_ids == other.doc_ids and index.terms == other.terms
-                and np.array_equal(index.impacts, other.impacts))
-
-    long = ["blue " * 51] + TEXTS[1:]
-    base = BM25.build(IDS, long)
-    for ids_, texts, options in [
-            (IDS, ["blue " * 52] + TEXTS[1:], {}), (["d9"] + IDS[1:], long, {}), (IDS + ["d5"], long + ["ant"], {}),
-            (IDS, long, dict(b=0.5)), (IDS, long, dict(k1=0.5)), (IDS, long, dict(variant="okapi")),
-            (IDS, long, dict(length="lucene"))]:
-        fresh = BM25.build(ids_, texts, **options)
-        load_or_build(tmp_path / "index", IDS, long)
-        with monkeypatch.context() as patch:
-            count = builds(patch)
-            assert same(load_or_build(tmp_path / "index", IDS, long), base) and count["builds"] == 0
-            assert same(load_or_build(tmp_path / "index", ids_, texts, **options), fresh) and count["builds"] == 1
-            assert same(load_or_build(tmp_path / "index", ids_, texts, **options), fresh) and count["builds"] == 1
-        assert not same(base, fresh)
-    load_or_build(tmp_path / "index", IDS, long)
-    count = builds(monkeypatch)
-    monkeypatch.setattr(module.analyzer, "VERSION", "another")
-    load_or_build(tmp_path / "index", IDS, long)
-    assert count["builds"] == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+@pytest.mark.parametrize("k", [1, 20, 1000, 17_000])
+def test_both_scorers_rank_the_same(k, threads):
+    """Scores to 1e-6; documents change places only where scores are that close. Threads change nothing."""
+    texts = [*some_queries("titles", 40), "", "the", "zyxt", " ".join(some_queries("titles", 10))]
+    (rows, scores), other = index("titles").search(texts, k), index("titles", "numba").search(texts, k)
+    np.testing.assert_allclose(scores, other[1], rtol=1e-6)
+    assert rows.shape == (44, k) and (rows[:40, 0] >= 0).all() and (rows[40:43] == -1).all() and np.array_equal(rows >= 0, other[0] >= 0)
+    for q, (every, score) in enumerate(zip(*index("titles", "numba").search(texts, len(corpus("titles")[0])))):
+        true = np.zeros(len(every) + 1, np.float32)
+        true[every] = score                            # of row -1: the last place
+        hits = rows[q] >= 0
+        np.testing.assert_allclose(true[rows[q][hits]], other[1][q][hits], rtol=1e-6)
+    threads(2)
+    for scorer, alone in zip(SCORERS, ((rows, scores), other)):
+        shared = index("titles", scorer).search(texts, k)
+        assert np.array_equal(alone[0], shared[0]) and np.array_equal(alone[1], shared[1])
+    assert torch.get_num_threads() == 2
 
 
-@pytest.mark.parametrize("name", module._FILES)
-@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "one byte"])
-def test_torn_index_is_named_and_built_again(tmp_path, monkeypatch, name, damage):
-    whole = load_or_build(tmp_path / "index", IDS, TEXTS)
-    path = tmp_path / "index" / name
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 1
-    path.unlink()
-    if damage != "gone":
-        path.write_bytes({"cut": data[:len(data) // 2], "empty": b"", "one byte": data}[damage])
-    with pytest.raises((ValueError, FileNotFoundError), match="index" if name == "index.json" else name):
-        BM25.load(tmp_path / "index")
-    count = builds(monkeypatch)
-    index = load_or_build(tmp_path / "index", IDS, TEXTS)
-    assert count["builds"] == 1 and np.array_equal(index.impacts, whole.impacts)
-    assert BM25.load(tmp_path / "index").meta == whole.meta
+# -------------------------------------------------------------------------------------------------- upstream's wrapping
 
+def test_upstream_wrapping_loses_the_first_word():
+    """REC_R1.md, 0.1: the published code's query, and what Lucene's tokenizer makes of it. Off unless it is named."""
+    docs = dict(a="oculus rift", b="rift valley", c="gta", d="contents of a box")
+    plain, wrapped = (BM25.build(list(docs), list(docs.values()), upstream_wrapping=on) for on in (False, True))
+    assert analyze("(contents:oculus rift s)") == ["contents:oculu", "rift", "s"]
 
-def test_interrupted_save_leaves_the_old_index(tmp_path, monkeypatch):
-    load_or_build(tmp_path / "index", IDS, TEXTS)
-
-    def full_disk(*_, **__):
-        raise OSError("no space left on device")
-    monkeypatch.setattr(np, "save", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        load_or_build(tmp_path / "index", IDS, ["other"] * 4)
-    assert BM25.load(tmp_path / "index").terms == BM25.build(IDS, TEXTS).terms
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
-
-
-def test_no_index_there_and_a_directory_of_something_else(tmp_path):
-    with pytest.raises(FileNotFoundError, match="index.json"):
-        BM25.load(tmp_path / "nowhere")
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="thesis.tex"):
-        load_or_build(tmp_path, IDS, TEXTS)
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
-
-
-def test_many_at_once_never_see_a_mixed_index(tmp_path):
-    """Four threads fight over one directory with two corpora; each always gets its own."""
-    def work(seed):
-        for turn in range(25):
-            mine = random.Random(seed + turn).choice(["red", "blue"])
-            index = load_or_build(tmp_path / "index", IDS, [f"{mine} w{i}" for i in range(4)])
-            found, _ = index.search([mine, "red blue"], 4)
-            assert (found >= 0).all() and set(index.terms) == {mine, "w0", "w1", "w2", "w3"}
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    def found(index, query):
+        return set(ids(index, index.search([query], 4)[0][0]))
+    assert found(plain, "oculus rift") == {"a", "b"} and found(plain, "gta") == {"c"} and found(plain, '"gta"') == {"c"}
+    assert [part[0] for part in wrapped.explain("oculus rift", 0)] == ["rift"]           # `oculus` is gone
+    assert found(wrapped, "gta") == set()                                                # a query of one word has no hit
+    assert found(wrapped, '"gta"') == {"c", "d"}                                         # kept, and `content` comes in
+    assert "upstream wrapping" in wrapped.how and "wrapping" not in plain.how

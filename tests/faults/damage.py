@@ -9,7 +9,7 @@ from pathlib import Path
 
 from recr1 import checkpoint, config_file, log
 from recr1 import run as around
-from recr1.retrieval import bm25
+from recr1.retrieval.index import Index
 from world import LIMIT, RANKS, Outcome, World
 
 LAST, BEFORE = "step_000004", "step_000003"
@@ -130,7 +130,7 @@ def _lies(world: World):
 
 def disks(world: World, n: int) -> list[Outcome]:
     """No file may grow past a limit any more (RLIMIT_FSIZE) once a certain write comes: one clear line, and with room again the run goes on."""
-    cases = (("config.yaml", config_file, "dump", 1, 0), ("the index", bm25.BM25, "save", 1, 100), ("eval_before.jsonl", log.RunLog, "rows", 1, 10),
+    cases = (("config.yaml", config_file, "dump", 1, 0), ("the index", Index, "save", 1, 100), ("eval_before.jsonl", log.RunLog, "rows", 1, 10),
              ("rollouts.jsonl.gz", log.RunLog, "rollouts", 3, 1), ("rollouts.jsonl.gz, torn", log.RunLog, "rollouts", 2, 1500),
              ("metrics.jsonl", log.RunLog, "metrics", 3, 1), ("metrics.jsonl, torn", log.RunLog, "metrics", 2, 700),
              ("a shard", checkpoint, "save_file", 2, 5000), ("HF export", checkpoint, "save_model", 3, 10_000), ("state.json", checkpoint, "_setting", 3, 10),
