@@ -10,12 +10,12 @@ Legend: P prompts, G group, R = P*G rollouts, N trained tokens, n of a chunk.
 """
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, fields, replace
 from typing import Callable, NamedTuple
 
 import torch
 
+from . import named
 from .config import ConfigError, Loss, Model
 from .kernels.group_loss import GroupPull, Rule
 from .policy import score, score_loss
@@ -143,25 +143,14 @@ class Objective:
 
 def objective(c: Loss, model: Model) -> Objective:
     """Resolves loss.kind, loss.advantage, loss.average. Raises ConfigError."""
-    recipe = RECIPES.get(c.kind) or Recipe(_named("loss.kind", c.kind, RECIPES), "mean_std", "token")
+    recipe = RECIPES.get(c.kind) or Recipe(named.function("loss.kind", c.kind, RECIPES), "mean_std", "token")
     advantage = c.advantage or recipe.advantage
-    made = Objective(c, recipe.gain, ADVANTAGES.get(advantage) or _named("loss.advantage", advantage, ADVANTAGES), c.average or recipe.average,
+    made = Objective(c, recipe.gain, ADVANTAGES.get(advantage) or named.function("loss.advantage", advantage, ADVANTAGES), c.average or recipe.average,
                      model.head, model.kernels)
     if made.head == "one_shot" and not getattr(made.gain, "per_token", False):
         raise ConfigError(f"loss.kind: {c.kind} needs whole rollouts, or does not say that it needs none (function.per_token = True); "
                           "set model.head=recompute")
     return made
-
-
-def _named(key: str, text: str, known) -> Callable:
-    """A user's `module:function`."""
-    module, colon, name = text.partition(":")
-    if not colon:
-        raise ConfigError(f"{key}: {text!r} is not one of {', '.join(known)}; a function of yours is written module:function")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e:
-        raise ConfigError(f"{key}: {text!r} cannot be loaded: {e}; the module must be importable from where you start") from None
 
 
 def denominator(texts: list[Rollout], average: str, max_new_tokens: int) -> int:

@@ -30,7 +30,8 @@ from .optim import NonFiniteGradient, Optimizer
 from .records import Batch, Prompt
 from .replay import Replay, ReplayError
 from .resume import Progress, RunError, look
-from .retrieval.bm25 import BM25, load_or_build
+from .retrieval.base import Retriever, RetrieverError
+from .retrieval.make import KEPT, make
 from .session import patience, session
 from .stopping import EARLY, Stopped, at_once
 from .tasks.product_search import ProductSearch, PromptTooLong, make_prompts
@@ -75,16 +76,17 @@ class Run:
         with dist.together(), at_once():
             if dist.rank() > 0:
                 self._open_heartbeat()
-            if dist.local_rank() == 0:
-                self._index()
+            if dist.local_rank() == 0 and cfg.retriever.kind in KEPT:
+                self._retriever()
         with dist.together(), at_once():
-            self.retriever = self._index()                         # built above, on this rank or beside it
+            self.retriever = self._retriever()                     # its index was built above, on this rank or beside it
         self.log = RunLog(self.folder)
         patience(cfg.run.patience)
         self.train_task, self.eval_task = self._task(cfg.reward.k_train), self._task(cfg.reward.k_eval)
         say(f"recr1: {self.policy.size:,} parameters in {str(compute).removeprefix('torch.')}, {dist.world()} x {dist.device().type}, {self.threads} threads each, "
             f"attention {cfg.model.attention}, loss {cfg.loss.kind} ({loss.gain.__name__}, {loss.advantage.__name__}, per {loss.average}), "
             f"head {cfg.model.head}, kernels {cfg.model.kernels}{' (group_loss)' if loss.fused else ''}, {len(self.documents[0])} documents, "
+            f"retriever {getattr(self.retriever, 'how', cfg.retriever.kind)}, "
             f"queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test")
         self.footprint = plan.Footprint(cfg, self.policy.config, dist.world(), gpu=dist.device().type == "cuda")
         say(plan.announcement(self.footprint, memory.installed()))
@@ -124,12 +126,12 @@ class Run:
         if not self.test:
             raise RunError("no train query falls into the test tenth; bring more queries, or data.test_queries and data.test_qrels")
 
-    def _index(self) -> BM25:
+    def _retriever(self) -> Retriever:
         r = self.cfg.retriever
-        index_dir = r.index_dir or str(self.folder.parent / f".{self.folder.name}.index")
         try:
-            return load_or_build(index_dir, *self.documents, k1=r.k1, b=r.b, variant=r.variant, length=r.length,
-                                 progress=lambda it: tqdm(it, desc="index", disable=None, leave=False))
+            return make(r, *self.documents, r.index_dir or str(self.folder.parent / f".{self.folder.name}.index"), say)
+        except EXPECTED:
+            raise
         except (ValueError, OSError) as e:
             raise RunError(f"retriever: {e}") from None
 
@@ -139,7 +141,8 @@ class Run:
 
     @contextmanager
     def resumed(self, optimizer: Optimizer):
-        """Goes on from the newest valid checkpoint of run.dir. Asked to stop inside, all ranks save the state after the last finished step and leave."""
+        """Goes on from the newest valid checkpoint of run.dir. Asked to stop inside, or when the retriever fails, all ranks save the state after
+        the last finished step and leave."""
         self.progress = Progress(self.cfg, self.started, self.policy, optimizer, self.log, self.tokenizer, self.stops)
         self.progress.resume(self.found)
         try:
@@ -148,6 +151,8 @@ class Run:
             yield
         except Stopped:
             raise Stopped(self.progress.leave()) from None
+        except RetrieverError as e:
+            raise RetrieverError(f"{e}; {self.progress.leave()}") from None
 
     def meet(self) -> None:
         """Between collectives: when one rank was asked to stop, all do (Stopped). A step that has moved weights is first finished, if that is soon."""
@@ -297,7 +302,7 @@ class Run:
             f"config.yaml{', checkpoints/' if self.progress.saved else ''}")
 
 
-EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, PromptTooLong, ReplayError, RunError, NonFiniteGradient, WriteError, heartbeat.Busy)
+EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, PromptTooLong, ReplayError, RunError, NonFiniteGradient, WriteError, RetrieverError, heartbeat.Busy)
 RANK_LOST = 3
 
 
