@@ -31,7 +31,7 @@ from .records import Batch, Prompt
 from .replay import Replay, ReplayError
 from .resume import Progress, RunError, look
 from .retrieval.base import Retriever, RetrieverError
-from .retrieval.make import KEPT, make
+from .retrieval.make import KEPT, directory_of, make
 from .session import patience, session
 from .stopping import EARLY, Stopped, at_once
 from .tasks.product_search import ProductSearch, PromptTooLong, make_prompts
@@ -127,9 +127,8 @@ class Run:
             raise RunError("no train query falls into the test tenth; bring more queries, or data.test_queries and data.test_qrels")
 
     def _retriever(self) -> Retriever:
-        r = self.cfg.retriever
         try:
-            return make(r, *self.documents, r.index_dir or str(self.folder.parent / f".{self.folder.name}.index"), say)
+            return make(self.cfg.retriever, *self.documents, directory_of(self.cfg.retriever, self.folder), say)
         except EXPECTED:
             raise
         except (ValueError, OSError) as e:

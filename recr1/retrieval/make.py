@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -13,6 +14,11 @@ from .encoder import Encoder
 from .okapi import rank_bm25
 
 KEPT = ("bm25", "dense")                 # kinds whose index lies in a directory: one rank of a machine makes it, the others load it
+
+
+def directory_of(r: config.Retriever, run: Path) -> str:
+    """Where a run keeps its index: as configured, or beside its own folder."""
+    return r.index_dir or str(run.parent / f".{run.name}.index")
 
 
 def make(r: config.Retriever, doc_ids: Sequence[str], texts: Sequence[str], directory: str | None, say: Callable[[str], None] = print) -> Retriever:
