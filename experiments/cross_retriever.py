@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from recr1 import config_file as configs
 from recr1 import data
@@ -36,7 +37,8 @@ def main() -> None:
 
     result, lines = [], []
     for run, cfg, own in zip(args.runs, cfgs, rows):
-        retriever = make(cfg.retriever, ids, texts, directory_of(cfg.retriever, run))
+        torch.set_num_threads(json.loads((run / "summary.json").read_text())["threads"])                                         # sums of an encoder are rounded by it
+        retriever = make(cfg.retriever)(ids, texts, directory_of(cfg.retriever, run), print)
         raw = scored(retriever, [row["raw"] for row in own], gains, k)
         agree(run, "ndcg_raw", own, raw)
         lines.append(f"\nsearched with {getattr(retriever, 'how', cfg.retriever.kind)}{origin(cfg.retriever.encoder)}")

@@ -5,7 +5,6 @@ Files, plain or .gz, as data.py reads them. With --json the last line of the out
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path

@@ -53,6 +53,8 @@ class Run:
             found = look(self.folder, cfg) if dist.rank() == 0 else False
             if dist.local_rank() == 0:
                 resolve(cfg.model.path)                            # a hub id: one rank of a machine downloads
+                if cfg.retriever.encoder:
+                    resolve(cfg.retriever.encoder, "retriever.encoder")
         with dist.together(), at_once():
             model = resolve(cfg.model.path)
             self.tokenizer = load_tokenizer(model)
@@ -66,6 +68,7 @@ class Run:
             loss = objective(cfg.loss, cfg.model)
             if why := refusal(cfg.model.kernels, dist.device()):
                 raise ConfigError(why)
+            self.make_retriever = make(cfg.retriever)
         self.found = dist.first(found)                             # a run of this config
         with dist.together(), at_once():
             if dist.rank() == 0:
@@ -128,7 +131,7 @@ class Run:
 
     def _retriever(self) -> Retriever:
         try:
-            return make(self.cfg.retriever, *self.documents, directory_of(self.cfg.retriever, self.folder), say)
+            return self.make_retriever(*self.documents, directory_of(self.cfg.retriever, self.folder), say)
         except EXPECTED:
             raise
         except (ValueError, OSError) as e:

@@ -42,7 +42,7 @@ def make_retriever(args) -> tuple[base.Retriever, dict[str, str]]:
     chosen = configs.checked(Config(retriever=Retriever(**settings | dict(prefixes=tuple(args.prefixes))))).retriever
     ids, texts, _ = data.read_corpus(args.corpus)
     try:
-        return make(chosen, ids, texts, chosen.index_dir or None, say), dict(zip(ids, texts))
+        return make(chosen)(ids, texts, chosen.index_dir or None, say), dict(zip(ids, texts))
     except (ValueError, OSError) as e:
         raise ConfigError(str(e)) from None
 

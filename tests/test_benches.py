@@ -25,3 +25,9 @@ def test_sharding_against_fully_shard():
 def test_share_of_the_peak():
     out, [bar] = run("experiments/bench/mfu.py", "--dry-run", "--checkpointing")
     assert "44 tokens computed" in out and bar["value"] > 0        # 2 x 2 rollouts of 8 + 8, each prompt once, no row for a last token: 2 * 8 + 4 * 7
+
+
+def test_dense_search():
+    out, bars = run("experiments/bench/dense.py", "--dry-run")
+    assert out.count("efSearch ") == 5 and len(bars) == 3
+    assert all(bar["ok"] for bar in bars if "time" not in bar["name"])             # 3,000 documents are searched almost wholly

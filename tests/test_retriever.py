@@ -1,7 +1,6 @@
 """The interface that any function fits behind: what it may return, what ends a run in one line, and rank_bm25 as its slow example."""
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +110,7 @@ def test_what_makes_it_may_fail_too():
         Function("mine:f", lambda ids, texts: None, IDS, TEXTS)
     for kind, why in (("no_such_module:f", "cannot be loaded"), ("math:no_such_name", "cannot be loaded"), ("math:pi", "is no function, it is float"), (":f", "cannot be loaded")):
         with pytest.raises(ConfigError, match=f"retriever.kind: .*{why}"):
-            make(Retriever(kind=kind), IDS, TEXTS, None)
+            make(Retriever(kind=kind))
     with pytest.raises(ConfigError, match="not one of bm25, dense, rank_bm25"):
         checked(Config(retriever=Retriever(kind="lucene")))
     with pytest.raises(ValueError, match="corpus is empty"):
@@ -123,7 +122,7 @@ def test_rank_bm25_is_the_package_and_our_okapi():
     words = np.array("red green blue lamp chair table shirt kettle guitar camera".split())
     texts = [" ".join(rng.choice(words, rng.integers(1, 12))) for _ in range(60)]
     ids, queries = [f"d{i:02}" for i in range(60)], ["red lamp", "lamp lamp guitars", "xyzzy", "the", ""]
-    rows, scores = make(Retriever(kind="rank_bm25", k1=1.5), ids, texts, None).search(queries, 100)
+    rows, scores = make(Retriever(kind="rank_bm25", k1=1.5))(ids, texts, None, print).search(queries, 100)
     package = BM25Okapi([analyze(text) for text in texts])
     for query, row, score in zip(queries, rows.tolist(), scores):
         true = package.get_scores(analyze(query)) if query else np.zeros(60)

@@ -60,9 +60,8 @@ class Dense:
         return rows, scores
 
 
-def load_or_build(directory: str | Path | None, doc_ids: Sequence[str], texts: Sequence[str], encoder: Encoder, *,
-                  prefixes: tuple[str, str] = ("", ""), dtype: str = "float32", index: str = "exact", ef_search: int = 512,
-                  say: Callable[[str], None] = print) -> Dense:
+def load_or_build(encoder: Encoder, doc_ids: Sequence[str], texts: Sequence[str], directory: str | Path | None = None,
+                  say: Callable[[str], None] = print, *, prefixes: tuple[str, str] = ("", ""), index: str = "exact", ef_search: int = 512) -> Dense:
     """The dense index of D texts. What lies in the directory is used if it is whole and made of exactly these texts, encoder and settings;
     what is not is named (`say`), made anew and replaced. None: nothing is kept. Raises ValueError, RetrieverError, files.WriteError.
     """
@@ -70,7 +69,7 @@ def load_or_build(directory: str | Path | None, doc_ids: Sequence[str], texts: S
     on_gpu = encoder.device.type == "cuda"
     if index == "hnsw" or not on_gpu:
         faiss().omp_set_num_threads(torch.get_num_threads())
-    facts = dict(format=1, texts=_digest(texts), encoder=encoder.digest, pooling=encoder.pooling, max_length=encoder.max_length, dtype=dtype,
+    facts = dict(format=1, texts=_digest(texts), encoder=encoder.digest, pooling=encoder.pooling, max_length=encoder.max_length, dtype=encoder.dtype,
                  prefix=prefixes[1])
     if directory is None:
         embeddings = np.concatenate(list(_embed(encoder, texts, prefixes[1])))

@@ -32,7 +32,7 @@ class Encoder:
     def __init__(self, path: str, pooling: str = "cls", max_length: int = 512, dtype: str = "float32",
                  device: torch.device = torch.device("cpu")):
         folder = resolve(path, "retriever.encoder")
-        self.pooling, self.max_length, self.device, self.path = pooling, max_length, device, path
+        self.pooling, self.max_length, self.dtype, self.device, self.path = pooling, max_length, dtype, device, path
         self.tokenizer, self.model = _load(folder, getattr(torch, dtype))
         self.model.to(device)
         self.width = self.model.config.hidden_size
