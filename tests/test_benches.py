@@ -29,5 +29,5 @@ def test_share_of_the_peak():
 
 def test_dense_search():
     out, bars = run("experiments/bench/dense.py", "--dry-run")
-    assert out.count("efSearch ") == 5 and len(bars) == 3
+    assert out.count("\n  efSearch ") == 5 and len(bars) == 3
     assert all(bar["ok"] for bar in bars if "time" not in bar["name"])             # 3,000 documents are searched almost wholly

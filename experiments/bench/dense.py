@@ -24,7 +24,7 @@ from recr1 import dist
 from recr1.config import Retriever
 from recr1.retrieval.dense import EF_CONSTRUCTION, M, Dense, by_torch, exact, load_or_build
 
-CENTRES, SPREAD, NOISE = 1000, 1.0, 0.3
+CENTRES, SPREAD, NOISE = 1000, 0.5, 0.1
 WIDTH, K, BATCH, BAR = 384, 100, 384, 0.95
 
 
