@@ -5,33 +5,24 @@ Files, plain or .gz, as data.py reads them. With --json the last line of the out
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import sys
-from functools import partial
 
-import numpy as np
 import torch
 
 from . import config_file as configs
-from . import data, dist, losslab
+from . import dist, losslab
 from .answers import parse_query
 from .chat import make_prompts
 from .config import ConfigError
 from .dryrun import model_shape
-from .evaluate import mean_ci
 from .log import say
-from .metrics import hit_rate, ndcg, recall, reciprocal_rank
 from .plan import bytes_of, plan
-from .retrieval.bm25 import BM25, SCORERS, check, load_or_build
-from .retrieval.index import Index
-from .retrieval.postings import Parameters
 from .rewriter import Rewriter
- from .run import guarded
+from .run import guarded
+from .searching import (corpus_flags, eval_queries, finish, hits, make_index, make_retriever, metric_list, plain, read_judged, read_texts, row,
+                        scores, search, summary)
 from .weights import check_room
-
-METRICS = {"ndcg": ndcg, "recall": recall, "mrr": reciprocal_rank, "hit": hit_rate}
 
 
 def main(argv: list[str]) -> None:
@@ -51,16 +42,6 @@ def parser() -> argparse.ArgumentParser:
         p.set_defaults(run=run)
         return p
 
-    def corpus(p, required=True):
-        p.add_argument("--corpus", metavar="F", required=required, help='JSONL[.gz] {"id", "title", "text"}')
-        p.add_argument("--k1", type=float, default=1.2)
-        p.add_argument("--b", type=float, default=0.75)
-        p.add_argument("--variant", choices=("lucene", "okapi"), default="lucene")
-        p.add_argument("--length", choices=("exact", "lucene"), default="exact", help="lucene: its one-byte document lengths")
-        p.add_argument("--scorer", choices=SCORERS, default="torch", help="numba: extra [fast], CPU, the faster one")
-        p.add_argument("--upstream-wrapping", action="store_true", help='search "(contents:QUERY)" as the published code does: it loses the first word')
-        p.add_argument("--index-dir", metavar="D", help="keep the index there; default: in memory only")
-
     def judged(p):
         p.add_argument("--queries", metavar="F", required=True, help='JSONL[.gz] {"id", "text"}')
         p.add_argument("--qrels", metavar="F", required=True, help="TSV[.gz]: query id, document id, gain; queries without a judgement are left out, aloud")
@@ -70,16 +51,18 @@ def parser() -> argparse.ArgumentParser:
     def policy(p):
         p.add_argument("--model", metavar="DIR", required=True, help="model folder or hub id")
         p.add_argument("--config", metavar="X", help="YAML with the prompt it was trained with; default: DIR/recr1.yaml")
+    p = command("index", make_index, "make or check the index of a corpus, for runs and the commands below")
+    corpus_flags(p)
     p = command("eval-queries", eval_queries, "score queries as they are")
-    corpus(p), judged(p)
+    corpus_flags(p), judged(p)
     p = command("eval", eval_policy, "rewrite queries with a policy, then score them (also by torchrun -m recr1.cli)")
-    policy(p), corpus(p), judged(p)
+    policy(p), corpus_flags(p), judged(p)
     p = command("search", search, "the best hits of one query, and what each matched term contributed")
-    corpus(p)
+    corpus_flags(p)
     p.add_argument("query", type=utf8)
     p.add_argument("-k", type=positive, default=10, help="how many")
     p = command("generate", generate_one, "a policy's answer to one query, shown as it is sampled; with --corpus both hit lists")
-    policy(p), corpus(p, required=False)
+    policy(p), corpus_flags(p, required=False)
     p.add_argument("query", type=utf8)
     p.add_argument("-k", type=positive, default=5, help="hits of each list")
     p.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="draw at this temperature; default 0: the most likely token each time")
@@ -127,30 +110,10 @@ def utf8(text: str) -> str:
     return text
 
 
-def metric_list(text: str) -> dict[str, tuple]:
-    """"ndcg@10,recall@100" -> {name: (function, k)}."""
-    found = {}
-    for name in text.split(","):
-        match = re.fullmatch(rf"({'|'.join(METRICS)})@([1-9]\d*)", name.strip())
-        if not match:
-            raise argparse.ArgumentTypeError(f"{name.strip()!r} is no metric; write {', '.join(METRICS)} with @K, such as ndcg@10")
-        found[match[0]] = METRICS[match[1]], int(match[2])
-    return found
-
-
-def eval_queries(args) -> None:
-    index, _ = make_index(args)
-    queries, qrels = read_judged(args)
-    values = scores(index, list(queries.values()), [qrels[id] for id in queries], args.metrics)
-    result = dict(n=len(queries), **summary(values))
-    say("\n".join(row(name, v) for name, v in values.items()))
-    finish(args, result)
-
-
 def eval_policy(args) -> None:
     with dist.together():
         queries, qrels = read_judged(args)
-        index = make_index(args)[0] if dist.rank() == 0 else None
+        index = make_retriever(args) if dist.rank() == 0 else None
         rewriter = Rewriter(args.model, args.config)
         prompts, long = make_prompts(queries, rewriter.chat, rewriter.config.prompt.max_tokens, "drop")
     mine = {p.id: query for p, query in zip(dist.share(prompts), rewriter.rewrite(dist.share(prompts)))}
@@ -169,17 +132,12 @@ def eval_policy(args) -> None:
     finish(args, dict(n=len(queries), **summary(after), raw=summary(raw), difference=summary(difference), unparsable=unparsable, too_long=len(long)))
 
 
-def search(args) -> None:
-    index, texts = make_index(args)
-    say(hits(index, texts, args.query, args.k))
-
-
 def generate_one(args) -> None:
     if args.seed is not None and not args.temperature:
         raise ConfigError("--seed: nothing is drawn at temperature 0; add --temperature 1")
     rewriter = Rewriter(args.model, args.config)
     prompt = rewriter.prompt(args.query)
-    index, texts = make_index(args) if args.corpus else (None, {})       # first: what is wrong with the files is said before anything is sampled
+    index, texts = (make_retriever(args), read_texts(args)) if args.corpus else (None, {})       # first: what is wrong with the files is said before anything is sampled
     rollout = rewriter.stream(prompt, args.temperature, args.seed or 0, write_now)
     query, error = parse_query(rewriter.decode(rollout))
     if query is None:
@@ -205,83 +163,6 @@ def plan_memory(args) -> None:
     say(text)
     if why_not:
         raise ConfigError(why_not)
-
-
-def make_index(args) -> tuple[BM25, dict[str, str]]:
-    """The index of --corpus and its texts by document id."""
-    ids, texts, _ = data.read_corpus(args.corpus)
-    parameters = dict(k1=args.k1, b=args.b, variant=args.variant, length=args.length)
-    how = dict(scorer=args.scorer, upstream_wrapping=args.upstream_wrapping)
-    try:
-        if args.index_dir:
-            index = load_or_build(args.index_dir, args.corpus, **how, **parameters)
-        else:
-            check(args.scorer)
-            index = BM25(Index.of_file(args.corpus, Parameters(**parameters), numba=args.scorer == "numba"), **how)
-    except data.DataError:
-        raise
-    except (ValueError, OSError) as e:
-        raise ConfigError(str(e)) from None
-    return index, dict(zip(ids, texts))
-
-
-def read_judged(args) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
-    """Queries that have a judgement, and the judgements. What has no partner in the other file is reported."""
-    queries, (qrels, repeats) = data.read_queries(args.queries)[0], data.read_qrels(args.qrels)
-    for path, other, lost in ((args.queries, args.qrels, queries.keys() - qrels.keys()), (args.qrels, args.queries, qrels.keys() - queries.keys())):
-        if lost:
-            say(f"recr1: {path}: {len(lost)} query ids are not in {other} and left out, first: {plain(min(lost))}")
-    if repeats:
-        say(f"recr1: {len(repeats)} judgements given twice, first: {plain(repeats[0])}")
-    if not queries.keys() & qrels.keys():
-        raise ConfigError(f"{args.queries}: none of its query ids is judged in {args.qrels}")
-    return {id: text for id, text in queries.items() if id in qrels}, qrels
-
-
-def scores(index: BM25, queries: list[str | None], gains: list[dict[str, float]], metrics: dict[str, tuple]) -> dict[str, np.ndarray]:
-    """{metric: (Q,)}; no query (None) scores 0."""
-    depth, values = min(max(k for _, k in metrics.values()), len(index.doc_ids)), {name: np.zeros(len(queries)) for name in metrics}
-    asked = [i for i, query in enumerate(queries) if query is not None]
-    for start in range(0, len(asked), 1024):
-        at = asked[start:start + 1024]
-        for i, ranking in zip(at, index.search([queries[i] for i in at], depth)[0].tolist()):
-            ranked = [index.doc_ids[r] for r in ranking if r >= 0]
-            for name, (metric, k) in metrics.items():
-                values[name][i] = metric(ranked, gains[i], k)
-    return values
-
-
-def summary(values: dict[str, np.ndarray]) -> dict:
-    """{"metrics": {name: mean}, "ci95": {name: [low, high]}}."""
-    found = {name: mean_ci(v) for name, v in values.items()}
-    return dict(metrics={name: mean for name, (mean, _) in found.items()}, ci95={name: ci for name, (_, ci) in found.items()})
-
-
-def row(name: str, values: np.ndarray, sign: str = "") -> str:
-    mean, (low, high) = mean_ci(values)
-    return f"  {name:<12}{mean:{sign}8.4f}   95% [{low:{sign}.4f}, {high:{sign}.4f}]   n {len(values)}"
-
-
-def finish(args, result: dict) -> None:
-    if args.json:
-        say(json.dumps(result))
-
-
-def hits(index: BM25, texts: dict[str, str], query: str, k: int) -> str:
-    """The best k as text: rank, score, id, the document's beginning; below it what each matched term adds to the score."""
-    rows, found = index.search([query], min(k, len(index.doc_ids)))
-    lines = []
-    for rank, (r, score) in enumerate(zip(rows[0].tolist(), found[0].tolist()), 1):
-        if r >= 0:
-            id = index.doc_ids[r]
-            lines.append(f"{rank:>3}  {score:7.3f}  {plain(id)}  {plain(texts[id])[:80]}")
-            lines.append("              " + "  ".join(f"{plain(term)} {part:.3f}" for term, part in index.explain(query, r)))
-    return "\n".join(lines) or "  no hits"
-
-
-def plain(text: str, keep: str = "") -> str:
-    """Data on a terminal: without the characters that could drive it, control codes and those that turn the direction of writing."""
-    return "".join(c if c.isprintable() or c in keep else " " for c in text)
 
 
 def write_now(text: str) -> None:

@@ -39,7 +39,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Retriever:
-    kind: str = "bm25"
+    kind: str = "bm25"                  # bm25 | dense | rank_bm25 | module:function
     variant: str = "lucene"             # lucene | okapi
     length: str = "exact"               # exact | lucene (its one-byte lengths)
     k1: float = 1.2
@@ -47,6 +47,14 @@ class Retriever:
     scorer: str = "torch"               # torch | numba (extra [fast], CPU, the faster one)
     upstream_wrapping: bool = False     # search "(contents:QUERY)" as the published code does, which loses the query's first word
     index_dir: str = ""                 # where the index is kept; empty: beside the run
+    encoder: str = ""                   # dense: HF folder or hub id
+    pooling: str = "cls"                # cls | mean
+    max_length: int = 512               # tokens of a text that the encoder reads; longer ones are cut
+    prefixes: tuple[str, str] = ("", "")  # what stands before each query and before each document (E5)
+    dtype: str = "float32"              # float32 | float16 | bfloat16: what the encoder computes in
+    index: str = "exact"                # exact | hnsw
+    ef_search: int = 512                # hnsw: how many candidates a search keeps
+    timeout: float = 0.0                # seconds that one search by a module:function may take; 0: no limit
 
 
 @dataclass(frozen=True)

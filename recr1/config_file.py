@@ -16,8 +16,9 @@ CHOICES = {"task": ("product_search",), "model.attention": ("auto", "varlen", "f
            "model.head": ("one_shot", "recompute"), "model.kernels": ("torch", "triton"), "loss.average": ("", "token", "sequence", "constant"),
            "loss.kl_estimator": ("k1", "k2", "k3"), "loss.kl_in": ("loss", "reward"),
            "data.on_bad_line": ("stop", "drop"),
-           "data.on_long_prompt": ("stop", "drop"), "retriever.kind": ("bm25",), "retriever.variant": ("lucene", "okapi"),
-           "retriever.length": ("exact", "lucene"), "retriever.scorer": ("torch", "numba"), "optimizer.kind": ("adamw", "muon"),
+           "data.on_long_prompt": ("stop", "drop"), "retriever.variant": ("lucene", "okapi"), "retriever.length": ("exact", "lucene"),
+           "retriever.scorer": ("torch", "numba"), "retriever.pooling": ("cls", "mean"), "retriever.index": ("exact", "hnsw"),
+           "retriever.dtype": ("float32", "float16", "bfloat16"), "optimizer.kind": ("adamw", "muon"),
            "optimizer.on_nonfinite": ("stop", "skip"), "train.reduce": ("micro_batch", "step")}
 AT_LEAST = {"run.threads": 0, "sampling.group_size": 2, "sampling.temperature": 1e-3, "sampling.top_p": 1e-3, "sampling.cache_gib": 0, "sampling.max_new_tokens": 1, "train.steps": 1,
             "train.prompts_per_step": 1, "train.tokens_per_micro_batch": 1, "train.eval_every": 0, "train.eval_queries": 0,
@@ -25,7 +26,9 @@ AT_LEAST = {"run.threads": 0, "sampling.group_size": 2, "sampling.temperature": 
             "train.inner_steps": 1, "sampling.resample": 0, "reward.overlong": 0, "loss.clip_high": 0, "loss.entropy": 0, "loss.importance_cap": 0,
             "loss.clip": 0, "loss.kl": 0, "loss.std_floor": 0, "optimizer.lr": 0, "optimizer.clip_norm": 1e-12,
             "optimizer.warmup_steps": 0, "data.shuffle_words": 0, "optimizer.muon_lr": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
-            "optimizer.final_lr": 0, "optimizer.max_skips": 0, "run.patience": 1, "save.every": 0, "save.keep": 2}
+            "optimizer.final_lr": 0, "optimizer.max_skips": 0, "run.patience": 1, "save.every": 0, "save.keep": 2,
+            "retriever.max_length": 1, "retriever.ef_search": 1, "retriever.timeout": 0}
+RETRIEVERS = ("bm25", "dense", "rank_bm25")
 AT_MOST = {"data.shuffle_words": 1, "sampling.top_p": 1, "optimizer.final_lr": 1}
 
 
@@ -55,7 +58,11 @@ def load(path: str, overrides: list[str]) -> Config:
             if not isinstance(node, dict):
                 raise ConfigError(f"override {item!r}: {name} is not a section")
         node[last] = value
-    config = _build(Config, tree, "")
+    return checked(_build(Config, tree, ""))
+
+
+def checked(config: Config) -> Config:
+    """The config itself. Raises ConfigError for values that are out of range or do not go together."""
     for key, allowed in CHOICES.items():
         if get(config, key) not in allowed:
             raise ConfigError(f"{key}: {get(config, key)!r} is not one of {', '.join(allowed)}")
@@ -69,6 +76,13 @@ def load(path: str, overrides: list[str]) -> Config:
         raise ConfigError(f"train.inner_steps: {config.train.inner_steps} must divide train.prompts_per_step = {config.train.prompts_per_step}")
     if config.reward.overlong > config.sampling.max_new_tokens:
         raise ConfigError(f"reward.overlong: {config.reward.overlong} exceeds sampling.max_new_tokens = {config.sampling.max_new_tokens}")
+    r = config.retriever
+    if r.kind not in RETRIEVERS and ":" not in r.kind:
+        raise ConfigError(f"retriever.kind: {r.kind!r} is not one of {', '.join(RETRIEVERS)}; a function of yours is written module:function")
+    if bool(r.encoder) != (r.kind == "dense"):
+        raise ConfigError("retriever.encoder: goes with retriever.kind=dense, which needs one: a Hugging Face encoder's folder or hub id")
+    if r.timeout and r.kind in RETRIEVERS:
+        raise ConfigError(f"retriever.timeout: is for a function of yours (module:function); {r.kind} takes none")
     if bool(config.data.test_queries) != bool(config.data.test_qrels):
         raise ConfigError("data.test_queries, data.test_qrels: give both files, or neither for a hash tenth of the train queries")
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):

@@ -16,7 +16,7 @@ from typing import Iterator
 import torch
 import yaml
 from tokenizers import AddedToken, pre_tokenizers
-from transformers import Qwen2Tokenizer
+from transformers import AutoTokenizer, BertConfig, BertModel, Qwen2Tokenizer
 
 from . import dist
 from .config import Config, ConfigError
@@ -41,11 +41,13 @@ def shrunk(cfg: Config, path: str) -> Iterator[Config]:
             if dist.rank() == 0:
                 _write_policy(shape, folder / "policy")
                 _write_data(cfg, folder)
-        d = cfg.data
+                if cfg.retriever.encoder:
+                    _write_encoder(folder)
+        d, r = cfg.data, cfg.retriever
         yield replace(
             cfg, run=replace(cfg.run, dir=str(folder / "run")), model=replace(cfg.model, path=str(folder / "policy")),
             data=replace(d, **{key: str(folder / _file(key, getattr(d, key))) for key in _FILES if getattr(d, key)}),
-            retriever=replace(cfg.retriever, index_dir=str(folder / "index")), prompt=replace(cfg.prompt, max_tokens=4096),
+            retriever=replace(r, index_dir=str(folder / "index"), encoder=r.encoder and str(folder / "encoder")), prompt=replace(cfg.prompt, max_tokens=4096),
             sampling=replace(cfg.sampling, max_new_tokens=8),
             train=replace(cfg.train, steps=1, prompts_per_step=4, tokens_per_micro_batch=8192, eval_every=min(1, cfg.train.eval_every)),
             save=replace(cfg.save, every=1))
@@ -90,6 +92,17 @@ def _write_policy(shape: ModelConfig, folder: Path) -> None:
         if not tiny.tie_word_embeddings:
             model.lm_head.weight += along[:, None] * direction
     save_model(tiny, model.state_dict().items(), tokenizer, frozenset([tokenizer.eos_token_id]), str(folder))
+
+
+def _write_encoder(folder: Path) -> None:
+    """A random BERT on the policy's tokenizer: of an encoder that retriever.encoder names nothing is known without a download."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                                     max_position_embeddings=8192))
+    model.save_pretrained(folder / "encoder")
+    tokenizer.save_pretrained(folder / "encoder")
 
 
 _FILES = dict(corpus="corpus.jsonl", train_queries="train.queries.jsonl", train_qrels="train.qrels.tsv",

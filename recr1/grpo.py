@@ -8,12 +8,12 @@ the whole optimiser step, all ranks and micro-batches. Masks do not exist: a Bat
 
 Legend: P prompts, G group, R = P*G rollouts, N trained tokens, n of a chunk.
 """
-import importlib
 from dataclasses import dataclass, replace
 from typing import Callable
 
 import torch
 
+from . import named
 from .config import ConfigError, Loss, Model
 from .kernels.group_loss import GroupPull, Known, Rule
 from .policy import score, score_loss
@@ -133,24 +133,13 @@ class Objective:
 
 def objective(c: Loss, model: Model) -> Objective:
     """Resolves loss.kind, loss.advantage, loss.average. Raises ConfigError."""
-    gain, name, average = RECIPES.get(c.kind) or (_named("loss.kind", c.kind, RECIPES), "mean_std", "token")
+    gain, name, average = RECIPES.get(c.kind) or (named.function("loss.kind", c.kind, RECIPES), "mean_std", "token")
     name = c.advantage or name
-    advantage = ADVANTAGES.get(name) or _named("loss.advantage", name, ADVANTAGES)
+    advantage = ADVANTAGES.get(name) or named.function("loss.advantage", name, ADVANTAGES)
     if model.head == "one_shot" and not getattr(gain, "per_token", False):
         raise ConfigError(f"loss.kind: {c.kind} needs whole rollouts, or does not say that it needs none (function.per_token = True); "
                           "set model.head=recompute")
     return Objective(c, gain, advantage, c.average or average, model.head, model.kernels)
-
-
-def _named(key: str, text: str, known) -> Callable:
-    """A user's `module:function`."""
-    module, colon, name = text.partition(":")
-    if not colon:
-        raise ConfigError(f"{key}: {text!r} is not one of {', '.join(known)}; a function of yours is written module:function")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e:
-        raise ConfigError(f"{key}: {text!r} cannot be loaded: {e}; the module must be importable from where you start") from None
 
 
 def denominator(texts: list[Rollout], average: str, max_new_tokens: int) -> int:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 # what is fetched from the hub: never pickled weights, never code
-FILES = ["config.json", "generation_config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+FILES = ["config.json", "generation_config.json", "tokenizer*", "vocab.json", "vocab.txt", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json",
          "chat_template.jinja", "*.safetensors", "model.safetensors.index.json"]
 
 
@@ -14,12 +14,12 @@ class ModelFolderError(ValueError):
     """The model folder cannot be used. The message names the file and says what to do."""
 
 
-def resolve(path: str) -> str:
-    """A folder as it is; a hub id (org/name) as the local folder in transformers' own cache, downloaded when it is not there."""
+def resolve(path: str, key: str = "model.path") -> str:
+    """A folder as it is; a hub id (org/name) as the local folder in transformers' own cache, downloaded when it is not there. key: the setting."""
     if path and Path(path).is_dir():
         return path
     if Path(path).exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
-        raise ModelFolderError(f"{path}: neither a folder nor a hub id (org/name); model.path must be a Hugging Face model folder or the id of one")
+        raise ModelFolderError(f"{path}: neither a folder nor a hub id (org/name); {key} must be a Hugging Face model folder or the id of one")
     from huggingface_hub import constants, errors, snapshot_download
     try:
         return snapshot_download(path, allow_patterns=FILES)
@@ -34,12 +34,12 @@ def resolve(path: str) -> str:
     raise ModelFolderError(f"{path}: {why}")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, key: str = "model.path") -> dict:
     """A JSON object. Raises ModelFolderError when the file is absent or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise ModelFolderError(f"{path}: no such file; model.path must be a Hugging Face model folder") from None
+        raise ModelFolderError(f"{path}: no such file; {key} must be a Hugging Face model folder") from None
     except ValueError as e:
         raise ModelFolderError(f"{path}: not JSON: {e}") from None
     if not isinstance(value, dict):

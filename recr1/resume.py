@@ -14,7 +14,7 @@ from .log import RunLog, say
 from .optim import Optimizer
 from .stopping import EARLY
 
-FREE = ("run.dir", "run.threads", "run.patience", "log.", "save.")       # what a run that goes on may have otherwise
+FREE = ("run.dir", "run.threads", "run.patience", "retriever.timeout", "log.", "save.")       # what a run that goes on may have otherwise
 
 
 class RunError(ValueError):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from . import data, dist, evaluate, heartbeat, memory, plan, stopping
 from . import config_file as configs
 from .cache import slots
-from .chat import Chat, ChatError, make_prompts
+from .chat import Chat, ChatError
 from .checkpoint import compute_type, load_policy, load_reference, save_policy
 from .config import Config, ConfigError
 from .data import DataError
@@ -31,8 +31,10 @@ from .optim import NonFiniteGradient, Optimizer
 from .records import Batch, Prompt
 from .replay import Replay, ReplayError
 from .resume import Progress, RunError, look
-from .retrieval.bm25 import BM25, load_or_build
+from .retrieval.base import Retriever, RetrieverError
+from .retrieval.make import KEPT, directory_of, make
 from .session import patience, session
+from .splits import read_splits
 from .stopping import EARLY, Stopped, at_once
 from .tasks.product_search import ProductSearch
 from .weights import check_room, read_config
@@ -55,12 +57,15 @@ class Run:
             found = look(self.folder, cfg) if dist.rank() == 0 else False
             if dist.local_rank() == 0:
                 resolve(cfg.model.path)                            # a hub id: one rank of a machine downloads
+                if cfg.retriever.encoder:
+                    resolve(cfg.retriever.encoder, "retriever.encoder")
         with dist.together(), at_once():
             model = resolve(cfg.model.path)
             self.tokenizer = load_tokenizer(model)
             self.stops = stop_ids(model, self.tokenizer)
             self.chat = Chat(self.tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
-            self._read_data(read_config(model).max_position_embeddings)
+            self.train, self.validation, self.test, self.qrels = read_splits(cfg, self.chat)
+            check_room(cfg, read_config(model).max_position_embeddings)
             compute = compute_type(cfg.model.compute)
             how = cfg.model.attention, cfg.model.batch_invariant, cfg.model.head_float32
             self.policy = load_policy(model, len(self.tokenizer), compute, cfg.train.checkpointing, cfg.train.frozen, *how)
@@ -72,6 +77,7 @@ class Run:
             loss = objective(cfg.loss, cfg.model)
             if why := refusal(cfg.model.kernels, dist.device()):
                 raise ConfigError(why)
+            self.make_retriever = make(cfg.retriever)
         self.found = dist.first(found)                             # a run of this config
         with dist.together(), at_once():
             if dist.rank() == 0:
@@ -82,13 +88,12 @@ class Run:
         with dist.together(), at_once():
             if dist.rank() > 0:
                 self._open_heartbeat()
-            if dist.local_rank() == 0:
-                self._index()
+            if dist.local_rank() == 0 and cfg.retriever.kind in KEPT:
+                self._retriever()
         with dist.together(), at_once():
-            self.retriever = self._index()                         # built above, on this rank or beside it
-        lines, *first = self.retriever.index.meta["dropped"]
-        if lines:
-            say(f"recr1: {lines} lines of the corpus left out, first: {first[0]}")
+            self.retriever, dropped = self._retriever()            # its index was built above, on this rank or beside it
+        if dropped:
+            say(f"recr1: {dropped}")
         self.log = RunLog(self.folder)
         patience(cfg.run.patience)
         self.train_task, self.eval_task = self._task(cfg.reward.k_train), self._task(cfg.reward.k_eval)
@@ -106,43 +111,10 @@ class Run:
         with writing(self.folder):
             heartbeat.start(self.folder / "heartbeats", dist.rank(), dist.world())
 
-    def _read_data(self, positions: int) -> None:
-        d = self.cfg.data
-        prompts, self.qrels, dropped = {}, {}, []
-        splits = {"train": (d.train_queries, d.train_qrels), "test": (d.test_queries, d.test_qrels)}
-        for split, (queries_path, qrels_path) in splits.items() if d.test_queries else [("train", splits["train"])]:
-            queries, more = data.read_queries(queries_path, d.on_bad_line)
-            qrels, even_more = data.read_qrels(qrels_path, d.on_bad_line)
-            both = self.qrels.keys() & queries.keys()
-            if both:
-                raise RunError(f"{queries_path}: query id {sorted(both)[0]!r} is in the train split too; train and test must not overlap")
-            self.qrels |= {id: qrels.get(id, {}) for id in queries}
-            prompts[split] = queries
-            dropped += more + even_more
-        parts = {"validation": {i: t for i, t in prompts["train"].items() if data.is_validation(i)},
-                 "test": prompts.get("test") or {i: t for i, t in prompts["train"].items() if data.is_test(i)}}
-        parts["train"] = {i: t for i, t in prompts["train"].items() if i not in parts["validation"] and i not in parts["test"]}
-        made = {name: make_prompts(queries, self.chat, self.cfg.prompt.max_tokens, d.on_long_prompt) for name, queries in parts.items()}
-        self.train, self.validation, self.test = (made[name][0] for name in ("train", "validation", "test"))
-        for what, messages in (("data lines", dropped), ("prompts over the limit", [m for _, long in made.values() for m in long])):
-            if messages:
-                say(f"recr1: {len(messages)} {what} left out, first: {messages[0]}")
-        train = self.cfg.train
-        if len(self.train) < train.prompts_per_step:
-            raise RunError(f"train.prompts_per_step: {train.prompts_per_step} is more than the {len(self.train)} train queries outside the held-out tenths")
-        check_room(self.cfg, positions)
-        if self.cfg.train.eval_every and not self.validation:
-            raise RunError("no train query falls into the validation tenth; set train.eval_every=0 or bring more queries")
-        if not self.test:
-            raise RunError("no train query falls into the test tenth; bring more queries, or data.test_queries and data.test_qrels")
-
-    def _index(self) -> BM25:
-        r = self.cfg.retriever
-        index_dir = r.index_dir or str(self.folder.parent / f".{self.folder.name}.index")
+    def _retriever(self) -> tuple[Retriever, str]:
         try:
-            return load_or_build(index_dir, self.cfg.data.corpus, on_bad_line=self.cfg.data.on_bad_line, k1=r.k1, b=r.b, variant=r.variant,
-                                 length=r.length, scorer=r.scorer, upstream_wrapping=r.upstream_wrapping, device=dist.device())
-        except DataError:
+            return self.make_retriever(self.cfg.data.corpus, self.cfg.data.on_bad_line, directory_of(self.cfg.retriever, self.folder), say)
+        except EXPECTED:
             raise
         except (ValueError, OSError) as e:
             raise RunError(f"retriever: {e}") from None
@@ -153,7 +125,8 @@ class Run:
 
     @contextmanager
     def resumed(self, optimizer: Optimizer):
-        """Goes on from the newest valid checkpoint of run.dir. Asked to stop inside, all ranks save the state after the last finished step and leave."""
+        """Goes on from the newest valid checkpoint of run.dir. Asked to stop inside, or when the retriever fails, all ranks save the state after
+        the last finished step and leave."""
         self.progress = Progress(self.cfg, self.started, self.policy, optimizer, self.log, self.tokenizer, self.stops)
         self.progress.resume(self.found)
         try:
@@ -162,6 +135,8 @@ class Run:
             yield
         except Stopped:
             raise Stopped(self.progress.leave()) from None
+        except RetrieverError as e:
+            raise RetrieverError(f"{e}; {self.progress.leave()}") from None
 
     def meet(self) -> None:
         """Between collectives: when one rank was asked to stop, all do (Stopped). A step that has moved weights is first finished, if that is soon."""
@@ -318,7 +293,7 @@ class Run:
 
 
 BIASED = "sampling.top_p = {} samples from a truncated distribution and trains the whole one: the gradient is biased (1 is not)"
-EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, ReplayError, RunError, NonFiniteGradient, WriteError, heartbeat.Busy)
+EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, ReplayError, RunError, NonFiniteGradient, WriteError, RetrieverError, heartbeat.Busy)
 RANK_LOST = 3
 
 

@@ -59,3 +59,9 @@ def test_bm25_beside_others():
     assert out.count("ours, numba") == out.count("bm25s, numpy") == out.count("rank_bm25") == 2 and len(bars) == 10
     # no time, no memory of corpora this small: what must hold at any size
     assert all(bar["ok"] for bar in bars if "overlap" in bar["name"])
+
+
+def test_dense_search():
+    out, bars = run("experiments/bench/dense.py", "--dry-run")
+    assert out.count("\n  efSearch ") == 5 and len(bars) == 3
+    assert all(bar["ok"] for bar in bars if "time" not in bar["name"])             # 3,000 documents are searched almost wholly

@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     "heartbeat linear varlen",
     "records config data dist metrics answers attention kernels hub files stopping memory",
-    "session config_file cache model policy packing chat offload flat decode_graph retrieval",      # cache calls attention
-    "weights fsdp sample grpo optim footprint",
+    "session config_file cache model policy packing chat offload flat decode_graph named",      # cache calls attention
+    "weights fsdp sample grpo optim footprint retrieval",
     "tasks checkpoint log plan dryrun replay",
-    "evaluate report resume",
+    "evaluate report resume splits",
     "run rewriter",
     "train sft",
-    "explain doctor losslab",
+    "explain doctor losslab searching",
     "cli",
 ]
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units.split()}

@@ -99,15 +99,16 @@ class BM25:
         return dict(sorted((t, count) for token, count in counts.items() if (t := self._number(token)) >= 0))
 
 
-def load_or_build(directory: str | Path, corpus: str | os.PathLike, *, on_bad_line: str = "stop", scorer: str = "torch", upstream_wrapping: bool = False,
+def load_or_build(directory: str | Path | None, corpus: str | os.PathLike, *, on_bad_line: str = "stop", scorer: str = "torch", upstream_wrapping: bool = False,
                   device: torch.device = torch.device("cpu"), **parameters) -> BM25:
-    """BM25 over the index that lies in the directory; where there is none it is made from the corpus, JSONL[.gz], and left there.
+    """BM25 over the index that lies in the directory; where there is none it is made from the corpus, JSONL[.gz], and left there. None: in memory.
 
     An index that is torn, of a corpus that has changed since, or of other parameters is refused (IndexRefused, with the command that makes it
     anew). Raises DataError, ValueError and OSError as well.
     """
     check(scorer)
-    return BM25(open_or_build(directory, corpus, Parameters(**parameters), on_bad_line, scorer == "numba"), scorer, upstream_wrapping, device)
+    made_of = corpus, Parameters(**parameters), on_bad_line, scorer == "numba"
+    return BM25(open_or_build(directory, *made_of) if directory else Index.of_file(*made_of), scorer, upstream_wrapping, device)
 
 
 def check(scorer: str) -> None:
