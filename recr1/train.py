@@ -15,6 +15,7 @@ from .fsdp import Sharded, gathered
 from .grpo import denominator, group_advantages, kl_of_rollouts, objective, policy_loss
 from .log import Step, say, token_values
 from .optim import Optimizer
+from .overlap import Overlap
 from .packing import distinct, in_step, pack
 from .policy import score
 from .records import Batch, Reward, Rollout
@@ -81,11 +82,12 @@ def explore(run: Run, step: int, cache) -> tuple[list[Rollout], list[Reward], in
     wanted = len(run.prompts(step))
     for turn in range(1 + s.resample):
         prompts = run.prompts(step, turn)[:wanted - len(groups)]
+        scored = Overlap(run.train_task.score)                                               # the retriever runs here, on groups that have ended
         with run.log.phase("sample"):
             rollouts = generate(run.policy, prompts, s.group_size, s.temperature, s.max_new_tokens, run.stops, run.uniforms(step, prompts), cache,
-                                top_p=s.top_p, room=run.room(), kernels=run.cfg.model.kernels)
+                                top_p=s.top_p, room=run.room(), kernels=run.cfg.model.kernels, done=scored.submit)
         with run.log.phase("reward"):
-            rewards = run.train_task.score(rollouts)                                         # the retriever runs here
+            rewards = scored.results()                                                       # what is still to be done: the step waits for it
         drawn += len(prompts)
         for i in range(0, len(rollouts), s.group_size):
             group = slice(i, i + s.group_size)
