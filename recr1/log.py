@@ -120,7 +120,8 @@ class RunLog:
         self.sampled, self.sampling_s = self.sampled + tokens * (sampling_s > 0), self.sampling_s + sampling_s
         self.run_gaps.merge(gaps)
         self.seconds, self.memory = {}, {}
-        return row | gaps.figures() | dict(rollout_tokens_per_s=tokens / sampling_s if sampling_s else None, seconds=seconds, memory=peaks)
+        return row | gaps.figures() | dict(rollout_tokens_per_s=tokens / sampling_s if sampling_s else None,
+                                           reward_wait=seconds.get("reward", 0.0) / seconds["step"], seconds=seconds, memory=peaks)
 
     def metrics(self, row: dict) -> None:
         path = self.folder / "metrics.jsonl"
@@ -241,7 +242,7 @@ def console_line(row: dict, steps: int) -> str:
     speed = f"{row['rollout_tokens_per_s']:,.0f} tok/s" if row["rollout_tokens_per_s"] else "replay"
     val = f"  val gain {row['val_gain']:+.4f}" if "val_gain" in row else ""
     return (f"step {row['step']:>5}/{steps}  reward {row['reward']:.4f}  spread {row['reward_spread']:.4f}  zero-var {row['zero_variance']:.2f}  "
-            f"kl {kl}  grad {row['grad_norm']:.3f}  gap {row['logprob_gap_mean']:.1e}  {speed}{val}")
+            f"kl {kl}  grad {row['grad_norm']:.3f}  gap {row['logprob_gap_mean']:.1e}  {speed}  wait {row['reward_wait']:.0%}{val}")
 
 
 def say(text: str) -> None:
