@@ -20,8 +20,9 @@ from .log import say
 from .plan import bytes_of, plan
 from .rewriter import Rewriter
 from .run import guarded
-from .searching import (corpus_flags, eval_queries, finish, hits, make_index, make_retriever, metric_list, plain, read_judged, read_texts, row,
-                        scores, search, summary)
+from .searching import (corpus_flags, eval_queries, finish, hits, make_index, make_retriever, metric_list, read_judged, read_texts, row, scores,
+                        search, summary)
+from .terminal import plain
 from .weights import check_room
 
 

@@ -19,10 +19,10 @@ CHOICES = {"task": ("product_search",), "model.attention": ("auto", "varlen", "f
            "data.on_long_prompt": ("stop", "drop"), "retriever.variant": ("lucene", "okapi"), "retriever.length": ("exact", "lucene"),
            "retriever.scorer": ("torch", "numba"), "retriever.pooling": ("cls", "mean"), "retriever.index": ("exact", "hnsw"),
            "retriever.dtype": ("float32", "float16", "bfloat16"), "optimizer.kind": ("adamw", "muon"),
-           "optimizer.on_nonfinite": ("stop", "skip"), "train.reduce": ("micro_batch", "step")}
+           "optimizer.on_nonfinite": ("stop", "skip"), "train.reduce": ("micro_batch", "step"), "log.track": ("none", "tensorboard", "wandb", "trackio")}
 AT_LEAST = {"run.threads": 0, "sampling.group_size": 2, "sampling.temperature": 1e-3, "sampling.top_p": 1e-3, "sampling.cache_gib": 0, "sampling.max_new_tokens": 1, "train.steps": 1,
             "train.prompts_per_step": 1, "train.tokens_per_micro_batch": 1, "train.eval_every": 0, "train.eval_queries": 0,
-            "log.tokens_every": 1, "log.print_every": 1, "prompt.max_tokens": 1, "reward.k_train": 1, "reward.k_eval": 1,
+            "log.tokens_every": 1, "log.print_every": 1, "log.show_every": 0, "prompt.max_tokens": 1, "reward.k_train": 1, "reward.k_eval": 1,
             "train.inner_steps": 1, "sampling.resample": 0, "reward.overlong": 0, "loss.clip_high": 0, "loss.entropy": 0, "loss.importance_cap": 0,
             "loss.clip": 0, "loss.kl": 0, "loss.std_floor": 0, "optimizer.lr": 0, "optimizer.clip_norm": 1e-12,
             "optimizer.warmup_steps": 0, "data.shuffle_words": 0, "optimizer.muon_lr": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,

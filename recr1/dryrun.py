@@ -50,7 +50,7 @@ def shrunk(cfg: Config, path: str) -> Iterator[Config]:
             retriever=replace(r, index_dir=str(folder / "index"), encoder=r.encoder and str(folder / "encoder")), prompt=replace(cfg.prompt, max_tokens=4096),
             sampling=replace(cfg.sampling, max_new_tokens=8),
             train=replace(cfg.train, steps=1, prompts_per_step=4, tokens_per_micro_batch=8192, eval_every=min(1, cfg.train.eval_every)),
-            save=replace(cfg.save, every=1))
+            save=replace(cfg.save, every=1), log=replace(cfg.log, track="none"))
 
 
 def model_shape(model: str, config_path: str) -> ModelConfig:

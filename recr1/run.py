@@ -21,6 +21,7 @@ from .cache import slots
 from .chat import Chat, ChatError
 from .checkpoint import compute_type, load_policy, load_reference, save_policy
 from .config import Config, ConfigError
+from .console import show
 from .data import DataError
 from .files import WriteError, write_text, writing
 from .grpo import objective
@@ -37,6 +38,7 @@ from .session import patience, session
 from .splits import read_splits
 from .stopping import EARLY, Stopped, at_once
 from .tasks.product_search import ProductSearch
+from .track import Tracker
 from .weights import check_room, read_config
 
 
@@ -85,6 +87,7 @@ class Run:
                     self.folder.mkdir(parents=True, exist_ok=True)
                 write_text(self.folder / "config.yaml", configs.dump(cfg))
                 self._open_heartbeat()
+            self.tracker = Tracker(cfg, self.folder)
         with dist.together(), at_once():
             if dist.rank() > 0:
                 self._open_heartbeat()
@@ -137,6 +140,8 @@ class Run:
             raise Stopped(self.progress.leave()) from None
         except RetrieverError as e:
             raise RetrieverError(f"{e}; {self.progress.leave()}") from None
+        finally:
+            self.tracker.close()
 
     def meet(self) -> None:
         """Between collectives: when one rank was asked to stop, all do (Stopped). A step that has moved weights is first finished, if that is soon."""
@@ -251,6 +256,8 @@ class Run:
                 row = self.log.close_step(step_row(step, done, self.cfg.sampling.group_size, **more), done.gaps)
         self.progress.finished(step, row)
         self._conclude()
+        if parts is not None:
+            show(step, done, self.cfg)
         self.meet()
         self.progress.save_if_due()
 
@@ -262,6 +269,7 @@ class Run:
         with dist.together():
             if dist.rank() == 0:
                 self.log.metrics(row)
+                self.tracker.send(row)
                 self.progress.validated(validation.get("val_ndcg"))
         self.progress.row = None
         if dist.rank() == 0 and (validation or step % self.cfg.log.print_every == 0 or step in (1, self.cfg.train.steps)):

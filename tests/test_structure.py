@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # An import goes to a strictly lower level. A folder is one unit: inside it files may import each other, without circles.
 LEVELS = [
-    "heartbeat linear varlen",
+    "heartbeat linear varlen terminal",
     "records config data dist metrics answers attention kernels hub files stopping memory",
     "session config_file cache model policy packing chat offload flat decode_graph named overlap",      # cache calls attention
     "weights fsdp sample grpo optim footprint retrieval",
     "tasks checkpoint log plan dryrun replay",
-    "evaluate report resume splits",
+    "evaluate report resume splits console track",
     "run rewriter",
     "train sft",
     "explain doctor losslab searching",
