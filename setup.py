@@ -35,8 +35,9 @@ setup(
         "flash": ["flash-attn"],    # no wheel: needs nvcc and --no-build-isolation
         "fast": ["numba"],
         "track": ["tensorboard"],
+        "docs": ["matplotlib"],     # experiments/walkthrough.ipynb
         "audit": ["lm-eval[hf]"],
-        "dev": ["pytest", "bm25s", "faiss-cpu", "numba", "pytrec-eval-terrier", "setuptools>=77", "trl",
+        "dev": ["pytest", "bm25s", "faiss-cpu", "matplotlib", "numba", "pytrec-eval-terrier", "setuptools>=77", "tensorboard", "trl",
                 *(f"{name}; sys_platform == 'linux'" for name in ("triton", "liger-kernel"))],
     },
 )
