@@ -1,5 +1,5 @@
 """The pictures of walkthrough.ipynb: each draws one figure from what the functions of recr1 have returned. Nothing is computed here but places."""
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -50,7 +50,7 @@ def texts(rows: list[list[str]], values: list[Sequence[float]], names: list[str]
     fig.colorbar(plt.cm.ScalarMappable(plt.Normalize(low, high), cmap), ax=ax, fraction=0.02, pad=0.01)
 
 
-def hits(retriever: BM25, queries: list[str], titles: Callable[[int], str], gains: dict[str, float], k: int = 6) -> None:
+def hits(retriever: BM25, queries: list[str], titles: dict[str, str], gains: dict[str, float], k: int = 6) -> None:
     """The first k documents of each query: what each matched term adds to the score; judged documents in green."""
     found = [[r for r in rows if r >= 0] for rows in retriever.search(queries, k)[0].tolist()]
     parts = [[retriever.explain(query, r) for r in rows] for query, rows in zip(queries, found)]
@@ -63,7 +63,7 @@ def hits(retriever: BM25, queries: list[str], titles: Callable[[int], str], gain
             for term, part in scores:
                 ax.barh(y, part, left=left, color=palette[term], edgecolor="white")
                 left += part
-        ax.set(title=query, yticks=range(len(rows)), yticklabels=[titles(r)[:26] for r in rows], xlabel="BM25 score, by term")
+        ax.set(title=query, yticks=range(len(rows)), yticklabels=[titles[retriever.doc_ids[r]][:26] for r in rows], xlabel="BM25 score, by term")
         ax.invert_yaxis()
         for label, r in zip(ax.get_yticklabels(), rows):
             label.set(color=GREEN if gains.get(retriever.doc_ids[r], 0) > 0 else INK, weight="bold" if gains.get(retriever.doc_ids[r], 0) > 0 else "normal",
@@ -94,6 +94,7 @@ def advantages(rewards: Sequence[float], adv: Sequence[float], names: list[str])
     right.barh(y, adv, color=[GREEN if a > 0 else ORANGE for a in adv])
     right.axvline(0, color=INK, linewidth=0.8)
     right.set(title="advantage: (reward - mean) / (std + floor)")
+    right.tick_params(left=False)
     left.invert_yaxis()
     for label in left.get_yticklabels():
         label.set_parse_math(False)

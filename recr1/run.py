@@ -137,11 +137,14 @@ class Run:
                 self._conclude()                                   # stopped in its validation
             yield
         except Stopped:
-            raise Stopped(self.progress.leave()) from None
+            raise Stopped(self._leave()) from None
         except RetrieverError as e:
-            raise RetrieverError(f"{e}; {self.progress.leave()}") from None
-        finally:
-            self.tracker.close()
+            raise RetrieverError(f"{e}; {self._leave()}") from None
+
+    def _leave(self) -> str:
+        said = self.progress.leave()
+        self.tracker.close()                                       # last: a tracker may take its time
+        return said
 
     def meet(self) -> None:
         """Between collectives: when one rank was asked to stop, all do (Stopped). A step that has moved weights is first finished, if that is soon."""
@@ -282,6 +285,7 @@ class Run:
         with dist.together():
             if dist.rank() == 0:
                 self._sum_up(before, after)
+        self.tracker.close()
 
     def _sum_up(self, before: list[dict], after: list[dict]) -> None:
         raw, b, a = evaluate.column(before, "ndcg_raw"), evaluate.column(before, "ndcg"), evaluate.column(after, "ndcg")

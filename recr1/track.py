@@ -85,7 +85,7 @@ class Tracker:
         self._send(flat({name: value for name, value in row.items() if name != "step"}), row["step"])
 
     def close(self) -> None:
-        """What is still under way is sent. Never raises."""
+        """Waits until what is under way is sent, as the packages do themselves when a process ends without this. Never raises."""
         if self.open:
             self._guarded("at the end", self._close)
         self.open = False
