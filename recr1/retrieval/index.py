@@ -142,7 +142,8 @@ class Index:
 def open_or_build(directory: str | Path, corpus: str | os.PathLike, parameters: Parameters, on_bad_line: str = "stop", numba: bool = False) -> Index:
     """The index of this corpus in this directory; made and saved first where there is none. Raises IndexRefused, DataError, ValueError, OSError."""
     command = " ".join(["recr1 index --corpus", shlex.quote(os.fspath(corpus)), "--index-dir", shlex.quote(str(directory)), *(
-        f"--{f.name} {getattr(parameters, f.name)}" for f in fields(Parameters) if getattr(parameters, f.name) != f.default)])
+        f"--{f.name} {getattr(parameters, f.name)}" for f in fields(Parameters) if getattr(parameters, f.name) != f.default),
+        *["--on-bad-line drop"] * (on_bad_line == "drop")])
     try:
         index = Index.load(directory)
     except FileNotFoundError:
