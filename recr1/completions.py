@@ -52,7 +52,8 @@ def score(cfg: Config, path: str) -> dict:
     prompts, rewards = [Prompt(id, i, rows[id]["text"], (), rows[id]) for i, (id, _) in enumerate(found)], []
     for start in tqdm(range(0, len(found), AT_ONCE), "reward", disable=None if dist.rank() == 0 else True):
         part = slice(start, start + AT_ONCE)
-        rewards += scorer.judge(prompts[part], [text for _, text in found[part]])
+        texts = [text for _, text in found[part]]
+        rewards += scorer.judge(prompts[part], texts, [0.0] * len(texts))
     scored = [dict(id=p.id, total=r.total, **r.parts, error=r.error, answer=r.answer) for p, r in zip(prompts, rewards)]
     names, means = ["total", *parts.names], {}
     for row in scored:

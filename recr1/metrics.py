@@ -38,7 +38,7 @@ def hit_rate(ranked: Sequence[str], gains: Mapping[str, float], k: int) -> float
 
 def intra_list_distance(ranked: Sequence[str], distance: Callable[[str, str], float], k: int) -> float:
     """Mean distance of all pairs of distinct documents in the first k places, 0.0 where there is no pair (ILD: Smyth & McClave 2001)."""
-    pairs = list(combinations(_distinct(ranked, k), 2))
+    pairs = list(combinations(dict.fromkeys(_first(ranked, k)), 2))
     return sum(distance(a, b) for a, b in pairs) / len(pairs) if pairs else 0.0
 
 
@@ -48,24 +48,20 @@ def novelty(ranked: Sequence[str], popularity: Mapping[str, float], total: float
     A document's popularity is its part of `total`, all interactions there are; one nobody has touched counts as touched once. (Mean
     self-information: Zhou et al. 2010, who count users; Castells, Hurley & Vargas 2015)
     """
-    bits = [log2(total / max(popularity.get(doc, 0.0), 1.0)) for doc in _distinct(ranked, k)]
+    bits = [log2(total / max(popularity.get(doc, 0.0), 1.0)) for doc in dict.fromkeys(_first(ranked, k))]
     return sum(bits) / len(bits) if bits else 0.0
-
-
-def _distinct(ranked, k):
-    return list(dict.fromkeys(ranked[:_checked(k)]))
 
 
 def _gains_by_rank(ranked, gains, k):
     """Gain at each of the first k places; a repeat, an unjudged document and a gain below 0 give 0."""
     left = dict(gains)                  # pop: the second time a document comes, it is no longer there
-    return [max(left.pop(doc, 0.0), 0.0) for doc in ranked[:_checked(k)]]
+    return [max(left.pop(doc, 0.0), 0.0) for doc in _first(ranked, k)]
 
 
-def _checked(k):
+def _first(ranked, k):
     if k < 1:
         raise ValueError(f"a metric @k needs k of at least 1, got {k}")
-    return k
+    return ranked[:k]
 
 
 def _dcg(gains):

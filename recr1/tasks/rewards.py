@@ -24,6 +24,7 @@ from ..config import Config, ConfigError, RewardRule
 from ..config_file import PARTS
 from ..data import DataError, attributes
 from ..metrics import hit_rate, intra_list_distance, ndcg, novelty, recall, reciprocal_rank
+from ..records import Reward
 
 METRICS = {"ndcg": ndcg, "recall": recall, "mrr": reciprocal_rank, "hit": hit_rate}
 ACCURACY = (*METRICS, "lcs")
@@ -73,9 +74,11 @@ class Parts:
     def __call__(self, row: dict, answer, ranked: Sequence[str], gains: Mapping[str, float]) -> dict[str, float]:
         return {name: self._one(name, row, answer, ranked, gains) for name in self.names}
 
-    def none(self) -> dict[str, float]:
-        """The parts where there is no answer."""
-        return dict.fromkeys(self.names, 0.0)
+    def reward(self, text: str, answer, error: str | None, parts: Mapping[str, float] | None, late: float) -> Reward:
+        """A completion's: `unparsable` where it has no answer (parts None, an error), else what its parts come to; `late` is added (overlong)."""
+        total = self.rule.unparsable if parts is None else self.total(parts)
+        logged = dict(parts or dict.fromkeys(self.names, 0.0)) | ({"overlong": late} if self.rule.overlong else {})
+        return Reward(total + late, logged, error, answer, text)
 
     def total(self, parts: Mapping[str, float]) -> float:
         weighted = {name: weight * parts[name] for name, weight in self.rule.weights.items()}
@@ -122,3 +125,8 @@ def category_consistency(ranked: Sequence[str], gains: Mapping[str, float], cate
     if target not in found or target not in category:
         return 0.0
     return sum(category.get(doc) == category[target] for doc in found) / len(found)
+
+
+def overlong(length: int, limit: int, buffer: int) -> float:
+    """0 while `buffer` tokens are left, then linearly to -1 at the limit (DAPO, arXiv 2503.14476, eq. 13)."""
+    return min(0.0, (limit - buffer - length) / buffer) if buffer else 0.0

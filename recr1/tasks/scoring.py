@@ -1,17 +1,16 @@
 """What all tasks share: sampled ids -> text -> answer -> ranking -> the parts of the reward -> Reward."""
 from typing import Callable, Sequence
 
-from ..grpo import overlong
 from ..records import Prompt, Reward, Rollout
 from ..retrieval.base import Retriever
-from .rewards import Parts
+from .rewards import Parts, overlong
 
 REMEMBERED = 500_000             # scored completions kept: a reward depends on the query and the text alone
 
 
 class Scorer:
     """Scores completions of a task. `qrels` {query id: {document id: gain}}; `decode` maps token ids to text; limit: the length at which
-    sampling cuts; thought_closed: the prompt has ended the thought, the completion is the answer alone."""
+    sampling cuts; thought_closed: the prompt has ended the thought, a completion is the answer alone."""
 
     def __init__(self, task, retriever: Retriever, qrels: dict[str, dict[str, float]], parts: Parts,
                  decode: Callable[[Sequence[int]], str] = str, stops: frozenset[int] = frozenset(), limit: int = 0, thought_closed: bool = False):
@@ -20,7 +19,7 @@ class Scorer:
         self.known: dict[tuple[str, tuple[int, ...]], Reward] = {}
 
     def score(self, rollouts: list[Rollout]) -> list[Reward]:
-        """One Reward per rollout, less what is overlong; a completion it has seen is not searched again."""
+        """One Reward per rollout; one that it has seen is not searched again."""
         if len(self.known) > REMEMBERED:
             self.known.clear()
         new = {(r.prompt.id, r.ids): r for r in rollouts if (r.prompt.id, r.ids) not in self.known}
@@ -29,23 +28,19 @@ class Scorer:
         self.known |= zip(new, self.judge([r.prompt for r in new.values()], texts, late))
         return [self.known[r.prompt.id, r.ids] for r in rollouts]
 
-    def judge(self, prompts: list[Prompt], texts: list[str], late: list[float] | None = None) -> list[Reward]:
-        """One Reward per completion: `unparsable` where there is no answer, else what its parts come to."""
+    def judge(self, prompts: list[Prompt], texts: list[str], late: list[float]) -> list[Reward]:
+        """One Reward per completion, whatever its text holds."""
         parsed = [self.task.parse(self.before + text, p.row) for p, text in zip(prompts, texts)]
-        measured = iter(self.measure(*zip(*[(p, answer) for p, (answer, error) in zip(prompts, parsed) if error is None])))
-        rewards = []
-        for text, (answer, error), penalty in zip(texts, parsed, late or [0.0] * len(texts)):
-            parts = self.parts.none() if error else next(measured)
-            total = self.parts.rule.unparsable if error else self.parts.total(parts)
-            rewards.append(Reward(total + penalty, parts | ({"overlong": penalty} if self.parts.rule.overlong else {}), error, answer, text))
-        return rewards
+        good = [i for i, (_, error) in enumerate(parsed) if error is None]
+        parts = dict(zip(good, self.measure([prompts[i] for i in good], [parsed[i][0] for i in good])))
+        return [self.parts.reward(text, *parsed[i], parts.get(i), late[i]) for i, text in enumerate(texts)]
 
-    def measure(self, prompts: Sequence[Prompt] = (), answers: Sequence = ()) -> list[dict[str, float]]:
+    def measure(self, prompts: list[Prompt], answers: list) -> list[dict[str, float]]:
         """The parts of each answer's ranking, judged for its query."""
-        ranked = self.task.rank(list(answers), [p.row for p in prompts], self.parts.k, self.search) if prompts else []
+        ranked = self.task.rank(answers, [p.row for p in prompts], self.parts.k, self.search) if prompts else []
         return [self.parts(p.row, answer, found, self.qrels.get(p.id, {})) for p, answer, found in zip(prompts, answers, ranked)]
 
     def search(self, queries: list[str], k: int) -> list[list[str]]:
-        """Document ids, best first, of each query."""
+        """Document ids of each query, best first."""
         rows, names = self.retriever.search(queries, k)[0], self.retriever.doc_ids                   # (Q, k), -1 where there are no more hits
         return [[names[i] for i in row if i >= 0] for row in rows.tolist()]
