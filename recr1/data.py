@@ -1,8 +1,10 @@
 """Files -> corpus, queries and judgements; which query is validation; and random numbers that depend on nothing but their keys.
 
 Formats, UTF-8, plain or gzip (a name that ends in .gz):
-    corpus   JSONL {"id", "title", "text"}: either of title and text may be absent, other keys are ignored
-    queries  JSONL {"id", "text"}, other keys are ignored
+    corpus   JSONL {"id", "title", "text"}: either of title and text may be absent; for some tasks and rewards "category" (string),
+             "genres" (strings), "popularity" (number >= 0); other keys are ignored
+    queries  JSONL {"id", "text"}; for some tasks "history" (document ids, oldest first, or pairs of id and date), "candidates" (distinct
+             document ids), "profile" (string); other keys are ignored, unless a task of yours needs them
     qrels    tab-separated query id, document id, gain (finite, >= 0); no header
 
 `on_bad_line="stop"` raises DataError at the first bad line: `path:line: what is wrong; what to do`. "drop" leaves bad lines
@@ -15,7 +17,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import lru_cache
 
@@ -56,17 +58,48 @@ def documents(path: str | os.PathLike, on_bad_line: str, dropped: list[str],
 
 def read_queries(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[dict[str, str], list[str]]:
     """({query id: text}, dropped), in file order."""
-    queries: dict[str, str] = {}
+    rows, dropped = read_rows(path, on_bad_line)
+    return {id: row["text"] for id, row in rows.items()}, dropped
+
+
+def read_rows(path: str | os.PathLike, on_bad_line: str = "stop", needs: Iterable[str] = ()) -> tuple[dict[str, dict], list[str]]:
+    """({query id: {"text": ..., and each key of `needs`}}, dropped), in file order. `needs` may name keys of a user's own: taken as they are."""
+    rows: dict[str, dict] = {}
 
     def parse(line):
         row = _row(line)
-        key, text = _new_id(row, queries), _string(row, "text")
+        key, text = _new_id(row, rows), _string(row, "text")
         if not text.strip():
             raise DataError("'text' is empty; write the query or delete the line")
-        queries[key] = text
+        rows[key] = dict(text=text) | {name: _need(row, name) for name in needs}
 
     dropped = _read(path, on_bad_line, parse)
-    return queries, dropped
+    return rows, dropped
+
+
+def read_completions(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[list[tuple[str, str]], list[str]]:
+    """([(query id, completion)], dropped) of JSONL {"id", "text"}: an id may come many times, a text be empty, other keys are ignored."""
+    found: list[tuple[str, str]] = []
+
+    def parse(line):
+        row = _row(line)
+        found.append((_id(_string(row, "id")), _string(row, "text")))
+
+    dropped = _read(path, on_bad_line, parse)
+    return found, dropped
+
+
+def attributes(path: str | os.PathLike, on_bad_line: str, dropped: list[str]) -> Iterator[tuple[str, dict]]:
+    """The corpus again, one document after the other: (id, row), its known keys checked as far as they are there. Ids may repeat."""
+    def parse(line):
+        row = _row(line)
+        for name in row.keys() & _KEYS.keys():
+            _need(row, name)
+        for name in row.keys() & {"title", "text", "category"}:
+            _string(row, name)
+        return _id(_string(row, "id")), row
+
+    return _parsed(path, on_bad_line, parse, dropped)
 
 
 def read_qrels(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[dict[str, dict[str, float]], list[str]]:
@@ -273,3 +306,31 @@ def _new_id(row, seen):
     if key in seen:
         raise DataError(f"id {key[:40]!r} came before; ids are unique, delete one of the lines")
     return key
+
+
+def _ids(value):
+    return isinstance(value, list) and all(isinstance(id, str) and id for id in value)
+
+
+def _history(value):
+    return isinstance(value, list) and all(_ids([item]) or _ids(item) and len(item) == 2 for item in value)
+
+
+_KEYS = {     # key of a row -> (whether a value will do, what is wanted)
+    "history": (_history, "a list of document ids, or of pairs of id and date"),
+    "candidates": (lambda v: _ids(v) and 0 < len(v) == len(set(v)), "a list of distinct document ids, at least one"),
+    "genres": (lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v), "a list of strings"),
+    "popularity": (lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < math.inf, "a finite number >= 0"),
+}
+
+
+def _need(row, key):
+    """row[key], checked. Raises DataError."""
+    if key in ("profile", "category"):
+        return _string(row, key)
+    if key not in row:
+        raise DataError(f"no key {key!r}, which this task reads; add it or delete the line")
+    good, wanted = _KEYS.get(key, (lambda value: True, ""))
+    if not good(row[key]):
+        raise DataError(f"{key!r} is {str(row[key])[:60]}; want {wanted}")
+    return row[key]

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,6 +197,7 @@ def step_row(step: int, done: Step, group_size: int, **more) -> dict:
     trained = summed.get("trained", 0.0)
     parts = {name: float(np.mean([r.parts[name] for r in rewards])) for name in rewards[0].parts}
     return dict(step=step, reward=totals.mean().item(), **parts, unparsable=float(np.mean([r.error is not None for r in rewards])),
+                errors=dict(Counter(r.error for r in rewards if r.error is not None)),
                 reward_spread=totals.std(1).mean().item(), zero_variance=(totals.amax(1) == totals.amin(1)).float().mean().item(),
                 adv_std=torch.tensor(done.adv).std().item(), kl=summed["kl"] / tokens if "kl" in summed else None, clip_share=summed.get("clip_share", 0.0) / tokens,
                 **{name: summed[name] / max(1.0, trained) for name in ("ratio_off", "trust", "entropy") if name in summed},

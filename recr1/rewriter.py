@@ -29,6 +29,9 @@ class Rewriter:
         if not recipe and not Path(self.recipe).exists():
             raise ConfigError(f"{self.recipe}: no such file; it says with which prompt the policy was trained: name a config with --config X.yaml")
         self.config = configs.load(self.recipe, [])
+        if self.config.task != "product_search":
+            raise ConfigError(f"{self.recipe}: the policy was trained for the task {self.config.task}, and this command rewrites queries; "
+                              "its run has scored it in eval_after.jsonl, and `recr1 reward` scores completions of any task")
         self.tokenizer = load_tokenizer(folder)
         self.stops = stop_ids(folder, self.tokenizer)
         prompt, most = self.config.prompt, read_config(folder).max_position_embeddings
@@ -39,7 +42,11 @@ class Rewriter:
 
     def rewrite(self, prompts: list[Prompt]) -> list[str | None]:
         """The queries of the most likely answers, None where one holds none. A collective of all ranks."""
-        return [parse_query(self.decode(r))[0] for r in greedy(self.policy, prompts, self.stops, self.config.sampling.max_new_tokens)]
+        return [self.parsed(r)[0] for r in greedy(self.policy, prompts, self.stops, self.config.sampling.max_new_tokens)]
+
+    def parsed(self, rollout: Rollout) -> tuple[str | None, str | None]:
+        """(query, None) or (None, error), as in training."""
+        return parse_query("</think>" * self.chat.thought_closed + self.decode(rollout))
 
     def prompt(self, query: str) -> Prompt:
         """Raises ConfigError when it is too long."""

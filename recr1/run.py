@@ -31,12 +31,14 @@ from .optim import NonFiniteGradient, Optimizer
 from .records import Batch, Prompt
 from .replay import Replay, ReplayError
 from .resume import Progress, RunError, look
-from .retrieval.base import Retriever, RetrieverError
+from .retrieval.base import NoRetriever, Retriever, RetrieverError
 from .retrieval.make import KEPT, directory_of, make
 from .session import patience, session
 from .splits import read_splits
 from .stopping import EARLY, Stopped, at_once
-from .tasks.product_search import ProductSearch
+from .tasks import make as tasks
+from .tasks.rewards import Parts, read_items
+from .tasks.scoring import Scorer
 from .weights import check_room, read_config
 
 
@@ -63,8 +65,11 @@ class Run:
             model = resolve(cfg.model.path)
             self.tokenizer = load_tokenizer(model)
             self.stops = stop_ids(model, self.tokenizer)
-            self.chat = Chat(self.tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
-            self.train, self.validation, self.test, self.qrels = read_splits(cfg, self.chat)
+            self.task = tasks.make(cfg)
+            self.chat = Chat(self.tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant, self.task.places)
+            self.train, self.validation, self.test, self.qrels = read_splits(cfg, self.chat, self.task)
+            items = read_items(cfg)
+            train_parts, eval_parts = Parts(cfg.reward, cfg.reward.k_train, items), Parts(cfg.reward, cfg.reward.k_eval, items, every=True)
             check_room(cfg, read_config(model).max_position_embeddings)
             compute = compute_type(cfg.model.compute)
             how = cfg.model.attention, cfg.model.batch_invariant, cfg.model.head_float32
@@ -77,7 +82,7 @@ class Run:
             loss = objective(cfg.loss, cfg.model)
             if why := refusal(cfg.model.kernels, dist.device()):
                 raise ConfigError(why)
-            self.make_retriever = make(cfg.retriever)
+            self.make_retriever = make(cfg.retriever) if self.task.searches else NoRetriever.make
         self.found = dist.first(found)                             # a run of this config
         with dist.together(), at_once():
             if dist.rank() == 0:
@@ -96,7 +101,7 @@ class Run:
             say(f"recr1: {dropped}")
         self.log = RunLog(self.folder)
         patience(cfg.run.patience)
-        self.train_task, self.eval_task = self._task(cfg.reward.k_train), self._task(cfg.reward.k_eval)
+        self.train_task, self.eval_task = self._scorer(train_parts), self._scorer(eval_parts)
         say(f"recr1: {self.policy.size:,} parameters in {str(compute).removeprefix('torch.')}, {dist.world()} x {dist.device().type}, {self.threads} threads each, "
             f"attention {self.policy.backend}, loss {cfg.loss.kind} ({loss.gain.__name__}, {loss.advantage.__name__}, per {loss.average}), "
             f"head {cfg.model.head}, kernels {cfg.model.kernels}{' (group_loss)' if loss.fused else ''}, {len(self.retriever.doc_ids)} documents, "
@@ -119,9 +124,9 @@ class Run:
         except (ValueError, OSError) as e:
             raise RunError(f"retriever: {e}") from None
 
-    def _task(self, k: int) -> ProductSearch:
+    def _scorer(self, parts: Parts) -> Scorer:
         decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)          # as sampled: Llama's would drop spaces
-        return ProductSearch(self.retriever, self.qrels, decode, self.stops, self.cfg.reward, k, self.cfg.sampling.max_new_tokens)
+        return Scorer(self.task, self.retriever, self.qrels, parts, decode, self.stops, self.cfg.sampling.max_new_tokens, self.chat.thought_closed)
 
     @contextmanager
     def resumed(self, optimizer: Optimizer):
@@ -183,7 +188,7 @@ class Run:
         if not share:
             return chosen
         texts = [data.shuffle_words(p.text, share, seed, step, p.index) for p in chosen]
-        return [p if text == p.text else Prompt(p.id, p.index, text, self.chat.prompt(text)) for p, text in zip(chosen, texts)]
+        return [p if text == p.text else Prompt(p.id, p.index, text, self.chat.prompt(text), p.row) for p, text in zip(chosen, texts)]
 
     def uniforms(self, step: int, prompts: list[Prompt]) -> np.ndarray:
         """(P, G, T) random numbers, each a function of (seed, step, prompt, sibling, token)."""
@@ -224,16 +229,16 @@ class Run:
             return None
 
     def validate(self, step: int) -> dict[str, float]:
-        """At every `eval_every`-th step: NDCG on validation and its gain over the raw query, with the interval."""
-        every = self.cfg.train.eval_every
+        """At every `eval_every`-th step: reward.metric on validation and its gain over the raw answer, with the interval."""
+        every, metric = self.cfg.train.eval_every, self.cfg.reward.metric
         if not every or step % every:
             return {}
         rows = self.evaluate(self.validation[:self.cfg.train.eval_queries or None])
         if not rows:
             return {}                                              # rank 0 has them
-        after, raw = evaluate.column(rows, "ndcg"), evaluate.column(rows, "ndcg_raw")
+        after, raw = evaluate.column(rows, metric), evaluate.column(rows, f"{metric}_raw")
         gain, interval = evaluate.mean_ci(after - raw)
-        return dict(val_ndcg=float(after.mean()), val_raw=float(raw.mean()), val_gain=gain, val_gain_ci95=interval,
+        return {f"val_{metric}": float(after.mean())} | dict(val_raw=float(raw.mean()), val_gain=gain, val_gain_ci95=interval,
                     val_errors=sum(row["error"] is not None for row in rows))
 
     def record(self, step: int, mine: Step, **more) -> None:
@@ -262,7 +267,7 @@ class Run:
         with dist.together():
             if dist.rank() == 0:
                 self.log.metrics(row)
-                self.progress.validated(validation.get("val_ndcg"))
+                self.progress.validated(validation.get(f"val_{self.cfg.reward.metric}"))
         self.progress.row = None
         if dist.rank() == 0 and (validation or step % self.cfg.log.print_every == 0 or step in (1, self.cfg.train.steps)):
             say(console_line(row, self.cfg.train.steps))
@@ -276,18 +281,17 @@ class Run:
                 self._sum_up(before, after)
 
     def _sum_up(self, before: list[dict], after: list[dict]) -> None:
-        raw, b, a = evaluate.column(before, "ndcg_raw"), evaluate.column(before, "ndcg"), evaluate.column(after, "ndcg")
-        metric = f"ndcg@{self.cfg.reward.k_eval}"
-        (gain, gain_ci), (lift, lift_ci) = evaluate.mean_ci(a - raw), evaluate.mean_ci(a - b)
+        metric, k = self.cfg.reward.metric, self.cfg.reward.k_eval
+        parts = {name: evaluate.compared(before, after, name) for name in evaluate.parts_of(after)}
         self.log.json("summary.json", dict(
-            task=self.cfg.task, retriever=self.cfg.retriever.kind, metric=metric, n_eval=len(after), raw=float(raw.mean()), before=float(b.mean()),
-            after=float(a.mean()), gain=gain, gain_ci95=gain_ci, after_minus_before=lift, after_minus_before_ci95=lift_ci,
+            task=self.cfg.task, retriever=self.cfg.retriever.kind if self.task.searches else None, metric=f"{metric}@{k}", n_eval=len(after), **parts[metric],
+            parts=parts,
             unparsable_before=sum(row["error"] is not None for row in before), unparsable_after=sum(row["error"] is not None for row in after),
             **(dict(biased=BIASED.format(self.cfg.sampling.top_p)) if self.cfg.sampling.top_p < 1 else {}),
             seed=self.cfg.run.seed, steps=self.cfg.train.steps, world_size=dist.world(), threads=self.threads,
             wall_s=time.perf_counter() - self.progress.started, rollout_tokens_per_s=self.log.sampled / self.log.sampling_s if self.log.sampling_s else None,
             **self.log.run_gaps.figures(), memory=dict(predicted=plan.by_run_phase(self.footprint), measured=self.log.peaks, of=self.log.peaks_of)))
-        say(f"\n{evaluate.table(before, after, metric)}\n\nrewrites on test:\n{evaluate.examples(after)}\n\n"
+        say(f"\n{evaluate.table(before, after, metric, k, parts)}\n\nanswers on test:\n{evaluate.examples(after, metric)}\n\n"
             f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, metrics.jsonl, rollouts.jsonl.gz, "
             f"config.yaml{', checkpoints/' if self.progress.saved else ''}")
 
