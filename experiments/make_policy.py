@@ -11,6 +11,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Callable
 
 import torch
 from tokenizers import AddedToken, pre_tokenizers, trainers
@@ -123,9 +124,12 @@ def initialised(seed: int) -> Decoder:
     return model
 
 
-def fit(model: Decoder, examples: Examples, steps: int, config: OptimizerConfig, max_tokens: int) -> None:
-    """Trains in place on examples(0), examples(1), ...: the loop of recr1/sft.py without a run around it, on a model that Muon can have whole."""
-    optimizer, loss = Optimizer(model, config, steps), objective(LEARN, Model())
+def fit(model: Decoder, examples: Callable[[int], list[Rollout]], steps: int, config: OptimizerConfig, max_tokens: int) -> list[float]:
+    """Trains in place on examples(0), examples(1), ...: a step of recr1/sft.py without a run around it, on whole weights, which Muon needs.
+
+    Returns the mean loss per target token (nats) of each step.
+    """
+    losses, optimizer, loss = [], Optimizer(model, config, steps), objective(LEARN, Model())
     bar = tqdm(range(steps), disable=None, desc="sft")
     for step in bar:
         total, batches = optimiser_step(examples(step), max_tokens)
@@ -135,9 +139,11 @@ def fit(model: Decoder, examples: Examples, steps: int, config: OptimizerConfig,
             value.backward()
             loss_sum += value.item()
         norm, _ = optimizer.step(loss_sum)
+        losses.append(loss_sum)
         bar.set_postfix(loss=f"{loss_sum:.4f}", norm=f"{norm:.2f}")
         if bar.disable and step % 100 == 0:
             print(f"step {step} loss {loss_sum:.4f} grad norm {norm:.2f}", flush=True)
+    return losses
 
 
 def main(argv: list[str]) -> None:
