@@ -31,7 +31,6 @@ AT_LEAST = {"run.threads": 0, "sampling.group_size": 2, "sampling.temperature": 
 RETRIEVERS = ("bm25", "dense", "rank_bm25")
 # what only one of the loops reads: elsewhere such a setting would do nothing
 ONLY = {"train": ("loss.", "sampling.resample", "train.inner_steps", "train.replay", "data.shuffle_words", "log.tokens_every"), "sft": ("sft.",)}
-SAMPLED = ("sampling.group_size", "sampling.temperature", "sampling.top_p", "sampling.cache_gib")
 AT_MOST = {"data.shuffle_words": 1, "sampling.top_p": 1, "optimizer.final_lr": 1}
 
 
@@ -103,18 +102,16 @@ def get(config: Config, key: str):
 def check_loop(config: Config, loop: str) -> None:
     """Raises ConfigError for what `python -m recr1.LOOP`, train or sft, would not read and that is not at its default."""
     [(other, foreign)] = [item for item in ONLY.items() if item[0] != loop]
-    if keys := _changed(config, foreign):
+    if keys := changed(config, foreign):
         raise ConfigError(f"{', '.join(keys)}: for python -m recr1.{other} only, recr1.{loop} does not read that; leave it out")
     if loop == "sft":
         if not config.sft.teacher:
             raise ConfigError('sft.teacher: is empty; name a JSONL file of {"id", "text"}, or self for the best of the policy\'s own samples')
-        if config.sft.teacher != "self" and (keys := _changed(config, SAMPLED)):
-            raise ConfigError(f"{', '.join(keys)}: for sft.teacher=self only, a teacher's file is not sampled; leave it out")
-        if config.sft.epochs and _changed(config, ("train.steps",)):
+        if config.sft.epochs and changed(config, ("train.steps",)):
             raise ConfigError("sft.epochs, train.steps: give one of the two")
 
 
-def _changed(config: Config, prefixes: tuple[str, ...]) -> list[str]:
+def changed(config: Config, prefixes: tuple[str, ...]) -> list[str]:
     """Keys that begin with one of `prefixes` and are not at their default."""
     keys = (f"{section.name}.{f.name}" for section in dataclasses.fields(Config) if dataclasses.is_dataclass(getattr(config, section.name))
             for f in dataclasses.fields(getattr(config, section.name)))

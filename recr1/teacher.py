@@ -19,6 +19,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from . import config_file as configs
 from . import dist, heartbeat
 from .config import Sft
 from .data import DataError, read_teacher
@@ -30,6 +31,9 @@ from .resume import RunError
 from .run import Run
 from .sample import generate, new_cache
 from .stopping import Stopped, at_once
+
+
+SAMPLED = ("sampling.group_size", "sampling.temperature", "sampling.top_p")
 
 
 class Given(NamedTuple):
@@ -51,6 +55,8 @@ def lessons(run: Run) -> tuple[list[Rollout], dict]:
     else:
         with dist.together(), at_once():
             todo, score = read(run, prompts), partial(scored, run)
+        if idle := configs.changed(run.cfg, SAMPLED):
+            say(f"recr1: the teacher is a file: nothing is sampled, {', '.join(idle)} are not read")
     rows = written(run, todo, score)
     kept = [row for row in rows if keeps(row, s)]
     about = summary(rows, kept, s)

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return write_sft_yaml(tmp_path_factory.mktemp("world"), **{"train.steps": 4, "save.every": 2, "train.eval_every": 2})
+    return write_sft_yaml(tmp_path_factory.mktemp("world"), **{"train.steps": 4, "save.every": 2, "train.eval_every": 2, "sampling.max_new_tokens": 20})
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,6 @@ OTHERS = {   # overrides of the SFT config -> why it is refused
     "loss": (["loss.kl=0.1"], "loss.kl: for python -m recr1.train only"),
     "several": (["train.inner_steps=2", "data.shuffle_words=0.5"], "train.inner_steps, data.shuffle_words: for python -m recr1.train only"),
     "no teacher": (["sft.teacher=''"], "sft.teacher: is empty"),
-    "sampled file": (["sft.teacher=t.jsonl", "sampling.temperature=0.6"], "sampling.group_size, sampling.temperature: for sft.teacher=self only"),
     "both lengths": (["sft.epochs=2"], "sft.epochs, train.steps: give one of the two"),
     "unknown rule": (["sft.keep=best"], "sft.keep: 'best' is not one of all, no_worse, better"),
     "unknown key": (["sft.masked=true"], "unknown key sft.masked: did you mean sft.mask_prompt?"),

@@ -23,7 +23,7 @@ from tiny import jsonl, refused, tiny_tokenizer, write_sft_yaml
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return write_sft_yaml(tmp_path_factory.mktemp("world"))
+    return write_sft_yaml(tmp_path_factory.mktemp("world"), **{"sampling.max_new_tokens": 20})
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_self_keeps_the_best_of_each_prompts_samples(run, world):
     prompts = prompts_of(cfg)
     assert [line["id"] for line in lines] == [p.id for p in prompts]
     for p, line in zip(prompts, lines):
-        samples, usable = generate(policy, [p], 4, 1.0, 12, stops, uniforms(0, 0, np.array([p.index]), 4, 12)), []
+        samples, usable = generate(policy, [p], 4, 1.0, 20, stops, uniforms(0, 0, np.array([p.index]), 4, 20)), []
         for r in samples:
             text = tokenizer.decode(r.ids[:-1] if r.ids[-1] in stops else r.ids)
             query, wrong = parse_query(text)
@@ -135,7 +135,8 @@ def test_a_file_is_learnt(world, tmp_path, capsys):
     tokenizer = tiny_tokenizer()
     for line, p in zip(jsonl(tmp_path / "run/teacher.jsonl"), prompts_of(configs.load(world, [])), strict=True):
         assert line["ids"] == [*tokenizer(answer(p.text))["input_ids"], tokenizer.eos_token_id] and line["text"] == answer(p.text)
-    assert "56 texts, 56 kept" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "56 texts, 56 kept" in out and "nothing is sampled, sampling.group_size are not read" in out
 
 
 VALIDATION = next(f"train{i}" for i in range(60) if is_validation(f"train{i}"))
@@ -145,7 +146,7 @@ BAD = {   # line 1 of the file -> what is said of it
     "no text": (dict(id="train0"), "no key 'text'"),
     "not a string": (dict(id="train0", text=[1]), "'text' is a list"),
     "end token": (dict(id="train0", text=GOOD + "<|end|>"), "holds the end token '<|end|>'"),
-    "too long": (dict(id="train0", text=answer("lamp " * 20)), "sampling.max_new_tokens is 12"),
+    "too long": (dict(id="train0", text=answer("lamp " * 20)), "sampling.max_new_tokens is 20"),
     "an empty line": (None, "empty line"),
 }
 
