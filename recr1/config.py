@@ -112,6 +112,15 @@ class Loss:
 
 
 @dataclass(frozen=True)
+class Sft:                              # python -m recr1.sft alone
+    teacher: str = ""                   # JSONL[.gz] {id of a train query, text of the completion} | self: the best of sampling.group_size samples
+    keep: str = "all"                   # all | no_worse | better: texts whose NDCG@k_train is at least, or above, the raw query's
+    least: float = 0.0                  # NDCG@k_train that a text must reach to be kept
+    mask_prompt: bool = True            # false: the prompt's tokens but the first are learnt too, as Rec-R1's SFT did
+    epochs: int = 0                     # passes over what is kept; 0: train.steps
+
+
+@dataclass(frozen=True)
 class Optimizer:
     kind: str = "adamw"                 # adamw | muon (matrices by Muon, the rest by AdamW)
     lr: float = 1e-6
@@ -164,6 +173,7 @@ class Config:
     reward: RewardRule = field(default_factory=RewardRule)
     sampling: Sampling = field(default_factory=Sampling)
     loss: Loss = field(default_factory=Loss)
+    sft: Sft = field(default_factory=Sft)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     save: Save = field(default_factory=Save)

@@ -19,7 +19,7 @@ CHOICES = {"reward.metric": ("ndcg", "recall", "mrr", "hit"), "model.attention":
            "data.on_long_prompt": ("stop", "drop"), "retriever.variant": ("lucene", "okapi"), "retriever.length": ("exact", "lucene"),
            "retriever.scorer": ("torch", "numba"), "retriever.pooling": ("cls", "mean"), "retriever.index": ("exact", "hnsw"),
            "retriever.dtype": ("float32", "float16", "bfloat16"), "optimizer.kind": ("adamw", "muon"),
-           "optimizer.on_nonfinite": ("stop", "skip"), "train.reduce": ("micro_batch", "step")}
+           "optimizer.on_nonfinite": ("stop", "skip"), "train.reduce": ("micro_batch", "step"), "sft.keep": ("all", "no_worse", "better")}
 AT_LEAST = {"run.threads": 0, "sampling.group_size": 2, "sampling.temperature": 1e-3, "sampling.top_p": 1e-3, "sampling.cache_gib": 0, "sampling.max_new_tokens": 1, "train.steps": 1,
             "train.prompts_per_step": 1, "train.tokens_per_micro_batch": 1, "train.eval_every": 0, "train.eval_queries": 0,
             "log.tokens_every": 1, "log.print_every": 1, "prompt.max_tokens": 1, "prompt.title_words": 0, "reward.k_train": 1, "reward.k_eval": 1, "reward.k_list": 1,
@@ -27,9 +27,11 @@ AT_LEAST = {"run.threads": 0, "sampling.group_size": 2, "sampling.temperature": 
             "loss.clip": 0, "loss.kl": 0, "loss.std_floor": 0, "optimizer.lr": 0, "optimizer.clip_norm": 1e-12,
             "optimizer.warmup_steps": 0, "data.shuffle_words": 0, "optimizer.muon_lr": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
             "optimizer.final_lr": 0, "optimizer.max_skips": 0, "run.patience": 1, "save.every": 0, "save.keep": 2,
-            "retriever.max_length": 1, "retriever.ef_search": 1, "retriever.timeout": 0}
+            "retriever.max_length": 1, "retriever.ef_search": 1, "retriever.timeout": 0, "sft.epochs": 0}
 RETRIEVERS = ("bm25", "dense", "rank_bm25")
 PARTS = ("ndcg", "recall", "mrr", "hit", "lcs", "category", "diversity", "novelty")
+# what only one of the loops reads: elsewhere such a setting would do nothing
+ONLY = {"train": ("loss.", "sampling.resample", "train.inner_steps", "train.replay", "data.shuffle_words", "log.tokens_every"), "sft": ("sft.",)}
 AT_MOST = {"data.shuffle_words": 1, "sampling.top_p": 1, "optimizer.final_lr": 1}
 
 
@@ -119,6 +121,25 @@ def get(config: Config, key: str):
     for name in key.split("."):
         config = getattr(config, name)
     return config
+
+
+def check_loop(config: Config, loop: str) -> None:
+    """Raises ConfigError for what `python -m recr1.LOOP`, train or sft, would not read and that is not at its default."""
+    [(other, foreign)] = [item for item in ONLY.items() if item[0] != loop]
+    if keys := changed(config, foreign):
+        raise ConfigError(f"{', '.join(keys)}: for python -m recr1.{other} only, recr1.{loop} does not read that; leave it out")
+    if loop == "sft":
+        if not config.sft.teacher:
+            raise ConfigError('sft.teacher: is empty; name a JSONL file of {"id", "text"}, or self for the best of the policy\'s own samples')
+        if config.sft.epochs and changed(config, ("train.steps",)):
+            raise ConfigError("sft.epochs, train.steps: give one of the two")
+
+
+def changed(config: Config, prefixes: tuple[str, ...]) -> list[str]:
+    """Keys that begin with one of `prefixes` and are not at their default."""
+    keys = (f"{section.name}.{f.name}" for section in dataclasses.fields(Config) if dataclasses.is_dataclass(getattr(config, section.name))
+            for f in dataclasses.fields(getattr(config, section.name)))
+    return [key for key in keys if key.startswith(prefixes) and get(config, key) != get(Config(), key)]
 
 
 def dump(config: Config) -> str:

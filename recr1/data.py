@@ -17,9 +17,10 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import nullcontext
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,11 @@ class DataError(ValueError):
 
 
 class _Repeat(DataError):
-    """A line that says again what an earlier one said: left out and listed, but never a reason to stop."""
+    """A line that says again what an earlier one said, or nothing: left out and listed, but never a reason to stop."""
+
+
+class _Leak(DataError):
+    """A line that would teach what is held out: always a reason to stop."""
 
 
 def read_corpus(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[list[str], list[str], list[str]]:
@@ -131,6 +136,34 @@ def read_qrels(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[dict
 
     dropped = _read(path, on_bad_line, parse)
     return qrels, dropped
+
+
+def read_teacher(path: str | os.PathLike, known: Container[str], held_out: Container[str], encode: Callable[[str, Any], list[int]],
+                 on_bad_line: str = "stop") -> tuple[list[tuple[str, str, list[int]]], list[str]]:
+    """([(query id, completion, its token ids)], dropped), in file order. An id may come with several texts. `encode(text, the line's "ids")`
+    may refuse a text as parse functions do. A line whose "error" is not null, as a run writes it, has no text to learn: left out and listed.
+
+    An id of `held_out` raises DataError also under "drop": learnt answers to validation or test queries are a leak.
+    """
+    rows: list[tuple[str, str, list[int]]] = []
+    seen: set[tuple[str, str]] = set()
+
+    def parse(line):
+        row = _row(line)
+        key, text = _id(_string(row, "id")), _string(row, "text")
+        if key in held_out:
+            raise _Leak(f"{key!r} is a validation or test query: learning its answer would be a leak; delete all such lines")
+        if key not in known:
+            raise DataError(f"{key!r} is no train query of this run; correct the id or delete the line")
+        if row.get("error") is not None:
+            raise _Repeat(f"its 'error' is {str(row['error'])[:40]!r}: nothing to learn")
+        if (key, text) in seen:
+            raise _Repeat(f"{key!r} had the same text before; delete one of the two lines")
+        seen.add((key, text))
+        rows.append((key, text, encode(text, row.get("ids"))))
+
+    dropped = _read(path, on_bad_line, parse)
+    return rows, dropped
 
 
 def is_validation(query_id: str) -> bool:
@@ -244,7 +277,7 @@ def _parsed(path, on_bad_line, parse, dropped, place=None):
                     parsed = parse(_decode(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw))
                 except DataError as error:
                     message = f"{name}:{number}: {error}"
-                    if on_bad_line == "stop" and not isinstance(error, _Repeat):
+                    if isinstance(error, _Leak) or on_bad_line == "stop" and not isinstance(error, _Repeat):
                         raise DataError(message) from None
                     dropped.append(message)
                     continue

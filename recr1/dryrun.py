@@ -45,6 +45,8 @@ def shrunk(cfg: Config, path: str) -> Iterator[Config]:
             if dist.rank() == 0:
                 _write_policy(shape, folder / "policy", _answers(cfg))
                 _write_data(cfg, folder)
+                if (teacher := _teacher(cfg, folder)) not in ("", "self"):
+                    _write_teacher(Path(teacher), _answers(cfg))
                 if cfg.retriever.encoder:
                     _write_encoder(folder)
         d, r = cfg.data, cfg.retriever
@@ -54,7 +56,7 @@ def shrunk(cfg: Config, path: str) -> Iterator[Config]:
             retriever=replace(r, index_dir=str(folder / "index"), encoder=r.encoder and str(folder / "encoder")), prompt=replace(cfg.prompt, max_tokens=4096),
             sampling=replace(cfg.sampling, max_new_tokens=8),
             train=replace(cfg.train, steps=1, prompts_per_step=4, tokens_per_micro_batch=8192, eval_every=min(1, cfg.train.eval_every)),
-            save=replace(cfg.save, every=1))
+            save=replace(cfg.save, every=1), sft=replace(cfg.sft, teacher=_teacher(cfg, folder), keep="all", least=0.0, epochs=0))
 
 
 def model_shape(model: str, config_path: str) -> ModelConfig:
@@ -116,6 +118,20 @@ def _write_encoder(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "encoder")
 
 
+def _teacher(cfg: Config, folder: Path) -> str:
+    given = cfg.sft.teacher
+    return given if given in ("", "self") else str(folder / f"teacher.jsonl{'.gz' * given.endswith('.gz')}")
+
+
+def _write_teacher(path: Path, answers: list[str]) -> None:
+    """A whole answer to each train query that is not held out. The rule of sft.keep is left to the real texts: these are all as good as the query."""
+    ids = [q for q in TRAIN if not is_validation(q) and not is_test(q)]
+    rows = [dict(id=q, text=answers[TRAIN.index(q) % len(answers)]) for q in ids]
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+
+TRAIN = [f"train{i}" for i in range(64)]
 _FILES = dict(corpus="corpus.jsonl", train_queries="train.queries.jsonl", train_qrels="train.qrels.tsv",
               test_queries="test.queries.jsonl", test_qrels="test.qrels.tsv")
 
@@ -128,8 +144,7 @@ def _write_data(cfg: Config, folder: Path) -> None:
     """Queries of one word; every document of that word is relevant. As many that no split is empty. Rows have the keys of every task."""
     def ids(split, n):
         return [f"{split}{i}" for i in range(n)]
-    train = ids("train", 64)
-    assert any(map(is_validation, train)) and any(map(is_test, train))
+    assert any(map(is_validation, TRAIN)) and any(map(is_test, TRAIN))
     word = {q: WORDS[i % len(WORDS)] for n, split in ((64, "train"), (8, "test")) for i, q in enumerate(ids(split, n))}
     lines = {"corpus": [json.dumps(dict(id=f"d{i}", title=f"{w} {i}", text=f"a {w} and a {WORDS[i % 5]}", category=w, genres=[w, WORDS[i % 3]], popularity=i))
                         for i, w in enumerate(WORDS * 3)]}

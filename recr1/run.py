@@ -26,7 +26,7 @@ from .files import WriteError, write_text, writing
 from .grpo import objective
 from .hub import ModelFolderError, load_tokenizer, resolve, stop_ids
 from .kernels.launch import refusal
-from .log import RunLog, Step, console_line, rollout_rows, say, step_row
+from .log import RunLog, Step, console_line, say
 from .optim import NonFiniteGradient, Optimizer
 from .records import Batch, Prompt
 from .replay import Replay, ReplayError
@@ -45,11 +45,12 @@ from .weights import check_room, read_config
 class Run:
     """One training run: `policy`, `task`, `prompts(step)`, `steps()`, and the files under run.dir. Everything is checked before training.
 
-    run.dir is new, or holds a run of the same config, which goes on from its newest checkpoint: see `resumed`.
+    run.dir is new, or holds a run of the same config, which goes on from its newest checkpoint: see `resumed`. `loop`: train (GRPO) or sft.
     """
 
-    def __init__(self, cfg: Config):
-        self.cfg, self.started = cfg, time.perf_counter()
+    def __init__(self, cfg: Config, loop: str = "train"):
+        configs.check_loop(cfg, loop)
+        self.cfg, self.loop, self.started, self.last = cfg, loop, time.perf_counter(), cfg.train.steps
         self.threads = cfg.run.threads or max(1, (os.cpu_count() or 1) // dist.local_world())
         torch.set_num_threads(self.threads)
         if dist.device().type == "cpu":
@@ -99,18 +100,20 @@ class Run:
             self.retriever, dropped = self._retriever()            # its index was built above, on this rank or beside it
         if dropped:
             say(f"recr1: {dropped}")
-        self.log = RunLog(self.folder)
+        self.log = RunLog(self.folder, loop)
         patience(cfg.run.patience)
         self.train_task, self.eval_task = self._scorer(train_parts), self._scorer(eval_parts)
+        learns = f"loss {cfg.loss.kind} ({loss.gain.__name__}, {loss.advantage.__name__}, per {loss.average})" if loop == "train" else "SFT"
         say(f"recr1: {self.policy.size:,} parameters in {str(compute).removeprefix('torch.')}, {dist.world()} x {dist.device().type}, {self.threads} threads each, "
-            f"attention {self.policy.backend}, loss {cfg.loss.kind} ({loss.gain.__name__}, {loss.advantage.__name__}, per {loss.average}), "
+            f"attention {self.policy.backend}, {learns}, "
             f"head {cfg.model.head}, kernels {cfg.model.kernels}{' (group_loss)' if loss.fused else ''}, {len(self.retriever.doc_ids)} documents, "
             f"retriever {self.retriever.how}, "
             f"queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test")
-        if cfg.sampling.top_p < 1:
+        if loop == "train" and cfg.sampling.top_p < 1:
             say(f"recr1: {BIASED.format(cfg.sampling.top_p)}")
         self.footprint = plan.Footprint(cfg, self.policy.config, dist.world(), gpu=dist.device().type == "cuda")
-        say(plan.announcement(self.footprint, memory.installed()))
+        if loop == "train":                                        # the footprint is GRPO's
+            say(plan.announcement(self.footprint, memory.installed()))
 
     def _open_heartbeat(self) -> None:
         with writing(self.folder):
@@ -132,7 +135,7 @@ class Run:
     def resumed(self, optimizer: Optimizer):
         """Goes on from the newest valid checkpoint of run.dir. Asked to stop inside, or when the retriever fails, all ranks save the state after
         the last finished step and leave."""
-        self.progress = Progress(self.cfg, self.started, self.policy, optimizer, self.log, self.tokenizer, self.stops)
+        self.progress = Progress(self.cfg, self.last, self.started, self.policy, optimizer, self.log, self.tokenizer, self.stops)
         self.progress.resume(self.found)
         try:
             if self.progress.row is not None:
@@ -163,7 +166,7 @@ class Run:
             self.progress.skips = 0
             return norm, lr
         self.progress.skips += 1
-        where = self.log.nonfinite(step, batches, losses, done)
+        where = self.log.nonfinite(step, batches, losses, done.named())
         if stop:
             raise NonFiniteGradient(f"{stop}; {where}")
         if self.progress.skips >= self.cfg.optimizer.max_skips:
@@ -173,8 +176,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Numbers of the steps to be done, from 1, behind a progress bar on a terminal."""
-        last = self.cfg.train.steps
-        for step in tqdm(range(self.progress.step + 1, last + 1), "train", last, initial=self.progress.step, disable=None if dist.rank() == 0 else True):
+        for step in tqdm(range(self.progress.step + 1, self.last + 1), self.loop, self.last, initial=self.progress.step, disable=None if dist.rank() == 0 else True):
             self.began = time.perf_counter()
             heartbeat.at("gather", step)
             yield step
@@ -252,8 +254,7 @@ class Run:
                 done, *others = parts
                 for other in others:
                     done.merge(other)
-                self.log.rollouts(rollout_rows(step, done))
-                row = self.log.close_step(step_row(step, done, self.cfg.sampling.group_size, **more), done.gaps)
+                row = done.logged(step, self.log, self.cfg, **more)
         self.progress.finished(step, row)
         self._conclude()
         self.meet()
@@ -269,30 +270,31 @@ class Run:
                 self.log.metrics(row)
                 self.progress.validated(validation.get(f"val_{self.cfg.reward.metric}"))
         self.progress.row = None
-        if dist.rank() == 0 and (validation or step % self.cfg.log.print_every == 0 or step in (1, self.cfg.train.steps)):
-            say(console_line(row, self.cfg.train.steps))
+        if dist.rank() == 0 and (validation or step % self.cfg.log.print_every == 0 or step in (1, self.last)):
+            say(console_line(row, self.last))
 
-    def finish(self, before: list[dict], after: list[dict]) -> None:
-        """The model, summary.json, and the table a user reads."""
+    def finish(self, before: list[dict], after: list[dict], **more) -> None:
+        """The model, summary.json (`more` is SFT's part of it), and the table a user reads."""
         heartbeat.at("save")
         save_policy(self.policy, self.tokenizer, self.stops, self.folder / "model", configs.answering(self.cfg))
         with dist.together():
             if dist.rank() == 0:
-                self._sum_up(before, after)
+                self._sum_up(before, after, more)
 
-    def _sum_up(self, before: list[dict], after: list[dict]) -> None:
+    def _sum_up(self, before: list[dict], after: list[dict], more: dict) -> None:
         metric, k = self.cfg.reward.metric, self.cfg.reward.k_eval
         parts = {name: evaluate.compared(before, after, name) for name in evaluate.parts_of(after)}
         self.log.json("summary.json", dict(
             task=self.cfg.task, retriever=self.cfg.retriever.kind if self.task.searches else None, metric=f"{metric}@{k}", n_eval=len(after), **parts[metric],
             parts=parts,
             unparsable_before=sum(row["error"] is not None for row in before), unparsable_after=sum(row["error"] is not None for row in after),
-            **(dict(biased=BIASED.format(self.cfg.sampling.top_p)) if self.cfg.sampling.top_p < 1 else {}),
-            seed=self.cfg.run.seed, steps=self.cfg.train.steps, world_size=dist.world(), threads=self.threads,
-            wall_s=time.perf_counter() - self.progress.started, rollout_tokens_per_s=self.log.sampled / self.log.sampling_s if self.log.sampling_s else None,
-            **self.log.run_gaps.figures(), memory=dict(predicted=plan.by_run_phase(self.footprint), measured=self.log.peaks, of=self.log.peaks_of)))
+            **(dict(biased=BIASED.format(self.cfg.sampling.top_p)) if self.loop == "train" and self.cfg.sampling.top_p < 1 else {}),
+            seed=self.cfg.run.seed, steps=self.last, world_size=dist.world(), threads=self.threads, wall_s=time.perf_counter() - self.progress.started,
+            **(more or dict(rollout_tokens_per_s=self.log.sampled / self.log.sampling_s if self.log.sampling_s else None, **self.log.run_gaps.figures())),
+            memory=dict(predicted=plan.by_run_phase(self.footprint) if self.loop == "train" else None, measured=self.log.peaks, of=self.log.peaks_of)))
         say(f"\n{evaluate.table(before, after, metric, k, parts)}\n\nanswers on test:\n{evaluate.examples(after, metric)}\n\n"
-            f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, metrics.jsonl, rollouts.jsonl.gz, "
+            f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, "
+            f"metrics.jsonl, {'rollouts.jsonl.gz' if self.loop == 'train' else 'teacher.jsonl'}, "
             f"config.yaml{', checkpoints/' if self.progress.saved else ''}")
 
 

@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from . import config_file as configs
 from . import dist, heartbeat
-from .config import Config, ConfigError
-from .dryrun import shrunk
+from .config import Config
 from .fsdp import Sharded, gathered
 from .grpo import denominator, group_advantages, kl_of_rollouts, objective, policy_loss
-from .log import Step, say, token_values
+from .launch import launch
+from .log import Step, token_values
 from .optim import Optimizer
 from .overlap import Overlap
 from .packing import distinct, in_step, pack
@@ -25,15 +24,7 @@ from .stopping import at_once, listening
 
 
 def main(argv: list[str]) -> None:
-    config, *overrides = [a for a in argv if a != "--dry-run"] or [""]
-    if not config or config.startswith("-"):
-        raise ConfigError("usage: python -m recr1.train CONFIG.yaml [a.b=value ...] [--dry-run], or torchrun --nproc-per-node N -m recr1.train ...")
-    cfg = configs.load(config, overrides)
-    if "--dry-run" not in argv:
-        return train(cfg)
-    with shrunk(cfg, config) as tiny:
-        train(tiny)
-    say(f"dry run passed: {config}")
+    launch(argv, "recr1.train", train)
 
 
 def train(cfg: Config) -> None:

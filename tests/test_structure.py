@@ -20,6 +20,7 @@ LEVELS = [
     "tasks checkpoint log plan dryrun replay",
     "evaluate report resume splits",
     "run rewriter",
+    "launch teacher",
     "train sft",
     "explain doctor losslab searching completions",
     "cli",
