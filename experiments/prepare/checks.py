@@ -2,7 +2,7 @@
 
 Every check raises PrepareError with the first offender; `check` returns the names of those that passed, for prepared.json.
 """
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
@@ -40,6 +40,24 @@ def by_interaction(row: dict, targets: Targets) -> Hashable:
 def history(row: dict) -> list[str]:
     """Document ids of a row's history, whose entries are ids or [id, date]."""
     return [entry if isinstance(entry, str) else entry[0] for entry in row.get("history", ())]
+
+
+def popularity(train: Split) -> Counter:
+    """Of each document the users, validation's not counted, whose train examples show it."""
+    shown = {(row["user"], doc) for row in train.rows if not is_validation(row["id"])
+             for doc in (*history(row), *(doc for doc, gain in train.targets[row["id"]] if gain > 0))}
+    return Counter(doc for _, doc in shown)
+
+
+def without_repeats(train: Split, tests: dict[str, Split]) -> tuple[Split, int]:
+    """Train without the examples whose words are those of a test's or of an earlier one of train, and how many those are."""
+    seen = {by_text(row, []) for split in tests.values() for row in split.rows}
+    kept = Split()
+    for row in train.rows:
+        if (words := by_text(row, [])) not in seen:
+            seen.add(words)
+            kept.add(row, train.targets[row["id"]])
+    return kept, len(train.rows) - len(kept.rows)
 
 
 def good_document(row: dict, docs: set[str]) -> None:

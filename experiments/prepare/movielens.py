@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from checks import PrepareError, Split, by_interaction, check_inductive
+from checks import PrepareError, Split, by_interaction, check_inductive, popularity
 from recr1.data import is_test, is_validation, uniforms
 from recr1.files import fingerprint
 from tqdm import tqdm
@@ -77,13 +77,6 @@ def sequential(films: dict[str, dict], users: dict[str, list[Rating]], most: int
         if not apart and last >= 1:
             transductive.add(*window(user, "last", seen, last))
     return dict(zip(("train", "test_transductive", "test_inductive"), splits))
-
-
-def popularity(train: Split) -> Counter:
-    """Users of train, without validation, that each film's windows show."""
-    pairs = {(row["user"], film) for row in train.rows if not is_validation(row["id"])
-             for film in (*row["history"], *(film for film, _ in train.targets[row["id"]]))}
-    return Counter(film for _, film in pairs)
 
 
 def lists(films: dict[str, dict], users: dict[str, list[Rating]], most: int | None) -> tuple[dict[str, Split], Counter]:

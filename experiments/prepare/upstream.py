@@ -24,7 +24,7 @@ def find(folder: Path, name: str) -> Path:
 
 
 def csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, {column: value}) of every row of a CSV[.gz] with a header; further columns are ignored. Raises PrepareError."""
+    """(last line, {column: value}) of every row of a CSV[.gz] with a header; further columns are ignored. Raises PrepareError."""
     with _open(path) as file:
         reader = csv.reader(_lines(path, file))
         header = next(reader, None)
@@ -60,6 +60,14 @@ def need(where: object, columns: tuple[str, ...], there) -> None:
     for column in columns:
         if column not in there:
             raise PrepareError(f"{where}: no column {column!r} (it has {', '.join(map(str, there))[:200]}); this is another file, or its format has changed")
+
+
+def strings(path: Path, line: int, row: dict, keys: tuple[str, ...]) -> None:
+    """Raises PrepareError unless the row has these keys and their values are strings."""
+    need(f"{path}:{line}", keys, row)
+    for key in keys:
+        if not isinstance(row[key], str):
+            raise PrepareError(f"{path}:{line}: {key!r} is a {type(row[key]).__name__}, not a string; its format has changed")
 
 
 def number(path: Path, line: int, column: str, value: str, kind=float):
