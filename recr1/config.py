@@ -114,8 +114,8 @@ class Loss:
 @dataclass(frozen=True)
 class Sft:                              # python -m recr1.sft alone
     teacher: str = ""                   # JSONL[.gz] {id of a train query, text of the completion} | self: the best of sampling.group_size samples
-    keep: str = "all"                   # all | no_worse | better: texts whose NDCG@k_train is at least, or above, the raw query's
-    least: float = 0.0                  # NDCG@k_train that a text must reach to be kept
+    keep: str = "all"                   # all | no_worse | better: texts whose reward.metric@k_train is at least, or above, that of the raw answer
+    least: float = 0.0                  # reward.metric@k_train that a text must reach to be kept
     mask_prompt: bool = True            # false: the prompt's tokens but the first are learnt too, as Rec-R1's SFT did
     epochs: int = 0                     # passes over what is kept; 0: train.steps
 

@@ -2,7 +2,7 @@
 
 Either way RUN/teacher.jsonl keeps them with their scores, one line per text:
     id, text, ids        what is learnt: the query, the completion without its end token, its token ids with it
-    reward, ndcg, raw    the task's reward, NDCG@k_train, the raw query's NDCG@k_train
+    reward, score, raw   the task's reward, its reward.metric@k_train, that of the answer without a policy (the raw query)
     error                why nothing can be learnt from it (no answer, or sampling cut it off), else null
     sibling, rewards     self: which of the N samples it is, and the rewards of all
 A run that was stopped goes on behind its last line. The file is itself a teacher's file for another run (sft.teacher=RUN/teacher.jsonl).
@@ -60,8 +60,8 @@ def lessons(run: Run) -> tuple[list[Rollout], dict]:
     rows = written(run, todo, score)
     kept = [row for row in rows if keeps(row, s)]
     about = summary(rows, kept, s)
-    say(f"recr1: teacher {s.teacher}: {len(rows)} texts, {len(kept)} kept (sft.keep={s.keep}, sft.least={s.least:g}), NDCG@{run.cfg.reward.k_train} {about['ndcg_kept']:.4f} "
-        f"where the raw query has {about['raw_kept']:.4f}; nothing to learn from {sum(about['errors'].values())} {about['errors'] or ''}".rstrip())
+    say(f"recr1: teacher {s.teacher}: {len(rows)} texts, {len(kept)} kept (sft.keep={s.keep}, sft.least={s.least:g}), {run.cfg.reward.metric}@{run.cfg.reward.k_train} {about['score_kept']:.4f} "
+        f"where the raw answer has {about['raw_kept']:.4f}; nothing to learn from {sum(about['errors'].values())} {about['errors'] or ''}".rstrip())
     if len(kept) < least:
         raise DataError(f"sft.teacher: {len(kept)} of {len(rows)} texts are kept and train.prompts_per_step is {least}; lower that, "
                         f"or keep more (sft.keep, sft.least{', sampling.group_size, sampling.temperature' if s.teacher == 'self' else ''})")
@@ -70,8 +70,8 @@ def lessons(run: Run) -> tuple[list[Rollout], dict]:
 
 def keeps(row: dict, s: Sft) -> bool:
     """The rule, on a line of teacher.jsonl."""
-    enough = {"all": True, "no_worse": row["ndcg"] >= row["raw"], "better": row["ndcg"] > row["raw"]}[s.keep]
-    return row["error"] is None and enough and row["ndcg"] >= s.least
+    enough = {"all": True, "no_worse": row["score"] >= row["raw"], "better": row["score"] > row["raw"]}[s.keep]
+    return row["error"] is None and enough and row["score"] >= s.least
 
 
 def summary(rows: list[dict], kept: list[dict], s: Sft) -> dict:
@@ -79,7 +79,7 @@ def summary(rows: list[dict], kept: list[dict], s: Sft) -> dict:
     def mean(rows, name):
         return float(np.mean([row[name] for row in rows])) if rows else 0.0
     return dict(source=s.teacher, texts=len(rows), kept=len(kept), errors=dict(Counter(row["error"] for row in rows if row["error"])),
-                ndcg=mean(rows, "ndcg"), raw=mean(rows, "raw"), ndcg_kept=mean(kept, "ndcg"), raw_kept=mean(kept, "raw"))
+                score=mean(rows, "score"), raw=mean(rows, "raw"), score_kept=mean(kept, "score"), raw_kept=mean(kept, "raw"))
 
 
 # --- the two teachers -------------------------------------------------------------------------------------------------------------
@@ -95,12 +95,12 @@ def best_of(run: Run, prompts: list[Prompt], cache) -> list[dict]:
                         top_p=s.top_p, room=run.room(), kernels=run.cfg.model.kernels)
     rewards = run.train_task.score(rollouts)
     lines = []
-    for p, raw in zip(range(0, len(rollouts), s.group_size), run.train_task.metric([q.id for q in prompts], [q.text for q in prompts])):
+    for p, raw in zip(range(0, len(rollouts), s.group_size), raw_scores(run, prompts)):
         def rank(i):
             usable = rollouts[i].finished and rewards[i].error is None
             return usable, rewards[i].total, sum(rollouts[i].sampler_logp), -i
         best = max(range(p, p + s.group_size), key=rank)
-        line = row(rollouts[best], rewards[best], raw)
+        line = row(run, rollouts[best], rewards[best], raw)
         lines.append(line | dict(sibling=best - p, rewards=[r.total for r in rewards[p:p + s.group_size]]))
     return lines
 
@@ -114,13 +114,18 @@ def new_cache_of(run: Run):
 def scored(run: Run, given: list[Given]) -> list[dict]:
     """A line for each text of the file."""
     rollouts = [Rollout(g.prompt, i, 0, g.ids, (0.0,) * len(g.ids), True) for i, g in enumerate(given)]
-    raw = run.train_task.metric([g.prompt.id for g in given], [g.prompt.text for g in given])
-    return [row(*of) | dict(text=g.text) for g, of in zip(given, zip(rollouts, run.train_task.score(rollouts), raw))]
+    raw = raw_scores(run, [g.prompt for g in given])
+    return [row(run, *of) | dict(text=g.text) for g, of in zip(given, zip(rollouts, run.train_task.score(rollouts), raw))]
 
 
-def row(rollout: Rollout, reward, raw: float) -> dict:
+def raw_scores(run: Run, prompts: list[Prompt]) -> list[float]:
+    """reward.metric of the task's answer without a policy: for a query the query itself."""
+    return [parts[run.cfg.reward.metric] for parts in run.train_task.measure(prompts, [run.task.raw(p.row) for p in prompts])]
+
+
+def row(run: Run, rollout: Rollout, reward, raw: float) -> dict:
     error = reward.error or (None if rollout.finished else "unfinished")
-    return dict(id=rollout.prompt.id, text=reward.text, reward=reward.total, ndcg=reward.parts["ndcg"], raw=raw, error=error, ids=list(rollout.ids))
+    return dict(id=rollout.prompt.id, text=reward.text, reward=reward.total, score=reward.parts[run.cfg.reward.metric], raw=raw, error=error, ids=list(rollout.ids))
 
 
 def read(run: Run, prompts: dict[str, Prompt]) -> list[Given]:
@@ -216,7 +221,7 @@ def already(path: Path, todo: list[Prompt] | list[Given]) -> list[dict]:
             os.truncate(path, end)
     wanted = [(t.id, None) if isinstance(t, Prompt) else (t.prompt.id, t.text) for t in todo]
     for (id, text), found in zip(wanted, rows):
-        if found.get("id") != id or text not in (None, found.get("text")) or not {"ids", "ndcg", "raw", "error"} <= found.keys():
+        if found.get("id") != id or text not in (None, found.get("text")) or not {"ids", "score", "raw", "error"} <= found.keys():
             raise RunError(f"{path}: has {found.get('id')!r} where this run's teacher has {id!r}, or another text: the teacher's file or the data have changed; "
                            "set them back, or name a new run.dir")
     if len(rows) > len(todo):

@@ -90,7 +90,7 @@ def test_loss_and_gradient_are_torchs_cross_entropy(mask, budget, head):
 @pytest.mark.parametrize("mask", [True, False])
 def test_a_runs_first_loss_is_that_of_the_lines_it_keeps(mask, run, world):
     """Step 1 takes every text: from teacher.jsonl, the data's prompts and the model's folder, by the padded reference."""
-    lines = [line for line in jsonl(run() / "teacher.jsonl") if line["error"] is None and line["ndcg"] > line["raw"]]
+    lines = [line for line in jsonl(run() / "teacher.jsonl") if line["error"] is None and line["score"] > line["raw"]]
     folder = run("sft.keep=better", f"train.prompts_per_step={len(lines)}", "train.steps=1", f"sft.mask_prompt={mask}")
     cfg = configs.load(world, [])
     prompts = {p.id: p for p in prompts_of(cfg)}
@@ -101,7 +101,7 @@ def test_a_runs_first_loss_is_that_of_the_lines_it_keeps(mask, run, world):
     assert row["grad_norm"] == pytest.approx(torch.nn.utils.get_total_norm(grads.values()).item(), rel=1e-4)
     assert row["tokens"] == sum(len(r.ids) + (not mask) * (len(r.prompt.ids) - 1) for r in texts)
     about = json.loads((folder / "summary.json").read_text())["teacher"]
-    assert (about["texts"], about["kept"]) == (56, len(lines)) and about["ndcg_kept"] > about["raw_kept"]
+    assert (about["texts"], about["kept"]) == (56, len(lines)) and about["score_kept"] > about["raw_kept"]
 
 
 # --- a run like GRPO's --------------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_self_keeps_the_best_of_each_prompts_samples(run, world):
             continue
         best = max(usable)
         assert (line["error"], line["sibling"], line["text"], line["ids"]) == (None, -best[2], best[3], best[4])
-        assert line["reward"] == line["ndcg"] == pytest.approx(best[0], abs=1e-8)
+        assert line["reward"] == line["score"] == pytest.approx(best[0], abs=1e-8)
     assert unusable and len({line["sibling"] for line in lines}) == 4
     ties = [line for line in lines if line["error"] is None and line["rewards"].count(line["reward"]) > 1]
     assert any(line["rewards"].index(line["reward"]) != line["sibling"] for line in ties)          # the likeliest, not the first
@@ -86,8 +86,8 @@ def test_self_keeps_the_best_of_each_prompts_samples(run, world):
 def test_the_rule_of_what_is_kept(keep, least, run):
     folder = run(f"sft.keep={keep}", f"sft.least={least}", "train.prompts_per_step=2", "train.steps=1", "train.eval_every=0")
     lines = jsonl(folder / "teacher.jsonl")
-    want = [line for line in lines if not line["error"] and line["ndcg"] >= least and
-            {"all": True, "no_worse": line["ndcg"] >= line["raw"], "better": line["ndcg"] > line["raw"]}[keep]]
+    want = [line for line in lines if not line["error"] and line["score"] >= least and
+            {"all": True, "no_worse": line["score"] >= line["raw"], "better": line["score"] > line["raw"]}[keep]]
     assert lines == jsonl(run() / "teacher.jsonl") and 0 < len(want) < len(lines)
     assert json.loads((folder / "summary.json").read_text())["teacher"]["kept"] == len(want)
 
@@ -131,7 +131,7 @@ def test_a_file_is_learnt(world, tmp_path, capsys):
     assert len(rows) == 40 * (56 // 14) and rows[-1]["epoch"] == 40 and rows[-1]["loss"] < 0.2 * rows[0]["loss"]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["after_minus_before"] > 0 and summary["loop"] == "sft" and summary["steps"] == len(rows) and "max_logprob_gap" not in summary
-    assert summary["teacher"]["ndcg"] == summary["teacher"]["raw"] > 0 and summary["memory"]["predicted"] is None
+    assert summary["teacher"]["score"] == summary["teacher"]["raw"] > 0 and summary["memory"]["predicted"] is None
     tokenizer = tiny_tokenizer()
     for line, p in zip(jsonl(tmp_path / "run/teacher.jsonl"), prompts_of(configs.load(world, [])), strict=True):
         assert line["ids"] == [*tokenizer(answer(p.text))["input_ids"], tokenizer.eos_token_id] and line["text"] == answer(p.text)
