@@ -36,16 +36,17 @@ AT_MOST = {"data.shuffle_words": 1, "sampling.top_p": 1, "optimizer.final_lr": 1
 
 
 def load(path: str, overrides: list[str]) -> Config:
-    """YAML file, then each `a.b=value` (value in YAML) on top. Raises ConfigError: unknown key, wrong type, bad value, no file."""
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(e).split())}") from None
-    if tree is not None and not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines at the top, found {type(tree).__name__}")
-    tree = tree or {}
+    """YAML file, then each `a.b=value` (value in YAML) on top. Raises ConfigError: unknown key, wrong type, bad value, no file.
+
+    `base: other.yaml` (named from the file's own folder): that file's settings, those of this one on top. A base has no base.
+    """
+    tree = _read(Path(path), str(path))
+    if "base" in tree:
+        name = f"{path}: base"
+        below = _read(Path(path).parent / _value(str, tree.pop("base"), name), name)
+        if "base" in below:
+            raise ConfigError(f"{name}: that file has a base itself; one level is all there is")
+        tree = _over(below, tree)
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals:
@@ -65,19 +66,33 @@ def load(path: str, overrides: list[str]) -> Config:
     return checked(_build(Config, tree, ""))
 
 
+def _read(path: Path, said: str) -> dict:
+    """A file's tree; said: what named it."""
+    said = said if str(path) == said else f"{said}: {path}"
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{said}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError(f"{said}: not readable as YAML: {' '.join(str(e).split())}") from None
+    if tree is not None and not isinstance(tree, dict):
+        raise ConfigError(f"{said}: expected `key: value` lines at the top, found {type(tree).__name__}")
+    return tree or {}
+
+
+def _over(below: dict, above: dict) -> dict:
+    """The two trees as one; where both have a key the upper one's value stands, sections are joined."""
+    both = {key: _over(below[key], above[key]) for key in below.keys() & above.keys() if isinstance(below[key], dict) and isinstance(above[key], dict)}
+    return below | above | both
+
+
 def _include_prompt(tree: dict, beside: Path) -> None:
     """`prompt.file`: a YAML of the section's keys, named from the config's own folder; keys that the config itself has stand."""
     prompt = tree.get("prompt")
     if not isinstance(prompt, dict) or "file" not in prompt:
         return
     name = prompt.pop("file")
-    path = beside / _value(str, name, "prompt.file")
-    try:
-        texts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise ConfigError(f"prompt.file: {path}: {' '.join(str(e).split())}") from None
-    if not isinstance(texts, dict):
-        raise ConfigError(f"prompt.file: {path}: expected `key: value` lines such as user: ..., found {type(texts).__name__}")
+    texts = _read(beside / _value(str, name, "prompt.file"), "prompt.file")
     tree["prompt"] = texts | prompt
 
 

@@ -119,7 +119,7 @@ def stop(what: str, argv: list[str], monkeypatch) -> int:
 
 @pytest.mark.parametrize("what", MOMENTS)
 def test_sigterm_then_the_same_command_is_the_undisturbed_run(what, world, run, tmp_path, monkeypatch, capsys):
-    argv = [world, "train.tokens_per_micro_batch=80", f"run.dir={tmp_path / 'run'}"]
+    argv = [world, "train.tokens_per_micro_batch=84", f"run.dir={tmp_path / 'run'}"]
     assert stop(what, argv, monkeypatch) == 0
     said, saved = capsys.readouterr().out, sorted(p.name for p in (tmp_path / "run/checkpoints").glob("step_*"))
     assert "recr1: stopped" in said and not (tmp_path / "run/summary.json").exists()
@@ -132,7 +132,7 @@ def test_sigterm_then_the_same_command_is_the_undisturbed_run(what, world, run, 
                             else generate(model, prompts, *a, **k))
     assert guarded(sft.main, argv) == 0
     assert "not bit for bit" not in capsys.readouterr().out
-    assert kept(tmp_path / "run") == kept(run("train.tokens_per_micro_batch=80"))
+    assert kept(tmp_path / "run") == kept(run("train.tokens_per_micro_batch=84"))
 
 
 def test_a_teacher_that_has_changed_is_refused(world, tmp_path, monkeypatch, capsys):
@@ -154,7 +154,7 @@ def test_two_ranks_are_the_run_on_one(world, run, tmp_path):
 
 
 def test_where_gradients_are_summed_changes_no_bit(run):
-    budget = "train.tokens_per_micro_batch=80"
+    budget = "train.tokens_per_micro_batch=84"
     assert weights(run(budget, "train.reduce=step", "optimizer.on_host=true")) == weights(run(budget)) == weights(run(budget, "train.checkpointing=true"))
 
 

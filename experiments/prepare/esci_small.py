@@ -5,13 +5,11 @@ among them are left out, and counted. Judgements are all of the query's, so that
 """
 import sys
 from argparse import ArgumentParser, Namespace
-from functools import partial
 from pathlib import Path
 
 from bundled import read_bundled
 from checks import Split
 from recr1.retrieval.bm25 import BM25
-from tqdm import tqdm
 from writing import command, write
 
 BUNDLED = Path(__file__).resolve().parents[1] / "data/esci_small"
@@ -44,8 +42,7 @@ def prepare(args: Namespace, out: Path) -> None:
     corpus = with_categories(corpus, splits)
     write(out / "search", corpus, splits, source=source, options={})
 
-    bar = partial(tqdm, desc="index", unit=" docs", disable=None, leave=False)
-    index = BM25.build([row["id"] for row in corpus], [f"{row['title']} {row['text']}" for row in corpus], progress=bar)
+    index = BM25.build([row["id"] for row in corpus], [f"{row['title']} {row['text']}" for row in corpus])
     lists = {name: reranked(split, index) for name, split in splits.items()}
     write(out / "rerank", corpus, lists, source=source, options=dict(candidates=CANDIDATES, k1=1.2, b=0.75),
           counts={f"{name}_without_a_relevant_candidate": len(splits[name].rows) - len(lists[name].rows) for name in splits})
