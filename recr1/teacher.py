@@ -22,7 +22,7 @@ from tqdm import tqdm
 from . import config_file as configs
 from . import dist, heartbeat
 from .config import Sft
-from .data import DataError, read_teacher
+from .data import DataError, read_rows, read_teacher
 from .files import sync, writing
 from .fsdp import gathered
 from .log import say
@@ -151,12 +151,15 @@ def read(run: Run, prompts: dict[str, Prompt]) -> list[Given]:
             tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False) == text
 
     held_out = {p.id for p in (*run.validation, *run.test)}
-    rows, dropped = read_teacher(cfg.sft.teacher, prompts.keys(), held_out, encode, cfg.data.on_bad_line)
+    known = prompts.keys() if cfg.data.on_long_prompt == "stop" else read_rows(cfg.data.train_queries, cfg.data.on_bad_line, ())[0].keys()
+    rows, dropped = read_teacher(cfg.sft.teacher, known, held_out, encode, cfg.data.on_bad_line)
+    if idle := [id for id, *_ in rows if id not in prompts]:
+        say(f"recr1: {len(idle)} texts of the teacher belong to prompts that are left out, first: {idle[0]!r}")
     if dropped:
         say(f"recr1: {len(dropped)} lines of the teacher left out, first: {dropped[0]}")
     if spelt_otherwise:
         say(f"recr1: the 'ids' of {spelt_otherwise} lines of the teacher do not spell their text in this model's tokenizer: the text is encoded anew")
-    return [Given(prompts[id], text, tuple(ids)) for id, text, ids in rows]
+    return [Given(prompts[id], text, tuple(ids)) for id, text, ids in rows if id in prompts]
 
 
 # --- RUN/teacher.jsonl ------------------------------------------------------------------------------------------------------------
