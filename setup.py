@@ -36,7 +36,7 @@ setup(
         "fast": ["numba"],
         "track": ["tensorboard"],
         "audit": ["lm-eval[hf]"],
-        "dev": ["pytest", "bm25s", "pytrec-eval-terrier", "setuptools>=77", "trl",
+        "dev": ["pytest", "bm25s", "pytrec-eval-terrier", "setuptools>=77", "trl", "pyarrow",   # pyarrow: experiments/prepare/esci.py
                 *(f"{name}; sys_platform == 'linux'" for name in ("triton", "liger-kernel"))],
     },
 )
