@@ -36,7 +36,8 @@ setup(
         "fast": ["numba"],
         "track": ["tensorboard"],
         "audit": ["lm-eval[hf]"],
-        "dev": ["pytest", "bm25s", "faiss-cpu", "numba", "pytrec-eval-terrier", "setuptools>=77", "trl",
+        # pyarrow: experiments/prepare/esci.py
+        "dev": ["pytest", "bm25s", "faiss-cpu", "numba", "pytrec-eval-terrier", "pyarrow", "setuptools>=77", "trl",
                 *(f"{name}; sys_platform == 'linux'" for name in ("triton", "liger-kernel"))],
     },
 )

@@ -76,5 +76,5 @@ script films_to_products evaluate.py experiments/esci_small.yaml --model "$out/m
 script products_to_films evaluate.py experiments/quickstart.yaml --model "$out/esci_small/model" --out "$out/products_to_films/eval_after.jsonl"
 
 "$PYTHON" experiments/table.py "$out" >"$out/RESULTS.md"
-echo "$out/RESULTS.md; $(cut -f1 "$out"/done/* | paste -sd+ | bc) s in all"
+echo "$out/RESULTS.md; $(cat "$out"/done/* | awk -F '\t' '{s += $1} END {print s}') s in all"
 if [[ ${#failed[@]} -gt 0 ]]; then echo "failed: ${failed[*]}"; exit 1; fi

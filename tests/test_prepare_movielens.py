@@ -47,6 +47,7 @@ def test_train_is_windows_before_it(out, users):
         [target] = qrels[id]
         windows[row["user"]].append([*row["history"], target])
         assert is_validation(id) == is_validation(row["user"])
+    assert windows.keys() == {user for user in users if not is_test(user)}
     for user, found in windows.items():
         warm = [film for film, _, _ in users[user] if not is_test(film)][:-1]
         assert found == [warm[max(0, end - 10):end + 1] for end in range(len(warm) - 3, len(warm))]
@@ -57,11 +58,12 @@ def test_inductive_shares_nothing_with_train(out, users):
     shown = {film for id, row in train.items() for film in (*row["history"], *qrels[id])}
     test, qrels = read(out / "sequential", "test_inductive")
     assert not {row["user"] for row in test.values()} & {row["user"] for row in train.values()}
+    cold = {user: [film for film, _, _ in ratings if is_test(film)] for user, ratings in users.items() if is_test(user)}
+    assert len(test) == sum(max(0, min(3, len(films) - 1)) for films in cold.values())
     for id, row in test.items():
-        cold = [film for film, _, _ in users[row["user"]] if is_test(film)]
-        [target] = qrels[id]
-        at = cold.index(target)
-        assert at >= max(1, len(cold) - 3) and row["history"] == cold[max(0, at - 10):at] and not {target, *row["history"]} & shown
+        films, [target] = cold[row["user"]], qrels[id]
+        at = films.index(target)
+        assert at >= max(1, len(films) - 3) and row["history"] == films[max(0, at - 10):at] and not {target, *row["history"]} & shown
 
 
 @pytest.mark.parametrize("name", ["sequential", "list"])
@@ -120,11 +122,13 @@ def test_the_future_shows_in_nothing_but_targets_and_pools(users):
         assert not set(one["test"].targets[row["id"]]) & set(other["test"].targets[same["id"]])
 
 
-def test_counts_of_the_bundled_set(out):
+def test_counts(out):
     said = counts(out / "sequential")
-    assert said | dict(transductive_targets_not_in_train=0) == dict(documents=9742, train=1500, validation=150, test_transductive=550, test_inductive=151, users=610,
-                                                                    transductive_targets_not_in_train=0)
-    assert counts(out / "list")["test"] == 576
+    assert (said["documents"], said["users"], said["train"] + said["validation"], said["test_transductive"]) == (9742, 610, 3 * 550, 550)
+    train, qrels = read(out / "sequential", "train")
+    shown = {film for id, row in train.items() for film in (*row["history"], *qrels[id])}
+    assert said["transductive_targets_not_in_train"] == sum(not judged.keys() & shown for judged in read(out / "sequential", "test_transductive")[1].values())
+    assert counts(out / "list")["test"] == len(read(out / "list", "test")[0])
 
 
 @pytest.mark.parametrize("file, old, new, why", [

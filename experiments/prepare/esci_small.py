@@ -1,6 +1,6 @@
 """The bundled part of Amazon ESCI (6,764 products, 150 test queries with complete E/S/C/I grades 3/2/1/0, 419 train queries) -> DIR/search and DIR/rerank.
 
-rerank: for each query the first 8 products of a BM25 search with the query as it stands (k1 1.2, b 0.75), in that order; queries with no relevant product
+rerank: for each query the first 8 products of a BM25 search with the query as it stands (k1 1.2, b 0.75, Lucene's lengths), in that order; queries with no relevant product
 among them are left out, and counted. Judgements are all of the query's, so that they include relevant products outside the 8.
 """
 import sys
@@ -42,9 +42,9 @@ def prepare(args: Namespace, out: Path) -> None:
     corpus = with_categories(corpus, splits)
     write(out / "search", corpus, splits, source=source, options={})
 
-    index = BM25.build([row["id"] for row in corpus], [f"{row['title']} {row['text']}" for row in corpus])
+    index = BM25.build([row["id"] for row in corpus], [f"{row['title']} {row['text']}" for row in corpus], length="lucene")
     lists = {name: reranked(split, index) for name, split in splits.items()}
-    write(out / "rerank", corpus, lists, source=source, options=dict(candidates=CANDIDATES, k1=1.2, b=0.75),
+    write(out / "rerank", corpus, lists, source=source, options=dict(candidates=CANDIDATES, k1=1.2, b=0.75, length="lucene"),
           counts={f"{name}_without_a_relevant_candidate": len(splits[name].rows) - len(lists[name].rows) for name in splits})
 
 

@@ -97,7 +97,8 @@ def lists(films: dict[str, dict], users: dict[str, list[Rating]], most: int | No
             with np.errstate(divide="ignore"):
                 order = -np.log(uniforms(0, back, np.array([n]), 1, len(names))[0, 0]) / weight                  # (D,)
             order[rated] = np.inf
-            others = np.argsort(order, kind="stable")[:POOL - len(liked)]
+            others = np.argpartition(order, POOL)[:POOL]
+            others = others[np.argsort(order[others])][:POOL - len(liked)]
             if not np.isfinite(order[others]).all():
                 raise PrepareError(f"user {user[1:]} has rated so many films that none are left for a pool of {POOL}")
             pool = sorted([place[film] for film in liked] + others.tolist())

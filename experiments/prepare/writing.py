@@ -62,18 +62,23 @@ def command(script: str, doc: str, prepare: Callable[[argparse.Namespace, Path],
     options(parser)
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    partial = out.with_name(out.name + PARTIAL)
+    partial, old = (out.with_name(out.name + end) for end in (PARTIAL, ".old" + PARTIAL))
     try:
         if out.exists() and not _ours(out):
             raise PrepareError(f"{args.out}: exists, and no preparation wrote it; give a new folder with --out")
-        if partial.exists():
-            discard(partial)
+        if old.exists() and not out.exists():   # killed between the two renames below
+            old.rename(out)
+        for left in (partial, old):
+            if left.exists():
+                discard(left)
         partial.mkdir(parents=True)
         prepare(args, partial)
         if out.exists():
-            discard(out)
+            out.rename(old)
         partial.rename(out)
         sync(out.parent)
+        if old.exists():
+            discard(old)
     except (DataError, OSError, KeyboardInterrupt) as e:
         if partial.is_dir():
             discard(partial)
