@@ -119,7 +119,7 @@ def stop(what: str, argv: list[str], monkeypatch) -> int:
 
 @pytest.mark.parametrize("what", MOMENTS)
 def test_sigterm_then_the_same_command_is_the_undisturbed_run(what, world, run, tmp_path, monkeypatch, capsys):
-    argv = [world, "train.tokens_per_micro_batch=84", f"run.dir={tmp_path / 'run'}"]
+    argv = [world, "train.tokens_per_micro_batch=90", f"run.dir={tmp_path / 'run'}"]
     assert stop(what, argv, monkeypatch) == 0
     said, saved = capsys.readouterr().out, sorted(p.name for p in (tmp_path / "run/checkpoints").glob("step_*"))
     assert "recr1: stopped" in said and not (tmp_path / "run/summary.json").exists()
@@ -132,7 +132,7 @@ def test_sigterm_then_the_same_command_is_the_undisturbed_run(what, world, run, 
                             else generate(model, prompts, *a, **k))
     assert guarded(sft.main, argv) == 0
     assert "not bit for bit" not in capsys.readouterr().out
-    assert kept(tmp_path / "run") == kept(run("train.tokens_per_micro_batch=84"))
+    assert kept(tmp_path / "run") == kept(run("train.tokens_per_micro_batch=90"))
 
 
 def test_a_teacher_that_has_changed_is_refused(world, tmp_path, monkeypatch, capsys):
@@ -154,7 +154,7 @@ def test_two_ranks_are_the_run_on_one(world, run, tmp_path):
 
 
 def test_where_gradients_are_summed_changes_no_bit(run):
-    budget = "train.tokens_per_micro_batch=84"
+    budget = "train.tokens_per_micro_batch=90"
     assert weights(run(budget, "train.reduce=step", "optimizer.on_host=true")) == weights(run(budget)) == weights(run(budget, "train.checkpointing=true"))
 
 
@@ -180,11 +180,11 @@ def test_sft_then_grpo(run, tmp_path):
 
 OTHERS = {   # overrides of the SFT config -> why it is refused
     "loss": (["loss.kl=0.1"], "loss.kl: for python -m recr1.train only"),
-    "several": (["train.inner_steps=2", "data.shuffle_words=0.5"], "train.inner_steps, data.shuffle_words: for python -m recr1.train only"),
+    "several": (["train.inner_steps=2", "data.shuffle_words=0.5"], "data.shuffle_words, train.inner_steps: for python -m recr1.train only"),
     "no teacher": (["sft.teacher=''"], "sft.teacher: is empty"),
     "both lengths": (["sft.epochs=2"], "sft.epochs, train.steps: give one of the two"),
     "unknown rule": (["sft.keep=best"], "sft.keep: 'best' is not one of all, no_worse, better"),
-    "unknown key": (["sft.masked=true"], "unknown key sft.masked: did you mean sft.mask_prompt?"),
+    "unknown key": (["sft.mask_prompts=true"], "unknown key sft.mask_prompts: did you mean sft.mask_prompt?"),
 }
 
 
@@ -201,7 +201,7 @@ def test_the_other_loop_and_the_plan_refuse_its_config(world, tmp_path, capsys):
     assert "usage: python -m recr1.sft" in refused([], capsys, sft.main)
 
 
-@pytest.mark.parametrize("more", [[], ["sft.teacher=nowhere/t.jsonl.gz", "sampling={}", "sft.mask_prompt=false"], ["sft.keep=better", "sft.least=0.9"]])
+@pytest.mark.parametrize("more", [[], ["sft.teacher=nowhere/t.jsonl.gz", "sampling={max_new_tokens: 20}", "sft.mask_prompt=false"], ["sft.keep=better", "sft.least=0.9"]])
 def test_a_dry_run(more, world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert guarded(sft.main, [world, *more, "--dry-run"]) == 0
