@@ -7,6 +7,7 @@ for a history a title of it, the older ones the less often.
 
     --thought       the thought holds the query's words in another order (else it is empty)
     --most N        items of a list that need not be whole
+    --copies N      answers for each query, each stirred otherwise: few queries, learnt for many epochs, would be learnt by heart
     python -m recr1.sft CONFIG.yaml sft.teacher=F.jsonl learns it.
 """
 from __future__ import annotations
@@ -19,7 +20,6 @@ from pathlib import Path
 
 from recr1 import config_file as configs
 from recr1 import data
-from recr1.config import Config
 from recr1.files import write_text
 from recr1.log import say
 from recr1.run import guarded
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--out", required=True)
     p.add_argument("--stir", type=float, default=0.3, help="probability of a change at each place (default .3)")
     p.add_argument("--most", type=int, default=10)
+    p.add_argument("--copies", type=int, default=1)
     p.add_argument("--thought", action="store_true")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("overrides", nargs="*")
@@ -43,13 +44,14 @@ def main(argv: list[str]) -> None:
     task = tasks.make(cfg)
     rows = {id: row for id, row in read_judged(cfg, task.needs)[0]["train"].items() if not data.is_validation(id) and (cfg.data.test_queries or not data.is_test(id))}
     title, *_ = read_titles(cfg.data.corpus, cfg.data.on_bad_line, (id for row in rows.values() for id in mentioned(row)), cfg.prompt.title_words)
-    lines = [json.dumps(dict(id=id, text=completion(cfg, task, row, title, random.Random(f"{args.seed}/{id}"), args)), ensure_ascii=False) for id, row in rows.items()]
+    texts = {(id, completion(task, row, title, random.Random(f"{args.seed}/{copy}/{id}"), args)): None for copy in range(args.copies) for id, row in rows.items()}
+    lines = [json.dumps(dict(id=id, text=text), ensure_ascii=False) for id, text in texts]
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write_text(Path(args.out), "".join(line + "\n" for line in lines))
     say(f"{args.out}: {len(lines)} texts")
 
 
-def completion(cfg: Config, task, row: dict, title, rng: random.Random, args) -> str:
+def completion(task, row: dict, title, rng: random.Random, args) -> str:
     if isinstance(task, Ordering):
         labels = stirred([f"Item_{i}" for i in range(1, 1 + len(row["candidates"]))], args.stir, rng)
         thought, answer = "", {task.key: labels if task.whole else labels[:args.most]}

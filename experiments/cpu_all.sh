@@ -53,7 +53,7 @@ script baselines_transductive baselines/run.py runs/data/movielens/sequential --
 script baselines_inductive baselines/run.py runs/data/movielens/sequential --setting inductive --out "$out/baselines_inductive.json"
 
 # lists: re-ranking of 8 products; RecLLM-R1's two stages with the composite reward, and the sweep of its weights
-cold rerank esci_rerank_sft
+cold rerank esci_rerank_sft --copies 20 --stir 0.2
 sft rerank_sft esci_rerank_sft "sft.teacher=$out/cold/rerank.jsonl"
 train rerank esci_rerank "model.path=$out/rerank_sft/model"
 cold list movielens_list_sft

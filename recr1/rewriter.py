@@ -6,7 +6,7 @@ from typing import Callable, Sequence
 
 import numpy as np
 
-from . import config_file as configs
+from . import config_file as configs, draws
 from . import data
 from .answers import parse_query
 from .chat import Chat
@@ -58,7 +58,7 @@ class Rewriter:
     def stream(self, prompt: Prompt, temperature: float, seed: int, write: Callable[[str], None]) -> Rollout:
         """One answer, written while it is sampled. Temperature 0: the most likely token each time."""
         new = self.config.sampling.max_new_tokens
-        uniforms = data.uniforms(seed, 0, np.array([prompt.index]), 1, new) if temperature else None
+        uniforms = draws.uniforms(seed, 0, np.array([prompt.index]), 1, new) if temperature else None
         with gathered(self.policy), Stream(self.text, write) as stream:
             def heard(_, id: int) -> None:
                 if id not in self.stops:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import data, dist, evaluate, heartbeat, memory, plan, stopping
+from . import dist, draws, evaluate, heartbeat, memory, plan, stopping
 from . import config_file as configs
 from .cache import slots
 from .chat import Chat, ChatError
@@ -184,18 +184,18 @@ class Run:
     def prompts(self, step: int, turn: int = 0) -> list[Prompt]:
         """This rank's share of a step's P prompts: a function of (seed, step, turn), some with their words shuffled when the config says so."""
         seed, share = self.cfg.run.seed, self.cfg.data.shuffle_words
-        order = data.prompt_order(len(self.train), self.cfg.train.prompts_per_step, seed, step - 1, turn,
+        order = draws.prompt_order(len(self.train), self.cfg.train.prompts_per_step, seed, step - 1, turn,
                                   1 + self.cfg.sampling.resample)
         chosen = [self.train[i] for i in dist.share(order.tolist())]
         if not share:
             return chosen
-        texts = [data.shuffle_words(p.text, share, seed, step, p.index) for p in chosen]
+        texts = [draws.shuffle_words(p.text, share, seed, step, p.index) for p in chosen]
         return [p if text == p.text else Prompt(p.id, p.index, text, self.chat.prompt(text), p.row) for p, text in zip(chosen, texts)]
 
     def uniforms(self, step: int, prompts: list[Prompt]) -> np.ndarray:
         """(P, G, T) random numbers, each a function of (seed, step, prompt, sibling, token)."""
         s = self.cfg.sampling
-        return data.uniforms(self.cfg.run.seed, step, np.array([p.index for p in prompts]), s.group_size, s.max_new_tokens)
+        return draws.uniforms(self.cfg.run.seed, step, np.array([p.index for p in prompts]), s.group_size, s.max_new_tokens)
 
     def room(self) -> int | None:
         """Slots that the sampler's cache may come to: sampling.cache_gib, or four fifths of what a GPU has free; on a CPU no limit."""

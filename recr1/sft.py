@@ -12,7 +12,7 @@ import torch
 
 from . import dist, heartbeat
 from .config import Config, Loss
-from .data import prompt_order, steps_per_epoch
+from .draws import prompt_order, steps_per_epoch
 from .grpo import Objective, denominator, objective, policy_loss
 from .launch import launch
 from .log import RunLog

@@ -12,7 +12,7 @@ import torch
 
 from recr1 import cli, train
 from recr1.config import Loss, Model
-from recr1.data import prompt_order, steps_per_epoch
+from recr1.draws import prompt_order, steps_per_epoch
 from recr1.grpo import ADVANTAGES, RECIPES, denominator, group_advantages, k1, objective, policy_loss, pulled
 from recr1.log import Step, rollout_rows
 from recr1.packing import distinct, pack

@@ -12,7 +12,8 @@ from recr1 import config_file as configs
 from recr1 import sft
 from recr1.answers import parse_query
 from recr1.chat import Chat
-from recr1.data import is_validation, read_qrels, read_queries, uniforms
+from recr1.data import is_validation, read_qrels, read_queries
+from recr1.draws import uniforms
 from recr1.records import Prompt
 from recr1.retrieval.make import directory_of, make
 from recr1.run import guarded

@@ -19,7 +19,7 @@ import numpy as np
 from checks import PrepareError, Split, by_text, without_repeats
 from download import Remote
 from parquet import asin_categories, parquet_rows
-from recr1.data import uniforms
+from recr1.draws import uniforms
 from recr1.files import fingerprint
 from upstream import clean, json_rows, one_line, strings
 from writing import command, write

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 from checks import PrepareError, Split, by_interaction, check_inductive, popularity
-from recr1.data import is_test, is_validation, uniforms
+from recr1.data import is_test, is_validation
+from recr1.draws import uniforms
 from recr1.files import fingerprint
 from tqdm import tqdm
 from upstream import csv_rows, find, number, one_line, user_id

@@ -3,7 +3,6 @@ import csv
 import gzip
 import html
 import json
-import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
