@@ -7,7 +7,6 @@ from typing import Callable, Sequence
 import numpy as np
 
 from . import config_file as configs, draws
-from . import data
 from .answers import parse_query
 from .chat import Chat
 from .checkpoint import compute_type, load_policy
