@@ -121,7 +121,7 @@ def test_evaluations_and_summary(run, world):
     for rows in (before, after):
         assert {row["id"]: row["raw"] for row in rows} == queries and len(rows) == 12
         for row in rows:
-            assert set(row) == {"id", "raw", "rewrite", "ndcg_raw", "ndcg", "text", "error"}
+            assert set(row) == {"id", "raw", "rewrite", "text", "error", *(part + side for part in ("ndcg", "recall", "mrr", "hit") for side in ("", "_raw"))}
             assert (row["rewrite"] is None) == (row["error"] is not None) and (row["error"] is None or row["ndcg"] == 0)
             assert row["error"] or row["rewrite"] in row["text"]
     assert [row["ndcg_raw"] for row in before] == [row["ndcg_raw"] for row in after] and 0 < sum(row["ndcg_raw"] for row in before) < 12

@@ -40,7 +40,11 @@ class Task(Protocol):
 
 def make(cfg: Config) -> Task:
     """Raises ConfigError."""
-    task = (TASKS.get(cfg.task) or named.function("task", cfg.task, TASKS))(cfg.reward)
+    kind = TASKS.get(cfg.task) or named.function("task", cfg.task, TASKS)
+    try:
+        task = kind(cfg.reward)
+    except Exception as e:
+        raise ConfigError(f"task: {cfg.task!r}, called with the config's reward, raised {type(e).__name__}: {' '.join(str(e).split())}") from e
     if missing := [name for name in ("places", "needs", "searches", "texts", "parse", "raw", "rank") if not hasattr(task, name)]:
         raise ConfigError(f"task: {cfg.task!r} has no {', '.join(missing)}; what a task needs stands in recr1/tasks/make.py")
     if cfg.data.shuffle_words and tuple(task.places) != ("query",):
