@@ -93,7 +93,7 @@ def test_a_truncated_download_is_one_line_and_the_same_command_resumes(server, f
 def test_a_file_that_changed_in_between_is_fetched_anew(server, fetch, tmp_path):
     (tmp_path / "down").mkdir()
     (tmp_path / "down/got.part").write_bytes(b"old" * 100)
-    (tmp_path / "down/got.part.json").write_text('"\\"zero\\""')
+    (tmp_path / "down/got.part.etag").write_text('"zero"')
     assert fetch().read_bytes() == DATA and server.asked[0]["If-Range"] == '"zero"'
 
 

@@ -4,8 +4,8 @@ Only the standard library; it takes HTTPS_PROXY and SSL_CERT_FILE from the envir
 """
 import hashlib
 import http.client
-import json
 import shutil
+import ssl
 import urllib.error
 import urllib.request
 from argparse import ArgumentParser, Namespace
@@ -66,7 +66,7 @@ def _verify(path: Path, found: dict, size: int | None, sha256: str | None, remed
 
 def _download(remote: Remote, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, note = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.json")
+    part, note = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.etag")
     total, failures = None, 0
     while total is None or _size(part) < total:
         before = _size(part)
@@ -79,7 +79,7 @@ def _download(remote: Remote, path: Path) -> None:
             elif e.code < 500 and e.code != 429:
                 raise PrepareError(f"{remote.url}: the server answered {e.code} {e.reason}; it may have moved: fetch it elsewhere and give its folder with --from") from None
             reason = f"the server answered {e.code} {e.reason}"
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as e:
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as e:
             reason = str(getattr(e, "reason", None) or e or type(e).__name__)
         if total is None or _size(part) < total:
             failures = failures + 1 if _size(part) <= before else 0
@@ -98,7 +98,7 @@ def _download(remote: Remote, path: Path) -> None:
 
 def _append(remote: Remote, part: Path, note: Path) -> tuple[int, str | None]:
     """Adds to `part` what one connection brings. (bytes of the whole file, sha256 as the server states it or None)."""
-    have, tag = _size(part), json.loads(note.read_text()) if note.exists() else None
+    have, tag = _size(part), note.read_text() if note.exists() else None
     headers = {"User-Agent": "recr1", "Accept-Encoding": "identity"}
     if have and (tag or remote.sha256):     # If-Range: a file that has changed since comes whole, not as a tail that does not fit
         headers |= {"Range": f"bytes={have}-"} | ({"If-Range": tag} if tag else {})
@@ -114,7 +114,7 @@ def _append(remote: Remote, part: Path, note: Path) -> tuple[int, str | None]:
             raise PrepareError(f"{remote.url}: has {total:,} bytes, {remote.size:,} were published; it is another file now, or a page that asks to log in")
         etag = answer.headers.get("ETag")
         if etag and not etag.startswith("W/"):
-            note.write_text(json.dumps(etag))
+            note.write_text(etag)
         else:
             note.unlink(missing_ok=True)
         if shutil.disk_usage(part.parent).free < total - have:

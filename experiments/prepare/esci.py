@@ -43,7 +43,7 @@ def read_examples(path: Path) -> list[Judged]:
     for row in parquet_rows(path, columns):
         labels.add(row["esci_label"])
         if row["product_locale"] == "us" and row["small_version"] == 1:
-            judged.append((sys.intern(row["split"]), str(row["query_id"]), row["query"], row["product_id"], sys.intern(row["esci_label"])))
+            judged.append(tuple(map(sys.intern, (row["split"], str(row["query_id"]), row["query"], row["product_id"], row["esci_label"]))))     # few distinct ones
     if not labels <= set("ESCI") or {row[0] for row in judged} != {"train", "test"}:
         raise PrepareError(f"{path}: labels {sorted(map(str, labels))}, splits {sorted({row[0] for row in judged})}; want E, S, C, I and train, test: its format has changed")
     return judged
@@ -92,10 +92,9 @@ def prepare(args: Namespace, out: Path) -> None:
         category = known({row["id"]: row["category"] for row in upstream_pool(args.target_pool)})
         corpus = upstream_pool(args.target_pool)
     else:
-        titled = {row["product_id"] for row in us_products(paths[1])}
-        small = {product for _, _, _, product, _ in judged} & titled
-        category = known(asin_categories(paths[2], titled if args.target_pool is DRAW else small))
-        pool = small
+        small = {product for _, _, _, product, _ in judged}
+        pool = {row["product_id"] for row in us_products(paths[1]) if args.target_pool is DRAW or row["product_id"] in small}
+        category = known(asin_categories(paths[2], pool))
         if args.target_pool is DRAW:
             pool = drawn(judged, category)
             category = {product: name for product, name in category.items() if product in pool}

@@ -13,14 +13,14 @@ _PAIR = re.compile(rb'\s*"((?:[^"\\]|\\.)*)"\s*:\s*"((?:[^"\\]|\\.)*)"\s*([,}])'
 
 
 def parquet_rows(path: Path, columns: tuple[str, ...], batch: int = 16_384) -> Iterator[dict]:
-    """{column: value} of every row; only a batch of them is in memory. Raises PrepareError."""
+    """{column: value} of every row; a batch of them and a MiB of each column's bytes are in memory, not a row group. Raises PrepareError."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise PrepareError("parquet files need pyarrow, which is not installed: pip install pyarrow") from None
     try:
-        with parquet.ParquetFile(path) as file, tqdm(total=file.metadata.num_rows, desc=path.name, unit=" rows", disable=None, leave=False) as bar:
+        with parquet.ParquetFile(path, buffer_size=2**20) as file, tqdm(total=file.metadata.num_rows, desc=path.name, unit=" rows", disable=None, leave=False) as bar:
             need(path, columns, file.schema_arrow.names)
             for part in file.iter_batches(batch, columns=list(columns)):
                 yield from part.to_pylist()
