@@ -26,7 +26,7 @@ from .data import DataError, read_teacher
 from .files import sync, writing
 from .fsdp import gathered
 from .log import say
-from .records import Prompt, Rollout
+from .records import Prompt, Reward, Rollout
 from .resume import RunError
 from .run import Run
 from .sample import generate, new_cache
@@ -94,11 +94,12 @@ def best_of(run: Run, prompts: list[Prompt], cache) -> list[dict]:
     rollouts = generate(run.policy, prompts, s.group_size, s.temperature, s.max_new_tokens, run.stops, run.uniforms(0, prompts), cache,
                         top_p=s.top_p, room=run.room(), kernels=run.cfg.model.kernels)
     rewards = run.train_task.score(rollouts)
-    lines = []
-    for p, raw in zip(range(0, len(rollouts), s.group_size), run.train_task.metric([q.id for q in prompts], [q.text for q in prompts])):
-        def rank(i):
-            usable = rollouts[i].finished and rewards[i].error is None
-            return usable, rewards[i].total, sum(rollouts[i].sampler_logp), -i
+    raws, lines = run.train_task.metric([p.id for p in prompts], [p.text for p in prompts]), []
+
+    def rank(i):
+        usable = rollouts[i].finished and rewards[i].error is None
+        return usable, rewards[i].total, sum(rollouts[i].sampler_logp), -i
+    for p, raw in zip(range(0, len(rollouts), s.group_size), raws):
         best = max(range(p, p + s.group_size), key=rank)
         line = row(rollouts[best], rewards[best], raw)
         lines.append(line | dict(sibling=best - p, rewards=[r.total for r in rewards[p:p + s.group_size]]))
@@ -118,7 +119,7 @@ def scored(run: Run, given: list[Given]) -> list[dict]:
     return [row(*of) | dict(text=g.text) for g, of in zip(given, zip(rollouts, run.train_task.score(rollouts), raw))]
 
 
-def row(rollout: Rollout, reward, raw: float) -> dict:
+def row(rollout: Rollout, reward: Reward, raw: float) -> dict:
     error = reward.error or (None if rollout.finished else "unfinished")
     return dict(id=rollout.prompt.id, text=reward.text, reward=reward.total, ndcg=reward.parts["ndcg"], raw=raw, error=error, ids=list(rollout.ids))
 
@@ -169,7 +170,7 @@ def written(run: Run, todo: list[Prompt] | list[Given], score: Callable[[list], 
     start = dist.first(len(rows))
     bar = tqdm(total=len(todo), initial=start, desc="teacher", unit="text", disable=None if dist.rank() == 0 else True)
     try:
-        with run.log.peak("sample"):
+        with run.log.peak("teacher"):
             for at in range(start, len(todo), chunk):
                 heartbeat.at(f"teacher {at}/{len(todo)}")
                 mine = dist.share(todo[at:at + chunk])
