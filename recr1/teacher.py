@@ -26,7 +26,7 @@ from .data import DataError, read_rows, read_teacher
 from .files import sync, writing
 from .fsdp import gathered
 from .log import say
-from .records import Prompt, Rollout
+from .records import Prompt, Reward, Rollout
 from .resume import RunError
 from .run import Run
 from .sample import generate, new_cache
@@ -95,10 +95,11 @@ def best_of(run: Run, prompts: list[Prompt], cache) -> list[dict]:
                         top_p=s.top_p, room=run.room(), kernels=run.cfg.model.kernels)
     rewards = run.train_task.score(rollouts)
     lines = []
+
+    def rank(i):
+        usable = rollouts[i].finished and rewards[i].error is None
+        return usable, rewards[i].total, sum(rollouts[i].sampler_logp), -i
     for p, raw in zip(range(0, len(rollouts), s.group_size), raw_scores(run, prompts)):
-        def rank(i):
-            usable = rollouts[i].finished and rewards[i].error is None
-            return usable, rewards[i].total, sum(rollouts[i].sampler_logp), -i
         best = max(range(p, p + s.group_size), key=rank)
         line = row(run, rollouts[best], rewards[best], raw)
         lines.append(line | dict(sibling=best - p, rewards=[r.total for r in rewards[p:p + s.group_size]]))
@@ -123,7 +124,7 @@ def raw_scores(run: Run, prompts: list[Prompt]) -> list[float]:
     return [parts[run.cfg.reward.metric] for parts in run.train_task.measure(prompts, [run.task.raw(p.row) for p in prompts])]
 
 
-def row(run: Run, rollout: Rollout, reward, raw: float) -> dict:
+def row(run: Run, rollout: Rollout, reward: Reward, raw: float) -> dict:
     error = reward.error or (None if rollout.finished else "unfinished")
     return dict(id=rollout.prompt.id, text=reward.text, reward=reward.total, score=reward.parts[run.cfg.reward.metric], raw=raw, error=error, ids=list(rollout.ids))
 
@@ -177,7 +178,7 @@ def written(run: Run, todo: list[Prompt] | list[Given], score: Callable[[list], 
     start = dist.first(len(rows))
     bar = tqdm(total=len(todo), initial=start, desc="teacher", unit="text", disable=None if dist.rank() == 0 else True)
     try:
-        with run.log.peak("sample"):
+        with run.log.peak("teacher"):
             for at in range(start, len(todo), chunk):
                 heartbeat.at(f"teacher {at}/{len(todo)}")
                 mine = dist.share(todo[at:at + chunk])
