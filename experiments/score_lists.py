@@ -24,7 +24,8 @@ import numpy as np
 
 from recr1.data import DataError
 from recr1.log import say
-from recr1.metrics import bootstrap_ci, ndcg, recall
+from recr1.intervals import bootstrap_ci
+from recr1.metrics import ndcg, recall
 from recr1.run import guarded
 
 DEFAULT = "ndcg@10,ndcg@100,recall@10,recall@100"
