@@ -100,6 +100,7 @@ class Run:
             self.retriever, dropped = self._retriever()            # its index was built above, on this rank or beside it
         if dropped:
             say(f"recr1: {dropped}")
+        self.overlaps = dist.device().type != "cpu" or ":" in cfg.retriever.kind                     # rewards are made beside sampling: see overlap.py
         self.log = RunLog(self.folder, loop)
         patience(cfg.run.patience)
         self.train_task, self.eval_task = self._scorer(train_parts), self._scorer(eval_parts)
@@ -107,7 +108,7 @@ class Run:
         say(f"recr1: {self.policy.size:,} parameters in {str(compute).removeprefix('torch.')}, {dist.world()} x {dist.device().type}, {self.threads} threads each, "
             f"attention {self.policy.backend}, {learns}, "
             f"head {cfg.model.head}, kernels {cfg.model.kernels}{' (group_loss)' if loss.fused else ''}, {len(self.retriever.doc_ids)} documents, "
-            f"retriever {self.retriever.how}, "
+            f"retriever {self.retriever.how}{', beside sampling' if self.overlaps and loop == 'train' else ''}, "
             f"queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test")
         if loop == "train" and cfg.sampling.top_p < 1:
             say(f"recr1: {BIASED.format(cfg.sampling.top_p)}")

@@ -73,7 +73,7 @@ def explore(run: Run, step: int, cache) -> tuple[list[Rollout], list[Reward], in
     wanted = len(run.prompts(step))
     for turn in range(1 + s.resample):
         prompts = run.prompts(step, turn)[:wanted - len(groups)]
-        scored = Overlap(run.train_task.score)                                               # the retriever runs here, on groups that have ended
+        scored = Overlap(run.train_task.score, run.overlaps)                                 # the retriever runs here, on groups that have ended
         with run.log.phase("sample"):
             rollouts = generate(run.policy, prompts, s.group_size, s.temperature, s.max_new_tokens, run.stops, run.uniforms(step, prompts), cache,
                                 top_p=s.top_p, room=run.room(), kernels=run.cfg.model.kernels, done=scored.submit)

@@ -285,7 +285,7 @@ def test_the_papers_prompts_fit_their_tasks(path, tmp_path):
     assert list(json.loads(example)) == [getattr(task, "key", "query")]
 
 
-@pytest.mark.parametrize("file, text, message", [("none.yaml", "", "No such file"), ("p.yaml", "- a", "expected `key: value`"), ("p.yaml", "a: [", "p.yaml"),
+@pytest.mark.parametrize("file, text, message", [("none.yaml", "", "no such file"), ("p.yaml", "- a", "expected `key: value`"), ("p.yaml", "a: [", "p.yaml"),
                                                  ("p.yaml", "usr: x", "unknown key prompt.usr"), (3, "", "prompt.file: expected str")])
 def test_a_prompt_file_that_is_none_is_named(tmp_path, file, text, message):
     (tmp_path / "p.yaml").write_text(text)
