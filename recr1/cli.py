@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-k", type=positive, default=5, help="hits of each list")
     p.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="draw at this temperature; default 0: the most likely token each time")
     p.add_argument("--seed", type=natural, metavar="N", help="of the draws, which are the same again for the same seed; default 0")
-    p = command("reward", reward, "score stored completions as a config's training does: each part of the reward",
+    p = command("reward", reward, "score stored completions: each part of the reward",
                 usage="recr1 reward --config X --completions F [--json] [a.b=value ...]")
     p.add_argument("--config", metavar="X", required=True, help="a training's; its task, data, retriever and reward are used, no model")
     p.add_argument("--completions", metavar="F", required=True, help='JSONL[.gz] {"id": query id, "text": completion}, such as a run\'s eval_after.jsonl')

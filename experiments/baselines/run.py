@@ -86,6 +86,9 @@ def scorers(found: sequences.Sequential, args) -> tuple[dict[str, counts.Scorer]
 def tuned(found: sequences.Sequential, flat: list[sequences.Sequence], args) -> tuple[counts.Scorer, dict]:
     """SASRec with the dropout that is best on validation -> (scorer, {settings, epochs of every run})."""
     known = np.flatnonzero(np.array(found.counts) > 0)
+    if not any(found.counts[item] for query in found.test for item in query.history):
+        say("SASRec: not trained, because train has no item of the test's histories: it ranks nothing")
+        return lambda histories, texts: np.full((len(histories), len(found.items)), -np.inf, np.float32), dict(runs=[])
     chosen = found.validation[::-(-len(found.validation) // MOST_VALIDATED)]
     histories = [sequences.longer(query, {}, args.history) for query in chosen]      # not longer than the window: the sequence goes on past it
 
