@@ -41,6 +41,15 @@ def read_corpus(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[lis
     return list(docs), list(docs.values()), dropped
 
 
+def present(path: str | os.PathLike) -> None:
+    """Raises DataError for a file that cannot be opened."""
+    try:
+        open(path, "rb").close()
+    except OSError as e:
+        why = "no such file" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror or e})"
+        raise DataError(f"{os.fspath(path)}: {why}; check the path, or prepare the data set first") from None
+
+
 def documents(path: str | os.PathLike, on_bad_line: str, dropped: list[str],
               place: Callable[[int], None] | None = None) -> Iterator[tuple[str, str]]:
     """read_corpus one document after the other: (id, contents). `dropped` grows meanwhile; place(bytes of the file read so far) is called at times."""

@@ -19,6 +19,7 @@ def read_judged(cfg: Config, needs: tuple[str, ...]) -> tuple[dict[str, dict[str
     Rows hold "text" and what the task needs. Raises DataError.
     """
     d, rows, qrels, dropped = cfg.data, {}, {}, []
+    data.present(d.corpus)                               # who reads it does so later
     files = {"train": (d.train_queries, d.train_qrels), "test": (d.test_queries, d.test_qrels)}
     for split, (queries_path, qrels_path) in files.items() if d.test_queries else [("train", files["train"])]:
         rows[split], more = data.read_rows(queries_path, d.on_bad_line, needs)

@@ -164,12 +164,9 @@ def open_or_build(directory: str | Path, corpus: str | os.PathLike, parameters: 
 
 def fingerprint(path: str | os.PathLike) -> str:
     """sha256 of a file's bytes. Raises DataError."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as e:
-        why = "no such file" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror or e})"
-        raise data.DataError(f"{os.fspath(path)}: {why}; check the path, or prepare the data set first") from None
+    data.present(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _crc32(meta: dict) -> int:
