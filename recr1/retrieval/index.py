@@ -90,7 +90,10 @@ class Index:
     def save(self, directory: str | Path) -> None:
         """Takes the directory's place at once, an older index's too. Raises ValueError if the directory holds files of something else, OSError."""
         directory = Path(directory).resolve()
-        there = os.listdir(directory) if directory.exists() else []
+        try:
+            there = os.listdir(directory)
+        except FileNotFoundError:                                             # none yet, or another process is just replacing it
+            there = []
         # of an index in this or an earlier format: its files and nothing else
         for name in sorted(set(there) - {*FILES, "doc_ids.json", "terms.json"}):
             raise ValueError(f"{directory}: {name} is not part of an index; give the index a directory of its own")
