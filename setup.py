@@ -36,8 +36,9 @@ setup(
         "fast": ["numba"],
         "track": ["tensorboard"],
         "docs": ["matplotlib"],     # experiments/walkthrough.ipynb
-        "audit": ["lm-eval[hf]"],
-        "dev": ["pytest", "bm25s", "faiss-cpu", "matplotlib", "numba", "pytrec-eval-terrier", "setuptools>=77", "tensorboard", "trl",
+        "audit": ["lm-eval[hf,ifeval]>=0.4.13"],
+        # pyarrow: experiments/prepare/esci.py
+        "dev": ["pytest", "bm25s", "faiss-cpu", "matplotlib", "numba", "pytrec-eval-terrier", "pyarrow", "setuptools>=77", "tensorboard", "trl",
                 *(f"{name}; sys_platform == 'linux'" for name in ("triton", "liger-kernel"))],
     },
 )

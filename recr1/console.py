@@ -1,4 +1,5 @@
 """What a run shows of itself on the console beside its line per step: three rollouts, and after the first step a word about the loss."""
+import json
 import shutil
 
 from .config import Config
@@ -23,12 +24,12 @@ def show(step: int, done: Step, cfg: Config) -> None:
 def rollout_table(done: Step, width: int) -> str:
     """Three of a step's distinct texts, those of the highest, the middle and the lowest advantage, in lines of at most `width` columns (46 or more)."""
     order = sorted(done.first, key=lambda i: -done.adv[i])
-    rows = [("query", "rewrite", " reward", "  advantage")]
+    rows = [("query", "answer", " reward", "  advantage")]
     for i in (order[at] for at in sorted({0, len(order) // 2, len(order) - 1})):
         reward = done.rewards[i]
-        rewrite = reward.answer if reward.error is None else f"({reward.error}) {reward.text}"
-        rows.append((done.rollouts[i].prompt.text, rewrite, f"{reward.total:7.3f}", f"{done.adv[i]:+11.3f}"))
-    room = max(22, width - len("  ") * 3 - 7 - 11)                                           # of query and rewrite together
-    query, rewrite = (max(sum(columns(plain(row[i]))) for row in rows) for i in (0, 1))      # what they would take
-    query = min(query, max(room // 2, room - rewrite))
-    return "\n".join(f"  {fit(q, query)}  {fit(r, min(rewrite, room - query))}  {reward}{adv}" for q, r, reward, adv in rows)
+        answer = f"({reward.error}) {reward.text}" if reward.error else reward.answer if isinstance(reward.answer, str) else json.dumps(reward.answer)
+        rows.append((done.rollouts[i].prompt.text, answer, f"{reward.total:7.3f}", f"{done.adv[i]:+11.3f}"))
+    room = max(22, width - len("  ") * 3 - 7 - 11)                                           # of query and answer together
+    query, answer = (max(sum(columns(plain(row[i]))) for row in rows) for i in (0, 1))     # what they would take
+    query = min(query, max(room // 2, room - answer))
+    return "\n".join(f"  {fit(q, query)}  {fit(r, min(answer, room - query))}  {reward}{adv}" for q, r, reward, adv in rows)

@@ -43,7 +43,7 @@ def test_every_metric_and_every_name_of_the_line_has_a_row_in_the_glossary(world
         assert len(names) >= 8 and names <= known, f"in the line per step and not in the glossary: {sorted(names - known)}"
 
 
-def step(*texts: tuple[str, str | None, float]) -> Step:
+def step(*texts: tuple[str, str | list[str] | None, float]) -> Step:
     """A step of these (query, rewrite, advantage)."""
     rollouts = [Rollout(Prompt(f"q{i}", i, query, (1,)), i, 0, (1, 2), (-0.5, -0.5), True) for i, (query, _, _) in enumerate(texts)]
     rewards = [Reward(0.25 if answer else -1.0, {}, None if answer else "no_json", answer, f"text of {query}") for query, answer, _ in texts]
@@ -56,10 +56,11 @@ def width(line: str) -> int:
 
 def test_a_table_shows_the_highest_the_middle_and_the_lowest_advantage():
     lines = rollout_table(step(("lamp", "red lamp", 0.0), ("chair", "a chair", -1.5), ("shirt", "blue shirt", 1.25), ("table", None, -2.0)), 100).splitlines()
-    assert [line.split() for line in lines] == [["query", "rewrite", "reward", "advantage"], ["shirt", "blue", "shirt", "0.250", "+1.250"],
+    assert [line.split() for line in lines] == [["query", "answer", "reward", "advantage"], ["shirt", "blue", "shirt", "0.250", "+1.250"],
                                                 ["chair", "a", "chair", "0.250", "-1.500"], ["table", "(no_json)", "text", "of", "table", "-1.000", "-2.000"]]
     assert len({len(line) for line in lines}) == 1
-    assert len(rollout_table(step(("lamp", "red lamp", 0.0)), 100).splitlines()) == 2
+    [_, line] = rollout_table(step(("lamp", ["d1", "d2"], 0.0)), 100).splitlines()           # a recommended list
+    assert line.split()[:3] == ["lamp", '["d1",', '"d2"]']
 
 
 @pytest.mark.parametrize("columns", [46, 60, 80, 200])
@@ -84,7 +85,7 @@ def test_tables_come_every_few_steps_and_the_word_about_the_loss_once(world, tmp
     for overrides, tables, words in ((["log.show_every=2"], 2, 1), (["log.show_every=0", "loss.kind=reinforce"], 0, 0)):
         assert guarded(train.main, [world, *overrides, f"run.dir={tmp_path / str(tables)}"]) == 0
         out = capsys.readouterr().out
-        heads = [i for i, line in enumerate(out.splitlines()) if re.match("  query +rewrite +reward +advantage$", line)]
+        heads = [i for i, line in enumerate(out.splitlines()) if re.match("  query +answer +reward +advantage$", line)]
         assert len(heads) == tables and out.count("a GRPO loss near 0 is no fault") == words
         for i in heads:
             assert re.match(r"step +[12]/3 ", out.splitlines()[i - 1]) and all(len(line) < 70 for line in out.splitlines()[i:i + 4])

@@ -91,7 +91,7 @@ def test_cells_call_and_do_not_rebuild(kept):
         assert not [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.While))]
         used |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module.startswith("recr1")}
     assert used >= {f"recr1.{name}" for name in ("chat", "hub", "splits", "checkpoint", "sample", "answers", "retrieval.make", "metrics", "grpo",
-                                                 "tasks.product_search", "packing", "train", "run", "rewriter")}
+                                                 "tasks.make", "tasks.scoring", "packing", "train", "run", "rewriter")}
     titles = [line for cell in kept["cells"] if cell["cell_type"] == "markdown" for line in cell["source"] if line.startswith("## ")]
     for name in re.findall(r"`(recr1/[^`]+)`", "".join(titles)):
         assert (ROOT / name).exists(), name
