@@ -30,7 +30,7 @@ class Settings:
     inner: int = 256
     length: int = 50            # items a prediction looks back on at most
     dropout: float = 0.2
-    lr: float = 1e-3
+    lr: float = 3e-3            # validation NDCG@10 on movielens: .058 after 35 epochs; 1e-3: .051 after 31
     batch: int = 32             # windows
     epochs: int = 100           # at most
     patience: int = 5           # epochs without a better validation score before it stops
