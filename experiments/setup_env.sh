@@ -75,6 +75,6 @@ set_up() {
     # torch is named in this command, not only pinned: left to the dependencies, pip may choose another build of it
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -c "$pins" "torch==$torch" -e "$ROOT${extra:+[$extra]}" ||
         fail "pip could not install recr1 into $venv; its lines above say why (it needs network access and some gigabytes of disk)"
-    printf '%s \n' "$want" "$want $extra" >"$stamp"
+    printf '%s\n' "$want " "$want $extra" >"$stamp"
     SETUP_SECONDS=$((SECONDS - start))
 }

@@ -32,7 +32,7 @@ AT_LEAST = {"run.threads": 0, "sampling.group_size": 2, "sampling.temperature": 
 RETRIEVERS = ("bm25", "dense", "rank_bm25")
 PARTS = ("ndcg", "recall", "mrr", "hit", "lcs", "category", "diversity", "novelty")
 # what only one of the loops reads: elsewhere such a setting would do nothing
-ONLY = {"train": ("loss.", "sampling.resample", "train.inner_steps", "train.replay", "data.shuffle_words", "log.tokens_every"), "sft": ("sft.",)}
+ONLY = {"train": ("loss.", "sampling.resample", "train.inner_steps", "train.replay", "data.shuffle_words", "log.tokens_every", "log.show_every"), "sft": ("sft.",)}
 AT_MOST = {"data.shuffle_words": 1, "sampling.top_p": 1, "optimizer.final_lr": 1}
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from recr1 import train
+from recr1 import sft, train
 from recr1.console import rollout_table
 from recr1.log import Step, console_line, say
 from recr1.records import Prompt, Reward, Rollout
 from recr1.run import guarded
 from recr1.terminal import fit, plain
-from tiny import jsonl, write_yaml
+from tiny import jsonl, write_sft_yaml, write_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,24 +23,56 @@ def world(tmp_path_factory):
     return write_yaml(tmp_path_factory.mktemp("world"))
 
 
-def glossary() -> set[str]:
-    """Names in backticks in the first column of the README's table of metrics."""
+def glossary() -> dict[str, str]:
+    """{name: its row} of the README's table of metrics: the names in backticks in the first column."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    [table] = re.findall(r"^\| metric \| meaning \|\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
-    return {name for row in table.splitlines() for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
+    [table] = re.findall(r"^\| metric \| meaning \|\n\|[-|]+\|\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    return {name: row for row in table.splitlines() for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
 
 
-def test_every_metric_and_every_name_of_the_line_has_a_row_in_the_glossary(world, tmp_path):
-    everything = ["loss.kl=0.05", "reward.overlong=4", "sampling.resample=1", "sampling.top_p=0.9", "train.inner_steps=2", "train.eval_every=1"]
-    known = glossary()
-    for name, overrides in (("plain", []), ("everything", everything)):
-        assert guarded(train.main, [world, *overrides, "train.steps=2", f"run.dir={tmp_path / name}"]) == 0
-        rows = jsonl(tmp_path / name / "metrics.jsonl")
-        keys = {key for row in rows for key in row} - {"step"}
-        assert keys <= known, f"in metrics.jsonl and not in the README's glossary: {sorted(keys - known)}"
-        line = console_line(rows[-1], 2).partition("/2")[2]
-        names = {words.strip() for words in re.findall(r"  ([a-z]+(?:[ -][a-z]+)?) (?=[-+\d]|off)", line)} | {"tok/s"}
-        assert len(names) >= 8 and names <= known, f"in the line per step and not in the glossary: {sorted(names - known)}"
+def fields(line: str) -> dict[str, str]:
+    """A line per step, "step     1/2  reward 0.5  zero-var 0.00  728 tok/s" -> {name: value}."""
+    pairs = []
+    for field in re.sub("^step +", "step ", line).split("  "):
+        name, _, value = field.rpartition(" ")
+        pairs.append(("tok/s", name or value) if value in ("tok/s", "replay") else (name, value))
+    assert len(dict(pairs)) == len(pairs) and all(name for name, _ in pairs), line
+    return dict(pairs)
+
+
+EVERYTHING = ["loss.kl=0.05", "reward.overlong=4", "sampling.resample=1", "sampling.top_p=0.9", "train.inner_steps=2", "train.eval_every=1"]
+
+
+@pytest.mark.parametrize("loop, overrides", [(train, []), (train, EVERYTHING), (sft, ["train.eval_every=1"])], ids=["grpo", "grpo with everything", "sft"])
+def test_every_metric_and_every_name_of_the_line_has_a_row_in_the_glossary(loop, overrides, world, tmp_path, capsys):
+    config = world if loop is train else write_sft_yaml(tmp_path)
+    assert guarded(loop.main, [config, *overrides, "train.steps=2", f"run.dir={tmp_path / 'run'}"]) == 0
+    known, rows = glossary(), jsonl(tmp_path / "run/metrics.jsonl")
+    keys = {key for row in rows for key in row} - {"step"}
+    assert keys <= known.keys(), f"in metrics.jsonl and not in the README's glossary: {sorted(keys - known.keys())}"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert lines == [console_line(row, 2) for row in rows]                       # what is looked at below is what was printed
+    if loop is train:
+        lines.append(console_line(rows[-1] | dict(rollout_tokens_per_s=None, kl=None), 2))       # as a replay and a run without reference have it
+    for line in lines:
+        said = fields(line)
+        assert said.pop("step") and len(said) >= (4 if loop is sft else 8)
+        assert said.keys() <= known.keys(), f"in the line per step and not in the glossary: {sorted(said.keys() - known.keys())}"
+        for name, value in said.items():
+            assert re.fullmatch(r"[-+]?[\d.,]+(e[-+]\d+)?%?", value) or f"`{value}`" in known[name], f"{name} {value}: the glossary does not say what that is"
+    assert ("val gain" in fields(lines[0])) == ("val_gain" in rows[0])
+
+
+def test_a_bar_on_a_terminal_says_how_much_time_is_left(world, tmp_path, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    for name, stderr in (("terminal", Terminal()), ("file", io.StringIO())):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert guarded(train.main, [world, f"run.dir={tmp_path / name}"]) == 0
+        bars = re.findall(r"train: +\d+%\|[^|]*\| (\d)/3 \[\d+:\d\d<(\?|\d+:\d\d)", stderr.getvalue())
+        assert bars[-1:] == ([("3", "00:00")] if name == "terminal" else [])
+        assert re.findall(r"^step +(\d)/3 ", capsys.readouterr().out, re.MULTILINE) == ["1", "2", "3"]
 
 
 def step(*texts: tuple[str, str | list[str] | None, float]) -> Step:
