@@ -80,7 +80,7 @@ def short(text: str, most: int) -> str:
 
 def ranking(names: list[str], ranked: list[list[str]], gains: dict[str, float], values: list[float], metric: str, depth: int = 20) -> None:
     """Where the judged documents stand in each ranking, and what one is worth there to NDCG. values: of the whole rankings, by `metric`'s name."""
-    fig, axes = plt.subplots(len(names), 1, figsize=(9, 1.25 * len(names)), sharex=True, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(len(names), 1, figsize=(9, 1.4 * len(names)), sharex=True, layout="constrained", squeeze=False)
     worth = 1 / np.log2(np.arange(1, depth + 1) + 1)
     for ax, name, ids, value in zip(axes[:, 0], names, ranked, values):
         judged = [gains.get(id, 0) > 0 for id in ids[:depth]] + [False] * (depth - len(ids))

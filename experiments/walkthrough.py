@@ -63,13 +63,13 @@ def execute(notebook: dict, parameters: dict) -> dict:
 
 
 def pictures(plt) -> list[dict]:
-    """The open figures as a notebook keeps them, in 96 colours: nobody sees the difference, and they take a third of the bytes. They are closed."""
+    """The open figures as a notebook keeps them, in 192 colours, which takes a third of the bytes. They are closed."""
     from PIL import Image
     found = []
     for number in plt.get_fignums():
         drawn, png = io.BytesIO(), io.BytesIO()
         plt.figure(number).savefig(drawn, format="png")
-        Image.open(drawn).convert("RGB").quantize(96).save(png, format="png", optimize=True)
+        Image.open(drawn).convert("RGB").quantize(192).save(png, format="png", optimize=True)
         found.append(dict(output_type="display_data", metadata={}, data={"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": ["<Figure>"]}))
     plt.close("all")
     return found

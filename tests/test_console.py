@@ -24,10 +24,14 @@ def world(tmp_path_factory):
 
 
 def glossary() -> dict[str, str]:
-    """{name: its row} of the README's table of metrics: the names in backticks in the first column."""
+    """{name: its rows} of the README's table of metrics: the names in backticks in the first column."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     [table] = re.findall(r"^\| metric \| meaning \|\n\|[-|]+\|\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL)
-    return {name: row for row in table.splitlines() for name in re.findall(r"`([^`]+)`", row.split(" | ")[0])}
+    known = {}
+    for row in table.splitlines():
+        for name in re.findall(r"`([^`]+)`", row.split(" | ")[0]):
+            known[name] = known.get(name, "") + row
+    return known
 
 
 def fields(line: str) -> dict[str, str]:
