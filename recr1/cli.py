@@ -11,7 +11,7 @@ import sys
 import torch
 
 from . import config_file as configs
-from . import dist, explain, losslab
+from . import dist, doctor, explain, losslab
 from .answers import parse_query
 from .chat import make_prompts
 from .config import ConfigError
@@ -76,6 +76,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--run", dest="folder", metavar="RUN", required=True, help="a run's folder")
     p.add_argument("--step", type=positive, required=True, help="a step whose tokens were logged (log.tokens_every)")
     p.add_argument("--prompt", metavar="ID", help="the one to show; default: whose rewards lie furthest apart")
+    p.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    p = command("doctor", lambda args: sys.exit(doctor.main(args.folder, args.json)), "versions, devices, what a run here would take, clashes and what to do; "
+                "exit code 1 when something will not work (python -m recr1.doctor where this command does not even start)")
+    p.add_argument("--run", dest="folder", metavar="RUN", default="runs/run", help="the folder that a run would write to; default: runs/run")
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
     p = command("plan", plan_memory, "the memory that a training needs by phase, and what to set so that it fits",
                 usage="recr1 plan CONFIG --gpus N --memory 48GB [a.b=value ...]")
