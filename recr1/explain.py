@@ -115,8 +115,9 @@ def by_hand(cfg: Config, rows: list[dict]) -> dict:
         r = r - np.float32(c.kl) * np.bincount(text, kl).astype(np.float32)
     r = np.repeat(r.astype(float), count).reshape(-1, cfg.sampling.group_size)                                          # (P, G)
     mean, std = r.mean(1, keepdims=True), r.std(1, ddof=1, keepdims=True)                                               # (P, 1)
-    G, divide_by = r.shape[1], std + c.std_floor if advantage == "mean_std" else np.ones_like(std)
-    adv = np.where(r.max(1) == r.min(1), 0.0, ((r - mean) / divide_by * (G / (G - 1) if advantage == "leave_one_out" else 1)).T).T.ravel()      # (R,)
+    G, same = r.shape[1], r.max(1, keepdims=True) == r.min(1, keepdims=True)
+    divide_by = np.where(same, 1.0, {"mean_std": std + c.std_floor, "mean": 1.0, "leave_one_out": (G - 1) / G}[advantage])                      # (P, 1)
+    adv = np.where(same, 0.0, (r - mean) / divide_by).ravel()                                                           # (R,)
     A = np.repeat([row["adv"] for row in rows], n)                                                                      # (N,), as the run had them
     rho = np.exp(np.bincount(text, logp - old) / n)[text] if gain is grpo.sequence_clipped else np.exp(logp - old)      # (N,)
     low, high = 0.0 if gain is grpo.cispo else 1 - c.clip, 1 + c.high
@@ -156,7 +157,7 @@ def checks(step: Logged, x: dict) -> list[Check]:
     worst = int(np.argmax(off - rounding))
     found = [Check("advantages", theirs[worst], x["adv"][worst], off[worst], EXACT + rounding[worst])]
     size = np.abs(x["loss"]).sum()
-    found.append(_figure("loss", step.metrics["loss"], x["loss"].sum(), EXACT + 10 * loose, least=size / 10))
+    found.append(_figure("loss", step.metrics["loss"], x["loss"].sum(), EXACT + 10 * loose, least=max(1e-30, size / 10)))
     return found + [_figure("dlogp_norm", step.metrics["dlogp_norm"], math.sqrt((x["d_logp"] ** 2).sum()), EXACT + loose)]
 
 

@@ -202,6 +202,12 @@ def test_the_gradient_by_transformers_in_float64(run):
         assert check.ours == pytest.approx(want, rel=1e-5) and gap < 1e-5
 
 
+def test_a_step_without_variance(run):
+    """One token is no answer: every advantage, the loss and the gradient are 0, and a floor of 0 divides nothing."""
+    _, result = explain.explain(str(run("sampling.max_new_tokens=1", "train.steps=1", "loss.std_floor=0")), 1)
+    assert result["agrees"] and all(c["ours"] == c["logged"] == 0 for c in result["checks"].values())
+
+
 def test_the_story(run):
     """Every link is there, with shapes and a place in the source where that very line stands."""
     root = Path(explain.__file__).parents[1]
