@@ -25,7 +25,7 @@ from .hub import ModelFolderError, load_tokenizer, resolve
 from .optim import Optimizer
 from .policy import score
 from .replay import Replay
-from .tasks.product_search import ProductSearch
+from .tasks.scoring import Scorer
 
 EXACT = 1e-5                            # relative; of a loss, whose terms cancel, to a tenth of their sizes where that is more: float32 knows it no better
 GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 1e-2}             # bfloat16: 2e-5 with other micro-batches on one CPU; other kernels round otherwise
@@ -261,7 +261,7 @@ def _story(step: Logged, x: dict, rows: list[int]) -> list[str]:
     ours = " ".join(f"{v:.4g}" for v in x["r"][g])
     kl_in_reward = c.kl > 0 and c.kl_in == "reward"
     add("rewards", "r = reward of the text" + f" - {c.kl:g} sum_t KL_t ({c.kl_estimator}, of the sampler's log-probs)" * kl_in_reward, f"(P, G) = {P, G}", f"[{ours}]",
-        source(ProductSearch.score, "Reward("), *[source(train.train, "divergence = ")] * kl_in_reward)
+        source(Scorer.judge, "self.parts.reward("), *[source(train.train, "divergence = ")] * kl_in_reward)
     add("mean and std", "mean_G r, std_G r (divided by G - 1)", f"(P, 1) = {P, 1}", f"{x['mean'][g, 0]:.6g}, {x['std'][g, 0]:.6g}", source(grpo.mean, "return"))
     add("advantages", {"mean_std": f"A = (r - mean) / (std + {c.std_floor:g})", "mean": "A = r - mean", "leave_one_out": "A = (r - mean) G / (G - 1)"}[advantage]
         + ", exactly 0 where a group's rewards are equal", f"(R,) = ({P * G},)", "[" + " ".join(f"{v:.4g}" for v in x["adv"][g * G:g * G + G]) + "]",

@@ -36,7 +36,7 @@ def run(cwd: Path, stage: Path | None = None, code: str = "", *arguments: str, *
     kept = {k: v for k, v in os.environ.items() if k not in ("TOKENIZERS_PARALLELISM", "TRITON_INTERPRET")}
     command = ["-c", f"import sys\nfrom recr1 import doctor\n{code}\nsys.exit(doctor.main(sys.argv[1] if sys.argv[1:] else 'runs/run', True))"] if code else \
         ["-m", "recr1.doctor", "--json", *(["--run"] if arguments else [])]
-    done = subprocess.run([sys.executable, *command, *arguments], cwd=cwd, env=kept | dict(PYTHONPATH=path) | env, capture_output=True, text=True, timeout=280)
+    done = subprocess.run([sys.executable, *command, *arguments], cwd=cwd, env=kept | dict(PYTHONPATH=path) | env, capture_output=True, text=True, timeout=900)
     assert done.returncode in (0, 1) and not done.stderr, done.stderr
     *text, last = done.stdout.splitlines()
     return done.returncode, json.loads(last), "\n".join(text)
