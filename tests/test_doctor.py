@@ -113,10 +113,10 @@ def test_the_checkout_s_own_kernels_folder_shadows_nothing(quick, tmp_path):
 
 
 def test_packages_that_do_not_import(tmp_path):
-    """One whole run: faiss' leftovers, a numba that refuses its numpy, a triton that dies without a word, and Hugging Face's kernels behind a stray one."""
+    """One whole run: faiss' leftovers, a numba that dies without a word, a triton that refuses its numpy, and Hugging Face's kernels behind a stray one."""
     stage = packages(tmp_path / "stage", {
-        "numba 0.60.0": ([], {"numba/__init__.py": "raise ImportError('Numba needs NumPy 2.0 or less. Got NumPy 2.4.')"}),
-        "triton 3.7.1": ([], {"triton/__init__.py": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)"}),
+        "numba 0.60.0": ([], {"numba/__init__.py": "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)"}),
+        "triton 3.7.1": ([], {"triton/__init__.py": "raise ImportError('Triton needs NumPy 2.0 or less.')"}),
         "kernels 0.18.2": ([], {"kernels/__init__.py": "__version__ = '0.18.2'"})})
     (stage / "faiss").mkdir()
     (stage / "faiss/__init__.py").write_text("")
@@ -125,10 +125,9 @@ def test_packages_that_do_not_import(tmp_path):
     code, found, text = run(tmp_path / "here", stage)
     broken = [f["what"] for f in found["findings"] if f["broken"]]
     assert code == 1 and not found["ok"] and "Traceback" not in text
-    for words in ("numba cannot be imported (ImportError: Numba needs NumPy 2.0 or less", "triton cannot be imported (died with exit code -11): model.kernels=triton",
+    for words in ("numba cannot be imported (died with exit code -11): retriever.scorer=numba", "triton cannot be imported (ImportError: Triton needs NumPy 2.0 or less",
                   "faiss", "shadows Hugging Face's package kernels", "transformers cannot be imported (ImportError: cannot import name"):
         assert any(words in what for what in broken), (words, broken)
-    assert found["facts"]["recr1"].get("error") or "numba" in found["facts"]["recr1"]["scorers"]["numba"]
 
 
 def test_without_a_working_torch(tmp_path):
