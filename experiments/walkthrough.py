@@ -1,6 +1,7 @@
 """Runs walkthrough.ipynb without Jupyter: python experiments/walkthrough.py [OUT.ipynb] [name=value ...]
 
 Prints what its cells print and writes the notebook with their output and pictures to OUT, by default runs/walkthrough/walkthrough.ipynb.
+The kept copy is made by `python experiments/walkthrough.py experiments/walkthrough.ipynb`.
 `name=value` replaces a variable of the cell that is tagged "parameters" (papermill's convention).
 """
 import ast
