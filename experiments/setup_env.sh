@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and tests/run.sh: `set_up [dev]` leaves $ROOT, $PYTHON and $SETUP_SECONDS behind.
+# Sourced by quickstart.sh, walkthrough.sh, tests/run.sh and others: `set_up [EXTRA]` leaves $ROOT, $PYTHON and $SETUP_SECONDS behind.
 # Installs recr1 once into the active virtual environment, or into .venv in the checkout; the next call is instant.
 
 ROOT="$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -1,5 +1,5 @@
 """log.track: what a tracker is sent, once per step also over a stop, and that none of them can cost a run. TensorBoard for real, the others by stubs
-with their own signatures (wandb 0.31, trackio 0.43)."""
+with their own signatures (wandb 0.31, trackio 0.43, of which a real run, offline, held the same rows)."""
 import dataclasses
 import json
 import sys
