@@ -11,7 +11,7 @@ import sys
 import torch
 
 from . import config_file as configs
-from . import dist, losslab
+from . import dist, losslab, report
 from .answers import parse_query
 from .chat import make_prompts
 from .config import ConfigError
@@ -72,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--step", type=positive, required=True, help="a step whose tokens were logged (log.tokens_every)")
     p.add_argument("--new", metavar="DIR", help="model folder of a later moment: the new log-probs come from it, and gradients of its parameters")
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    p = command("report", make_report, "a run as one HTML page that needs no network; two runs: side by side")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or two")
+    p.add_argument("--out", metavar="F", default="", help="default: RUN/report.html, of two runs RUN/compare_OTHER.html")
     p = command("plan", plan_memory, "the memory that a training needs by phase, and what to set so that it fits",
                 usage="recr1 plan CONFIG --gpus N --memory 48GB [a.b=value ...]")
     p.add_argument("config", metavar="CONFIG", help="a training's; the model's shape comes from its folder or from shapes.yaml beside the config")
@@ -153,6 +156,10 @@ def losses(args) -> None:
     result = losslab.compare(args.folder, args.step, args.new)
     say(losslab.table(result))
     finish(args, result)
+
+
+def make_report(args) -> None:
+    say(str(report.write(args.runs, args.out)))
 
 
 def plan_memory(args) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import data, dist, evaluate, heartbeat, memory, plan, stopping
+from . import data, dist, evaluate, heartbeat, memory, plan, report, stopping, versions
 from . import config_file as configs
 from .cache import slots
 from .chat import Chat, ChatError
@@ -84,6 +84,7 @@ class Run:
                 with writing(self.folder):
                     self.folder.mkdir(parents=True, exist_ok=True)
                 write_text(self.folder / "config.yaml", configs.dump(cfg))
+                versions.note(self.folder)
                 self._open_heartbeat()
         with dist.together(), at_once():
             if dist.rank() > 0:
@@ -268,12 +269,14 @@ class Run:
             say(console_line(row, self.cfg.train.steps))
 
     def finish(self, before: list[dict], after: list[dict]) -> None:
-        """The model, summary.json, and the table a user reads."""
+        """The model, summary.json, the table a user reads, and the report."""
         heartbeat.at("save")
         save_policy(self.policy, self.tokenizer, self.stops, self.folder / "model", configs.answering(self.cfg))
         with dist.together():
             if dist.rank() == 0:
                 self._sum_up(before, after)
+        if dist.rank() == 0:
+            say(report.at_end(self.folder, self.retriever, self.tokenizer))
 
     def _sum_up(self, before: list[dict], after: list[dict]) -> None:
         raw, b, a = evaluate.column(before, "ndcg_raw"), evaluate.column(before, "ndcg"), evaluate.column(after, "ndcg")
@@ -289,7 +292,7 @@ class Run:
             **self.log.run_gaps.figures(), memory=dict(predicted=plan.by_run_phase(self.footprint), measured=self.log.peaks, of=self.log.peaks_of)))
         say(f"\n{evaluate.table(before, after, metric)}\n\nrewrites on test:\n{evaluate.examples(after)}\n\n"
             f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, metrics.jsonl, rollouts.jsonl.gz, "
-            f"config.yaml{', checkpoints/' if self.progress.saved else ''}")
+            f"config.yaml, versions.json{', checkpoints/' if self.progress.saved else ''}")
 
 
 BIASED = "sampling.top_p = {} samples from a truncated distribution and trains the whole one: the gradient is biased (1 is not)"

@@ -1,6 +1,7 @@
 """What a run was made with: packages, Python, machine, and the commit of the code. Kept in its folder as versions.json, one entry per start."""
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -10,7 +11,19 @@ from pathlib import Path
 
 import torch
 
+from .files import write_text
+
 PACKAGES = ("recr1", "torch", "transformers", "tokenizers", "numpy", "safetensors", "triton", "flash-attn", "faiss-cpu", "faiss-gpu", "numba")
+
+
+def note(folder: Path) -> None:
+    """Adds this start to the folder's versions.json, a list. Raises WriteError."""
+    path = folder / "versions.json"
+    try:
+        starts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):                        # none, or a kill or a full disk has spoilt it
+        starts = []
+    write_text(path, json.dumps([*(starts if isinstance(starts, list) else []), versions()], indent=1) + "\n")
 
 
 def versions() -> dict:

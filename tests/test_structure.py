@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     "heartbeat linear varlen",
     "records config data dist metrics answers attention kernels hub files stopping memory",
-    "session config_file cache model policy packing chat offload flat decode_graph named",      # cache calls attention
+    "session config_file cache model policy packing chat offload flat decode_graph named versions",      # cache calls attention
     "weights fsdp sample grpo optim footprint retrieval",
     "tasks checkpoint log plan dryrun replay",
     "evaluate report resume splits",

@@ -20,6 +20,7 @@ from ..hub import ModelFolderError, load_tokenizer
 from ..retrieval.base import Retriever
 from . import groups, ranking, record, rollouts
 
+AT_ONCE = 100 * 2**20                    # bytes of rollouts.jsonl.gz whose report a run's end writes by itself: about two minutes, in which other ranks wait
 SCRIPTS = ("dom.js", "charts.js", "curves.js", "overview.js", "tokens.js", "ranking.js", "tables.js", "main.js")
 
 
@@ -40,6 +41,17 @@ def write(runs: list[str], out: str = "", retriever: Retriever | None = None, to
     path = Path(out) if out else read[0].folder / name
     write_text(path, page(content, " and ".join(r.folder.resolve().name for r in read)))
     return path
+
+
+def at_end(run: Path, retriever: Retriever, tokenizer) -> str:
+    """The report of a run that has just finished, and one line that says where it is; or why it is not there: a report must never cost the run."""
+    try:
+        size = (run / "rollouts.jsonl.gz").stat().st_size
+        if size > AT_ONCE:
+            return f"{run}: {size >> 20} MiB of rollouts; `recr1 report {run}` makes its report"
+        return f"report: {write([str(run)], retriever=retriever, tokenizer=tokenizer)}"
+    except Exception as e:
+        return f"recr1: the run is whole, but its report was not written ({type(e).__name__}: {' '.join(str(e).split())}); `recr1 report {run}` tries again"
 
 
 def page(content: dict, title: str) -> str:

@@ -15,11 +15,11 @@ HARM = 1e-9                              # a smaller change is none
 
 
 def as_page(ids: list[str], raws: list[str], rewrites: list[str | None], raw: np.ndarray, scores: dict[str, np.ndarray], of: str) -> list[dict]:
-    """Tables of groups. scores {column: (Q,)}; `of` names the column whose difference to the first one is the change that is judged.
+    """Tables of groups. raw (Q,): the raw queries' NDCG; scores {column: (Q,)}, `of` the one whose difference to the first is the change that is judged.
 
     [{"title", "text", "rows": [{"name", "n", "raw", "means", "change": [mean, low, high], "helped", "hurt"}]}]
     """
-    base, change = next(iter(scores.values())), scores[of] - next(iter(scores.values()))
+    change = scores[of] - next(iter(scores.values()))
 
     def row(name: str, members: list[int]) -> dict:
         d = change[members]
@@ -36,7 +36,7 @@ def as_page(ids: list[str], raws: list[str], rewrites: list[str | None], raw: np
         return dict(title=title, text=text, rows=[row(name, members[name]) for name in names])
 
     lengths, firsts = [len(q.split()) for q in raws], [q.lower().split()[0] if q.split() else "" for q in raws]
-    bands = [next(name for limit, name in BANDS if value <= limit + 1e-12) if value < 1 else "1" for value in base.tolist()]
+    bands = [next(name for limit, name in BANDS if value <= limit + 1e-12) if value < 1 else "1" for value in raw.tolist()]
     common = {word for word, n in Counter(firsts).most_common(WORDS) if n > 1}
     doings = [doing(q, r) for q, r in zip(raws, rewrites)]
     tables = [

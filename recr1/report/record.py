@@ -49,8 +49,8 @@ def read(folder: Path) -> Record:
     if not metrics:
         raise DataError(f"{folder}: the run has not finished a step; there is nothing to report yet")
     before, after = (_scores(folder / name, notes) for name in ("eval_before.jsonl", "eval_after.jsonl"))
-    if len(before) != len(after) and after:
-        raise DataError(f"{folder / 'eval_after.jsonl'}: {len(after)} queries, eval_before.jsonl has {len(before)}; the two are of different runs")
+    if after and [row["id"] for row in before] != [row["id"] for row in after]:
+        raise DataError(f"{folder / 'eval_after.jsonl'}: its queries are not those of eval_before.jsonl; the two are of different runs")
     summary, versions = _json(folder / "summary.json", notes, {}), _json(folder / "versions.json", notes, [])
     if not summary:
         notes.append(f"The run has not finished: {metrics[-1]['step']} of {config.train.steps} steps are there, and no test scores after training.")

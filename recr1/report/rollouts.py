@@ -59,7 +59,7 @@ class Survey:
             self.traced[phase].append((*rank, count, row["step"], row["prompt"]))
             self.groups.setdefault((row["step"], row["prompt"]), []).append(line)
         heap = self.highest[phase]
-        if len(heap) < 8 * AUDITED or rank > heap[0][:3]:        # more than are shown: some are the same text again
+        if len(heap) < 8 * AUDITED or rank > heap[0][:3]:        # more than are shown: some are of the same query
             light = {k: row[k] for k in ("step", "prompt", "text", "reward", "parts", "adv", "count", "finished")}
             (heapq.heappush if len(heap) < 8 * AUDITED else heapq.heappushpop)(heap, (*rank, light))
         answer = parse_query(row["text"])[0]
@@ -182,20 +182,17 @@ class Lens:
 
 
 def audit(found: Survey, queries: dict[str, str]) -> list[dict]:
-    """The rollouts of highest reward of each phase, each text once, with what is conspicuous about it."""
+    """The rollouts of highest reward of each phase, one per query, with what is conspicuous about it."""
     rows = []
     for phase, heap in zip(PHASES, found.highest):
-        seen: dict[tuple, dict] = {}
+        seen: dict[str, dict] = {}
         for *_, row in sorted(heap, key=lambda item: item[:3], reverse=True):
-            key = row["prompt"], row["text"]
-            if key in seen:
-                seen[key]["times"] += row["count"]
-            elif len(seen) < AUDITED:
+            if row["prompt"] not in seen and len(seen) < AUDITED:
                 answer, error = parse_query(row["text"])
                 query = queries.get(row["prompt"])
-                seen[key] = dict(phase=phase, step=row["step"], prompt=row["prompt"], query=query, answer=answer and answer[:CHARS], text=row["text"][:CHARS], error=error,
-                                 reward=row["reward"], parts=row["parts"], adv=row["adv"], times=row["count"],
-                                 flags=flags(query, answer, row, len(found.answers.get(answer, [()])[0])))
+                seen[row["prompt"]] = dict(phase=phase, step=row["step"], prompt=row["prompt"], query=query, answer=answer and answer[:CHARS], text=row["text"][:CHARS], error=error,
+                                 reward=row["reward"], parts=row["parts"], adv=row["adv"],
+                                           flags=flags(query, answer, row, len(found.answers.get(answer, [()])[0])))
         rows += seen.values()
     return sorted(rows, key=lambda row: (-row["reward"], -row["adv"], row["step"]))
 
