@@ -1,9 +1,11 @@
 "use strict";
 // Elements and numbers. Whatever comes from a run goes into text nodes and attributes, never into markup.
 const data = JSON.parse(document.getElementById("data").textContent);
-const RUNS = data.runs, TWO = RUNS.length === 2, LETTERS = ["A", "B"];
+const RUNS = data.runs,
+  TWO = RUNS.length === 2,
+  LETTERS = ["A", "B"];
 const SVG = "http://www.w3.org/2000/svg";
-const UNSEEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\u2028\u2029]/gu;      // control, format (bidi, zero width), lone surrogates, private use
+const UNSEEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\u2028\u2029]/gu; // control, format (bidi, zero width), lone surrogates, private use
 
 function code(character) {
   const n = character.codePointAt(0);
@@ -17,7 +19,8 @@ function plainly(value) {
 
 // The same as nodes, the escapes marked: for the page.
 function shown(value) {
-  const out = document.createDocumentFragment(), string = String(value);
+  const out = document.createDocumentFragment(),
+    string = String(value);
   let at = 0;
   for (const match of string.matchAll(UNSEEN)) {
     if (match.index > at) out.append(string.slice(at, match.index));
@@ -37,7 +40,8 @@ function made(node, attributes, children) {
     else if (name === "style") for (const [key, to] of Object.entries(value)) node.style.setProperty(key, to);
     else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : plainly(value));
   }
-  for (const child of children.flat(3)) if (child !== null && child !== undefined && child !== false) node.append(child instanceof Node ? child : shown(child));
+  for (const child of children.flat(3))
+    if (child !== null && child !== undefined && child !== false) node.append(child instanceof Node ? child : shown(child));
   return node;
 }
 
@@ -50,21 +54,53 @@ function svg(tag, attributes, ...children) {
 }
 
 function section(id, title, intro, ...children) {
-  return el("section", { id, "aria-labelledby": id + "-title" }, el("h2", { id: id + "-title" }, title), intro && el("p", { class: "intro" }, intro), ...children);
+  return el(
+    "section",
+    { id, "aria-labelledby": id + "-title" },
+    el("h2", { id: id + "-title" }, title),
+    intro && el("p", { class: "intro" }, intro),
+    ...children,
+  );
 }
 
 // A scrollable table. columns: [title, class, title attribute]; rows: arrays of cells (text or nodes).
 function table(caption, columns, rows, more) {
-  return el("div", { class: "scroll", tabindex: 0, role: "group", "aria-label": caption }, el("table", more,
-    el("caption", { class: "hidden" }, caption),
-    el("thead", null, el("tr", null, columns.map(([title, kind, hint]) => el("th", { scope: "col", class: kind, title: hint }, title)))),
-    el("tbody", null, rows.map((row) => el("tr", row.attributes || null, row.map((cell, i) =>
-      el(i ? "td" : "th", { scope: i ? null : "row", class: columns[i][1] }, cell)))))));
+  return el(
+    "div",
+    { class: "scroll", tabindex: 0, role: "group", "aria-label": caption },
+    el(
+      "table",
+      more,
+      el("caption", { class: "hidden" }, caption),
+      el(
+        "thead",
+        null,
+        el(
+          "tr",
+          null,
+          columns.map(([title, kind, hint]) => el("th", { scope: "col", class: kind, title: hint }, title)),
+        ),
+      ),
+      el(
+        "tbody",
+        null,
+        rows.map((row) =>
+          el(
+            "tr",
+            row.attributes || null,
+            row.map((cell, i) => el(i ? "td" : "th", { scope: i ? null : "row", class: columns[i][1] }, cell)),
+          ),
+        ),
+      ),
+    ),
+  );
 }
 
 // Buttons of which one is chosen; arrow keys move among them.
 function choice(label, names, chosen, pick) {
-  const buttons = names.map((name, i) => el("button", { type: "button", "aria-pressed": String(i === chosen), onclick: () => to(i) }, name));
+  const buttons = names.map((name, i) =>
+    el("button", { type: "button", "aria-pressed": String(i === chosen), onclick: () => to(i) }, name),
+  );
   function to(i) {
     buttons.forEach((b, j) => b.setAttribute("aria-pressed", String(i === j)));
     pick(i);
@@ -77,7 +113,12 @@ function roving(items, moved) {
   let at = 0;
   items.forEach((item, i) => {
     item.tabIndex = i ? -1 : 0;
-    item.addEventListener("focus", () => { items[at].tabIndex = -1; at = i; item.tabIndex = 0; moved(i); });
+    item.addEventListener("focus", () => {
+      items[at].tabIndex = -1;
+      at = i;
+      item.tabIndex = 0;
+      moved(i);
+    });
     item.addEventListener("keydown", (event) => {
       const to = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: items.length - 1 }[event.key];
       if (to === undefined) return;
@@ -108,12 +149,16 @@ function percent(x) {
 
 function span(seconds) {
   if (!known(seconds)) return "–";
-  const s = Math.round(seconds), h = Math.floor(s / 3600), m = Math.floor(s / 60) % 60;
+  const s = Math.round(seconds),
+    h = Math.floor(s / 3600),
+    m = Math.floor(s / 60) % 60;
   return h ? `${h} h ${m} min` : m ? `${m} min ${s % 60} s` : `${s} s`;
 }
 
 function interval(triple, digits = 4) {
-  return known(triple[1]) ? `${signed(triple[0], digits)} [${signed(triple[1], digits)}, ${signed(triple[2], digits)}]` : signed(triple[0], digits);
+  return known(triple[1])
+    ? `${signed(triple[0], digits)} [${signed(triple[1], digits)}, ${signed(triple[2], digits)}]`
+    : signed(triple[0], digits);
 }
 
 function setting(run, key) {
