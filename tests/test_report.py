@@ -223,7 +223,7 @@ def test_a_browser_opens_it(run, browser):
         browser.look(width, 900, dark, phone=width < 500)
         assert opened(browser, run / "report.html") == SECTIONS
         assert browser.value("document.documentElement.scrollWidth") <= width
-        assert browser.value("document.querySelectorAll('svg.plot .line').length") >= 9 and browser.value("document.querySelectorAll('.token').length") > 20
+        assert browser.value("document.querySelectorAll('svg.plot .line').length") >= 9 and browser.value("document.querySelectorAll('.tokens .token').length") > 20
         light = browser.value("getComputedStyle(document.body).backgroundColor")
         browser.value(f"[...document.querySelectorAll('header .choice button')].find((b) => b.textContent === '{'light' if dark else 'dark'}').click()")
         assert browser.value("getComputedStyle(document.body).backgroundColor") != light
@@ -243,7 +243,7 @@ def test_the_keyboard_reaches_everything(run, browser):
     first = browser.value("document.querySelector('.legend .value').textContent")
     press("ArrowRight")
     assert browser.value("document.querySelector('.legend .value').textContent") != first
-    browser.value("document.querySelector('.token').focus()")
+    browser.value("document.querySelector('.tokens .token').focus()")
     press("ArrowRight")
     assert browser.value("document.activeElement === document.querySelectorAll('.tokens .token')[1] && document.activeElement.classList.contains('read')")
     assert browser.value("document.querySelector('.readout').innerText.includes('log p reference')")
