@@ -31,17 +31,16 @@ def main() -> None:
     for run, cfg, mine in zip(args.runs, cfgs, rows):
         if (cfg.data.corpus, cfg.reward.k_eval, [r["id"] for r in mine]) != (first.data.corpus, first.reward.k_eval, [r["id"] for r in rows[0]]):
             raise SystemExit(f"{run}: another corpus, reward.k_eval or other test queries than {args.runs[0]}")
-    ids, texts, _ = data.read_corpus(first.data.corpus, first.data.on_bad_line)
     qrels = data.read_qrels(first.data.test_qrels or first.data.train_qrels, first.data.on_bad_line)[0]
     k, gains = first.reward.k_eval, [qrels.get(row["id"], {}) for row in rows[0]]
 
     result, lines = [], []
     for run, cfg, own in zip(args.runs, cfgs, rows):
         torch.set_num_threads(json.loads((run / "summary.json").read_text())["threads"])                                         # sums of an encoder are rounded by it
-        retriever = make(cfg.retriever)(ids, texts, directory_of(cfg.retriever, run), print)
+        retriever, _ = make(cfg.retriever)(cfg.data.corpus, cfg.data.on_bad_line, directory_of(cfg.retriever, run), print)
         raw = scored(retriever, [row["raw"] for row in own], gains, k)
         agree(run, "ndcg_raw", own, raw)
-        lines.append(f"\nsearched with {getattr(retriever, 'how', cfg.retriever.kind)}{origin(cfg.retriever.encoder)}")
+        lines.append(f"\nsearched with {retriever.how}{origin(cfg.retriever.encoder)}")
         lines.append(f"  {'raw query':<44}{raw.mean():8.4f}")
         for writer, its, theirs in zip(args.runs, cfgs, rows):
             values = scored(retriever, [row["rewrite"] for row in theirs], gains, k)

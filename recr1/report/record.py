@@ -12,7 +12,7 @@ import numpy as np
 from .. import config_file as configs
 from ..config import Config
 from ..data import DataError
-from ..metrics import bootstrap_ci
+from ..intervals import bootstrap_ci
 
 POINTS = 400                             # of a curve that are drawn; more steps share a point: their mean, least and largest
 CURVES = ("reward", "ndcg", "reward_spread", "zero_variance", "kl", "entropy", "completion_tokens", "clip_share", "unparsable", "unfinished",

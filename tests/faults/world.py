@@ -14,7 +14,7 @@ STEPS, RANKS = 6, 2
 LIMIT = 90.0           # seconds for a job: one that takes longer hangs, and its run is lost
 SETTINGS = {"train.steps": STEPS, "train.tokens_per_micro_batch": 100, "train.eval_every": 2, "run.patience": 30, "save.every": 1, "save.keep": 3,
             "loss.kl": 0.01}
-OTHERWISE = ("seconds", "memory", "rollout_tokens_per_s", "wall_s")         # what two equal runs differ in
+OTHERWISE = ("seconds", "memory", "rollout_tokens_per_s", "reward_wait", "wall_s")         # what two equal runs differ in
 
 
 @dataclass
