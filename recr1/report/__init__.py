@@ -34,8 +34,7 @@ def write(runs: list[str], out: str = "", retriever: Retriever | None = None, to
     read = [record.read(Path(run)) for run in runs]
     pages = []
     for r in read:
-        known = _queries(r)
-        pages.append(record.as_page(r) | dict(rollouts=rollouts.as_page(r.folder / "rollouts.jsonl.gz", r.steps, r.config, tokenizer or _tokenizer(r), known)))
+        pages.append(record.as_page(r) | dict(rollouts=_rollouts(r, tokenizer)))
     content = dict(made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), runs=pages, **(_one(read[0], retriever) if len(read) == 1 else _two(*read)))
     name = "report.html" if len(read) == 1 else f"compare_{read[1].folder.resolve().name}.html"
     path = Path(out) if out else read[0].folder / name
@@ -46,8 +45,8 @@ def write(runs: list[str], out: str = "", retriever: Retriever | None = None, to
 def at_end(run: Path, retriever: Retriever, tokenizer) -> str:
     """The report of a run that has just finished, and one line that says where it is; or why it is not there: a report must never cost the run."""
     try:
-        size = (run / "rollouts.jsonl.gz").stat().st_size
-        if size > AT_ONCE:
+        log = run / "rollouts.jsonl.gz"                  # SFT has none
+        if (size := log.stat().st_size if log.exists() else 0) > AT_ONCE:
             return f"{run}: {size >> 20} MiB of rollouts; `recr1 report {run}` makes its report"
         return f"report: {write([str(run)], retriever=retriever, tokenizer=tokenizer)}"
     except Exception as e:
@@ -67,37 +66,53 @@ def page(content: dict, title: str) -> str:
 
 
 def _one(r: record.Record, retriever: Retriever | None) -> dict:
-    """Raw query against the policy after training."""
+    """The raw answer against the policy after training."""
     if not r.after:
         return dict(groups=[], ranking=None)
-    ids, raws, rewrites = ([row[name] for row in r.after] for name in ("id", "raw", "rewrite"))
-    raw, before, after = (np.array([row[name] for row in rows]) for rows, name in ((r.after, "ndcg_raw"), (r.before, "ndcg"), (r.after, "ndcg")))
-    picks = ranking.choose(after - raw, [a != b for a, b in zip(raws, rewrites)])
-    found = ranking.as_page(ranking.opened(r.config, r.folder, retriever), picks, ids, raws, (raws, rewrites), (raw, after),
-                            lambda i: dict(before=[r.before[i]["rewrite"], float(before[i])]))
-    return dict(groups=groups.as_page(ids, raws, rewrites, raw, dict(raw=raw, before=before, after=after), "after"), ranking=found | dict(sides=["raw query", "rewrite"]))
+    ids, raws, answers = ([row[name] for row in r.after] for name in ("id", "raw", "rewrite"))
+    raw, before, after = r.scores(r.after, "_raw"), r.scores(r.before), r.scores(r.after)
+    picks = ranking.choose(after - raw, [a != b for a, b in zip(raws, answers)])
+    search = ranking.opened(r.config, r.folder, retriever)
+    found = ranking.as_page(search, picks, ids, raws, (raws, answers), (raw, after),
+                            lambda i: dict(before=[ranking.said(r.before[i]["rewrite"], raws[i]), float(before[i])]))
+    tables = groups.as_page(ids, raws, answers, raw, dict(raw=raw, before=before, after=after), "after", _rows(search), record.label(r.metric))
+    return dict(groups=tables, ranking=found | dict(sides=record.words(r.config)))
 
 
 def _two(a: record.Record, b: record.Record) -> dict:
     """The second run's policy against the first one's, on the test queries that both have."""
     mine, theirs = ({row["id"]: row for row in r.after} for r in (a, b))
-    metrics = [f"ndcg@{r.config.reward.k_eval}" for r in (a, b)]
+    metrics = [r.metric for r in (a, b)]
     both = [id for id in mine if id in theirs and mine[id]["raw"] == theirs[id]["raw"]] if metrics[0] == metrics[1] else []
     compared = dict(queries=len(both), only=[len(mine) - len(both), len(theirs) - len(both)], metrics=metrics, difference=None,
                     versions=_differences(*({**v, "packages": json.dumps(v.get("packages"))} if v else {} for v in (r.versions[-1] if r.versions else {} for r in (a, b)))))
     if not both:
         return dict(compare=compared, groups=[], ranking=None)
-    raws, rewrites = [mine[id]["raw"] for id in both], ([mine[id]["rewrite"] for id in both], [theirs[id]["rewrite"] for id in both])
-    raw, ours, others = (np.array([rows[id][name] for id in both]) for rows, name in ((mine, "ndcg_raw"), (mine, "ndcg"), (theirs, "ndcg")))
-    picks = ranking.choose(others - ours, [x != y for x, y in zip(*rewrites)])
-    found = ranking.as_page(ranking.opened(b.config, b.folder), picks, both, raws, rewrites, (ours, others), lambda i: dict(score=float(raw[i])))
+    raws, answers = [mine[id]["raw"] for id in both], ([mine[id]["rewrite"] for id in both], [theirs[id]["rewrite"] for id in both])
+    ours, others = (r.scores([rows[id] for id in both]) for r, rows in ((a, mine), (b, theirs)))
+    raw = a.scores([mine[id] for id in both], "_raw")
+    picks = ranking.choose(others - ours, [x != y for x, y in zip(*answers)])
+    search, (_, answer) = ranking.opened(b.config, b.folder), record.words(b.config)
+    found = ranking.as_page(search, picks, both, raws, answers, (ours, others), lambda i: dict(score=float(raw[i])))
     compared["difference"] = record.interval(others - ours)
-    tables = [t for t in groups.as_page(both, raws, rewrites[1], raw, dict(A=ours, B=others), "B") if t["title"] not in ("what the rewrite did",)]
-    return dict(compare=compared, groups=tables, ranking=found | dict(sides=["rewrite of A", "rewrite of B"]))
+    tables = [t for t in groups.as_page(both, raws, answers[1], raw, dict(A=ours, B=others), "B", _rows(search), record.label(b.metric))
+              if t["title"] != "what the answer did"]
+    return dict(compare=compared, groups=tables, ranking=found | dict(sides=[f"{answer} of A", f"{answer} of B"]))
+
+
+def _rows(search: ranking.Search | str) -> dict[str, dict]:
+    return {} if isinstance(search, str) else search.rows
 
 
 def _differences(a: dict, b: dict) -> list[dict]:
     return [dict(key=key, values=[a.get(key), b.get(key)]) for key in a.keys() | b.keys() if a.get(key) != b.get(key) and key != "started"]
+
+
+def _rollouts(r: record.Record, tokenizer) -> dict:
+    """What the run sampled in training; SFT has nothing of the kind, but texts of a teacher."""
+    if r.loop == "sft":
+        return dict(why="SFT samples nothing in training: there are no rollouts, rewards or advantages to show.", rows=0, rollouts=0, note="")
+    return rollouts.as_page(r.folder / "rollouts.jsonl.gz", r.steps, r.config, tokenizer or _tokenizer(r), _queries(r))
 
 
 def _queries(r: record.Record) -> dict[str, str]:

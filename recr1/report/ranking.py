@@ -1,41 +1,69 @@
-"""The recommendation view: chosen test queries with the lists that two texts bring, who moved, and which terms moved it."""
+"""The recommendation view: chosen test queries with the lists that two answers bring, who moved, and which terms moved it."""
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from .. import data
 from ..config import Config
-from ..metrics import ndcg
 from ..retrieval.base import Retriever
 from ..retrieval.make import KEPT, directory_of, make
+from ..tasks import make as tasks
+from ..tasks.items import history
+from ..tasks.make import Task
+from ..tasks.rewards import METRICS
 from .record import short
 
 TOP = 10                                 # of a list that are shown
 GAINS, LOSSES, MIDDLE = 20, 20, 10       # queries shown
 CHARS = 90                               # of a document
 TERMS = 6                                # of a document's change of score
+PAST = 5                                 # documents of a history
 
 
 @dataclass
 class Search:
-    """A run's retriever, judgements and corpus."""
-    retriever: Retriever
+    """How a run's answers become rankings, and what they are judged by. row_of: the retriever's row of each document that was found."""
+    task: Task
+    retriever: Retriever | None
     qrels: dict[str, dict[str, float]]
+    rows: dict[str, dict]
     corpus: str
     on_bad_line: str
+    metric: str
     k: int
+    row_of: dict[str, int] = field(default_factory=dict)
+
+    def ranked(self, answers: list, ids: list[str], depth: int) -> list[list[str]]:
+        """Document ids of each answer's ranking, best first; none for no answer."""
+        asked = [i for i, answer in enumerate(answers) if answer is not None]
+        lists: list[list[str]] = [[] for _ in answers]
+        if asked:
+            found = self.task.rank([answers[i] for i in asked], [self.rows.get(ids[i], dict(text="")) for i in asked], depth, self._search)
+            for i, ranking in zip(asked, found, strict=True):
+                lists[i] = list(ranking[:depth])
+        return lists
+
+    def _search(self, queries: list[str], k: int) -> list[list[str]]:
+        hits, names = self.retriever.search(queries, k)[0].tolist(), self.retriever.doc_ids
+        found = [[(names[row], row) for row in ranking if row >= 0] for ranking in hits]
+        for ranking in found:
+            self.row_of |= ranking
+        return [[id for id, _ in ranking] for ranking in found]
 
 
 def opened(config: Config, folder: Path, retriever: Retriever | None = None) -> Search | str:
     """What the recommendation view reads, or in one sentence why it cannot. retriever: the run's own where it is at hand; else its index is loaded."""
     d, r = config.data, config.retriever
     try:
-        qrels = data.read_qrels(d.test_qrels or d.train_qrels, d.on_bad_line)[0]
-        if retriever is None:
+        task = tasks.make(config)
+        qrels = data.read_qrels(d.test_qrels or d.train_qrels, "drop")[0]
+        rows = data.read_rows(d.test_queries or d.train_queries, "drop", task.needs)[0]
+        if retriever is None and task.searches:
             place = directory_of(r, folder)
             if r.kind in KEPT and not Path(place).is_dir():
                 return f"The run's index is no longer in {place} (seen from here); recr1 index makes it."
@@ -44,62 +72,74 @@ def opened(config: Config, folder: Path, retriever: Retriever | None = None) -> 
             retriever, _ = make(r)(d.corpus, d.on_bad_line, place, lambda text: None)
     except (ValueError, OSError) as e:
         return f"The run's retriever, corpus or judgements are no longer there (seen from here): {' '.join(str(e).split())}"
-    return Search(retriever, qrels, d.corpus, d.on_bad_line, config.reward.k_eval)
+    return Search(task, retriever if task.searches else None, qrels, rows, d.corpus, d.on_bad_line, config.reward.metric, config.reward.k_eval)
 
 
 def choose(change: np.ndarray, differ: Sequence[bool]) -> list[tuple[str, int]]:
-    """(why, index) of the queries shown: the largest gains and losses, the middle of those whose score changed, and rewrites that changed nothing."""
+    """(why, index) of the queries shown: the largest gains and losses, the middle of those whose score changed, and answers that changed nothing."""
     order = np.argsort(-change, kind="stable").tolist()
     gains, losses = [i for i in order if change[i] > 0], [i for i in reversed(order) if change[i] < 0]
     changed = [i for i in order if change[i] != 0]
     middle = changed[max(0, len(changed) // 2 - MIDDLE // 2):][:MIDDLE]
     idle = [i for i in range(len(change)) if change[i] == 0 and differ[i]][:MIDDLE]
     picks, taken = [], set()
-    for why, some in (("largest gains", gains[:GAINS]), ("largest losses", losses[:LOSSES]), ("middle of the changed", middle), ("rewritten, no change", idle)):
+    for why, some in (("largest gains", gains[:GAINS]), ("largest losses", losses[:LOSSES]), ("middle of the changed", middle), ("another answer, same score", idle)):
         picks += [(why, i) for i in some if i not in taken]
         taken |= set(some)
     return picks
 
 
-def as_page(search: Search | str, picks: list[tuple[str, int]], ids: list[str], raws: list[str], texts: tuple[list[str | None], list[str | None]],
+def as_page(search: Search | str, picks: list[tuple[str, int]], ids: list[str], raws: list, answers: tuple[list, list],
             logged: tuple[np.ndarray, np.ndarray], more: Callable[[int], dict]) -> dict:
-    """texts: what each of the two sides searches for, logged: its NDCG by the run. more(i): what else a query's page says.
+    """raws: the raw answers; answers: what each of the two sides answered, None for nothing; logged: its score by the run. more(i): what else a
+    query's page says.
 
-    {"why": reason when there are no lists, "queries": [...], "documents": {id: text}, "explained": whether terms are known}
+    {"why": reason when there are no lists, "queries": [...], "documents": {id: text}, "explained": whether terms are known, "listed": answers are lists}
     """
-    found = dict(why="", queries=[dict(why=why, id=ids[i], raw=raws[i], texts=[side[i] for side in texts], ndcg=[float(side[i]) for side in logged], **more(i))
-                                  for why, i in picks], documents={}, explained=False)
+    listed = not all(isinstance(raw, str) for raw in raws)
+    rows = {} if isinstance(search, str) else search.rows
+    found = dict(why="", queries=[], documents={}, explained=False, listed=listed)
+    for why, i in picks:
+        row = rows.get(ids[i], {})
+        found["queries"].append(dict(why=why, id=ids[i], raw=row.get("text", ids[i]) if listed else raws[i], texts=[said(side[i], raws[i]) for side in answers],
+                                     scores=[float(side[i]) for side in logged], about=about(row), **more(i)))
     if isinstance(search, str):
         return found | dict(why=search)
-    found["explained"] = explained = hasattr(search.retriever, "explain")
-    depth, wanted, off = max(TOP, search.k), set(), 0
-    chosen = [i for _, i in picks]
-    ranked = [_ranked(search.retriever, [side[i] for i in chosen], depth) for side in texts]
-    names = search.retriever.doc_ids
+    explained = not listed and hasattr(search.retriever, "explain")
+    depth, chosen, off = max(TOP, search.k), [i for _, i in picks], 0
+    wanted = {id for query in found["queries"] for id in query["about"].get("history", [])}
+    try:
+        ranked = [search.ranked([side[i] for i in chosen], [ids[i] for i in chosen], depth) for side in answers]
+    except Exception as e:                               # a retriever's or a task's of the user's own
+        return found | dict(why=f"The lists could not be made again: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
     for n, (i, query) in enumerate(zip(chosen, found["queries"])):
-        gains, rows = search.qrels.get(ids[i], {}), [side[n] for side in ranked]
-        off += any(abs(ndcg([names[r] for r in side], gains, search.k) - score) > 1e-6 for side, score in zip(rows, query["ndcg"]))
-        places = [{r: place for place, r in enumerate(side, 1)} for side in rows]
-        shown = list(dict.fromkeys([*rows[0][:TOP], *rows[1][:TOP]]))
-        wanted |= {names[r] for r in shown}
-        query["documents"] = [dict(id=names[r], gain=gains.get(names[r], 0.0), places=[side.get(r) for side in places],
-                                   terms=_moved(search.retriever, query["texts"], r) if explained else None) for r in shown]
+        gains, lists = search.qrels.get(ids[i], {}), [side[n] for side in ranked]
+        off += any(abs(METRICS[search.metric](side, gains, search.k) - score) > 1e-6 for side, score in zip(lists, query["scores"]))
+        places = [{id: place for place, id in enumerate(side, 1)} for side in lists]
+        shown = list(dict.fromkeys([*lists[0][:TOP], *lists[1][:TOP]]))
+        wanted |= set(shown)
+        query["documents"] = [dict(id=id, gain=gains.get(id, 0.0), places=[side.get(id) for side in places],
+                                   terms=_moved(search.retriever, query["texts"], search.row_of[id]) if explained else None) for id in shown]
         query["relevant"] = sum(gain > 0 for gain in gains.values())
     if off:
-        found["why"] = f"Of {len(chosen)} queries {off} have another NDCG today than the run logged: corpus, judgements or index are not the run's any more."
-    found["documents"], found["depth"], found["top"] = _beginnings(search, wanted), depth, TOP
-    return found
+        found["why"] = f"Of {len(chosen)} queries {off} have another score today than the run logged: corpus, judgements or index are not the run's any more."
+    return found | dict(explained=explained, documents=_beginnings(search, wanted), depth=depth, top=TOP)
 
 
-def _ranked(retriever: Retriever, texts: list[str | None], depth: int) -> list[list[int]]:
-    """Rows of each text's hits, best first; none for no text."""
-    asked = [i for i, text in enumerate(texts) if text is not None]
-    hits: list[list[int]] = [[] for _ in texts]
-    if asked:
-        rows, _ = retriever.search([texts[i] for i in asked], depth)
-        for i, ranking in zip(asked, rows.tolist()):
-            hits[i] = [r for r in ranking if r >= 0]
-    return hits
+def said(answer, raw) -> str | None:
+    """An answer as text: a query; a list of the raw list's documents by their places there; anything else as JSON."""
+    if answer is None or isinstance(answer, str):
+        return answer
+    place = {id: str(i) for i, id in enumerate(raw, 1)} if isinstance(raw, list) else {}
+    if isinstance(answer, list) and all(isinstance(id, str) and id in place for id in answer):
+        return ", ".join(place[id] for id in answer)
+    return json.dumps(answer, ensure_ascii=False)
+
+
+def about(row: dict) -> dict:
+    """What a prompt shows beside its text: a profile, and the last of the history's documents."""
+    past = [id for id, _ in history(row)]
+    return (dict(profile=row["profile"][:CHARS]) if row.get("profile") else {}) | (dict(history=past[-PAST:], items=len(past)) if past else {})
 
 
 def _moved(retriever: Retriever, texts: list[str | None], row: int) -> list[list]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,10 +14,13 @@ from .. import config_file as configs
 from ..config import Config
 from ..data import DataError
 from ..intervals import bootstrap_ci
+from ..tasks.make import TASKS
 
 POINTS = 400                             # of a curve that are drawn; more steps share a point: their mean, least and largest
-CURVES = ("reward", "ndcg", "reward_spread", "zero_variance", "kl", "entropy", "completion_tokens", "clip_share", "unparsable", "unfinished",
-          "logprob_gap_mean", "logprob_gap_p999", "max_logprob_gap", "grad_norm", "lr", "rollout_tokens_per_s")
+CURVES = ("loss", "reward", "reward_spread", "zero_variance", "kl", "entropy", "completion_tokens", "clip_share", "unparsable", "unfinished",
+          "logprob_gap_mean", "logprob_gap_p999", "max_logprob_gap", "grad_norm", "lr", "rollout_tokens_per_s", "tokens_per_s")
+WORDS = {"product_search": ("raw query", "rewrite"), "sequential": ("raw query", "query"), "rerank": ("given order", "new order"),
+         "recommend_list": ("given order", "list")}                              # what each task's answer is compared with, and the answer
 PHASES = ("sample", "reward", "train", "step")
 
 
@@ -36,6 +40,24 @@ class Record:
     def steps(self) -> int:
         return self.metrics[-1]["step"]
 
+    @property
+    def loop(self) -> str:
+        """train, or sft, which has no rollouts and no rewards."""
+        return "train" if any("reward" in row for row in self.metrics) else "sft"
+
+    @property
+    def planned(self) -> int | None:
+        """Steps that the run was to take. SFT's passes over texts come to a number that only its end tells."""
+        return self.summary.get("steps") or (None if self.loop == "sft" and self.config.sft.epochs else self.config.train.steps)
+
+    @property
+    def metric(self) -> str:
+        return f"{self.config.reward.metric}@{self.config.reward.k_eval}"
+
+    def scores(self, rows: list[dict], of: str = "") -> np.ndarray:
+        """Each test query's reward.metric by the policy, of="_raw": by the answer without one."""
+        return np.array([row[self.config.reward.metric + of] for row in rows])
+
 
 def read(folder: Path) -> Record:
     """A run's folder, finished or not. Raises DataError, ConfigError."""
@@ -48,43 +70,57 @@ def read(folder: Path) -> Record:
             raise DataError(f"{folder / 'metrics.jsonl'}: a row without its step; the run's log is damaged")
     if not metrics:
         raise DataError(f"{folder}: the run has not finished a step; there is nothing to report yet")
-    before, after = (_scores(folder / name, notes) for name in ("eval_before.jsonl", "eval_after.jsonl"))
+    before, after = (_scores(folder / name, notes, config.reward.metric) for name in ("eval_before.jsonl", "eval_after.jsonl"))
     if after and [row["id"] for row in before] != [row["id"] for row in after]:
         raise DataError(f"{folder / 'eval_after.jsonl'}: its queries are not those of eval_before.jsonl; the two are of different runs")
     summary, versions = _json(folder / "summary.json", notes, {}), _json(folder / "versions.json", notes, [])
+    found = Record(folder, config, metrics, before, after, summary, versions, notes)
     if not summary:
-        notes.append(f"The run has not finished: {metrics[-1]['step']} of {config.train.steps} steps are there, and no test scores after training.")
+        notes.append(f"The run has not finished: {found.steps} of {found.planned or '?'} steps are there{'' if after else ', and no test scores after training'}.")
     if not versions:
         notes.append("versions.json is missing: which versions and which commit made this run was not recorded.")
-    return Record(folder, config, metrics, before, after, summary, versions, notes)
+    return found
 
 
 def as_page(record: Record) -> dict:
     """What the page shows of it."""
-    scored = record.before or record.after
-    return dict(name=record.folder.resolve().name, folder=str(record.folder), steps=record.steps, planned=record.config.train.steps,
-                metric=f"ndcg@{record.config.reward.k_eval}", train_metric=f"ndcg@{record.config.reward.k_train}", summary=finite(record.summary),
-                results=results(record), n_eval=len(scored), config=settings(record.config), versions=finite(record.versions),
-                curves=curves(record.metrics), evaluations=evaluations(record.metrics), marks=marks(record.metrics), notes=record.notes)
+    rule = record.config.reward
+    parts = list(dict.fromkeys([rule.metric, *rule.weights, *(["overlong"] if rule.overlong else [])]))
+    searches = getattr(TASKS.get(record.config.task), "searches", True)
+    return dict(name=record.folder.resolve().name, loop=record.loop, retriever=record.config.retriever.kind if searches else None, steps=record.steps, planned=record.planned, metric=record.metric, parts=parts,
+                label=label(record.metric), words=words(record.config), summary=finite(record.summary), results=results(record),
+                n_eval=len(record.before or record.after), config=settings(record.config), versions=finite(record.versions),
+                curves=curves(record.metrics, parts), evaluations=evaluations(record.metrics, rule.metric), marks=marks(record.metrics), notes=record.notes)
+
+
+def words(config: Config) -> list[str]:
+    """What the task's answer is compared with, and what it is, as a reader calls them."""
+    return list(WORDS.get(config.task, ("raw answer", "answer")))
+
+
+def label(metric: str) -> str:
+    """ndcg@100 -> NDCG@100."""
+    name, _, k = metric.partition("@")
+    return f"{dict(hit='hit rate').get(name, name.upper() if name in ('ndcg', 'mrr') else name)}@{k}"
 
 
 def settings(config: Config) -> list[dict]:
     """[{"key": dotted, "value", "default"}] of every setting, as text in YAML's spelling."""
-    def flat(tree: dict, where: str = "") -> dict[str, str]:
-        parts = (flat(v, f"{where}{k}.") if isinstance(v, dict) else {where + k: json.dumps(v, ensure_ascii=False)} for k, v in tree.items())
-        return {k: v for part in parts for k, v in part.items()}
-    ours, usual = flat(dataclasses.asdict(config)), flat(dataclasses.asdict(Config()))
+    def flat(config: Config) -> dict[str, str]:
+        sections = {k: v if isinstance(v, dict) else {"": v} for k, v in dataclasses.asdict(config).items()}
+        return {f"{section}.{key}".rstrip("."): json.dumps(value, ensure_ascii=False) for section, some in sections.items() for key, value in some.items()}
+    ours, usual = flat(config), flat(Config())
     return [dict(key=key, value=value, default=usual[key]) for key, value in ours.items()]
 
 
 def results(record: Record) -> dict:
-    """Test NDCG of the raw query and of the policy before and after training, and paired differences, each [mean, low, high]."""
+    """Test scores of the raw answer and of the policy before and after training, and paired differences, each [mean, low, high]."""
     found = {}
     if record.before:
-        raw, before = (np.array([row[name] for row in record.before]) for name in ("ndcg_raw", "ndcg"))
+        raw, before = record.scores(record.before, "_raw"), record.scores(record.before)
         found |= dict(raw=interval(raw), before=interval(before), before_minus_raw=interval(before - raw))
         if record.after:
-            after = np.array([row["ndcg"] for row in record.after])
+            after = record.scores(record.after)
             found |= dict(after=interval(after), after_minus_raw=interval(after - raw), after_minus_before=interval(after - before))
     return found
 
@@ -94,12 +130,12 @@ def interval(values: np.ndarray, samples: int = 10_000) -> list[float]:
     return [float(values.mean()), *bootstrap_ci(values, samples=samples)]
 
 
-def curves(metrics: list[dict]) -> dict:
-    """{"step": [...], name: {"mean": [...], "low": [...], "high": [...]}}; low and high are absent while every step has its own point."""
+def curves(metrics: list[dict], parts: Sequence[str] = ()) -> dict:
+    """{"step": [...], name: {"mean": [...], "low": [...], "high": [...]}}; low and high are absent while every step has its own point. `parts`: of the reward."""
     per = -(-len(metrics) // POINTS)
     spans = [metrics[i:i + per] for i in range(0, len(metrics), per)]
     found: dict = dict(step=[span[-1]["step"] for span in spans], per=per)
-    columns = {name: [[row.get(name) for row in span] for span in spans] for name in CURVES}
+    columns = {name: [[row.get(name) for row in span] for span in spans] for name in (*CURVES, *parts)}
     columns |= {f"seconds.{name}": [[(row.get("seconds") or {}).get(name) for row in span] for span in spans] for name in PHASES}
     for name, cells in columns.items():
         numbers = [[v for v in cell if _finite(v)] for cell in cells]
@@ -110,11 +146,11 @@ def curves(metrics: list[dict]) -> dict:
     return found
 
 
-def evaluations(metrics: list[dict]) -> list[dict]:
-    """The validations: {"step", "ndcg", "raw", "gain": [mean, low, high], "errors"}."""
-    return [dict(step=row["step"], ndcg=finite(row["val_ndcg"]), raw=finite(row.get("val_raw")),
+def evaluations(metrics: list[dict], metric: str) -> list[dict]:
+    """The validations: {"step", "score", "raw", "gain": [mean, low, high], "errors"}."""
+    return [dict(step=row["step"], score=finite(row[f"val_{metric}"]), raw=finite(row.get("val_raw")),
                  gain=finite([row.get("val_gain"), *(row.get("val_gain_ci95") or [None, None])]), errors=row.get("val_errors"))
-            for row in metrics if "val_ndcg" in row]
+            for row in metrics if f"val_{metric}" in row]
 
 
 def marks(metrics: list[dict]) -> list[dict]:
@@ -182,11 +218,11 @@ def _rows(path: Path, notes: list[str], torn: bool = False) -> list[dict]:
     return rows
 
 
-def _scores(path: Path, notes: list[str]) -> list[dict]:
+def _scores(path: Path, notes: list[str], metric: str) -> list[dict]:
     rows = _rows(path, notes)
     for number, row in enumerate(rows, 1):
-        if not (isinstance(row.get("id"), str) and isinstance(row.get("raw"), str) and _finite(row.get("ndcg_raw")) and _finite(row.get("ndcg"))):
-            raise DataError(f"{path}:{number}: a row needs id, raw, ndcg_raw and ndcg; the file is damaged")
+        if not (isinstance(row.get("id"), str) and row.get("raw") is not None and "rewrite" in row and _finite(row.get(f"{metric}_raw")) and _finite(row.get(metric))):
+            raise DataError(f"{path}:{number}: a row needs id, raw, rewrite, {metric}_raw and {metric}; the file is damaged")
     return rows
 
 

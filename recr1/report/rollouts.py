@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..answers import parse_query
+from ..answers import answer_json
 from ..config import Config, ConfigError
 from ..data import DataError
 from ..grpo import objective
 from ..packing import pack
 from ..records import Prompt, Rollout
+from ..tasks.make import TASKS
 from .record import short
 
 PHASES = ("early", "middle", "late")
@@ -37,6 +38,7 @@ BINS = 24
 class Survey:
     """What the first pass found. Steps from 1 to `last` are cut into thirds, the phases."""
     last: int
+    key: str = "query"                   # of the answer's JSON
     rows: int = 0
     rollouts: int = 0
     torn: str = ""
@@ -60,9 +62,9 @@ class Survey:
             self.groups.setdefault((row["step"], row["prompt"]), []).append(line)
         heap = self.highest[phase]
         if len(heap) < 8 * AUDITED or rank > heap[0][:3]:        # more than are shown: some are of the same query
-            light = {k: row[k] for k in ("step", "prompt", "text", "reward", "parts", "adv", "count", "finished")}
+            light = {k: row[k] for k in ("step", "prompt", "text", "error", "reward", "parts", "adv", "count", "finished")}
             (heapq.heappush if len(heap) < 8 * AUDITED else heapq.heappushpop)(heap, (*rank, light))
-        answer = parse_query(row["text"])[0]
+        answer = answered(row, self.key)
         if answer is None or answer not in self.answers and len(self.answers) >= ANSWERS:
             self.uncounted += answer is not None
             return
@@ -71,9 +73,23 @@ class Survey:
         known[1:] = [known[1] + count, known[2] + count * row["reward"], row["step"]]
 
 
-def survey(path: Path, last: int) -> Survey:
+def answered(row: dict, key: str) -> str | None:
+    """What a rollout answered, in the policy's own words: a query, or a list's labels; None where the run found no answer in its text."""
+    if row["error"] is not None:
+        return None
+    text = row["text"]
+    value, error = answer_json(text if "</think>" in text else "</think>" + text)        # the prompt may have closed the thought
+    if error is not None:                                                                # a task of the user's own reads texts in its own way
+        return text.strip()
+    value = value.get(key, value) if isinstance(value, dict) else value
+    if isinstance(value, list) and all(isinstance(label, str) for label in value):
+        return ", ".join(value)
+    return value.strip() if isinstance(value, str) else json.dumps(value)
+
+
+def survey(path: Path, last: int, key: str = "query") -> Survey:
     """The first pass. Raises DataError for a row that is none of a rollout log's; a torn end is noted and left out."""
-    found = Survey(last)
+    found = Survey(last, key)
     for number, line in lines(path, found):
         try:
             found.see(number, json.loads(line))
@@ -94,7 +110,7 @@ def lines(path: Path, found: Survey) -> Iterator[tuple[int, str]]:
 
 def as_page(path: Path, last: int, config: Config, tokenizer, queries: dict[str, str]) -> dict:
     """Phases with their rollouts, the audit and the distribution of rewards. tokenizer: None where there is none; queries {id: text} where known."""
-    found = survey(path, last)
+    found = survey(path, last, getattr(TASKS.get(config.task), "key", "query"))
     picks = [choose(rows) for rows in found.traced]
     wanted = {line for chosen in picks for _, row in chosen for line in found.groups[row[4], row[5]]}
     kept = {number: json.loads(line) for number, line in lines(path, found) if number in wanted} if wanted else {}
@@ -107,7 +123,7 @@ def as_page(path: Path, last: int, config: Config, tokenizer, queries: dict[str,
                            steps=len({row[4] for row in found.traced[i]}),
                            rollouts=[dict(rank=rank, **lens.show(kept[-row[2]], [kept[n] for n in found.groups[row[4], row[5]]], queries)) for rank, row in chosen]))
     return dict(rows=found.rows, rollouts=found.rollouts, note=found.torn, phases=[p for p in phases if p["first"] <= p["last"]], tokenizer=tokenizer is not None,
-                loss_note=lens.note, audit=audit(found, queries), recurring=recurring(found, queries), uncounted=found.uncounted, histogram=histogram(found.rewards))
+                loss_note=lens.note, audit=audit(found, queries, config.task), recurring=recurring(found, queries), uncounted=found.uncounted, histogram=histogram(found.rewards))
 
 
 def choose(rows: list[tuple]) -> list[tuple[str, tuple]]:
@@ -181,30 +197,32 @@ class Lens:
         return pieces
 
 
-def audit(found: Survey, queries: dict[str, str]) -> list[dict]:
+def audit(found: Survey, queries: dict[str, str], task: str) -> list[dict]:
     """The rollouts of highest reward of each phase, one per query, with what is conspicuous about it."""
     rows = []
     for phase, heap in zip(PHASES, found.highest):
         seen: dict[str, dict] = {}
         for *_, row in sorted(heap, key=lambda item: item[:3], reverse=True):
             if row["prompt"] not in seen and len(seen) < AUDITED:
-                answer, error = parse_query(row["text"])
-                query = queries.get(row["prompt"])
-                seen[row["prompt"]] = dict(phase=phase, step=row["step"], prompt=row["prompt"], query=query, answer=answer and answer[:CHARS], text=row["text"][:CHARS], error=error,
-                                 reward=row["reward"], parts=row["parts"], adv=row["adv"],
-                                           flags=flags(query, answer, row, len(found.answers.get(answer, [()])[0])))
+                answer, query = answered(row, found.key), queries.get(row["prompt"])
+                seen[row["prompt"]] = dict(phase=phase, step=row["step"], prompt=row["prompt"], query=query, answer=answer and answer[:CHARS],
+                                           text=row["text"][:CHARS], error=row["error"], reward=row["reward"], parts=row["parts"], adv=row["adv"],
+                                           flags=flags(query, answer, row, len(found.answers.get(answer, [()])[0]), task))
         rows += seen.values()
     return sorted(rows, key=lambda row: (-row["reward"], -row["adv"], row["step"]))
 
 
-def flags(query: str | None, answer: str | None, row: dict, prompts: int) -> list[str]:
+def flags(query: str | None, answer: str | None, row: dict, prompts: int, task: str) -> list[str]:
     """What to look at twice. Words are what stands between blanks, in lower case."""
     words, own = (answer or "").lower().split(), set((query or "").lower().split())
-    most = Counter(words).most_common(1)
+    rewritten, listed = task == "product_search" and bool(own) and bool(words), hasattr(TASKS.get(task), "key")
+    word, times = Counter(words).most_common(1)[0] if words and not listed else ("", 0)
+    labels = (answer or "").split(", ")
     return [text for text, holds in (
-        (f"'{most[0][0][:20]}' {most[0][1]} times" if most else "", bool(most) and most[0][1] >= 3),
-        ("no word of the query", bool(own) and bool(words) and not own & set(words)),
-        (f"{len(words)} words for {len(own)}", bool(own) and len(words) > max(8, 3 * len(own))),
+        (f"'{word[:20]}' {times} times", times >= 3),
+        ("no word of the query", rewritten and not own & set(words)),
+        (f"{len(words)} words for {len(own)}", rewritten and len(words) > max(8, 3 * len(own))),
+        ("the given order", listed and len(labels) > 1 and labels == [f"Item_{i}" for i in range(1, len(labels) + 1)]),
         (f"answer to {prompts} queries", prompts >= 3),
         ("no letter or digit", bool(words) and not re.search(r"\w", answer or "")),
         ("control characters", not all(c.isprintable() or c in "\n\t" for c in row["text"])),

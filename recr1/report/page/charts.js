@@ -145,7 +145,7 @@ function chart(spec) {
   const root = svg("svg", { class: "plot", height: HEIGHT, tabindex: 0, role: "img", "aria-label": label });
   figure.append(root);
   if (spec.note) figure.append(el("p", { class: "small" }, spec.note));
-  const steps = [...new Set(spec.series.flatMap((s) => s.x))].sort((a, b) => a - b);
+  const steps = [...new Set([...spec.series, ...(spec.points || [])].flatMap((s) => s.x))].sort((a, b) => a - b);
   let x = () => 0,
     line = null;
 

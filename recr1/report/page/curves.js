@@ -57,7 +57,7 @@ function curvesSection() {
     );
   }).filter(Boolean);
   const ended = (name) => RUNS.every((run) => (run.curves[name]?.mean || []).every((v) => !v));
-  const kit = (spec) => chart({ last, marks, ...spec });
+  const kit = (spec) => (spec.empty || spec.series.length || (spec.points || []).length ? chart({ last, marks, ...spec }) : null);
   const phases = (run) => ["sample", "reward", "train"].filter((p) => run.curves["seconds." + p]);
 
   function seconds() {
@@ -87,52 +87,70 @@ function curvesSection() {
   }
 
   const single = RUNS[0],
+    trained = RUNS.some((run) => run.loop === "train"),
+    metric = single.metric.split("@")[0],
+    label = [...new Set(RUNS.map((run) => run.label))].join(" / "),
+    extra = [...new Set(RUNS.flatMap((run) => run.parts))].filter((part) => part !== metric && has(part)),
     inner = Math.max(...RUNS.map((run) => setting(run, "train.inner_steps") ?? 1));
+  // the reward's other parts: four lines to a chart, of two runs one part to a chart
+  const parts = TWO
+    ? extra.map((part) => kit({ title: `Reward's part ${part}`, unit: "mean of the step's rollouts", series: series(part, part) }))
+    : extra
+        .filter((_, i) => i % 4 === 0)
+        .map((_, i) => extra.slice(4 * i, 4 * i + 4))
+        .map((some) =>
+          kit({
+            title: "Other parts of the reward",
+            unit: "unweighted, mean of the step's rollouts",
+            series: series(
+              some[0],
+              some[0],
+              some.slice(1).map((part) => [part, part]),
+            ),
+          }),
+        );
   const figures = [
+    kit({ title: "Loss", unit: "cross-entropy, nats per target token", series: series("loss", "loss") }),
     kit({ title: "Reward", unit: "mean of the step's rollouts", series: series("reward", "reward") }),
     kit({
-      title: TWO ? "NDCG" : `NDCG@${setting(single, "reward.k_eval")}`,
-      unit: "train sampled, validation greedy",
-      series: series("ndcg", `train, @${setting(single, "reward.k_train")}`),
+      title: label,
+      unit: trained ? "train sampled, validation greedy" : "validation, greedy",
+      series: series(metric, `train, @${setting(single, "reward.k_train")}`),
       points: [
-        ...points((e) => [e.ndcg], "validation", "triangle", "b"),
-        ...(TWO ? [] : points((e) => [e.raw], "raw query", "diamond", "c")),
+        ...points((e) => [e.score], "validation", "triangle", "b"),
+        ...(TWO ? [] : points((e) => [e.raw], single.words[0], "diamond", "c")),
       ],
     }),
-    RUNS.some((run) => run.evaluations.length) || tests.length
-      ? kit({
-          title: "Gain over the raw query",
-          unit: "NDCG, with 95% intervals over queries",
-          zero: true,
-          series: RUNS.map(
-            (run, k) =>
-              run.evaluations.length && {
-                name: runName(k, "validation"),
-                tone: TWO ? TONES[k] : "b",
-                x: run.evaluations.map((e) => e.step),
-                y: run.evaluations.map((e) => e.gain[0]),
-                quiet: true,
-              },
-          )
-            .filter(Boolean)
-            .concat(RUNS.some((run) => run.evaluations.length) ? [] : tests),
-          points: [...points((e) => e.gain, "validation", "triangle", "b"), ...tests],
-          text: (v) => signed(v),
-        })
-      : null,
+    ...parts,
+    kit({
+      title: `Gain over the ${single.words[0]}`,
+      unit: `${label}, with 95% intervals over queries`,
+      zero: true,
+      series: RUNS.map(
+        (run, k) =>
+          run.evaluations.length && {
+            name: runName(k, "validation"),
+            tone: TWO ? TONES[k] : "b",
+            x: run.evaluations.map((e) => e.step),
+            y: run.evaluations.map((e) => e.gain[0]),
+            quiet: true,
+          },
+      ).filter(Boolean),
+      points: [...points((e) => e.gain, "validation", "triangle", "b"), ...tests],
+      text: (v) => signed(v),
+    }),
     kit({
       title: "KL to the initial policy",
       unit: "k3, nats per token",
       series: series("kl", "KL"),
       zero: true,
-      empty: !has("kl") && "Not measured: loss.kl is 0, so no reference policy was kept.",
+      empty: trained && !has("kl") && "Not measured: loss.kl is 0, so no reference policy was kept.",
     }),
     kit({
       title: "Entropy",
       unit: "nats, mean over the trained tokens",
       series: series("entropy", "entropy"),
       zero: true,
-      empty: !has("entropy") && "Not logged.",
     }),
     kit({ title: "Completion length", unit: "tokens", series: series("completion_tokens", "tokens") }),
     kit({
@@ -162,7 +180,10 @@ function curvesSection() {
       note: ended("max_logprob_gap") && "0 in every step: sampler and trainer agree bit for bit.",
     }),
     seconds(),
+    kit({ title: "Sampling speed", unit: "tokens per second of sampling", zero: true, series: series("rollout_tokens_per_s", "tokens/s") }),
+    kit({ title: "Speed", unit: "target tokens per second", zero: true, series: series("tokens_per_s", "tokens/s") }),
     kit({ title: "Gradient norm", unit: "before clipping", zero: true, series: series("grad_norm", "norm") }),
+    kit({ title: "Learning rate", unit: "of the step", zero: true, series: series("lr", "rate") }),
     kit({
       title: "Faulty answers",
       unit: "share of rollouts",
@@ -176,7 +197,7 @@ function curvesSection() {
     ["zero_variance", "first groups of equal rewards"],
     ["clip_spike", "clip spike"],
     ["skipped", "skipped step"],
-  ];
+  ].filter(([kind]) => trained || ["evaluation", "skipped"].includes(kind));
   const per = RUNS.map((run) => run.curves.per),
     listed = RUNS.flatMap((run, k) =>
       run.marks.map((m) => [
@@ -205,7 +226,7 @@ function curvesSection() {
     el(
       "p",
       { class: "intro" },
-      `Point at a chart, or focus it and press the arrow keys: all charts show that step. ${Math.max(...per) > 1 ? `A point is the mean of ${Math.max(...per)} steps, the band their range. ` : ""}Lines over many points are running means.`,
+      `Point at a chart, or focus it and press the arrow keys: all charts show that step. ${Math.max(...per) > 1 ? `A point is the mean of ${Math.max(...per)} steps, the band their range. ` : ""}Lines over many points are running means.${trained ? "" : " SFT samples nothing: reward, KL, clip share, lengths and log-prob gap do not exist."}`,
     ),
     el("div", { class: "charts" }, figures.filter(Boolean)),
     el(

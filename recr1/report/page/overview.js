@@ -2,11 +2,11 @@
 function headline(run) {
   const facts = [
     setting(run, "task").replace("_", " "),
-    setting(run, "retriever.kind"),
-    `loss ${setting(run, "loss.kind")}`,
-    `${run.steps.toLocaleString("en-US")} of ${plural(run.planned, "step")}`,
+    ...(run.retriever ? [run.retriever] : []),
+    run.loop === "sft" ? `SFT, teacher ${setting(run, "sft.teacher")}` : `loss ${setting(run, "loss.kind")}`,
+    known(run.planned) ? `${run.steps.toLocaleString("en-US")} of ${plural(run.planned, "step")}` : plural(run.steps, "step"),
     `seed ${setting(run, "run.seed")}`,
-    plural(run.rollouts.rollouts, "rollout"),
+    ...(run.loop === "sft" ? [] : [plural(run.rollouts.rollouts, "rollout")]),
   ];
   if (known(run.summary.wall_s)) facts.push(span(run.summary.wall_s));
   return facts.join(" · ");
@@ -86,23 +86,23 @@ function overviewSection() {
   const three = (t) => (t ? number(t[0], 4) : "–"),
     within = (t) => (t ? `95% [${t[1].toFixed(4)}, ${t[2].toFixed(4)}]` : "not scored");
   const rows = [
-    ["after − raw query", r.after_minus_raw, "a"],
+    [`after − ${run.words[0]}`, r.after_minus_raw, "a"],
     ["after − before training", r.after_minus_before, "b"],
-    ["before − raw query", r.before_minus_raw, "neutral"],
+    [`before − ${run.words[0]}`, r.before_minus_raw, "neutral"],
   ].filter((row) => row[1]);
   return section(
     "overview",
     "Overview",
-    `${run.metric.toUpperCase()} on ${plural(run.n_eval, "test query")} that were never trained on, greedy answers. Differences are paired; intervals are over queries (bootstrap), not over seeds.`,
+    `${run.label} on ${plural(run.n_eval, "test query")} that were never trained on, greedy answers. Differences are paired; intervals are over queries (bootstrap), not over seeds.`,
     notes(),
     el(
       "div",
       { class: "tiles" },
-      tile("raw query", three(r.raw), within(r.raw)),
+      tile(run.words[0], three(r.raw), within(r.raw)),
       tile("policy before training", three(r.before), within(r.before)),
       tile("policy after training", three(r.after), within(r.after), "strong"),
       tile(
-        "answers without a query",
+        "answers that cannot be read",
         known(run.summary.unparsable_after) ? run.summary.unparsable_after.toLocaleString("en-US") : "–",
         known(run.summary.unparsable_before)
           ? `of ${run.summary.n_eval.toLocaleString("en-US")} after training; before: ${run.summary.unparsable_before}`
@@ -110,7 +110,37 @@ function overviewSection() {
       ),
     ),
     rows.length ? el("div", { class: "card" }, forest(rows)) : null,
+    measures(run),
   );
+}
+
+// All metrics and parts of the reward on the test queries; a run's summary.json has them once it has finished.
+function measures(run) {
+  const all = Object.entries(run.summary.parts || {}),
+    k = run.metric.split("@")[1];
+  if (all.length < 2) return null;
+  return [
+    el("h3", null, `All measures, on test, @${k}`),
+    table(
+      "All measures",
+      [
+        ["measure", ""],
+        [run.words[0], "num"],
+        ["before training", "num"],
+        ["after training", "num"],
+        [`after − ${run.words[0]}, 95%`, "num"],
+        ["p", "num", "two-sided paired randomisation test"],
+      ],
+      all.map(([name, f]) => [
+        name,
+        number(f.raw, 4),
+        number(f.before, 4),
+        number(f.after, 4),
+        interval([f.gain, ...f.gain_ci95]),
+        known(f.gain_p) ? f.gain_p.toFixed(4) : "–",
+      ]),
+    ),
+  ];
 }
 
 function comparison() {
@@ -118,11 +148,11 @@ function comparison() {
     column = (pick) => RUNS.map(pick),
     triple = (t) => (t ? `${t[0].toFixed(4)} [${t[1].toFixed(4)}, ${t[2].toFixed(4)}]` : "–");
   const rows = [
-    ["raw query", ...column((r) => triple(r.results.raw))],
+    [RUNS[0].words[0], ...column((r) => triple(r.results.raw))],
     ["before training", ...column((r) => triple(r.results.before))],
     ["after training", ...column((r) => triple(r.results.after))],
-    ["after − raw query", ...column((r) => (r.results.after_minus_raw ? interval(r.results.after_minus_raw) : "–"))],
-    ["answers without a query", ...column((r) => number(r.summary.unparsable_after))],
+    [`after − ${RUNS[0].words[0]}`, ...column((r) => (r.results.after_minus_raw ? interval(r.results.after_minus_raw) : "–"))],
+    ["answers that cannot be read", ...column((r) => number(r.summary.unparsable_after))],
     ["wall time", ...column((r) => span(r.summary.wall_s))],
     ["rollout tokens per second", ...column((r) => number(r.summary.rollout_tokens_per_s && Math.round(r.summary.rollout_tokens_per_s)))],
   ];
@@ -156,7 +186,7 @@ function comparison() {
           { class: "card" },
           forest([
             ["B − A", c.difference, "b"],
-            ...RUNS.map((r, k) => [`${LETTERS[k]} − raw query`, r.results.after_minus_raw, TONES[k]]).filter((row) => row[1]),
+            ...RUNS.map((r, k) => [`${LETTERS[k]} − ${r.words[0]}`, r.results.after_minus_raw, TONES[k]]).filter((row) => row[1]),
           ]),
         )
       : null,

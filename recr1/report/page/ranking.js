@@ -132,7 +132,7 @@ function listings(q) {
             { style: { "--slots": slots } },
             items[side].map((i) => i.node),
           )
-        : el("p", { class: "small" }, q.texts[side] === null ? "There was no query to search for." : "No hits."),
+        : el("p", { class: "small" }, q.texts[side] === null ? "There was no answer to rank by." : "No hits."),
     );
   root.append(column(0), lines, column(1));
   const gone = q.documents.filter(
@@ -165,33 +165,49 @@ function listings(q) {
 function rankingSection() {
   const r = data.ranking,
     intro = TWO
-      ? "Test queries on which the two policies differ most: B's rewrite against A's."
-      : "Test queries, chosen by rule: what the raw query brought, what the trained policy's rewrite brings.";
+      ? "Test queries on which the two policies differ most: B's answer against A's."
+      : `Test queries, chosen by rule: the ${RUNS[0].words[0]} and what the trained policy made of it${r && r.listed ? "; a list is given by the places of its items in the given order" : ""}.`;
   if (!r)
     return section(
       "recommendations",
       "Recommendations",
       TWO ? "The two runs have no scored test query in common." : "The run has no test scores after training yet.",
     );
-  if (!r.queries.length) return section("recommendations", "Recommendations", "No rewrite differs from its query.");
+  if (!r.queries.length) return section("recommendations", "Recommendations", `No ${RUNS[0].words[1]} differs from its ${RUNS[0].words[0]}.`);
   const detail = el("div", { class: "detail" }),
     list = el("div", { class: "queries", role: "group", "aria-label": "queries; the arrow keys move among them" }),
     buttons = [];
+  const name = RUNS[0].label,
+    marked = (from, to) => (r.listed ? to : words(from, to)); // a list's places are no words
+  // what the prompt shows beside its text
+  function beside(q) {
+    const past = q.about.history || [];
+    return [
+      q.about.profile ? [el("dt", null, "profile"), el("dd", null, q.about.profile)] : [],
+      past.length
+        ? [
+            el("dt", null, "history"),
+            el("dd", null, (q.about.items > past.length ? `${q.about.items} items, the last: ` : "") + past.map((id) => r.documents[id] ?? id).join(" · ")),
+          ]
+        : [],
+    ];
+  }
   function show(i) {
     const q = r.queries[i],
-      change = q.ndcg[1] - q.ndcg[0];
+      change = q.scores[1] - q.scores[0];
     buttons.forEach((b, j) => b.setAttribute("aria-pressed", String(i === j)));
     detail.replaceChildren(
       el(
         "dl",
         { class: "pairing" },
-        TWO ? [el("dt", null, "query"), el("dd", null, el("q", null, q.raw), ` NDCG ${number(q.score, 4)}`)] : null,
+        TWO || r.listed ? [el("dt", null, "query"), el("dd", null, el("q", null, q.raw), known(q.score) && ` ${name} of the ${RUNS[0].words[0]} ${number(q.score, 4)}`)] : null,
+        ...beside(q),
         el("dt", null, r.sides[0]),
         el(
           "dd",
           null,
           q.texts[0] === null ? "no answer" : el("q", null, q.texts[0]),
-          el("span", { class: "score" }, `NDCG ${number(q.ndcg[0], 4)}`),
+          el("span", { class: "score" }, `${name} ${number(q.scores[0], 4)}`),
         ),
         q.before
           ? [
@@ -199,8 +215,8 @@ function rankingSection() {
               el(
                 "dd",
                 null,
-                q.before[0] === null ? "no answer" : el("q", null, words(q.raw, q.before[0])),
-                el("span", { class: "score" }, `NDCG ${number(q.before[1], 4)}`),
+                q.before[0] === null ? "no answer" : el("q", null, marked(q.raw, q.before[0])),
+                el("span", { class: "score" }, `${name} ${number(q.before[1], 4)}`),
               ),
             ]
           : null,
@@ -208,11 +224,11 @@ function rankingSection() {
         el(
           "dd",
           null,
-          q.texts[1] === null ? "no answer" : el("q", null, words(q.texts[0], q.texts[1])),
+          q.texts[1] === null ? "no answer" : el("q", null, marked(q.texts[0], q.texts[1])),
           el(
             "span",
             { class: "score" },
-            `NDCG ${number(q.ndcg[1], 4)} `,
+            `${name} ${number(q.scores[1], 4)} `,
             el("b", { class: change > 0 ? "up-text" : change < 0 ? "down-text" : "" }, signed(change)),
           ),
         ),
@@ -224,7 +240,7 @@ function rankingSection() {
   let why = null;
   r.queries.forEach((q, i) => {
     if (q.why !== why) list.append(el("h4", null, (why = q.why)));
-    const change = q.ndcg[1] - q.ndcg[0],
+    const change = q.scores[1] - q.scores[0],
       button = el(
         "button",
         { type: "button", "aria-pressed": "false", onclick: () => show(i) },
@@ -245,12 +261,10 @@ function rankingSection() {
       "p",
       { class: "small" },
       `${plural(r.queries.length, "query")} of ${data.groups[0].rows[0].n.toLocaleString("en-US")} are shown: ${[...new Set(r.queries.map((q) => q.why))].join(", ")}. `,
-      el("ins", null, "added or repeated"),
-      " ",
-      el("del", null, "left out"),
+      r.listed ? null : [el("ins", null, "added or repeated"), " ", el("del", null, "left out")],
       r.explained
         ? `. Beside a document: what each term (as the index has it, stemmed) adds to its score; on the right, by how much that changed. A document falls when others gain more.`
-        : r.why
+        : r.why || r.listed
           ? ""
           : ". This retriever does not say what a term adds to a score.",
     ),

@@ -78,6 +78,7 @@ function auditSection() {
     (run) => {
       const r = run.rollouts,
         holder = el("div");
+      if (r.why) return [el("p", { class: "small" }, r.why)];
       if (!r.audit.length) return [el("p", { class: "small" }, "No rollouts were found.")];
       const names = ["all", "early", "middle", "late", "marked only"];
       const fill = (i) => {
@@ -169,7 +170,7 @@ function groupsSection() {
   return section(
     "groups",
     title,
-    `Test queries in groups; the change is ${TWO ? "B − A" : "after training − raw query"}, with its 95% interval over the group's queries. ${rows.length} groups were looked at: about one in twenty intervals lies beside its true value by chance alone.`,
+    `Test queries in groups; the change is ${TWO ? "B − A" : `after training − ${RUNS[0].words[0]}`}, with its 95% interval over the group's queries. ${rows.length} groups were looked at: about one in twenty intervals lies beside its true value by chance alone.`,
     g.map((t) => [
       el("h3", null, t.title === "all" ? null : `By ${t.title}`),
       t.text && el("p", { class: "small" }, t.text),

@@ -105,6 +105,28 @@ function perRun(id, title, intro, render) {
   );
 }
 
+// What SFT learnt from, by the run's summary.
+function learnt(run) {
+  const t = run.summary.teacher;
+  if (!t) return [];
+  const errors = Object.entries(t.errors || {}).map(([name, n]) => `${name} ${n}`);
+  return [
+    table(
+      "The teacher's texts",
+      [
+        ["teacher", "mono"],
+        ["texts", "num"],
+        ["kept", "num"],
+        [`mean ${run.metric.split("@")[0]} of the kept`, "num"],
+        [`of their ${run.words[0]}`, "num"],
+        ["nothing to learn from", ""],
+      ],
+      [[t.source, number(t.texts), number(t.kept), number(t.score_kept, 4), number(t.raw_kept, 4), errors.join(", ") || "none"]],
+    ),
+    el("p", { class: "small" }, "The texts with their scores are in teacher.jsonl, beside this page."),
+  ];
+}
+
 function rolloutsSection() {
   return perRun(
     "rollouts",
@@ -113,8 +135,9 @@ function rolloutsSection() {
       "Colour is A · log p, by the trainer before the update: blue tokens are pushed up, orange ones down, and the deeper the colour, the more " +
       "the token surprised the policy. Within a rollout the deepest colour is its largest |A · log p|, and the depth goes by the square root.",
     (run) => {
-      const r = run.rollouts,
-        traced = r.phases.reduce((n, p) => n + p.logged, 0),
+      const r = run.rollouts;
+      if (r.why) return [el("p", { class: "small" }, r.why), ...learnt(run)];
+      const traced = r.phases.reduce((n, p) => n + p.logged, 0),
         on = r.phases.reduce((n, p) => n + p.rollouts.length, 0);
       return [
         el(
@@ -129,7 +152,7 @@ function rolloutsSection() {
         el(
           "p",
           { class: "small" },
-          `${on} of ${plural(r.rows, "distinct rollout")} are shown; ${traced.toLocaleString("en-US")} were logged with their tokens (log.tokens_every = ${setting(run, "log.tokens_every")}). ${r.tokenizer ? "" : "No tokenizer was at hand: tokens are their ids. "}${r.loss_note}`,
+          `${on} of ${plural(r.rows, "distinct rollout")} are shown; ${traced.toLocaleString("en-US")} were logged with their tokens (log.tokens_every = ${setting(run, "log.tokens_every")}). ${(setting(run, "train.inner_steps") ?? 1) > 1 ? "The values are those before the step's first update, where every ratio is 1. " : ""}${r.tokenizer ? "" : "No tokenizer was at hand: tokens are their ids. "}${r.loss_note}`,
         ),
         ...r.phases.map((p) =>
           el(
