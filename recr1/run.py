@@ -90,7 +90,6 @@ class Run:
                 with writing(self.folder):
                     self.folder.mkdir(parents=True, exist_ok=True)
                 write_text(self.folder / "config.yaml", configs.dump(cfg))
-                versions.note(self.folder)
                 self._open_heartbeat()
         with dist.together(), at_once():
             if dist.rank() > 0:
@@ -139,6 +138,9 @@ class Run:
         the last finished step and leave."""
         self.progress = Progress(self.cfg, self.last, self.started, self.policy, optimizer, self.log, self.tokenizer, self.stops)
         self.progress.resume(self.found)
+        with dist.together():
+            if dist.rank() == 0:
+                versions.note(self.folder)
         try:
             if self.progress.row is not None:
                 self._conclude()                                   # stopped in its validation

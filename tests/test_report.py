@@ -167,8 +167,8 @@ def test_a_run_that_is_not_finished(run, tmp_path):
     (lambda d: (d / "metrics.jsonl").unlink(), "not finished a step"),
     (lambda d: (d / "metrics.jsonl").write_text("{}\n"), "without its step"),
     (lambda d: (d / "metrics.jsonl").write_text("x\n{}\n"), "metrics.jsonl:1"),
-    (lambda d: (d / "eval_after.jsonl").write_text('{"id": "a", "raw": "b", "ndcg_raw": 0, "ndcg": "x"}\n'), "eval_after.jsonl:1"),
-    (lambda d: (d / "eval_after.jsonl").write_text('{"id": "a", "raw": "b", "ndcg_raw": 0, "ndcg": 1}\n'), "not those of eval_before"),
+    (lambda d: (d / "eval_after.jsonl").write_text('{"id": "a", "raw": "b", "rewrite": "b", "ndcg_raw": 0, "ndcg": "x"}\n'), "eval_after.jsonl:1"),
+    (lambda d: (d / "eval_after.jsonl").write_text('{"id": "a", "raw": "b", "rewrite": "b", "ndcg_raw": 0, "ndcg": 1}\n'), "not those of eval_before"),
     (lambda d: (d / "rollouts.jsonl.gz").write_bytes(gzip.compress(b"[]\n")), "rollouts.jsonl.gz:1")])
 def test_damaged_runs_are_refused_in_one_line(spoil, says, run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")

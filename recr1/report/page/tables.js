@@ -74,7 +74,7 @@ function auditSection() {
   return perRun(
     "audit",
     "Reward audit",
-    "The highest rewards first, so that a trick shows: a reward that was earned by something other than a good query. Equal rewards are ordered by advantage. Marks are things to look at twice, not verdicts.",
+    "The highest rewards first, so that a trick shows: a reward that was earned by something other than a good answer. Equal rewards are ordered by advantage. Marks are things to look at twice, not verdicts.",
     (run) => {
       const r = run.rollouts,
         holder = el("div");
@@ -106,7 +106,7 @@ function auditSection() {
           el(
             "p",
             { class: "small" },
-            `${rows.length} shown of ${plural(r.rows, "distinct rollout")}; kept here are the ${r.audit.length} of highest reward, up to 40 of each third of the training.`,
+            `${rows.length} shown of ${plural(r.rows, "distinct rollout")}; kept here are the ${r.audit.length} of highest reward, up to 40 of each third of the training.${setting(run, "data.shuffle_words") ? " Prompts may have shown a query's words in another order (data.shuffle_words)." : ""}`,
           ),
         );
       };
