@@ -19,7 +19,7 @@ def installed() -> str | None:
 class Browser:
     """One tab. `events` holds what the page reported: (method, params)."""
 
-    def __init__(self, path: str, limit: float = 120.0):
+    def __init__(self, path: str, limit: float = 300.0):
         self.limit, self.events, self.number, self.rest, self.session = limit, [], 0, b"", None
         self.profile = tempfile.TemporaryDirectory(prefix="recr1-browser-", ignore_cleanup_errors=True)
         (read, self.write), (self.read, write) = os.pipe(), os.pipe()

@@ -15,7 +15,7 @@ import torch
 from browser import Browser, installed
 from tiny import jsonl, tiny_tokenizer, write_yaml
 
-from recr1 import cli, report, train
+from recr1 import cli, dist, report, train
 from recr1.config_file import load
 from recr1.report import groups, ranking, record, rollouts
 from recr1.run import guarded
@@ -101,7 +101,9 @@ def test_pieces_of_characters_spread_over_tokens(run):
     tokenizer = tiny_tokenizer()
     lens = rollouts.Lens(load(str(run / "config.yaml"), []), tokenizer)
     ids = tokenizer("naïve 龍 café ユーザー")["input_ids"]
-    assert "".join(lens.pieces(ids)) == tokenizer.decode(ids) and "" in lens.pieces(ids)
+    for some in (ids, ids[:-1], ids[1:], ids[:1] + ids[-2:]):
+        assert "".join(lens.pieces(some)) == tokenizer.decode(some) and len(lens.pieces(some)) == len(some)
+    assert "" in lens.pieces(ids)
     assert rollouts.Lens(lens.config, None).pieces([3, 4]) == ["[3]", "[4]"]
 
 
@@ -182,6 +184,7 @@ def test_a_report_never_costs_the_run(run, tmp_path, monkeypatch):
     said = report.at_end(tmp_path, None, None)
     assert "the run is whole" in said and "\n" not in said
     monkeypatch.setattr(report, "AT_ONCE", 10)
+    monkeypatch.setattr(dist, "world", lambda: 2)
     assert "recr1 report" in report.at_end(run, None, None)
 
 

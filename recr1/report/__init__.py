@@ -13,14 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import data
+from .. import data, dist
 from ..config import ConfigError
 from ..files import write_text
 from ..hub import ModelFolderError, load_tokenizer
 from ..retrieval.base import Retriever
 from . import groups, ranking, record, rollouts
 
-AT_ONCE = 100 * 2**20                    # bytes of rollouts.jsonl.gz whose report a run's end writes by itself: about two minutes, in which other ranks wait
+AT_ONCE = 100 * 2**20                    # bytes of rollouts.jsonl.gz whose report a run's end writes by itself while other ranks wait for this one
 SCRIPTS = ("dom.js", "charts.js", "curves.js", "overview.js", "tokens.js", "ranking.js", "tables.js", "main.js")
 
 
@@ -46,7 +46,7 @@ def at_end(run: Path, retriever: Retriever, tokenizer) -> str:
     """The report of a run that has just finished, and one line that says where it is; or why it is not there: a report must never cost the run."""
     try:
         log = run / "rollouts.jsonl.gz"                  # SFT has none
-        if (size := log.stat().st_size if log.exists() else 0) > AT_ONCE:
+        if dist.world() > 1 and (size := log.stat().st_size if log.exists() else 0) > AT_ONCE:
             return f"{run}: {size >> 20} MiB of rollouts; `recr1 report {run}` makes its report"
         return f"report: {write([str(run)], retriever=retriever, tokenizer=tokenizer)}"
     except Exception as e:

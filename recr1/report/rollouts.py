@@ -183,17 +183,20 @@ class Lens:
         """The text of each token; bytes of a character that is spread over tokens stand at the token that ends it."""
         if self.tokenizer is None:
             return [f"[{id}]" for id in ids]
-        pieces, done, shown = [], [], ""
+        pieces, done, shown, waiting = [], [], "", False
         for id in ids:
             done.append(id)
             text = self.tokenizer.decode(done, clean_up_tokenization_spaces=False)
-            if text.endswith("\ufffd") and len(done) < 8:
+            waiting = text.endswith("\ufffd") and len(done) < 8
+            if waiting:
                 pieces.append("")
                 continue
             pieces.append(text[len(shown):])
             done, shown = [id], self.tokenizer.decode([id], clean_up_tokenization_spaces=False)      # one token of context: a decoder may need it
             if shown.endswith("\ufffd"):
                 done, shown = [], ""
+        if waiting:                                      # the text ends in bytes that never became a character
+            pieces[-1] = text[len(shown):]
         return pieces
 
 
