@@ -20,7 +20,7 @@ from ..hub import ModelFolderError, load_tokenizer
 from ..retrieval.base import Retriever
 from . import groups, ranking, record, rollouts
 
-AT_ONCE = 100 * 2**20                    # bytes of rollouts.jsonl.gz whose report a run's end writes by itself while other ranks wait for this one
+AT_ONCE = 300 * 2**20                    # bytes of rollouts.jsonl.gz whose report a run's end writes while other ranks wait: about .3 s of CPU per MB
 SCRIPTS = ("dom.js", "charts.js", "curves.js", "overview.js", "tokens.js", "ranking.js", "tables.js", "main.js")
 
 
@@ -92,7 +92,7 @@ def _two(a: record.Record, b: record.Record) -> dict:
     ours, others = (r.scores([rows[id] for id in both]) for r, rows in ((a, mine), (b, theirs)))
     raw = a.scores([mine[id] for id in both], "_raw")
     picks = ranking.choose(others - ours, [x != y for x, y in zip(*answers)])
-    search, (_, answer) = ranking.opened(b.config, b.folder), record.words(b.config)
+    search, answer = ranking.opened(b.config, b.folder), record.words(b.config)[1].removeprefix("policy's ")
     found = ranking.as_page(search, picks, both, raws, answers, (ours, others), lambda i: dict(score=float(raw[i])))
     compared["difference"] = record.interval(others - ours)
     tables = [t for t in groups.as_page(both, raws, answers[1], raw, dict(A=ours, B=others), "B", _rows(search), record.label(b.metric))

@@ -19,7 +19,7 @@ from ..tasks.make import TASKS
 POINTS = 400                             # of a curve that are drawn; more steps share a point: their mean, least and largest
 CURVES = ("loss", "reward", "reward_spread", "zero_variance", "kl", "entropy", "completion_tokens", "clip_share", "unparsable", "unfinished",
           "logprob_gap_mean", "logprob_gap_p999", "max_logprob_gap", "grad_norm", "lr", "rollout_tokens_per_s", "tokens_per_s")
-WORDS = {"product_search": ("raw query", "rewrite"), "sequential": ("raw query", "query"), "rerank": ("given order", "new order"),
+WORDS = {"product_search": ("raw query", "rewrite"), "sequential": ("raw query", "policy's query"), "rerank": ("given order", "new order"),
          "recommend_list": ("given order", "list")}                              # what each task's answer is compared with, and the answer
 PHASES = ("sample", "reward", "train", "step")
 
