@@ -139,6 +139,7 @@ function measures(run) {
         interval([f.gain, ...f.gain_ci95]),
         known(f.gain_p) ? f.gain_p.toFixed(4) : "–",
       ]),
+      { class: "results" },
     ),
   ];
 }
@@ -179,6 +180,7 @@ function comparison() {
         ["B · " + RUNS[1].name, "num"],
       ],
       rows,
+      { class: "results" },
     ),
     c.difference
       ? el(

@@ -200,7 +200,7 @@ function rankingSection() {
       el(
         "dl",
         { class: "pairing" },
-        TWO || r.listed ? [el("dt", null, "query"), el("dd", null, el("q", null, q.raw), known(q.score) && ` ${name} of the ${RUNS[0].words[0]} ${number(q.score, 4)}`)] : null,
+        TWO || r.listed ? [el("dt", null, "query"), el("dd", null, el("q", null, q.raw), known(q.score) && el("span", { class: "score" }, `${name} of the ${RUNS[0].words[0]} ${number(q.score, 4)}`))] : null,
         ...beside(q),
         el("dt", null, r.sides[0]),
         el(

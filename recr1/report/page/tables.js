@@ -74,7 +74,8 @@ function auditSection() {
   return perRun(
     "audit",
     "Reward audit",
-    "The highest rewards first, so that a trick shows: a reward that was earned by something other than a good answer. Equal rewards are ordered by advantage. Marks are things to look at twice, not verdicts.",
+    RUNS.some((run) => !run.rollouts.why) &&
+      "The highest rewards first, so that a trick shows: a reward that was earned by something other than a good answer. Equal rewards are ordered by advantage. Marks are things to look at twice, not verdicts.",
     (run) => {
       const r = run.rollouts,
         holder = el("div");

@@ -131,7 +131,8 @@ function rolloutsSection() {
   return perRun(
     "rollouts",
     "Rollouts, token by token",
-    "The best, median and worst by reward of each third of the training, of those with an advantage: equal rewards teach nothing. " +
+    RUNS.some((run) => !run.rollouts.why) &&
+      "The best, median and worst by reward of each third of the training, of those with an advantage: equal rewards teach nothing. " +
       "Colour is A · log p, by the trainer before the update: blue tokens are pushed up, orange ones down, and the deeper the colour, the more " +
       "the token surprised the policy. Within a rollout the deepest colour is its largest |A · log p|, and the depth goes by the square root.",
     (run) => {
