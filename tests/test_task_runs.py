@@ -37,8 +37,8 @@ def test_two_steps_on_one_rank_and_on_two(name, tmp_path):
         folders = [tmp_path / f"run{n}" for n in (1, 2)]
         assert guarded(train.main, [config, f"run.dir={folders[0]}"]) == 0
         torchrun(2, "-m", "recr1.train", config, f"run.dir={folders[1]}")
-    shown = content(folders[0] / "report.html")["ranking"]
-    assert shown["why"] == "" and shown["listed"] == (TASKS[name] != "sequential")           # its lists have the scores that the run logged
+    shown, other = (content(folder / "report.html")["ranking"] for folder in folders)
+    assert shown["why"] == other["why"] == "" and shown["listed"] == (TASKS[name] != "sequential")           # its lists have the scores that the run logged
     weights = configs.load(config, []).reward.weights
     one, two = (jsonl(folder / "metrics.jsonl") for folder in folders)
     assert [row["step"] for row in one] == [1, 2] and all(row["grad_norm"] > 0 and row["reward_spread"] > 0 for row in one)

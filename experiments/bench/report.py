@@ -50,7 +50,8 @@ def made_up(folder: Path, cfg: Config, retriever: Retriever, steps: int, tokens:
     folder.mkdir()
     (folder / "config.yaml").write_text(configs.dump(cfg), encoding="utf-8")
     for name, answers, own in (("eval_before", raws, raw), ("eval_after", rewrites, after)):
-        rows = [dict(id=id, raw=text, rewrite=answer, ndcg_raw=r, ndcg=score, text=answer, error=None) for (id, text), answer, r, score in zip(test, answers, raw, own)]
+        rows = [dict(id=id, raw=text, rewrite=answer, ndcg_raw=r, ndcg=score, text=answer, error=None)
+                for (id, text), answer, r, score in zip(test, answers, raw, own)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
         for step in range(1, steps + 1):
@@ -81,8 +82,9 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as scratch:
         folder, quickstart = Path(scratch) / "run", str(ROOT / "experiments/quickstart.yaml")
-        files = [f"data.{name}={ROOT / path}" for name, path in vars(configs.load(quickstart, []).data).items() if isinstance(path, str) and path.startswith("experiments/")]
-        cfg = configs.load(quickstart, [*files, f"model.path={ROOT / 'experiments/policy'}", f"run.dir={folder}", f"train.steps={args.steps}", "log.tokens_every=1", "loss.kl=0.01"])
+        files = [f"data.{name}={ROOT / path}" for name, path in vars(configs.load(quickstart, []).data).items() if str(path).startswith("experiments/")]
+        cfg = configs.load(quickstart, [*files, f"model.path={ROOT / 'experiments/policy'}", f"run.dir={folder}", f"train.steps={args.steps}",
+                                        "log.tokens_every=1", "loss.kl=0.01"])
         retriever, _ = make(cfg.retriever)(cfg.data.corpus, "stop", None, print)
         made_up(folder, cfg, retriever, args.steps, args.tokens)
         start, cpu = time.perf_counter(), time.process_time()

@@ -85,7 +85,7 @@ def _two(a: record.Record, b: record.Record) -> dict:
     metrics = [r.metric for r in (a, b)]
     both = [id for id in mine if id in theirs and mine[id]["raw"] == theirs[id]["raw"]] if metrics[0] == metrics[1] else []
     compared = dict(queries=len(both), only=[len(mine) - len(both), len(theirs) - len(both)], metrics=metrics, difference=None,
-                    versions=_differences(*({**v, "packages": json.dumps(v.get("packages"))} if v else {} for v in (r.versions[-1] if r.versions else {} for r in (a, b)))))
+                    versions=_differences(*({**r.versions[-1], "packages": json.dumps(r.versions[-1].get("packages"))} if r.versions else {} for r in (a, b))))
     if not both:
         return dict(compare=compared, groups=[], ranking=None)
     raws, answers = [mine[id]["raw"] for id in both], ([mine[id]["rewrite"] for id in both], [theirs[id]["rewrite"] for id in both])

@@ -87,10 +87,12 @@ def as_page(record: Record) -> dict:
     rule = record.config.reward
     parts = list(dict.fromkeys([rule.metric, *rule.weights, *(["overlong"] if rule.overlong else [])]))
     searches = getattr(TASKS.get(record.config.task), "searches", True)
-    return dict(name=record.folder.resolve().name, loop=record.loop, retriever=record.config.retriever.kind if searches else None, steps=record.steps, planned=record.planned, metric=record.metric, parts=parts,
-                label=label(record.metric), words=words(record.config), summary=finite(record.summary), results=results(record),
-                n_eval=len(record.before or record.after), config=settings(record.config), versions=finite(record.versions),
-                curves=curves(record.metrics, parts), evaluations=evaluations(record.metrics, rule.metric), marks=marks(record.metrics), notes=record.notes)
+    return dict(
+        name=record.folder.resolve().name, loop=record.loop, retriever=record.config.retriever.kind if searches else None,
+        steps=record.steps, planned=record.planned, metric=record.metric, parts=parts, label=label(record.metric), words=words(record.config),
+        summary=finite(record.summary), results=results(record), n_eval=len(record.before or record.after), config=settings(record.config),
+        versions=finite(record.versions), curves=curves(record.metrics, parts), evaluations=evaluations(record.metrics, rule.metric),
+        marks=marks(record.metrics), notes=record.notes)
 
 
 def words(config: Config) -> list[str]:
@@ -221,7 +223,8 @@ def _rows(path: Path, notes: list[str], torn: bool = False) -> list[dict]:
 def _scores(path: Path, notes: list[str], metric: str) -> list[dict]:
     rows = _rows(path, notes)
     for number, row in enumerate(rows, 1):
-        if not (isinstance(row.get("id"), str) and row.get("raw") is not None and "rewrite" in row and _finite(row.get(f"{metric}_raw")) and _finite(row.get(metric))):
+        texts = isinstance(row.get("id"), str) and row.get("raw") is not None and "rewrite" in row
+        if not (texts and _finite(row.get(f"{metric}_raw")) and _finite(row.get(metric))):
             raise DataError(f"{path}:{number}: a row needs id, raw, rewrite, {metric}_raw and {metric}; the file is damaged")
     return rows
 

@@ -123,7 +123,8 @@ def as_page(path: Path, last: int, config: Config, tokenizer, queries: dict[str,
                            steps=len({row[4] for row in found.traced[i]}),
                            rollouts=[dict(rank=rank, **lens.show(kept[-row[2]], [kept[n] for n in found.groups[row[4], row[5]]], queries)) for rank, row in chosen]))
     return dict(rows=found.rows, rollouts=found.rollouts, note=found.torn, phases=[p for p in phases if p["first"] <= p["last"]], tokenizer=tokenizer is not None,
-                loss_note=lens.note, audit=audit(found, queries, config.task), recurring=recurring(found, queries), uncounted=found.uncounted, histogram=histogram(found.rewards))
+                loss_note=lens.note, audit=audit(found, queries, config.task), recurring=recurring(found, queries), uncounted=found.uncounted,
+                histogram=histogram(found.rewards))
 
 
 def choose(rows: list[tuple]) -> list[tuple[str, tuple]]:
