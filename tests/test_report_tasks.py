@@ -42,7 +42,7 @@ def folder(path, task, answers, score, metric="ndcg", sft=False, texts=(), **set
     for name, some in zip(("eval_before.jsonl", "eval_after.jsonl"), answers):
         write(run / name, [{"id": id, "raw": raw, "rewrite": answer, f"{metric}_raw": score(id, raw), metric: score(id, answer), "text": "", "error": None}
                            for id, answer in zip(RELEVANT, some)])
-    step = dict(loss=2.0, entropy=0.5, tokens=90, tokens_per_s=9.0, epoch=0.5) if sft else dict(reward=0.5, ndcg=0.5, lcs=0.25, zero_variance=0.5, reward_spread=0.1,
+    step = dict(loss=2.0, entropy=0.5, tokens=90, tokens_per_s=9.0, epoch=0.5) if sft else dict(loss=1e-9, reward=0.5, ndcg=0.5, lcs=0.25, zero_variance=0.5, reward_spread=0.1,
                 completion_tokens=9, clip_share=0.0, entropy=0.5, unparsable=0.0, unfinished=0.0, logprob_gap_mean=0.0, max_logprob_gap=0.0, kl=None)
     checked = {f"val_{metric}": 0.5, "val_raw": 0.4, "val_gain": 0.1, "val_gain_ci95": [0.0, 0.2], "val_errors": 0}
     write(run / "metrics.jsonl", [dict(step=i, **step, grad_norm=1.0, lr=1e-3, skipped=0, seconds=dict(train=1.0, step=1.5), **(checked if i % 2 == 0 else {}))

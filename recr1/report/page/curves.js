@@ -88,6 +88,7 @@ function curvesSection() {
 
   const single = RUNS[0],
     trained = RUNS.some((run) => run.loop === "train"),
+    sft = RUNS.some((run) => run.loop === "sft"),
     metric = single.metric.split("@")[0],
     label = [...new Set(RUNS.map((run) => run.label))].join(" / "),
     extra = [...new Set(RUNS.flatMap((run) => run.parts))].filter((part) => part !== metric && has(part)),
@@ -109,8 +110,14 @@ function curvesSection() {
             ),
           }),
         );
+  const loss = kit({
+    title: "Loss",
+    unit: !trained ? "cross-entropy, nats per target token" : sft ? "policy loss of the step, SFT's cross-entropy" : "policy loss of the step",
+    series: series("loss", "loss"),
+    note: trained && "Near 0 is no fault: a group's advantages sum to 0, and where ratios are 1 so does most of the loss. Its gradient does not.",
+  });
   const figures = [
-    kit({ title: "Loss", unit: "cross-entropy, nats per target token", series: series("loss", "loss") }),
+    trained ? null : loss,
     kit({ title: "Reward", unit: "mean of the step's rollouts", series: series("reward", "reward") }),
     kit({
       title: label,
@@ -182,6 +189,7 @@ function curvesSection() {
     seconds(),
     kit({ title: "Sampling speed", unit: "tokens per second of sampling", zero: true, series: series("rollout_tokens_per_s", "tokens/s") }),
     kit({ title: "Speed", unit: "target tokens per second", zero: true, series: series("tokens_per_s", "tokens/s") }),
+    trained ? loss : null,
     kit({ title: "Gradient norm", unit: "before clipping", zero: true, series: series("grad_norm", "norm") }),
     kit({ title: "Learning rate", unit: "of the step", zero: true, series: series("lr", "rate") }),
     kit({
