@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
                 "exit code 1 when something will not work (python -m recr1.doctor where this command does not even start)")
     p.add_argument("--run", dest="folder", metavar="RUN", default="runs/run", help="the folder that a run would write to; default: runs/run")
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    p = command("report", make_report, "a run as one HTML page that needs no network; two runs: side by side")
+    p = command("report", make_report, "a run as one HTML page, needing no network; two runs compared")
     p.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or two")
     p.add_argument("--out", metavar="F", default="", help="default: RUN/report.html, of two runs RUN/compare_OTHER.html")
     p = command("plan", plan_memory, "the memory that a training needs by phase, and what to set so that it fits",

@@ -31,7 +31,7 @@ function moveText(places, depth, flip) {
 
 function listings(q) {
   const r = data.ranking,
-    slots = r.top,
+    slots = Math.max(1, ...q.documents.flatMap((d) => d.places).filter((place) => known(place) && place <= r.top)),
     items = [[], []],
     root = el("div", { class: "lists" });
   function item(d, side) {
