@@ -235,7 +235,7 @@ function configurationSection() {
             ["default", "mono dim wide"],
           ],
           (all ? run.config : changed).map((row) =>
-            Object.assign([row.key, row.value, row.value === row.default ? "the same" : row.default], {
+            Object.assign([row.key.split(/(?<=[._])/).map((part) => [part, el("wbr")]), row.value, row.value === row.default ? "the same" : row.default], {
               attributes: { class: row.value === row.default ? "dim" : null },
             }),
           ),
