@@ -264,7 +264,7 @@ def test_the_keyboard_reaches_everything(run, browser):
 def test_hostile_text_stays_text(hostile, browser):
     browser.look(1280, 900, False)
     path = report.write([str(hostile)])
-    assert opened(browser, path) == SECTIONS
+    assert opened(browser, path) == SECTIONS and browser.value("document.documentElement.scrollWidth") <= 1280
     text = browser.value("document.body.textContent")
     assert "</script><img src=x onerror=" in text and "\\x1b[31mred\\u202e" in text and "\x1b" not in browser.value("document.querySelector('main').textContent")
     assert "\\ud800" in browser.value("document.querySelector('#recommendations').textContent")

@@ -125,7 +125,7 @@ function listings(q) {
     el(
       "div",
       { class: "column" },
-      el("h4", null, `First ${slots} by the ${r.sides[side]}`),
+      el("h4", null, `First ${r.top} by the ${r.sides[side]}`),
       items[side].length
         ? el(
             "ol",
@@ -144,7 +144,7 @@ function listings(q) {
       ? el(
           "p",
           { class: "small" },
-          `Relevant and no longer among the first ${slots}: `,
+          `Relevant and no longer among the first ${r.top}: `,
           gone.map((d, i) => [
             i ? "; " : "",
             el("b", null, (r.documents[d.id] ?? d.id).slice(0, 40)),
