@@ -1,20 +1,26 @@
 """A small world for tests: tokenizer, policy, corpus and config, made in memory or written into a folder in well under a second."""
+from __future__ import annotations
+
 import functools
 import gzip
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
 from tokenizers import AddedToken, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Tokenizer
+from transformers import Qwen2Tokenizer
 
 from recr1 import train
 from recr1.data import is_validation
 from recr1.model import Decoder, ModelConfig, RopeScaling
 from recr1.run import guarded
 from recr1.weights import save_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROLES = ["<|endoftext|>", "<|end|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CONTRACT = ["<think>", "</think>", "<answer>", "</answer>", '{"query": "', '"}']
@@ -75,6 +81,7 @@ def tiny_model(seed: int = 0, std: float = 0.2, reachable: int | None = None, **
 
 def oracle(model: Decoder) -> PreTrainedModel:
     """transformers' model with the same shape and weights. Its own generation settings are cleared."""
+    from transformers import AutoConfig, AutoModelForCausalLM          # seconds, which a rank of a torchrun job does not wait for
     c = asdict(model.config)
     family, scaling = c.pop("family"), c.pop("rope_scaling")
     rope = dict(rope_theta=c.pop("rope_theta"), **(dict(rope_type="llama3", **scaling) if scaling else dict(rope_type="default")))
