@@ -37,7 +37,7 @@ setup(
         "track": ["tensorboard"],
         "audit": ["lm-eval[hf,ifeval]>=0.4.13"],
         # pyarrow: experiments/prepare/esci.py
-        "dev": ["pytest", "bm25s", "faiss-cpu", "numba", "pytrec-eval-terrier", "pyarrow", "setuptools>=77", "trl",
+        "dev": ["pytest", "pytest-xdist", "bm25s", "faiss-cpu", "numba", "pytrec-eval-terrier", "pyarrow", "setuptools>=77", "trl",
                 *(f"{name}; sys_platform == 'linux'" for name in ("triton", "liger-kernel"))],
     },
 )
