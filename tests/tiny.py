@@ -6,7 +6,7 @@ import gzip
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Callable
 
 import torch
 import yaml
@@ -163,6 +163,16 @@ def write_yaml(folder, **dotted_overrides) -> str:
 def write_sft_yaml(folder, **dotted_overrides) -> str:
     """The same world for recr1.sft: by default three steps on the policy's own best of 4."""
     return write_yaml(folder, **{"loss": {}, "log": {}, "sft.teacher": "self"} | dotted_overrides)
+
+
+def runs_of(main, config: str, folders) -> Callable[..., Path]:
+    """run(overrides...) -> the folder of a finished run of the config; the same overrides run once, `again=1` once more. folders: tmp_path_factory."""
+    @functools.cache
+    def run(*overrides, again=0):
+        folder = folders.mktemp("runs") / "run"
+        assert guarded(main, [config, *overrides, f"run.dir={folder}"]) == 0
+        return folder
+    return run
 
 
 def jsonl(path: Path) -> list[dict]:
