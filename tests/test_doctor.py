@@ -90,7 +90,7 @@ STAGED = {
 
 
 @pytest.mark.parametrize("name", STAGED)
-def test_a_staged_clash_is_found(name, quick, tmp_path):
+def test_a_staged_clash_is_found(name, clean, quick, tmp_path):
     stage, files, env, broken, what, do = STAGED[name]
     if name.startswith("flash-attn"):
         quick += "\nclean = doctor.probe()\nclean['torch']['gpus'] = []\ndoctor.probe = lambda: clean"
@@ -102,7 +102,8 @@ def test_a_staged_clash_is_found(name, quick, tmp_path):
     [finding] = [f for f in found["findings"] if what in f["what"]]
     assert finding["broken"] == broken and do in finding["do"] and f"{'BROKEN ' if broken else 'warning'} {finding['what']}" in text and f"do: {finding['do']}" in text
     assert code == (1 if any(f["broken"] for f in found["findings"]) else 0) and code >= broken
-    assert name == "a package is missing" or all(what in f["what"] or f["broken"] < broken or "tokenizers" in what for f in found["findings"]), "and nothing else of its weight"
+    more = [f for f in found["findings"] if f not in clean[1]["findings"]]              # this machine's own, as fewer cores than it has
+    assert name == "a package is missing" or all(what in f["what"] or f["broken"] < broken or "tokenizers" in what for f in more), "and nothing else of its weight"
 
 
 def test_the_checkout_s_own_kernels_folder_shadows_nothing(quick, tmp_path):
