@@ -15,6 +15,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["recr1", "recr1.*"]) + ["recr1.kernels"],
+    package_data={"recr1.report": ["page/*"]},
     package_dir={"recr1": "recr1", "recr1.kernels": "kernels"},
     entry_points={"console_scripts": ["recr1=recr1.cli:command"]},
     install_requires=[

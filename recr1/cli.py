@@ -11,7 +11,7 @@ import sys
 import torch
 
 from . import config_file as configs
-from . import completions, dist, doctor, explain, losslab
+from . import completions, dist, doctor, explain, losslab, report
 from .chat import make_prompts
 from .config import ConfigError
 from .dryrun import model_shape
@@ -85,6 +85,9 @@ def parser() -> argparse.ArgumentParser:
                 "exit code 1 when something will not work (python -m recr1.doctor where this command does not even start)")
     p.add_argument("--run", dest="folder", metavar="RUN", default="runs/run", help="the folder that a run would write to; default: runs/run")
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    p = command("report", make_report, "a run as one HTML page, needing no network; two runs compared")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or two")
+    p.add_argument("--out", metavar="F", default="", help="default: RUN/report.html, of two runs RUN/compare_OTHER.html")
     p = command("plan", plan_memory, "the memory that a training needs by phase, and what to set so that it fits",
                 usage="recr1 plan CONFIG --gpus N --memory 48GB [a.b=value ...]")
     p.add_argument("config", metavar="CONFIG", help="a training's; the model's shape comes from its folder or from shapes.yaml beside the config")
@@ -174,6 +177,10 @@ def explain_step(args) -> None:
     finish(args, result)
     if not result["agrees"]:
         sys.exit(1)
+
+
+def make_report(args) -> None:
+    say(str(report.write(args.runs, args.out)))
 
 
 def reward(args) -> None:

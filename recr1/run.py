@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import dist, draws, evaluate, heartbeat, memory, plan, stopping
+from . import dist, draws, evaluate, heartbeat, memory, plan, report, stopping, versions
 from . import config_file as configs
 from .cache import slots
 from .chat import Chat, ChatError
@@ -138,6 +138,9 @@ class Run:
         the last finished step and leave."""
         self.progress = Progress(self.cfg, self.last, self.started, self.policy, optimizer, self.log, self.tokenizer, self.stops)
         self.progress.resume(self.found)
+        with dist.together():
+            if dist.rank() == 0:
+                versions.note(self.folder)
         try:
             if self.progress.row is not None:
                 self._conclude()                                   # stopped in its validation
@@ -275,12 +278,14 @@ class Run:
             say(console_line(row, self.last))
 
     def finish(self, before: list[dict], after: list[dict], **more) -> None:
-        """The model, summary.json (`more` is SFT's part of it), and the table a user reads."""
+        """The model, summary.json (`more` is SFT's part of it), the table a user reads, and the report."""
         heartbeat.at("save")
         save_policy(self.policy, self.tokenizer, self.stops, self.folder / "model", configs.answering(self.cfg))
         with dist.together():
             if dist.rank() == 0:
                 self._sum_up(before, after, more)
+        if dist.rank() == 0:
+            say(report.at_end(self.folder, self.retriever, self.tokenizer))
 
     def _sum_up(self, before: list[dict], after: list[dict], more: dict) -> None:
         metric, k = self.cfg.reward.metric, self.cfg.reward.k_eval
@@ -296,7 +301,7 @@ class Run:
         say(f"\n{evaluate.table(before, after, metric, k, parts)}\n\nanswers on test:\n{evaluate.examples(after, metric)}\n\n"
             f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, "
             f"metrics.jsonl, {'rollouts.jsonl.gz' if self.loop == 'train' else 'teacher.jsonl'}, "
-            f"config.yaml{', checkpoints/' if self.progress.saved else ''}")
+            f"config.yaml, versions.json{', checkpoints/' if self.progress.saved else ''}")
 
 
 BIASED = "sampling.top_p = {} samples from a truncated distribution and trains the whole one: the gradient is biased (1 is not)"

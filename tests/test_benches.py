@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from browser import installed
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,3 +80,9 @@ def test_dense_search():
     out, bars = run("experiments/bench/dense.py", "--dry-run")
     assert out.count("\n  efSearch ") == 5 and len(bars) == 3
     assert all(bar["ok"] for bar in bars if "time" not in bar["name"])             # 3,000 documents are searched almost wholly
+
+
+@pytest.mark.skipif(installed() is None, reason="NOT TESTED: no browser on PATH; install chromium (apt-get install chromium)")
+def test_the_reports_size_and_opening():
+    out, bars = run("experiments/bench/report.py", "--steps=2", "--tokens=16")
+    assert "128 rollouts of 16 tokens" in out and len(bars) == 4 and all(bar["ok"] for bar in bars if bar["name"] != "opening, s")

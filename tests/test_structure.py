@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     "heartbeat linear varlen",
     "records config data dist metrics intervals answers attention kernels hub files stopping memory",
-    "draws session config_file cache model policy packing chat offload flat decode_graph named overlap",      # cache calls attention
+    "draws session config_file cache model policy packing chat offload flat decode_graph named versions overlap",      # cache calls attention
     "weights fsdp sample grpo optim footprint retrieval",
     "tasks checkpoint log plan dryrun replay",
     "evaluate report resume splits",
