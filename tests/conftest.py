@@ -1,5 +1,5 @@
 """The order of the test files: the longest first, so that run.sh's two workers, which take whole files in turn, end at about the same time."""
-LONGEST = "benches ranks resume checkpoint kernels faults plan doctor packaging dense_index task_runs".split()
+LONGEST = "benches ranks resume checkpoint kernels faults plan doctor walkthrough report packaging dense_index task_runs sft train many_rollouts".split()
 
 
 def pytest_collection_modifyitems(items):
