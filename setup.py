@@ -39,7 +39,7 @@ setup(
         "docs": ["matplotlib"],     # experiments/walkthrough.ipynb
         "audit": ["lm-eval[hf,ifeval]>=0.4.13"],
         # pyarrow: experiments/prepare/esci.py
-        "dev": ["pytest", "bm25s", "faiss-cpu", "matplotlib", "numba", "pytrec-eval-terrier", "pyarrow", "setuptools>=77", "tensorboard", "trl",
+        "dev": ["pytest", "pytest-xdist", "bm25s", "faiss-cpu", "matplotlib", "numba", "pytrec-eval-terrier", "pyarrow", "setuptools>=77", "tensorboard", "trl",
                 *(f"{name}; sys_platform == 'linux'" for name in ("triton", "liger-kernel"))],
     },
 )

@@ -17,7 +17,6 @@ from typing import Iterator
 import torch
 import yaml
 from tokenizers import AddedToken, pre_tokenizers
-from transformers import AutoTokenizer, BertConfig, BertModel, Qwen2Tokenizer
 
 from . import dist
 from .chat import closes_thought
@@ -84,6 +83,7 @@ def _answers(cfg: Config) -> list[str]:
 
 def _write_policy(shape: ModelConfig, folder: Path, answers: list[str]) -> None:
     """A random model of the family, which writes `answers`: kv heads, tying, rope scaling as in `shape`, widths tiny."""
+    from transformers import Qwen2Tokenizer
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], unk_token=SPECIAL[0], pad_token=SPECIAL[0], eos_token=SPECIAL[2])
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
@@ -110,6 +110,7 @@ def _write_policy(shape: ModelConfig, folder: Path, answers: list[str]) -> None:
 
 def _write_encoder(folder: Path) -> None:
     """A random BERT on the policy's tokenizer: of an encoder that retriever.encoder names nothing is known without a download."""
+    from transformers import AutoTokenizer, BertConfig, BertModel       # seconds, which a run that is none of these does not wait for
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     with torch.random.fork_rng():
         torch.manual_seed(0)
