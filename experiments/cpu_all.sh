@@ -64,7 +64,7 @@ train list_diverse movielens_list "model.path=$out/list_sft/model" "reward.weigh
 cold msrd_thought msrd_thought_sft --thought
 sft msrd_thought_sft msrd_thought_sft "sft.teacher=$out/cold/msrd_thought.jsonl"
 train msrd_thought msrd_thought "model.path=$out/msrd_thought_sft/model"
-train msrd_no_thought quickstart train.steps=400
+train msrd_no_thought quickstart train.steps=150 train.eval_every=50
 script perturbed perturb_thoughts.py experiments/msrd_thought.yaml --model "$out/msrd_thought/model" --out "$out/perturbed.json"
 
 # only queries whose targets lie beyond rank 10 of the raw query; another catalogue

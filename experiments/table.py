@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from recr1.evaluate import column, compared, mean_ci, parts_of
+from recr1.tasks.rewards import METRICS
 
 HEAD = ("run", "metric", "raw", "before", "after", "after - raw", "after - before", "p", "unparsable", "steps", "wall s", "seed")
 
@@ -22,6 +23,8 @@ def main() -> None:
     out = paths[0] if len(paths) == 1 and (paths[0] / "done").is_dir() else None
     runs = sorted((path.parent for path in out.glob("*/config.yaml")), key=lambda run: run.stat().st_ctime) if out else paths
     lines = [row(HEAD), row("---" for _ in HEAD), *map(run_row, runs)]
+    if parts := [line for run in runs if (run / "summary.json").exists() for line in parts_rows(run)]:
+        lines += ["", "Parts beside the accuracy", "", row(("run", "part", "raw", "before", "after", "after - raw", "after - before")), row(["---"] * 7), *parts]
     if out:
         lines += ["", "Other test sets", "", row(("rows", "metric", "raw", "before", "after", "after - raw", "after - before")), row(["---"] * 7)]
         lines += [rows_row(path.parent) for path in sorted(out.glob("*/eval_after.jsonl")) if not (path.parent / "config.yaml").exists()]
@@ -49,6 +52,13 @@ def run_row(run: Path) -> str:
     return row([run.name, summary["metric"], *(f"{figures[name]:.4f}" for name in ("raw", "before", "after")), change(figures, "gain"),
                 change(figures, "after_minus_before"), f"{figures['after_minus_before_p']:.4f}", f"{sum(r['error'] is not None for r in after)} of {len(after)}",
                 summary["steps"], f"{summary['wall_s']:.0f}", summary["seed"]])
+
+
+def parts_rows(run: Path) -> list[str]:
+    """A row for each part of the reward that is no accuracy, such as diversity."""
+    before, after = read(run, "eval_before.jsonl"), read(run, "eval_after.jsonl")
+    figures = {part: compared(before, after, part) for part in parts_of(after) if part not in METRICS}
+    return [row([run.name, part, *(f"{f[name]:.4f}" for name in ("raw", "before", "after")), change(f, "gain"), change(f, "after_minus_before")]) for part, f in figures.items()]
 
 
 def rows_row(folder: Path) -> str:

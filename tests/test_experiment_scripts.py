@@ -102,6 +102,11 @@ def test_table_is_of_the_rows_and_refuses_another_summary(run, capsys, monkeypat
     copy.mkdir()
     for name in ("summary.json", "eval_before.jsonl", "eval_after.jsonl"):
         (copy / name).write_text((folder / name).read_text())
+    for name in ("eval_before.jsonl", "eval_after.jsonl"):
+        (copy / name).write_text("".join(json.dumps(row | dict(diversity_raw=0.25, diversity=0.5)) + "\n" for row in jsonl(folder / name)))
+    monkeypatch.setattr("sys.argv", ["table.py", str(copy)])
+    table.main()
+    assert "| copy | diversity | 0.2500 | 0.5000 | 0.5000 | +0.2500 [+0.2500, +0.2500] | +0.0000 [" in capsys.readouterr().out
     summary = json.loads((copy / "summary.json").read_text())
     (copy / "summary.json").write_text(json.dumps(summary | dict(after=summary["after"] + 0.01)))
     monkeypatch.setattr("sys.argv", ["table.py", str(copy)])
