@@ -10,7 +10,7 @@ from pathlib import Path
 from recr1 import checkpoint, config_file, log
 from recr1 import run as around
 from recr1.retrieval.index import Index
-from world import LIMIT, RANKS, Outcome, World
+from world import RANKS, Outcome, World
 
 LAST, BEFORE = "step_000004", "step_000003"
 KINDS = ("rank_00000-of-00002.safetensors", "rank_00001-of-00002.safetensors", "model/model.safetensors", "model/config.json", "model/tokenizer.json",
@@ -45,7 +45,7 @@ def _stopped(world: World) -> Path:
     job = world.start(template)
     assert job.reached(1, "sample", 5), job.said()
     job.kill()
-    job.wait(LIMIT)
+    job.wait(world.limit)
     assert (template / "checkpoints" / LAST).is_dir() and (template / "checkpoints" / BEFORE).is_dir(), list((template / "checkpoints").iterdir())
     return template
 
@@ -142,7 +142,7 @@ def disks(world: World, n: int) -> list[Outcome]:
         if what == "the index":
             shutil.rmtree(world.folder / "index")
         before = world.start(run, prepare=lambda rank: _full_from(owner, name, time, limit))
-        codes = before.wait(LIMIT)
+        codes = before.wait(world.limit)
         outcome = Outcome(what)
         outcomes.append(outcome)
         if codes is None or len(set(codes)) != 1 or codes[0] not in (0, 2) or "Traceback" in before.said() or \

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import damage
 import stops
+import values
 from world import World
 
 KINDS = {   # name: (what makes them, how many)
-    "SIGKILL of a rank": (stops.kills, 50),
+    "SIGKILL of a rank": (stops.kills, 47),
+    "SIGKILL under torchrun": (stops.torchruns, 3),
     "SIGKILL inside a save": (stops.saves, 20),
-    "corrupted checkpoint": (damage.corruptions, 30),
+    "corrupted checkpoint": (damage.corruptions, 28),
     "disk full": (damage.disks, 14),
     "SIGTERM": (stops.terms, 20),
+    "not finite": (values.nonfinite, 16),
+    "retriever of a user's": (values.retrievers, 24),
     "a rank hangs or leaves": (stops.between_ranks, 8),
-    "SIGKILL under torchrun": (stops.torchruns, 3),
 }
 
 

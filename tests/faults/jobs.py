@@ -16,9 +16,12 @@ from recr1.stopping import listening
 
 
 class Job:
-    """`argv` of recr1.train on `ranks` processes, as torchrun would start them. prepare(rank) runs in each before it starts."""
+    """`argv` of recr1.train on `ranks` processes, as torchrun would start them. prepare(rank) runs in each before it starts.
 
-    def __init__(self, argv: list[str], ranks: int = 2, prepare=None):
+    slow: how many times as long as on a machine of its own everything may take."""
+
+    def __init__(self, argv: list[str], ranks: int = 2, prepare=None, slow: float = 1.0):
+        self.slow = slow
         self.folder = Path(next(a for a in reversed(argv) if a.startswith("run.dir=")).removeprefix("run.dir="))
         self.output, out = os.pipe()                   # a pipe: a limit on the size of files does not touch what the ranks say
         os.set_blocking(self.output, False)
@@ -81,9 +84,9 @@ class Job:
         state = heartbeat.read(self.folder / "heartbeats", rank)
         return state if state and state["pid"] == self.pids[rank] else None
 
-    def reached(self, rank: int, phase: str, step: int, limit: float = 60) -> bool:
+    def reached(self, rank: int, phase: str, step: int) -> bool:
         """Waits until the rank is in this phase of this step or has passed the step; False if the job ends first."""
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + 60 * self.slow
         while self.running() and time.monotonic() < deadline:
             state = self.state(rank)
             if state and (state["step"] > step or state["step"] == step and state["phase"].split()[0] == phase):

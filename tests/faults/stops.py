@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jobs import Job
 from recr1 import heartbeat
-from world import LIMIT, RANKS, STEPS, Outcome, World, checkpoints
+from world import RANKS, STEPS, Outcome, World, checkpoints
 
 PHASES = ("setup", "eval", "sample", "reward", "train", "step", "log", "save", "gather")
 IN_A_ROW = 5           # kills of one run, one after the other
@@ -29,7 +29,7 @@ def kills(world: World, n: int) -> list[Outcome]:
             if len(chain) < min(IN_A_ROW, n - len(outcomes)):
                 killed = _kill_one(world, job, PHASES[(len(outcomes) + len(chain)) % len(PHASES)], step)
             if not killed:
-                codes = job.wait(LIMIT)
+                codes = job.wait(world.limit)
             if (went := resumed(job)) is not None and before and went not in (before - 1, before):
                 chain[-1].verdict, chain[-1].note = "lost", f"killed in step {before}, it went on after step {went}: {job.said()}"
             if not killed:
@@ -57,7 +57,7 @@ def _kill_one(world: World, job: Job, phase: str, step: int) -> tuple[int, Outco
         return None
     time.sleep(world.rng.random() ** 4 * 0.02)
     job.kill(ranks=[rank])
-    codes = job.wait(LIMIT)
+    codes = job.wait(world.limit)
     if codes is None:
         return step, Outcome("?", "lost", f"the other rank hangs after rank {rank} was killed: {job.said()[-1000:]}")
     if codes[rank] != -signal.SIGKILL:
@@ -77,7 +77,7 @@ def saves(world: World, n: int) -> list[Outcome]:
     run = world.fresh()
     events: list[str] = []
     trace = world.folder / "trace"
-    world.start(run, prepare=lambda rank: _at_events(rank, lambda k, name: open(trace, "a").write(f"{rank} {name}\n"))).wait(LIMIT)
+    world.start(run, prepare=lambda rank: _at_events(rank, lambda k, name: open(trace, "a").write(f"{rank} {name}\n"))).wait(world.limit)
     events = [line for line in trace.read_text().splitlines()]
     outcomes, counts = [], Counter(line.split()[0] for line in events)
     points = [(rank, k) for rank in range(RANKS) for k in range(counts[str(rank)])]
@@ -85,7 +85,7 @@ def saves(world: World, n: int) -> list[Outcome]:
         step = world.rng.randrange(2, STEPS)
         run = world.fresh()
         job = world.start(run, prepare=lambda r: r == rank and _at_events(r, lambda i, name: i == k and os.kill(os.getpid(), signal.SIGKILL), step))
-        codes = job.wait(LIMIT)
+        codes = job.wait(world.limit)
         name = [line.split(maxsplit=1)[1] for line in events if line.startswith(f"{rank} ")][k]
         outcome = Outcome(f"rank {rank} before {name}")
         outcomes.append(outcome)
@@ -132,11 +132,11 @@ def terms(world: World, n: int) -> list[Outcome]:
                 break
             job.kill(signal.SIGTERM)
             start = time.monotonic()
-            codes = job.wait(LIMIT)
+            codes = job.wait(world.limit)
             took = time.monotonic() - start
             outcome = Outcome(was["phase"].split()[0], seconds=took)
             saved = [int(name[5:]) for name in checkpoints(run) if name.startswith("step_") and name[5:].isdigit()]
-            if codes != [0] * RANKS or took > ENDS:
+            if codes != [0] * RANKS or took > ENDS * world.slow:
                 outcome.verdict, outcome.note = "lost", f"exit codes {codes} after {took:.1f} s: {job.said()[-1000:]}"
             elif not (run / "summary.json").exists() and max(saved, default=0) < was["step"] - 1:
                 outcome.verdict, outcome.note = "lost", f"in step {was['step']}; saved {saved}: {job.said()[-1000:]}"
@@ -145,7 +145,7 @@ def terms(world: World, n: int) -> list[Outcome]:
             if (run / "summary.json").exists():
                 break
         if job.running() or None not in job.codes.values() and (run / "summary.json").exists():
-            verdict, note = world.judge(run, job, job.wait(LIMIT) if job.running() else list(job.codes.values()))
+            verdict, note = world.judge(run, job, job.wait(world.limit) if job.running() else list(job.codes.values()))
             for outcome in chain:
                 if outcome.verdict == "survived" and verdict != "survived":
                     outcome.verdict, outcome.note = verdict, note
@@ -167,15 +167,15 @@ def between_ranks(world: World, n: int) -> list[Outcome]:
         way, (act, says) = list(ways.items())[i % len(ways)]
         rank, phase = i % 3, ("reward", "train", "sample")[i // len(ways) % 3]
         run = world.fresh()
-        job = world.start(run, "run.patience=8", "save.every=2", ranks=3, prepare=lambda r: r == rank and _in_phase(phase, 2, act))
+        job = world.start(run, f"run.patience={round(8 * world.slow)}", "save.every=2", ranks=3, prepare=lambda r: r == rank and _in_phase(phase, 2, act))
         start = time.monotonic()
-        deadline = start + LIMIT
+        deadline = start + world.limit
         while sum(code is None for code in job.codes.values()) > (way == "hangs") and time.monotonic() < deadline:
             job.running()
             time.sleep(0.01)
         took = time.monotonic() - start
         job.kill()
-        codes = job.wait(10)
+        codes = job.wait(10 * world.slow)
         lines = [line for line in job.lines() if f"rank {rank} " in line and says in line and f"phase {phase}" in line and "step 2" in line]
         others = [code for r, code in enumerate(codes) if r != rank]
         outcome = Outcome(f"{way} in {phase}", seconds=took)
@@ -210,7 +210,7 @@ def torchruns(world: World, n: int) -> list[Outcome]:
                    "-m", "recr1.train", world.config, f"run.dir={run}"]
         with open(world.folder / "torchrun.log", "w+") as log:
             job = subprocess.Popen(command, cwd=CHECKOUT, stdout=log, stderr=log)
-            killed, deadline = None, time.monotonic() + LIMIT
+            killed, deadline = None, time.monotonic() + world.limit
             while job.poll() is None and time.monotonic() < deadline:
                 state = heartbeat.read(run / "heartbeats", rank)
                 if not killed and state and state["step"] == 3 and state["phase"].split()[0] == phase:
