@@ -5,9 +5,13 @@ import pickle
 import resource
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
-from recr1 import checkpoint, config_file, log
+from safetensors import safe_open
+
+from alone import Bench, Case, each, expect, refused
+from recr1 import checkpoint, cli, config_file, log, train
 from recr1 import run as around
 from recr1.retrieval.index import Index
 from world import RANKS, Outcome, World
@@ -19,10 +23,13 @@ KINDS = ("rank_00000-of-00002.safetensors", "rank_00001-of-00002.safetensors", "
 
 def corruptions(world: World, n: int) -> list[Outcome]:
     """The newest checkpoint damaged in one file: it is refused with the file's name, and the one before used."""
-    template = _stopped(world)
     cases = [*_rot(world), *_lies(world)]
-    outcomes = []
-    for what, named, damage in cases if n >= len(cases) else world.rng.sample(cases, n):
+    return _refused(world, cases if n >= len(cases) else world.rng.sample(cases, n))
+
+
+def _refused(world: World, cases: list) -> list[Outcome]:
+    template, outcomes = _stopped(world), []
+    for what, named, damage in cases:
         run = world.fresh()
         shutil.copytree(template, run, symlinks=True)
         damage(run / "checkpoints")
@@ -42,6 +49,8 @@ def corruptions(world: World, n: int) -> list[Outcome]:
 def _stopped(world: World) -> Path:
     """A run killed in its fifth step, with the checkpoints of steps 2 to 4."""
     template = world.folder / "template"
+    if template.exists():
+        return template
     job = world.start(template)
     assert job.reached(1, "sample", 5), job.said()
     job.kill()
@@ -66,11 +75,7 @@ def _rot(world: World):
 
 def _lies(world: World):
     """What somebody might have put there."""
-    executed = world.folder / "executed"
-
-    class Payload:
-        def __reduce__(self):
-            return os.system, (f"touch {executed}",)
+    payload, executed = _payload(world), world.folder / "executed"
 
     def manifest(change):
         def damage(root: Path):
@@ -85,11 +90,8 @@ def _lies(world: World):
             named[to] = named.pop("state.json")
         return manifest(change)
 
-    def pickled(root: Path):
-        (root / LAST / "optimizer.pt").write_bytes(pickle.dumps(Payload()))
-
     def pickled_shard(root: Path):
-        (root / LAST / KINDS[0]).write_bytes(pickle.dumps(Payload()))
+        (root / LAST / KINDS[0]).write_bytes(payload)
 
     def linked(root: Path):
         path = root / LAST / KINDS[0]
@@ -106,9 +108,6 @@ def _lies(world: World):
         a.write_bytes(b.read_bytes())
         b.write_bytes(kept)
 
-    def pointing(root: Path):
-        (root / "LATEST").write_text("../../x\n")
-
     def older(root: Path):
         shutil.rmtree(root / LAST)
         shutil.copytree(root / BEFORE, root / LAST)
@@ -118,14 +117,68 @@ def _lies(world: World):
     yield "manifest: ../../secret", "manifest.json", rename("../../secret")
     yield "manifest: /etc/passwd", "manifest.json", rename("/etc/passwd")
     yield "manifest: nested 100,000 deep", "manifest.json", deep
-    yield "a pickle beside the shards", "optimizer.pt", pickled
     yield "a pickle in place of a shard", KINDS[0], pickled_shard
     yield "a shard is a link", KINDS[0], linked
     yield "the folder is a link", LAST, linked_folder
     yield "two shards in each other's place", "rank_0000", swapped
-    yield "LATEST: ../../x", "LATEST", pointing
     if not executed.exists():
         yield "an older checkpoint under this name", "state.json", older
+
+
+def _payload(world: World) -> bytes:
+    """A pickle that leaves a file where it is loaded."""
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {world.folder / 'executed'}",)
+    return pickle.dumps(Payload())
+
+
+def hostile(world: World, n: int) -> list[Outcome]:
+    """Checkpoints and model folders of somebody who wants code to run or files outside to be read: nothing is executed or followed."""
+    payload, bench = _payload(world), Bench(world, "hostile")
+
+    def pickled(root: Path):
+        (root / LAST / world.rng.choice(["optimizer.pt", "model/pytorch_model.bin", "state.pkl", "model/modeling.py"])).write_bytes(payload)
+
+    def pointing(root: Path):
+        (root / "LATEST").write_text(world.rng.choice(["../../x", "/etc", f"../{root.name}/{BEFORE}", "step_000004/../../x"]) + "\n")
+    cases = [("a pickle beside the shards", LAST, pickled), ("LATEST leads outside", "LATEST", pointing),
+             _model(bench, "a model of pickles", partial(_only_pickles, payload=payload), "only safetensors is read"),
+             _model(bench, "an index that leads outside", partial(_leads_outside, rng=world.rng), "outside the folder")]
+    cases = cases if n >= len(cases) else world.rng.sample(cases, n)
+    of_runs = [case for case in cases if len(case) == 3]
+    return (_refused(world, of_runs) if of_runs else []) + each(world, [case for case in cases if len(case) == 2])
+
+
+def _model(bench: Bench, where: str, spoil, why: str) -> Case:
+    folder, executed = bench.folder / where.replace(" ", "_"), bench.world.folder / "executed"
+    shutil.copytree(bench.world.folder / "policy", folder)
+    spoil(folder)
+
+    def case():
+        refused(train.main, bench.argv(None, f"model.path={folder}")[0], folder, why)
+        refused(cli.main, ["generate", "--model", folder, "--config", bench.world.config, "red lamp"], folder, why)
+        expect(not executed.exists(), "the payload was executed")
+    return where, case
+
+
+def _only_pickles(folder: Path, payload: bytes) -> None:
+    """And code that a loader which trusts the folder would import."""
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(payload)
+    (folder / "modeling_own.py").write_text(f"import pickle\npickle.loads({payload!r})\nclass Own: pass\n")
+    for name, classes in (("config.json", dict(AutoModelForCausalLM="modeling_own.Own")), ("tokenizer_config.json", dict(AutoTokenizer=["modeling_own.Own", None]))):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(auto_map=classes)))
+
+
+def _leads_outside(folder: Path, rng) -> None:
+    weights = folder / "model.safetensors"
+    elsewhere = weights.rename(folder.parent / "elsewhere.safetensors")
+    with safe_open(elsewhere, "pt") as file:
+        names = list(file.keys())
+    outside = rng.choice([str(elsewhere), "../elsewhere.safetensors", "x/../../elsewhere.safetensors"])
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=dict.fromkeys(names, outside))))
 
 
 def disks(world: World, n: int) -> list[Outcome]:

@@ -5,7 +5,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import answers
 import damage
+import injection
+import inputs
+import searches
 import stops
 import values
 from world import World
@@ -17,9 +21,16 @@ KINDS = {   # name: (what makes them, how many)
     "corrupted checkpoint": (damage.corruptions, 28),
     "disk full": (damage.disks, 14),
     "SIGTERM": (stops.terms, 20),
-    "not finite": (values.nonfinite, 16),
+    "NaN or infinity on a rank": (values.nonfinite, 16),
     "retriever of a user's": (values.retrievers, 24),
+    "malformed answer": (answers.malformed, 60),
+    "bad data file": (inputs.lines, 20),
+    "prompt": (inputs.prompts, 12),
+    "search finds nothing": (searches.empty, 14),
+    "injection": (injection.injections, 20),
     "a rank hangs or leaves": (stops.between_ranks, 8),
+    "wrong setting": (inputs.settings, 10),
+    "hostile checkpoint": (damage.hostile, 4),
 }
 
 
@@ -27,10 +38,10 @@ def main(argv: list[str]) -> int:
     """[N: so many of each] [name of a kind ...]; 0 if nothing was lost."""
     each = next((int(a) for a in argv if a.isdigit()), None)
     chosen = [a for a in argv if not a.isdigit()] or list(KINDS)
-    bars, bad = [], []
+    bars, started = [], time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder))
-        print(f"{'fault':<26}{'N':>5}{'survived':>10}{'lost':>7}{'silent':>8}{'seconds':>9}  where", flush=True)
+        print(f"{'fault':<27}{'N':>5}{'survived':>10}{'lost':>7}{'silent':>8}{'seconds':>9}  where", flush=True)
         for seed, (kind, (make, n)) in enumerate(KINDS.items()):
             if kind not in chosen:
                 continue
@@ -44,11 +55,13 @@ def main(argv: list[str]) -> int:
             told = ", ".join(f"{name} {count}" for name, count in where.items()) if len(where) <= 10 else "each another place"
             slowest = max((o.seconds for o in outcomes if o.seconds is not None), default=None)
             told += f"; all ended within {slowest:.1f} s" if slowest is not None else ""
-            print(f"{kind:<26}{len(outcomes):>5}{counts['survived']:>10}{counts['lost']:>7}{counts['silent']:>8}{time.monotonic() - start:>9.0f}  {told}", flush=True)
+            print(f"{kind:<27}{len(outcomes):>5}{counts['survived']:>10}{counts['lost']:>7}{counts['silent']:>8}{time.monotonic() - start:>9.0f}  {told}", flush=True)
             for o in outcomes:
                 if o.note or o.verdict != "survived":
                     print(f"    {o.verdict}: {o.where}: {o.note}", flush=True)
             bars.append(dict(name=f"{kind}: survived of {n}", value=counts["survived"], bar=n, ok=counts["survived"] == n == len(outcomes)))
+    survived, made = (sum(bar[key] for bar in bars) for key in ("value", "bar"))
+    print(f"{made} faults made, {survived} survived, {time.monotonic() - started:.0f} s", flush=True)
     print(json.dumps(dict(bars=bars)))
     return 0 if all(bar["ok"] for bar in bars) else 1
 

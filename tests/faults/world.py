@@ -82,7 +82,7 @@ def result(run: Path) -> dict:
         return {key: value for key, value in row.items() if key not in OTHERWISE}
 
     def rows(path: Path) -> list[dict]:
-        return [plain(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        return [plain(json.loads(line)) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
     weights = run / "model/model.safetensors"
     return dict(weights=hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else None, metrics=rows(run / "metrics.jsonl"),
                 rollouts=gzip.decompress((run / "rollouts.jsonl.gz").read_bytes()) if (run / "rollouts.jsonl.gz").exists() else None,

@@ -1,0 +1,162 @@
+"""Faults that need no ranks: cases in a process of their own, one after the other, and commands as a user gives them."""
+import io
+import json
+import os
+import pickle
+import select
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import tiny
+from recr1 import run as around
+from recr1 import train
+from recr1.run import guarded
+from world import Outcome, World, result
+
+ONE_STEP = ("run.patience=300", "train.steps=1", "train.eval_every=0", "save.every=0")
+Case = tuple[str, Callable[[], None]]                # (what is done, a function that raises Lost or Silent)
+
+
+class Lost(Exception):
+    """The command did not end as a command should."""
+
+
+class Silent(Exception):
+    """Something broken was taken without a word, or made the result another one."""
+
+
+def expect(true: bool, note: object) -> None:
+    if not true:
+        raise Silent(note)
+
+
+def each(world: World, cases: list[Case]) -> list[Outcome]:
+    """Their outcomes. One that ends the process or hangs is lost, and those after it run in another."""
+    outcomes: list[Outcome] = []
+    while len(outcomes) < len(cases):
+        reader, writer = os.pipe()
+        pid = os.fork() or _work(cases[len(outcomes):], writer)
+        os.close(writer)
+        with open(reader, "rb") as pipe:
+            while len(outcomes) < len(cases):
+                came = select.select([pipe], [], [], world.limit)[0]
+                try:
+                    outcomes.append(pickle.load(pipe) if came else Outcome(cases[len(outcomes)][0], "lost", f"no end within {world.limit:.0f} s"))
+                except EOFError:
+                    outcomes.append(Outcome(cases[len(outcomes)][0], "lost", "it ended the process"))
+                    came = None
+                if not came:
+                    os.kill(pid, 9)
+                    break
+        os.waitpid(pid, 0)
+    return outcomes
+
+
+def _work(cases: list[Case], writer: int) -> None:
+    try:
+        with open(writer, "wb", buffering=0) as pipe:
+            for where, case in cases:
+                verdict, note = "survived", ""
+                try:
+                    case()
+                except (Lost, Silent) as e:
+                    verdict, note = type(e).__name__.lower(), str(e)[-1500:]
+                except BaseException:
+                    verdict, note = "lost", traceback.format_exc()[-1500:]
+                pipe.write(pickle.dumps(Outcome(where, verdict, note)))
+    finally:
+        os._exit(0)
+
+
+def said(main, argv: list) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command of ours."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = guarded(main, [str(a) for a in argv])
+    return code, out.getvalue(), err.getvalue()
+
+
+def refused(main, argv: list, *names: object) -> None:
+    """The command ends with 2 and one line that holds all of `names`."""
+    code, out, err = said(main, argv)
+    expect(code != 0, f"it was accepted: {out[-600:]}")
+    if code != 2 or not err.startswith("recr1: ") or err.count("\n") != 1 or not err[:-1].isprintable():
+        raise Lost(f"exit code {code}: {err}")
+    expect(all(str(name) in err for name in names), f"{names} are not all named: {err}")
+
+
+class Bench:
+    """Runs of one process and one step on the world's policy, each in a folder of its own. Made for one kind of fault."""
+
+    def __init__(self, world: World, name: str):
+        self.world, self.rng, self.folder, self.made, self.kept = world, world.rng, world.folder / name, 0, {}
+
+    def data(self) -> dict[str, Path]:
+        """A copy of the world's data, to be spoiled: {setting: file}."""
+        self.made += 1
+        folder = self.folder / f"data{self.made}"
+        shutil.copytree(self.world.folder / "data", folder)
+        names = dict(corpus="corpus.jsonl", train_queries="train.queries.jsonl", train_qrels="train.qrels.tsv", test_queries="test.queries.jsonl",
+                     test_qrels="test.qrels.tsv")
+        return {key: folder / name for key, name in names.items()}
+
+    def argv(self, data: dict[str, Path] | None = None, *more: str) -> tuple[list[str], Path]:
+        """(arguments of recr1.train, the run's folder)."""
+        self.made += 1
+        run, paths = self.folder / f"run{self.made}", data or {}
+        return [self.world.config, *ONE_STEP, *(f"data.{key}={path}" for key, path in paths.items()), f"retriever.index_dir={run}.index", *more, f"run.dir={run}"], run
+
+    def run(self, data: dict[str, Path] | None = None, *more: str) -> tuple[str, Path]:
+        """A run that has to come to its end: (stdout, folder)."""
+        argv, folder = self.argv(data, *more)
+        code, out, err = said(train.main, argv)
+        if code or err:
+            raise Lost(f"exit code {code}: {err or out[-1000:]}")
+        return out, folder
+
+    def result(self, *more: str) -> dict:
+        """What the undisturbed run of these settings comes to."""
+        if more not in self.kept:
+            self.kept[more] = result(self.run(None, *more)[1])
+        return self.kept[more]
+
+    def run_saying(self, texts: Iterator[str], data: dict[str, Path] | None = None, *more: str) -> tuple[str, Path]:
+        """`run` of a policy whose completions read as `texts` has them."""
+        return self.saying(texts, lambda: self.run(data, *more))
+
+    def saying(self, texts: Iterator[str], work: Callable):
+        """work(), with whatever a policy samples decoded to the next of `texts`."""
+        load = around.load_tokenizer
+
+        def loaded(folder):
+            tokenizer = load(folder)
+            tokenizer.decode = lambda ids, **how: next(texts)
+            return tokenizer
+        around.load_tokenizer = loaded
+        try:
+            return work()
+        finally:
+            around.load_tokenizer = load
+
+
+def logged(run: Path) -> list[dict]:
+    """Every completion that a run has written down, with `error` and `answer`, where it was evaluated `ndcg`, where it was trained on `reward`.
+    Each line must be JSON in the strict sense, and there must be as many as the run has made."""
+    def rows(path: Path) -> list[dict]:
+        found = tiny.jsonl(path)
+        expect(json.dumps(found, allow_nan=False) and all(isinstance(row, dict) for row in found), f"{path} is no JSONL")
+        return found
+    steps = rows(run / "metrics.jsonl")
+    expect([row["step"] for row in steps] == [1], f"metrics.jsonl has the steps {[row.get('step') for row in steps]}")
+    return rows(run / "rollouts.jsonl.gz") + rows(run / "eval_before.jsonl") + rows(run / "eval_after.jsonl")
+
+
+def spread(rng, n: int, makers: list[Callable[[], Case]]) -> list[Case]:
+    """n cases: every maker as often as any other, a sample of them where n is less."""
+    chosen = [maker for _ in range(-(-n // len(makers))) for maker in rng.sample(makers, len(makers))][:n]
+    return [maker() for maker in chosen]
+
+
