@@ -155,7 +155,7 @@ def write_yaml(folder, **dotted_overrides) -> str:
 
 def jsonl(path: Path) -> list[dict]:
     raw = path.read_bytes()
-    return [json.loads(line) for line in (gzip.decompress(raw) if path.suffix == ".gz" else raw).split(b"\n")[:-1]]
+    return [json.loads(line) for line in (gzip.decompress(raw) if path.suffix == ".gz" else raw).split(b"\n") if line]
 
 
 def refused(argv, capsys) -> str:

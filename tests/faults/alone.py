@@ -2,12 +2,12 @@
 import io
 import json
 import os
-import pickle
-import select
 import shutil
+import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import Pipe
 from pathlib import Path
 
 import tiny
@@ -37,36 +37,35 @@ def each(world: World, cases: list[Case]) -> list[Outcome]:
     """Their outcomes. One that ends the process or hangs is lost, and those after it run in another."""
     outcomes: list[Outcome] = []
     while len(outcomes) < len(cases):
-        reader, writer = os.pipe()
+        reader, writer = Pipe(duplex=False)
         pid = os.fork() or _work(cases[len(outcomes):], writer)
-        os.close(writer)
-        with open(reader, "rb") as pipe:
-            while len(outcomes) < len(cases):
-                came = select.select([pipe], [], [], world.limit)[0]
-                try:
-                    outcomes.append(pickle.load(pipe) if came else Outcome(cases[len(outcomes)][0], "lost", f"no end within {world.limit:.0f} s"))
-                except EOFError:
-                    outcomes.append(Outcome(cases[len(outcomes)][0], "lost", "it ended the process"))
-                    came = None
-                if not came:
-                    os.kill(pid, 9)
-                    break
+        writer.close()
+        while len(outcomes) < len(cases):
+            why = "" if reader.poll(world.limit) else f"no end within {world.limit:.0f} s"
+            try:
+                outcomes.append(Outcome(cases[len(outcomes)][0], "lost", why) if why else reader.recv())
+            except EOFError:
+                why = "it ended the process"
+                outcomes.append(Outcome(cases[len(outcomes)][0], "lost", why))
+            if why:
+                os.kill(pid, signal.SIGKILL)
+                break
+        reader.close()
         os.waitpid(pid, 0)
     return outcomes
 
 
-def _work(cases: list[Case], writer: int) -> None:
+def _work(cases: list[Case], writer) -> None:
     try:
-        with open(writer, "wb", buffering=0) as pipe:
-            for where, case in cases:
-                verdict, note = "survived", ""
-                try:
-                    case()
-                except (Lost, Silent) as e:
-                    verdict, note = type(e).__name__.lower(), str(e)[-1500:]
-                except BaseException:
-                    verdict, note = "lost", traceback.format_exc()[-1500:]
-                pipe.write(pickle.dumps(Outcome(where, verdict, note)))
+        for where, case in cases:
+            verdict, note = "survived", ""
+            try:
+                case()
+            except (Lost, Silent) as e:
+                verdict, note = type(e).__name__.lower(), str(e)[-1500:]
+            except BaseException:
+                verdict, note = "lost", traceback.format_exc()[-1500:]
+            writer.send(Outcome(where, verdict, note))
     finally:
         os._exit(0)
 
@@ -97,7 +96,7 @@ class Bench:
     def data(self) -> dict[str, Path]:
         """A copy of the world's data, to be spoiled: {setting: file}."""
         self.made += 1
-        folder = self.folder / f"data{self.made}"
+        folder = self.folder / f"data{os.getpid()}.{self.made}"
         shutil.copytree(self.world.folder / "data", folder)
         names = dict(corpus="corpus.jsonl", train_queries="train.queries.jsonl", train_qrels="train.qrels.tsv", test_queries="test.queries.jsonl",
                      test_qrels="test.qrels.tsv")
@@ -106,7 +105,7 @@ class Bench:
     def argv(self, data: dict[str, Path] | None = None, *more: str) -> tuple[list[str], Path]:
         """(arguments of recr1.train, the run's folder)."""
         self.made += 1
-        run, paths = self.folder / f"run{self.made}", data or {}
+        run, paths = self.folder / f"run{os.getpid()}.{self.made}", data or {}
         return [self.world.config, *ONE_STEP, *(f"data.{key}={path}" for key, path in paths.items()), f"retriever.index_dir={run}.index", *more, f"run.dir={run}"], run
 
     def run(self, data: dict[str, Path] | None = None, *more: str) -> tuple[str, Path]:

@@ -121,7 +121,10 @@ def retrievers(world: World, n: int) -> list[Outcome]:
             codes = job.wait(world.limit)
             if chain and resumed(job) != after:
                 chain[-1].verdict, chain[-1].note = "lost", f"stopped after step {after}, it went on otherwise: {job.said()[-1500:]}"
-            if not way or codes == [0] * RANKS:              # or the run was through before the fault came: it is made in another
+            if way and not chain and codes == [0] * RANKS:
+                chain.append(Outcome(ways.pop(0), "silent", "the run went through"))
+                break
+            if not way or codes == [0] * RANKS:              # or the run was through before the next fault came: that is made in another
                 break
             outcome = Outcome(way)
             chain.append(outcome)
