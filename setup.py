@@ -35,8 +35,9 @@ setup(
         "flash": ["flash-attn"],    # no wheel: needs nvcc and --no-build-isolation
         "fast": ["numba"],
         "track": ["tensorboard"],
-        "audit": ["lm-eval[hf]"],
-        "dev": ["pytest", "bm25s", "faiss-cpu", "numba", "pytrec-eval-terrier", "setuptools>=77", "trl",
+        "audit": ["lm-eval[hf,ifeval]>=0.4.13"],
+        # pyarrow: experiments/prepare/esci.py
+        "dev": ["pytest", "bm25s", "faiss-cpu", "numba", "pytrec-eval-terrier", "pyarrow", "setuptools>=77", "trl",
                 *(f"{name}; sys_platform == 'linux'" for name in ("triton", "liger-kernel"))],
     },
 )

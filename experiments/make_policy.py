@@ -11,18 +11,22 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Callable
 
 import torch
 from tokenizers import AddedToken, pre_tokenizers, trainers
+from tqdm import tqdm
 from transformers import Qwen2Tokenizer
 
 from recr1 import config_file as configs
 from recr1 import data
 from recr1.chat import Chat
-from recr1.config import Optimizer as OptimizerConfig
+from recr1.config import Model, Optimizer as OptimizerConfig
+from recr1.grpo import objective
 from recr1.model import Decoder, ModelConfig
 from recr1.records import Prompt, Rollout
-from recr1.sft import fit
+from recr1.optim import Optimizer
+from recr1.sft import LEARN, cross_entropy, optimiser_step
 from recr1.weights import save_model
 
 HERE = Path(__file__).parent
@@ -118,6 +122,28 @@ def initialised(seed: int) -> Decoder:
         elif name.endswith("bias"):
             torch.nn.init.zeros_(p)
     return model
+
+
+def fit(model: Decoder, examples: Callable[[int], list[Rollout]], steps: int, config: OptimizerConfig, max_tokens: int) -> list[float]:
+    """Trains in place on examples(0), examples(1), ...: a step of recr1/sft.py without a run around it, on whole weights, which Muon needs.
+
+    Returns the mean loss per target token (nats) of each step.
+    """
+    losses, optimizer, loss = [], Optimizer(model, config, steps), objective(LEARN, Model())
+    bar = tqdm(range(steps), disable=None, desc="sft")
+    for step in bar:
+        total, batches = optimiser_step(examples(step), max_tokens)
+        loss_sum = 0.0
+        for batch in batches:
+            value, _ = cross_entropy(model, batch, total, loss)
+            value.backward()
+            loss_sum += value.item()
+        norm, _ = optimizer.step(loss_sum)
+        losses.append(loss_sum)
+        bar.set_postfix(loss=f"{loss_sum:.4f}", norm=f"{norm:.2f}")
+        if bar.disable and step % 100 == 0:
+            print(f"step {step} loss {loss_sum:.4f} grad norm {norm:.2f}", flush=True)
+    return losses
 
 
 def main(argv: list[str]) -> None:

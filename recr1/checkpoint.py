@@ -203,7 +203,28 @@ def load(folder: Path, state: dict, policy: Sharded, optimizer: Optimizer) -> No
     with torch.no_grad():
         for name, unit in _units(policy).items():
             unit.shard.copy_(read(f"{name}.shard", unit.shard))
-    optimizer.restore({name: read(name, t) for name, t in optimizer.tensors().items()}, state["taken"], state["skipped"])
+    restore(optimizer, {name: read(name, t) for name, t in moments(optimizer).items()}, state["taken"], state["skipped"])
+
+
+def moments(optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's state by name: "exp_avg.NAME", "exp_avg_sq.NAME" and the updates made, "step.NAME" (), of each trained parameter; at first zeros.
+
+    The state itself: `step` is not taken - skipped, for a step without any gradient makes no update.
+    """
+    [(_, adamw)], found = optimizer.parts, {}
+    for p, name in optimizer.names.items():
+        state = adamw.state[p]
+        if not state:
+            state |= dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        found |= {f"{key}.{name}": t for key, t in state.items()}
+    return found
+
+
+def restore(optimizer: Optimizer, tensors: dict[str, torch.Tensor], taken: int, skipped: int) -> None:
+    """Goes on from what moments() gave, and from the steps taken and skipped until then."""
+    optimizer.taken, optimizer.skipped = taken, skipped
+    for name, t in moments(optimizer).items():
+        t.copy_(tensors[name])
 
 
 def _units(policy: Sharded) -> dict[str, Unit]:
@@ -212,7 +233,7 @@ def _units(policy: Sharded) -> dict[str, Unit]:
 
 def _tensors(policy: Sharded, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     """All that a rank must not lose, by name."""
-    return {f"{name}.shard": unit.shard for name, unit in _units(policy).items()} | optimizer.tensors()
+    return {f"{name}.shard": unit.shard for name, unit in _units(policy).items()} | moments(optimizer)
 
 
 def _setting(policy: Sharded, optimizer: Optimizer) -> dict:

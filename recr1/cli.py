@@ -11,8 +11,7 @@ import sys
 import torch
 
 from . import config_file as configs
-from . import dist, losslab
-from .answers import parse_query
+from . import completions, dist, losslab
 from .chat import make_prompts
 from .config import ConfigError
 from .dryrun import model_shape
@@ -27,7 +26,7 @@ from .weights import check_room
 
 def main(argv: list[str]) -> None:
     args, args.overrides = parser().parse_known_args(argv)
-    if args.overrides and (args.run is not plan_memory or any(text.startswith("-") for text in args.overrides)):
+    if args.overrides and (args.run not in (plan_memory, reward) or any(text.startswith("-") for text in args.overrides)):
         parser().error(f"unrecognized arguments: {' '.join(args.overrides)}")
     args.run(args)
 
@@ -67,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-k", type=positive, default=5, help="hits of each list")
     p.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="draw at this temperature; default 0: the most likely token each time")
     p.add_argument("--seed", type=natural, metavar="N", help="of the draws, which are the same again for the same seed; default 0")
+    p = command("reward", reward, "score stored completions: each part of the reward",
+                usage="recr1 reward --config X --completions F [--json] [a.b=value ...]")
+    p.add_argument("--config", metavar="X", required=True, help="a training's; its task, data, retriever and reward are used, no model")
+    p.add_argument("--completions", metavar="F", required=True, help='JSONL[.gz] {"id": query id, "text": completion}, such as a run\'s eval_after.jsonl')
+    p.add_argument("--json", action="store_true", help="one JSON object on the last line, with a row for each completion")
     p = command("losses", losses, "one logged step of a run under every loss")
     p.add_argument("--run", dest="folder", metavar="RUN", required=True, help="a run's folder")
     p.add_argument("--step", type=positive, required=True, help="a step whose tokens were logged (log.tokens_every)")
@@ -115,7 +119,7 @@ def eval_policy(args) -> None:
         queries, qrels = read_judged(args)
         index = make_retriever(args) if dist.rank() == 0 else None
         rewriter = Rewriter(args.model, args.config)
-        prompts, long = make_prompts(queries, rewriter.chat, rewriter.config.prompt.max_tokens, "drop")
+        prompts, long = make_prompts({id: dict(text=text) for id, text in queries.items()}, lambda row: (row["text"],), rewriter.chat, rewriter.config.prompt.max_tokens, "drop")
     mine = {p.id: query for p, query in zip(dist.share(prompts), rewriter.rewrite(dist.share(prompts)))}
     parts = dist.gather(mine)
     if parts is None:
@@ -139,7 +143,7 @@ def generate_one(args) -> None:
     prompt = rewriter.prompt(args.query)
     index, texts = (make_retriever(args), read_texts(args)) if args.corpus else (None, {})       # first: what is wrong with the files is said before anything is sampled
     rollout = rewriter.stream(prompt, args.temperature, args.seed or 0, write_now)
-    query, error = parse_query(rewriter.decode(rollout))
+    query, error = rewriter.parsed(rollout)
     if query is None:
         cut = "" if rollout.finished else f"; it was cut at sampling.max_new_tokens = {len(rollout.ids)}"
         raise ConfigError(f"the policy's answer holds no query ({error}){cut}; is its prompt the one it was trained with?")
@@ -152,6 +156,12 @@ def generate_one(args) -> None:
 def losses(args) -> None:
     result = losslab.compare(args.folder, args.step, args.new)
     say(losslab.table(result))
+    finish(args, result)
+
+
+def reward(args) -> None:
+    result = completions.score(configs.load(args.config, args.overrides), args.completions)
+    say(completions.table(result))
     finish(args, result)
 
 

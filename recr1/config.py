@@ -28,7 +28,7 @@ class Model:
 @dataclass(frozen=True)
 class Data:
     corpus: str = ""                    # JSONL[.gz] {id, title, text}
-    train_queries: str = ""             # JSONL[.gz] {id, text}; a fixed hash tenth of it is validation
+    train_queries: str = ""             # JSONL[.gz] {id, text, what the task needs}; a fixed hash tenth of it is validation
     train_qrels: str = ""               # TSV[.gz] query id, document id, gain
     test_queries: str = ""              # both empty: a second hash tenth of the train queries
     test_qrels: str = ""
@@ -60,17 +60,22 @@ class Retriever:
 @dataclass(frozen=True)
 class PromptText:
     system: str = ""                    # empty: no system message
-    user: str = "{query}"               # {query} is where the user's text goes
+    user: str = "{query}"               # {query} is where the user's text goes; the task says which places there are
     assistant: str = "<think>"          # what the answer begins with, given, not sampled
     max_tokens: int = 256
+    title_words: int = 0                # titles of items are cut to so many words; 0: whole
 
 
 @dataclass(frozen=True)
 class RewardRule:
     k_train: int = 1000                 # depth of the ranking that is rewarded
     k_eval: int = 100                   # depth of the ranking that is reported
-    bonus: float = 0.1                  # added when the metric is above 0
-    miss: float = 0.0                   # total when it is 0
+    k_list: int = 10                    # depth that diversity and novelty look at
+    metric: str = "ndcg"                # what evaluations compare: ndcg | recall | mrr | hit
+    weights: dict[str, float] = field(default_factory=lambda: {"ndcg": 1.0})      # of the parts (tasks/rewards.py), module:function for one of yours
+    remove_seen: bool = False           # sequential: what stands in the history is no hit
+    bonus: float = 0.1                  # added when the accuracy (weighted ndcg, recall, mrr, hit, lcs) is above 0
+    miss: float = 0.0                   # in place of both when it is 0
     unparsable: float = -2.0            # total when there is no answer to score
     overlong: int = 0                   # DAPO: tokens before max_new_tokens over which a penalty grows to 1; 0: none
 
@@ -104,6 +109,15 @@ class Loss:
     def high(self) -> float:
         """The clip's upper side."""
         return self.clip_high or self.clip
+
+
+@dataclass(frozen=True)
+class Sft:                              # python -m recr1.sft alone
+    teacher: str = ""                   # JSONL[.gz] {id of a train query, text of the completion} | self: the best of sampling.group_size samples
+    keep: str = "all"                   # all | no_worse | better: texts whose reward.metric@k_train is at least, or above, that of the raw answer
+    least: float = 0.0                  # reward.metric@k_train that a text must reach to be kept
+    mask_prompt: bool = True            # false: the prompt's tokens but the first are learnt too, as Rec-R1's SFT did
+    epochs: int = 0                     # passes over what is kept; 0: train.steps
 
 
 @dataclass(frozen=True)
@@ -150,7 +164,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Config:
-    task: str = "product_search"
+    task: str = "product_search"        # product_search | sequential | rerank | recommend_list | module:Class
     run: Run = field(default_factory=Run)
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
@@ -159,6 +173,7 @@ class Config:
     reward: RewardRule = field(default_factory=RewardRule)
     sampling: Sampling = field(default_factory=Sampling)
     loss: Loss = field(default_factory=Loss)
+    sft: Sft = field(default_factory=Sft)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     save: Save = field(default_factory=Save)

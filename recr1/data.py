@@ -1,8 +1,10 @@
-"""Files -> corpus, queries and judgements; which query is validation; and random numbers that depend on nothing but their keys.
+"""Files -> corpus, queries and judgements; which query is validation.
 
 Formats, UTF-8, plain or gzip (a name that ends in .gz):
-    corpus   JSONL {"id", "title", "text"}: either of title and text may be absent, other keys are ignored
-    queries  JSONL {"id", "text"}, other keys are ignored
+    corpus   JSONL {"id", "title", "text"}: either of title and text may be absent; for some tasks and rewards "category" (string),
+             "genres" (strings), "popularity" (number >= 0); other keys are ignored
+    queries  JSONL {"id", "text"}; for some tasks "history" (document ids, oldest first, or pairs of id and date), "candidates" (distinct
+             document ids), "profile" (string); other keys are ignored, unless a task of yours needs them
     qrels    tab-separated query id, document id, gain (finite, >= 0); no header
 
 `on_bad_line="stop"` raises DataError at the first bad line: `path:line: what is wrong; what to do`. "drop" leaves bad lines
@@ -15,11 +17,9 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import nullcontext
-from functools import lru_cache
-
-import numpy as np
+from typing import Any
 
 
 class DataError(ValueError):
@@ -27,7 +27,11 @@ class DataError(ValueError):
 
 
 class _Repeat(DataError):
-    """A line that says again what an earlier one said: left out and listed, but never a reason to stop."""
+    """A line that says again what an earlier one said, or nothing: left out and listed, but never a reason to stop."""
+
+
+class _Leak(DataError):
+    """A line that would teach what is held out: always a reason to stop."""
 
 
 def read_corpus(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[list[str], list[str], list[str]]:
@@ -35,6 +39,15 @@ def read_corpus(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[lis
     dropped: list[str] = []
     docs = dict(documents(path, on_bad_line, dropped))
     return list(docs), list(docs.values()), dropped
+
+
+def present(path: str | os.PathLike) -> None:
+    """Raises DataError for a file that cannot be opened."""
+    try:
+        open(path, "rb").close()
+    except OSError as e:
+        why = "no such file" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror or e})"
+        raise DataError(f"{os.fspath(path)}: {why}; check the path, or prepare the data set first") from None
 
 
 def documents(path: str | os.PathLike, on_bad_line: str, dropped: list[str],
@@ -56,17 +69,48 @@ def documents(path: str | os.PathLike, on_bad_line: str, dropped: list[str],
 
 def read_queries(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[dict[str, str], list[str]]:
     """({query id: text}, dropped), in file order."""
-    queries: dict[str, str] = {}
+    rows, dropped = read_rows(path, on_bad_line)
+    return {id: row["text"] for id, row in rows.items()}, dropped
+
+
+def read_rows(path: str | os.PathLike, on_bad_line: str = "stop", needs: Iterable[str] = ()) -> tuple[dict[str, dict], list[str]]:
+    """({query id: {"text": ..., and each key of `needs`}}, dropped), in file order. `needs` may name keys of a user's own: taken as they are."""
+    rows: dict[str, dict] = {}
 
     def parse(line):
         row = _row(line)
-        key, text = _new_id(row, queries), _string(row, "text")
+        key, text = _new_id(row, rows), _string(row, "text")
         if not text.strip():
             raise DataError("'text' is empty; write the query or delete the line")
-        queries[key] = text
+        rows[key] = dict(text=text) | {name: _need(row, name) for name in needs}
 
     dropped = _read(path, on_bad_line, parse)
-    return queries, dropped
+    return rows, dropped
+
+
+def read_completions(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[list[tuple[str, str]], list[str]]:
+    """([(query id, completion)], dropped) of JSONL {"id", "text"}: an id may come many times, a text be empty, other keys are ignored."""
+    found: list[tuple[str, str]] = []
+
+    def parse(line):
+        row = _row(line)
+        found.append((_id(_string(row, "id")), _string(row, "text")))
+
+    dropped = _read(path, on_bad_line, parse)
+    return found, dropped
+
+
+def attributes(path: str | os.PathLike, on_bad_line: str, dropped: list[str]) -> Iterator[tuple[str, dict]]:
+    """The corpus again, one document after the other: (id, row), its known keys checked as far as they are there. Ids may repeat."""
+    def parse(line):
+        row = _row(line)
+        for name in row.keys() & _KEYS.keys():
+            _need(row, name)
+        for name in row.keys() & {"title", "text", "category"}:
+            _string(row, name)
+        return _id(_string(row, "id")), row
+
+    return _parsed(path, on_bad_line, parse, dropped)
 
 
 def read_qrels(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[dict[str, dict[str, float]], list[str]]:
@@ -100,6 +144,34 @@ def read_qrels(path: str | os.PathLike, on_bad_line: str = "stop") -> tuple[dict
     return qrels, dropped
 
 
+def read_teacher(path: str | os.PathLike, known: Container[str], held_out: Container[str], encode: Callable[[str, Any], list[int]],
+                 on_bad_line: str = "stop") -> tuple[list[tuple[str, str, list[int]]], list[str]]:
+    """([(query id, completion, its token ids)], dropped), in file order. An id may come with several texts. `encode(text, the line's "ids")`
+    may refuse a text as parse functions do. A line whose "error" is not null, as a run writes it, has no text to learn: left out and listed.
+
+    An id of `held_out` raises DataError also under "drop": learnt answers to validation or test queries are a leak.
+    """
+    rows: list[tuple[str, str, list[int]]] = []
+    seen: set[tuple[str, str]] = set()
+
+    def parse(line):
+        row = _row(line)
+        key, text = _id(_string(row, "id")), _string(row, "text")
+        if key in held_out:
+            raise _Leak(f"{key!r} is a validation or test query: learning its answer would be a leak; delete all such lines")
+        if key not in known:
+            raise DataError(f"{key!r} is no train query of this run; correct the id or delete the line")
+        if row.get("error") is not None:
+            raise _Repeat(f"its 'error' is {str(row['error'])[:40]!r}: nothing to learn")
+        if (key, text) in seen:
+            raise _Repeat(f"{key!r} had the same text before; delete one of the two lines")
+        seen.add((key, text))
+        rows.append((key, text, encode(text, row.get("ids"))))
+
+    dropped = _read(path, on_bad_line, parse)
+    return rows, dropped
+
+
 def is_validation(query_id: str) -> bool:
     """Whether a query of the train split belongs to validation: sha256 of its id, as an integer, is 0 modulo 10."""
     return _tenth(query_id) == 0
@@ -112,78 +184,6 @@ def is_test(query_id: str) -> bool:
 
 def _tenth(query_id):
     return int(hashlib.sha256(query_id.encode()).hexdigest(), 16) % 10
-
-
-def steps_per_epoch(n: int, per_step: int) -> int:
-    """Steps of one pass over n prompts, n // per_step; ValueError when one step asks for more prompts than there are."""
-    if not 1 <= per_step <= n:
-        raise ValueError(f"{per_step} prompts a step out of {n}: no prompt may come twice in a step, "
-                         f"so ask for 1 to {n} a step or give more data")
-    return n // per_step
-
-
-def prompt_order(n: int, per_step: int, seed: int, step: int, turn: int = 0, turns: int = 1) -> np.ndarray:
-    """(per_step,) int64 indices into n prompts for this step, counted from 0. Turn 0, 1, ... of `turns`: further prompts for the same step,
-    others as long as an epoch has so many steps.
-
-    An epoch is a permutation that depends on (seed, epoch) alone. Its last n % per_step prompts are left out, others
-    in each epoch, so no step straddles two epochs and no prompt comes twice in a step.
-    """
-    length = steps_per_epoch(n, per_step)
-    epoch, place = divmod(step, length)
-    place = (place + turn * max(1, length // turns)) % length
-    return _permutation(n, seed, epoch)[place * per_step:(place + 1) * per_step].copy()
-
-
-def uniforms(seed: int, step: int, prompts: np.ndarray, siblings: int, tokens: int) -> np.ndarray:
-    """(P, G, T) float64 in (0, 1), never 0 or 1, for prompts (P,) int, G siblings, T tokens.
-
-    Each value is a function of (seed, step, prompt, sibling, token) alone: not of the other prompts, nor of G or T.
-    Keep it in float64: in float32 the largest values round to 1.
-    """
-    prompts = np.asarray(prompts)[:, None, None]
-    return _unit(_hash(_SAMPLING, seed, step, prompts, np.arange(siblings)[:, None], np.arange(tokens)))
-
-
-def shuffle_words(text: str, share: float, seed: int, step: int, prompt: int) -> str:
-    """With probability `share` the words of `text` in random order, one space between them; else `text` as it is.
-
-    Both draws are functions of (seed, step, prompt). ValueError when share is not in [0, 1].
-    """
-    if not 0 <= share <= 1:
-        raise ValueError(f"the share of shuffled prompts must be in [0, 1], got {share}")
-    words = text.split()
-    draws = _hash(_SHUFFLE, seed, step, prompt, np.arange(len(words) + 1))      # the first one decides, the others sort
-    if _unit(draws[0]) >= share:
-        return text
-    return " ".join(words[i] for i in np.argsort(draws[1:], kind="stable"))
-
-
-_SAMPLING, _ORDER, _SHUFFLE = range(3)      # the first key of each use: streams with equal further keys stay unrelated
-
-
-def _hash(*keys):
-    """Integer keys, broadcast together -> uint64: each step is output number `key` of a splitmix64 generator
-    (Steele, Lea & Flood 2014) that was seeded with the hash of the keys before it."""
-    state = np.zeros(1, np.uint64)
-    with np.errstate(over="ignore"):        # arithmetic modulo 2^64 is meant
-        for key in keys:
-            mixed = state + (np.asarray(key).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = mixed ^ (mixed >> np.uint64(31))
-    return state
-
-
-def _unit(bits):
-    # 52 bits and a half, not 53: 2^53 - 1/2 has no float64, it would round up and the value would be 1.
-    return ((bits >> np.uint64(12)) + 0.5) * 2.0 ** -52
-
-
-@lru_cache(maxsize=2)       # the steps of an epoch share one permutation
-def _permutation(n, seed, epoch):
-    # Not Generator.permutation: numpy may change its stream between versions, and a resumed run must not notice.
-    return np.argsort(_hash(_ORDER, seed, epoch, np.arange(n)), kind="stable")
 
 
 def _read(path: str | os.PathLike, on_bad_line: str, parse: Callable[[str], None]) -> list[str]:
@@ -211,7 +211,7 @@ def _parsed(path, on_bad_line, parse, dropped, place=None):
                     parsed = parse(_decode(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw))
                 except DataError as error:
                     message = f"{name}:{number}: {error}"
-                    if on_bad_line == "stop" and not isinstance(error, _Repeat):
+                    if isinstance(error, _Leak) or on_bad_line == "stop" and not isinstance(error, _Repeat):
                         raise DataError(message) from None
                     dropped.append(message)
                     continue
@@ -273,3 +273,31 @@ def _new_id(row, seen):
     if key in seen:
         raise DataError(f"id {key[:40]!r} came before; ids are unique, delete one of the lines")
     return key
+
+
+def _ids(value):
+    return isinstance(value, list) and all(isinstance(id, str) and id for id in value)
+
+
+def _history(value):
+    return isinstance(value, list) and all(_ids([item]) or _ids(item) and len(item) == 2 for item in value)
+
+
+_KEYS = {     # key of a row -> (whether a value will do, what is wanted)
+    "history": (_history, "a list of document ids, or of pairs of id and date"),
+    "candidates": (lambda v: _ids(v) and 0 < len(v) == len(set(v)), "a list of distinct document ids, at least one"),
+    "genres": (lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v), "a list of strings"),
+    "popularity": (lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v < math.inf, "a finite number >= 0"),
+}
+
+
+def _need(row, key):
+    """row[key], checked. Raises DataError."""
+    if key in ("profile", "category"):
+        return _string(row, key)
+    if key not in row:
+        raise DataError(f"no key {key!r}, which this task reads; add it or delete the line")
+    good, wanted = _KEYS.get(key, (lambda value: True, ""))
+    if not good(row[key]):
+        raise DataError(f"{key!r} is {str(row[key])[:60]}; want {wanted}")
+    return row[key]

@@ -1,7 +1,8 @@
 """`--dry-run`: the whole run of a config, one step long, on a tiny random model of its architecture and tiny data of its formats. No hub, no GPU.
 
 Family and shape come from the model folder's config.json, or from shapes.yaml beside the config; where both are there they must agree.
-The tokenizer has the 256 bytes and WORDS whole answers, which the random model favours: rewards differ, so the step has a gradient.
+The tokenizer has the 256 bytes and eight whole answers of the task, which the random model favours: rewards differ, so the step has a gradient.
+(A task of a user's own may ask for other answers: then none of them is parsable, and the gradient is 0.)
 """
 from __future__ import annotations
 
@@ -19,11 +20,14 @@ from tokenizers import AddedToken, pre_tokenizers
 from transformers import AutoTokenizer, BertConfig, BertModel, Qwen2Tokenizer
 
 from . import dist
+from .chat import closes_thought
 from .config import Config, ConfigError
 from .data import is_test, is_validation
 from .model import Decoder, ModelConfig
 from .weights import check_room, parse_config, read_config, save_model
 
+SHOWN = 8                                              # candidates of a row
+ORDERS = [[f"Item_{1 + (i * step + shift) % SHOWN}" for i in range(SHOWN)] for step in (1, 3, 5, 7) for shift in (0, 2)]
 WORDS = "lamp chair table shirt kettle guitar camera bicycle".split()
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -39,8 +43,10 @@ def shrunk(cfg: Config, path: str) -> Iterator[Config]:
         folder = Path(dist.first(own))                     # rank 0's serves all
         with dist.together():
             if dist.rank() == 0:
-                _write_policy(shape, folder / "policy")
+                _write_policy(shape, folder / "policy", _answers(cfg))
                 _write_data(cfg, folder)
+                if (teacher := _teacher(cfg, folder)) not in ("", "self"):
+                    _write_teacher(Path(teacher), _answers(cfg))
                 if cfg.retriever.encoder:
                     _write_encoder(folder)
         d, r = cfg.data, cfg.retriever
@@ -50,7 +56,7 @@ def shrunk(cfg: Config, path: str) -> Iterator[Config]:
             retriever=replace(r, index_dir=str(folder / "index"), encoder=r.encoder and str(folder / "encoder")), prompt=replace(cfg.prompt, max_tokens=4096),
             sampling=replace(cfg.sampling, max_new_tokens=8),
             train=replace(cfg.train, steps=1, prompts_per_step=4, tokens_per_micro_batch=8192, eval_every=min(1, cfg.train.eval_every)),
-            save=replace(cfg.save, every=1))
+            save=replace(cfg.save, every=1), sft=replace(cfg.sft, teacher=_teacher(cfg, folder), keep="all", least=0.0, epochs=0))
 
 
 def model_shape(model: str, config_path: str) -> ModelConfig:
@@ -67,9 +73,16 @@ def model_shape(model: str, config_path: str) -> ModelConfig:
     return shape or listed
 
 
-def _write_policy(shape: ModelConfig, folder: Path) -> None:
-    """A random model of the family: kv heads, tying, rope scaling as in `shape`, widths tiny."""
-    answers = [f'</think><answer>{{"query": "{word}"}}</answer>' for word in WORDS]
+def _answers(cfg: Config) -> list[str]:
+    """Whole completions; where the prompt closes the thought, without its end."""
+    bodies = [{"query": word} for word in WORDS]
+    if key := {"rerank": "reranked_items", "recommend_list": "items"}.get(cfg.task):
+        bodies = [{key: order} for order in ORDERS]
+    return ["</think>" * (not closes_thought(cfg.prompt.assistant)) + f"<answer>{json.dumps(body)}</answer>" for body in bodies]
+
+
+def _write_policy(shape: ModelConfig, folder: Path, answers: list[str]) -> None:
+    """A random model of the family, which writes `answers`: kv heads, tying, rope scaling as in `shape`, widths tiny."""
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], unk_token=SPECIAL[0], pad_token=SPECIAL[0], eos_token=SPECIAL[2])
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
@@ -105,6 +118,20 @@ def _write_encoder(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "encoder")
 
 
+def _teacher(cfg: Config, folder: Path) -> str:
+    given = cfg.sft.teacher
+    return given if given in ("", "self") else str(folder / f"teacher.jsonl{'.gz' * given.endswith('.gz')}")
+
+
+def _write_teacher(path: Path, answers: list[str]) -> None:
+    """A whole answer to each train query that is not held out. The rule of sft.keep is left to the real texts: these are all as good as the query."""
+    ids = [q for q in TRAIN if not is_validation(q) and not is_test(q)]
+    rows = [dict(id=q, text=answers[TRAIN.index(q) % len(answers)]) for q in ids]
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+
+
+TRAIN = [f"train{i}" for i in range(64)]
 _FILES = dict(corpus="corpus.jsonl", train_queries="train.queries.jsonl", train_qrels="train.qrels.tsv",
               test_queries="test.queries.jsonl", test_qrels="test.qrels.tsv")
 
@@ -114,16 +141,17 @@ def _file(key: str, like: str) -> str:
 
 
 def _write_data(cfg: Config, folder: Path) -> None:
-    """Queries of one word; every document of that word is relevant. As many that no split is empty."""
+    """Queries of one word; every document of that word is relevant. As many that no split is empty. Rows have the keys of every task."""
     def ids(split, n):
         return [f"{split}{i}" for i in range(n)]
-    train = ids("train", 64)
-    assert any(map(is_validation, train)) and any(map(is_test, train))
+    assert any(map(is_validation, TRAIN)) and any(map(is_test, TRAIN))
     word = {q: WORDS[i % len(WORDS)] for n, split in ((64, "train"), (8, "test")) for i, q in enumerate(ids(split, n))}
-    lines = {"corpus": [json.dumps(dict(id=f"d{i}", title=f"{w} {i}", text=f"a {w} and a {WORDS[i % 5]}")) for i, w in enumerate(WORDS * 3)]}
+    lines = {"corpus": [json.dumps(dict(id=f"d{i}", title=f"{w} {i}", text=f"a {w} and a {WORDS[i % 5]}", category=w, genres=[w, WORDS[i % 3]], popularity=i))
+                        for i, w in enumerate(WORDS * 3)]}
     for split in ("train", "test"):
         mine = [q for q in word if q.startswith(split)]
-        lines[f"{split}_queries"] = [json.dumps(dict(id=q, text=f"a {word[q]}")) for q in mine]
+        lines[f"{split}_queries"] = [json.dumps(dict(id=q, text=f"a {word[q]}", profile=f"likes a {word[q]}", history=[[f"d{i % 3}", "2024-01-01"]],
+                                                     candidates=[f"d{d}" for d in range(SHOWN)])) for i, q in enumerate(mine)]
         lines[f"{split}_qrels"] = [f"{q}\td{d}\t{1 + d % 2}" for q in mine for d in range(len(WORDS) * 3) if WORDS[d % len(WORDS)] == word[q]]
     for key, rows in lines.items():
         like = getattr(cfg.data, key)

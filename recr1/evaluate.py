@@ -1,5 +1,7 @@
-"""A greedy pass over a split: the policy's rewrites against the raw queries, paired, with bootstrap intervals."""
+"""A greedy pass over a split: the policy's answers against the raw ones, paired, with bootstrap intervals and a paired test."""
 from __future__ import annotations
+
+from collections import Counter
 
 import numpy as np
 import torch
@@ -7,24 +9,26 @@ import torch
 from . import dist
 from .footprint import AT_ONCE
 from .fsdp import gathered
-from .metrics import bootstrap_ci
+from .intervals import bootstrap_ci, sign_flip_p
 from .records import Prompt, Rollout
 from .sample import generate
 from .stopping import at_once
-from .tasks.product_search import ProductSearch
+from .tasks.scoring import Scorer
 
 
-def evaluate(model: torch.nn.Module, prompts: list[Prompt], task: ProductSearch, max_new_tokens: int, rows_at_once: int = AT_ONCE) -> list[dict]:
-    """One greedy answer per prompt -> rows {id, raw, rewrite, ndcg_raw, ndcg, text, error}; an unparsable answer scores 0.
+def evaluate(model: torch.nn.Module, prompts: list[Prompt], task: Scorer, max_new_tokens: int, rows_at_once: int = AT_ONCE) -> list[dict]:
+    """One greedy answer per prompt -> rows {id, raw, rewrite, PART_raw and PART for every part of the reward, text, error}; an unparsable answer
+    scores 0.
 
     Each rank takes its share of the prompts; rank 0 gets all rows, in order, the others none.
     """
     mine = dist.share(prompts)
     rollouts = greedy(model, mine, task.stops, max_new_tokens, rows_at_once)
     with dist.together(), at_once():
-        raw = task.metric([p.id for p in mine], [p.text for p in mine])
-        rows = [dict(id=p.id, raw=p.text, rewrite=reward.answer, ndcg_raw=before, ndcg=reward.parts["ndcg"], text=reward.text, error=reward.error)
-                for p, before, reward in zip(mine, raw, task.score(rollouts))]
+        raw = [task.task.raw(p.row) for p in mine]
+        rows = [dict(id=p.id, raw=answer, rewrite=reward.answer, **{f"{name}_raw": value for name, value in parts.items()}, **reward.parts,
+                     text=reward.text, error=reward.error)
+                for p, answer, parts, reward in zip(mine, raw, task.measure(mine, raw), task.score(rollouts))]
     return [row for part in dist.gather(rows) or [] for row in part]
 
 
@@ -46,22 +50,50 @@ def mean_ci(values: np.ndarray) -> tuple[float, list[float]]:
     return float(values.mean()), list(bootstrap_ci(values))
 
 
-def table(before: list[dict], after: list[dict], metric: str) -> str:
-    """What a run achieved, as text: raw query, policy before and after, and their paired differences."""
-    raw, b, a = column(before, "ndcg_raw"), column(before, "ndcg"), column(after, "ndcg")
-    lines = [f"{metric} on {len(raw)} test queries      mean     95% interval"]
-    for name, values, sign in (("raw query", raw, ""), ("before training", b, ""), ("after training", a, ""),
-                               ("after - raw", a - raw, "+"), ("after - before", a - b, "+")):
+def compared(before: list[dict], after: list[dict], metric: str) -> dict:
+    """The figures of a run's evaluations on one metric or part: means, and the paired differences with interval and p-value (sign_flip_p)."""
+    raw, b, a = column(before, f"{metric}_raw"), column(before, metric), column(after, metric)
+    found = dict(raw=float(raw.mean()), before=float(b.mean()), after=float(a.mean()))
+    for name, difference in (("gain", a - raw), ("after_minus_before", a - b)):
+        found[name], found[f"{name}_ci95"] = mean_ci(difference)
+        found[f"{name}_p"] = sign_flip_p(difference)
+    return found
+
+
+def parts_of(rows: list[dict]) -> list[str]:
+    """The metrics and parts that the rows have for policy and raw answer."""
+    return [name for name in rows[0] if f"{name}_raw" in rows[0]]
+
+
+def table(before: list[dict], after: list[dict], metric: str, k: int, figures: dict[str, dict]) -> str:
+    """What a run achieved, as text: raw answer, policy before and after, and their paired differences. figures: {part: compared(...)}."""
+    raw, b, a = column(before, f"{metric}_raw"), column(before, metric), column(after, metric)
+    lines = [f"{f'{metric}@{k}'} on {len(raw)} test queries      mean     95% interval"]
+    for name, values, sign, p in (("raw", raw, "", ""), ("before training", b, "", ""), ("after training", a, "", ""),
+                                  ("after - raw", a - raw, "+", "gain"), ("after - before", a - b, "+", "after_minus_before")):
         mean, (low, high) = mean_ci(values)
-        lines.append(f"  {name:<30}{mean:{sign}8.4f}     [{low:{sign}.4f}, {high:{sign}.4f}]")
-    errors = sum(row["error"] is not None for row in after)
-    return "\n".join(lines + [f"  unparsable answers after training: {errors} of {len(after)}"])
+        lines.append(f"  {name:<30}{mean:{sign}8.4f}     [{low:{sign}.4f}, {high:{sign}.4f}]" + (f"     p {figures[metric][f'{p}_p']:.4f}" if p else ""))
+    for name, found in figures.items():
+        if name != metric:
+            low, high = found["gain_ci95"]
+            lines.append(f"  {name:<30}{found['raw']:8.4f} raw, {found['before']:.4f} before, {found['after']:.4f} after; "
+                         f"after - raw {found['gain']:+.4f} [{low:+.4f}, {high:+.4f}]")
+    errors = Counter(row["error"] for row in after if row["error"] is not None)
+    named = f" ({', '.join(f'{name} {n}' for name, n in errors.most_common())})" if errors else ""
+    return "\n".join(lines + [f"  unparsable answers after training: {sum(errors.values())} of {len(after)}{named}"])
 
 
-def examples(after: list[dict]) -> str:
-    """Three rewrites: the largest gain, the median among those that changed the result, the largest loss."""
-    changed = sorted((row for row in after if row["ndcg"] != row["ndcg_raw"]), key=lambda row: row["ndcg"] - row["ndcg_raw"])
+def examples(after: list[dict], metric: str) -> str:
+    """Three answers: the largest gain, the median among those that changed the result, the largest loss."""
+    def gain(row):
+        return row[metric] - row[f"{metric}_raw"]
+    changed = sorted((row for row in after if gain(row)), key=gain)
     if not changed:
-        return "no rewrite changed a result"
+        return "no answer changed a result"
     picks = (("largest gain", changed[-1]), ("median change", changed[len(changed) // 2]), ("largest loss", changed[0]))
-    return "\n".join(f"  {name:<14} {row['raw']!r} -> {row['rewrite']!r}   {row['ndcg_raw']:.3f} -> {row['ndcg']:.3f}" for name, row in picks)
+    return "\n".join(f"  {name:<14} {_brief(row['raw'])} -> {_brief(row['rewrite'])}   {row[f'{metric}_raw']:.3f} -> {row[metric]:.3f}" for name, row in picks)
+
+
+def _brief(answer) -> str:
+    text = repr(answer)
+    return text if len(text) <= 200 else text[:197] + "..."

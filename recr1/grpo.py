@@ -217,11 +217,6 @@ def kl_of_rollouts(batches: list[Batch], count: int, estimator: str) -> torch.Te
     return sums[:count]
 
 
-def overlong(length: int, limit: int, buffer: int) -> float:
-    """0 while `buffer` tokens are left, then linearly to -1 at the limit (DAPO, arXiv 2503.14476, eq. 13)."""
-    return min(0.0, (limit - buffer - length) / buffer) if buffer else 0.0
-
-
 def token_weights(batch: Batch, o: Objective) -> torch.Tensor:
     """w (N,): identical siblings; in a mean over sequences shared by the tokens of each. A batch holds rollouts whole."""
     if o.average != "sequence":

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,13 +17,13 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from . import dist, heartbeat, memory
+from .config import Config
 from .files import WriteError, sync, write_text, writing
 from .records import Batch, Reward, Rollout
 
 GAP_BINS = np.concatenate([[0.0], np.logspace(-9, 2, 2201)])      # 1.15% wide: percentiles of |sampler - trainer| over a whole run
 
 NONFINITE = 5                             # steps whose batches are kept
-GROWING = ("metrics.jsonl", "rollouts.jsonl.gz")
 
 
 class Gaps:
@@ -75,6 +76,16 @@ class Step:
                 setattr(self, name, getattr(self, name) + getattr(other, name))
         self.gaps.merge(other.gaps)
 
+    def logged(self, step: int, log: RunLog, cfg: Config, **more) -> dict:
+        """Writes the rollouts of all ranks; the step's row of metrics.jsonl."""
+        log.rollouts(rollout_rows(step, self))
+        return log.close_step(step_row(step, self, cfg.sampling.group_size, **more), self.gaps)
+
+    def named(self) -> list[dict]:
+        """The texts, for who looks at what was not finite."""
+        return [dict(prompt=r.prompt.id, sibling=r.sibling, count=r.count, reward=self.rewards[i].total, adv=self.adv[i], text=self.rewards[i].text)
+                for r, i in zip(self.texts, self.first)]
+
     def add(self, loss: torch.Tensor, logp: torch.Tensor, batch: Batch, stats: dict[str, float]) -> None:
         """Counts a micro-batch's loss, statistics and |sampler - trainer|. logp (N,), the trainer's under the policy that sampled."""
         old = logp if batch.old_logp is None else batch.old_logp
@@ -85,8 +96,9 @@ class Step:
 class RunLog:
     """Appends to the files of one run folder; everything is on disk when a call returns. Rank 0's object writes, the others' only keep time."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, loop: str = "train"):
         self.folder, self.writes = folder, dist.rank() == 0
+        self.growing = ("metrics.jsonl", "rollouts.jsonl.gz") if loop == "train" else ("metrics.jsonl",)
         self.run_gaps = Gaps()
         self.seconds: dict[str, float] = {}
         self.memory: dict[str, int] = {}
@@ -115,13 +127,17 @@ class RunLog:
 
     def close_step(self, row: dict, gaps: Gaps) -> dict:
         """The step's row with its log-prob gap, tokens/s, and seconds and memory by phase, which then start anew."""
-        tokens, seconds, peaks = row.pop("tokens"), self.seconds, self.memory
-        sampling_s = seconds.get("sample", 0.0)                        # none in a replay
+        tokens, sampling_s = row.pop("tokens"), self.seconds.get("sample", 0.0)                   # no seconds in a replay
         self.sampled, self.sampling_s = self.sampled + tokens * (sampling_s > 0), self.sampling_s + sampling_s
         self.run_gaps.merge(gaps)
+        return self.timed(row | gaps.figures() | dict(rollout_tokens_per_s=tokens / sampling_s if sampling_s else None,
+                                                      reward_wait=self.seconds.get("reward", 0.0) / self.seconds["step"]))
+
+    def timed(self, row: dict) -> dict:
+        """The row with the step's seconds and memory by phase, which then start anew."""
+        row |= dict(seconds=self.seconds, memory=self.memory)
         self.seconds, self.memory = {}, {}
-        return row | gaps.figures() | dict(rollout_tokens_per_s=tokens / sampling_s if sampling_s else None,
-                                           reward_wait=seconds.get("reward", 0.0) / seconds["step"], seconds=seconds, memory=peaks)
+        return row
 
     def metrics(self, row: dict) -> None:
         path = self.folder / "metrics.jsonl"
@@ -143,16 +159,14 @@ class RunLog:
     def json(self, name: str, value: dict) -> None:
         write_text(self.folder / name, json.dumps(value, indent=2) + "\n")
 
-    def nonfinite(self, step: int, batches: list[Batch], losses: list[float], done: Step) -> str:
-        """Keeps this rank's batches of a step that was not finite, with their losses, rewards and advantages; all ranks. Says where."""
+    def nonfinite(self, step: int, batches: list[Batch], losses: list[float], texts: list[dict]) -> str:
+        """Keeps this rank's batches of a step that was not finite, with their losses and texts; all ranks. Says where."""
         root, own = self.folder / "nonfinite", f"rank_{dist.rank():05d}"
         folder = root / f"step_{step:06d}"
         if dist.first(not folder.exists() and root.exists() and len(list(root.iterdir())) >= NONFINITE):
             return f"its batches are not kept, {root} has those of {NONFINITE} steps"
         tensors = {f"{i}.{name}": t.detach().cpu().contiguous() for i, b in enumerate(batches)
                    for name, t in (vars(b) | b.layout._asdict()).items() if isinstance(t, torch.Tensor)}
-        texts = [dict(prompt=r.prompt.id, sibling=r.sibling, count=r.count, reward=done.rewards[i].total, adv=done.adv[i], text=done.rewards[i].text)
-                 for r, i in zip(done.texts, done.first)]
         failed = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +179,7 @@ class RunLog:
     def state(self) -> dict:
         """What a resumed run goes on from: the length in bytes of the files that grow, forced onto the disk, and the counters of the whole run."""
         ends = {}
-        for name in GROWING:
+        for name in self.growing:
             sync(self.folder / name)
             ends[name] = (self.folder / name).stat().st_size
         return dict(ends=ends, gaps=self.run_gaps.state(), sampled=self.sampled, sampling_s=self.sampling_s)
@@ -173,7 +187,7 @@ class RunLog:
     def check(self, state: dict) -> None:
         """Raises ValueError unless the files here are at least as long as `state` says."""
         Gaps.restored(state["gaps"])
-        for name in GROWING:
+        for name in self.growing:
             path, end = self.folder / name, state["ends"][name]
             if not 0 <= end <= (path.stat().st_size if path.exists() else 0):
                 raise ValueError(f"{name} is shorter than it was then; the log has lost rows")
@@ -182,7 +196,7 @@ class RunLog:
         """Cuts the files back to where they stood; None: to nothing."""
         if state:
             self.run_gaps, self.sampled, self.sampling_s = Gaps.restored(state["gaps"]), state["sampled"], state["sampling_s"]
-        for name in GROWING:
+        for name in self.growing:
             if self.writes and (self.folder / name).exists():
                 os.truncate(self.folder / name, state["ends"][name] if state else 0)
 
@@ -196,6 +210,7 @@ def step_row(step: int, done: Step, group_size: int, **more) -> dict:
     trained = summed.get("trained", 0.0)
     parts = {name: float(np.mean([r.parts[name] for r in rewards])) for name in rewards[0].parts}
     return dict(step=step, reward=totals.mean().item(), **parts, unparsable=float(np.mean([r.error is not None for r in rewards])),
+                errors=dict(Counter(r.error for r in rewards if r.error is not None)),
                 reward_spread=totals.std(1).mean().item(), zero_variance=(totals.amax(1) == totals.amin(1)).float().mean().item(),
                 adv_std=torch.tensor(done.adv).std().item(), kl=summed["kl"] / tokens if "kl" in summed else None, clip_share=summed.get("clip_share", 0.0) / tokens,
                 **{name: summed[name] / max(1.0, trained) for name in ("ratio_off", "trust", "entropy") if name in summed},
@@ -238,9 +253,12 @@ def _short(x):
 
 
 def console_line(row: dict, steps: int) -> str:
+    val = f"  val gain {row['val_gain']:+.4f}" if "val_gain" in row else ""
+    if "reward" not in row:                                            # SFT's
+        return (f"step {row['step']:>5}/{steps}  loss {row['loss']:.4f}  epoch {row['epoch']:.2f}  grad {row['grad_norm']:.3f}  "
+                f"{row['tokens_per_s']:,.0f} tok/s{val}")
     kl = f"{row['kl']:.4f}" if row["kl"] is not None else "off"
     speed = f"{row['rollout_tokens_per_s']:,.0f} tok/s" if row["rollout_tokens_per_s"] else "replay"
-    val = f"  val gain {row['val_gain']:+.4f}" if "val_gain" in row else ""
     return (f"step {row['step']:>5}/{steps}  reward {row['reward']:.4f}  spread {row['reward_spread']:.4f}  zero-var {row['zero_variance']:.2f}  "
             f"kl {kl}  grad {row['grad_norm']:.3f}  gap {row['logprob_gap_mean']:.1e}  {speed}  wait {row['reward_wait']:.0%}{val}")
 

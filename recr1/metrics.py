@@ -1,14 +1,13 @@
-"""Ranking metrics of one query, and the interval of a mean over queries. Pure functions.
+"""Ranking metrics of one query, and what its list is like. Pure functions.
 
 Everywhere `ranked` holds document ids, best first; `gains` maps judged document id -> gain, and a document
 is relevant when its gain is above 0. An unjudged document gains 0. A document that stands in `ranked` more
 than once counts at its first place; its repeats gain nothing but keep their ranks, so they only cost.
 With no relevant document every metric is 0.0. `k` below 1 raises ValueError.
 """
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
 from math import log2
-
-import numpy as np
 
 
 def ndcg(ranked: Sequence[str], gains: Mapping[str, float], k: int) -> float:
@@ -37,27 +36,32 @@ def hit_rate(ranked: Sequence[str], gains: Mapping[str, float], k: int) -> float
     return float(any(gain > 0 for gain in _gains_by_rank(ranked, gains, k)))
 
 
-def bootstrap_ci(values: np.ndarray, seed: int = 0, samples: int = 10_000) -> tuple[float, float]:
-    """95% percentile bootstrap interval (low, high) of the mean of `values` (n,).
+def intra_list_distance(ranked: Sequence[str], distance: Callable[[str, str], float], k: int) -> float:
+    """Mean distance of all pairs of distinct documents in the first k places, 0.0 where there is no pair (ILD: Smyth & McClave 2001)."""
+    pairs = list(combinations(dict.fromkeys(_first(ranked, k)), 2))
+    return sum(distance(a, b) for a, b in pairs) / len(pairs) if pairs else 0.0
 
-    To compare two systems pass their per-query differences: the interval is then the paired one.
-    Raises ValueError when `values` is empty, not one-dimensional or not finite. (Efron & Tibshirani 1993, ch. 13)
+
+def novelty(ranked: Sequence[str], popularity: Mapping[str, float], total: float, k: int) -> float:
+    """Mean of log2(total / popularity), in bits, of the distinct documents in the first k places, 0.0 where there is none.
+
+    A document's popularity is its part of `total`, all interactions there are; one nobody has touched counts as touched once. (Mean
+    self-information: Zhou et al. 2010, who count users; Castells, Hurley & Vargas 2015)
     """
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or len(values) == 0 or not np.isfinite(values).all():
-        raise ValueError(f"bootstrap_ci needs a non-empty (n,) array of finite values, got shape {values.shape}")
-    n, rng = len(values), np.random.default_rng(seed)
-    rows = max(1, 1_000_000 // n)       # resamples at a time: about 16 MB, whatever n and `samples` are
-    means = [values[rng.integers(n, size=(min(rows, samples - start), n))].mean(axis=1) for start in range(0, samples, rows)]
-    return tuple(np.percentile(np.concatenate(means), [2.5, 97.5]).tolist())
+    bits = [log2(total / max(popularity.get(doc, 0.0), 1.0)) for doc in dict.fromkeys(_first(ranked, k))]
+    return sum(bits) / len(bits) if bits else 0.0
 
 
 def _gains_by_rank(ranked, gains, k):
     """Gain at each of the first k places; a repeat, an unjudged document and a gain below 0 give 0."""
+    left = dict(gains)                  # pop: the second time a document comes, it is no longer there
+    return [max(left.pop(doc, 0.0), 0.0) for doc in _first(ranked, k)]
+
+
+def _first(ranked, k):
     if k < 1:
         raise ValueError(f"a metric @k needs k of at least 1, got {k}")
-    left = dict(gains)                  # pop: the second time a document comes, it is no longer there
-    return [max(left.pop(doc, 0.0), 0.0) for doc in ranked[:k]]
+    return ranked[:k]
 
 
 def _dcg(gains):

@@ -67,22 +67,3 @@ class Optimizer:
         parts = torch._foreach_norm(grads, dtype=torch.float64) if grads else []             # over a long shard float32 loses digits
         squares, loss = dist.total(float(sum(part.square() for part in parts)), loss)
         return math.sqrt(squares) if math.isfinite(loss) else math.nan
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """AdamW's state by name: "exp_avg.NAME", "exp_avg_sq.NAME" and the updates made, "step.NAME" (), of each trained parameter; at first zeros.
-
-        The state itself: `step` is not taken - skipped, for a step without any gradient makes no update.
-        """
-        [(_, adamw)], found = self.parts, {}
-        for p, name in self.names.items():
-            state = adamw.state[p]
-            if not state:
-                state |= dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            found |= {f"{key}.{name}": t for key, t in state.items()}
-        return found
-
-    def restore(self, tensors: dict[str, torch.Tensor], taken: int, skipped: int) -> None:
-        """Goes on from what tensors() gave, and from the steps taken and skipped until then."""
-        self.taken, self.skipped = taken, skipped
-        for name, t in self.tensors().items():
-            t.copy_(tensors[name])

@@ -1,4 +1,8 @@
-"""Rewards of groups that have ended, made in a thread while others are still being sampled."""
+"""Rewards of groups that have ended, made in a thread while others are still being sampled.
+
+Where the policy samples on the CPU itself and the retriever computes there too, the two would only take each other's cores (9% of the quickstart's
+step): then nothing is done beside, and `results` scores all groups in one call.
+"""
 from __future__ import annotations
 
 import threading
@@ -12,22 +16,24 @@ class Overlap:
     """`submit` takes a group as it ends, `results` waits for the rest: one Reward per rollout, in the groups' order.
 
     What waits is scored in one call, so a retriever that is slower than the sampler gets few large batches. An exception of `score` comes out of
-    `results`. A run that is stopped in between leaves the thread behind: it ends with the process.
+    `results`. A run that is stopped in between leaves the thread behind: it ends with the process. beside: whether there is a thread at all.
     """
 
-    def __init__(self, score: Callable[[list[Rollout]], list[Reward]]):
+    def __init__(self, score: Callable[[list[Rollout]], list[Reward]], beside: bool):
         self.score, self.waiting, self.rewards, self.error = score, SimpleQueue(), {}, None
-        self.thread = threading.Thread(target=self._work, name="rewards", daemon=True)
+        self.thread = threading.Thread(target=self._work, name="rewards", daemon=True) if beside else None
 
     def submit(self, group: list[Rollout]) -> None:
-        if not self.thread.ident:
+        if self.thread and not self.thread.ident:
             self.thread.start()
         self.waiting.put(group)
 
     def results(self) -> list[Reward]:
         """Call it once, after the last `submit`."""
-        if self.thread.ident:
-            self.waiting.put(None)
+        self.waiting.put(None)
+        if not self.thread:
+            self._work()
+        elif self.thread.ident:
             self.thread.join()
         if self.error:
             raise self.error

@@ -70,6 +70,8 @@ def attempts(cfg: Config, shape: ModelConfig, ranks: int, usable: float) -> list
 
 def plan(cfg: Config, shape: ModelConfig, ranks: int, memory: float) -> tuple[str, str]:
     """The text of `recr1 plan`, and why nothing fits, empty when something does."""
+    if cfg.sft.teacher:
+        raise ConfigError("recr1 plan: counts GRPO's memory, and this config is for recr1.sft (sft.teacher), whose training it does not cover")
     usable = room(memory)
     tried = attempts(cfg, shape, ranks, usable)
     overrides, last = tried[-1]

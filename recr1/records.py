@@ -16,6 +16,7 @@ class Prompt:
     index: int                 # its position in the split: what random numbers are keyed by
     text: str                  # the user's text as the data has it
     ids: tuple[int, ...]
+    row: dict = field(default_factory=dict, compare=False)     # its line of the data, as far as the task needs it
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Reward:
     total: float
     parts: dict[str, float] = field(default_factory=dict)
     error: str | None = None
-    answer: str | None = None  # what was understood of it
+    answer: str | list[str] | None = None      # what was understood of it
     text: str = ""             # the completion, without its end token
 
 

@@ -45,10 +45,10 @@ def different(other: dict, cfg: Config) -> str:
 
 
 class Progress:
-    """How far a run is, and its checkpoints. `step`: the last finished one; `row`: its metrics until they are written."""
+    """How far a run of `last` steps is, and its checkpoints. `step`: the last finished one; `row`: its metrics until they are written."""
 
-    def __init__(self, cfg: Config, started: float, policy: Sharded, optimizer: Optimizer, log: RunLog, tokenizer, stops: frozenset[int]):
-        self.cfg, self.started, self.policy, self.optimizer, self.log = cfg, started, policy, optimizer, log
+    def __init__(self, cfg: Config, last: int, started: float, policy: Sharded, optimizer: Optimizer, log: RunLog, tokenizer, stops: frozenset[int]):
+        self.cfg, self.last, self.started, self.policy, self.optimizer, self.log = cfg, last, started, policy, optimizer, log
         self.tokenizer, self.stops, self.root = tokenizer, stops, log.folder / "checkpoints"
         self.step, self.row, self.skips = 0, None, 0               # skips: optimiser steps skipped in a row
         self.saved = ""                                            # the last checkpoint that was written or loaded
@@ -83,7 +83,7 @@ class Progress:
         if difference := different(state["config"], self.cfg):
             raise Damaged(f"state.json is another config's: {difference}")
         best = state["best"]
-        if not (type(state["wall_s"]) is float and type(state["skips"]) is int and 1 <= state["step"] <= self.cfg.train.steps
+        if not (type(state["wall_s"]) is float and type(state["skips"]) is int and 1 <= state["step"] <= self.last
                 and type(state["row"]) in (dict, type(None)) and (best is None or [type(x) for x in best] == [float, int])):
             raise Damaged("state.json is not of the form that this version writes")
         self.log.check(state["log"])
@@ -104,7 +104,7 @@ class Progress:
     def save_if_due(self) -> None:
         """Every save.every steps and after the last one, before its evaluation."""
         every = self.cfg.save.every
-        if every and (self.step % every == 0 or self.step == self.cfg.train.steps):
+        if every and (self.step % every == 0 or self.step == self.last):
             self.save()
 
     def _state(self) -> dict:

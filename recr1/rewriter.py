@@ -6,8 +6,7 @@ from typing import Callable, Sequence
 
 import numpy as np
 
-from . import config_file as configs
-from . import data
+from . import config_file as configs, draws
 from .answers import parse_query
 from .chat import Chat
 from .checkpoint import compute_type, load_policy
@@ -29,6 +28,9 @@ class Rewriter:
         if not recipe and not Path(self.recipe).exists():
             raise ConfigError(f"{self.recipe}: no such file; it says with which prompt the policy was trained: name a config with --config X.yaml")
         self.config = configs.load(self.recipe, [])
+        if self.config.task != "product_search":
+            raise ConfigError(f"{self.recipe}: the policy was trained for the task {self.config.task}, and this command rewrites queries; "
+                              "its run has scored it in eval_after.jsonl, and `recr1 reward` scores completions of any task")
         self.tokenizer = load_tokenizer(folder)
         self.stops = stop_ids(folder, self.tokenizer)
         prompt, most = self.config.prompt, read_config(folder).max_position_embeddings
@@ -39,7 +41,11 @@ class Rewriter:
 
     def rewrite(self, prompts: list[Prompt]) -> list[str | None]:
         """The queries of the most likely answers, None where one holds none. A collective of all ranks."""
-        return [parse_query(self.decode(r))[0] for r in greedy(self.policy, prompts, self.stops, self.config.sampling.max_new_tokens)]
+        return [self.parsed(r)[0] for r in greedy(self.policy, prompts, self.stops, self.config.sampling.max_new_tokens)]
+
+    def parsed(self, rollout: Rollout) -> tuple[str | None, str | None]:
+        """(query, None) or (None, error), as in training."""
+        return parse_query("</think>" * self.chat.thought_closed + self.decode(rollout))
 
     def prompt(self, query: str) -> Prompt:
         """Raises ConfigError when it is too long."""
@@ -51,7 +57,7 @@ class Rewriter:
     def stream(self, prompt: Prompt, temperature: float, seed: int, write: Callable[[str], None]) -> Rollout:
         """One answer, written while it is sampled. Temperature 0: the most likely token each time."""
         new = self.config.sampling.max_new_tokens
-        uniforms = data.uniforms(seed, 0, np.array([prompt.index]), 1, new) if temperature else None
+        uniforms = draws.uniforms(seed, 0, np.array([prompt.index]), 1, new) if temperature else None
         with gathered(self.policy), Stream(self.text, write) as stream:
             def heard(_, id: int) -> None:
                 if id not in self.stops:

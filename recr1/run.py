@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import data, dist, evaluate, heartbeat, memory, plan, stopping
+from . import dist, draws, evaluate, heartbeat, memory, plan, stopping
 from . import config_file as configs
 from .cache import slots
 from .chat import Chat, ChatError
@@ -26,28 +26,31 @@ from .files import WriteError, write_text, writing
 from .grpo import objective
 from .hub import ModelFolderError, load_tokenizer, resolve, stop_ids
 from .kernels.launch import refusal
-from .log import RunLog, Step, console_line, rollout_rows, say, step_row
+from .log import RunLog, Step, console_line, say
 from .optim import NonFiniteGradient, Optimizer
 from .records import Batch, Prompt
 from .replay import Replay, ReplayError
 from .resume import Progress, RunError, look
-from .retrieval.base import Retriever, RetrieverError
+from .retrieval.base import NoRetriever, Retriever, RetrieverError
 from .retrieval.make import KEPT, directory_of, make
 from .session import patience, session
 from .splits import read_splits
 from .stopping import EARLY, Stopped, at_once
-from .tasks.product_search import ProductSearch
+from .tasks import make as tasks
+from .tasks.rewards import Parts, read_items
+from .tasks.scoring import Scorer
 from .weights import check_room, read_config
 
 
 class Run:
     """One training run: `policy`, `task`, `prompts(step)`, `steps()`, and the files under run.dir. Everything is checked before training.
 
-    run.dir is new, or holds a run of the same config, which goes on from its newest checkpoint: see `resumed`.
+    run.dir is new, or holds a run of the same config, which goes on from its newest checkpoint: see `resumed`. `loop`: train (GRPO) or sft.
     """
 
-    def __init__(self, cfg: Config):
-        self.cfg, self.started = cfg, time.perf_counter()
+    def __init__(self, cfg: Config, loop: str = "train"):
+        configs.check_loop(cfg, loop)
+        self.cfg, self.loop, self.started, self.last = cfg, loop, time.perf_counter(), cfg.train.steps
         self.threads = cfg.run.threads or max(1, (os.cpu_count() or 1) // dist.local_world())
         torch.set_num_threads(self.threads)
         if dist.device().type == "cpu":
@@ -63,8 +66,11 @@ class Run:
             model = resolve(cfg.model.path)
             self.tokenizer = load_tokenizer(model)
             self.stops = stop_ids(model, self.tokenizer)
-            self.chat = Chat(self.tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
-            self.train, self.validation, self.test, self.qrels = read_splits(cfg, self.chat)
+            self.task = tasks.make(cfg)
+            self.chat = Chat(self.tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant, self.task.places)
+            self.train, self.validation, self.test, self.qrels = read_splits(cfg, self.chat, self.task)
+            items = read_items(cfg)
+            train_parts, eval_parts = Parts(cfg.reward, cfg.reward.k_train, items), Parts(cfg.reward, cfg.reward.k_eval, items, every=True)
             check_room(cfg, read_config(model).max_position_embeddings)
             compute = compute_type(cfg.model.compute)
             how = cfg.model.attention, cfg.model.batch_invariant, cfg.model.head_float32
@@ -77,7 +83,7 @@ class Run:
             loss = objective(cfg.loss, cfg.model)
             if why := refusal(cfg.model.kernels, dist.device()):
                 raise ConfigError(why)
-            self.make_retriever = make(cfg.retriever)
+            self.make_retriever = make(cfg.retriever) if self.task.searches else NoRetriever.make
         self.found = dist.first(found)                             # a run of this config
         with dist.together(), at_once():
             if dist.rank() == 0:
@@ -94,18 +100,21 @@ class Run:
             self.retriever, dropped = self._retriever()            # its index was built above, on this rank or beside it
         if dropped:
             say(f"recr1: {dropped}")
-        self.log = RunLog(self.folder)
+        self.overlaps = dist.device().type != "cpu" or ":" in cfg.retriever.kind                     # rewards are made beside sampling: see overlap.py
+        self.log = RunLog(self.folder, loop)
         patience(cfg.run.patience)
-        self.train_task, self.eval_task = self._task(cfg.reward.k_train), self._task(cfg.reward.k_eval)
+        self.train_task, self.eval_task = self._scorer(train_parts), self._scorer(eval_parts)
+        learns = f"loss {cfg.loss.kind} ({loss.gain.__name__}, {loss.advantage.__name__}, per {loss.average})" if loop == "train" else "SFT"
         say(f"recr1: {self.policy.size:,} parameters in {str(compute).removeprefix('torch.')}, {dist.world()} x {dist.device().type}, {self.threads} threads each, "
-            f"attention {self.policy.backend}, loss {cfg.loss.kind} ({loss.gain.__name__}, {loss.advantage.__name__}, per {loss.average}), "
+            f"attention {self.policy.backend}, {learns}, "
             f"head {cfg.model.head}, kernels {cfg.model.kernels}{' (group_loss)' if loss.fused else ''}, {len(self.retriever.doc_ids)} documents, "
-            f"retriever {self.retriever.how}, "
+            f"retriever {self.retriever.how}{', beside sampling' if self.overlaps and loop == 'train' else ''}, "
             f"queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test")
-        if cfg.sampling.top_p < 1:
+        if loop == "train" and cfg.sampling.top_p < 1:
             say(f"recr1: {BIASED.format(cfg.sampling.top_p)}")
         self.footprint = plan.Footprint(cfg, self.policy.config, dist.world(), gpu=dist.device().type == "cuda")
-        say(plan.announcement(self.footprint, memory.installed()))
+        if loop == "train":                                        # the footprint is GRPO's
+            say(plan.announcement(self.footprint, memory.installed()))
 
     def _open_heartbeat(self) -> None:
         with writing(self.folder):
@@ -119,15 +128,15 @@ class Run:
         except (ValueError, OSError) as e:
             raise RunError(f"retriever: {e}") from None
 
-    def _task(self, k: int) -> ProductSearch:
+    def _scorer(self, parts: Parts) -> Scorer:
         decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)          # as sampled: Llama's would drop spaces
-        return ProductSearch(self.retriever, self.qrels, decode, self.stops, self.cfg.reward, k, self.cfg.sampling.max_new_tokens)
+        return Scorer(self.task, self.retriever, self.qrels, parts, decode, self.stops, self.cfg.sampling.max_new_tokens, self.chat.thought_closed)
 
     @contextmanager
     def resumed(self, optimizer: Optimizer):
         """Goes on from the newest valid checkpoint of run.dir. Asked to stop inside, or when the retriever fails, all ranks save the state after
         the last finished step and leave."""
-        self.progress = Progress(self.cfg, self.started, self.policy, optimizer, self.log, self.tokenizer, self.stops)
+        self.progress = Progress(self.cfg, self.last, self.started, self.policy, optimizer, self.log, self.tokenizer, self.stops)
         self.progress.resume(self.found)
         try:
             if self.progress.row is not None:
@@ -158,7 +167,7 @@ class Run:
             self.progress.skips = 0
             return norm, lr
         self.progress.skips += 1
-        where = self.log.nonfinite(step, batches, losses, done)
+        where = self.log.nonfinite(step, batches, losses, done.named())
         if stop:
             raise NonFiniteGradient(f"{stop}; {where}")
         if self.progress.skips >= self.cfg.optimizer.max_skips:
@@ -168,8 +177,7 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Numbers of the steps to be done, from 1, behind a progress bar on a terminal."""
-        last = self.cfg.train.steps
-        for step in tqdm(range(self.progress.step + 1, last + 1), "train", last, initial=self.progress.step, disable=None if dist.rank() == 0 else True):
+        for step in tqdm(range(self.progress.step + 1, self.last + 1), self.loop, self.last, initial=self.progress.step, disable=None if dist.rank() == 0 else True):
             self.began = time.perf_counter()
             heartbeat.at("gather", step)
             yield step
@@ -177,18 +185,18 @@ class Run:
     def prompts(self, step: int, turn: int = 0) -> list[Prompt]:
         """This rank's share of a step's P prompts: a function of (seed, step, turn), some with their words shuffled when the config says so."""
         seed, share = self.cfg.run.seed, self.cfg.data.shuffle_words
-        order = data.prompt_order(len(self.train), self.cfg.train.prompts_per_step, seed, step - 1, turn,
+        order = draws.prompt_order(len(self.train), self.cfg.train.prompts_per_step, seed, step - 1, turn,
                                   1 + self.cfg.sampling.resample)
         chosen = [self.train[i] for i in dist.share(order.tolist())]
         if not share:
             return chosen
-        texts = [data.shuffle_words(p.text, share, seed, step, p.index) for p in chosen]
-        return [p if text == p.text else Prompt(p.id, p.index, text, self.chat.prompt(text)) for p, text in zip(chosen, texts)]
+        texts = [draws.shuffle_words(p.text, share, seed, step, p.index) for p in chosen]
+        return [p if text == p.text else Prompt(p.id, p.index, text, self.chat.prompt(text), p.row) for p, text in zip(chosen, texts)]
 
     def uniforms(self, step: int, prompts: list[Prompt]) -> np.ndarray:
         """(P, G, T) random numbers, each a function of (seed, step, prompt, sibling, token)."""
         s = self.cfg.sampling
-        return data.uniforms(self.cfg.run.seed, step, np.array([p.index for p in prompts]), s.group_size, s.max_new_tokens)
+        return draws.uniforms(self.cfg.run.seed, step, np.array([p.index for p in prompts]), s.group_size, s.max_new_tokens)
 
     def room(self) -> int | None:
         """Slots that the sampler's cache may come to: sampling.cache_gib, or four fifths of what a GPU has free; on a CPU no limit."""
@@ -224,16 +232,16 @@ class Run:
             return None
 
     def validate(self, step: int) -> dict[str, float]:
-        """At every `eval_every`-th step: NDCG on validation and its gain over the raw query, with the interval."""
-        every = self.cfg.train.eval_every
+        """At every `eval_every`-th step: reward.metric on validation and its gain over the raw answer, with the interval."""
+        every, metric = self.cfg.train.eval_every, self.cfg.reward.metric
         if not every or step % every:
             return {}
         rows = self.evaluate(self.validation[:self.cfg.train.eval_queries or None])
         if not rows:
             return {}                                              # rank 0 has them
-        after, raw = evaluate.column(rows, "ndcg"), evaluate.column(rows, "ndcg_raw")
+        after, raw = evaluate.column(rows, metric), evaluate.column(rows, f"{metric}_raw")
         gain, interval = evaluate.mean_ci(after - raw)
-        return dict(val_ndcg=float(after.mean()), val_raw=float(raw.mean()), val_gain=gain, val_gain_ci95=interval,
+        return {f"val_{metric}": float(after.mean())} | dict(val_raw=float(raw.mean()), val_gain=gain, val_gain_ci95=interval,
                     val_errors=sum(row["error"] is not None for row in rows))
 
     def record(self, step: int, mine: Step, **more) -> None:
@@ -247,8 +255,7 @@ class Run:
                 done, *others = parts
                 for other in others:
                     done.merge(other)
-                self.log.rollouts(rollout_rows(step, done))
-                row = self.log.close_step(step_row(step, done, self.cfg.sampling.group_size, **more), done.gaps)
+                row = done.logged(step, self.log, self.cfg, **more)
         self.progress.finished(step, row)
         self._conclude()
         self.meet()
@@ -262,33 +269,33 @@ class Run:
         with dist.together():
             if dist.rank() == 0:
                 self.log.metrics(row)
-                self.progress.validated(validation.get("val_ndcg"))
+                self.progress.validated(validation.get(f"val_{self.cfg.reward.metric}"))
         self.progress.row = None
-        if dist.rank() == 0 and (validation or step % self.cfg.log.print_every == 0 or step in (1, self.cfg.train.steps)):
-            say(console_line(row, self.cfg.train.steps))
+        if dist.rank() == 0 and (validation or step % self.cfg.log.print_every == 0 or step in (1, self.last)):
+            say(console_line(row, self.last))
 
-    def finish(self, before: list[dict], after: list[dict]) -> None:
-        """The model, summary.json, and the table a user reads."""
+    def finish(self, before: list[dict], after: list[dict], **more) -> None:
+        """The model, summary.json (`more` is SFT's part of it), and the table a user reads."""
         heartbeat.at("save")
         save_policy(self.policy, self.tokenizer, self.stops, self.folder / "model", configs.answering(self.cfg))
         with dist.together():
             if dist.rank() == 0:
-                self._sum_up(before, after)
+                self._sum_up(before, after, more)
 
-    def _sum_up(self, before: list[dict], after: list[dict]) -> None:
-        raw, b, a = evaluate.column(before, "ndcg_raw"), evaluate.column(before, "ndcg"), evaluate.column(after, "ndcg")
-        metric = f"ndcg@{self.cfg.reward.k_eval}"
-        (gain, gain_ci), (lift, lift_ci) = evaluate.mean_ci(a - raw), evaluate.mean_ci(a - b)
+    def _sum_up(self, before: list[dict], after: list[dict], more: dict) -> None:
+        metric, k = self.cfg.reward.metric, self.cfg.reward.k_eval
+        parts = {name: evaluate.compared(before, after, name) for name in evaluate.parts_of(after)}
         self.log.json("summary.json", dict(
-            task=self.cfg.task, retriever=self.cfg.retriever.kind, metric=metric, n_eval=len(after), raw=float(raw.mean()), before=float(b.mean()),
-            after=float(a.mean()), gain=gain, gain_ci95=gain_ci, after_minus_before=lift, after_minus_before_ci95=lift_ci,
+            task=self.cfg.task, retriever=self.cfg.retriever.kind if self.task.searches else None, metric=f"{metric}@{k}", n_eval=len(after), **parts[metric],
+            parts=parts,
             unparsable_before=sum(row["error"] is not None for row in before), unparsable_after=sum(row["error"] is not None for row in after),
-            **(dict(biased=BIASED.format(self.cfg.sampling.top_p)) if self.cfg.sampling.top_p < 1 else {}),
-            seed=self.cfg.run.seed, steps=self.cfg.train.steps, world_size=dist.world(), threads=self.threads,
-            wall_s=time.perf_counter() - self.progress.started, rollout_tokens_per_s=self.log.sampled / self.log.sampling_s if self.log.sampling_s else None,
-            **self.log.run_gaps.figures(), memory=dict(predicted=plan.by_run_phase(self.footprint), measured=self.log.peaks, of=self.log.peaks_of)))
-        say(f"\n{evaluate.table(before, after, metric)}\n\nrewrites on test:\n{evaluate.examples(after)}\n\n"
-            f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, metrics.jsonl, rollouts.jsonl.gz, "
+            **(dict(biased=BIASED.format(self.cfg.sampling.top_p)) if self.loop == "train" and self.cfg.sampling.top_p < 1 else {}),
+            seed=self.cfg.run.seed, steps=self.last, world_size=dist.world(), threads=self.threads, wall_s=time.perf_counter() - self.progress.started,
+            **(more or dict(rollout_tokens_per_s=self.log.sampled / self.log.sampling_s if self.log.sampling_s else None, **self.log.run_gaps.figures())),
+            memory=dict(predicted=plan.by_run_phase(self.footprint) if self.loop == "train" else None, measured=self.log.peaks, of=self.log.peaks_of)))
+        say(f"\n{evaluate.table(before, after, metric, k, parts)}\n\nanswers on test:\n{evaluate.examples(after, metric)}\n\n"
+            f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, "
+            f"metrics.jsonl, {'rollouts.jsonl.gz' if self.loop == 'train' else 'teacher.jsonl'}, "
             f"config.yaml{', checkpoints/' if self.progress.saved else ''}")
 
 

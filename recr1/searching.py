@@ -15,11 +15,10 @@ from . import data
 from .config import Config, ConfigError, Retriever
 from .evaluate import mean_ci
 from .log import say
-from .metrics import hit_rate, ndcg, recall, reciprocal_rank
 from .retrieval import base
 from .retrieval.make import KEPT, make, make_anew
+from .tasks.rewards import METRICS
 
-METRICS = {"ndcg": ndcg, "recall": recall, "mrr": reciprocal_rank, "hit": hit_rate}
 SETTINGS = {field.name: field for field in dataclasses.fields(Retriever)}
 
 

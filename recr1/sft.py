@@ -1,34 +1,103 @@
-"""Supervised fine-tuning on completions: cross-entropy of the targets, the prompt masked (RecLLM-R1 stage 1, section 3.2)."""
+"""Supervised fine-tuning: python -m recr1.sft experiments/msrd_sft.yaml [a.b=value ...]
+
+The cold start before GRPO (RecLLM-R1, arXiv 2506.19235, section 3.2) and Rec-R1's SFT baseline: cross-entropy of a teacher's completions
+(teacher.py). What GRPO goes on from is RUN/model: python -m recr1.train CONFIG.yaml model.path=RUN/model
+"""
 from __future__ import annotations
 
-from typing import Callable
+import sys
+from dataclasses import dataclass, field, replace
 
-from tqdm import tqdm
+import torch
 
-from .config import Optimizer as OptimizerConfig
-from .model import Decoder
+from . import dist, heartbeat
+from .config import Config, Loss
+from .draws import prompt_order, steps_per_epoch
+from .grpo import Objective, denominator, objective, policy_loss
+from .launch import launch
+from .log import RunLog
 from .optim import Optimizer
-from .packing import pack
-from .policy import score
-from .records import Rollout
+from .packing import in_step, pack
+from .records import Batch, Rollout
+from .run import Run, guarded
+from .stopping import listening
+from .teacher import lessons
 
 
-def fit(model: Decoder, examples: Callable[[int], list[Rollout]], steps: int, config: OptimizerConfig, max_tokens: int) -> list[float]:
-    """Trains in place on examples(0), examples(1), ...; returns the mean loss per target token (nats) of each step."""
-    optimizer, losses = Optimizer(model, config, steps), []
-    bar = tqdm(range(steps), disable=None, desc="sft")
-    for step in bar:
-        batch_list = pack(examples(step), max_tokens)
-        total = sum(len(batch.target) for batch in batch_list)
-        loss_sum = 0.0
-        for batch in batch_list:
-            logp, _ = score(model, batch, temperature=1.0)
-            loss = -logp.sum() / total
-            loss.backward()
-            loss_sum += loss.item()
-        norm, lr = optimizer.step()
-        losses.append(loss_sum)
-        bar.set_postfix(loss=f"{loss_sum:.4f}", norm=f"{norm:.2f}")
-        if bar.disable and step % 100 == 0:
-            print(f"step {step} loss {loss_sum:.4f} grad norm {norm:.2f}", flush=True)
-    return losses
+def main(argv: list[str]) -> None:
+    launch(argv, "recr1.sft", train)
+
+
+def train(cfg: Config) -> None:
+    run, per_step = Run(cfg, "sft"), cfg.train.prompts_per_step
+    policy, loss = run.policy, objective(LEARN, cfg.model)
+    texts, about = lessons(run)                                                              # the teacher's, one Rollout each
+    run.last = cfg.sft.epochs * steps_per_epoch(len(texts), per_step) or cfg.train.steps
+    optimizer = Optimizer(policy, cfg.optimizer, run.last)
+
+    with run.resumed(optimizer):                                                             # from the last checkpoint; when asked to stop, it saves one
+        before = run.test_scores("eval_before.jsonl")
+        for step in run.steps():
+            with run.log.phase("train"):
+                order = prompt_order(len(texts), per_step, cfg.run.seed, step - 1)           # a function of (seed, step)
+                mine = [targets(texts[i], cfg.sft.mask_prompt) for i in dist.share(order.tolist())]
+                total, batches = optimiser_step(mine, cfg.train.tokens_per_micro_batch)
+                done = Lesson(mine)
+                for i, batch in enumerate(batches, 1):
+                    heartbeat.at(f"train {i}/{len(batches)}")
+                    policy.hold = cfg.train.reduce == "step" and i < len(batches)            # the last backward sums over ranks
+                    value, stats = cross_entropy(policy, batch, total, loss)
+                    value.backward()
+                    done.sums.append(dict(loss=value.item(), **stats))
+                    run.meet()
+                grad_norm, lr = run.update(step, batches, done)
+            run.record(step, done, epoch=step * per_step / len(texts), grad_norm=grad_norm, lr=lr, skipped=optimizer.skipped)
+        after = run.test_scores("eval_after.jsonl")
+    run.finish(before, after, loop="sft", teacher=about)
+
+
+LEARN = Loss(kind="reinforce")           # -sum A log p / total: cross-entropy is A = 1 at every token of the teacher's text
+
+
+def targets(text: Rollout, mask_prompt: bool) -> Rollout:
+    """The text with what is learnt of it behind what is only read: the completion, or all but the prompt's first token."""
+    if mask_prompt:
+        return text
+    prompt, ids = text.prompt, (*text.prompt.ids[1:], *text.ids)
+    return replace(text, prompt=replace(prompt, ids=prompt.ids[:1]), ids=ids, sampler_logp=(0.0,) * len(ids))
+
+
+def optimiser_step(texts: list[Rollout], max_tokens: int) -> tuple[int, list[Batch]]:
+    """The loss's denominator, target tokens of all ranks, and this rank's micro-batches, as many on every rank."""
+    [total] = dist.total(denominator(texts, "token", 0))
+    return total, in_step(pack(texts, max_tokens, dist.device()), dist.device())
+
+
+def cross_entropy(policy: torch.nn.Module, batch: Batch, total: float, loss: Objective) -> tuple[torch.Tensor, dict[str, float]]:
+    """A micro-batch's part of the mean over the step's target tokens, nats, at temperature 1; sums over its tokens."""
+    value, _, stats = policy_loss(policy, replace(batch, adv=torch.ones_like(batch.weight)), total, 1.0, loss)
+    return value, dict(entropy=stats["entropy"], trained=stats["trained"])
+
+
+@dataclass
+class Lesson:
+    """What one rank did in a step; the ranks' merged are the step's."""
+    texts: list[Rollout]
+    sums: list[dict] = field(default_factory=list)     # by micro-batch
+
+    def merge(self, other: Lesson) -> None:
+        self.texts, self.sums = self.texts + other.texts, self.sums + other.sums
+
+    def logged(self, step: int, log: RunLog, cfg: Config, **more) -> dict:
+        """The step's row of metrics.jsonl."""
+        loss, entropy, tokens = (sum(s[name] for s in self.sums) for name in ("loss", "entropy", "trained"))
+        return log.timed(dict(step=step, loss=loss, entropy=entropy / tokens, tokens=int(tokens), tokens_per_s=tokens / log.seconds["train"], **more))
+
+    def named(self) -> list[dict]:
+        """The texts, for who looks at what was not finite."""
+        return [dict(prompt=r.prompt.id, ids=list(r.ids)) for r in self.texts]
+
+
+if __name__ == "__main__":
+    with listening():
+        sys.exit(guarded(main, sys.argv[1:]))

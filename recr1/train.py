@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from . import config_file as configs
 from . import dist, heartbeat
-from .config import Config, ConfigError
-from .dryrun import shrunk
+from .config import Config
 from .fsdp import Sharded, gathered
 from .grpo import denominator, group_advantages, kl_of_rollouts, objective, policy_loss
-from .log import Step, say, token_values
+from .launch import launch
+from .log import Step, token_values
 from .optim import Optimizer
 from .overlap import Overlap
 from .packing import distinct, in_step, pack
@@ -25,15 +24,7 @@ from .stopping import at_once, listening
 
 
 def main(argv: list[str]) -> None:
-    config, *overrides = [a for a in argv if a != "--dry-run"] or [""]
-    if not config or config.startswith("-"):
-        raise ConfigError("usage: python -m recr1.train CONFIG.yaml [a.b=value ...] [--dry-run], or torchrun --nproc-per-node N -m recr1.train ...")
-    cfg = configs.load(config, overrides)
-    if "--dry-run" not in argv:
-        return train(cfg)
-    with shrunk(cfg, config) as tiny:
-        train(tiny)
-    say(f"dry run passed: {config}")
+    launch(argv, "recr1.train", train)
 
 
 def train(cfg: Config) -> None:
@@ -82,7 +73,7 @@ def explore(run: Run, step: int, cache) -> tuple[list[Rollout], list[Reward], in
     wanted = len(run.prompts(step))
     for turn in range(1 + s.resample):
         prompts = run.prompts(step, turn)[:wanted - len(groups)]
-        scored = Overlap(run.train_task.score)                                               # the retriever runs here, on groups that have ended
+        scored = Overlap(run.train_task.score, run.overlaps)                                 # the retriever runs here, on groups that have ended
         with run.log.phase("sample"):
             rollouts = generate(run.policy, prompts, s.group_size, s.temperature, s.max_new_tokens, run.stops, run.uniforms(step, prompts), cache,
                                 top_p=s.top_p, room=run.room(), kernels=run.cfg.model.kernels, done=scored.submit)

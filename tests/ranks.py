@@ -19,6 +19,7 @@ from recr1.optim import Optimizer
 from recr1.packing import distinct
 from recr1.records import Prompt, Rollout
 from recr1.session import session
+from recr1.sft import LEARN, cross_entropy, optimiser_step, targets
 from recr1.train import optimiser_steps
 from tiny import tiny_config, tiny_model
 
@@ -203,6 +204,31 @@ def gathered_bytes(name: str) -> tuple[int, int]:
     return most, sum(sorted(sizes)[-2:]) + sum(dist.world() * u.shard.nbytes for u in policy.root_units)
 
 
+LESSONS = {f"{'masked' if mask else 'unmasked'}, {budget} tokens, {head}, {reduce}": (mask, budget, head, reduce)
+           for mask, budget, head, reduce in ((True, 18, "one_shot", "micro_batch"), (False, 18, "recompute", "step"), (False, 10_000, "one_shot", "micro_batch"))}
+
+
+def lesson_texts() -> list[Rollout]:
+    """One text for each prompt."""
+    return [r for r in rollouts_and_rewards(0)[0] if r.sibling == 0]
+
+
+def lesson(name: str) -> dict[str, torch.Tensor]:
+    """{"grad NAME": tensor, "loss"}: one optimiser step of SFT on this rank's share, by the code of its loop, in float64."""
+    mask, budget, head, reduce = LESSONS[name]
+    decoder = tiny_model(1, tie_word_embeddings=True).double()
+    policy = Sharded(decoder, dict(decoder.state_dict()).__getitem__, device=dist.device(), master=torch.float64, compute=torch.float64)
+    total, batches = optimiser_step([targets(r, mask) for r in dist.share(lesson_texts())], budget)
+    loss = 0.0
+    for i, batch in enumerate(batches, 1):
+        policy.hold = reduce == "step" and i < len(batches)
+        value, _ = cross_entropy(policy, batch, total, objective(LEARN, Model(head=head)))
+        value.backward()
+        loss += value.item()
+    grads = {f"grad {w.name}": w.view(whole) for u in policy.units for whole in [dist.all_gather(u.shard.grad)()] for w in u.flat.weights}
+    return grads | dict(loss=torch.tensor(dist.total(loss)[0], dtype=torch.float64))
+
+
 def one_fails() -> str:
     """What every rank is told when the last one fails in a block of dist.together."""
     try:
@@ -217,8 +243,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with session():
         done = {case: results(case, sharded=True) for case in CASES}
+        lessons = {case: lesson(case) for case in LESSONS}
         theirs = {case: fsdp2(case) for case in AGAINST_FSDP2}
         sizes = {case: gathered_bytes(case) for case in GATHERED}
         told, shares = dist.gather(one_fails()), dist.gather(dist.share(list(range(7))))
         if dist.rank() == 0:
-            torch.save(done | dict(told=told, shares=shares, fsdp2=theirs, gathered_bytes=sizes), sys.argv[1])
+            torch.save(done | dict(lessons=lessons, told=told, shares=shares, fsdp2=theirs, gathered_bytes=sizes), sys.argv[1])

@@ -32,7 +32,7 @@ def work(folder: Path, policy_folder: str) -> None:
         assert (optimizer.taken, optimizer.skipped) == (2, 0)
     checkpoint.save_policy(policy, tiny_tokenizer(), frozenset([5]), folder / f"export.{dist.world()}", "")
     moments = {}
-    for name, t in optimizer.tensors().items():
+    for name, t in checkpoint.moments(optimizer).items():
         if t.ndim:
             unit, whole = policy.get_submodule(name.split(".", 1)[1].removesuffix(".shard")), dist.all_gather(t)()
             moments |= {f"{name} {w.name}": w.view(whole).clone() for w in unit.flat.weights}

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-from recr1 import checkpoint, evaluate, log, run, train
+from recr1 import checkpoint, evaluate, log, run, sft, teacher, train
 from recr1.retrieval import bm25
 from recr1.stopping import listening
 
@@ -17,7 +17,7 @@ def at(what: str, act, patch=setattr) -> None:
     number, _, rank = rest.partition(":")
     if rank and os.environ.get("RANK", "0") != rank:
         return
-    owner, name = {"sample": (train, "generate"), "batch": (train, "policy_loss"), "evaluate": (evaluate, "generate"), "save": (checkpoint, "save_file"),
+    owner, name = {"sample": (train, "generate"), "batch": (train, "policy_loss"), "teach": (teacher, "generate"), "lesson": (sft, "cross_entropy"), "evaluate": (evaluate, "generate"), "save": (checkpoint, "save_file"),
                    "log": (log.RunLog, "metrics"), "index": (bm25, "load_or_build")}[word]
     inner, calls = getattr(owner, name), []
 

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import chi2
 from transformers import TopPLogitsWarper
 
-from recr1.data import uniforms
+from recr1.draws import uniforms
 from recr1.kernels.choose import choose, nucleus_floor
 from recr1.policy import policy
 from recr1.records import Prompt

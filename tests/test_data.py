@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from recr1.data import (DataError, _hash, _unit, is_validation, prompt_order, read_corpus, read_qrels, read_queries,
-                        shuffle_words, steps_per_epoch, uniforms)
+from recr1.data import DataError, is_validation, read_corpus, read_qrels, read_queries
+from recr1.draws import _hash, _unit, prompt_order, shuffle_words, steps_per_epoch, uniforms
 
 DOCS = [json.dumps({"id": f"d{i}", "title": f"T{i}", "text": f"words é {i}", "year": 1999}, ensure_ascii=False).encode() for i in range(4)]
 QUERIES = [json.dumps({"id": f"q{i}", "text": f"query {i}"}).encode() for i in range(4)]

@@ -14,7 +14,7 @@ from recr1 import cli
 from recr1.answers import parse_query
 from recr1.chat import Chat
 from recr1.config_file import load
-from recr1.data import uniforms
+from recr1.draws import uniforms
 from recr1.records import Prompt
 from recr1.rewriter import Stream
 from recr1.run import guarded

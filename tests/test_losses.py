@@ -12,13 +12,14 @@ import torch
 
 from recr1 import cli, train
 from recr1.config import Loss, Model
-from recr1.data import prompt_order, steps_per_epoch
-from recr1.grpo import ADVANTAGES, RECIPES, denominator, group_advantages, k1, objective, overlong, policy_loss, pulled
+from recr1.draws import prompt_order, steps_per_epoch
+from recr1.grpo import ADVANTAGES, RECIPES, denominator, group_advantages, k1, objective, policy_loss, pulled
 from recr1.log import Step, rollout_rows
 from recr1.packing import distinct, pack
 from recr1.records import Prompt, Rollout
 from recr1.replay import Replay
 from recr1.run import guarded
+from recr1.tasks.rewards import overlong
 from recr1.train import with_advantages, with_old
 from test_gradient import rollouts_of
 from tiny import jsonl, refused, tiny_model, write_yaml

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from recr1.cache import slots
-from recr1.data import uniforms
+from recr1.draws import uniforms
 from recr1.records import Prompt, Rollout
 from recr1.sample import generate, new_cache
 from test_sample import answering

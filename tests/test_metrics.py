@@ -6,7 +6,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from recr1.metrics import bootstrap_ci, hit_rate, ndcg, recall, reciprocal_rank
+from recr1.intervals import bootstrap_ci
+from recr1.metrics import hit_rate, ndcg, recall, reciprocal_rank
 
 ALL = [ndcg, recall, reciprocal_rank, hit_rate]
 GAINS = {"a": 3, "b": 2, "c": 0, "d": 1}

@@ -11,12 +11,13 @@ def group(number: int, size: int = 3) -> list[Rollout]:
     return [Rollout(Prompt(f"q{number}", number, "", (1,)), number, s, (number, s), (0.0, 0.0), True) for s in range(size)]
 
 
-def test_rewards_come_in_the_order_of_the_groups():
-    scored = Overlap(lambda rollouts: [Reward(10.0 * r.group + r.sibling) for r in rollouts])
+@pytest.mark.parametrize("beside", [True, False])
+def test_rewards_come_in_the_order_of_the_groups(beside):
+    scored = Overlap(lambda rollouts: [Reward(10.0 * r.group + r.sibling) for r in rollouts], beside)
     for number in (2, 0, 3, 1):
         scored.submit(group(number))
     assert [r.total for r in scored.results()] == [10.0 * g + s for g in range(4) for s in range(3)]
-    assert Overlap(lambda rollouts: pytest.fail("called for nothing")).results() == []
+    assert Overlap(lambda rollouts: pytest.fail("called for nothing"), beside).results() == []
 
 
 def test_what_waits_is_one_call_and_nothing_is_scored_twice():
@@ -29,7 +30,7 @@ def test_what_waits_is_one_call_and_nothing_is_scored_twice():
         calls.append([r.prompt.id for r in rollouts])
         return [Reward(1.0) for _ in rollouts]
 
-    scored = Overlap(score)
+    scored = Overlap(score, True)
     scored.submit(group(0, 1))
     while not scored.waiting.empty():
         pass
@@ -39,11 +40,12 @@ def test_what_waits_is_one_call_and_nothing_is_scored_twice():
     assert len(scored.results()) == 5 and calls == [["q0"], ["q1", "q2", "q3", "q4"]]
 
 
-def test_an_error_comes_out_where_the_step_waits():
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_error_comes_out_where_the_step_waits(beside):
     def score(rollouts):
         raise ValueError("the service is down")
 
-    scored = Overlap(score)
+    scored = Overlap(score, beside)
     scored.submit(group(0))
     scored.submit(group(1))
     with pytest.raises(ValueError, match="the service is down"):

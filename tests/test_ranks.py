@@ -13,7 +13,7 @@ import ranks
 from recr1 import train
 from recr1.run import guarded
 from recr1.weights import load_model
-from test_gradient import CLIP, KL, TEMPERATURE, reference_gradients
+from test_gradient import CLIP, KL, TEMPERATURE, padded_cross_entropy, reference_gradients
 from tiny import jsonl, write_yaml
 
 HERE = Path(__file__).resolve().parent
@@ -32,7 +32,8 @@ def torchrun(n: int, *arguments: str, expect: int = 0, **env) -> subprocess.Comp
 def ours(request, tmp_path_factory) -> dict:
     """Every case's results on so many ranks: one spawn."""
     if request.param == 1:
-        return {case: ranks.results(case, sharded=True) for case in ranks.CASES} | dict(told=[ranks.one_fails()], shares=[list(range(7))])
+        return {case: ranks.results(case, sharded=True) for case in ranks.CASES} | dict(
+            lessons={case: ranks.lesson(case) for case in ranks.LESSONS}, told=[ranks.one_fails()], shares=[list(range(7))])
     out = tmp_path_factory.mktemp("ranks") / "out.pt"
     torchrun(request.param, str(HERE / "ranks.py"), str(out))
     return torch.load(out, weights_only=True)
@@ -95,6 +96,17 @@ def test_gradient_and_loss_are_those_of_torchs_fully_shard(ours, case):
     print(f"{case}: against fully_shard at most {worst:.1e}")
     limit = 1e-12 if case.startswith("float64") else 1e-6
     assert worst <= limit and (ours[case]["loss"] - want["loss"]).abs() <= limit
+
+
+@pytest.mark.parametrize("case", ranks.LESSONS)
+def test_sft_learns_the_mean_cross_entropy_of_all_ranks_targets(ours, case):
+    """Against padded rows in float64, torch's cross_entropy and plain autograd."""
+    want_loss, want = padded_cross_entropy(ranks.tiny_model(1, tie_word_embeddings=True).double(), ranks.lesson_texts(), ranks.LESSONS[case][0])
+    got = ours["lessons"][case]
+    assert got.keys() == {*(f"grad {name}" for name in want), "loss"}
+    worst = max(error(got[f"grad {name}"], grad) for name, grad in want.items())
+    print(f"{case}: largest ||a-b||/||b|| of a gradient {worst:.1e}")
+    assert worst <= 1e-12 and abs(got["loss"] - want_loss) <= 1e-12
 
 
 def test_at_most_two_blocks_and_the_root_are_gathered(ours):

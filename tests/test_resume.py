@@ -18,7 +18,7 @@ from test_ranks import torchrun
 from tiny import jsonl, refused, write_yaml
 
 HERE = Path(__file__).resolve().parent
-TIMES = {"seconds", "memory", "rollout_tokens_per_s", "reward_wait", "wall_s"}
+TIMES = {"seconds", "memory", "rollout_tokens_per_s", "tokens_per_s", "reward_wait", "wall_s"}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The interface that any function fits behind: what it may return, what ends a run in one line, and rank_bm25 as its slow example."""
 import json
+import shlex
 import threading
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from rank_bm25 import BM25Okapi
 
-from recr1 import train
+from recr1 import cli, train
 from recr1.config import Config, ConfigError, Retriever
 from recr1.config_file import checked
 from recr1.retrieval.analyzer import analyze
@@ -185,3 +186,27 @@ def test_a_function_of_a_users_own_trains_and_what_it_breaks_costs_no_step(tmp_p
     def rewards(run):
         return [row["reward"] for row in jsonl(Path(tmp_path) / run / "metrics.jsonl")]
     assert rewards("run") == rewards("straight") and len(rewards("run")) == 4
+
+
+def test_the_readmes_function_is_a_retriever():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    names: dict = {}
+    exec(readme.split("```python\n# my_retriever.py")[1].split("```")[0].partition("\n")[2], names)
+    rows, scores = Function("overlap", names["overlap"], IDS, TEXTS).search([TEXTS[2], "", TEXTS[0]], len(IDS) + 3)
+    assert rows[0, 0] == 2 and rows[2, 0] == 0 and (rows[1] == -1).all() and (rows[:, len(IDS):] == -1).all() and np.isfinite(scores[0, 0])
+
+
+def test_the_command_that_a_refused_index_names_makes_it_anew(tmp_path, capsys):
+    corpus, where = tmp_path / "corpus.jsonl", str(tmp_path / "index")
+    corpus.write_text('{"id": "a", "text": "red lamp"}\n')
+    flags = ["--corpus", str(corpus), "--index-dir", where, "--k1", "0.9"]
+    assert guarded(cli.main, ["index", *flags]) == 0 and guarded(cli.main, ["search", *flags, "lamp"]) == 0
+    corpus.write_text('{"id": "b", "text": "blue lamp"}\n{"id": "b", "text": "again"}\n')
+    assert guarded(cli.main, ["search", *flags, "--on-bad-line", "drop", "lamp"]) == 2
+    assert capsys.readouterr().err.endswith(" --on-bad-line drop\n")
+    assert guarded(cli.main, ["search", *flags, "lamp"]) == 2
+    command = capsys.readouterr().err.strip().rpartition("make the index anew: ")[2]
+    assert guarded(cli.main, shlex.split(command)[1:]) == 2 and "corpus.jsonl:2" in capsys.readouterr().err              # a bad line is not passed over
+    assert guarded(cli.main, [*shlex.split(command)[1:], "--on-bad-line", "drop"]) == 0
+    assert "1 lines of the corpus left out" in capsys.readouterr().out
+    assert guarded(cli.main, ["search", *flags, "--on-bad-line", "drop", "lamp"]) == 0 and " b  blue lamp" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from recr1 import attention
 from recr1.attention import PackedAttention
-from recr1.data import uniforms
+from recr1.draws import uniforms
 from recr1.packing import distinct, pack
 from recr1.policy import score
 from recr1.records import Prompt, Rollout

@@ -25,7 +25,7 @@ def test_scorers_against_a_whole_sort(D, n, levels):
     sizes = [1, 3, 20, 0, 7]
     terms, starts = np.concatenate([rng.choice(20, s, replace=False) for s in sizes]), np.cumsum([0, *sizes])
     weights = rng.integers(1, 4, len(terms)).astype(np.float32)
-    for scorer, kind in ((numba_scorer.Scorer(*arrays), np.float64), (torch_scorer.Scorer(*arrays, at_once=2**22), np.float64), (torch_scorer.Scorer(*arrays), np.float32)):
+    for scorer, kind in ((numba_scorer.Scorer(*arrays), np.float64), (torch_scorer.Scorer(*arrays, at_once=2**22), np.float64), (torch_scorer.Scorer(*arrays, at_once=0), np.float32)):
         for k in {1, min(10, D), min(1000, D), D}:
             rows, scores = scorer.top(terms, weights, starts, k)
             for q in range(5):

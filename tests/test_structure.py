@@ -14,20 +14,21 @@ ROOT = Path(__file__).resolve().parents[1]
 # An import goes to a strictly lower level. A folder is one unit: inside it files may import each other, without circles.
 LEVELS = [
     "heartbeat linear varlen",
-    "records config data dist metrics answers attention kernels hub files stopping memory",
-    "session config_file cache model policy packing chat offload flat decode_graph named overlap",      # cache calls attention
+    "records config data dist metrics intervals answers attention kernels hub files stopping memory",
+    "draws session config_file cache model policy packing chat offload flat decode_graph named overlap",      # cache calls attention
     "weights fsdp sample grpo optim footprint retrieval",
     "tasks checkpoint log plan dryrun replay",
     "evaluate report resume splits",
     "run rewriter",
+    "launch teacher",
     "train sft",
-    "explain doctor losslab searching",
+    "explain doctor losslab searching completions",
     "cli",
 ]
 LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units.split()}
 
 READERS_PATH = ("records config dist model attention cache policy packing flat fsdp sample grpo optim answers metrics "
-                "tasks/product_search train").split()
+                "tasks/product_search tasks/scoring train").split()
 
 
 def modules() -> dict[str, Path]:

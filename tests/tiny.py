@@ -153,15 +153,20 @@ def write_yaml(folder, **dotted_overrides) -> str:
     return str(path)
 
 
+def write_sft_yaml(folder, **dotted_overrides) -> str:
+    """The same world for recr1.sft: by default three steps on the policy's own best of 4."""
+    return write_yaml(folder, **{"loss": {}, "log": {}, "sft.teacher": "self"} | dotted_overrides)
+
+
 def jsonl(path: Path) -> list[dict]:
     raw = path.read_bytes()
     return [json.loads(line) for line in (gzip.decompress(raw) if path.suffix == ".gz" else raw).split(b"\n") if line]
 
 
-def refused(argv, capsys) -> str:
+def refused(argv, capsys, main=train.main) -> str:
     """The one line on stderr of a run that exits with 2."""
     capsys.readouterr()
-    assert guarded(train.main, argv) == 2
+    assert guarded(main, argv) == 2
     err = capsys.readouterr().err
     assert err.startswith("recr1: ") and err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err
     return err

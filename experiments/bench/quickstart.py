@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recr1.metrics import bootstrap_ci
+from recr1.intervals import bootstrap_ci
 
 
 def bar(name: str, value: float, limit: float, ok: bool) -> dict:

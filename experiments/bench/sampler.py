@@ -38,7 +38,7 @@ import torch
 from transformers import GenerationConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
 
 from recr1 import memory
-from recr1.data import uniforms
+from recr1.draws import uniforms
 from recr1.dryrun import model_shape
 from recr1.model import Decoder, ModelConfig
 from recr1.records import Prompt

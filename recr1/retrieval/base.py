@@ -36,6 +36,15 @@ class Retriever(Protocol):
         ...
 
 
+class NoRetriever:
+    """In place of one, for a task that searches nothing: no index is made."""
+    doc_ids, how, search = (), "none", None
+
+    @classmethod
+    def make(cls, *_) -> tuple[NoRetriever, str]:
+        return cls(), ""
+
+
 class Function:
     """Anybody's function behind that interface, and the place where what it does wrong becomes one RetrieverError.
 

@@ -21,6 +21,7 @@ from .index import Index, open_or_build
 from .postings import Parameters
 
 SCORERS = ("torch", "numba")
+WORTH_THREADS = 10**7        # queries x documents: below that, starting threads takes longer than they save
 
 
 class BM25:
@@ -72,7 +73,8 @@ class BM25:
             lengths = np.cumsum([0, *(starts[part + 1] - starts[part])])
             rows[part, :depth], scores[part, :depth] = self.scorer.top(terms[places], weights[places], lengths, depth)
 
-        threads = min(torch.get_num_threads(), len(found)) if self.device.type == "cpu" else 1
+        many = self.device.type == "cpu" and len(found) * len(self.doc_ids) >= WORTH_THREADS
+        threads = min(torch.get_num_threads(), len(found)) if many else 1
         if threads < 2:
             share(np.arange(len(found)))
             return rows, scores

@@ -90,7 +90,10 @@ class Index:
     def save(self, directory: str | Path) -> None:
         """Takes the directory's place at once, an older index's too. Raises ValueError if the directory holds files of something else, OSError."""
         directory = Path(directory).resolve()
-        there = os.listdir(directory) if directory.exists() else []
+        try:
+            there = os.listdir(directory)
+        except FileNotFoundError:                                             # none yet, or another process is just replacing it
+            there = []
         # of an index in this or an earlier format: its files and nothing else
         for name in sorted(set(there) - {*FILES, "doc_ids.json", "terms.json"}):
             raise ValueError(f"{directory}: {name} is not part of an index; give the index a directory of its own")
@@ -142,7 +145,8 @@ class Index:
 def open_or_build(directory: str | Path, corpus: str | os.PathLike, parameters: Parameters, on_bad_line: str = "stop", numba: bool = False) -> Index:
     """The index of this corpus in this directory; made and saved first where there is none. Raises IndexRefused, DataError, ValueError, OSError."""
     command = " ".join(["recr1 index --corpus", shlex.quote(os.fspath(corpus)), "--index-dir", shlex.quote(str(directory)), *(
-        f"--{f.name} {getattr(parameters, f.name)}" for f in fields(Parameters) if getattr(parameters, f.name) != f.default)])
+        f"--{f.name} {getattr(parameters, f.name)}" for f in fields(Parameters) if getattr(parameters, f.name) != f.default),
+        *["--on-bad-line drop"] * (on_bad_line == "drop")])
     try:
         index = Index.load(directory)
     except FileNotFoundError:
@@ -163,12 +167,9 @@ def open_or_build(directory: str | Path, corpus: str | os.PathLike, parameters: 
 
 def fingerprint(path: str | os.PathLike) -> str:
     """sha256 of a file's bytes. Raises DataError."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as e:
-        why = "no such file" if isinstance(e, FileNotFoundError) else f"cannot be read ({e.strerror or e})"
-        raise data.DataError(f"{os.fspath(path)}: {why}; check the path, or prepare the data set first") from None
+    data.present(path)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _crc32(meta: dict) -> int:

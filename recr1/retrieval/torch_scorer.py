@@ -1,10 +1,10 @@
 """The torch scorer, on CPU and GPU.
 
-A CPU takes one query at a time and adds float32 term by term, straight from the mapped index, always in the terms' order: float64 would double
-the memory that the additions are scattered over, and cost 1.7 times the time. A score is then off by a few units in the last place (1e-7 of
-it on Lucene's recorded rankings, whose order it keeps); documents that match in the same way still tie. A GPU takes as many queries as
-`at_once` bytes of sums hold, all their postings in one call; its atomic additions come in any order, so there the sums are float64, rounded
-once at the end, and the result is the numba scorer's to the bit.
+Over many documents a CPU takes one query at a time and adds float32 term by term, straight from the mapped index, always in the terms' order: float64
+would double the memory that the additions are scattered over, and cost 1.7 times the time. A score is then off by a few units in the last place (1e-7 of
+it on Lucene's recorded rankings, whose order it keeps); documents that match in the same way still tie. Over few documents, and on a GPU, as many queries as
+`at_once` bytes of sums hold are taken together, all their postings in one call: on a CPU calls would else cost three times the work, on a GPU the
+atomic additions come in any order. There the sums are float64, rounded once at the end, and the result is the numba scorer's to the bit.
 
 Legend: D documents, P postings, Q queries, T query terms, n queries at once, B blocks of L documents.
 """
@@ -13,7 +13,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-AT_ONCE = 1 << 28          # bytes
+AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 28}          # bytes
+FEW = 1 << 16              # documents
 
 
 class Scorer:
@@ -22,7 +23,8 @@ class Scorer:
     def __init__(self, offsets: np.ndarray, docs: np.ndarray, impacts: np.ndarray, documents: int,
                  device: torch.device = torch.device("cpu"), at_once: int | None = None):
         self.offsets, self.documents, self.device = offsets, documents, device
-        self.at_once = (0 if device.type == "cpu" else AT_ONCE) if at_once is None else at_once
+        one_by_one = device.type == "cpu" and documents > FEW
+        self.at_once = (0 if one_by_one else AT_ONCE[device.type]) if at_once is None else at_once
         self.docs, self.impacts = torch.from_numpy(docs).to(device), torch.from_numpy(impacts).to(device)
 
     def top(self, terms: np.ndarray, weights: np.ndarray, starts: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
