@@ -7,6 +7,12 @@ from typing import Callable, Iterable
 from .config import ConfigError
 
 
+def said(e: BaseException) -> str:
+    """An exception of a user's function as one line, without anything that drives a terminal: its text may be a server's."""
+    text = "".join(c if c.isprintable() else " " for c in str(e))
+    return f"{type(e).__name__}: {' '.join(text.split())[:300]}"
+
+
 def function(key: str, text: str, known: Iterable[str]) -> Callable:
     """What `text` names. Raises ConfigError with the config's key and the names it has besides (`known`)."""
     module, colon, name = text.partition(":")

@@ -37,7 +37,7 @@ from .session import patience, session
 from .splits import read_splits
 from .stopping import EARLY, Stopped, at_once
 from .tasks import make as tasks
-from .tasks.rewards import Parts, read_items
+from .tasks.rewards import Parts, RewardError, read_items
 from .tasks.scoring import Scorer
 from .weights import check_room, read_config
 
@@ -134,8 +134,8 @@ class Run:
 
     @contextmanager
     def resumed(self, optimizer: Optimizer):
-        """Goes on from the newest valid checkpoint of run.dir. Asked to stop inside, or when the retriever fails, all ranks save the state after
-        the last finished step and leave."""
+        """Goes on from the newest valid checkpoint of run.dir. Asked to stop inside, or when the retriever or a user's reward fails, all ranks save
+        the state after the last finished step and leave."""
         self.progress = Progress(self.cfg, self.last, self.started, self.policy, optimizer, self.log, self.tokenizer, self.stops)
         self.progress.resume(self.found)
         try:
@@ -144,8 +144,8 @@ class Run:
             yield
         except Stopped:
             raise Stopped(self.progress.leave()) from None
-        except RetrieverError as e:
-            raise RetrieverError(f"{e}; {self.progress.leave()}") from None
+        except (RetrieverError, RewardError) as e:
+            raise type(e)(f"{e}; {self.progress.leave()}") from None
 
     def meet(self) -> None:
         """Between collectives: when one rank was asked to stop, all do (Stopped). A step that has moved weights is first finished, if that is soon."""

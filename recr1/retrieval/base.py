@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..named import said
 from ..stopping import Stopped
 
 
@@ -61,7 +62,7 @@ class Function:
         except (Stopped, KeyboardInterrupt):
             raise
         except BaseException as e:
-            raise RetrieverError(f"retriever {name}: called with the corpus ({len(doc_ids)} documents) it raised {_said(e)}") from e
+            raise RetrieverError(f"retriever {name}: called with the corpus ({len(doc_ids)} documents) it raised {said(e)}") from e
         if not callable(self._search):
             raise RetrieverError(f"retriever {name}: called with the corpus it must return a function search(queries, k), "
                                  f"it returned {type(self._search).__name__}")
@@ -85,12 +86,12 @@ class Function:
         except _Late:
             raise RetrieverError(f"{call} took longer than retriever.timeout = {self.timeout:g} s") from None
         except BaseException as e:                                 # sys.exit(), a cancelled coroutine: they too are what the function did
-            raise RetrieverError(f"{call} raised {_said(e)}") from e
+            raise RetrieverError(f"{call} raised {said(e)}") from e
         try:
             rows, scores = found
             rows, scores = np.asarray(rows), np.asarray(scores, np.float32)
         except Exception as e:                                     # numpy asks the object itself
-            raise RetrieverError(f"{call} must return two arrays, rows and scores, (Q, up to k) each: {_said(e)}") from None
+            raise RetrieverError(f"{call} must return two arrays, rows and scores, (Q, up to k) each: {said(e)}") from None
         if fault := _fault(rows, scores, len(queries), k, len(self.doc_ids)):
             raise RetrieverError(f"{call} returned {fault}")
         return rows.astype(np.int64), np.where(rows < 0, -np.inf, scores)
@@ -134,11 +135,6 @@ def check_corpus(doc_ids: Sequence[str], texts: Sequence[str]) -> Sequence[str]:
         twice = next(id for id in doc_ids if id in seen or seen.add(id))
         raise ValueError(f"doc_ids: {twice!r} stands there twice; every document needs its own id")
     return doc_ids
-
-
-def _said(e: BaseException) -> str:
-    text = "".join(c if c.isprintable() else " " for c in str(e))                # of a server's, perhaps: nothing that drives a terminal
-    return f"{type(e).__name__}: {' '.join(text.split())[:300]}"
 
 
 def _fault(rows: np.ndarray, scores: np.ndarray, queries: int, k: int, documents: int) -> str:

@@ -44,7 +44,7 @@ def make(cfg: Config) -> Task:
     try:
         task = kind(cfg.reward)
     except Exception as e:
-        raise ConfigError(f"task: {cfg.task!r}, called with the config's reward, raised {type(e).__name__}: {' '.join(str(e).split())}") from e
+        raise ConfigError(f"task: {cfg.task!r}, called with the config's reward, raised {named.said(e)}") from e
     if missing := [name for name in ("places", "needs", "searches", "texts", "parse", "raw", "rank") if not hasattr(task, name)]:
         raise ConfigError(f"task: {cfg.task!r} has no {', '.join(missing)}; what a task needs stands in recr1/tasks/make.py")
     if cfg.data.shuffle_words and tuple(task.places) != ("query",):

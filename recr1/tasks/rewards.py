@@ -25,9 +25,14 @@ from ..config_file import PARTS
 from ..data import DataError, attributes
 from ..metrics import hit_rate, intra_list_distance, ndcg, novelty, recall, reciprocal_rank
 from ..records import Reward
+from ..stopping import Stopped
 
 METRICS = {"ndcg": ndcg, "recall": recall, "mrr": reciprocal_rank, "hit": hit_rate}
 ACCURACY = (*METRICS, "lcs")
+
+
+class RewardError(ConfigError):
+    """A part of the reward of a user's own has failed. The message names it and the query."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,13 @@ class Parts:
         if name == "novelty":
             return novelty(ranked, self.items.popularity, self.interactions, self.rule.k_list) / math.log2(self.interactions) if self.interactions > 1 else 0.0
         try:
-            value = float(self.own[name](answer, list(ranked), dict(gains), row))
-        except Exception as e:
-            raise ConfigError(f"reward.weights: {name} raised {type(e).__name__}: {' '.join(str(e).split())[:300]} for the query {row['text'][:80]!r}") from e
+            value = float(self.own[name](answer, list(ranked), dict(gains), dict(row)))
+        except (Stopped, KeyboardInterrupt):
+            raise
+        except BaseException as e:                                 # sys.exit() too
+            raise RewardError(f"reward.weights: {name} raised {named.said(e)} for the query {row['text'][:80]!r}") from e
         if not math.isfinite(value):
-            raise ConfigError(f"reward.weights: {name} returned {value} for the query {row['text'][:80]!r}; a part is a finite number")
+            raise RewardError(f"reward.weights: {name} returned {value} for the query {row['text'][:80]!r}; a part is a finite number")
         return value
 
 

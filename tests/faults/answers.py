@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from alone import Bench, Case, each, expect, logged
+from alone import Bench, each, expect, logged
 from fuzz_answers import MB, wrap
 from recr1.answers import MAX_BRACKETS, MAX_CHARS, answer_json, parse_query
 from world import Outcome, World

@@ -22,7 +22,7 @@ KINDS = {   # name: (what makes them, how many)
     "disk full": (damage.disks, 14),
     "SIGTERM": (stops.terms, 20),
     "NaN or infinity on a rank": (values.nonfinite, 16),
-    "retriever of a user's": (values.retrievers, 24),
+    "user's retriever or reward": (values.functions, 24),
     "malformed answer": (answers.malformed, 60),
     "bad data file": (inputs.lines, 20),
     "prompt": (inputs.prompts, 12),

@@ -1,4 +1,4 @@
-"""Values that are none: losses, gradients, rewards and log-probs that are not finite, and a retriever of a user's that fails. Each function makes n faults."""
+"""Values that are none: losses, gradients, rewards and log-probs that are not finite, and a user's retriever and reward that fail. Each function makes n faults."""
 import dataclasses
 import json
 import math
@@ -107,17 +107,17 @@ def _moved(run, step: int) -> str:
     return "" if counted == want else f"skipped steps are counted {counted}, not {want}"
 
 
-def retrievers(world: World, n: int) -> list[Outcome]:
-    """A user's retriever fails in a step: one line names it and its call, the state before the step is saved, and the run goes on to the same bytes."""
-    kind, ways = "retriever.kind=shaky:overlap", list(shaky.WAYS)
-    ways = ways if n >= len(ways) else world.rng.sample(ways, n)
-    want, outcomes = world.undisturbed(kind), []
+def functions(world: World, n: int) -> list[Outcome]:
+    """A user's retriever or reward fails in a step: one line names it, the state before the step is saved, and the run goes on to the same bytes."""
+    kinds, says = ("retriever.kind=shaky:overlap", "reward.weights={ndcg: 1.0, 'shaky:part': 0.5}"), shaky.SEARCHES | shaky.PARTS
+    ways = world.rng.sample(list(says), min(n, len(says)))
+    want, outcomes = world.undisturbed(*kinds), []
     while ways:
         run, chain, after = world.fresh(), [], 0
         while True:
             way, rank, step = ways[0] if ways and len(chain) < IN_A_ROW else None, world.rng.randrange(RANKS), after + world.rng.randrange(1, 3)
             limit = ["retriever.timeout=0.5"] if way == "sleeps" else []
-            job = world.start(run, kind, *limit, prepare=lambda r: way and r == rank and setattr(shaky, "fault", (step, way)))
+            job = world.start(run, *kinds, *limit, prepare=lambda r: way and r == rank and setattr(shaky, "fault", (step, way)))
             codes = job.wait(world.limit)
             if chain and resumed(job) != after:
                 chain[-1].verdict, chain[-1].note = "lost", f"stopped after step {after}, it went on otherwise: {job.said()[-1500:]}"
@@ -130,7 +130,8 @@ def retrievers(world: World, n: int) -> list[Outcome]:
             chain.append(outcome)
             ways.pop(0)
             stopped = re.search(r"stopped after step (\d+); the same command goes on|there is nothing new to save", job.said())
-            lines = [line for line in job.lines() if re.match(rf"recr1: retriever shaky:overlap: call \d+ \(.*({shaky.WAYS[way][1]})", line) and line.isprintable()]
+            lines = [line for line in job.lines() if line.isprintable() and
+                     re.match(rf"recr1: (retriever shaky:overlap: call \d+ \(|reward.weights: shaky:part ).*({says[way][1]})", line)]
             if codes != [2] * RANKS or len(lines) != 1 or not stopped or "Traceback" in job.said():
                 outcome.verdict, outcome.note = "lost", f"exit codes {codes}: {job.said()[-1500:]}"
                 break
