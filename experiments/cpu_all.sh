@@ -49,8 +49,6 @@ inductive=(data.test_queries=runs/data/movielens/sequential/test_inductive.queri
 script inductive_before evaluate.py experiments/movielens_sequential.yaml --model "$out/sequential_sft/model" --out "$out/sequential_inductive/eval_before.jsonl" "${inductive[@]}"
 script inductive_after evaluate.py experiments/movielens_sequential.yaml --model "$out/sequential/model" --out "$out/sequential_inductive/eval_after.jsonl" "${inductive[@]}"
 script by_history by_history.py "$out/sequential" runs/data/movielens/sequential/test_transductive.queries.jsonl --json
-script baselines_transductive baselines/run.py runs/data/movielens/sequential --setting transductive --out "$out/baselines_transductive.json"
-script baselines_inductive baselines/run.py runs/data/movielens/sequential --setting inductive --out "$out/baselines_inductive.json"
 
 # lists: re-ranking of 8 products; RecLLM-R1's two stages with the composite reward, and the sweep of its weights
 cold rerank esci_rerank_sft --copies 20 --stir 0.2
@@ -74,6 +72,10 @@ script sparse_queries sparse_queries.py experiments/quickstart.yaml --beyond 10 
 train msrd_sparse quickstart "data.train_queries=$out/sparse.jsonl" train.steps=400
 script films_to_products evaluate.py experiments/esci_small.yaml --model "$out/msrd/model" --out "$out/films_to_products/eval_after.jsonl"
 script products_to_films evaluate.py experiments/quickstart.yaml --model "$out/esci_small/model" --out "$out/products_to_films/eval_after.jsonl"
+
+# what takes no language model, on the same films; SASRec takes its minutes
+script baselines_transductive baselines/run.py runs/data/movielens/sequential --setting transductive --remove-seen --dropout 0.2 --out "$out/baselines_transductive.json"
+script baselines_inductive baselines/run.py runs/data/movielens/sequential --setting inductive --remove-seen --out "$out/baselines_inductive.json"
 
 "$PYTHON" experiments/table.py "$out" >"$out/RESULTS.md"
 echo "$out/RESULTS.md; $(cat "$out"/done/* | awk -F '\t' '{s += $1} END {print s}') s in all"

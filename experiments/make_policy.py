@@ -135,7 +135,7 @@ def fit(model: Decoder, examples: Callable[[int], list[Rollout]], steps: int, co
         total, batches = optimiser_step(examples(step), max_tokens)
         loss_sum = 0.0
         for batch in batches:
-            value, _ = cross_entropy(model, batch, total, loss)
+            value, _ = cross_entropy(model, batch, total, 1.0, loss)
             value.backward()
             loss_sum += value.item()
         norm, _ = optimizer.step(loss_sum)

@@ -46,7 +46,7 @@ def train(cfg: Config) -> None:
                 for i, batch in enumerate(batches, 1):
                     heartbeat.at(f"train {i}/{len(batches)}")
                     policy.hold = cfg.train.reduce == "step" and i < len(batches)            # the last backward sums over ranks
-                    value, stats = cross_entropy(policy, batch, total, loss)
+                    value, stats = cross_entropy(policy, batch, total, cfg.sampling.temperature, loss)
                     value.backward()
                     done.sums.append(dict(loss=value.item(), **stats))
                     run.meet()
@@ -73,9 +73,12 @@ def optimiser_step(texts: list[Rollout], max_tokens: int) -> tuple[int, list[Bat
     return total, in_step(pack(texts, max_tokens, dist.device()), dist.device())
 
 
-def cross_entropy(policy: torch.nn.Module, batch: Batch, total: float, loss: Objective) -> tuple[torch.Tensor, dict[str, float]]:
-    """A micro-batch's part of the mean over the step's target tokens, nats, at temperature 1; sums over its tokens."""
-    value, _, stats = policy_loss(policy, replace(batch, adv=torch.ones_like(batch.weight)), total, 1.0, loss)
+def cross_entropy(policy: torch.nn.Module, batch: Batch, total: float, temperature: float, loss: Objective) -> tuple[torch.Tensor, dict[str, float]]:
+    """A micro-batch's part of the mean over the step's target tokens, nats; sums over its tokens.
+
+    `temperature` is the policy's (policy.py): samples of temperature 1.2 learnt at 1 would make it flatter than the policy that wrote them.
+    """
+    value, _, stats = policy_loss(policy, replace(batch, adv=torch.ones_like(batch.weight)), total, temperature, loss)
     return value, dict(entropy=stats["entropy"], trained=stats["trained"])
 
 

@@ -33,7 +33,7 @@ from .sample import generate, new_cache
 from .stopping import Stopped, at_once
 
 
-SAMPLED = ("sampling.group_size", "sampling.temperature", "sampling.top_p")
+SAMPLED = ("sampling.group_size", "sampling.top_p")
 
 
 class Given(NamedTuple):

@@ -222,7 +222,7 @@ def lesson(name: str) -> dict[str, torch.Tensor]:
     loss = 0.0
     for i, batch in enumerate(batches, 1):
         policy.hold = reduce == "step" and i < len(batches)
-        value, _ = cross_entropy(policy, batch, total, objective(LEARN, Model(head=head)))
+        value, _ = cross_entropy(policy, batch, total, 1.0, objective(LEARN, Model(head=head)))
         value.backward()
         loss += value.item()
     grads = {f"grad {w.name}": w.view(whole) for u in policy.units for whole in [dist.all_gather(u.shard.grad)()] for w in u.flat.weights}

@@ -203,6 +203,18 @@ def test_sasrec_is_torchs_own_pre_norm_encoder():
     assert torch.equal(model(items)[:, :7], model(later)[:, :7])
 
 
+def test_the_loss_is_torchs_cross_entropy():
+    torch.manual_seed(0)
+    hidden, weight, target = torch.randn(50, 8, dtype=torch.float64), torch.randn(21, 8, dtype=torch.float64), torch.randint(21, (50,))
+    found = []
+    for loss in (sasrec.cross_entropy, lambda h, w, t: nn.functional.cross_entropy(h @ w.T, t)):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        value = loss(h, w, target)
+        value.backward()
+        found.append((value.detach(), h.grad, w.grad))
+    assert all(torch.allclose(ours, theirs, atol=1e-12) for ours, theirs in zip(*found))
+
+
 def test_an_epoch_asks_for_every_trained_item_once():
     rng, s = np.random.default_rng(0), sasrec.Settings(length=7, batch=3)
     rows = [[(i, True) for i in range(30)], [(i, i != 34) for i in range(30, 38)], [(40, True)], [(41, True), (42, True)]]

@@ -108,14 +108,14 @@ def reference_gradients(policy, frozen, rollouts, adv, total):
     return loss.item(), {name: t.grad for name, t in w.items()}
 
 
-def padded_cross_entropy(model, texts, mask_prompt):
+def padded_cross_entropy(model, texts, mask_prompt, temperature=1.0):
     """(loss, {name: gradient}) of SFT by torch's cross_entropy: padded rows, what is not learnt at its ignore_index."""
     w = {name: t.detach().clone().requires_grad_() for name, t in model.state_dict().items()}
     tokens, mask = rectangle(texts)
     labels = torch.where(mask.bool(), tokens, -100)
     for row, r in zip(labels, texts):
         row[:len(r.prompt.ids) if mask_prompt else 1] = -100
-    logits = padded_logits(w, model.config, tokens, mask)[:, :-1]
+    logits = padded_logits(w, model.config, tokens, mask)[:, :-1] / temperature
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
     loss.backward()
     return loss.item(), {name: t.grad for name, t in w.items()}

@@ -70,16 +70,16 @@ def test_which_tokens_are_learnt_and_what_is_read_before_them(mask, learnt):
 
 @pytest.mark.parametrize("head", ["one_shot", "recompute"])
 @pytest.mark.parametrize("budget", [18, 30, 10_000])
-@pytest.mark.parametrize("mask", [True, False])
-def test_loss_and_gradient_are_torchs_cross_entropy(mask, budget, head):
+@pytest.mark.parametrize("mask, temperature", [(True, 1.0), (True, 1.3), (False, 1.0)])
+def test_loss_and_gradient_are_torchs_cross_entropy(mask, temperature, budget, head):
     """The mean over all the step's targets, however they are packed; float64 (tests/ranks.py: however they are dealt out)."""
     model, texts = tiny_model(1).double(), ranks.lesson_texts()
-    want_loss, want = padded_cross_entropy(model, texts, mask)
+    want_loss, want = padded_cross_entropy(model, texts, mask, temperature)
     total, batches = optimiser_step([targets(r, mask) for r in texts], budget)
     assert (len(batches) == 1) == (budget == 10_000) and total == sum(len(r.ids) + (not mask) * (len(r.prompt.ids) - 1) for r in texts)
     loss = 0.0
     for batch in batches:
-        value, stats = cross_entropy(model, batch, total, objective(LEARN, Model(head=head)))
+        value, stats = cross_entropy(model, batch, total, temperature, objective(LEARN, Model(head=head)))
         value.backward()
         loss += value.item()
         assert stats["trained"] == len(batch.target)

@@ -18,6 +18,9 @@ from sequences import Sequence
 from torch import nn
 from tqdm import tqdm
 
+from recr1.kernels.logprob import by_autograd, linear_loss
+from recr1.policy import policy
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -27,7 +30,7 @@ class Settings:
     inner: int = 256
     length: int = 50            # items a prediction looks back on at most
     dropout: float = 0.2
-    lr: float = 1e-3
+    lr: float = 3e-3            # validation NDCG@10 on movielens: .058 after 35 epochs; 1e-3: .051 after 31
     batch: int = 32             # windows
     epochs: int = 100           # at most
     patience: int = 5           # epochs without a better validation score before it stops
@@ -92,7 +95,7 @@ def fit(sequences: list[Sequence], known: np.ndarray, n_items: int, settings: Se
         total = n = 0.0
         for inputs, targets in batches(rows, settings, rng):
             at = targets >= 0                                                                        # (B, L)
-            loss = F.cross_entropy(model(inputs)[at] @ model.item.weight.T, targets[at])           # logits (targets, K)
+            loss = cross_entropy(model(inputs)[at], model.item.weight, targets[at])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -105,6 +108,11 @@ def fit(sequences: list[Sequence], known: np.ndarray, n_items: int, settings: Se
             break
     model.load_state_dict(state)
     return score, log
+
+
+def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean of -log softmax(hidden @ weight.T)[target], by the product's head: the (N, K) logits are most of SASRec's time. hidden (N, C), weight (K, C)."""
+    return linear_loss(hidden, weight, target, 1.0, policy, by_autograd(lambda logp, rows: -logp.sum() / len(target)))[0]
 
 
 def batches(rows: list[list[tuple[int, bool]]], s: Settings, rng: np.random.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
