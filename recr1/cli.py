@@ -16,10 +16,11 @@ from .chat import make_prompts
 from .config import ConfigError
 from .dryrun import model_shape
 from .log import say
+from .plain import plain
 from .plan import bytes_of, plan
 from .rewriter import Rewriter
 from .run import guarded
-from .searching import (corpus_flags, eval_queries, finish, hits, make_index, make_retriever, metric_list, plain, read_judged, read_texts, row,
+from .searching import (corpus_flags, eval_queries, finish, hits, make_index, make_retriever, metric_list, read_judged, read_texts, row,
                         scores, search, summary)
 from .weights import check_room
 

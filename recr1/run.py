@@ -27,7 +27,9 @@ from .grpo import objective
 from .hub import ModelFolderError, load_tokenizer, resolve, stop_ids
 from .kernels.launch import refusal
 from .log import RunLog, Step, console_line, say
+from .named import OwnError
 from .optim import NonFiniteGradient, Optimizer
+from .plain import plain
 from .records import Batch, Prompt
 from .replay import Replay, ReplayError
 from .resume import Progress, RunError, look
@@ -37,7 +39,7 @@ from .session import patience, session
 from .splits import read_splits
 from .stopping import EARLY, Stopped, at_once
 from .tasks import make as tasks
-from .tasks.rewards import Parts, RewardError, read_items
+from .tasks.rewards import Parts, read_items
 from .tasks.scoring import Scorer
 from .weights import check_room, read_config
 
@@ -134,8 +136,8 @@ class Run:
 
     @contextmanager
     def resumed(self, optimizer: Optimizer):
-        """Goes on from the newest valid checkpoint of run.dir. Asked to stop inside, or when the retriever or a user's reward fails, all ranks save
-        the state after the last finished step and leave."""
+        """Goes on from the newest valid checkpoint of run.dir. Asked to stop inside, or when the retriever, a task or a reward of a user's own fails,
+        all ranks save the state after the last finished step and leave."""
         self.progress = Progress(self.cfg, self.last, self.started, self.policy, optimizer, self.log, self.tokenizer, self.stops)
         self.progress.resume(self.found)
         try:
@@ -144,7 +146,7 @@ class Run:
             yield
         except Stopped:
             raise Stopped(self.progress.leave()) from None
-        except (RetrieverError, RewardError) as e:
+        except (RetrieverError, OwnError) as e:
             raise type(e)(f"{e}; {self.progress.leave()}") from None
 
     def meet(self) -> None:
@@ -319,11 +321,11 @@ def guarded(main, argv: list[str]) -> int:
         return 0
     except EXPECTED as e:          # on all ranks at once: see dist.together
         if first:
-            print(f"recr1: {e}", file=sys.stderr)
+            print(f"recr1: {plain(str(e))}", file=sys.stderr)
         return 2
     except heartbeat.RankLost as e:
         if str(e):
-            print(f"recr1: {e}", file=sys.stderr)
+            print(f"recr1: {plain(str(e))}", file=sys.stderr)
         return RANK_LOST
     finally:
         heartbeat.stop()

@@ -15,6 +15,7 @@ from . import data
 from .config import Config, ConfigError, Retriever
 from .evaluate import mean_ci
 from .log import say
+from .plain import plain
 from .retrieval import base
 from .retrieval.make import KEPT, make, make_anew
 from .tasks.rewards import METRICS
@@ -140,11 +141,6 @@ def hits(index: base.Retriever, texts: dict[str, str], query: str, k: int) -> st
             if explain := getattr(index, "explain", None):
                 lines.append("              " + "  ".join(f"{plain(term)} {part:.3f}" for term, part in explain(query, r)))
     return "\n".join(lines) or "  no hits"
-
-
-def plain(text: str, keep: str = "") -> str:
-    """Data on a terminal: without the characters that could drive it, control codes and those that turn the direction of writing."""
-    return "".join(c if c.isprintable() or c in keep else " " for c in text)
 
 
 def metric_list(text: str) -> dict[str, tuple]:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..named import said
+from ..plain import said
 from ..stopping import Stopped
 
 

@@ -20,19 +20,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .. import named
-from ..config import Config, ConfigError, RewardRule
+from ..config import Config, RewardRule
 from ..config_file import PARTS
 from ..data import DataError, attributes
 from ..metrics import hit_rate, intra_list_distance, ndcg, novelty, recall, reciprocal_rank
 from ..records import Reward
-from ..stopping import Stopped
 
 METRICS = {"ndcg": ndcg, "recall": recall, "mrr": reciprocal_rank, "hit": hit_rate}
 ACCURACY = (*METRICS, "lcs")
-
-
-class RewardError(ConfigError):
-    """A part of the reward of a user's own has failed. The message names it and the query."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +97,11 @@ class Parts:
             return intra_list_distance(ranked, self.items.distance, self.rule.k_list)
         if name == "novelty":
             return novelty(ranked, self.items.popularity, self.interactions, self.rule.k_list) / math.log2(self.interactions) if self.interactions > 1 else 0.0
-        try:
+        where = f" for the query {row['text'][:80]!r}"
+        with named.calling(f"reward.weights: {name}", where):
             value = float(self.own[name](answer, list(ranked), dict(gains), dict(row)))
-        except (Stopped, KeyboardInterrupt):
-            raise
-        except BaseException as e:                                 # sys.exit() too
-            raise RewardError(f"reward.weights: {name} raised {named.said(e)} for the query {row['text'][:80]!r}") from e
         if not math.isfinite(value):
-            raise RewardError(f"reward.weights: {name} returned {value} for the query {row['text'][:80]!r}; a part is a finite number")
+            raise named.OwnError(f"reward.weights: {name} returned {value}{where}; a part is a finite number")
         return value
 
 

@@ -11,12 +11,14 @@ from multiprocessing import Pipe
 from pathlib import Path
 
 import tiny
+from jobs import dies_with_parent
 from recr1 import run as around
 from recr1 import train
 from recr1.run import guarded
 from world import Outcome, World, result
 
 ONE_STEP = ("run.patience=300", "train.steps=1", "train.eval_every=0", "save.every=0")
+LISTED = 4                                           # candidates of a query
 Case = tuple[str, Callable[[], None]]                # (what is done, a function that raises Lost or Silent)
 
 
@@ -33,30 +35,32 @@ def expect(true: bool, note: object) -> None:
         raise Silent(note)
 
 
-def each(world: World, cases: list[Case]) -> list[Outcome]:
+def each(world: World, cases: list[Case]) -> Iterator[Outcome]:
     """Their outcomes. One that ends the process or hangs is lost, and those after it run in another."""
-    outcomes: list[Outcome] = []
-    while len(outcomes) < len(cases):
+    done = 0
+    while done < len(cases):
         reader, writer = Pipe(duplex=False)
-        pid = os.fork() or _work(cases[len(outcomes):], writer)
+        pid = os.fork() or _work(cases[done:], writer)
         writer.close()
-        while len(outcomes) < len(cases):
+        while done < len(cases):
             why = "" if reader.poll(world.limit) else f"no end within {world.limit:.0f} s"
             try:
-                outcomes.append(Outcome(cases[len(outcomes)][0], "lost", why) if why else reader.recv())
+                outcome = Outcome(cases[done][0], "lost", why) if why else reader.recv()
             except EOFError:
                 why = "it ended the process"
-                outcomes.append(Outcome(cases[len(outcomes)][0], "lost", why))
+                outcome = Outcome(cases[done][0], "lost", why)
+            done += 1
+            yield outcome
             if why:
-                os.kill(pid, signal.SIGKILL)
                 break
+        os.kill(pid, signal.SIGKILL)
         reader.close()
         os.waitpid(pid, 0)
-    return outcomes
 
 
 def _work(cases: list[Case], writer) -> None:
     try:
+        dies_with_parent()
         for where, case in cases:
             verdict, note = "survived", ""
             try:
@@ -88,10 +92,11 @@ def refused(main, argv: list, *names: object) -> None:
 
 
 class Bench:
-    """Runs of one process and one step on the world's policy, each in a folder of its own. Made for one kind of fault."""
+    """Runs of one process and one step on the world's policy, each in a folder of its own. Made for one kind of fault; main: of recr1.train or recr1.sft."""
 
-    def __init__(self, world: World, name: str):
+    def __init__(self, world: World, name: str, config: str = "", main: Callable = train.main):
         self.world, self.rng, self.folder, self.made, self.kept = world, world.rng, world.folder / name, 0, {}
+        self.config, self.main = config or world.config, main
 
     def data(self) -> dict[str, Path]:
         """A copy of the world's data, to be spoiled: {setting: file}."""
@@ -102,16 +107,25 @@ class Bench:
                      test_qrels="test.qrels.tsv")
         return {key: folder / name for key, name in names.items()}
 
+    def listed(self) -> dict[str, Path]:
+        """Data whose queries have what the tasks with lists need."""
+        data = self.data()
+        ids = [row["id"] for row in tiny.jsonl(data["corpus"])]
+        for split in ("train", "test"):
+            rows = [row | dict(profile="likes lamps", history=self.rng.sample(ids, 2), candidates=self.rng.sample(ids, LISTED)) for row in tiny.jsonl(data[f"{split}_queries"])]
+            data[f"{split}_queries"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return data
+
     def argv(self, data: dict[str, Path] | None = None, *more: str) -> tuple[list[str], Path]:
         """(arguments of recr1.train, the run's folder)."""
         self.made += 1
         run, paths = self.folder / f"run{os.getpid()}.{self.made}", data or {}
-        return [self.world.config, *ONE_STEP, *(f"data.{key}={path}" for key, path in paths.items()), f"retriever.index_dir={run}.index", *more, f"run.dir={run}"], run
+        return [self.config, *ONE_STEP, *(f"data.{key}={path}" for key, path in paths.items()), f"retriever.index_dir={run}.index", *more, f"run.dir={run}"], run
 
     def run(self, data: dict[str, Path] | None = None, *more: str) -> tuple[str, Path]:
         """A run that has to come to its end: (stdout, folder)."""
         argv, folder = self.argv(data, *more)
-        code, out, err = said(train.main, argv)
+        code, out, err = said(self.main, argv)
         if code or err:
             raise Lost(f"exit code {code}: {err or out[-1000:]}")
         return out, folder
@@ -157,5 +171,3 @@ def spread(rng, n: int, makers: list[Callable[[], Case]]) -> list[Case]:
     """n cases: every maker as often as any other, a sample of them where n is less."""
     chosen = [maker for _ in range(-(-n // len(makers))) for maker in rng.sample(makers, len(makers))][:n]
     return [maker() for maker in chosen]
-
-

@@ -2,46 +2,58 @@
 import itertools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
-from alone import Bench, each, expect, logged
+from alone import LISTED, Bench, each, expect, logged
 from fuzz_answers import MB, wrap
-from recr1.answers import MAX_BRACKETS, MAX_CHARS, answer_json, parse_query
+from recr1.answers import MAX_BRACKETS, MAX_CHARS, answer_json
+from recr1.config import RewardRule
+from recr1.tasks import make as tasks
+from recr1.tasks.recommend_list import RecommendList
+from recr1.tasks.rerank import Rerank
 from world import Outcome, World
 
 SLOWEST = 0.05             # seconds of CPU time for a text of up to 1 MB
+ROW = dict(text="lamps", candidates=[f"d{i}" for i in range(LISTED)])
+LISTS = {"rerank": Rerank.key, "recommend_list": RecommendList.key}
 WORDS = "red green blue lamp chair table café ユーザー 12 naïve".split()
 
 
-def malformed(world: World, n: int) -> list[Outcome]:
+def malformed(world: World, n: int) -> Iterator[Outcome]:
     """Texts that hold no answer by the way in which they were made, parsed alone and then all of them as what a run's policy writes."""
     rng, bench = world.rng, Bench(world, "answers")
-    makers = [partial(make, rng) for make in MAKERS]
-    chosen = [make for _ in range(-(-n // len(makers))) for make in rng.sample(makers, len(makers))][:n]
-    made = [(make.func.__name__.strip("_"), *make()) for make in chosen]
-    rows: dict[str, list[dict]] = {}
+    made = []
+    for make in [make for _ in range(-(-n // len(MAKERS))) for make in rng.sample(MAKERS, len(MAKERS))][:n]:
+        task = rng.choice(sorted(LISTS)) if make in OF_LISTS else "product_search"
+        made.append((make.__name__.strip("_"), task, *(make(rng, LISTS[task]) if make in OF_LISTS else make(rng))))
+    return each(world, [(name, partial(_judged, bench, made, task, text, errors)) for name, task, text, errors in made])
 
-    def in_a_run() -> dict[str, list[dict]]:
-        if not rows:
-            _, run = bench.run_saying(itertools.cycle(text for _, text, _ in made), None, "train.prompts_per_step=28", "sampling.temperature=20", "train.tokens_per_micro_batch=4000")
-            for row in logged(run):
-                rows.setdefault(row["text"], []).append(row)
-        return rows
 
-    def case(text: str, errors: tuple[str, ...]) -> None:
-        times = []
-        for _ in range(3):
-            start = time.thread_time()
-            query, error = parse_query(text)
-            times.append(time.thread_time() - start)
-        expect(query is None and error in errors, f"{text[:200]!r} gives {query!r}, {error}; must be one of {errors}")
-        expect(not answer_json(text)[1] or answer_json(text)[1] == error, f"{text[:200]!r}: the two parsers differ")
-        expect(min(times) < SLOWEST, f"{text[:200]!r} takes {min(times):.2f} s")
-        found = in_a_run().get(text, [])
-        expect(bool(found) and all(row["error"] == error and row.get("reward", -1.0) == -1.0 and row.get("ndcg", 0.0) == 0.0 for row in found),
-               f"{text[:200]!r} in a run: {[{k: row.get(k) for k in ('error', 'reward', 'ndcg')} for row in found]}")
-    return each(world, [(name, partial(case, text, errors)) for name, text, errors in made])
+def _judged(bench: Bench, made: list, task: str, text: str, errors: tuple[str, ...]) -> None:
+    parse, times = tasks.TASKS[task](RewardRule()).parse, []
+    for _ in range(3):
+        start = time.thread_time()
+        answer, error = parse(text, ROW)
+        times.append(time.thread_time() - start)
+    expect(answer is None and error in errors, f"{text[:200]!r} gives {answer!r}, {error}; must be one of {errors}")
+    expect(not answer_json(text)[1] or answer_json(text)[1] == error, f"{text[:200]!r}: the two parsers differ")
+    expect(min(times) < SLOWEST, f"{text[:200]!r} takes {min(times):.2f} s")
+    found = _in_a_run(bench, task, [text for _, of, text, _ in made if of == task]).get(text, [])
+    expect(bool(found) and all(row["error"] == error and row.get("reward", -1.0) == -1.0 and row.get("ndcg", 0.0) == 0.0 for row in found),
+           f"{text[:200]!r} in a run: {[{k: row.get(k) for k in ('error', 'reward', 'ndcg')} for row in found]}")
+
+
+def _in_a_run(bench: Bench, task: str, texts: list[str]) -> dict[str, list[dict]]:
+    """{text: what the run has written down of it}. One run for all texts of a task."""
+    if task not in bench.kept:
+        more = () if task == "product_search" else (f"task={task}", f"prompt.user='{' '.join(f'{{{place}}}' for place in tasks.TASKS[task].places)}'", "prompt.max_tokens=256")
+        data = None if task == "product_search" else bench.listed()
+        _, run = bench.run_saying(itertools.cycle(texts), data, "train.prompts_per_step=28", "sampling.temperature=20", "train.tokens_per_micro_batch=4000", *more)
+        rows = bench.kept[task] = {}
+        for row in logged(run):
+            rows.setdefault(row["text"], []).append(row)
+    return bench.kept[task]
 
 
 def words(rng) -> str:
@@ -149,4 +161,43 @@ def _unclosed(rng):
     return f"{words(rng)}</think>" + rng.choice(["", "<answer>"]) + piece * (MB // len(piece)), ("tags",)
 
 
-MAKERS: list[Callable] = [make for name, make in list(globals().items()) if name.startswith("_") and not name.startswith("__")]
+# --- lists of labels: key is that of the task's answer ----------------------------------------------------------------------------
+
+
+def _list(rng, key: str, *strange, drop: int = 0, add: int = 0):
+    labels = [f"Item_{i}" for i in rng.sample(range(1, LISTED + 1), LISTED - drop)]
+    for item in strange:
+        labels.insert(rng.randrange(len(labels) + 1), item)
+    return wrap(json.dumps({"why": words(rng), key: labels + rng.choices(labels, k=add)}), thought=words(rng))
+
+
+def _no_list(rng, key):
+    other = rng.choice([key.upper(), key + "s", "query", "candidates", ""])
+    return _list(rng, other), ("no_list",)
+
+
+def _list_is_none(rng, key):
+    return wrap(json.dumps({key: rng.choice([None, "Item_1", 1, True, {"Item_1": 1}, {}, "[\"Item_1\"]"])})), ("not_list",)
+
+
+def _no_label(rng, key):
+    return _list(rng, key, rng.choice([1, None, 1.5, False, ["Item_1"], {"Item_1": 1}, []]), drop=1), ("not_label",)
+
+
+def _unknown_item(rng, key):
+    strange = ["Item_0", f"Item_{LISTED + 1}", "Item_01", "item_1", " Item_1", "Item_1\n", "Item_", "", "d0", "Item_\u0661", "Item_" + "9" * 5_000, "\ud800", "red lamp", "Item_-1"]
+    return _list(rng, key, rng.choice(strange), drop=1), ("unknown_item",)
+
+
+def _repeated_item(rng, key):
+    return _list(rng, key, drop=rng.randrange(LISTED - 1), add=rng.randrange(1, 3)), ("repeated_item",)
+
+
+def _list_too_short(rng, key):
+    """Where all must be ordered, one is missing; nowhere none."""
+    return _list(rng, key, drop=rng.randrange(1, LISTED + 1) if key == Rerank.key else LISTED), ("list_length",)
+
+
+OF_LISTS = [_no_list, _list_is_none, _no_label, _unknown_item, _repeated_item, _list_too_short]
+MAKERS: list[Callable] = [_no_end_of_thought, _a_tag_missing, _a_tag_twice, _two_answers, _tags_in_another_order, _the_prompt_again, _json_cut, _json_and_more, _no_json,
+                          _not_an_object, _another_type, _another_key, _empty, _key_twice, _no_number, _digits, _surrogate, _nested, _long, _unclosed, *OF_LISTS]

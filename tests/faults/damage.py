@@ -5,6 +5,7 @@ import pickle
 import resource
 import shutil
 import signal
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,29 +22,27 @@ KINDS = ("rank_00000-of-00002.safetensors", "rank_00001-of-00002.safetensors", "
          "state.json", "manifest.json")
 
 
-def corruptions(world: World, n: int) -> list[Outcome]:
+def corruptions(world: World, n: int) -> Iterator[Outcome]:
     """The newest checkpoint damaged in one file: it is refused with the file's name, and the one before used."""
     cases = [*_rot(world), *_lies(world)]
-    return _refused(world, cases if n >= len(cases) else world.rng.sample(cases, n))
+    for case in cases if n >= len(cases) else world.rng.sample(cases, n):
+        yield _refused(world, *case)
 
 
-def _refused(world: World, cases: list) -> list[Outcome]:
-    template, outcomes = _stopped(world), []
-    for what, named, damage in cases:
-        run = world.fresh()
-        shutil.copytree(template, run, symlinks=True)
-        damage(run / "checkpoints")
-        job, verdict, note = world.finish(run)
-        outcome = Outcome(what, verdict, note)
-        outcomes.append(outcome)
-        used = LAST if what.startswith("LATEST") else BEFORE
-        if verdict == "survived" and not any(named in line and "refused" in line for line in job.lines()):
-            outcome.verdict, outcome.note = "silent", f"{named!r} is not named: {job.lines()}"
-        elif verdict == "survived" and not any(used in line and "goes on after step" in line for line in job.lines()):
-            outcome.verdict, outcome.note = "silent", f"it did not go on from {used}: {job.lines()}"
-        elif (world.folder / "executed").exists():
-            outcome.verdict, outcome.note = "silent", "the payload was executed"
-    return outcomes
+def _refused(world: World, what: str, named: str, damage: Callable[[Path], None]) -> Outcome:
+    """The run goes on from the checkpoint before the damaged one, and one line says which file was refused."""
+    template, run = _stopped(world), world.fresh()
+    shutil.copytree(template, run, symlinks=True)
+    damage(run / "checkpoints")
+    job, verdict, note = world.finish(run)
+    used = LAST if what.startswith("LATEST") else BEFORE
+    if (world.folder / "executed").exists():
+        verdict, note = "silent", "the payload was executed"
+    elif verdict == "survived" and not any(named in line and "refused" in line for line in job.lines()):
+        verdict, note = "silent", f"{named!r} is not named: {job.lines()}"
+    elif verdict == "survived" and not any(used in line and "goes on after step" in line for line in job.lines()):
+        verdict, note = "silent", f"it did not go on from {used}: {job.lines()}"
+    return Outcome(what, verdict, note)
 
 
 def _stopped(world: World) -> Path:
@@ -133,7 +132,7 @@ def _payload(world: World) -> bytes:
     return pickle.dumps(Payload())
 
 
-def hostile(world: World, n: int) -> list[Outcome]:
+def hostile(world: World, n: int) -> Iterator[Outcome]:
     """Checkpoints and model folders of somebody who wants code to run or files outside to be read: nothing is executed or followed."""
     payload, bench = _payload(world), Bench(world, "hostile")
 
@@ -146,8 +145,10 @@ def hostile(world: World, n: int) -> list[Outcome]:
              _model(bench, "a model of pickles", partial(_only_pickles, payload=payload), "only safetensors is read"),
              _model(bench, "an index that leads outside", partial(_leads_outside, rng=world.rng), "outside the folder")]
     cases = cases if n >= len(cases) else world.rng.sample(cases, n)
-    of_runs = [case for case in cases if len(case) == 3]
-    return (_refused(world, of_runs) if of_runs else []) + each(world, [case for case in cases if len(case) == 2])
+    for case in cases:
+        if len(case) == 3:
+            yield _refused(world, *case)
+    yield from each(world, [case for case in cases if len(case) == 2])
 
 
 def _model(bench: Bench, where: str, spoil, why: str) -> Case:
@@ -181,7 +182,7 @@ def _leads_outside(folder: Path, rng) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=dict.fromkeys(names, outside))))
 
 
-def disks(world: World, n: int) -> list[Outcome]:
+def disks(world: World, n: int) -> Iterator[Outcome]:
     """No file may grow past a limit any more (RLIMIT_FSIZE) once a certain write comes: one clear line, and with room again the run goes on."""
     cases = (("config.yaml", config_file, "dump", 1, 0), ("the index", Index, "save", 1, 100), ("eval_before.jsonl", log.RunLog, "rows", 1, 10),
              ("rollouts.jsonl.gz", log.RunLog, "rollouts", 3, 1), ("rollouts.jsonl.gz, torn", log.RunLog, "rollouts", 2, 1500),
@@ -189,27 +190,22 @@ def disks(world: World, n: int) -> list[Outcome]:
              ("a shard", checkpoint, "save_file", 2, 5000), ("HF export", checkpoint, "save_model", 3, 10_000), ("state.json", checkpoint, "_setting", 3, 10),
              ("manifest.json", checkpoint, "seal", 2, 10), ("LATEST", checkpoint, "write_text", 3, 0), ("final model", around, "save_policy", 1, 100),
              ("summary.json", log.RunLog, "json", 1, 10))
-    outcomes = []
-    for what, owner, name, time, limit in cases if n >= len(cases) else world.rng.sample(cases, n):
-        run = world.fresh()
-        if what == "the index":
-            shutil.rmtree(world.folder / "index")
-        before = world.start(run, prepare=lambda rank: _full_from(owner, name, time, limit))
-        codes = before.wait(world.limit)
-        outcome = Outcome(what)
-        outcomes.append(outcome)
-        if codes is None or len(set(codes)) != 1 or codes[0] not in (0, 2) or "Traceback" in before.said() or \
-                codes[0] and sum("File too large" in line for line in before.lines()) != 1:
-            outcome.verdict, outcome.note = "lost", f"exit codes {codes}: {before.said()[-1500:]}"
-            continue
-        if codes == [0] * RANKS:
-            outcome.verdict, outcome.note = "lost", "the write never came"
-            continue
-        outcome.note = before.lines()[-1]
-        job, verdict, note = world.finish(run)
-        if verdict != "survived":
-            outcome.verdict, outcome.note = verdict, f"{before.lines()}: {note}"
-    return outcomes
+    for case in cases if n >= len(cases) else world.rng.sample(cases, n):
+        yield Outcome(case[0], *_filled(world, *case))
+
+
+def _filled(world: World, what: str, owner, name: str, time: int, limit: int) -> tuple[str, str]:
+    run = world.fresh()
+    if what == "the index":
+        shutil.rmtree(world.folder / "index")
+    before = world.start(run, prepare=lambda rank: _full_from(owner, name, time, limit))
+    codes = before.wait(world.limit)
+    if codes == [0] * RANKS:
+        return "lost", "the write never came"
+    if codes != [2] * RANKS or "Traceback" in before.said() or sum("File too large" in line for line in before.lines()) != 1:
+        return "lost", f"exit codes {codes}: {before.said()[-1500:]}"
+    _, verdict, note = world.finish(run)
+    return verdict, note and f"{before.lines()}: {note}"
 
 
 def _full_from(owner, name: str, time: int, limit: int) -> None:

@@ -1,35 +1,37 @@
-"""What a user gives a run: files with bad lines, prompts that are too long or empty, and wrong settings. Each function makes n faults."""
-import dataclasses
+"""What a user gives a run: files with bad lines, prompts that are too long or empty. Each function makes n faults."""
 import gzip
 import json
 import re
-import typing
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import yaml
 from safetensors import safe_open
 
 import tiny
 from alone import Bench, Case, Lost, each, expect, logged, refused, said, spread
-from recr1 import cli, train
-from recr1.config import Config
-from recr1.config_file import AT_LEAST
+from fuzz_answers import wrap
+from recr1 import cli, sft, train
+from recr1.data import is_validation
 from world import Outcome, World, result
 
+ALWAYS = ("10 MB", "not UTF-8", "cut", "no id", "id twice")
 CONTROL = tiny.ROLES + tiny.CONTRACT
 
 
-def lines(world: World, n: int) -> list[Outcome]:
+def lines(world: World, n: int) -> Iterator[Outcome]:
     """Bad lines: stopped at by file and line, or left out, counted, and the run is the one without them."""
-    rng, bench = world.rng, Bench(world, "lines")
+    rng, bench, lessons = world.rng, Bench(world, "lines"), Bench(world, "lessons", _of_sft(world), sft.main)
     kinds = [(file, bad, policy) for file, bads in (("train_queries", QUERY), ("corpus", CORPUS), ("train_qrels", QRELS)) for bad in bads for policy in ("stop", "drop")]
     rng.shuffle(kinds)
     seen, makers = set(), []
-    for file, bad, policy in sorted(kinds, key=lambda kind: kind[1] != "10 MB"):                 # each kind once, in one of the files, under one policy
+    for file, bad, policy in sorted(kinds, key=lambda kind: kind[1] not in ALWAYS):          # each kind once, in one of the files, under one policy
         if bad not in seen:
             seen.add(bad)
             makers.append(partial(_bad_line, bench, file, bad, policy))
-    makers = makers[:14] + [partial(make, bench) for make in (_empty_file, _torn, _misnamed, _marked, _windows, _all_bad)]
+    teacher = [partial(_bad_lesson, lessons, bad) for bad in rng.sample(sorted(TEACHER), 3)]
+    makers = makers[:11] + teacher + [partial(make, bench) for make in (_empty_file, _torn, _misnamed, _marked, _windows, _all_bad)]
     return each(world, [make() for make in (makers if n >= len(makers) else rng.sample(makers, n))])
 
 
@@ -37,7 +39,7 @@ def _text(rng) -> str:
     return " ".join(rng.choices(tiny.COLOURS + tiny.THINGS, k=3))
 
 
-def _id(rng) -> str:
+def new_id(rng) -> str:
     return f"new{rng.randrange(10**6)}"
 
 
@@ -46,19 +48,19 @@ JSONL = {         # name: a function of (rng, a good line of this file) -> a bad
     "cut": lambda rng, good: good[:rng.randrange(1, len(good))],
     "no id": lambda rng, good: json.dumps(dict(text=_text(rng))).encode(),
     "an id that is none": lambda rng, good: json.dumps(dict(id=rng.choice([None, 7, [], True, "", " x", "x\n"]), text=_text(rng))).encode(),
-    "a text that is none": lambda rng, good: json.dumps(dict(id=_id(rng), text=rng.choice([None, 7, ["a"], {}, 1.5]))).encode(),
+    "a text that is none": lambda rng, good: json.dumps(dict(id=new_id(rng), text=rng.choice([None, 7, ["a"], {}, 1.5]))).encode(),
     "no object": lambda rng, good: rng.choice([b"[1, 2]", b"null", b"7", b'"text"', b"[]"]),
     "empty": lambda rng, good: rng.choice([b"", b" ", b"\t", "\u3000".encode()]),
-    "10 MB": lambda rng, good: b'{"id": "' + _id(rng).encode() + b'", "text": "' + rng.choice([b"a", b"[", b"\\"]) * 10_000_001,
+    "10 MB": lambda rng, good: b'{"id": "' + new_id(rng).encode() + b'", "text": "' + rng.choice([b"a", b"[", b"\\"]) * 10_000_001,
     "id twice": lambda rng, good: json.dumps(dict(json.loads(good), text=_text(rng))).encode(),
     "nested": lambda rng, good: b'{"id": ' + b"[" * 100_000,
     "digits": lambda rng, good: b'{"id": "x", "text": "lamp", "n": ' + b"9" * 5_000 + b"}",
-    "half a character": lambda rng, good: f'{{"id": "{_id(rng)}", "text": "red \\ud8{rng.randrange(16, 100)}"}}'.encode(),
+    "half a character": lambda rng, good: f'{{"id": "{new_id(rng)}", "text": "red \\ud8{rng.randrange(16, 100)}"}}'.encode(),
     "two objects": lambda rng, good: good + b" " + good,
 }
-QUERY = JSONL | {"no text": lambda rng, good: json.dumps(dict(id=_id(rng), title=_text(rng))).encode(),
-                 "an empty text": lambda rng, good: json.dumps(dict(id=_id(rng), text=" \n\u3000"[:rng.randrange(4)])).encode()}
-CORPUS = JSONL | {"says nothing": lambda rng, good: json.dumps(dict(id=_id(rng), title="", text=" ")).encode()}
+QUERY = JSONL | {"no text": lambda rng, good: json.dumps(dict(id=new_id(rng), title=_text(rng))).encode(),
+                 "an empty text": lambda rng, good: json.dumps(dict(id=new_id(rng), text=" \n\u3000"[:rng.randrange(4)])).encode()}
+CORPUS = JSONL | {"says nothing": lambda rng, good: json.dumps(dict(id=new_id(rng), title="", text=" ")).encode()}
 QRELS = {
     "columns": lambda rng, good: rng.choice([good.replace(b"\t", b" "), good + b"\t0", good.rpartition(b"\t")[0]]),
     "gain": lambda rng, good: good.rpartition(b"\t")[0] + rng.choice([b"\tnan", b"\t-1", b"\tinf", b"\thigh", b"\t", b"\t1,5"]),
@@ -66,6 +68,53 @@ QRELS = {
     "another gain": lambda rng, good: good.rpartition(b"\t")[0] + b"\t77",
     "no query id": lambda rng, good: b"\t" + good.partition(b"\t")[2],
 }
+
+
+TEACHER = {       # of recr1.sft: (a function of (rng, a good line, a query of the test split) -> a bad one, whether "drop" leaves it out)
+    "cut": (lambda rng, good, tested: good[:rng.randrange(1, len(good))], True),
+    "no text": (lambda rng, good, tested: json.dumps(dict(id=json.loads(good)["id"])).encode(), True),
+    "a query of nobody's": (lambda rng, good, tested: json.dumps(json.loads(good) | dict(id=new_id(rng))).encode(), True),
+    "the end token inside": (lambda rng, good, tested: good.replace(b"lamp", rng.choice([b"lamp<|end|>", b"<|end|>"])), True),
+    "over the limit": (lambda rng, good, tested: good.replace(b"lamp", b"lamp " * rng.randrange(20, 9_000)), True),
+    "half a character": (lambda rng, good, tested: good.replace(b"lamp", b"lamp \\ud83d"), True),
+    "a query of the test": (lambda rng, good, tested: json.dumps(json.loads(good) | dict(id=tested)).encode(), False),
+}
+
+
+def _of_sft(world: World) -> str:
+    """The world's config for recr1.sft, which reads no loss."""
+    tree = yaml.safe_load(Path(world.config).read_text(encoding="utf-8"))
+    path = world.folder / "sft.yaml"
+    path.write_text(yaml.safe_dump({section: value for section, value in tree.items() if section not in ("loss", "log")}), encoding="utf-8")
+    return str(path)
+
+
+def _bad_lesson(bench: Bench, bad: str) -> Case:
+    """A line of the teacher's file."""
+    rng, data = bench.rng, bench.data()
+    ids = [row["id"] for row in tiny.jsonl(data["train_queries"]) if not is_validation(row["id"])]
+    rows = [json.dumps(dict(id=id, text=wrap(json.dumps({"query": rng.choice(tiny.COLOURS) + " lamp"}), thought=""))).encode() for id in ids]
+    file, whole = data["corpus"].with_name("teacher.jsonl"), data["corpus"].with_name("whole.jsonl")
+    whole.write_bytes(b"\n".join(rows) + b"\n")
+    at, count, (make, left_out) = rng.randrange(len(rows)), rng.randrange(1, 5), TEACHER[bad]
+    tested = rng.choice(tiny.jsonl(data["test_queries"]))["id"]
+    rows[at:at] = [make(rng, rng.choice(rows), tested) for _ in range(count)]
+    file.write_bytes(b"\n".join(rows) + b"\n")
+
+    def learnt(path: Path, *more: str) -> tuple[str, dict]:
+        out, run = bench.run(data, f"sft.teacher={path}", *more)
+        found = result(run) | dict(teacher=tiny.jsonl(run / "teacher.jsonl"))
+        expect(found["summary"]["teacher"].pop("source") == str(path), "summary.json names another teacher")
+        return out, found
+
+    def case():
+        refused(sft.main, bench.argv(data, f"sft.teacher={file}")[0], f"{file}:{at + 1}: ")
+        if not left_out:
+            return refused(sft.main, bench.argv(data, f"sft.teacher={file}", "data.on_bad_line=drop")[0], f"{file}:{at + 1}: ")
+        out, found = learnt(file, "data.on_bad_line=drop")
+        expect(f"recr1: {count} lines of the teacher left out, first: {file}:{at + 1}: " in out, f"{count} lines from {at + 1} are not told of: {out[:1500]}")
+        expect(found == learnt(whole)[1], "the run is another one than without these lines")
+    return f"{bad} (teacher)", case
 
 
 def _bad_line(bench: Bench, key: str, bad: str, policy: str) -> Case:
@@ -131,7 +180,7 @@ def _windows(bench: Bench) -> Case:
     return _harmless(bench, lambda raw: raw.replace(b"\n", b"\r\n").removesuffix(b"\r\n"), "CRLF, no last line end")
 
 
-def prompts(world: World, n: int) -> list[Outcome]:
+def prompts(world: World, n: int) -> Iterator[Outcome]:
     """Prompts too long, empty, of nothing but control tokens; answers of 0 and 1 tokens."""
     bench = Bench(world, "prompts")
     long = [partial(_too_long, bench, split, policy) for split in ("train", "test") for policy in ("stop", "drop")]
@@ -144,7 +193,7 @@ def _add(bench: Bench, data: dict, split: str, texts: list[str]) -> list[str]:
     file, ids = data[f"{split}_queries"], []
     rows = file.read_text().splitlines()
     for text in texts:
-        ids.append(_id(bench.rng))
+        ids.append(new_id(bench.rng))
         rows.insert(bench.rng.randrange(len(rows) + 1), json.dumps(dict(id=ids[-1], text=text)))
     file.write_text("\n".join(rows) + "\n")
     return ids
@@ -230,87 +279,3 @@ def _generate_too_long(bench: Bench) -> Case:
         if code not in (0, 2) or code and err.count("\n") != 1:
             raise Lost(f"generate '' ends with {code}: {out}{err}")
     return "generate, too long", case
-
-
-def settings(world: World, n: int) -> list[Outcome]:
-    """Wrong settings of a key drawn at random: refused by name before the run has a folder."""
-    bench = Bench(world, "settings")
-    makers = [_unknown_key, _unknown_section, partial(_wrong_type, kind=int), partial(_wrong_type, kind=float), partial(_wrong_type, kind=bool), _on, _number_as_text,
-              _outside, _object, _too_small]
-    return each(world, spread(world.rng, n, [partial(make, bench) for make in makers]))
-
-
-def fields(kind=None) -> dict[str, type]:
-    """{section.key: type} of the config, or of one type of them."""
-    found = {f"{section.name}.{f.name}": typing.get_type_hints(part)[f.name] for section in dataclasses.fields(Config)
-             if dataclasses.is_dataclass(part := typing.get_type_hints(Config)[section.name]) for f in dataclasses.fields(part)}
-    return {key: t for key, t in found.items() if kind in (None, t)}
-
-
-def _refused(bench: Bench, where: str, key: str, value: object, *names: str) -> Case:
-    """The setting written into a file of its own; value: as YAML, or the text after the colon. names: what the line must hold."""
-    def case():
-        argv, run = bench.argv()
-        tree = yaml.safe_load(open(argv[0], encoding="utf-8"))
-        *sections, last = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[last] = "HERE" if isinstance(value, str) else value
-        path = bench.folder / f"{run.name}.yaml"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(yaml.safe_dump(tree).replace("HERE", str(value)), encoding="utf-8")
-        refused(train.main, [path, *(a for a in argv[1:] if not a.startswith(f"{key}="))], *names)
-        expect(not run.exists(), f"{run} was made before the setting was looked at")
-    return f"{where}: {key}", case
-
-
-def _unknown_key(bench: Bench) -> Case:
-    key = bench.rng.choice(sorted(fields()))
-    at = bench.rng.randrange(key.index(".") + 1, len(key))
-    typo = key[:at] + bench.rng.choice("xqzj_") + key[at:]
-    return _refused(bench, "unknown key", typo, 1, typo)
-
-
-def _unknown_section(bench: Bench) -> Case:
-    return _refused(bench, "unknown section", bench.rng.choice(["trian.steps", "rewards.bonus", "sampler.top_p", "__class__.x"]), 1, "unknown key")
-
-
-def _wrong_type(bench: Bench, kind: type) -> Case:
-    key, wrong = bench.rng.choice(sorted(fields(kind))), {int: [1.5, True, [3], {}], float: [True, [], {}], bool: [1, 0.0, []]}[kind]
-    return _refused(bench, f"no {kind.__name__}", key, bench.rng.choice(wrong), key)
-
-
-def _on(bench: Bench) -> Case:
-    """YAML 1.1 reads on, off, yes and no as booleans."""
-    key = bench.rng.choice(sorted(fields(str)))
-    return _refused(bench, "on for a text", key, bench.rng.choice(["on", "off", "yes", "No"]), key, "found bool")
-
-
-def _number_as_text(bench: Bench) -> Case:
-    """1e-3 is a text in YAML 1.1; it is meant as a number and taken as one."""
-    def case():
-        want, (_, run) = bench.result(), bench.run(None, "optimizer.lr=1e-3", "loss.kl=1e-2", "optimizer.weight_decay='0e0'")
-        expect(result(run) == want, "the run is another one than with 0.001")
-    return "1e-3", case
-
-
-def _outside(bench: Bench) -> Case:
-    key = bench.rng.choice(["model.path", "data.train_queries", "data.train_qrels", "data.test_queries", "data.test_qrels"])
-    return _refused(bench, "../../x", key, f"../../{_id(bench.rng)}", "../../")
-
-
-def _object(bench: Bench) -> Case:
-    made, key = bench.folder / "executed", bench.rng.choice(sorted(fields()))
-    name, case = _refused(bench, "python/object", key, f"!!python/object/apply:os.system ['touch {made}']", "not readable as YAML")
-
-    def watched():
-        case()
-        expect(not made.exists(), "the object's code was executed")
-    return name, watched
-
-
-def _too_small(bench: Bench) -> Case:
-    key = bench.rng.choice(sorted(AT_LEAST))
-    value = AT_LEAST[key] - bench.rng.randrange(1, 100)
-    return _refused(bench, "too small", key, float(value) if fields()[key] is float else value, key, "must be at least")

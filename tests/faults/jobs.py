@@ -2,12 +2,14 @@
 
 The parent only imports and waits: it must not compute with torch, whose threads a fork does not take along.
 """
+import ctypes
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 from recr1 import heartbeat, train
@@ -98,6 +100,7 @@ class Job:
 def _rank(rank: int, ranks: int, port: int, argv: list[str], out: int, prepare) -> None:
     code = 1
     try:
+        dies_with_parent()
         os.dup2(out, 1)
         os.dup2(out, 2)
         sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False, encoding="utf-8") for n in (1, 2))
@@ -121,6 +124,7 @@ def forked(work) -> None:
     if pid == 0:
         code = 1
         try:
+            dies_with_parent()
             work()
             code = 0
         except BaseException:
@@ -128,3 +132,56 @@ def forked(work) -> None:
         finally:
             os._exit(code)
     assert os.waitpid(pid, 0)[1] == 0, "a helper process failed"
+
+
+def at_events(rank: int, act, step: int = 2) -> None:
+    """In this process, calls act(k, name) before the k-th file of this step's save is forced onto the disk or gets its name."""
+    seen = [0]
+
+    def watched(function, describe):
+        def call(*args, **kwargs):
+            state = heartbeat._own and heartbeat._own.state
+            if state and state["phase"] == "save" and state["step"] == step:
+                seen[0] += 1
+                act(seen[0] - 1, describe(*args))
+            return function(*args, **kwargs)
+        return call
+    os.fsync = watched(os.fsync, lambda file: f"fsync {Path(os.readlink(f'/proc/self/fd/{file}')).name}")
+    os.replace = watched(os.replace, lambda a, b: f"rename to {Path(b).name}")
+
+
+# --- leaving no process behind ----------------------------------------------------------------------------------------------------
+
+PARENTS_DEATH, SUBREAPER = 1, 36                       # of prctl(2)
+
+
+def dies_with_parent() -> None:
+    """This forked process is killed when the one that forked it ends, however that ends; a Ctrl-C in the terminal is that one's matter."""
+    ctypes.CDLL(None).prctl(PARENTS_DEATH, signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end_all() -> None:
+    """Kills every process that this one has started, and what those have."""
+    while True:
+        for children in Path("/proc/self/task").glob("*/children"):
+            for pid in map(int, children.read_text().split()):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                time.sleep(0.01)
+        except ChildProcessError:
+            return
+
+
+@contextmanager
+def none_left():
+    """A block that leaves no process behind; SIGTERM ends it as Ctrl-C does."""
+    ctypes.CDLL(None).prctl(SUBREAPER, 1)              # what torchrun has started is this process's child once torchrun is gone
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        end_all()
+        signal.signal(signal.SIGTERM, before)

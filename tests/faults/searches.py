@@ -2,6 +2,7 @@
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from functools import partial
 
 import tiny
@@ -16,7 +17,7 @@ RETRIEVERS = {"bm25": (), "numba": ("retriever.scorer=numba",), "okapi": ("retri
 FLAGS = {"bm25": (), "numba": ("--scorer", "numba"), "okapi": ("--variant", "okapi"), "rank_bm25": ("--retriever", "rank_bm25"), "a user's": ("--retriever", "shaky:overlap")}
 
 
-def empty(world: World, n: int) -> list[Outcome]:
+def empty(world: World, n: int) -> Iterator[Outcome]:
     """Unknown words, no words, k beyond the corpus, a corpus without a word, ties."""
     bench = Bench(world, "searches")
     nothing = [partial(_nothing_found, bench, name) for name in RETRIEVERS]

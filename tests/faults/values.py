@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Iterator
 
 import torch
 from safetensors import safe_open
@@ -10,30 +11,30 @@ from safetensors import safe_open
 import shaky
 from recr1 import grpo, heartbeat, train
 from recr1.optim import Optimizer
-from stops import IN_A_ROW, resumed
+from stops import IN_A_ROW, judged, resumed
 from world import RANKS, STEPS, Outcome, World
 
 
-def nonfinite(world: World, n: int) -> list[Outcome]:
+def nonfinite(world: World, n: int) -> Iterator[Outcome]:
     """NaN or infinity on one rank: no weight moves on any, the batches of all are kept; stopped, the run goes on to the same bytes."""
     cases = [(what, value, policy) for what in FAULTS for value in (math.nan, math.inf) for policy in ("stop", "skip")]
-    outcomes = []
     for what, value, policy in cases if n >= len(cases) else world.rng.sample(cases, n):
-        run, rank, step = world.fresh(), world.rng.randrange(RANKS), world.rng.randrange(2, STEPS)
-        job = world.start(run, f"optimizer.on_nonfinite={policy}", "save.keep=9", prepare=lambda r: r == rank and FAULTS[what](value, step))
-        codes = job.wait(world.limit)
-        outcome = Outcome(f"{what} {value}, {policy}")
-        outcomes.append(outcome)
-        lines = [line for line in job.lines() if "no weight was changed" in line and f"step {step}: " in line and f"nonfinite/step_{step:06d}" in line]
-        if codes != [2 if policy == "stop" else 0] * RANKS or len(lines) != 1 or "Traceback" in job.said():
-            outcome.verdict, outcome.note = "lost", f"exit codes {codes}: {job.said()[-1500:]}"
-        elif why := _not_kept(run, step):
-            outcome.verdict, outcome.note = "silent", why
-        elif policy == "stop":
-            _, outcome.verdict, outcome.note = world.finish(run, "save.keep=9")
-        elif why := _moved(run, step):
-            outcome.verdict, outcome.note = "silent", why
-    return outcomes
+        yield Outcome(f"{what} {value}, {policy}", *_spoilt(world, what, value, policy, world.rng.randrange(RANKS), world.rng.randrange(2, STEPS)))
+
+
+def _spoilt(world: World, what: str, value: float, policy: str, rank: int, step: int) -> tuple[str, str]:
+    run = world.fresh()
+    job = world.start(run, f"optimizer.on_nonfinite={policy}", "save.keep=9", prepare=lambda r: r == rank and FAULTS[what](value, step))
+    codes = job.wait(world.limit)
+    lines = [line for line in job.lines() if "no weight was changed" in line and f"step {step}: " in line and f"nonfinite/step_{step:06d}" in line]
+    if codes != [2 if policy == "stop" else 0] * RANKS or len(lines) != 1 or "Traceback" in job.said():
+        return "lost", f"exit codes {codes}: {job.said()[-1500:]}"
+    if why := _not_kept(run, step):
+        return "silent", why
+    if policy == "stop":
+        return world.finish(run, "save.keep=9")[1:]
+    why = _moved(run, step)
+    return "silent" if why else "survived", why
 
 
 def _here(step: int) -> bool:
@@ -107,41 +108,32 @@ def _moved(run, step: int) -> str:
     return "" if counted == want else f"skipped steps are counted {counted}, not {want}"
 
 
-def functions(world: World, n: int) -> list[Outcome]:
-    """A user's retriever or reward fails in a step: one line names it, the state before the step is saved, and the run goes on to the same bytes."""
-    kinds, says = ("retriever.kind=shaky:overlap", "reward.weights={ndcg: 1.0, 'shaky:part': 0.5}"), shaky.SEARCHES | shaky.PARTS
-    ways = world.rng.sample(list(says), min(n, len(says)))
-    want, outcomes = world.undisturbed(*kinds), []
+KINDS = ("retriever.kind=shaky:overlap", "reward.weights={ndcg: 1.0, 'shaky:part': 0.5}", "task=shaky:Task")
+LINE = r"recr1: (retriever shaky:overlap: call \d+ \(|reward.weights: shaky:part |task: shaky:Task: ).*({})"
+
+
+def functions(world: World, n: int) -> Iterator[Outcome]:
+    """A user's retriever, reward or task fails in a step: one line names it, the state before the step is saved, and the run goes on to the same bytes."""
+    says = shaky.SEARCHES | shaky.PARTS | shaky.TASKS
+    ways, want = world.rng.sample(list(says), min(n, len(says))), world.undisturbed(*KINDS)
     while ways:
         run, chain, after = world.fresh(), [], 0
         while True:
             way, rank, step = ways[0] if ways and len(chain) < IN_A_ROW else None, world.rng.randrange(RANKS), after + world.rng.randrange(1, 3)
-            limit = ["retriever.timeout=0.5"] if way == "sleeps" else []
-            job = world.start(run, *kinds, *limit, prepare=lambda r: way and r == rank and setattr(shaky, "fault", (step, way)))
+            limit = [f"retriever.timeout={world.slow:.1f}"] if way == "sleeps" else []
+            job = world.start(run, *KINDS, *limit, prepare=lambda r: way and r == rank and setattr(shaky, "fault", (step, way)))
             codes = job.wait(world.limit)
             if chain and resumed(job) != after:
                 chain[-1].verdict, chain[-1].note = "lost", f"stopped after step {after}, it went on otherwise: {job.said()[-1500:]}"
-            if way and not chain and codes == [0] * RANKS:
-                chain.append(Outcome(ways.pop(0), "silent", "the run went through"))
+            if not way or codes == [0] * RANKS:              # also where the run was through before the next fault came: that is made in another
                 break
-            if not way or codes == [0] * RANKS:              # or the run was through before the next fault came: that is made in another
-                break
-            outcome = Outcome(way)
-            chain.append(outcome)
-            ways.pop(0)
+            chain.append(Outcome(ways.pop(0)))
             stopped = re.search(r"stopped after step (\d+); the same command goes on|there is nothing new to save", job.said())
-            lines = [line for line in job.lines() if line.isprintable() and
-                     re.match(rf"recr1: (retriever shaky:overlap: call \d+ \(|reward.weights: shaky:part ).*({says[way][1]})", line)]
+            lines = [line for line in job.lines() if line.isprintable() and re.match(LINE.format(says[way][1]), line)]
             if codes != [2] * RANKS or len(lines) != 1 or not stopped or "Traceback" in job.said():
-                outcome.verdict, outcome.note = "lost", f"exit codes {codes}: {job.said()[-1500:]}"
+                chain[-1].verdict, chain[-1].note = "lost", f"exit codes {codes}: {job.said()[-1500:]}"
                 break
             after = int(stopped[1] or 0)
-        if codes == [0] * RANKS:
-            verdict, note = world.judge(run, job, codes, want)
-            for outcome in chain:
-                if verdict != "survived" and outcome.verdict == "survived":
-                    outcome.verdict, outcome.note = verdict, note
-        elif not way:
-            chain[-1].verdict, chain[-1].note = "lost", f"with the retriever mended: exit codes {codes}: {job.said()[-1500:]}"
-        outcomes += chain
-    return outcomes
+        if way and not chain:
+            chain.append(Outcome(ways.pop(0), "silent", "the run went through"))
+        yield from judged(world, run, job, codes, chain, want)

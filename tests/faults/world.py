@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tiny
-from jobs import Job, forked
+from jobs import Job, at_events, forked
 
 STEPS, RANKS = 6, 2
 USUAL = 8.0            # seconds that the undisturbed run takes at most where nothing else runs: limits are longer by as much as it takes longer
 LIMIT, PATIENCE = 90.0, 30             # seconds for a job, and for a rank that waits: one that takes longer hangs, and its run is lost
 SETTINGS = {"train.steps": STEPS, "train.tokens_per_micro_batch": 100, "train.eval_every": 2, "save.every": 1, "save.keep": 3, "loss.kl": 0.01}
-OTHERWISE = ("seconds", "memory", "rollout_tokens_per_s", "reward_wait", "wall_s")         # what two equal runs differ in
+OTHERWISE = ("seconds", "memory", "rollout_tokens_per_s", "tokens_per_s", "reward_wait", "wall_s")         # what two equal runs differ in
 
 
 @dataclass
@@ -38,6 +38,10 @@ class World:
         self.want = self.undisturbed()
         self.slow = max(1.0, (time.monotonic() - start) / USUAL)
 
+    def events(self) -> dict[int, list[str]]:
+        """{rank: what a save forces onto the disk and renames, in this order}, from the undisturbed run."""
+        return {rank: (self.folder / f"events{rank}").read_text().splitlines() for rank in range(RANKS)}
+
     @property
     def limit(self) -> float:
         return LIMIT * self.slow
@@ -46,11 +50,16 @@ class World:
         """What this run comes to, made once."""
         if more not in self.results:
             run = self.fresh()
-            job = self.start(run, *more)
+            job = self.start(run, *more, prepare=self._trace)
             codes = job.wait(self.limit)
             assert codes == [0] * RANKS, f"the undisturbed run {more} ends with {codes}:\n{job.said()}"
             self.results[more] = result(run)
         return self.results[more]
+
+    def _trace(self, rank: int) -> None:
+        path = self.folder / f"events{rank}"
+        path.unlink(missing_ok=True)
+        at_events(rank, lambda k, name: open(path, "a").write(f"{name}\n"))
 
     def fresh(self) -> Path:
         """The folder of a new run; the one before is removed."""
