@@ -15,9 +15,9 @@ from alone import Bench, Case, each, expect, refused
 from recr1 import checkpoint, cli, config_file, log, train
 from recr1 import run as around
 from recr1.retrieval.index import Index
-from world import RANKS, Outcome, World
+from world import RANKS, STEPS, Outcome, World
 
-LAST, BEFORE = "step_000004", "step_000003"
+LAST, BEFORE = f"step_{STEPS:06d}", f"step_{STEPS - 1:06d}"
 KINDS = ("rank_00000-of-00002.safetensors", "rank_00001-of-00002.safetensors", "model/model.safetensors", "model/config.json", "model/tokenizer.json",
          "state.json", "manifest.json")
 
@@ -31,8 +31,8 @@ def corruptions(world: World, n: int) -> Iterator[Outcome]:
 
 def _refused(world: World, what: str, named: str, damage: Callable[[Path], None]) -> Outcome:
     """The run goes on from the checkpoint before the damaged one, and one line says which file was refused."""
-    template, run = _stopped(world), world.fresh()
-    shutil.copytree(template, run, symlinks=True)
+    run = world.fresh()
+    shutil.copytree(world.unfinished, run)
     damage(run / "checkpoints")
     job, verdict, note = world.finish(run)
     used = LAST if what.startswith("LATEST") else BEFORE
@@ -43,19 +43,6 @@ def _refused(world: World, what: str, named: str, damage: Callable[[Path], None]
     elif verdict == "survived" and not any(used in line and "goes on after step" in line for line in job.lines()):
         verdict, note = "silent", f"it did not go on from {used}: {job.lines()}"
     return Outcome(what, verdict, note)
-
-
-def _stopped(world: World) -> Path:
-    """A run killed in its fifth step, with the checkpoints of steps 2 to 4."""
-    template = world.folder / "template"
-    if template.exists():
-        return template
-    job = world.start(template)
-    assert job.reached(1, "sample", 5), job.said()
-    job.kill()
-    job.wait(world.limit)
-    assert (template / "checkpoints" / LAST).is_dir() and (template / "checkpoints" / BEFORE).is_dir(), list((template / "checkpoints").iterdir())
-    return template
 
 
 def _rot(world: World):
@@ -140,7 +127,7 @@ def hostile(world: World, n: int) -> Iterator[Outcome]:
         (root / LAST / world.rng.choice(["optimizer.pt", "model/pytorch_model.bin", "state.pkl", "model/modeling.py"])).write_bytes(payload)
 
     def pointing(root: Path):
-        (root / "LATEST").write_text(world.rng.choice(["../../x", "/etc", f"../{root.name}/{BEFORE}", "step_000004/../../x"]) + "\n")
+        (root / "LATEST").write_text(world.rng.choice(["../../x", "/etc", f"../{root.name}/{BEFORE}", f"{LAST}/../../x"]) + "\n")
     cases = [("a pickle beside the shards", LAST, pickled), ("LATEST leads outside", "LATEST", pointing),
              _model(bench, "a model of pickles", partial(_only_pickles, payload=payload), "only safetensors is read"),
              _model(bench, "an index that leads outside", partial(_leads_outside, rng=world.rng), "outside the folder")]

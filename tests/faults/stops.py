@@ -20,14 +20,14 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 def kills(world: World, n: int) -> Iterator[Outcome]:
     """SIGKILL of a random rank at a random moment; the same command again, until the run is through."""
-    made = 0
+    made, first = 0, world.rng.randrange(len(PHASES))
     while made < n:
         run, chain, step = world.fresh(), [], 0
         while True:
             job, before = world.start(run), step
             killed = None
             if len(chain) < min(IN_A_ROW, n - made):
-                killed = _kill_one(world, job, PHASES[(made + len(chain)) % len(PHASES)], step)
+                killed = _kill_one(world, job, PHASES[(first + made + len(chain)) % len(PHASES)], step)
             if not killed:
                 codes = job.wait(world.limit)
             if (went := resumed(job)) is not None and before and went not in (before - 1, before):
@@ -99,12 +99,12 @@ def _kill_in_save(world: World, rank: int, k: int, name: str, step: int) -> Outc
 
 def terms(world: World, n: int) -> Iterator[Outcome]:
     """SIGTERM to all ranks at a random moment, with no checkpoint but the one that it asks for: all exit 0 in time, the run goes on from there."""
-    made = 0
+    made, first = 0, world.rng.randrange(len(PHASES))
     while made < n:
         run, chain, step = world.fresh(), [], 0
         while True:
             job = world.start(run, "save.every=0")
-            rank, phase = world.rng.randrange(RANKS), PHASES[(made + len(chain)) % len(PHASES)]
+            rank, phase = world.rng.randrange(RANKS), PHASES[(first + made + len(chain)) % len(PHASES)]
             if len(chain) == min(IN_A_ROW, n - made) or not job.reached(rank, phase, min(STEPS, step + (phase != "setup"))):
                 break
             time.sleep(world.rng.random() * 0.05)
@@ -143,9 +143,9 @@ WAYS = {"hangs": (_stop, "has not moved for"), "exits 0": (lambda: os._exit(0), 
 
 def between_ranks(world: World, n: int) -> Iterator[Outcome]:
     """One of three ranks hangs, leaves, or raises: the job ends soon, with that rank and its phase in one line of another."""
-    for i in range(n):
-        way = list(WAYS)[i % len(WAYS)]
-        yield _spoil_one(world, way, i % 3, ("reward", "train", "sample")[i // len(WAYS) % 3])
+    ways = [(way, phase) for phase in ("reward", "train") for way in WAYS]
+    for way, phase in ways if n >= len(ways) else world.rng.sample(ways, n):
+        yield _spoil_one(world, way, world.rng.randrange(3), phase)
 
 
 def _spoil_one(world: World, way: str, rank: int, phase: str) -> Outcome:

@@ -32,7 +32,7 @@ class World:
 
     def __init__(self, folder: Path):
         self.folder, self.rng, self.runs, self.slow, self.results = folder, random.Random(), 0, 50.0, {}
-        self.config = str(folder / "config.yaml")
+        self.config, self.unfinished = str(folder / "config.yaml"), folder / "unfinished"     # the undisturbed run as it was after its last save
         forked(lambda: tiny.write_yaml(folder, **SETTINGS))
         start = time.monotonic()
         self.want = self.undisturbed()
@@ -54,6 +54,9 @@ class World:
             codes = job.wait(self.limit)
             assert codes == [0] * RANKS, f"the undisturbed run {more} ends with {codes}:\n{job.said()}"
             self.results[more] = result(run)
+            if not more:
+                shutil.copytree(run, self.unfinished, ignore=shutil.ignore_patterns("summary.json", "eval_after.jsonl"))
+                shutil.rmtree(self.unfinished / "model")
         return self.results[more]
 
     def _trace(self, rank: int) -> None:
