@@ -44,7 +44,7 @@ def new_id(rng) -> str:
 
 
 JSONL = {         # name: a function of (rng, a good line of this file) -> a bad one
-    "not UTF-8": lambda rng, good: good[:-2] + bytes([rng.randrange(0x80, 0xc0)]) + good[-2:],
+    "not UTF-8": lambda rng, good: f'{{"id": "{new_id(rng)}", "text": "red '.encode() + bytes([rng.randrange(0x80, 0xc0)]) + b'"}',
     "cut": lambda rng, good: good[:rng.randrange(1, len(good))],
     "no id": lambda rng, good: json.dumps(dict(text=_text(rng))).encode(),
     "an id that is none": lambda rng, good: json.dumps(dict(id=rng.choice([None, 7, [], True, "", " x", "x\n"]), text=_text(rng))).encode(),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jobs import Job, at_events, end_all
-from recr1 import heartbeat
+from recr1 import heartbeat, train
 from world import RANKS, STEPS, Outcome, World, checkpoints
 
 PHASES = ("setup", "eval", "sample", "reward", "train", "step", "log", "save", "gather")
@@ -137,20 +137,22 @@ def _fail():
     raise IndexError("made up")
 
 
+UNEVEN = "a micro-batch less"
 WAYS = {"hangs": (_stop, "has not moved for"), "exits 0": (lambda: os._exit(0), "is gone; it was in"), "sys.exit(0)": (lambda: sys.exit(0), "failed in"),
         "raises": (_fail, "failed in")}
 
 
 def between_ranks(world: World, n: int) -> Iterator[Outcome]:
-    """One of three ranks hangs, leaves, or raises: the job ends soon, with that rank and its phase in one line of another."""
-    ways = [(way, phase) for phase in ("reward", "train") for way in WAYS]
+    """One of three ranks hangs, leaves, raises or makes a micro-batch less: the job ends soon, with that rank and its phase in one line of another."""
+    ways = [*((way, "reward") for way in WAYS), *((way, "train") for way in ("hangs", "exits 0", "raises")), (UNEVEN, "train")]
     for way, phase in ways if n >= len(ways) else world.rng.sample(ways, n):
         yield _spoil_one(world, way, world.rng.randrange(3), phase)
 
 
 def _spoil_one(world: World, way: str, rank: int, phase: str) -> Outcome:
-    (act, says), patience = WAYS[way], round(5 * world.slow)
-    job = world.start(world.fresh(), f"run.patience={patience}", "save.every=2", ranks=3, prepare=lambda r: r == rank and _in_phase(phase, 2, act))
+    (act, says), patience = WAYS.get(way, (None, "has not moved for")), round(5 * world.slow)
+    job = world.start(world.fresh(), f"run.patience={patience}", "save.every=2", ranks=3,
+                      prepare=lambda r: r == rank and (_in_phase(phase, 2, act) if act else _one_less(2)))
     start = time.monotonic()
     while sum(code is None for code in job.codes.values()) > (way == "hangs") and time.monotonic() < start + world.limit:
         job.running()
@@ -160,12 +162,20 @@ def _spoil_one(world: World, way: str, rank: int, phase: str) -> Outcome:
     codes = job.wait(10 * world.slow)
     lines = [line for line in job.lines() if f"rank {rank} " in line and says in line and f"phase {phase}" in line and "step 2" in line]
     others = [code for r, code in enumerate(codes or ()) if r != rank]
-    if way == "raises" and phase != "train":                      # where all ranks hear of it, all raise it
+    if way == UNEVEN:                                             # then every rank waits for the others, and those that did as they should may be named too
+        fine = codes == [3, 3, 3] and any(says in line and f"phase {phase} of step 2" in line for line in job.lines()) and "Traceback" not in job.said()
+    elif way == "raises" and phase != "train":                      # where all ranks hear of it, all raise it
         fine = others == [1, 1] and job.said().count(f"on rank {rank}") == 2
     else:
         fine = others == [3, 3] and len(lines) == 1 and job.said().count("Traceback") == (way == "raises")
     fine = fine and took < patience + 15 * world.slow
     return Outcome(f"{way} in {phase}", "survived" if fine else "lost", "" if fine else f"rank {rank}: exit codes {codes}, said {job.said()[-1500:]}", took)
+
+
+def _one_less(step: int) -> None:
+    """In this process, the step has a micro-batch less than on the other ranks."""
+    made = train.micro_batches
+    train.micro_batches = lambda *args: made(*args)[:-1 if heartbeat._own.state["step"] == step else None]
 
 
 def _in_phase(phase: str, step: int, act) -> None:
