@@ -32,7 +32,7 @@ script data_movielens prepare/movielens.py --out runs/data/movielens
 
 # film search and products, GRPO from the bundled policy
 train msrd quickstart train.steps=1200
-train esci_small esci_small train.steps=200
+train esci_small esci_small
 
 # SFT against GRPO at equal wall time: the best of the policy's own samples, then GRPO for what is left of the time that GRPO alone had
 sft msrd_sft msrd_sft
@@ -54,7 +54,7 @@ script by_history by_history.py "$out/sequential" runs/data/movielens/sequential
 cold rerank esci_rerank_sft --copies 20 --stir 0.2
 sft rerank_sft esci_rerank_sft "sft.teacher=$out/cold/rerank.jsonl"
 train rerank esci_rerank "model.path=$out/rerank_sft/model"
-cold list movielens_list_sft
+cold list movielens_list_sft --most 6
 sft list_sft movielens_list_sft "sft.teacher=$out/cold/list.jsonl"
 train list movielens_list "model.path=$out/list_sft/model"
 train list_accuracy movielens_list "model.path=$out/list_sft/model" "reward.weights={ndcg: 1.0, diversity: 0.0, novelty: 0.0}"

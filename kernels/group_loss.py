@@ -27,7 +27,7 @@ from . import logprob
 from .launch import require
 
 ADVANTAGES = ("std", "mean", "leave_one_out")
-STATISTICS = ("loss", "clipped", "kl", "weight", "gap")
+STATISTICS = ("loss", "clipped", "kl", "weight", "gap", "square")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class GroupPull:
 
     rewards (P, G), or None where `adv` (P * G,) is given; of each token: rollout (N,) = p * G + g, or -1 for none, weight (N,), sampler (N,),
     and old and ref (N,) or None.
-    `sums` gathers, over tokens and weighted: loss, clipped tokens, k3, the weight itself, |logp - sampler|.
+    `sums` gathers, over tokens and weighted: loss, clipped tokens, k3, the weight itself, |logp - sampler|, (d loss / d logp)^2.
     """
     rule: Rule
     rewards: torch.Tensor | None
@@ -100,7 +100,8 @@ class GroupPull:
     def logged(self) -> dict[str, float]:
         """Those of them that grpo.pulled gives too, by its names."""
         found = self.statistics()
-        return dict(clip_share=0.0 if self.rule.cispo else found["clipped"]) | (dict(kl=found["kl"]) if self.ref is not None else {})
+        return dict(clip_share=0.0 if self.rule.cispo else found["clipped"], dlogp_square=found["square"]) | \
+            (dict(kl=found["kl"]) if self.ref is not None else {})
 
     def _of_tokens(self, rows: slice):
         return (x if x is None else x[rows] for x in (self.old, self.ref, self.sampler, self.rollout, self.weight))
@@ -217,12 +218,13 @@ def kernels() -> SimpleNamespace:
         f = ref if ref is None else tl.load(ref + i, mask)
         loss, d, outside, k3, gap = token_loss(x, o, f, s, w, a, inverse, low, high, kl, cap, CISPO, CAPPED)
         tl.store(pull + i, d, mask)
-        sums += program * 5
+        sums += program * 6
         tl.store(sums, tl.sum(loss, 0))
         tl.store(sums + 1, tl.sum(outside, 0))
         tl.store(sums + 2, tl.sum(k3, 0))
         tl.store(sums + 3, tl.sum(w, 0))
         tl.store(sums + 4, tl.sum(gap, 0))
+        tl.store(sums + 5, tl.sum(d * d, 0))
 
     @triton.jit(do_not_specialize=["N"])
     def tokens(logp, old, ref, sampler, rollout, weight, adv, pull, sums, N, inverse, low, high, kl, cap,
@@ -250,12 +252,13 @@ def kernels() -> SimpleNamespace:
         loss, d, outside, k3, gap = token_loss(chosen, o, f, s, w, a, inverse, low, high, kl, cap, CISPO, CAPPED)
         tl.store(logp + row, chosen)
         tl.store(entropy + row, spread)
-        sums += row * 5
+        sums += row * 6
         tl.store(sums, loss)
         tl.store(sums + 1, outside)
         tl.store(sums + 2, k3)
         tl.store(sums + 3, w)
         tl.store(sums + 4, gap)
+        tl.store(sums + 5, d * d)
         tl.debug_barrier()                         # the target's logit is read by every thread before any of them overwrites it
         for start in range(0, V, TILE):
             d_logits(x, start + tl.arange(0, TILE), t, norm, d, None, None, scale, STRIDE)

@@ -11,7 +11,7 @@ import sys
 import torch
 
 from . import config_file as configs
-from . import completions, dist, losslab
+from . import completions, dist, doctor, explain, losslab
 from .chat import make_prompts
 from .config import ConfigError
 from .dryrun import model_shape
@@ -76,6 +76,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--run", dest="folder", metavar="RUN", required=True, help="a run's folder")
     p.add_argument("--step", type=positive, required=True, help="a step whose tokens were logged (log.tokens_every)")
     p.add_argument("--new", metavar="DIR", help="model folder of a later moment: the new log-probs come from it, and gradients of its parameters")
+    p.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    p = command("explain", explain_step, "one logged step from prompt to gradient, worked again and held against the log; exit code 1 where it disagrees")
+    p.add_argument("--run", dest="folder", metavar="RUN", required=True, help="a run's folder")
+    p.add_argument("--step", type=positive, required=True, help="a step whose tokens were logged (log.tokens_every)")
+    p.add_argument("--prompt", metavar="ID", help="the one to show; default: whose rewards lie furthest apart")
+    p.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    p = command("doctor", lambda args: sys.exit(doctor.main(args.folder, args.json)), "versions, devices, what a run here would take, clashes and what to do; "
+                "exit code 1 when something will not work (python -m recr1.doctor where this command does not even start)")
+    p.add_argument("--run", dest="folder", metavar="RUN", default="runs/run", help="the folder that a run would write to; default: runs/run")
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
     p = command("plan", plan_memory, "the memory that a training needs by phase, and what to set so that it fits",
                 usage="recr1 plan CONFIG --gpus N --memory 48GB [a.b=value ...]")
@@ -158,6 +167,14 @@ def losses(args) -> None:
     result = losslab.compare(args.folder, args.step, args.new)
     say(losslab.table(result))
     finish(args, result)
+
+
+def explain_step(args) -> None:
+    text, result = explain.explain(args.folder, args.step, args.prompt)
+    say(plain(text, keep="\n"))
+    finish(args, result)
+    if not result["agrees"]:
+        sys.exit(1)
 
 
 def reward(args) -> None:

@@ -209,12 +209,12 @@ def step_row(step: int, done: Step, group_size: int, **more) -> dict:
     summed = {name: sum(s.get(name, 0.0) for s in sums) for name in {name for s in sums for name in s}}
     trained = summed.get("trained", 0.0)
     parts = {name: float(np.mean([r.parts[name] for r in rewards])) for name in rewards[0].parts}
-    return dict(step=step, reward=totals.mean().item(), **parts, unparsable=float(np.mean([r.error is not None for r in rewards])),
+    return dict(step=step, loss=summed.get("loss", 0.0), reward=totals.mean().item(), **parts, unparsable=float(np.mean([r.error is not None for r in rewards])),
                 errors=dict(Counter(r.error for r in rewards if r.error is not None)),
                 reward_spread=totals.std(1).mean().item(), zero_variance=(totals.amax(1) == totals.amin(1)).float().mean().item(),
                 adv_std=torch.tensor(done.adv).std().item(), kl=summed["kl"] / tokens if "kl" in summed else None, clip_share=summed.get("clip_share", 0.0) / tokens,
                 **{name: summed[name] / max(1.0, trained) for name in ("ratio_off", "trust", "entropy") if name in summed},
-                dlogp_norm=summed["dlogp_square"] ** 0.5 if "dlogp_square" in summed else None, trained_share=trained / tokens,
+                dlogp_norm=summed.get("dlogp_square", 0.0) ** 0.5, trained_share=trained / tokens,
                 resampled=done.drawn - len(rollouts) // group_size,
                 top_p_cut=float(np.mean([r.cut for r in rollouts])), distinct=len(done.texts) / len(rollouts), completion_tokens=tokens / len(rollouts),
                 unfinished=float(np.mean([not r.finished for r in rollouts])), tokens=tokens, **more)

@@ -1,6 +1,8 @@
 """The scripts under experiments/ that stand around runs: cold starts, evaluation elsewhere, the open questions, the table; and a config's base."""
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,6 +143,16 @@ def test_time_to_match(tmp_path, script, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["x", grpo, sft])
     script("time_to_match").main()
     assert "GRPO did not reach it" in capsys.readouterr().out
+
+
+def test_steps_left_of_grpo_beside_sft(tmp_path):
+    for name, summary in (("grpo", dict(wall_s=300.0, steps=1000)), ("sft", dict(wall_s=120.0, steps=7)), ("long", dict(wall_s=400.0, steps=7))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
+
+    def said(sft):
+        return subprocess.run([sys.executable, Path(__file__).parents[1] / "experiments/steps_left.py", tmp_path / "grpo", tmp_path / sft], capture_output=True, text=True, check=True).stdout
+    assert said("sft") == "600\n" and said("long") == "1\n"
 
 
 def test_by_history(tmp_path, script, monkeypatch, capsys):

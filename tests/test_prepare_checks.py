@@ -199,6 +199,30 @@ def test_esci_small(tmp_path):
                 assert id not in queries
 
 
+def test_lists_of_a_prepared_set(tmp_path):
+    small = prepare("esci_small", tmp_path / "small")
+    shutil.copy(small / "search/test.queries.jsonl", small / "search/test_home.queries.jsonl")
+    shutil.copy(small / "search/test.qrels.tsv", small / "search/test_home.qrels.tsv")
+    out = prepare("rerank", tmp_path / "lists", "--from", small / "search", "--candidates", 8)
+    for name in ("corpus.jsonl.gz", "train.queries.jsonl", "train.qrels.tsv", "test.queries.jsonl", "test.qrels.tsv"):
+        assert (out / name).read_bytes() == (small / "rerank" / name).read_bytes()
+    assert counts(out)["test_home"] == counts(out)["test"]
+    longer = prepare("rerank", tmp_path / "longer", "--from", small / "search")         # 16
+    for name in ("train", "test"):
+        (queries, _), (of_8, _) = read(longer, name), read(out, name)
+        assert all(len(r["candidates"]) == 16 for r in queries.values())
+        assert all(queries[id]["candidates"][:8] == r["candidates"] for id, r in of_8.items() if id in queries)
+
+
+@pytest.mark.parametrize("options, why", [
+    (["--candidates", "1"], "--candidates is 1; a list to be re-ranked needs 2 or more"),
+    (["--candidates", "7000"], "train: no example is left"),
+])
+def test_lists_that_cannot_be(tmp_path, capsys, options, why):
+    small = prepare("esci_small", tmp_path / "small")
+    assert why in refused(capsys, "rerank", tmp_path / "lists", "--from", small / "search", *options)
+
+
 @pytest.mark.parametrize("file, old, new, why", [
     ("train.queries.jsonl", '"id": "t0"', '"id": "t00"', "'t00' is not in train.qrels.tsv"),
     ("test.qrels.tsv", "j0\t", "j00\t", "test.qrels.tsv: judges 'j00', which test.queries.jsonl does not have"),

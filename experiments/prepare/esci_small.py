@@ -1,7 +1,6 @@
 """The bundled part of Amazon ESCI (6,764 products, 150 test queries with complete E/S/C/I grades 3/2/1/0, 419 train queries) -> DIR/search and DIR/rerank.
 
-rerank: for each query the first 8 products of a BM25 search with the query as it stands (k1 1.2, b 0.75, Lucene's lengths), in that order; queries with no relevant product
-among them are left out, and counted. Judgements are all of the query's, so that they include relevant products outside the 8.
+rerank: the queries with the first 8 products of a BM25 search each, as rerank.py makes them.
 """
 import sys
 from argparse import ArgumentParser, Namespace
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from bundled import read_bundled
 from checks import Split
-from recr1.retrieval.bm25 import BM25
+from rerank import write_lists
 from writing import command, write
 
 BUNDLED = Path(__file__).resolve().parents[1] / "data/esci_small"
@@ -27,25 +26,11 @@ def with_categories(corpus: list[dict], splits: dict[str, Split]) -> list[dict]:
     return rows
 
 
-def reranked(split: Split, index: BM25) -> Split:
-    """The queries with candidates, those with a relevant one."""
-    kept, (found, _) = Split(), index.search([row["text"] for row in split.rows], CANDIDATES)       # (Q, 8), -1 where there are no more hits
-    for row, hits in zip(split.rows, found.tolist()):
-        candidates, targets = [index.doc_ids[i] for i in hits if i >= 0], split.targets[row["id"]]
-        if len(candidates) == CANDIDATES and any(gain > 0 and doc in candidates for doc, gain in targets):
-            kept.add(row | dict(candidates=candidates), targets)
-    return kept
-
-
 def prepare(args: Namespace, out: Path) -> None:
     corpus, splits, source = read_bundled(args.source)
     corpus = with_categories(corpus, splits)
     write(out / "search", corpus, splits, source=source, options={})
-
-    index = BM25.build([row["id"] for row in corpus], [f"{row['title']} {row['text']}" for row in corpus], length="lucene")
-    lists = {name: reranked(split, index) for name, split in splits.items()}
-    write(out / "rerank", corpus, lists, source=source, options=dict(candidates=CANDIDATES, k1=1.2, b=0.75, length="lucene"),
-          counts={f"{name}_without_a_relevant_candidate": len(splits[name].rows) - len(lists[name].rows) for name in splits})
+    write_lists(out / "rerank", corpus, splits, CANDIDATES, source)
 
 
 def options(parser: ArgumentParser) -> None:
