@@ -15,6 +15,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["recr1", "recr1.*"]) + ["recr1.kernels"],
+    package_data={"recr1.report": ["page/*"]},
     package_dir={"recr1": "recr1", "recr1.kernels": "kernels"},
     entry_points={"console_scripts": ["recr1=recr1.cli:command"]},
     install_requires=[
@@ -35,9 +36,10 @@ setup(
         "flash": ["flash-attn"],    # no wheel: needs nvcc and --no-build-isolation
         "fast": ["numba"],
         "track": ["tensorboard"],
+        "docs": ["matplotlib"],     # experiments/walkthrough.ipynb
         "audit": ["lm-eval[hf,ifeval]>=0.4.13"],
         # pyarrow: experiments/prepare/esci.py
-        "dev": ["pytest", "bm25s", "faiss-cpu", "numba", "pytrec-eval-terrier", "pyarrow", "setuptools>=77", "trl",
+        "dev": ["pytest", "pytest-xdist", "bm25s", "faiss-cpu", "matplotlib", "numba", "pytrec-eval-terrier", "pyarrow", "setuptools>=77", "tensorboard", "trl",
                 *(f"{name}; sys_platform == 'linux'" for name in ("triton", "liger-kernel"))],
     },
 )

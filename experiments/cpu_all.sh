@@ -31,7 +31,7 @@ script data_esci_small prepare/esci_small.py --out runs/data/esci_small
 script data_movielens prepare/movielens.py --out runs/data/movielens
 
 # film search and products, GRPO from the bundled policy
-train msrd quickstart train.steps=1200
+train msrd quickstart train.steps=800
 train esci_small esci_small
 
 # SFT against GRPO at equal wall time: the best of the policy's own samples, then GRPO for what is left of the time that GRPO alone had
@@ -48,7 +48,7 @@ train sequential movielens_sequential "model.path=$out/sequential_sft/model"
 inductive=(data.test_queries=runs/data/movielens/sequential/test_inductive.queries.jsonl data.test_qrels=runs/data/movielens/sequential/test_inductive.qrels.tsv)
 script inductive_before evaluate.py experiments/movielens_sequential.yaml --model "$out/sequential_sft/model" --out "$out/sequential_inductive/eval_before.jsonl" "${inductive[@]}"
 script inductive_after evaluate.py experiments/movielens_sequential.yaml --model "$out/sequential/model" --out "$out/sequential_inductive/eval_after.jsonl" "${inductive[@]}"
-script by_history by_history.py "$out/sequential" runs/data/movielens/sequential/test_transductive.queries.jsonl --json
+script by_history by_history.py "$out/sequential_inductive/eval_after.jsonl" runs/data/movielens/sequential/test_inductive.queries.jsonl --json    # 1 to 10 films; transductive all 10
 
 # lists: re-ranking of 8 products; RecLLM-R1's two stages with the composite reward, and the sweep of its weights
 cold rerank esci_rerank_sft --copies 20 --stir 0.2

@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and tests/run.sh: `set_up [dev]` leaves $ROOT, $PYTHON and $SETUP_SECONDS behind.
+# Sourced by quickstart.sh, walkthrough.sh, tests/run.sh and others: `set_up [EXTRA]` leaves $ROOT, $PYTHON and $SETUP_SECONDS behind.
 # Installs recr1 once into the active virtual environment, or into .venv in the checkout; the next call is instant.
 
 ROOT="$(CDPATH= cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -75,6 +75,6 @@ set_up() {
     # torch is named in this command, not only pinned: left to the dependencies, pip may choose another build of it
     "$PYTHON" -m pip install --quiet --disable-pip-version-check -c "$pins" "torch==$torch" -e "$ROOT${extra:+[$extra]}" ||
         fail "pip could not install recr1 into $venv; its lines above say why (it needs network access and some gigabytes of disk)"
-    echo "$want $extra" >"$stamp"
+    printf '%s\n' "$want " "$want $extra" >"$stamp"
     SETUP_SECONDS=$((SECONDS - start))
 }

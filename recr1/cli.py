@@ -11,17 +11,17 @@ import sys
 import torch
 
 from . import config_file as configs
-from . import completions, dist, doctor, explain, losslab
+from . import completions, dist, doctor, explain, losslab, report
 from .chat import make_prompts
 from .config import ConfigError
 from .dryrun import model_shape
 from .log import say
-from .plain import plain
 from .plan import bytes_of, plan
 from .rewriter import Rewriter
 from .run import guarded
-from .searching import (corpus_flags, eval_queries, finish, hits, make_index, make_retriever, metric_list, read_judged, read_texts, row,
-                        scores, search, summary)
+from .searching import (corpus_flags, eval_queries, finish, hits, make_index, make_retriever, metric_list, read_judged, read_texts, row, scores,
+                        search, summary)
+from .terminal import plain
 from .weights import check_room
 
 
@@ -37,8 +37,8 @@ def parser() -> argparse.ArgumentParser:
                                   "Training: python -m recr1.train CONFIG.yaml")
     commands = top.add_subparsers(title="commands (recr1 COMMAND --help)", required=True, metavar="COMMAND")
 
-    def command(name: str, run, text: str, **more) -> argparse.ArgumentParser:
-        p = commands.add_parser(name, help=text, description=text, **more)
+    def command(name: str, run, text: str, more: str = "", **options) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, help=text, description=f"{text}; {more}" if more else text, **options)
         p.set_defaults(run=run)
         return p
 
@@ -51,17 +51,17 @@ def parser() -> argparse.ArgumentParser:
     def policy(p):
         p.add_argument("--model", metavar="DIR", required=True, help="model folder or hub id")
         p.add_argument("--config", metavar="X", help="YAML with the prompt it was trained with; default: DIR/recr1.yaml")
-    p = command("index", make_index, "make or check the index of a corpus, for runs and the commands below")
+    p = command("index", make_index, "make or check the index of a corpus", "for runs and the other commands")
     corpus_flags(p)
     p = command("eval-queries", eval_queries, "score queries as they are")
     corpus_flags(p), judged(p)
-    p = command("eval", eval_policy, "rewrite queries with a policy, then score them (also by torchrun -m recr1.cli)")
+    p = command("eval", eval_policy, "rewrite queries with a policy, then score them", "also by torchrun -m recr1.cli")
     policy(p), corpus_flags(p), judged(p)
-    p = command("search", search, "the best hits of one query, and what each matched term contributed")
+    p = command("search", search, "the best hits of one query", "and what each matched term contributed")
     corpus_flags(p)
     p.add_argument("query", type=utf8)
     p.add_argument("-k", type=positive, default=10, help="how many")
-    p = command("generate", generate_one, "a policy's answer to one query, shown as it is sampled; with --corpus both hit lists")
+    p = command("generate", generate_one, "a policy's answer to one query", "shown as it is sampled; with --corpus both hit lists")
     policy(p), corpus_flags(p, required=False)
     p.add_argument("query", type=utf8)
     p.add_argument("-k", type=positive, default=5, help="hits of each list")
@@ -77,16 +77,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--step", type=positive, required=True, help="a step whose tokens were logged (log.tokens_every)")
     p.add_argument("--new", metavar="DIR", help="model folder of a later moment: the new log-probs come from it, and gradients of its parameters")
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    p = command("explain", explain_step, "one logged step from prompt to gradient, worked again and held against the log; exit code 1 where it disagrees")
+    p = command("explain", explain_step, "one logged step from prompt to gradient", "worked again and held against the log; exit code 1 where it disagrees")
     p.add_argument("--run", dest="folder", metavar="RUN", required=True, help="a run's folder")
     p.add_argument("--step", type=positive, required=True, help="a step whose tokens were logged (log.tokens_every)")
     p.add_argument("--prompt", metavar="ID", help="the one to show; default: whose rewards lie furthest apart")
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    p = command("doctor", lambda args: sys.exit(doctor.main(args.folder, args.json)), "versions, devices, what a run here would take, clashes and what to do; "
+    p = command("doctor", lambda args: sys.exit(doctor.main(args.folder, args.json)), "what a run here would take, what clashes and what to do",
                 "exit code 1 when something will not work (python -m recr1.doctor where this command does not even start)")
     p.add_argument("--run", dest="folder", metavar="RUN", default="runs/run", help="the folder that a run would write to; default: runs/run")
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    p = command("plan", plan_memory, "the memory that a training needs by phase, and what to set so that it fits",
+    p = command("report", make_report, "a run as one HTML page, needing no network; two runs compared")
+    p.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or two")
+    p.add_argument("--out", metavar="F", default="", help="default: RUN/report.html, of two runs RUN/compare_OTHER.html")
+    p = command("plan", plan_memory, "the memory that a training needs by phase", "and what to set so that it fits",
                 usage="recr1 plan CONFIG --gpus N --memory 48GB [a.b=value ...]")
     p.add_argument("config", metavar="CONFIG", help="a training's; the model's shape comes from its folder or from shapes.yaml beside the config")
     p.add_argument("--gpus", type=positive, required=True, metavar="N", help="how many, one rank each")
@@ -175,6 +178,10 @@ def explain_step(args) -> None:
     finish(args, result)
     if not result["agrees"]:
         sys.exit(1)
+
+
+def make_report(args) -> None:
+    say(str(report.write(args.runs, args.out)))
 
 
 def reward(args) -> None:

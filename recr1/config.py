@@ -160,6 +160,8 @@ class Save:
 class Log:
     tokens_every: int = 10              # steps between rollouts logged with their per-token values
     print_every: int = 1
+    show_every: int = 10                # steps between tables of three rollouts on the console; 0: none
+    track: str = "none"                 # tensorboard | wandb | trackio: where metrics.jsonl's rows go beside
 
 
 @dataclass(frozen=True)

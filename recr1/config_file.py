@@ -19,10 +19,11 @@ CHOICES = {"reward.metric": ("ndcg", "recall", "mrr", "hit"), "model.attention":
            "data.on_long_prompt": ("stop", "drop"), "retriever.variant": ("lucene", "okapi"), "retriever.length": ("exact", "lucene"),
            "retriever.scorer": ("torch", "numba"), "retriever.pooling": ("cls", "mean"), "retriever.index": ("exact", "hnsw"),
            "retriever.dtype": ("float32", "float16", "bfloat16"), "optimizer.kind": ("adamw", "muon"),
-           "optimizer.on_nonfinite": ("stop", "skip"), "train.reduce": ("micro_batch", "step"), "sft.keep": ("all", "no_worse", "better")}
+           "optimizer.on_nonfinite": ("stop", "skip"), "train.reduce": ("micro_batch", "step"), "sft.keep": ("all", "no_worse", "better"),
+           "log.track": ("none", "tensorboard", "wandb", "trackio")}
 AT_LEAST = {"run.threads": 0, "sampling.group_size": 2, "sampling.temperature": 1e-3, "sampling.top_p": 1e-3, "sampling.cache_gib": 0, "sampling.max_new_tokens": 1, "train.steps": 1,
             "train.prompts_per_step": 1, "train.tokens_per_micro_batch": 1, "train.eval_every": 0, "train.eval_queries": 0,
-            "log.tokens_every": 1, "log.print_every": 1, "prompt.max_tokens": 1, "prompt.title_words": 0, "reward.k_train": 1, "reward.k_eval": 1, "reward.k_list": 1,
+            "log.tokens_every": 1, "log.print_every": 1, "log.show_every": 0, "prompt.max_tokens": 1, "prompt.title_words": 0, "reward.k_train": 1, "reward.k_eval": 1, "reward.k_list": 1,
             "train.inner_steps": 1, "sampling.resample": 0, "reward.overlong": 0, "loss.clip_high": 0, "loss.entropy": 0, "loss.importance_cap": 0,
             "loss.clip": 0, "loss.kl": 0, "loss.std_floor": 0, "optimizer.lr": 0, "optimizer.clip_norm": 1e-12,
             "optimizer.warmup_steps": 0, "data.shuffle_words": 0, "optimizer.muon_lr": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
@@ -31,7 +32,7 @@ AT_LEAST = {"run.threads": 0, "sampling.group_size": 2, "sampling.temperature": 
 RETRIEVERS = ("bm25", "dense", "rank_bm25")
 PARTS = ("ndcg", "recall", "mrr", "hit", "lcs", "category", "diversity", "novelty")
 # what only one of the loops reads: elsewhere such a setting would do nothing
-ONLY = {"train": ("loss.", "sampling.resample", "train.inner_steps", "train.replay", "data.shuffle_words", "log.tokens_every"), "sft": ("sft.",)}
+ONLY = {"train": ("loss.", "sampling.resample", "train.inner_steps", "train.replay", "data.shuffle_words", "log.tokens_every", "log.show_every"), "sft": ("sft.",)}
 # ValueError: of Python, where YAML itself is well formed: bytes that are no UTF-8, a date that no calendar has, an integer of thousands of digits
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 AT_MOST = {"data.shuffle_words": 1, "sampling.top_p": 1, "optimizer.final_lr": 1}

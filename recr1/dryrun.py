@@ -17,7 +17,6 @@ from typing import Iterator
 import torch
 import yaml
 from tokenizers import AddedToken, pre_tokenizers
-from transformers import AutoTokenizer, BertConfig, BertModel, Qwen2Tokenizer
 
 from . import dist
 from .chat import closes_thought
@@ -56,7 +55,8 @@ def shrunk(cfg: Config, path: str) -> Iterator[Config]:
             retriever=replace(r, index_dir=str(folder / "index"), encoder=r.encoder and str(folder / "encoder")), prompt=replace(cfg.prompt, max_tokens=4096),
             sampling=replace(cfg.sampling, max_new_tokens=8),
             train=replace(cfg.train, steps=1, prompts_per_step=4, tokens_per_micro_batch=8192, eval_every=min(1, cfg.train.eval_every)),
-            save=replace(cfg.save, every=1), sft=replace(cfg.sft, teacher=_teacher(cfg, folder), keep="all", least=0.0, epochs=0))
+            save=replace(cfg.save, every=1), log=replace(cfg.log, track="none"),
+            sft=replace(cfg.sft, teacher=_teacher(cfg, folder), keep="all", least=0.0, epochs=0))
 
 
 def model_shape(model: str, config_path: str) -> ModelConfig:
@@ -83,6 +83,7 @@ def _answers(cfg: Config) -> list[str]:
 
 def _write_policy(shape: ModelConfig, folder: Path, answers: list[str]) -> None:
     """A random model of the family, which writes `answers`: kv heads, tying, rope scaling as in `shape`, widths tiny."""
+    from transformers import Qwen2Tokenizer
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], unk_token=SPECIAL[0], pad_token=SPECIAL[0], eos_token=SPECIAL[2])
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
@@ -109,6 +110,7 @@ def _write_policy(shape: ModelConfig, folder: Path, answers: list[str]) -> None:
 
 def _write_encoder(folder: Path) -> None:
     """A random BERT on the policy's tokenizer: of an encoder that retriever.encoder names nothing is known without a download."""
+    from transformers import AutoTokenizer, BertConfig, BertModel       # seconds, which a run that is none of these does not wait for
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     with torch.random.fork_rng():
         torch.manual_seed(0)

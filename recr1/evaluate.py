@@ -84,13 +84,14 @@ def table(before: list[dict], after: list[dict], metric: str, k: int, figures: d
 
 
 def examples(after: list[dict], metric: str) -> str:
-    """Three answers: the largest gain, the median among those that changed the result, the largest loss."""
+    """Three answers: the largest gain over the raw answer, the median among those that changed the result, the largest loss (where all gain: the smallest gain)."""
     def gain(row):
         return row[metric] - row[f"{metric}_raw"]
     changed = sorted((row for row in after if gain(row)), key=gain)
     if not changed:
         return "no answer changed a result"
-    picks = (("largest gain", changed[-1]), ("median change", changed[len(changed) // 2]), ("largest loss", changed[0]))
+    most, least = ("largest gain" if gain(changed[-1]) > 0 else "smallest loss"), ("largest loss" if gain(changed[0]) < 0 else "smallest gain")
+    picks = ((most, changed[-1]), ("median change", changed[len(changed) // 2]), (least, changed[0]))
     return "\n".join(f"  {name:<14} {_brief(row['raw'])} -> {_brief(row['rewrite'])}   {row[f'{metric}_raw']:.3f} -> {row[metric]:.3f}" for name, row in picks)
 
 

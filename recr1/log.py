@@ -4,6 +4,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -264,6 +265,7 @@ def console_line(row: dict, steps: int) -> str:
 
 
 def say(text: str) -> None:
-    """Prints above a progress bar, on rank 0."""
+    """Prints above a progress bar, on rank 0; what the terminal cannot write becomes a question mark."""
     if dist.rank() == 0:
-        tqdm.write(text)
+        encoding = sys.stdout.encoding or "utf-8"
+        tqdm.write(text.encode(encoding, "replace").decode(encoding))

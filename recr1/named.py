@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Callable, Iterable
 
 from .config import ConfigError
-from .plain import said
+from .terminal import said
 from .stopping import Stopped
 
 

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import dist, draws, evaluate, heartbeat, memory, plan, stopping
+from . import dist, draws, evaluate, heartbeat, memory, plan, report, stopping, versions
 from . import config_file as configs
 from .cache import slots
 from .chat import Chat, ChatError
 from .checkpoint import compute_type, load_policy, load_reference, save_policy
 from .config import Config, ConfigError
+from .console import show
 from .data import DataError
 from .files import WriteError, write_text, writing
 from .grpo import objective
@@ -29,7 +30,6 @@ from .kernels.launch import refusal
 from .log import RunLog, Step, console_line, say
 from .named import OwnError
 from .optim import NonFiniteGradient, Optimizer
-from .plain import plain
 from .records import Batch, Prompt
 from .replay import Replay, ReplayError
 from .resume import Progress, RunError, look
@@ -41,6 +41,8 @@ from .stopping import EARLY, Stopped, at_once
 from .tasks import make as tasks
 from .tasks.rewards import Parts, read_items
 from .tasks.scoring import Scorer
+from .terminal import plain
+from .track import Tracker
 from .weights import check_room, read_config
 
 
@@ -93,6 +95,7 @@ class Run:
                     self.folder.mkdir(parents=True, exist_ok=True)
                 write_text(self.folder / "config.yaml", configs.dump(cfg))
                 self._open_heartbeat()
+            self.tracker = Tracker(cfg, self.folder)
         with dist.together(), at_once():
             if dist.rank() > 0:
                 self._open_heartbeat()
@@ -140,14 +143,22 @@ class Run:
         all ranks save the state after the last finished step and leave."""
         self.progress = Progress(self.cfg, self.last, self.started, self.policy, optimizer, self.log, self.tokenizer, self.stops)
         self.progress.resume(self.found)
+        with dist.together():
+            if dist.rank() == 0:
+                versions.note(self.folder)
         try:
             if self.progress.row is not None:
                 self._conclude()                                   # stopped in its validation
             yield
         except Stopped:
-            raise Stopped(self.progress.leave()) from None
+            raise Stopped(self._leave()) from None
         except (RetrieverError, OwnError) as e:
-            raise type(e)(f"{e}; {self.progress.leave()}") from None
+            raise type(e)(f"{e}; {self._leave()}") from None
+
+    def _leave(self) -> str:
+        said = self.progress.leave()
+        self.tracker.close()                                       # last: a tracker may take its time
+        return said
 
     def meet(self) -> None:
         """Between collectives: when one rank was asked to stop, all do (Stopped). A step that has moved weights is first finished, if that is soon."""
@@ -260,6 +271,8 @@ class Run:
                 row = done.logged(step, self.log, self.cfg, **more)
         self.progress.finished(step, row)
         self._conclude()
+        if parts is not None and self.loop == "train":
+            show(step, done, self.cfg)
         self.meet()
         self.progress.save_if_due()
 
@@ -271,18 +284,22 @@ class Run:
         with dist.together():
             if dist.rank() == 0:
                 self.log.metrics(row)
+                self.tracker.send(row)
                 self.progress.validated(validation.get(f"val_{self.cfg.reward.metric}"))
         self.progress.row = None
         if dist.rank() == 0 and (validation or step % self.cfg.log.print_every == 0 or step in (1, self.last)):
             say(console_line(row, self.last))
 
     def finish(self, before: list[dict], after: list[dict], **more) -> None:
-        """The model, summary.json (`more` is SFT's part of it), and the table a user reads."""
+        """The model, summary.json (`more` is SFT's part of it), the table a user reads, and the report."""
         heartbeat.at("save")
         save_policy(self.policy, self.tokenizer, self.stops, self.folder / "model", configs.answering(self.cfg))
         with dist.together():
             if dist.rank() == 0:
                 self._sum_up(before, after, more)
+        if dist.rank() == 0:
+            say(report.at_end(self.folder, self.retriever, self.tokenizer))
+        self.tracker.close()
 
     def _sum_up(self, before: list[dict], after: list[dict], more: dict) -> None:
         metric, k = self.cfg.reward.metric, self.cfg.reward.k_eval
@@ -298,7 +315,7 @@ class Run:
         say(f"\n{evaluate.table(before, after, metric, k, parts)}\n\nanswers on test:\n{evaluate.examples(after, metric)}\n\n"
             f"{self.folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, eval_after.jsonl, "
             f"metrics.jsonl, {'rollouts.jsonl.gz' if self.loop == 'train' else 'teacher.jsonl'}, "
-            f"config.yaml{', checkpoints/' if self.progress.saved else ''}")
+            f"config.yaml, versions.json{', checkpoints/' if self.progress.saved else ''}")
 
 
 BIASED = "sampling.top_p = {} samples from a truncated distribution and trains the whole one: the gradient is biased (1 is not)"

@@ -15,10 +15,10 @@ from . import data
 from .config import Config, ConfigError, Retriever
 from .evaluate import mean_ci
 from .log import say
-from .plain import plain
 from .retrieval import base
 from .retrieval.make import KEPT, make, make_anew
 from .tasks.rewards import METRICS
+from .terminal import plain
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Retriever)}
 

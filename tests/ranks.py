@@ -8,7 +8,6 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from recr1 import dist
@@ -167,6 +166,7 @@ def results(name: str, sharded: bool) -> dict[str, torch.Tensor]:
 
 def fsdp2(name: str) -> dict[str, torch.Tensor]:
     """The first step's gradient and loss by torch's fully_shard: per block and root, sums in place of its means."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard       # a second, for ranks that are here for another function
     case = CASES[name]
     policy, reference = (tiny_model(seed, **case.shape).to(case.dtype) for seed in (1, 2))
     freeze(policy, case.frozen), freeze(reference, ("*",))

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# bash tests/run.sh [pytest arguments]: sets up, then runs the tests. Paths in the arguments are relative to the checkout.
+# bash tests/run.sh [pytest arguments]: sets up, then runs the tests, two files at a time (-n 1: one, -n 0: in pytest's own process).
+# Paths in the arguments are relative to the checkout.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../experiments/setup_env.sh"
 set_up dev
@@ -7,7 +8,8 @@ set_up dev
 cd "$ROOT"
 start=$SECONDS
 status=0
-# testpaths, not a path: a file named in the arguments then runs alone
-"$PYTHON" -m pytest -q --durations=5 -o testpaths=tests "$@" || status=$?
+# testpaths, not a path: a file named in the arguments then runs alone. loadfile: what a file's tests share is made once; conftest.py has the
+# order. One thread: workers with more would wait for each other's
+OMP_NUM_THREADS=1 "$PYTHON" -m pytest -q --durations=5 -n 2 --dist loadfile --no-loadscope-reorder -o testpaths=tests "$@" || status=$?
 echo "set-up $SETUP_SECONDS s, tests $((SECONDS - start)) s"
 exit $status

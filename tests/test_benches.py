@@ -1,4 +1,5 @@
 """Benches that need a quiet machine or a GPU run here in small: they work and end with their bars. Their figures mean nothing at this size."""
+import gzip
 import json
 import os
 import subprocess
@@ -6,15 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from browser import installed
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*arguments: str) -> tuple[str, list[dict]]:
     done = subprocess.run([sys.executable, "-W", "ignore", *arguments], cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)),
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(done.stdout.splitlines()[-1])["bars"]
+                          capture_output=True, text=True, timeout=900)
+    last = (done.stdout.splitlines() or [""])[-1]
+    assert last.startswith('{"bars"'), done.stderr
+    bars = json.loads(last)["bars"]
+    # 1: a bar does not hold, which one of times need not do here
+    assert done.returncode == 0 or done.returncode == 1 and not all(bar["ok"] for bar in bars), done.stderr
+    return done.stdout, bars
 
 
 def test_sharding_against_fully_shard():
@@ -29,8 +35,17 @@ def test_share_of_the_peak():
     assert "44 tokens computed" in out and bar["value"] > 0        # 2 x 2 rollouts of 8 + 8, each prompt once, no row for a last token: 2 * 8 + 4 * 7
 
 
-def test_the_gap_of_sampler_and_trainer():
-    out, bars = run("experiments/bench/exact.py", "--steps=2", "--pairs=1", "train.prompts_per_step=4")
+def test_the_gap_of_sampler_and_trainer(tmp_path):
+    """The gap is of trained tokens: 20 test queries in place of 1,577 leave it as it is."""
+    data = ROOT / "experiments/data/msrd"
+    queries = (data / "test.queries.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:20]
+    asked = {json.loads(line)["id"] for line in queries}
+    with gzip.open(data / "test.qrels.tsv.gz", "rt", encoding="utf-8") as lines:
+        judged = [line for line in lines if line.split("\t")[0] in asked]
+    (tmp_path / "queries.jsonl").write_text("".join(queries), encoding="utf-8")
+    (tmp_path / "qrels.tsv").write_text("".join(judged), encoding="utf-8")
+    out, bars = run("experiments/bench/exact.py", "--steps=2", "--pairs=1", "train.prompts_per_step=4", f"data.test_queries={tmp_path}/queries.jsonl",
+                    f"data.test_qrels={tmp_path}/qrels.tsv")
     assert out.count("s a step") == 2 and all(bar["ok"] for bar in bars if "gap" in bar["name"])
 
 
@@ -65,3 +80,9 @@ def test_dense_search():
     out, bars = run("experiments/bench/dense.py", "--dry-run")
     assert out.count("\n  efSearch ") == 5 and len(bars) == 3
     assert all(bar["ok"] for bar in bars if "time" not in bar["name"])             # 3,000 documents are searched almost wholly
+
+
+@pytest.mark.skipif(installed() is None, reason="NOT TESTED: no browser on PATH; install chromium (apt-get install chromium)")
+def test_the_reports_size_and_opening():
+    out, bars = run("experiments/bench/report.py", "--steps=2", "--tokens=16")
+    assert "128 rollouts of 16 tokens" in out and len(bars) == 4 and all(bar["ok"] for bar in bars if bar["name"] != "opening, s")

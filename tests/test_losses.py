@@ -22,7 +22,7 @@ from recr1.run import guarded
 from recr1.tasks.rewards import overlong
 from recr1.train import with_advantages, with_old
 from test_gradient import rollouts_of
-from tiny import jsonl, refused, tiny_model, write_yaml
+from tiny import jsonl, refused, runs_of, tiny_model, write_yaml
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(world, tmp_path_factory):
-    def run(*overrides):
-        folder = tmp_path_factory.mktemp("runs") / "run"
-        assert guarded(train.main, [world, *overrides, f"run.dir={folder}"]) == 0
-        return folder
-    return run
+    return runs_of(train.main, world, tmp_path_factory)
 
 
 @pytest.mark.parametrize("kind", RECIPES)

@@ -133,3 +133,17 @@ def test_kernels_folder_does_not_hide_hugging_faces():
             "config = Qwen2Config(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)\n"
             "print(type(AutoModelForCausalLM.from_config(config)).__name__)")
     assert python(code, ROOT) == "Qwen2ForCausalLM"
+
+
+def test_set_up_installs_once_for_what_is_asked(tmp_path):
+    """experiments/setup_env.sh with a pip that only notes what it is asked for."""
+    python = tmp_path / "bin/python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nif [ "$2" = pip ]; then echo "$@" >>"{tmp_path}/asked"; else exec "{sys.executable}" "$@"; fi\n')
+    python.chmod(0o755)
+    for extras, times in (("docs docs", 1), (" ", 1), ("dev dev docs fast", 2), (" ", 2)):
+        script = f'source "{ROOT}/experiments/setup_env.sh"; ' + "".join(f"set_up {extra}; " for extra in extras.split(" "))
+        subprocess.run(["bash", "-euc", script], env=os.environ | dict(VIRTUAL_ENV=str(tmp_path)), check=True, capture_output=True)
+        asked = [line for line in (tmp_path / "asked").read_text().splitlines() if " install " in line]
+        assert len(asked) == times, asked
+    assert asked[0].endswith(f"-e {ROOT}[docs]") and asked[1].endswith(f"-e {ROOT}[dev]")

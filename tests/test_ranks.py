@@ -23,7 +23,7 @@ def torchrun(n: int, *arguments: str, expect: int = 0, **env) -> subprocess.Comp
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *arguments]
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
     done = subprocess.run(command, cwd=HERE.parent, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=path) | env, capture_output=True, text=True,
-                          timeout=300)
+                          timeout=900)
     assert (done.returncode == 0) == (expect == 0), done.stdout + done.stderr
     return done
 

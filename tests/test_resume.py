@@ -45,7 +45,8 @@ def undisturbed(world, tmp_path_factory):
 def kept(folder: Path) -> dict:
     """Everything of a finished run that may not depend on what happened on the way."""
     files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and not {"checkpoints", "heartbeats"} & set(p.parts)}
-    del files["config.yaml"]                                       # names run.dir
+    for name in ("config.yaml", "versions.json", "report.html"):   # name run.dir, or the time
+        del files[name]
     rows = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in files.pop("metrics.jsonl").decode().splitlines()]
     summary = {k: v for k, v in json.loads(files.pop("summary.json")).items() if k not in TIMES}
     return files | dict(rows=rows, summary=summary, best=(folder / "checkpoints/BEST").read_text(), last=(folder / "checkpoints/LATEST").read_text())

@@ -2,7 +2,6 @@
 import json
 import re
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,7 +25,7 @@ from test_gradient import padded_cross_entropy
 from test_ranks import error, torchrun
 from test_resume import kept
 from test_teacher import GOOD, prompts_of, teacher, weights
-from tiny import jsonl, refused, tiny_model, write_sft_yaml, write_yaml
+from tiny import jsonl, refused, runs_of, tiny_model, write_sft_yaml, write_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,13 +37,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(world, tmp_path_factory):
-    """run(overrides...) -> the folder of a finished run; the same overrides run once."""
-    @cache
-    def run(*overrides):
-        folder = tmp_path_factory.mktemp("runs") / "run"
-        assert guarded(sft.main, [world, *overrides, f"run.dir={folder}"]) == 0
-        return folder
-    return run
+    return runs_of(sft.main, world, tmp_path_factory)
 
 
 # --- what is learnt -----------------------------------------------------------------------------------------------------------------

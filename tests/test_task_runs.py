@@ -13,6 +13,7 @@ from recr1 import config_file as configs
 from recr1.dryrun import shrunk
 from recr1.run import guarded
 from test_ranks import torchrun
+from test_report import content
 from tiny import jsonl, write_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +37,8 @@ def test_two_steps_on_one_rank_and_on_two(name, tmp_path):
         folders = [tmp_path / f"run{n}" for n in (1, 2)]
         assert guarded(train.main, [config, f"run.dir={folders[0]}"]) == 0
         torchrun(2, "-m", "recr1.train", config, f"run.dir={folders[1]}")
+    shown, other = (content(folder / "report.html")["ranking"] for folder in folders)
+    assert shown["why"] == other["why"] == "" and shown["listed"] == (TASKS[name] != "sequential")           # its lists have the scores that the run logged
     weights = configs.load(config, []).reward.weights
     one, two = (jsonl(folder / "metrics.jsonl") for folder in folders)
     assert [row["step"] for row in one] == [1, 2] and all(row["grad_norm"] > 0 and row["reward_spread"] > 0 for row in one)

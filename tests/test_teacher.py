@@ -2,7 +2,6 @@
 import gzip
 import json
 import math
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from recr1.retrieval.make import directory_of, make
 from recr1.run import guarded
 from recr1.sample import generate
 from recr1.weights import load_model
-from tiny import jsonl, refused, tiny_tokenizer, write_sft_yaml
+from tiny import jsonl, refused, runs_of, tiny_tokenizer, write_sft_yaml
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +28,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(world, tmp_path_factory):
-    """run(overrides...) -> the folder of a finished run; the same overrides run once."""
-    @cache
-    def run(*overrides):
-        folder = tmp_path_factory.mktemp("runs") / "run"
-        assert guarded(sft.main, [world, *overrides, f"run.dir={folder}"]) == 0
-        return folder
-    return run
+    return runs_of(sft.main, world, tmp_path_factory)
 
 
 def prompts_of(cfg) -> list[Prompt]:

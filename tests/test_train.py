@@ -18,7 +18,7 @@ from recr1.log import Step, rollout_rows, token_values
 from recr1.packing import pack
 from recr1.records import Prompt, Reward, Rollout
 from recr1.run import guarded
-from tiny import jsonl, refused, tiny_tokenizer, write_yaml
+from tiny import jsonl, refused, runs_of, tiny_tokenizer, write_yaml
 
 FILES = {"config.yaml", "metrics.jsonl", "rollouts.jsonl.gz", "eval_before.jsonl", "eval_after.jsonl", "summary.json", "model", "checkpoints", "heartbeats"}
 PER_TOKEN = ["ids", "sampler_logp", "trainer_logp", "ref_logp", "old_logp", "entropy"]
@@ -33,16 +33,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(world, tmp_path_factory):
-    """run(overrides...) -> the folder of a finished run; the same overrides run once."""
-    done = {}
-
-    def run(*overrides, again=0):
-        if (overrides, again) not in done:
-            folder = tmp_path_factory.mktemp("runs") / "run"
-            assert guarded(train.main, [world, *overrides, f"run.dir={folder}"]) == 0
-            done[overrides, again] = folder
-        return done[overrides, again]
-    return run
+    return runs_of(train.main, world, tmp_path_factory)
 
 
 def test_files_and_config(run, world):

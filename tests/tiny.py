@@ -1,20 +1,26 @@
 """A small world for tests: tokenizer, policy, corpus and config, made in memory or written into a folder in well under a second."""
+from __future__ import annotations
+
 import functools
 import gzip
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Callable
 
 import torch
 import yaml
 from tokenizers import AddedToken, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen2Tokenizer
+from transformers import Qwen2Tokenizer
 
 from recr1 import train
 from recr1.data import is_validation
 from recr1.model import Decoder, ModelConfig, RopeScaling
 from recr1.run import guarded
 from recr1.weights import save_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROLES = ["<|endoftext|>", "<|end|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CONTRACT = ["<think>", "</think>", "<answer>", "</answer>", '{"query": "', '"}']
@@ -75,6 +81,7 @@ def tiny_model(seed: int = 0, std: float = 0.2, reachable: int | None = None, **
 
 def oracle(model: Decoder) -> PreTrainedModel:
     """transformers' model with the same shape and weights. Its own generation settings are cleared."""
+    from transformers import AutoConfig, AutoModelForCausalLM          # seconds, which a rank of a torchrun job does not wait for
     c = asdict(model.config)
     family, scaling = c.pop("family"), c.pop("rope_scaling")
     rope = dict(rope_theta=c.pop("rope_theta"), **(dict(rope_type="llama3", **scaling) if scaling else dict(rope_type="default")))
@@ -156,6 +163,16 @@ def write_yaml(folder, **dotted_overrides) -> str:
 def write_sft_yaml(folder, **dotted_overrides) -> str:
     """The same world for recr1.sft: by default three steps on the policy's own best of 4."""
     return write_yaml(folder, **{"loss": {}, "log": {}, "sft.teacher": "self"} | dotted_overrides)
+
+
+def runs_of(main, config: str, folders) -> Callable[..., Path]:
+    """run(overrides...) -> the folder of a finished run of the config; the same overrides run once, `again=1` once more. folders: tmp_path_factory."""
+    @functools.cache
+    def run(*overrides, again=0):
+        folder = folders.mktemp("runs") / "run"
+        assert guarded(main, [config, *overrides, f"run.dir={folder}"]) == 0
+        return folder
+    return run
 
 
 def jsonl(path: Path) -> list[dict]:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..plain import said
+from ..terminal import said
 from ..stopping import Stopped
 
 

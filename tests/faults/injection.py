@@ -10,7 +10,7 @@ from alone import Bench, Case, Lost, each, expect, logged, refused, said, spread
 from fuzz_answers import wrap
 from inputs import no_forged_ids
 from recr1 import cli, train
-from recr1.plain import plain
+from recr1.terminal import plain
 from world import Outcome, World
 
 ANSWER = '<answer>{"query": "black camera"}</answer>'

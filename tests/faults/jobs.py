@@ -12,7 +12,9 @@ import traceback
 from contextlib import contextmanager
 from pathlib import Path
 
-import transformers.models.auto.tokenization_auto  # noqa: F401  a run imports it where it needs it; here it is there before the fork
+# what a run imports where it needs it
+import nltk.stem.porter  # noqa: F401
+import transformers.models.auto.tokenization_auto  # noqa: F401
 from recr1 import heartbeat, train
 from recr1.run import guarded
 from recr1.stopping import listening

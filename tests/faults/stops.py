@@ -138,13 +138,13 @@ def _fail():
 
 
 UNEVEN = "a micro-batch less"
-WAYS = {"hangs": (_stop, "has not moved for"), "exits 0": (lambda: os._exit(0), "is gone; it was in"), "sys.exit(0)": (lambda: sys.exit(0), "failed in"),
-        "raises": (_fail, "failed in")}
+WAYS = {"exits 0": (lambda: os._exit(0), "is gone; it was in"), "sys.exit(0)": (lambda: sys.exit(0), "failed in"), "raises": (_fail, "failed in"),
+        "hangs": (_stop, "has not moved for")}
 
 
 def between_ranks(world: World, n: int) -> Iterator[Outcome]:
     """One of three ranks hangs, leaves, raises or makes a micro-batch less: the job ends soon, with that rank and its phase in one line of another."""
-    ways = [*((way, "reward") for way in WAYS), *((way, "train") for way in ("hangs", "exits 0", "raises")), (UNEVEN, "train")]
+    ways = [*((way, "reward") for way in WAYS), *((way, "train") for way in ("exits 0", "raises", "hangs")), (UNEVEN, "train")]
     for way, phase in ways if n >= len(ways) else world.rng.sample(ways, n):
         yield _spoil_one(world, way, world.rng.randrange(3), phase)
 
