@@ -26,7 +26,7 @@ def main() -> None:
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
     args = p.parse_args()
     cfgs = [configs.load(str(run / "config.yaml"), []) for run in args.runs]
-    rows = [[json.loads(line) for line in (run / "eval_after.jsonl").read_text(encoding="utf-8").splitlines()] for run in args.runs]
+    rows = [[json.loads(line) for line in (run / "eval_after.jsonl").read_bytes().split(b"\n")[:-1]] for run in args.runs]
     first = cfgs[0]
     for run, cfg, mine in zip(args.runs, cfgs, rows):
         if (cfg.data.corpus, cfg.reward.k_eval, [r["id"] for r in mine]) != (first.data.corpus, first.reward.k_eval, [r["id"] for r in rows[0]]):

@@ -33,6 +33,8 @@ RETRIEVERS = ("bm25", "dense", "rank_bm25")
 PARTS = ("ndcg", "recall", "mrr", "hit", "lcs", "category", "diversity", "novelty")
 # what only one of the loops reads: elsewhere such a setting would do nothing
 ONLY = {"train": ("loss.", "sampling.resample", "train.inner_steps", "train.replay", "data.shuffle_words", "log.tokens_every", "log.show_every"), "sft": ("sft.",)}
+# ValueError: of Python, where YAML itself is well formed: bytes that are no UTF-8, a date that no calendar has, an integer of thousands of digits
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 AT_MOST = {"data.shuffle_words": 1, "sampling.top_p": 1, "optimizer.final_lr": 1}
 
 
@@ -54,8 +56,8 @@ def load(path: str, overrides: list[str]) -> Config:
             raise ConfigError(f"override {item!r}: write it as key=value, e.g. train.steps=10")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"override {item!r}: the value is not YAML; quote it") from None
+        except UNREADABLE:
+            raise ConfigError(f"override {item[:200]!r}: the value is not YAML; quote it") from None
         node = tree
         *sections, last = key.split(".")
         for name in sections:
@@ -74,7 +76,7 @@ def _read(path: Path, said: str) -> dict:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{said}: no such file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+    except (OSError, *UNREADABLE) as e:
         raise ConfigError(f"{said}: not readable as YAML: {' '.join(str(e).split())}") from None
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError(f"{said}: expected `key: value` lines at the top, found {type(tree).__name__}")
@@ -206,6 +208,8 @@ def _value(kind, value, key: str):
         return {_value(names, name, key): _value(kinds, v, f"{key}.{name}") for name, v in value.items()}
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{key}: expected {kind.__name__}, found {type(value).__name__} {value!r}")
+    if kind is str and re.search("[\0\ud800-\udfff]", value):
+        raise ConfigError(f"{key}: {value[:80]!r} holds the character 0, or half of a character, which no path or file can hold; delete it")
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{key}: must be a finite number, is {value}")
     return value

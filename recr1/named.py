@@ -2,9 +2,16 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import contextmanager
 from typing import Callable, Iterable
 
 from .config import ConfigError
+from .terminal import said
+from .stopping import Stopped
+
+
+class OwnError(ConfigError):
+    """A task or a part of the reward of a user's own has failed. The message names it and the query."""
 
 
 def function(key: str, text: str, known: Iterable[str]) -> Callable:
@@ -14,8 +21,22 @@ def function(key: str, text: str, known: Iterable[str]) -> Callable:
         raise ConfigError(f"{key}: {text!r} is not one of {', '.join(known)}; a function of yours is written module:function")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise ConfigError(f"{key}: {text!r} cannot be loaded: {e}; the module must be importable from where you start") from None
+    except (Stopped, KeyboardInterrupt):
+        raise
+    except BaseException as e:                                     # whatever the module does while it is imported, sys.exit() too
+        raise ConfigError(f"{key}: {text!r} cannot be loaded: {said(e)}; the module must be importable from where you start") from e
     if not callable(found):
         raise ConfigError(f"{key}: {text!r} is no function, it is {type(found).__name__}")
     return found
+
+
+@contextmanager
+def calling(what: str, where: str = "", through: tuple = ()):
+    """A block that calls `what` of a user's own: anything that it raises, sys.exit() too, is an OwnError `WHAT raised ... WHERE`. Not so a stop, Ctrl-C,
+    and `through`."""
+    try:
+        yield
+    except (Stopped, KeyboardInterrupt, OwnError, *through):
+        raise
+    except BaseException as e:
+        raise OwnError(f"{what} raised {said(e)}{where}") from e

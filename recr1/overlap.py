@@ -50,5 +50,5 @@ class Overlap:
                 rewards = iter(self.score([rollout for group in groups for rollout in group]) if groups else ())
                 for group in groups:
                     self.rewards[group[0].group] = [next(rewards) for _ in group]
-        except Exception as e:
+        except BaseException as e:           # also what would only end this thread: the step must not go on without its rewards
             self.error = e

@@ -28,6 +28,7 @@ from .grpo import objective
 from .hub import ModelFolderError, load_tokenizer, resolve, stop_ids
 from .kernels.launch import refusal
 from .log import RunLog, Step, console_line, say
+from .named import OwnError
 from .optim import NonFiniteGradient, Optimizer
 from .records import Batch, Prompt
 from .replay import Replay, ReplayError
@@ -40,6 +41,7 @@ from .stopping import EARLY, Stopped, at_once
 from .tasks import make as tasks
 from .tasks.rewards import Parts, read_items
 from .tasks.scoring import Scorer
+from .terminal import plain
 from .track import Tracker
 from .weights import check_room, read_config
 
@@ -137,8 +139,8 @@ class Run:
 
     @contextmanager
     def resumed(self, optimizer: Optimizer):
-        """Goes on from the newest valid checkpoint of run.dir. Asked to stop inside, or when the retriever fails, all ranks save the state after
-        the last finished step and leave."""
+        """Goes on from the newest valid checkpoint of run.dir. Asked to stop inside, or when the retriever, a task or a reward of a user's own fails,
+        all ranks save the state after the last finished step and leave."""
         self.progress = Progress(self.cfg, self.last, self.started, self.policy, optimizer, self.log, self.tokenizer, self.stops)
         self.progress.resume(self.found)
         with dist.together():
@@ -150,8 +152,8 @@ class Run:
             yield
         except Stopped:
             raise Stopped(self._leave()) from None
-        except RetrieverError as e:
-            raise RetrieverError(f"{e}; {self._leave()}") from None
+        except (RetrieverError, OwnError) as e:
+            raise type(e)(f"{e}; {self._leave()}") from None
 
     def _leave(self) -> str:
         said = self.progress.leave()
@@ -237,7 +239,7 @@ class Run:
     def _kept(self, path: Path) -> list[dict] | None:
         """The evaluation that an earlier start of this run has left, if it is whole."""
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if self.found else []
+            rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if self.found else []
             return rows if [row["id"] for row in rows] == [p.id for p in self.test] else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -336,11 +338,11 @@ def guarded(main, argv: list[str]) -> int:
         return 0
     except EXPECTED as e:          # on all ranks at once: see dist.together
         if first:
-            print(f"recr1: {e}", file=sys.stderr)
+            print(f"recr1: {plain(str(e))}", file=sys.stderr)
         return 2
     except heartbeat.RankLost as e:
         if str(e):
-            print(f"recr1: {e}", file=sys.stderr)
+            print(f"recr1: {plain(str(e))}", file=sys.stderr)
         return RANK_LOST
     finally:
         heartbeat.stop()

@@ -7,6 +7,11 @@ def plain(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else " " for c in text)
 
 
+def said(e: BaseException) -> str:
+    """An exception of somebody else's code as one line."""
+    return f"{type(e).__name__}: {' '.join(plain(str(e)).split())[:300]}"
+
+
 def columns(text: str) -> list[int]:
     """How many columns each character takes: an East Asian one two, a combining one none."""
     return [0 if combining(c) else 1 + (east_asian_width(c) in "WF") for c in text]

@@ -36,6 +36,11 @@ def yaml_file(tmp_path):
     ("- a list", "expected `key: value` lines"),
     ("a: [1", "not readable as YAML"),
     ("task: !!python/object/apply:os.system [ls]", "not readable as YAML"),
+    ("run: {seed: 2024-13-45}", "not readable as YAML: month must be"),
+    (f"run: {{seed: {'9' * 5000}}}", "not readable as YAML: Exceeds the limit"),
+    ("run: " + "[" * 10_000, "not readable as YAML"),
+    ('data: {corpus: "a\\0b"}', "data.corpus: 'a.x00b' holds the character 0"),
+    ('task: "\\ud83dx"', "task: .* holds the character 0, or half of a character"),
 ])
 def test_refused(yaml_file, text, message):
     with pytest.raises(ConfigError, match=message):
@@ -44,7 +49,7 @@ def test_refused(yaml_file, text, message):
 
 @pytest.mark.parametrize("override, message", [
     ("train.steps", "write it as key=value"), ("train.step=3", "unknown key train.step"), ("task.x=1", "task is not a section"),
-    ("train.steps=[", "not YAML"), ("optimizer.lr=abc", "expected float")])
+    ("train.steps=[", "not YAML"), ("run.seed=2024-13-45", "not YAML"), ("run.seed=" + "[" * 10_000, "not YAML"), ("optimizer.lr=abc", "expected float")])
 def test_refused_overrides(yaml_file, override, message):
     with pytest.raises(ConfigError, match=message):
         load(yaml_file("task: product_search"), [override])

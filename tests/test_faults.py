@@ -1,8 +1,10 @@
 """A sample of the faults of tests/faults, and what the heartbeats say of ranks that are gone, failed or hang."""
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,35 @@ HERE = Path(__file__).parent
 
 def test_a_sample_of_the_faults():
     env = os.environ | dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]))
-    done = subprocess.run([sys.executable, str(HERE / "faults/faults.py"), "1"], cwd=HERE.parent, env=env, capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, str(HERE / "faults/faults.py"), "1"], cwd=HERE.parent, env=env, capture_output=True, text=True, timeout=900)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     bars = json.loads(done.stdout.splitlines()[-1])["bars"]
-    assert len(bars) == 7 and all(bar["value"] == bar["bar"] == 1 for bar in bars)
+    assert len(bars) == 16 and all(bar["value"] == bar["bar"] == 1 for bar in bars)
+
+
+def test_nothing_is_left_running(monkeypatch):
+    """Not what has been stopped in its tracks, and not what a process has started that is gone itself; SIGTERM is as good as Ctrl-C."""
+    monkeypatch.syspath_prepend(str(HERE / "faults"))
+    from jobs import none_left
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            with none_left():
+                orphan = subprocess.run(["bash", "-c", "setsid sleep 1000 > /dev/null & echo $!"], stdout=subprocess.PIPE, text=True).stdout
+                stopped = subprocess.Popen(["sleep", "1000"])
+                os.kill(stopped.pid, signal.SIGSTOP)
+                os.write(writer, f"{orphan.strip()} {stopped.pid}".encode())
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+        except KeyboardInterrupt:
+            os._exit(42)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
+    left = [int(number) for number in os.read(reader, 100).split()]
+    assert len(left) == 2 and not any(Path(f"/proc/{number}").exists() for number in left)
 
 
 @pytest.fixture

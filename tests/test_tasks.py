@@ -270,7 +270,8 @@ def test_a_task_that_is_none_is_refused():
             make(Config(task=name))
     with pytest.raises(ConfigError, match="data.shuffle_words"):
         make(Config(task="rerank", data=Data(shuffle_words=0.5)))
-    assert isinstance(make(Config(task="recr1.tasks.rerank:Rerank")), Rerank)
+    own = make(Config(task="recr1.tasks.rerank:Rerank"))
+    assert isinstance(own.task, Rerank) and (own.places, own.needs, own.searches) == (Rerank.places, Rerank.needs, False)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments/prompts").glob("*.yaml")), ids=lambda p: p.name)

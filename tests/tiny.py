@@ -177,7 +177,7 @@ def runs_of(main, config: str, folders) -> Callable[..., Path]:
 
 def jsonl(path: Path) -> list[dict]:
     raw = path.read_bytes()
-    return [json.loads(line) for line in (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().splitlines()]
+    return [json.loads(line) for line in (gzip.decompress(raw) if path.suffix == ".gz" else raw).split(b"\n") if line]
 
 
 def refused(argv, capsys, main=train.main) -> str:

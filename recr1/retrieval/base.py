@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..terminal import said
 from ..stopping import Stopped
 
 
@@ -57,11 +58,11 @@ class Function:
     def __init__(self, name: str, make: Callable, doc_ids: Sequence[str], texts: Sequence[str], timeout: float = 0.0):
         self.name, self.how, self.doc_ids, self.timeout, self.calls = name, name, check_corpus(doc_ids, texts), timeout, 0
         try:
-            self._search = make(doc_ids, texts)
-        except Stopped:
+            self._search = make(list(doc_ids), texts)              # a copy: our rows stand for these ids, whatever is done to the list
+        except (Stopped, KeyboardInterrupt):
             raise
-        except Exception as e:
-            raise RetrieverError(f"retriever {name}: called with the corpus ({len(doc_ids)} documents) it raised {_said(e)}") from e
+        except BaseException as e:
+            raise RetrieverError(f"retriever {name}: called with the corpus ({len(doc_ids)} documents) it raised {said(e)}") from e
         if not callable(self._search):
             raise RetrieverError(f"retriever {name}: called with the corpus it must return a function search(queries, k), "
                                  f"it returned {type(self._search).__name__}")
@@ -79,18 +80,18 @@ class Function:
         self.calls += 1
         call = f"retriever {self.name}: call {self.calls} ({len(queries)} queries, k {k}, the first {queries[0][:80]!r})"
         try:
-            found = self._within_limit(queries, k)
-        except Stopped:
+            found = self._within_limit(list(queries), k)
+        except (Stopped, KeyboardInterrupt):
             raise
         except _Late:
             raise RetrieverError(f"{call} took longer than retriever.timeout = {self.timeout:g} s") from None
-        except Exception as e:
-            raise RetrieverError(f"{call} raised {_said(e)}") from e
+        except BaseException as e:                                 # sys.exit(), a cancelled coroutine: they too are what the function did
+            raise RetrieverError(f"{call} raised {said(e)}") from e
         try:
             rows, scores = found
             rows, scores = np.asarray(rows), np.asarray(scores, np.float32)
-        except (TypeError, ValueError) as e:
-            raise RetrieverError(f"{call} must return two arrays, rows and scores, (Q, up to k) each: {' '.join(str(e).split())}") from None
+        except Exception as e:                                     # numpy asks the object itself
+            raise RetrieverError(f"{call} must return two arrays, rows and scores, (Q, up to k) each: {said(e)}") from None
         if fault := _fault(rows, scores, len(queries), k, len(self.doc_ids)):
             raise RetrieverError(f"{call} returned {fault}")
         return rows.astype(np.int64), np.where(rows < 0, -np.inf, scores)
@@ -134,10 +135,6 @@ def check_corpus(doc_ids: Sequence[str], texts: Sequence[str]) -> Sequence[str]:
         twice = next(id for id in doc_ids if id in seen or seen.add(id))
         raise ValueError(f"doc_ids: {twice!r} stands there twice; every document needs its own id")
     return doc_ids
-
-
-def _said(e: BaseException) -> str:
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
 
 def _fault(rows: np.ndarray, scores: np.ndarray, queries: int, k: int, documents: int) -> str:

@@ -83,7 +83,7 @@ class Index:
                         texts, characters = [], 0
                 yield texts
             meta = _meta(parameters, fingerprint(corpus))
-            index = _assemble(meta, doc_ids, encoded(chunks(), len(os.sched_getaffinity(0))), numba)
+            index = _assemble(meta, doc_ids, encoded(chunks(), len(os.sched_getaffinity(0))), numba, os.fspath(corpus))
         meta["dropped"] = [len(dropped), *dropped[:1]]
         return index
 
@@ -180,7 +180,7 @@ def _meta(parameters: Parameters, corpus: str = "") -> dict:
     return dict(format=FORMAT, analyzer=analyzer.VERSION, **asdict(parameters), corpus=corpus)
 
 
-def _assemble(meta: dict, doc_ids: list[str], chunks: Iterable, numba: bool) -> Index:
+def _assemble(meta: dict, doc_ids: list[str], chunks: Iterable, numba: bool, what: str = "texts") -> Index:
     """doc_ids may still grow while the chunks are read."""
     numbers, tokens, lengths = {}, [], []
     for terms, ids, counts in chunks:
@@ -189,7 +189,7 @@ def _assemble(meta: dict, doc_ids: list[str], chunks: Iterable, numba: bool) -> 
         lengths.append(np.frombuffer(counts, np.int32))
     tokens, lengths = np.concatenate(tokens), np.concatenate(lengths).astype(np.int64)
     if not len(tokens):
-        raise ValueError("texts: no document has a token (stop words are none), so there is nothing to search")
+        raise ValueError(f"{what}: no document has a token (stop words are none), so there is nothing to search")
     terms = sorted(numbers)                                                   # str order is UTF-8 byte order
     number = np.empty(len(terms), np.int32)
     number[[numbers[term] for term in terms]] = np.arange(len(terms))

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from .. import named
 from ..config import Config, ConfigError, RewardRule
+from .own import OwnTask
 from .product_search import ProductSearch
 from .recommend_list import RecommendList
 from .rerank import Rerank
@@ -41,12 +42,11 @@ class Task(Protocol):
 def make(cfg: Config) -> Task:
     """Raises ConfigError."""
     kind = TASKS.get(cfg.task) or named.function("task", cfg.task, TASKS)
-    try:
+    with named.calling(f"task: {cfg.task!r}, called with the config's reward,"):
         task = kind(cfg.reward)
-    except Exception as e:
-        raise ConfigError(f"task: {cfg.task!r}, called with the config's reward, raised {type(e).__name__}: {' '.join(str(e).split())}") from e
     if missing := [name for name in ("places", "needs", "searches", "texts", "parse", "raw", "rank") if not hasattr(task, name)]:
         raise ConfigError(f"task: {cfg.task!r} has no {', '.join(missing)}; what a task needs stands in recr1/tasks/make.py")
+    task = task if cfg.task in TASKS else OwnTask(cfg.task, task)
     if cfg.data.shuffle_words and tuple(task.places) != ("query",):
         raise ConfigError(f"data.shuffle_words: shuffles the words of a query, and the prompts of {cfg.task} show more than that; set it to 0")
     return task

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .. import named
-from ..config import Config, ConfigError, RewardRule
+from ..config import Config, RewardRule
 from ..config_file import PARTS
 from ..data import DataError, attributes
 from ..metrics import hit_rate, intra_list_distance, ndcg, novelty, recall, reciprocal_rank
@@ -97,12 +97,11 @@ class Parts:
             return intra_list_distance(ranked, self.items.distance, self.rule.k_list)
         if name == "novelty":
             return novelty(ranked, self.items.popularity, self.interactions, self.rule.k_list) / math.log2(self.interactions) if self.interactions > 1 else 0.0
-        try:
-            value = float(self.own[name](answer, list(ranked), dict(gains), row))
-        except Exception as e:
-            raise ConfigError(f"reward.weights: {name} raised {type(e).__name__}: {' '.join(str(e).split())[:300]} for the query {row['text'][:80]!r}") from e
+        where = f" for the query {row['text'][:80]!r}"
+        with named.calling(f"reward.weights: {name}", where):
+            value = float(self.own[name](answer, list(ranked), dict(gains), dict(row)))
         if not math.isfinite(value):
-            raise ConfigError(f"reward.weights: {name} returned {value} for the query {row['text'][:80]!r}; a part is a finite number")
+            raise named.OwnError(f"reward.weights: {name} returned {value}{where}; a part is a finite number")
         return value
 
 

@@ -5,49 +5,44 @@ import pickle
 import resource
 import shutil
 import signal
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-from recr1 import checkpoint, config_file, log
+from safetensors import safe_open
+
+from alone import Bench, Case, each, expect, refused
+from recr1 import checkpoint, cli, config_file, log, train
 from recr1 import run as around
 from recr1.retrieval.index import Index
-from world import LIMIT, RANKS, Outcome, World
+from world import RANKS, STEPS, Outcome, World
 
-LAST, BEFORE = "step_000004", "step_000003"
+LAST, BEFORE = f"step_{STEPS:06d}", f"step_{STEPS - 1:06d}"
 KINDS = ("rank_00000-of-00002.safetensors", "rank_00001-of-00002.safetensors", "model/model.safetensors", "model/config.json", "model/tokenizer.json",
          "state.json", "manifest.json")
 
 
-def corruptions(world: World, n: int) -> list[Outcome]:
+def corruptions(world: World, n: int) -> Iterator[Outcome]:
     """The newest checkpoint damaged in one file: it is refused with the file's name, and the one before used."""
-    template = _stopped(world)
     cases = [*_rot(world), *_lies(world)]
-    outcomes = []
-    for what, named, damage in cases if n >= len(cases) else world.rng.sample(cases, n):
-        run = world.fresh()
-        shutil.copytree(template, run, symlinks=True)
-        damage(run / "checkpoints")
-        job, verdict, note = world.finish(run)
-        outcome = Outcome(what, verdict, note)
-        outcomes.append(outcome)
-        used = LAST if what.startswith("LATEST") else BEFORE
-        if verdict == "survived" and not any(named in line and "refused" in line for line in job.lines()):
-            outcome.verdict, outcome.note = "silent", f"{named!r} is not named: {job.lines()}"
-        elif verdict == "survived" and not any(used in line and "goes on after step" in line for line in job.lines()):
-            outcome.verdict, outcome.note = "silent", f"it did not go on from {used}: {job.lines()}"
-        elif (world.folder / "executed").exists():
-            outcome.verdict, outcome.note = "silent", "the payload was executed"
-    return outcomes
+    for case in cases if n >= len(cases) else world.rng.sample(cases, n):
+        yield _refused(world, *case)
 
 
-def _stopped(world: World) -> Path:
-    """A run killed in its fifth step, with the checkpoints of steps 2 to 4."""
-    template = world.folder / "template"
-    job = world.start(template)
-    assert job.reached(1, "sample", 5), job.said()
-    job.kill()
-    job.wait(LIMIT)
-    assert (template / "checkpoints" / LAST).is_dir() and (template / "checkpoints" / BEFORE).is_dir(), list((template / "checkpoints").iterdir())
-    return template
+def _refused(world: World, what: str, named: str, damage: Callable[[Path], None]) -> Outcome:
+    """The run goes on from the checkpoint before the damaged one, and one line says which file was refused."""
+    run = world.fresh()
+    shutil.copytree(world.unfinished, run)
+    damage(run / "checkpoints")
+    job, verdict, note = world.finish(run)
+    used = LAST if what.startswith("LATEST") else BEFORE
+    if (world.folder / "executed").exists():
+        verdict, note = "silent", "the payload was executed"
+    elif verdict == "survived" and not any(named in line and "refused" in line for line in job.lines()):
+        verdict, note = "silent", f"{named!r} is not named: {job.lines()}"
+    elif verdict == "survived" and not any(used in line and "goes on after step" in line for line in job.lines()):
+        verdict, note = "silent", f"it did not go on from {used}: {job.lines()}"
+    return Outcome(what, verdict, note)
 
 
 def _rot(world: World):
@@ -66,11 +61,7 @@ def _rot(world: World):
 
 def _lies(world: World):
     """What somebody might have put there."""
-    executed = world.folder / "executed"
-
-    class Payload:
-        def __reduce__(self):
-            return os.system, (f"touch {executed}",)
+    payload, executed = _payload(world), world.folder / "executed"
 
     def manifest(change):
         def damage(root: Path):
@@ -85,11 +76,8 @@ def _lies(world: World):
             named[to] = named.pop("state.json")
         return manifest(change)
 
-    def pickled(root: Path):
-        (root / LAST / "optimizer.pt").write_bytes(pickle.dumps(Payload()))
-
     def pickled_shard(root: Path):
-        (root / LAST / KINDS[0]).write_bytes(pickle.dumps(Payload()))
+        (root / LAST / KINDS[0]).write_bytes(payload)
 
     def linked(root: Path):
         path = root / LAST / KINDS[0]
@@ -106,9 +94,6 @@ def _lies(world: World):
         a.write_bytes(b.read_bytes())
         b.write_bytes(kept)
 
-    def pointing(root: Path):
-        (root / "LATEST").write_text("../../x\n")
-
     def older(root: Path):
         shutil.rmtree(root / LAST)
         shutil.copytree(root / BEFORE, root / LAST)
@@ -118,17 +103,73 @@ def _lies(world: World):
     yield "manifest: ../../secret", "manifest.json", rename("../../secret")
     yield "manifest: /etc/passwd", "manifest.json", rename("/etc/passwd")
     yield "manifest: nested 100,000 deep", "manifest.json", deep
-    yield "a pickle beside the shards", "optimizer.pt", pickled
     yield "a pickle in place of a shard", KINDS[0], pickled_shard
     yield "a shard is a link", KINDS[0], linked
     yield "the folder is a link", LAST, linked_folder
     yield "two shards in each other's place", "rank_0000", swapped
-    yield "LATEST: ../../x", "LATEST", pointing
     if not executed.exists():
         yield "an older checkpoint under this name", "state.json", older
 
 
-def disks(world: World, n: int) -> list[Outcome]:
+def _payload(world: World) -> bytes:
+    """A pickle that leaves a file where it is loaded."""
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {world.folder / 'executed'}",)
+    return pickle.dumps(Payload())
+
+
+def hostile(world: World, n: int) -> Iterator[Outcome]:
+    """Checkpoints and model folders of somebody who wants code to run or files outside to be read: nothing is executed or followed."""
+    payload, bench = _payload(world), Bench(world, "hostile")
+
+    def pickled(root: Path):
+        (root / LAST / world.rng.choice(["optimizer.pt", "model/pytorch_model.bin", "state.pkl", "model/modeling.py"])).write_bytes(payload)
+
+    def pointing(root: Path):
+        (root / "LATEST").write_text(world.rng.choice(["../../x", "/etc", f"../{root.name}/{BEFORE}", f"{LAST}/../../x"]) + "\n")
+    cases = [("a pickle beside the shards", LAST, pickled), ("LATEST leads outside", "LATEST", pointing),
+             _model(bench, "a model of pickles", partial(_only_pickles, payload=payload), "only safetensors is read"),
+             _model(bench, "an index that leads outside", partial(_leads_outside, rng=world.rng), "outside the folder")]
+    cases = cases if n >= len(cases) else world.rng.sample(cases, n)
+    for case in cases:
+        if len(case) == 3:
+            yield _refused(world, *case)
+    yield from each(world, [case for case in cases if len(case) == 2])
+
+
+def _model(bench: Bench, where: str, spoil, why: str) -> Case:
+    folder, executed = bench.folder / where.replace(" ", "_"), bench.world.folder / "executed"
+    shutil.copytree(bench.world.folder / "policy", folder)
+    spoil(folder)
+
+    def case():
+        refused(train.main, bench.argv(None, f"model.path={folder}")[0], folder, why)
+        refused(cli.main, ["generate", "--model", folder, "--config", bench.world.config, "red lamp"], folder, why)
+        expect(not executed.exists(), "the payload was executed")
+    return where, case
+
+
+def _only_pickles(folder: Path, payload: bytes) -> None:
+    """And code that a loader which trusts the folder would import."""
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(payload)
+    (folder / "modeling_own.py").write_text(f"import pickle\npickle.loads({payload!r})\nclass Own: pass\n")
+    for name, classes in (("config.json", dict(AutoModelForCausalLM="modeling_own.Own")), ("tokenizer_config.json", dict(AutoTokenizer=["modeling_own.Own", None]))):
+        path = folder / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(auto_map=classes)))
+
+
+def _leads_outside(folder: Path, rng) -> None:
+    weights = folder / "model.safetensors"
+    elsewhere = weights.rename(folder.parent / "elsewhere.safetensors")
+    with safe_open(elsewhere, "pt") as file:
+        names = list(file.keys())
+    outside = rng.choice([str(elsewhere), "../elsewhere.safetensors", "x/../../elsewhere.safetensors"])
+    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=dict.fromkeys(names, outside))))
+
+
+def disks(world: World, n: int) -> Iterator[Outcome]:
     """No file may grow past a limit any more (RLIMIT_FSIZE) once a certain write comes: one clear line, and with room again the run goes on."""
     cases = (("config.yaml", config_file, "dump", 1, 0), ("the index", Index, "save", 1, 100), ("eval_before.jsonl", log.RunLog, "rows", 1, 10),
              ("rollouts.jsonl.gz", log.RunLog, "rollouts", 3, 1), ("rollouts.jsonl.gz, torn", log.RunLog, "rollouts", 2, 1500),
@@ -136,27 +177,22 @@ def disks(world: World, n: int) -> list[Outcome]:
              ("a shard", checkpoint, "save_file", 2, 5000), ("HF export", checkpoint, "save_model", 3, 10_000), ("state.json", checkpoint, "_setting", 3, 10),
              ("manifest.json", checkpoint, "seal", 2, 10), ("LATEST", checkpoint, "write_text", 3, 0), ("final model", around, "save_policy", 1, 100),
              ("summary.json", log.RunLog, "json", 1, 10))
-    outcomes = []
-    for what, owner, name, time, limit in cases if n >= len(cases) else world.rng.sample(cases, n):
-        run = world.fresh()
-        if what == "the index":
-            shutil.rmtree(world.folder / "index")
-        before = world.start(run, prepare=lambda rank: _full_from(owner, name, time, limit))
-        codes = before.wait(LIMIT)
-        outcome = Outcome(what)
-        outcomes.append(outcome)
-        if codes is None or len(set(codes)) != 1 or codes[0] not in (0, 2) or "Traceback" in before.said() or \
-                codes[0] and sum("File too large" in line for line in before.lines()) != 1:
-            outcome.verdict, outcome.note = "lost", f"exit codes {codes}: {before.said()[-1500:]}"
-            continue
-        if codes == [0] * RANKS:
-            outcome.verdict, outcome.note = "lost", "the write never came"
-            continue
-        outcome.note = before.lines()[-1]
-        job, verdict, note = world.finish(run)
-        if verdict != "survived":
-            outcome.verdict, outcome.note = verdict, f"{before.lines()}: {note}"
-    return outcomes
+    for case in cases if n >= len(cases) else world.rng.sample(cases, n):
+        yield Outcome(case[0], *_filled(world, *case))
+
+
+def _filled(world: World, what: str, owner, name: str, time: int, limit: int) -> tuple[str, str]:
+    run = world.fresh()
+    if what == "the index":
+        shutil.rmtree(world.folder / "index")
+    before = world.start(run, prepare=lambda rank: _full_from(owner, name, time, limit))
+    codes = before.wait(world.limit)
+    if codes == [0] * RANKS:
+        return "lost", "the write never came"
+    if codes != [2] * RANKS or "Traceback" in before.said() or sum("File too large" in line for line in before.lines()) != 1:
+        return "lost", f"exit codes {codes}: {before.said()[-1500:]}"
+    _, verdict, note = world.finish(run)
+    return verdict, note and f"{before.lines()}: {note}"
 
 
 def _full_from(owner, name: str, time: int, limit: int) -> None:

@@ -2,23 +2,31 @@
 
 The parent only imports and waits: it must not compute with torch, whose threads a fork does not take along.
 """
+import ctypes
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
+# what a run imports where it needs it
+import nltk.stem.porter  # noqa: F401
+import transformers.models.auto.tokenization_auto  # noqa: F401
 from recr1 import heartbeat, train
 from recr1.run import guarded
 from recr1.stopping import listening
 
 
 class Job:
-    """`argv` of recr1.train on `ranks` processes, as torchrun would start them. prepare(rank) runs in each before it starts."""
+    """`argv` of recr1.train on `ranks` processes, as torchrun would start them. prepare(rank) runs in each before it starts.
 
-    def __init__(self, argv: list[str], ranks: int = 2, prepare=None):
+    slow: how many times as long as on a machine of its own everything may take."""
+
+    def __init__(self, argv: list[str], ranks: int = 2, prepare=None, slow: float = 1.0):
+        self.slow = slow
         self.folder = Path(next(a for a in reversed(argv) if a.startswith("run.dir=")).removeprefix("run.dir="))
         self.output, out = os.pipe()                   # a pipe: a limit on the size of files does not touch what the ranks say
         os.set_blocking(self.output, False)
@@ -81,9 +89,9 @@ class Job:
         state = heartbeat.read(self.folder / "heartbeats", rank)
         return state if state and state["pid"] == self.pids[rank] else None
 
-    def reached(self, rank: int, phase: str, step: int, limit: float = 60) -> bool:
+    def reached(self, rank: int, phase: str, step: int) -> bool:
         """Waits until the rank is in this phase of this step or has passed the step; False if the job ends first."""
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + 60 * self.slow
         while self.running() and time.monotonic() < deadline:
             state = self.state(rank)
             if state and (state["step"] > step or state["step"] == step and state["phase"].split()[0] == phase):
@@ -95,6 +103,7 @@ class Job:
 def _rank(rank: int, ranks: int, port: int, argv: list[str], out: int, prepare) -> None:
     code = 1
     try:
+        dies_with_parent()
         os.dup2(out, 1)
         os.dup2(out, 2)
         sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False, encoding="utf-8") for n in (1, 2))
@@ -118,6 +127,7 @@ def forked(work) -> None:
     if pid == 0:
         code = 1
         try:
+            dies_with_parent()
             work()
             code = 0
         except BaseException:
@@ -125,3 +135,56 @@ def forked(work) -> None:
         finally:
             os._exit(code)
     assert os.waitpid(pid, 0)[1] == 0, "a helper process failed"
+
+
+def at_events(rank: int, act, step: int = 2) -> None:
+    """In this process, calls act(k, name) before the k-th file of this step's save is forced onto the disk or gets its name."""
+    seen = [0]
+
+    def watched(function, describe):
+        def call(*args, **kwargs):
+            state = heartbeat._own and heartbeat._own.state
+            if state and state["phase"] == "save" and state["step"] == step:
+                seen[0] += 1
+                act(seen[0] - 1, describe(*args))
+            return function(*args, **kwargs)
+        return call
+    os.fsync = watched(os.fsync, lambda file: f"fsync {Path(os.readlink(f'/proc/self/fd/{file}')).name}")
+    os.replace = watched(os.replace, lambda a, b: f"rename to {Path(b).name}")
+
+
+# --- leaving no process behind ----------------------------------------------------------------------------------------------------
+
+PARENTS_DEATH, SUBREAPER = 1, 36                       # of prctl(2)
+
+
+def dies_with_parent() -> None:
+    """This forked process is killed when the one that forked it ends, however that ends; a Ctrl-C in the terminal is that one's matter."""
+    ctypes.CDLL(None).prctl(PARENTS_DEATH, signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end_all() -> None:
+    """Kills every process that this one has started, and what those have."""
+    while True:
+        for children in Path("/proc/self/task").glob("*/children"):
+            for pid in map(int, children.read_text().split()):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                time.sleep(0.01)
+        except ChildProcessError:
+            return
+
+
+@contextmanager
+def none_left():
+    """A block that leaves no process behind; SIGTERM ends it as Ctrl-C does."""
+    ctypes.CDLL(None).prctl(SUBREAPER, 1)              # what torchrun has started is this process's child once torchrun is gone
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        end_all()
+        signal.signal(signal.SIGTERM, before)

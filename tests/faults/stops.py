@@ -5,12 +5,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
-from jobs import Job
-from recr1 import heartbeat
-from world import LIMIT, RANKS, STEPS, Outcome, World, checkpoints
+from jobs import Job, at_events, end_all
+from recr1 import heartbeat, train
+from world import RANKS, STEPS, Outcome, World, checkpoints
 
 PHASES = ("setup", "eval", "sample", "reward", "train", "step", "log", "save", "gather")
 IN_A_ROW = 5           # kills of one run, one after the other
@@ -18,30 +18,35 @@ ENDS = 25.0            # seconds after SIGTERM
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def kills(world: World, n: int) -> list[Outcome]:
+def kills(world: World, n: int) -> Iterator[Outcome]:
     """SIGKILL of a random rank at a random moment; the same command again, until the run is through."""
-    outcomes = []
-    while len(outcomes) < n:
+    made, first = 0, world.rng.randrange(len(PHASES))
+    while made < n:
         run, chain, step = world.fresh(), [], 0
         while True:
             job, before = world.start(run), step
             killed = None
-            if len(chain) < min(IN_A_ROW, n - len(outcomes)):
-                killed = _kill_one(world, job, PHASES[(len(outcomes) + len(chain)) % len(PHASES)], step)
+            if len(chain) < min(IN_A_ROW, n - made):
+                killed = _kill_one(world, job, PHASES[(first + made + len(chain)) % len(PHASES)], step)
             if not killed:
-                codes = job.wait(LIMIT)
+                codes = job.wait(world.limit)
             if (went := resumed(job)) is not None and before and went not in (before - 1, before):
                 chain[-1].verdict, chain[-1].note = "lost", f"killed in step {before}, it went on after step {went}: {job.said()}"
             if not killed:
                 break
             step, outcome = max(step, killed[0]), killed[1]
             chain.append(outcome)
-        verdict, note = world.judge(run, job, codes)
-        for outcome in chain:
-            if verdict != "survived":
-                outcome.verdict, outcome.note = verdict, note
-        outcomes += chain
-    return outcomes
+        made += len(chain := judged(world, run, job, codes, chain))
+        yield from chain
+
+
+def judged(world: World, run: Path, job: Job, codes: list[int] | None, chain: list[Outcome], want: dict | None = None) -> list[Outcome]:
+    """The faults made one after the other in a run that `job` was to finish. One that no fault came into is a fault that was not survived."""
+    verdict, note = world.judge(run, job, codes, want)
+    for outcome in chain:
+        if outcome.verdict == "survived" and verdict != "survived":
+            outcome.verdict, outcome.note = verdict, note
+    return chain or [Outcome("no fault came", "lost", note or "the run was through before")]
 
 
 def resumed(job: Job) -> int | None:
@@ -57,7 +62,7 @@ def _kill_one(world: World, job: Job, phase: str, step: int) -> tuple[int, Outco
         return None
     time.sleep(world.rng.random() ** 4 * 0.02)
     job.kill(ranks=[rank])
-    codes = job.wait(LIMIT)
+    codes = job.wait(world.limit)
     if codes is None:
         return step, Outcome("?", "lost", f"the other rank hangs after rank {rank} was killed: {job.said()[-1000:]}")
     if codes[rank] != -signal.SIGKILL:
@@ -72,59 +77,35 @@ def _kill_one(world: World, job: Job, phase: str, step: int) -> tuple[int, Outco
     return was["step"], outcome
 
 
-def saves(world: World, n: int) -> list[Outcome]:
+def saves(world: World, n: int) -> Iterator[Outcome]:
     """SIGKILL inside a save, before or after a file reached the disk or got its name: the checkpoint before is used and nothing partial."""
-    run = world.fresh()
-    events: list[str] = []
-    trace = world.folder / "trace"
-    world.start(run, prepare=lambda rank: _at_events(rank, lambda k, name: open(trace, "a").write(f"{rank} {name}\n"))).wait(LIMIT)
-    events = [line for line in trace.read_text().splitlines()]
-    outcomes, counts = [], Counter(line.split()[0] for line in events)
-    points = [(rank, k) for rank in range(RANKS) for k in range(counts[str(rank)])]
-    for rank, k in sorted(world.rng.sample(points, min(n, len(points)))):
-        step = world.rng.randrange(2, STEPS)
-        run = world.fresh()
-        job = world.start(run, prepare=lambda r: r == rank and _at_events(r, lambda i, name: i == k and os.kill(os.getpid(), signal.SIGKILL), step))
-        codes = job.wait(LIMIT)
-        name = [line.split(maxsplit=1)[1] for line in events if line.startswith(f"{rank} ")][k]
-        outcome = Outcome(f"rank {rank} before {name}")
-        outcomes.append(outcome)
-        if codes is None or codes[rank] != -signal.SIGKILL:
-            outcome.verdict, outcome.note = "lost", f"exit codes {codes}: {job.said()[-1000:]}"
-            continue
-        there = checkpoints(run)
-        job, outcome.verdict, outcome.note = world.finish(run)
-        whole = f"step_{step:06d}" in there
-        if outcome.verdict == "survived" and resumed(job) != step - (not whole):
-            outcome.verdict, outcome.note = "silent", f"{there} were there; it went on otherwise: {job.lines()}"
-    return outcomes
+    points = [(rank, k, name) for rank, names in world.events().items() for k, name in enumerate(names)]
+    for rank, k, name in sorted(world.rng.sample(points, min(n, len(points)))):
+        yield _kill_in_save(world, rank, k, name, world.rng.randrange(2, STEPS))
 
 
-def _at_events(rank: int, act, step: int = 2) -> None:
-    """In this process, calls act(k, what) before the k-th time that a save of this step forces something onto the disk or renames it."""
-    seen = [0]
-
-    def watched(function, describe):
-        def call(*args, **kwargs):
-            state = heartbeat._own and heartbeat._own.state
-            if state and state["phase"] == "save" and state["step"] == step:
-                seen[0] += 1
-                act(seen[0] - 1, describe(*args))
-            return function(*args, **kwargs)
-        return call
-    os.fsync = watched(os.fsync, lambda file: f"fsync {Path(os.readlink(f'/proc/self/fd/{file}')).name}")
-    os.replace = watched(os.replace, lambda a, b: f"rename to {Path(b).name}")
+def _kill_in_save(world: World, rank: int, k: int, name: str, step: int) -> Outcome:
+    run, where = world.fresh(), f"rank {rank} before {name}"
+    job = world.start(run, prepare=lambda r: r == rank and at_events(r, lambda i, name: i == k and os.kill(os.getpid(), signal.SIGKILL), step))
+    codes = job.wait(world.limit)
+    if codes is None or codes[rank] != -signal.SIGKILL:
+        return Outcome(where, "lost", f"exit codes {codes}: {job.said()[-1000:]}")
+    there = checkpoints(run)
+    job, verdict, note = world.finish(run)
+    if verdict == "survived" and resumed(job) != step - (f"step_{step:06d}" not in there):
+        return Outcome(where, "silent", f"{there} were there; it went on otherwise: {job.lines()}")
+    return Outcome(where, verdict, note)
 
 
-def terms(world: World, n: int) -> list[Outcome]:
+def terms(world: World, n: int) -> Iterator[Outcome]:
     """SIGTERM to all ranks at a random moment, with no checkpoint but the one that it asks for: all exit 0 in time, the run goes on from there."""
-    outcomes = []
-    while len(outcomes) < n:
+    made, first = 0, world.rng.randrange(len(PHASES))
+    while made < n:
         run, chain, step = world.fresh(), [], 0
         while True:
             job = world.start(run, "save.every=0")
-            rank, phase = world.rng.randrange(RANKS), PHASES[(len(outcomes) + len(chain)) % len(PHASES)]
-            if len(chain) == min(IN_A_ROW, n - len(outcomes)) or not job.reached(rank, phase, min(STEPS, step + (phase != "setup"))):
+            rank, phase = world.rng.randrange(RANKS), PHASES[(first + made + len(chain)) % len(PHASES)]
+            if len(chain) == min(IN_A_ROW, n - made) or not job.reached(rank, phase, min(STEPS, step + (phase != "setup"))):
                 break
             time.sleep(world.rng.random() * 0.05)
             was = job.state(rank)
@@ -132,11 +113,11 @@ def terms(world: World, n: int) -> list[Outcome]:
                 break
             job.kill(signal.SIGTERM)
             start = time.monotonic()
-            codes = job.wait(LIMIT)
+            codes = job.wait(world.limit)
             took = time.monotonic() - start
             outcome = Outcome(was["phase"].split()[0], seconds=took)
             saved = [int(name[5:]) for name in checkpoints(run) if name.startswith("step_") and name[5:].isdigit()]
-            if codes != [0] * RANKS or took > ENDS:
+            if codes != [0] * RANKS or took > ENDS * world.slow:
                 outcome.verdict, outcome.note = "lost", f"exit codes {codes} after {took:.1f} s: {job.said()[-1000:]}"
             elif not (run / "summary.json").exists() and max(saved, default=0) < was["step"] - 1:
                 outcome.verdict, outcome.note = "lost", f"in step {was['step']}; saved {saved}: {job.said()[-1000:]}"
@@ -144,49 +125,57 @@ def terms(world: World, n: int) -> list[Outcome]:
             step = was["step"]
             if (run / "summary.json").exists():
                 break
-        if job.running() or None not in job.codes.values() and (run / "summary.json").exists():
-            verdict, note = world.judge(run, job, job.wait(LIMIT) if job.running() else list(job.codes.values()))
-            for outcome in chain:
-                if outcome.verdict == "survived" and verdict != "survived":
-                    outcome.verdict, outcome.note = verdict, note
-        outcomes += chain
-    return outcomes
+        made += len(chain := judged(world, run, job, job.wait(world.limit), chain))
+        yield from chain
 
 
-def between_ranks(world: World, n: int) -> list[Outcome]:
-    """One of three ranks hangs, leaves, or raises: the job ends soon, with that rank and its phase in one line of another."""
-    def stop():
-        os.kill(os.getpid(), signal.SIGSTOP)
+def _stop():
+    os.kill(os.getpid(), signal.SIGSTOP)
 
-    def fail():
-        raise IndexError("made up")
-    ways = {"hangs": (stop, "has not moved for"), "exits 0": (lambda: os._exit(0), "is gone; it was in"),
-            "sys.exit(0)": (lambda: sys.exit(0), "failed in"), "raises": (fail, "failed in")}
-    outcomes = []
-    for i in range(n):
-        way, (act, says) = list(ways.items())[i % len(ways)]
-        rank, phase = i % 3, ("reward", "train", "sample")[i // len(ways) % 3]
-        run = world.fresh()
-        job = world.start(run, "run.patience=8", "save.every=2", ranks=3, prepare=lambda r: r == rank and _in_phase(phase, 2, act))
-        start = time.monotonic()
-        deadline = start + LIMIT
-        while sum(code is None for code in job.codes.values()) > (way == "hangs") and time.monotonic() < deadline:
-            job.running()
-            time.sleep(0.01)
-        took = time.monotonic() - start
-        job.kill()
-        codes = job.wait(10)
-        lines = [line for line in job.lines() if f"rank {rank} " in line and says in line and f"phase {phase}" in line and "step 2" in line]
-        others = [code for r, code in enumerate(codes) if r != rank]
-        outcome = Outcome(f"{way} in {phase}", seconds=took)
-        if way == "raises" and phase != "train":                  # where all ranks hear of it, all raise it
-            fine = others == [1, 1] and job.said().count(f"on rank {rank}") == 2
-        else:
-            fine = others == [3, 3] and len(lines) == 1 and job.said().count("Traceback") == (way == "raises")
-        if not fine:
-            outcome.verdict, outcome.note = "lost", f"rank {rank}: exit codes {codes}, said {job.said()[-1500:]}"
-        outcomes.append(outcome)
-    return outcomes
+
+def _fail():
+    raise IndexError("made up")
+
+
+UNEVEN = "a micro-batch less"
+WAYS = {"exits 0": (lambda: os._exit(0), "is gone; it was in"), "sys.exit(0)": (lambda: sys.exit(0), "failed in"), "raises": (_fail, "failed in"),
+        "hangs": (_stop, "has not moved for")}
+
+
+def between_ranks(world: World, n: int) -> Iterator[Outcome]:
+    """One of three ranks hangs, leaves, raises or makes a micro-batch less: the job ends soon, with that rank and its phase in one line of another."""
+    ways = [*((way, "reward") for way in WAYS), *((way, "train") for way in ("exits 0", "raises", "hangs")), (UNEVEN, "train")]
+    for way, phase in ways if n >= len(ways) else world.rng.sample(ways, n):
+        yield _spoil_one(world, way, world.rng.randrange(3), phase)
+
+
+def _spoil_one(world: World, way: str, rank: int, phase: str) -> Outcome:
+    (act, says), patience = WAYS.get(way, (None, "has not moved for")), round(5 * world.slow)
+    job = world.start(world.fresh(), f"run.patience={patience}", "save.every=2", ranks=3,
+                      prepare=lambda r: r == rank and (_in_phase(phase, 2, act) if act else _one_less(2)))
+    start = time.monotonic()
+    while sum(code is None for code in job.codes.values()) > (way == "hangs") and time.monotonic() < start + world.limit:
+        job.running()
+        time.sleep(0.01)
+    took = time.monotonic() - start
+    job.kill()
+    codes = job.wait(10 * world.slow)
+    lines = [line for line in job.lines() if f"rank {rank} " in line and says in line and f"phase {phase}" in line and "step 2" in line]
+    others = [code for r, code in enumerate(codes or ()) if r != rank]
+    if way == UNEVEN:                                             # then every rank waits for the others, and those that did as they should may be named too
+        fine = codes == [3, 3, 3] and any(says in line and f"phase {phase} of step 2" in line for line in job.lines()) and "Traceback" not in job.said()
+    elif way == "raises" and phase != "train":                      # where all ranks hear of it, all raise it
+        fine = others == [1, 1] and job.said().count(f"on rank {rank}") == 2
+    else:
+        fine = others == [3, 3] and len(lines) == 1 and job.said().count("Traceback") == (way == "raises")
+    fine = fine and took < patience + 15 * world.slow
+    return Outcome(f"{way} in {phase}", "survived" if fine else "lost", "" if fine else f"rank {rank}: exit codes {codes}, said {job.said()[-1500:]}", took)
+
+
+def _one_less(step: int) -> None:
+    """In this process, the step has a micro-batch less than on the other ranks."""
+    made = train.micro_batches
+    train.micro_batches = lambda *args: made(*args)[:-1 if heartbeat._own.state["step"] == step else None]
 
 
 def _in_phase(phase: str, step: int, act) -> None:
@@ -201,32 +190,31 @@ def _in_phase(phase: str, step: int, act) -> None:
     heartbeat.at = watched
 
 
-def torchruns(world: World, n: int) -> list[Outcome]:
+def torchruns(world: World, n: int) -> Iterator[Outcome]:
     """A rank killed under torchrun --max-restarts: it starts all of them again, and the run comes to its end by itself."""
-    outcomes = []
     for i in range(n):
-        run, rank, phase = world.fresh(), i % RANKS, ("sample", "train", "save")[i % 3]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--max-restarts", "1", "--standalone",
-                   "-m", "recr1.train", world.config, f"run.dir={run}"]
-        with open(world.folder / "torchrun.log", "w+") as log:
-            job = subprocess.Popen(command, cwd=CHECKOUT, stdout=log, stderr=log)
-            killed, deadline = None, time.monotonic() + LIMIT
-            while job.poll() is None and time.monotonic() < deadline:
-                state = heartbeat.read(run / "heartbeats", rank)
-                if not killed and state and state["step"] == 3 and state["phase"].split()[0] == phase:
-                    os.kill(state["pid"], signal.SIGKILL)
-                    killed = state
-                time.sleep(0.0005)
-            job.kill()
-            code = job.wait()
-            log.seek(0)
-            said = log.read()
-        outcome = Outcome(f"rank {rank} in {phase}")
-        if not killed or code:
-            outcome.verdict, outcome.note = "lost", f"torchrun ends with {code}: {said[-2000:]}"
-        else:
-            outcome.verdict, outcome.note = world.judge(run, None, [0] * RANKS)
-            if f"rank {rank} (pid {killed['pid']}" not in said:
-                outcome.note = f"nobody named the rank: {said[-1500:]}"
-        outcomes.append(outcome)
-    return outcomes
+        yield _kill_under_torchrun(world, i % RANKS, ("sample", "train", "save")[i % 3])
+
+
+def _kill_under_torchrun(world: World, rank: int, phase: str) -> Outcome:
+    run, where = world.fresh(), f"rank {rank} in {phase}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--max-restarts", "1", "--standalone",
+               "-m", "recr1.train", world.config, f"run.dir={run}"]
+    with open(world.folder / "torchrun.log", "w+") as log:
+        job = subprocess.Popen(command, cwd=CHECKOUT, stdout=log, stderr=log)
+        killed, deadline = None, time.monotonic() + world.limit
+        while job.poll() is None and time.monotonic() < deadline:
+            state = heartbeat.read(run / "heartbeats", rank)
+            if not killed and state and state["step"] == 3 and state["phase"].split()[0] == phase:
+                os.kill(state["pid"], signal.SIGKILL)
+                killed = state
+            time.sleep(0.0005)
+        if (code := job.poll()) is None:
+            end_all()                                             # torchrun's ranks too
+        log.seek(0)
+        said = log.read()
+    if not killed or code != 0:
+        return Outcome(where, "lost", f"torchrun ends with {code}: {said[-2000:]}")
+    verdict, note = world.judge(run, None, [0] * RANKS)
+    named = f"rank {rank} (pid {killed['pid']}" in said
+    return Outcome(where, verdict, note or ("" if named else f"nobody named the rank: {said[-1500:]}"))
