@@ -267,5 +267,5 @@ def console_line(row: dict, steps: int) -> str:
 def say(text: str) -> None:
     """Prints above a progress bar, on rank 0; what the terminal cannot write becomes a question mark."""
     if dist.rank() == 0:
-        encoding = sys.stdout.encoding or "utf-8"
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         tqdm.write(text.encode(encoding, "replace").decode(encoding))

@@ -27,10 +27,10 @@ def draw(*key):
 
 
 def close(ours, exact, plain=None, terms=0.0):
-    """Within 1e-5 of exact; or 1.25 times as far from it as `plain` (a float32 product over 17,003 columns alone can take 2e-5); or
-    within 2e-6 of the `terms` that cancel in it."""
+    """Within 1e-5 of exact; or twice as far from it as `plain` (a float32 product over 17,003 columns alone can take 2e-5, and ours adds them up in
+    another order); or within 2e-6 of the `terms` that cancel in it."""
     error, size = (ours.double() - exact).norm(), exact.norm()
-    allowed = max(1e-5 * size, 0 if plain is None else 1.25 * (plain.double() - exact).norm(), 2e-6 * terms)
+    allowed = max(1e-5 * size, 0 if plain is None else 2 * (plain.double() - exact).norm(), 2e-6 * terms)
     assert ours.isfinite().all() and error <= allowed, f"error {error:.2e} of {size:.2e}, seed {SEED}"
 
 

@@ -20,7 +20,8 @@ from recr1.records import Prompt, Reward, Rollout
 from recr1.run import guarded
 from tiny import jsonl, refused, runs_of, tiny_tokenizer, write_yaml
 
-FILES = {"config.yaml", "metrics.jsonl", "rollouts.jsonl.gz", "eval_before.jsonl", "eval_after.jsonl", "summary.json", "model", "checkpoints", "heartbeats"}
+FILES = {"config.yaml", "metrics.jsonl", "rollouts.jsonl.gz", "eval_before.jsonl", "eval_after.jsonl", "summary.json", "model", "checkpoints", "heartbeats",
+         "report.html", "versions.json"}
 PER_TOKEN = ["ids", "sampler_logp", "trainer_logp", "ref_logp", "old_logp", "entropy"]
 ROOT = Path(__file__).resolve().parents[1]
 
