@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import Callable, Iterable
 
 from .config import ConfigError
-from .terminal import said
 from .stopping import Stopped
+from .terminal import said
 
 
 class OwnError(ConfigError):

@@ -15,6 +15,7 @@ from . import dist
 from .config import Config, ConfigError
 from .files import Damaged, read_json, write_text
 from .log import say
+from .terminal import said
 
 PACKAGES = {"tensorboard": "'recr1[track]'", "wandb": "wandb", "trackio": "trackio"}         # what pip installs
 Opened = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]                  # send(values, step), close()
@@ -57,9 +58,9 @@ class Tracker:
         try:
             self._send, self._close = {f.__name__: f for f in (tensorboard, wandb, trackio)}[self.kind](folder, self.id, dataclasses.asdict(cfg))
         except ImportError as e:
-            raise ConfigError(f"log.track: {self.kind} cannot be imported ({_line(e)}); pip install {PACKAGES[self.kind]}, or set log.track=none") from None
+            raise ConfigError(f"log.track: {self.kind} cannot be imported ({said(e)}); pip install {PACKAGES[self.kind]}, or set log.track=none") from None
         except Exception as e:                           # whatever it raises: no login, no network, no disk
-            raise ConfigError(f"log.track: {self.kind} did not start: {_line(e)}; mend that, or set log.track=none") from None
+            raise ConfigError(f"log.track: {self.kind} did not start: {said(e)}; mend that, or set log.track=none") from None
         self.open = True
 
     def _begun(self) -> tuple[str, int]:
@@ -95,7 +96,7 @@ class Tracker:
             act()
         except Exception as e:                           # somebody else's code, network and disk: no reason to lose a run
             self.open = False
-            say(f"recr1: log.track: {self.kind} failed {when}: {_line(e)}; the run goes on without it, metrics.jsonl has every step")
+            say(f"recr1: log.track: {self.kind} failed {when}: {said(e)}; the run goes on without it, metrics.jsonl has every step")
 
 
 def flat(row: dict | list, where: str = "") -> dict[str, float]:
@@ -107,7 +108,3 @@ def flat(row: dict | list, where: str = "") -> dict[str, float]:
         elif value is not None:
             found[f"{where}{name}"] = value
     return found
-
-
-def _line(e: Exception) -> str:
-    return " ".join(f"{type(e).__name__}: {e}".split())

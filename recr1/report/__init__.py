@@ -18,6 +18,7 @@ from ..config import ConfigError
 from ..files import write_text
 from ..hub import ModelFolderError, load_tokenizer
 from ..retrieval.base import Retriever
+from ..terminal import said
 from . import groups, ranking, record, rollouts
 
 AT_ONCE = 300 * 2**20                    # bytes of rollouts.jsonl.gz whose report a run's end writes while other ranks wait: about .3 s of CPU per MB
@@ -50,7 +51,7 @@ def at_end(run: Path, retriever: Retriever, tokenizer) -> str:
             return f"{run}: {size >> 20} MiB of rollouts; `recr1 report {run}` makes its report"
         return f"report: {write([str(run)], retriever=retriever, tokenizer=tokenizer)}"
     except Exception as e:
-        return f"recr1: the run is whole, but its report was not written ({type(e).__name__}: {' '.join(str(e).split())}); `recr1 report {run}` tries again"
+        return f"recr1: the run is whole, but its report was not written ({said(e)}); `recr1 report {run}` tries again"
 
 
 def page(content: dict, title: str) -> str:

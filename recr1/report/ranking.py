@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import data
+from .. import data, terminal
 from ..config import Config
 from ..retrieval.base import Retriever
 from ..retrieval.make import KEPT, directory_of, make
@@ -111,7 +111,7 @@ def as_page(search: Search | str, picks: list[tuple[str, int]], ids: list[str], 
     try:
         ranked = [search.ranked([side[i] for i in chosen], [ids[i] for i in chosen], depth) for side in answers]
     except Exception as e:                               # a retriever's or a task's of the user's own
-        return found | dict(why=f"The lists could not be made again: {type(e).__name__}: {' '.join(str(e).split())[:300]}")
+        return found | dict(why=f"The lists could not be made again: {terminal.said(e)}")
     for n, (i, query) in enumerate(zip(chosen, found["queries"])):
         gains, lists = search.qrels.get(ids[i], {}), [side[n] for side in ranked]
         off += any(abs(METRICS[search.metric](side, gains, search.k) - score) > 1e-6 for side, score in zip(lists, query["scores"]))

@@ -7,8 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
-from ..terminal import said
 from ..stopping import Stopped
+from ..terminal import said
 
 
 class RetrieverError(ValueError):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..hub import FILES, ModelFolderError, read_json, resolve
+from ..terminal import said
 
 WINDOW = 8192                            # texts tokenised and sorted by length together
 TOKENS = {"cpu": 4096, "cuda": 65536}    # tokens of a batch
@@ -95,7 +96,7 @@ def _load(folder: str, dtype: torch.dtype):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model, found = AutoModel.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=dtype, output_loading_info=True)
     except Exception as e:                                         # safetensors and transformers raise their own and whatever lies beneath
-        raise ModelFolderError(f"{folder}: no encoder could be loaded: {type(e).__name__}: {' '.join(str(e).split())[:300]}") from None
+        raise ModelFolderError(f"{folder}: no encoder could be loaded: {said(e)}") from None
     finally:
         logging.set_verbosity(level)
         if bars:
