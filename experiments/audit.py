@@ -23,7 +23,7 @@ from recr1.config import ConfigError
 from recr1.files import write_text
 from recr1.hub import load_tokenizer, resolve
 from recr1.log import say
-from recr1.run import guarded
+from recr1.run import run_command
 
 TASKS = "ifeval,gsm8k,mbpp,humaneval,mmlu"
 KEPT = ("versions", "n-shot", "n-samples")          # of lm-eval's own results: what was run
@@ -208,4 +208,4 @@ def table(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
+    run_command(main, sys.argv[1:])

@@ -22,7 +22,7 @@ from recr1 import config_file as configs
 from recr1 import data
 from recr1.files import write_text
 from recr1.log import say
-from recr1.run import guarded
+from recr1.run import run_command
 from recr1.splits import read_judged
 from recr1.tasks import make as tasks
 from recr1.tasks.items import Ordering, history, mentioned, read_titles
@@ -79,4 +79,4 @@ def stirred(labels: list[str], share: float, rng: random.Random) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
+    run_command(main, sys.argv[1:])

@@ -24,7 +24,7 @@ from recr1.hub import load_tokenizer, resolve, stop_ids
 from recr1.log import say
 from recr1.retrieval.base import NoRetriever
 from recr1.retrieval.make import directory_of, make
-from recr1.run import guarded
+from recr1.run import run_command
 from recr1.splits import read_splits
 from recr1.tasks import make as tasks
 from recr1.tasks.rewards import Parts, read_items
@@ -70,4 +70,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
+    run_command(main, sys.argv[1:])

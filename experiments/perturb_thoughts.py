@@ -20,7 +20,7 @@ from recr1 import config_file as configs
 from recr1.evaluate import greedy, mean_ci
 from recr1.files import write_text
 from recr1.log import say
-from recr1.run import guarded
+from recr1.run import run_command
 
 END = "</think>"
 
@@ -60,4 +60,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
+    run_command(main, sys.argv[1:])

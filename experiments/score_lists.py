@@ -26,7 +26,7 @@ from recr1.data import DataError
 from recr1.log import say
 from recr1.intervals import bootstrap_ci
 from recr1.metrics import ndcg, recall
-from recr1.run import guarded
+from recr1.run import run_command
 
 DEFAULT = "ndcg@10,ndcg@100,recall@10,recall@100"
 TOLERANCE = 1e-9            # the released figures are float64, written in full
@@ -189,4 +189,4 @@ def table(path: str, result: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
+    run_command(main, sys.argv[1:])

@@ -16,7 +16,7 @@ from recr1 import config_file as configs
 from recr1 import data
 from recr1.files import write_text
 from recr1.log import say
-from recr1.run import guarded
+from recr1.run import run_command
 from recr1.splits import read_judged
 
 
@@ -40,4 +40,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
+    run_command(main, sys.argv[1:])

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from typing import NoReturn
 
 import torch
 
@@ -15,6 +16,7 @@ from . import completions, dist, doctor, explain, losslab, report
 from .chat import make_prompts
 from .config import ConfigError
 from .dryrun import model_shape
+from .exits import end_process
 from .log import say
 from .plan import bytes_of, plan
 from .rewriter import Rewriter
@@ -205,8 +207,12 @@ def write_now(text: str) -> None:
     sys.stdout.flush()
 
 
-def command() -> None:
+def command() -> NoReturn:
     """The console script."""
+    end_process(_command)
+
+
+def _command() -> int:
     torch.set_num_threads(max(1, torch.get_num_threads() // dist.local_world()))
     sys.stdout.reconfigure(errors="replace")         # a title that this terminal cannot write
     try:
@@ -217,7 +223,7 @@ def command() -> None:
         code = 0
     except KeyboardInterrupt:                        # what was written stands
         code = 130
-    sys.exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -125,8 +125,8 @@ def _begin(collective, size: int, source: torch.Tensor) -> Callable[[], torch.Te
     work = collective(out, source, async_op=True)
 
     def wait() -> torch.Tensor:
-        nonlocal source
+        nonlocal work, source
         work.wait()
-        source = None                    # until here the collective reads it
+        work = source = None             # until here the collective reads source, and a finished work holds its tensors
         return out
     return wait

@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, NoReturn
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from .checkpoint import compute_type, load_policy, load_reference, save_policy
 from .config import Config, ConfigError
 from .console import show
 from .data import DataError
+from .exits import end_process
 from .files import WriteError, write_text, writing
 from .grpo import objective
 from .hub import ModelFolderError, load_tokenizer, resolve, stop_ids
@@ -321,6 +322,11 @@ class Run:
 BIASED = "sampling.top_p = {} samples from a truncated distribution and trains the whole one: the gradient is biased (1 is not)"
 EXPECTED = (ConfigError, DataError, ChatError, ModelFolderError, ReplayError, RunError, NonFiniteGradient, WriteError, RetrieverError, heartbeat.Busy)
 RANK_LOST = 3
+
+
+def run_command(main, argv: list[str]) -> NoReturn:
+    """Runs main(argv) as `guarded` does and ends the process with its exit code: the last line of every program that is started by its own name."""
+    end_process(lambda: guarded(main, argv))
 
 
 def guarded(main, argv: list[str]) -> int:

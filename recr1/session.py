@@ -13,6 +13,7 @@ import torch.distributed as td
 from .dist import device, world
 from .heartbeat import ended_by
 
+_abandoned = []                         # groups of sessions that failed
 SETUP_LIMIT = timedelta(minutes=30)     # of one collective while the run is set up: the others wait while rank 0 builds an index
 
 
@@ -27,6 +28,8 @@ def session():
         return
     if device().type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))       # device() knows only inside the group
+    # Its functions take the group of the moment of their import as a default and keep it alive for good: to be imported before there is one
+    import torch.distributed.nn.functional  # noqa: F401
     try:
         store, me, ranks = store_of_this_start(SETUP_LIMIT)
         td.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo", store=store, rank=me, world_size=ranks,
@@ -34,12 +37,15 @@ def session():
         yield
         td.barrier()                     # a rank that leaves while another still receives would break the other's connection
     except BaseException as e:
+        if td.is_initialized():
+            # To let go of a group is to wait for its threads, and they may wait for a rank that is gone: exits.leave ends them with the process
+            _abandoned.append(td.group.WORLD)
         if (end := ended_by(e)) is e:
             raise
         raise end from None
     finally:
         if td.is_initialized():
-            td.destroy_process_group()
+            td.destroy_process_group()      # the last reference to it: its threads have ended when this returns
 
 
 def patience(seconds: int) -> None:

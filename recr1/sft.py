@@ -19,7 +19,7 @@ from .log import RunLog
 from .optim import Optimizer
 from .packing import in_step, pack
 from .records import Batch, Rollout
-from .run import Run, guarded
+from .run import Run, run_command
 from .stopping import listening
 from .teacher import lessons
 
@@ -103,4 +103,4 @@ class Lesson:
 
 if __name__ == "__main__":
     with listening():
-        sys.exit(guarded(main, sys.argv[1:]))
+        run_command(main, sys.argv[1:])

@@ -18,7 +18,7 @@ from .overlap import Overlap
 from .packing import distinct, in_step, pack
 from .policy import score
 from .records import Batch, Reward, Rollout
-from .run import Run, guarded
+from .run import Run, run_command
 from .sample import generate, new_cache
 from .stopping import at_once, listening
 
@@ -155,4 +155,4 @@ def every_token(policy: Sharded, reference: Sharded | None, texts: list[Rollout]
 
 if __name__ == "__main__":
     with listening():
-        sys.exit(guarded(main, sys.argv[1:]))
+        run_command(main, sys.argv[1:])

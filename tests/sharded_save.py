@@ -12,9 +12,17 @@ import ranks
 from recr1 import checkpoint, dist
 from recr1.config import Config
 from recr1.config import Optimizer as OptimizerConfig
+from recr1.exits import end_process
 from recr1.optim import Optimizer
 from recr1.session import session
 from tiny import tiny_tokenizer
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    with session():
+        work(Path(sys.argv[1]), sys.argv[2])
+    return 0
 
 
 def work(folder: Path, policy_folder: str) -> None:
@@ -43,6 +51,4 @@ def work(folder: Path, policy_folder: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    with session():
-        work(Path(sys.argv[1]), sys.argv[2])
+    end_process(main)

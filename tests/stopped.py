@@ -52,4 +52,4 @@ if __name__ == "__main__":
     act, what = sys.argv[1].split("-")
     at(what, dict(sigterm=sigterm, sigkill=sigkill, nan=nan, infinite=infinite)[act])
     with listening():
-        sys.exit(run.guarded(train.main, sys.argv[2:]))
+        run.run_command(train.main, sys.argv[2:])

@@ -20,7 +20,7 @@ def test_a_sample_of_the_faults():
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     bars = json.loads(done.stdout.splitlines()[-1])["bars"]
-    assert len(bars) == 16 and all(bar["value"] == bar["bar"] == 1 for bar in bars)
+    assert len(bars) == 17 and all(bar["value"] == bar["bar"] == 1 for bar in bars)
 
 
 def test_nothing_is_left_running(monkeypatch):

@@ -114,6 +114,13 @@ def test_at_most_two_blocks_and_the_root_are_gathered(ours):
         assert 0 < most <= bound, case
 
 
+def test_a_leak_of_gathered_weights_is_seen(ours):
+    """The measurement above waits for what is about to be freed: it must still see what is not."""
+    if "leak" not in ours:
+        pytest.skip("one process: nothing is gathered")
+    assert ours["leak"] == "gathered weights outlive the backward"
+
+
 def test_the_budget_does_not_matter_either():
     for name, want in plain("float64").items():
         assert error(plain("float64 small batches")[name], want) <= (1e-9 if name.startswith("weight") else 1e-12), name

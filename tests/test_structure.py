@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # An import goes to a strictly lower level. A folder is one unit: inside it files may import each other, without circles.
 LEVELS = [
-    "heartbeat linear varlen terminal",
+    "heartbeat linear varlen terminal exits",
     "records config data dist metrics intervals answers attention kernels hub files stopping memory",
     "draws session config_file cache model policy packing chat offload flat decode_graph named versions overlap",      # cache calls attention
     "weights fsdp sample grpo optim footprint retrieval",

@@ -29,7 +29,7 @@ from recr1.evaluate import mean_ci
 from recr1.files import write_text
 from recr1.log import say
 from recr1.metrics import hit_rate, ndcg, recall, reciprocal_rank
-from recr1.run import guarded
+from recr1.run import run_command
 
 METRICS = {"ndcg@10": (ndcg, 10), "ndcg@100": (ndcg, 100), "recall@10": (recall, 10), "hit@10": (hit_rate, 10), "mrr@100": (reciprocal_rank, 100)}
 DEPTH = 100
@@ -144,4 +144,4 @@ def table(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, sys.argv[1:]))
+    run_command(main, sys.argv[1:])

@@ -10,6 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import answers
+import busy
 import damage
 import injection
 import inputs
@@ -37,6 +38,7 @@ KINDS = {   # name: (what makes them, how many)
     "a rank hangs or leaves": (stops.between_ranks, 8),
     "wrong setting": (settings.settings, 10),
     "hostile checkpoint": (damage.hostile, 4),
+    "a busy machine": (busy.endings, 16),
 }
 
 

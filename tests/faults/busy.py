@@ -1,0 +1,221 @@
+"""A busy machine: jobs of 2 and 3 ranks three side by side with processes that only take the cores.
+
+Each must end with the exit codes that its work has, without an abort, and leave whole files. What is looked for here are races between
+a rank that leaves and threads that still work for it, so every rank ends as the program ends it: jobs.py's ranks, which end by os._exit in
+any case, could not show them.
+"""
+
+import gzip
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+import numpy as np
+from safetensors import safe_open
+
+from world import Outcome, World
+
+TESTS = Path(__file__).resolve().parents[1]
+CHECKOUT = TESTS.parent
+SIDE_BY_SIDE = 3
+NICENESS = 10  # of the processes that only take the cores: they get about a tenth of a busy core
+STEPS = ("train.steps=2", "train.eval_every=0", "save.every=0", "loss.kl=0")
+
+
+class Ending(NamedTuple):
+    """One job: its arguments after torchrun's, the exit code of each rank, and a check of what it left."""
+
+    arguments: list[str]
+    rank_code: int
+    check: Callable[[str], None]
+
+
+def endings(world: World, n: int) -> Iterator[Outcome]:
+    """n jobs: training to the end, SIGTERM, a search that fails on the way, evaluation, collectives alone; on 2 and 3 ranks in turn.
+
+    Every eleventh is started by torchrun, the others by spawner.py, which spares them the seconds of their imports.
+    """
+    makers = [trains, is_told_to_stop, fails_midway, evaluates, meets]
+    with hogs(), spawners() as idle, ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+
+        def run(i: int) -> Outcome:
+            ranks = 2 + i // len(makers) % 2
+            return judged(world, makers[i % len(makers)], ranks, world.folder / f"ending{i}", None if i % 11 == 10 else idle)
+
+        yield from pool.map(run, range(n))
+
+
+def judged(world: World, make: Callable, ranks: int, folder: Path, idle: SimpleQueue | None) -> Outcome:
+    """The outcome of one job; idle: the spawners that have nothing to do, None: torchrun starts it."""
+    where = f"{make.__name__} on {ranks} ranks"
+    folder.mkdir()
+    output = folder / "said"
+    ending = make(world, folder / "run")
+    codes = by_torchrun(ranks, ending, output, world.limit) if idle is None else by_spawner(ranks, ending, output, idle)
+    said = output.read_text(errors="replace")
+    if codes != {ending.rank_code} or "terminate called" in said or "Fatal Python error" in said:
+        return Outcome(where, "lost", f"exit codes {codes}: {said[-4000:]}")
+    try:
+        ending.check(said)
+    except Exception as e:
+        return Outcome(where, "silent", f"{type(e).__name__}: {e}: {said[-4000:]}")
+    shutil.rmtree(folder)
+    return Outcome(where)
+
+
+def by_spawner(ranks: int, ending: Ending, output: Path, idle: SimpleQueue) -> set[int]:
+    """The exit codes of the job's ranks."""
+    spawner = idle.get()
+    job = dict(ranks=ranks, argv=ending.arguments, output=str(output))
+    spawner.stdin.write(json.dumps(job) + "\n")
+    spawner.stdin.flush()
+    codes = json.loads(spawner.stdout.readline())
+    idle.put(spawner)
+    return set(codes)
+
+
+def by_torchrun(ranks: int, ending: Ending, output: Path, limit: float) -> set[int]:
+    """As by_spawner; torchrun names the codes of ranks that failed, and ends with 0 when none has."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    with open(output, "w") as out:
+        done = subprocess.run([*command, *ending.arguments], cwd=CHECKOUT, env=environment(), stdout=out, stderr=out, timeout=limit)
+    named = {int(code) for code in re.findall(r"exitcode *: *(-?\d+)", output.read_text(errors="replace"))}
+    return named if done.returncode else named | {0}
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(TESTS), str(TESTS / "faults"), str(CHECKOUT)])
+    return os.environ | dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", PYTHONPATH=path)
+
+
+@contextmanager
+def spawners():
+    """A queue of SIDE_BY_SIDE processes of spawner.py."""
+    command = [sys.executable, str(TESTS / "faults/spawner.py")]
+    started = [
+        subprocess.Popen(command, cwd=CHECKOUT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(SIDE_BY_SIDE)
+    ]
+    idle = SimpleQueue()
+    for spawner in started:
+        idle.put(spawner)
+    try:
+        yield idle
+    finally:
+        for spawner in started:
+            spawner.stdin.close()
+            spawner.wait()
+
+
+def trains(world: World, folder: Path) -> Ending:
+    """Trains to the end."""
+
+    def check(said: str) -> None:
+        assert len(jsonl(folder / "metrics.jsonl")) == 2
+        assert jsonl(folder / "eval_before.jsonl") and jsonl(folder / "eval_after.jsonl")
+        assert json.loads((folder / "summary.json").read_text())["steps"] == 2
+        assert gzip.decompress((folder / "rollouts.jsonl.gz").read_bytes()).endswith(b"\n")
+        assert (folder / "report.html").stat().st_size > 10_000
+        read_weights(folder / "model/model.safetensors")
+
+    return Ending(["-m", "recr1.train", world.config, *STEPS, f"run.dir={folder}"], 0, check)
+
+
+def is_told_to_stop(world: World, folder: Path) -> Ending:
+    """Gets a SIGTERM in the second step, and saves what the first has made."""
+
+    def check(said: str) -> None:
+        assert "recr1: stopped after step 1" in said
+        saved = folder / "checkpoints/step_000001"
+        assert (saved / "manifest.json").exists()
+        for shard in saved.glob("rank_*.safetensors"):
+            read_weights(shard)
+        assert not (folder / "summary.json").exists()
+
+    script = str(TESTS / "stopped.py")
+    arguments = [script, "sigterm-sample@2", world.config, *STEPS, f"run.dir={folder}"]
+    return Ending(arguments, 0, check)
+
+
+def fails_midway(world: World, folder: Path) -> Ending:
+    """Ends by a user's own search that raises in training: one line, exit code 2 on every rank."""
+
+    def check(said: str) -> None:
+        lines = [line for line in said.splitlines() if line.startswith("recr1: ") and "IndexError: made up" in line]
+        assert len(lines) == 1
+        assert len(jsonl(folder / "metrics.jsonl")) == 1
+        assert (folder / "checkpoints/step_000001/manifest.json").exists()
+
+    setting = "retriever.kind=busy:fails_in_the_second_step"
+    return Ending(["-m", "recr1.train", world.config, *STEPS, setting, f"run.dir={folder}"], 2, check)
+
+
+def fails_in_the_second_step(doc_ids: list[str], texts: list[str]) -> Callable:
+    """The search of fails_midway: a retriever of a user's own, which the ranks import from this file."""
+    from recr1 import heartbeat
+
+    def search(queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
+        if heartbeat._own.state["step"] == 2:
+            raise IndexError("made up")
+        rows = np.array([[len(query) % len(doc_ids)] for query in queries])
+        return rows, np.ones(rows.shape)
+
+    return search
+
+
+def evaluates(world: World, folder: Path) -> Ending:
+    """Scores a policy's rewrites by `recr1 eval`."""
+
+    def check(said: str) -> None:
+        [line] = [line for line in said.splitlines() if line.startswith("{")]
+        assert json.loads(line)["n"] == 12
+
+    root = world.folder
+    files = [
+        *("--model", str(root / "policy"), "--config", world.config),
+        *("--corpus", str(root / "data/corpus.jsonl"), "--index-dir", str(root / "index")),
+        *("--queries", str(root / "data/test.queries.jsonl")),
+        *("--qrels", str(root / "data/test.qrels.tsv")),
+    ]
+    return Ending(["-m", "recr1.cli", "eval", *files, "--json"], 0, check)
+
+
+def meets(world: World, folder: Path) -> Ending:
+    """Collectives and nothing else."""
+
+    def check(said: str) -> None:
+        assert "has met the others" in said
+
+    return Ending([str(TESTS / "faults/meets.py")], 0, check)
+
+
+def jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_weights(path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        for name in file.keys():
+            file.get_tensor(name)
+
+
+@contextmanager
+def hogs():
+    """A process for each core that does nothing but take it."""
+    command = ["nice", "-n", str(NICENESS), sys.executable, "-c", "while True: pass"]
+    running = [subprocess.Popen(command) for _ in range(os.cpu_count() or 1)]
+    try:
+        yield
+    finally:
+        for hog in running:
+            hog.kill()
+            hog.wait()
