@@ -1,4 +1,7 @@
-"""Packaging. `recr1.kernels` is the checkout's kernels/ folder: see recr1/kernels.py for why it is not a top-level package."""
+"""Packaging. `recr1.kernels` is the checkout's kernels/ folder: see recr1/kernels.py for why it is
+not a top-level package.
+"""
+
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -19,27 +22,40 @@ setup(
     package_dir={"recr1": "recr1", "recr1.kernels": "kernels"},
     entry_points={"console_scripts": ["recr1=recr1.cli:command"]},
     install_requires=[
-        "torch>=2.11,<2.16",        # experiments/setup_env.sh keeps a GPU machine's torch when it is in this range
+        # experiments/setup_env.sh keeps a GPU machine's torch when it is in this range
+        "torch>=2.11,<2.16",
         "transformers>=5.12,<6",
         "numpy",
         "tqdm",
         "pyyaml",
         "rank-bm25",
-        "nltk",                     # only its Porter stemmer
-        "regex",                    # these three come with transformers; named because recr1 imports them itself
+        "nltk",  # only its Porter stemmer
+        "regex",  # these three come with transformers; named because recr1 imports them itself
         "safetensors",
         "huggingface_hub",
     ],
     extras_require={
-        "dense": ["faiss-cpu"],     # one of these two, never both: together they break `import faiss`
+        "dense": ["faiss-cpu"],  # one of these two, never both: together they break `import faiss`
         "faiss-gpu": ["faiss-gpu"],
-        "flash": ["flash-attn"],    # no wheel: needs nvcc and --no-build-isolation
+        "flash": ["flash-attn"],  # no wheel: needs nvcc and --no-build-isolation
         "fast": ["numba"],
         "track": ["tensorboard"],
-        "docs": ["matplotlib"],     # experiments/walkthrough.ipynb
+        "docs": ["matplotlib"],  # experiments/walkthrough.ipynb
         "audit": ["lm-eval[hf,ifeval]>=0.4.13"],
         # pyarrow: experiments/prepare/esci.py
-        "dev": ["pytest", "pytest-xdist", "bm25s", "faiss-cpu", "matplotlib", "numba", "pytrec-eval-terrier", "pyarrow", "setuptools>=77", "tensorboard", "trl",
-                *(f"{name}; sys_platform == 'linux'" for name in ("triton", "liger-kernel"))],
+        "dev": [
+            "pytest",
+            "pytest-xdist",
+            "bm25s",
+            "faiss-cpu",
+            "matplotlib",
+            "numba",
+            "pytrec-eval-terrier",
+            "pyarrow",
+            "setuptools>=77",
+            "tensorboard",
+            "trl",
+            *(f"{name}; sys_platform == 'linux'" for name in ("triton", "liger-kernel")),
+        ],
     },
 )

@@ -1,4 +1,7 @@
-"""A sequential run's gain by the length of the history (cold start): python experiments/by_history.py RUN_OR_EVAL.jsonl QUERIES.jsonl [...] [--json]"""
+"""A sequential run's gain by the length of the history (cold start): python
+experiments/by_history.py RUN_OR_EVAL.jsonl QUERIES.jsonl [...] [--json]
+"""
+
 from __future__ import annotations
 
 import argparse
@@ -19,16 +22,31 @@ def main() -> None:
     args = p.parse_args()
     path = args.rows / "eval_after.jsonl" if args.rows.is_dir() else args.rows
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    lengths = {id: len(row["history"]) for id, row in data.read_rows(args.queries, "stop", ("history",))[0].items()}
-    metric, result = parts_of(rows)[0], []
+    lengths = {
+        id: len(row["history"])
+        for id, row in data.read_rows(args.queries, "stop", ("history",))[0].items()
+    }
+    metric = parts_of(rows)[0]
+    result = []
     for low, high in BANDS:
         band = [row for row in rows if low <= lengths[row["id"]] <= high]
         if not band:
             continue
         gain, ci = mean_ci(column(band, metric) - column(band, f"{metric}_raw"))
         name = f"{low}-{high}" if high < 10**9 else f"{low}+"
-        result.append(dict(history=name, n=len(band), raw=column(band, f"{metric}_raw").mean(), after=column(band, metric).mean(), gain=gain, gain_ci95=ci))
-        print(f"history {name:<6} n {len(band):>5}   raw {result[-1]['raw']:.4f}   after {result[-1]['after']:.4f}   {gain:+.4f} [{ci[0]:+.4f}, {ci[1]:+.4f}]")
+        result.append(
+            dict(
+                history=name,
+                n=len(band),
+                raw=column(band, f"{metric}_raw").mean(),
+                after=column(band, metric).mean(),
+                gain=gain,
+                gain_ci95=ci,
+            )
+        )
+        print(
+            f"history {name:<6} n {len(band):>5}   raw {result[-1]['raw']:.4f}   after {result[-1]['after']:.4f}   {gain:+.4f} [{ci[0]:+.4f}, {ci[1]:+.4f}]"
+        )
     if args.json:
         print(json.dumps(result))
 

@@ -1,15 +1,18 @@
-"""A teacher's file without labels, a retriever or another model: python experiments/cold_start.py CONFIG.yaml --out F.jsonl [options] [a.b=value ...]
+"""A teacher's file without labels, a retriever or another model: python experiments/cold_start.py
+CONFIG.yaml --out F.jsonl [options] [a.b=value ...]
 
-What a policy needs before GRPO is the form of an answer and some variety in it; what is a good answer GRPO is to find out. Each train query
-(validation left out) gets the answer that takes no policy, stirred: for a list the given order, each candidate put behind its
-successor with probability --stir; for a query its words, each left out with a quarter of that, one of them said again at the end with that;
-for a history a title of it, the older ones the less often.
+What a policy needs before GRPO is the form of an answer and some variety in it; what is a good
+answer GRPO is to find out. Each train query (validation left out) gets the answer that takes no
+policy, stirred: for a list the given order, each candidate put behind its successor with
+probability --stir; for a query its words, each left out with a quarter of that, one of them said
+again at the end with that; for a history a title of it, the older ones the less often.
 
-    --thought       the thought holds the query's words in another order (else it is empty)
-    --most N        items of a list that need not be whole
-    --copies N      answers for each query, each stirred otherwise: few queries, learnt for many epochs, would be learnt by heart
-    python -m recr1.sft CONFIG.yaml sft.teacher=F.jsonl learns it.
+    --thought       the thought holds the query's words in another order (else it is empty) --most N
+    items of a list that need not be whole
+    --copies N      answers for each query, each stirred otherwise: few queries, learnt for many
+    epochs, would be learnt by heart python -m recr1.sft CONFIG.yaml sft.teacher=F.jsonl learns it.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -18,8 +21,7 @@ import random
 import sys
 from pathlib import Path
 
-from recr1 import config_file as configs
-from recr1 import data
+from recr1 import config_file as configs, data
 from recr1.files import write_text
 from recr1.log import say
 from recr1.run import run_command
@@ -30,10 +32,14 @@ from recr1.tasks.sequential import Sequential
 
 
 def main(argv: list[str]) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("config")
     p.add_argument("--out", required=True)
-    p.add_argument("--stir", type=float, default=0.3, help="probability of a change at each place (default .3)")
+    p.add_argument(
+        "--stir", type=float, default=0.3, help="probability of a change at each place (default .3)"
+    )
     p.add_argument("--most", type=int, default=10)
     p.add_argument("--copies", type=int, default=1)
     p.add_argument("--thought", action="store_true")
@@ -42,9 +48,22 @@ def main(argv: list[str]) -> None:
     args = p.parse_intermixed_args(argv)
     cfg = configs.load(args.config, args.overrides)
     task = tasks.make(cfg)
-    rows = {id: row for id, row in read_judged(cfg, task.needs)[0]["train"].items() if not data.is_validation(id) and (cfg.data.test_queries or not data.is_test(id))}
-    title, *_ = read_titles(cfg.data.corpus, cfg.data.on_bad_line, (id for row in rows.values() for id in mentioned(row)), cfg.prompt.title_words)
-    texts = {(id, completion(task, row, title, random.Random(f"{args.seed}/{copy}/{id}"), args)): None for copy in range(args.copies) for id, row in rows.items()}
+    rows = {
+        id: row
+        for id, row in read_judged(cfg, task.needs)[0]["train"].items()
+        if not data.is_validation(id) and (cfg.data.test_queries or not data.is_test(id))
+    }
+    title, *_ = read_titles(
+        cfg.data.corpus,
+        cfg.data.on_bad_line,
+        (id for row in rows.values() for id in mentioned(row)),
+        cfg.prompt.title_words,
+    )
+    texts = {
+        (id, completion(task, row, title, random.Random(f"{args.seed}/{copy}/{id}"), args)): None
+        for copy in range(args.copies)
+        for id, row in rows.items()
+    }
     lines = [json.dumps(dict(id=id, text=text), ensure_ascii=False) for id, text in texts]
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write_text(Path(args.out), "".join(line + "\n" for line in lines))
@@ -53,14 +72,21 @@ def main(argv: list[str]) -> None:
 
 def completion(task, row: dict, title, rng: random.Random, args) -> str:
     if isinstance(task, Ordering):
-        labels = stirred([f"Item_{i}" for i in range(1, 1 + len(row["candidates"]))], args.stir, rng)
-        thought, answer = "", {task.key: labels if task.whole else labels[:args.most]}
+        labels = stirred(
+            [f"Item_{i}" for i in range(1, 1 + len(row["candidates"]))], args.stir, rng
+        )
+        thought = ""
+        answer = {task.key: labels if task.whole else labels[: args.most]}
     else:
         words = source(task, row, title, rng).split()
         kept = [word for word in words if rng.random() >= args.stir / 4] or words
         again = [rng.choice(kept)] if rng.random() < args.stir else []
-        thought, answer = " ".join(rng.sample(words, len(words))), {"query": " " + " ".join(kept + again)}       # " word" is one token of most tokenizers
-    return (" " + thought if args.thought else "") + f"</think><answer>{json.dumps(answer, ensure_ascii=False)}</answer>"
+        # " word" is one token of most tokenizers
+        thought = " ".join(rng.sample(words, len(words)))
+        answer = {"query": " " + " ".join(kept + again)}
+    return (
+        " " + thought if args.thought else ""
+    ) + f"</think><answer>{json.dumps(answer, ensure_ascii=False)}</answer>"
 
 
 def source(task, row: dict, title, rng: random.Random) -> str:
@@ -68,7 +94,9 @@ def source(task, row: dict, title, rng: random.Random) -> str:
     if not isinstance(task, Sequential):
         return row["text"]
     items = [id for id, _ in history(row)][::-1]
-    return title(rng.choices(items, [0.5 ** i for i in range(len(items))])[0]) if items else row["text"]
+    return (
+        title(rng.choices(items, [0.5**i for i in range(len(items))])[0]) if items else row["text"]
+    )
 
 
 def stirred(labels: list[str], share: float, rng: random.Random) -> list[str]:

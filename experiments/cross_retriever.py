@@ -1,9 +1,11 @@
-"""What a policy learnt with one retriever is worth on another: python experiments/cross_retriever.py RUN RUN [...] [--json]
+"""What a policy learnt with one retriever is worth on another: python
+experiments/cross_retriever.py RUN RUN [...] [--json]
 
-Takes finished runs on the same test queries and searches each one's rewrites (its eval_after.jsonl) with every run's retriever, as its
-config.yaml names it. Nothing is taken over from the runs but the rewrites: what a run scored on its own retriever is computed again, and
-must be what it wrote down.
+Takes finished runs on the same test queries and searches each one's rewrites (its eval_after.jsonl)
+with every run's retriever, as its config.yaml names it. Nothing is taken over from the runs but the
+rewrites: what a run scored on its own retriever is computed again, and must be what it wrote down.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -13,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recr1 import config_file as configs
-from recr1 import data
+from recr1 import config_file as configs, data
 from recr1.evaluate import mean_ci
 from recr1.metrics import ndcg
 from recr1.retrieval.make import directory_of, make
@@ -26,18 +27,34 @@ def main() -> None:
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
     args = p.parse_args()
     cfgs = [configs.load(str(run / "config.yaml"), []) for run in args.runs]
-    rows = [[json.loads(line) for line in (run / "eval_after.jsonl").read_bytes().split(b"\n")[:-1]] for run in args.runs]
+    rows = [
+        [json.loads(line) for line in (run / "eval_after.jsonl").read_bytes().split(b"\n")[:-1]]
+        for run in args.runs
+    ]
     first = cfgs[0]
     for run, cfg, mine in zip(args.runs, cfgs, rows):
-        if (cfg.data.corpus, cfg.reward.k_eval, [r["id"] for r in mine]) != (first.data.corpus, first.reward.k_eval, [r["id"] for r in rows[0]]):
-            raise SystemExit(f"{run}: another corpus, reward.k_eval or other test queries than {args.runs[0]}")
-    qrels = data.read_qrels(first.data.test_qrels or first.data.train_qrels, first.data.on_bad_line)[0]
-    k, gains = first.reward.k_eval, [qrels.get(row["id"], {}) for row in rows[0]]
+        if (cfg.data.corpus, cfg.reward.k_eval, [r["id"] for r in mine]) != (
+            first.data.corpus,
+            first.reward.k_eval,
+            [r["id"] for r in rows[0]],
+        ):
+            raise SystemExit(
+                f"{run}: another corpus, reward.k_eval or other test queries than {args.runs[0]}"
+            )
+    qrels = data.read_qrels(
+        first.data.test_qrels or first.data.train_qrels, first.data.on_bad_line
+    )[0]
+    k = first.reward.k_eval
+    gains = [qrels.get(row["id"], {}) for row in rows[0]]
 
-    result, lines = [], []
+    result = []
+    lines = []
     for run, cfg, own in zip(args.runs, cfgs, rows):
-        torch.set_num_threads(json.loads((run / "summary.json").read_text())["threads"])                                         # sums of an encoder are rounded by it
-        retriever, _ = make(cfg.retriever)(cfg.data.corpus, cfg.data.on_bad_line, directory_of(cfg.retriever, run), print)
+        # sums of an encoder are rounded by it
+        torch.set_num_threads(json.loads((run / "summary.json").read_text())["threads"])
+        retriever, _ = make(cfg.retriever)(
+            cfg.data.corpus, cfg.data.on_bad_line, directory_of(cfg.retriever, run), print
+        )
         raw = scored(retriever, [row["raw"] for row in own], gains, k)
         agree(run, "ndcg_raw", own, raw)
         lines.append(f"\nsearched with {retriever.how}{origin(cfg.retriever.encoder)}")
@@ -48,32 +65,58 @@ def main() -> None:
                 agree(run, "ndcg", own, values)
             gain, (low, high) = mean_ci(values - raw)
             name = f"rewritten, trained with {its.retriever.kind} ({writer.name})"
-            lines.append(f"  {name:<44}{values.mean():8.4f}   gain {gain:+.4f} [{low:+.4f}, {high:+.4f}]")
-            result.append(dict(searched_with=cfg.retriever.kind, encoder=cfg.retriever.encoder, trained_with=its.retriever.kind, run=str(writer),
-                               raw=raw.mean(), rewritten=values.mean(), gain=gain, gain_ci95=[low, high]))
-    print(f"NDCG@{k} on {len(gains)} test queries, mean and 95% paired bootstrap interval of the gain over the raw query" + "\n".join(lines))
+            lines.append(
+                f"  {name:<44}{values.mean():8.4f}   gain {gain:+.4f} [{low:+.4f}, {high:+.4f}]"
+            )
+            result.append(
+                dict(
+                    searched_with=cfg.retriever.kind,
+                    encoder=cfg.retriever.encoder,
+                    trained_with=its.retriever.kind,
+                    run=str(writer),
+                    raw=raw.mean(),
+                    rewritten=values.mean(),
+                    gain=gain,
+                    gain_ci95=[low, high],
+                )
+            )
+    print(
+        f"NDCG@{k} on {len(gains)} test queries, mean and 95% paired bootstrap interval of the gain over the raw query"
+        + "\n".join(lines)
+    )
     if args.json:
         print(json.dumps(result))
 
 
-def scored(retriever, queries: list[str | None], gains: list[dict[str, float]], k: int) -> np.ndarray:
+def scored(
+    retriever, queries: list[str | None], gains: list[dict[str, float]], k: int
+) -> np.ndarray:
     """NDCG@k (Q,) of each query; no query (an unparsable answer) scores 0."""
     found = retriever.search([query or "" for query in queries], k)[0]
     ranked = [[retriever.doc_ids[r] for r in row if r >= 0] for row in found.tolist()]
-    return np.array([ndcg(names, judged, k) if query is not None else 0.0 for names, judged, query in zip(ranked, gains, queries)])
+    return np.array(
+        [
+            ndcg(names, judged, k) if query is not None else 0.0
+            for names, judged, query in zip(ranked, gains, queries)
+        ]
+    )
 
 
 def agree(run: Path, column: str, rows: list[dict], values: np.ndarray) -> None:
     off = np.abs(np.array([row[column] for row in rows]) - values)
     if off.max() > 1e-9:
         i = int(off.argmax())
-        raise SystemExit(f"{run}: query {rows[i]['id']!r} has {column} {rows[i][column]} in eval_after.jsonl, searched again {values[i]}; "
-                         "the corpus, the encoder or the code has changed since the run")
+        raise SystemExit(
+            f"{run}: query {rows[i]['id']!r} has {column} {rows[i][column]} in eval_after.jsonl, searched again {values[i]}; "
+            "the corpus, the encoder or the code has changed since the run"
+        )
 
 
 def origin(encoder: str) -> str:
     note = Path(encoder) / "ORIGIN.json"
-    return f"; weights: {json.loads(note.read_text())['weights']}" if encoder and note.exists() else ""
+    return (
+        f"; weights: {json.loads(note.read_text())['weights']}" if encoder and note.exists() else ""
+    )
 
 
 if __name__ == "__main__":

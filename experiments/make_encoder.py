@@ -1,9 +1,12 @@
-"""A small text encoder with RANDOM weights: python experiments/make_encoder.py [FOLDER] [--corpus F] [--seed N]
+"""A small text encoder with RANDOM weights: python experiments/make_encoder.py [FOLDER] [--corpus
+F] [--seed N]
 
-A stand-in where no trained encoder is at hand: a BERT of 2 layers x 256 whose word pieces come from the corpus and whose weights are drawn
-and never trained. Mean-pooled, it is a random projection of the words with a little of their context: it matches texts that share words,
-knows no meaning, and ranks worse than BM25. What it is good for is to have a second, dense retriever with another order.
+A stand-in where no trained encoder is at hand: a BERT of 2 layers x 256 whose word pieces come from
+the corpus and whose weights are drawn and never trained. Mean-pooled, it is a random projection of
+the words with a little of their context: it matches texts that share words, knows no meaning, and
+ranks worse than BM25. What it is good for is to have a second, dense retriever with another order.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -34,15 +37,31 @@ def main() -> None:
     tokenizer = BertTokenizerFast(vocab=trained.get_vocab(), model_max_length=256)
 
     torch.manual_seed(args.seed)
-    model = BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=512,
-                                 max_position_embeddings=256), add_pooling_layer=False)
-    with torch.no_grad():                      # where a word stands must not drown which word it is
+    model = BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=512,
+            max_position_embeddings=256,
+        ),
+        add_pooling_layer=False,
+    )
+    with torch.no_grad():  # where a word stands must not drown which word it is
         model.embeddings.position_embeddings.weight.mul_(0.1)
         model.embeddings.token_type_embeddings.weight.zero_()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "ORIGIN.json").write_text(json.dumps(dict(weights="random, never trained", seed=args.seed, corpus=Path(args.corpus).name)) + "\n")
-    print(f"{folder}: {sum(w.numel() for w in model.parameters()):,} random weights, never trained; {len(tokenizer)} word pieces")
+    (folder / "ORIGIN.json").write_text(
+        json.dumps(
+            dict(weights="random, never trained", seed=args.seed, corpus=Path(args.corpus).name)
+        )
+        + "\n"
+    )
+    print(
+        f"{folder}: {sum(w.numel() for w in model.parameters()):,} random weights, never trained; {len(tokenizer)} word pieces"
+    )
 
 
 if __name__ == "__main__":

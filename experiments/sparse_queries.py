@@ -1,8 +1,11 @@
-"""Train queries whose targets lie beyond rank K of the raw answer: python experiments/sparse_queries.py CONFIG.yaml --beyond K --out F.jsonl
+"""Train queries whose targets lie beyond rank K of the raw answer: python
+experiments/sparse_queries.py CONFIG.yaml --beyond K --out F.jsonl
 
-The sparsity test: where the raw query finds nothing in its first K the reward is 0 but for rewrites that dig deeper. Train on them with
-data.train_queries=F.jsonl; validation queries are kept as they are, so that runs can be compared.
+The sparsity test: where the raw query finds nothing in its first K the reward is 0 but for rewrites
+that dig deeper. Train on them with data.train_queries=F.jsonl; validation queries are kept as they
+are, so that runs can be compared.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -12,8 +15,7 @@ from pathlib import Path
 
 from evaluate import Setting
 
-from recr1 import config_file as configs
-from recr1 import data
+from recr1 import config_file as configs, data
 from recr1.files import write_text
 from recr1.log import say
 from recr1.run import run_command
@@ -21,7 +23,9 @@ from recr1.splits import read_judged
 
 
 def main(argv: list[str]) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("config")
     p.add_argument("--beyond", type=int, required=True)
     p.add_argument("--out", required=True)
@@ -30,13 +34,26 @@ def main(argv: list[str]) -> None:
     cfg = configs.load(args.config, args.overrides)
     setting = Setting(cfg, cfg.model.path)
     scorer = setting.scorer(args.beyond)
-    found = scorer.measure(setting.train, [setting.task.raw(prompt.row) for prompt in setting.train])
-    sparse = {prompt.id for prompt, parts in zip(setting.train, found) if parts["hit"] == 0 and any(setting.qrels[prompt.id].values())}
+    found = scorer.measure(
+        setting.train, [setting.task.raw(prompt.row) for prompt in setting.train]
+    )
+    sparse = {
+        prompt.id
+        for prompt, parts in zip(setting.train, found)
+        if parts["hit"] == 0 and any(setting.qrels[prompt.id].values())
+    }
     rows = read_judged(cfg, setting.task.needs)[0]["train"]
     kept = {id: row for id, row in rows.items() if id in sparse or data.is_validation(id)}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    write_text(Path(args.out), "".join(json.dumps(dict(row, id=id), ensure_ascii=False) + "\n" for id, row in kept.items()))
-    say(f"{args.out}: {len(sparse)} of {len(setting.train)} train queries have no target in the first {args.beyond}; with {len(kept) - len(sparse)} of validation")
+    write_text(
+        Path(args.out),
+        "".join(
+            json.dumps(dict(row, id=id), ensure_ascii=False) + "\n" for id, row in kept.items()
+        ),
+    )
+    say(
+        f"{args.out}: {len(sparse)} of {len(setting.train)} train queries have no target in the first {args.beyond}; with {len(kept) - len(sparse)} of validation"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Steps of GRPO that fit between an SFT run and the wall time of a GRPO run: python experiments/steps_left.py GRPO_RUN SFT_RUN"""
+"""Steps of GRPO that fit between an SFT run and the wall time of a GRPO run: python
+experiments/steps_left.py GRPO_RUN SFT_RUN
+"""
+
 import json
 import sys
 from pathlib import Path

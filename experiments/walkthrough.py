@@ -1,9 +1,12 @@
-"""Runs walkthrough.ipynb without Jupyter: python experiments/walkthrough.py [OUT.ipynb] [name=value ...]
+"""Runs walkthrough.ipynb without Jupyter: python experiments/walkthrough.py [OUT.ipynb] [name=value
+...]
 
-Prints what its cells print and writes the notebook with their output and pictures to OUT, by default runs/walkthrough/walkthrough.ipynb.
-The kept copy is made by `python experiments/walkthrough.py experiments/walkthrough.ipynb`.
-`name=value` replaces a variable of the cell that is tagged "parameters" (papermill's convention).
+Prints what its cells print and writes the notebook with their output and pictures to OUT, by
+default runs/walkthrough/walkthrough.ipynb. The kept copy is made by `python
+experiments/walkthrough.py experiments/walkthrough.ipynb`. `name=value` replaces a variable of the
+cell that is tagged "parameters" (papermill's convention).
 """
+
 import ast
 import base64
 import contextlib
@@ -37,15 +40,19 @@ class Tee(io.StringIO):
 
 
 def execute(notebook: dict, parameters: dict) -> dict:
-    """The notebook with the outputs of its code cells, run in order in one namespace, as Jupyter would. What a cell raises is raised, with its number.
+    """The notebook with the outputs of its code cells, run in order in one namespace, as Jupyter
+    would. What a cell raises is raised, with its number.
 
     Raises NoParameter.
     """
     import matplotlib.pyplot as plt
-    space, cells = {"__name__": "__main__"}, []
+
+    space = {"__name__": "__main__"}
+    cells = []
     for number, cell in enumerate(notebook["cells"], 1):
         if cell["cell_type"] == "code":
-            out, source = Tee(sys.stdout), "".join(cell["source"])
+            out = Tee(sys.stdout)
+            source = "".join(cell["source"])
             try:
                 with contextlib.redirect_stdout(out):
                     exec(compile(source, f"<cell {number}>", "exec"), space)
@@ -55,23 +62,51 @@ def execute(notebook: dict, parameters: dict) -> dict:
             if "parameters" in cell["metadata"].get("tags", []):
                 known = [name for name in space if not name.startswith("__")]
                 if unknown := parameters.keys() - set(known):
-                    raise NoParameter(f"the notebook has no parameter {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+                    raise NoParameter(
+                        f"the notebook has no parameter {', '.join(sorted(unknown))}; it has {', '.join(known)}"
+                    )
                 space |= parameters
-            outputs = [dict(output_type="stream", name="stdout", text=out.getvalue().splitlines(keepends=True))] if out.getvalue() else []
-            cell = cell | dict(outputs=outputs + pictures(plt), execution_count=1 + sum(c["cell_type"] == "code" for c in cells))
+            outputs = (
+                [
+                    dict(
+                        output_type="stream",
+                        name="stdout",
+                        text=out.getvalue().splitlines(keepends=True),
+                    )
+                ]
+                if out.getvalue()
+                else []
+            )
+            cell = cell | dict(
+                outputs=outputs + pictures(plt),
+                execution_count=1 + sum(c["cell_type"] == "code" for c in cells),
+            )
         cells.append(cell)
     return notebook | dict(cells=cells)
 
 
 def pictures(plt) -> list[dict]:
-    """The open figures as a notebook keeps them, in 192 colours, which takes a third of the bytes. They are closed."""
+    """The open figures as a notebook keeps them, in 192 colours, which takes a third of the bytes.
+    They are closed.
+    """
     from PIL import Image
+
     found = []
     for number in plt.get_fignums():
-        drawn, png = io.BytesIO(), io.BytesIO()
+        drawn = io.BytesIO()
+        png = io.BytesIO()
         plt.figure(number).savefig(drawn, format="png")
         Image.open(drawn).convert("RGB").quantize(192).save(png, format="png", optimize=True)
-        found.append(dict(output_type="display_data", metadata={}, data={"image/png": base64.b64encode(png.getvalue()).decode(), "text/plain": ["<Figure>"]}))
+        found.append(
+            dict(
+                output_type="display_data",
+                metadata={},
+                data={
+                    "image/png": base64.b64encode(png.getvalue()).decode(),
+                    "text/plain": ["<Figure>"],
+                },
+            )
+        )
     plt.close("all")
     return found
 
@@ -80,9 +115,16 @@ def main(argv: list[str]) -> str | None:
     """None, or what is wrong with the arguments."""
     if argv and argv[0].startswith("-"):
         return __doc__.rstrip()
-    out = Path(argv.pop(0)).resolve() if argv and "=" not in argv[0] else ROOT / "runs/walkthrough/walkthrough.ipynb"
+    out = (
+        Path(argv.pop(0)).resolve()
+        if argv and "=" not in argv[0]
+        else ROOT / "runs/walkthrough/walkthrough.ipynb"
+    )
     try:
-        parameters = {name: ast.literal_eval(value) for name, _, value in (item.partition("=") for item in argv)}
+        parameters = {
+            name: ast.literal_eval(value)
+            for name, _, value in (item.partition("=") for item in argv)
+        }
     except (SyntaxError, ValueError):
         return f"walkthrough: {' '.join(argv)}: each must be name=value, the value as Python writes it: steps=20 \"folder='elsewhere'\""
     if find_spec("matplotlib") is None:

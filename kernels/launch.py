@@ -1,4 +1,7 @@
-"""What every Triton path checks before its first launch: a backend is asked for by name and never replaced in silence."""
+"""What every Triton path checks before its first launch: a backend is asked for by name and never
+replaced in silence.
+"""
+
 from __future__ import annotations
 
 import os
@@ -9,7 +12,9 @@ BACKENDS = ("torch", "triton")
 
 
 def refusal(backend: str, device: torch.device) -> str | None:
-    """Why `backend` cannot run on `device`, as one sentence; None when it can. TRITON_INTERPRET=1 runs Triton on the CPU."""
+    """Why `backend` cannot run on `device`, as one sentence; None when it can. TRITON_INTERPRET=1
+    runs Triton on the CPU.
+    """
     if backend not in BACKENDS:
         return f"kernels: {backend!r} is none of {', '.join(BACKENDS)}"
     if backend == "triton":

@@ -1,22 +1,29 @@
-"""Linear -> log-prob: from hidden states and the head's weight to each target's log-prob, never holding (N, V).
+"""Linear -> log-prob: from hidden states and the head's weight to each target's log-prob, never
+holding (N, V).
 
-    logp = x[target] - logsumexp(x),  x = hidden @ weight.T / T;      d logp / d (hidden @ weight.T) = (onehot(target) - softmax(x)) / T
-    H = logsumexp(x) - softmax(x) . x;                                d H / d (hidden @ weight.T) = -softmax(x) (log softmax(x) + H) / T
+    logp = x[target] - logsumexp(x),  x = hidden @ weight.T / T;      d logp / d (hidden @ weight.T)
+    = (onehot(target) - softmax(x)) / T H = logsumexp(x) - softmax(x) . x;
+    d H / d (hidden @ weight.T) = -softmax(x) (log softmax(x) + H) / T
 
-`linear_logp` (recompute): any loss on logp; its backward makes the logits again, by slices of the vocabulary: with logsumexp known a
-slice needs no other, d_weight of a slice is one product over all rows (summed in the product's own float32, written once), and only
-the small d_hidden is added up. `linear_loss` (one shot): a loss that is a sum over tokens; gradients are made in the forward, by
+`linear_logp` (recompute): any loss on logp; its backward makes the logits again, by slices of the
+vocabulary: with logsumexp known a slice needs no other, d_weight of a slice is one product over all
+rows (summed in the product's own float32, written once), and only the small d_hidden is added up.
+`linear_loss` (one shot): a loss that is a sum over tokens; gradients are made in the forward, by
 chunks of rows, and the logits are made once.
 
-Arithmetic for an H100 (not measured; 700 TF/s in products, 3.0 TB/s), V = 151,936, bf16, chunks of 1,024 rows = 0.29 GiB, in ms per
-1,024 rows at C = 896 / 2,048:
-    one shot   3 products 1.19 / 2.73, logits read, read, written 0.31, float32 d_weight read and written 0.36 / 0.83: 448 / 494 TF/s
-    recompute  4 products 1.59 / 3.64, the same passes 0.31, float32 d_hidden 0.02 / 0.05: 580 / 638 TF/s, on a third more FLOP
-so on a GPU the two take about the same time, 1.87 / 3.87 and 1.92 / 4.00 ms: what the fourth product costs, d_weight's visits cost too.
-On a CPU the products are the cost and one shot wins by the fourth.
+Arithmetic for an H100 (not measured; 700 TF/s in products, 3.0 TB/s), V = 151,936, bf16, chunks of
+1,024 rows = 0.29 GiB, in ms per 1,024 rows at C = 896 / 2,048:
+    one shot   3 products 1.19 / 2.73, logits read, read, written 0.31, float32 d_weight read and
+    written 0.36 / 0.83: 448 / 494 TF/s recompute  4 products 1.59 / 3.64, the same passes 0.31,
+    float32 d_hidden 0.02 / 0.05: 580 / 638 TF/s, on a third more FLOP
+so on a GPU the two take about the same time, 1.87 / 3.87 and 1.92 / 4.00 ms: what the fourth
+product costs, d_weight's visits cost too. On a CPU the products are the cost and one shot wins by
+the fourth.
 
-Legend: N trained tokens, C width, V vocabulary, n rows of a chunk, b rows of a block, v columns of a slice.
+Legend: N trained tokens, C width, V vocabulary, n rows of a chunk, b rows of a block, v columns of
+a slice.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -28,61 +35,90 @@ import torch
 from ..linear import product, product_into
 from .launch import require
 
-# Bytes of logits that exist at once. CPU: wide products, yet little beside a small head's gradient. GPU: 1,024 rows of Qwen's vocabulary in bf16.
+# Bytes of logits that exist at once. CPU: wide products, yet little beside a small head's gradient.
+# GPU: 1,024 rows of Qwen's vocabulary in bf16.
 WORKSPACE = {"cpu": 48 << 20, "cuda": 311_164_928}
-BLOCK = {"cpu": 4 << 20, "cuda": 64 << 20}      # torch: what the policy visits several times over, in cache on a CPU
+# torch: what the policy visits several times over, in cache on a CPU
+BLOCK = {"cpu": 4 << 20, "cuda": 64 << 20}
 SLICE = {"cpu": 16 << 20, "cuda": 311_164_928}  # the recomputed logits, which come by columns
 
-Formula = Callable[[torch.Tensor, slice], torch.Tensor]                            # logp (n,), its rows -> that part of the loss
-# logp (n,), entropy (n,), their rows -> that part of the loss, d loss / d logp (n,), d loss / d entropy (n,) or None where it has no part
-Pull = Callable[[torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+# logp (n,), its rows -> that part of the loss
+Formula = Callable[[torch.Tensor, slice], torch.Tensor]
+# logp (n,), entropy (n,), their rows -> that part of the loss, d loss / d logp (n,), d loss / d
+# entropy (n,) or None where it has no part
+Pull = Callable[
+    [torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+]
 
 
 def linear_logp(hidden, weight, target, temperature: float, policy, backend: str = "torch"):
-    """hidden (N, C), weight (V, C), target (N,) -> log-prob (N,) and entropy (N,), both with gradient, at least float32.
+    """hidden (N, C), weight (V, C), target (N,) -> log-prob (N,) and entropy (N,), both with
+    gradient, at least float32.
 
-    `policy(logits (b, V), temperature) -> Policy` is the definition (policy.py); backend "triton" computes the same in its kernels.
-    Rows whose incoming gradient is 0 are left out of the backward. Raises RuntimeError when the backend cannot run here.
+    `policy(logits (b, V), temperature) -> Policy` is the definition (policy.py); backend "triton"
+    computes the same in its kernels. Rows whose incoming gradient is 0 are left out of the
+    backward. Raises RuntimeError when the backend cannot run here.
     """
     require(backend, hidden.device)
     return _LinearLogp.apply(hidden, weight, target, temperature, policy, backend)
 
 
-def linear_loss(hidden, weight, target, temperature: float, policy, pull: Pull, backend: str = "torch"):
-    """The same inputs -> loss (scalar with gradient), log-prob (N,) and entropy (N,) without; the logits are made once.
+def linear_loss(
+    hidden, weight, target, temperature: float, policy, pull: Pull, backend: str = "torch"
+):
+    """The same inputs -> loss (scalar with gradient), log-prob (N,) and entropy (N,) without; the
+    logits are made once.
 
-    The loss is a sum over tokens: `pull(logp (n,), entropy (n,), rows)` returns the part of one chunk, already divided by the total, and
-    its derivatives; `by_autograd(formula)` makes a pull of a formula in plain torch. `rows` is a slice of 0..N.
+    The loss is a sum over tokens: `pull(logp (n,), entropy (n,), rows)` returns the part of one
+    chunk, already divided by the total, and its derivatives; `by_autograd(formula)` makes a pull of
+    a formula in plain torch. `rows` is a slice of 0..N.
     """
     require(backend, hidden.device)
     if not torch.is_grad_enabled():
-        hidden, weight = hidden.detach(), weight.detach()      # the forward would make gradients that nobody can ask for
+        # the forward would make gradients that nobody can ask for
+        hidden = hidden.detach()
+        weight = weight.detach()
     return _LinearLoss.apply(hidden, weight, target, temperature, policy, pull, backend)
 
 
 def by_autograd(formula: Formula) -> Pull:
     """The Pull of a loss that is written in plain torch on logp."""
+
     def pull(logp, entropy, rows):
         with torch.enable_grad():
             leaf = logp.detach().requires_grad_()
             loss = formula(leaf, rows)
-        return loss.detach(), torch.autograd.grad(loss, leaf)[0].contiguous(), None      # a plain sum's is one number, expanded
+        # a plain sum's is one number, expanded
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0].contiguous(), None
+
     return pull
 
 
 class _LinearLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature, policy, backend):
-        logp, entropy, log_norm = (hidden.new_empty(len(hidden), dtype=_wide(weight)) for _ in range(3))       # (N,) each
+        # (N,) each
+        logp, entropy, log_norm = (
+            hidden.new_empty(len(hidden), dtype=_wide(weight)) for _ in range(3)
+        )
         for rows, logits in _chunks(hidden, weight):
             if backend == "triton":
-                statistics(logits, target[rows], temperature, logp[rows], entropy[rows], log_norm[rows])
+                statistics(
+                    logits, target[rows], temperature, logp[rows], entropy[rows], log_norm[rows]
+                )
                 continue
             for here, block in _blocks(rows, logits):
                 p = policy(block, temperature)
-                logp[here], entropy[here], log_norm[here] = p.logp(target[here, None])[:, 0], p.entropy(), p.log_norm[:, 0]
+                logp[here], entropy[here], log_norm[here] = (
+                    p.logp(target[here, None])[:, 0],
+                    p.entropy(),
+                    p.log_norm[:, 0],
+                )
         ctx.save_for_backward(hidden, weight, target, log_norm, entropy)
-        ctx.temperature, ctx.gradient_ = temperature, triton_gradient_ if backend == "triton" else torch_gradient_
+        ctx.temperature, ctx.gradient_ = (
+            temperature,
+            triton_gradient_ if backend == "triton" else torch_gradient_,
+        )
         ctx.set_materialize_grads(False)
         return logp, entropy
 
@@ -92,12 +128,16 @@ class _LinearLogp(torch.autograd.Function):
         grad = torch.zeros_like(log_norm) if grad is None else grad.contiguous()
         live = (grad if d_entropy is None else grad.abs() + d_entropy.abs()).nonzero()[:, 0]
         some = len(live) < len(hidden)
-        h, target, log_norm, grad, entropy, d_entropy = (x if x is None or not some else x.index_select(0, live)
-                                                         for x in (hidden, target, log_norm, grad, entropy, d_entropy))
+        h, target, log_norm, grad, entropy, d_entropy = (
+            x if x is None or not some else x.index_select(0, live)
+            for x in (hidden, target, log_norm, grad, entropy, d_entropy)
+        )
         d_hidden = torch.zeros_like(h, dtype=_wide(h)) if ctx.needs_input_grad[0] else None
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         for columns, logits in _slices(h, weight):
-            ctx.gradient_(logits, target - columns.start, log_norm, grad, ctx.temperature, entropy, d_entropy)
+            ctx.gradient_(
+                logits, target - columns.start, log_norm, grad, ctx.temperature, entropy, d_entropy
+            )
             if d_hidden is not None:
                 _add_product(d_hidden, logits, weight[columns])
             if d_weight is not None:
@@ -111,19 +151,27 @@ class _LinearLogp(torch.autograd.Function):
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature, policy, pull, backend):
-        logp, entropy = (hidden.new_empty(len(hidden), dtype=_wide(weight)) for _ in range(2))                 # (N,) each
+        # (N,) each
+        logp, entropy = (hidden.new_empty(len(hidden), dtype=_wide(weight)) for _ in range(2))
         loss = logp.new_zeros(())
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.empty_like(weight, dtype=_wide(weight)) if ctx.needs_input_grad[1] else None
-        cleared = 0                                            # the first product overwrites d_weight: it is never cleared, then added to
+        d_weight = (
+            torch.empty_like(weight, dtype=_wide(weight)) if ctx.needs_input_grad[1] else None
+        )
+        cleared = 0  # the first product overwrites d_weight: it is never cleared, then added to
         for rows, logits in _chunks(hidden, weight):
             if backend == "triton":
-                live = _triton_gradient_chunk_(rows, logits, target, temperature, pull, logp, entropy, loss)
+                live = _triton_gradient_chunk_(
+                    rows, logits, target, temperature, pull, logp, entropy, loss
+                )
             else:
-                live = _torch_gradient_chunk_(rows, logits, target, temperature, policy, pull, logp, entropy, loss)
+                live = _torch_gradient_chunk_(
+                    rows, logits, target, temperature, policy, pull, logp, entropy, loss
+                )
             if len(live) == 0:
                 continue
-            d_logits, h = logits[:len(live)], hidden.index_select(0, live)
+            d_logits = logits[: len(live)]
+            h = hidden.index_select(0, live)
             if d_hidden is not None:
                 d_hidden.index_copy_(0, live, product(d_logits, weight.T))
             if d_weight is not None:
@@ -142,8 +190,10 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _torch_gradient_chunk_(rows, logits, target, temperature, policy, pull, logp, entropy, loss):
-    """Fills logp and entropy of the rows, adds their part to the loss, and packs their d_logits, but those of gradient 0, to the top of
-    `logits`. Returns the rows (k,) they belong to. The policy's exponentials become the gradient, block by block, in cache."""
+    """Fills logp and entropy of the rows, adds their part to the loss, and packs their d_logits,
+    but those of gradient 0, to the top of `logits`. Returns the rows (k,) they belong to. The
+    policy's exponentials become the gradient, block by block, in cache.
+    """
     found = []
     top = 0
     for here, block in _blocks(rows, logits):
@@ -153,16 +203,22 @@ def _torch_gradient_chunk_(rows, logits, target, temperature, policy, pull, logp
         loss += part
         live = (g if h is None else g.abs() + h.abs()).nonzero()[:, 0]
         found.append(live + here.start)
+
         def taken(y):
             return y if len(live) == len(g) else y[live]
-        weights, total, at, x = taken(p.weights), taken(p.total), taken(target[here]), taken(logp[here])[:, None]
-        slope = (taken(g) / temperature)[:, None]                                                              # (k, 1)
-        at_target = slope * -x.expm1()                                                                         # 1 - p, exact near p = 1
+
+        weights = taken(p.weights)
+        total = taken(p.total)
+        at = taken(target[here])
+        x = taken(logp[here])[:, None]
+        slope = (taken(g) / temperature)[:, None]  # (k, 1)
+        at_target = slope * -x.expm1()  # 1 - p, exact near p = 1
         if h is not None:
-            bonus, spread = (taken(h) / temperature)[:, None], taken(entropy[here])[:, None]
+            bonus = (taken(h) / temperature)[:, None]
+            spread = taken(entropy[here])[:, None]
             at_target = at_target - bonus * x.exp() * (x + spread)
-            slope = slope + bonus * (taken(p.scaled) - taken(p.log_norm) + spread)                             # (k, V)
-        d_logits = logits[top:top + len(live)]
+            slope = slope + bonus * (taken(p.scaled) - taken(p.log_norm) + spread)  # (k, V)
+        d_logits = logits[top : top + len(live)]
         torch.mul(weights, slope / -total, out=d_logits)
         d_logits.scatter_(1, at[:, None], at_target.to(d_logits.dtype))
         top += len(live)
@@ -170,8 +226,11 @@ def _torch_gradient_chunk_(rows, logits, target, temperature, policy, pull, logp
 
 
 def _triton_gradient_chunk_(rows, logits, target, temperature, pull, logp, entropy, loss):
-    """The same by kernels. Rows of gradient 0 stay in place: no row may move while another program still reads it."""
-    if hasattr(pull, "on_logits_"):                            # a loss with a kernel of its own: one pass (group_loss.GroupPull)
+    """The same by kernels. Rows of gradient 0 stay in place: no row may move while another program
+    still reads it.
+    """
+    # a loss with a kernel of its own: one pass (group_loss.GroupPull)
+    if hasattr(pull, "on_logits_"):
         loss += pull.on_logits_(logits, target[rows], temperature, rows, logp[rows], entropy[rows])
     else:
         log_norm = torch.empty_like(logp[rows])
@@ -184,8 +243,11 @@ def _triton_gradient_chunk_(rows, logits, target, temperature, pull, logp, entro
     return torch.arange(rows.start, rows.stop, device=target.device)
 
 
-def torch_gradient_(logits, at, log_norm, pull, temperature: float, entropy=None, d_entropy=None) -> None:
-    """logits (n, v), a slice of the vocabulary -> d loss / d logits, in place. at (n,): the target's column, outside the slice too.
+def torch_gradient_(
+    logits, at, log_norm, pull, temperature: float, entropy=None, d_entropy=None
+) -> None:
+    """logits (n, v), a slice of the vocabulary -> d loss / d logits, in place. at (n,): the
+    target's column, outside the slice too.
 
     pull and d_entropy (n,): d loss / d logp, d loss / d entropy.
     """
@@ -206,39 +268,75 @@ def torch_gradient_(logits, at, log_norm, pull, temperature: float, entropy=None
 
 
 def statistics(logits, target, temperature: float, logp, entropy, log_norm) -> None:
-    """Fills logp, entropy and logsumexp (n,) of logits (n, V), as policy.policy defines them: one pass, an online logsumexp, a program to a row."""
+    """Fills logp, entropy and logsumexp (n,) of logits (n, V), as policy.policy defines them: one
+    pass, an online logsumexp, a program to a row.
+    """
     n, V = logits.shape
     check_rows(logits, target, logp, entropy, log_norm)
-    kernels().statistics[n,](logits, target, logp, entropy, log_norm, float(temperature), V, logits.stride(0), **tile_of(V))
+    kernels().statistics[n,](
+        logits,
+        target,
+        logp,
+        entropy,
+        log_norm,
+        float(temperature),
+        V,
+        logits.stride(0),
+        **tile_of(V),
+    )
 
 
-def triton_gradient_(logits, at, log_norm, pull, temperature: float, entropy=None, d_entropy=None) -> None:
-    """torch_gradient_ by a kernel: one read and one write of logits (n, v), a program to 4,096 columns of a row."""
+def triton_gradient_(
+    logits, at, log_norm, pull, temperature: float, entropy=None, d_entropy=None
+) -> None:
+    """torch_gradient_ by a kernel: one read and one write of logits (n, v), a program to 4,096
+    columns of a row.
+    """
     n, v = logits.shape
     entropy = None if d_entropy is None else entropy
     check_rows(logits, at, log_norm, pull, *(x for x in (entropy, d_entropy) if x is not None))
     if n:
-        kernels().gradient[n, -(-v // 4096)](logits, at, log_norm, pull, entropy, d_entropy, float(temperature), logits.stride(0), 4096, num_warps=4)
+        kernels().gradient[n, -(-v // 4096)](
+            logits,
+            at,
+            log_norm,
+            pull,
+            entropy,
+            d_entropy,
+            float(temperature),
+            logits.stride(0),
+            4096,
+            num_warps=4,
+        )
 
 
 def check_rows(logits, *of_rows) -> None:
-    n, stride = len(logits), logits.stride()
-    assert stride[1] == 1 and stride[0] % 16 == 0, f"rows must be dense and start at multiples of 16 numbers, strides are {stride}"
-    assert all(x.shape == (n,) and x.is_contiguous() for x in of_rows), f"one number for each of {n} rows, contiguous"
+    n = len(logits)
+    stride = logits.stride()
+    assert stride[1] == 1 and stride[0] % 16 == 0, (
+        f"rows must be dense and start at multiples of 16 numbers, strides are {stride}"
+    )
+    assert all(x.shape == (n,) and x.is_contiguous() for x in of_rows), (
+        f"one number for each of {n} rows, contiguous"
+    )
 
 
 def tile_of(V: int) -> dict[str, int]:
-    """A power of two of columns for a program that walks a row of V, 32 to a thread where there are so many."""
+    """A power of two of columns for a program that walks a row of V, 32 to a thread where there are
+    so many.
+    """
     tile = min(8192, 1 << max(4, (V - 1).bit_length()))
     return dict(TILE=tile, num_warps=max(1, tile // 1024))
 
 
 @cache
 def kernels() -> SimpleNamespace:
-    """The Triton kernels, made at first use: importing this file needs no Triton, and Triton finds `tl` and helpers among a module's globals.
+    """The Triton kernels, made at first use: importing this file needs no Triton, and Triton finds
+    `tl` and helpers among a module's globals.
 
-    V and a workspace's stride are constants of the model, other sizes run-time values: a new batch compiles nothing. A tile is loaded
-    whole up to the stride, and what stands behind V is masked after the load: masked by an odd V the load would go number by number.
+    V and a workspace's stride are constants of the model, other sizes run-time values: a new batch
+    compiles nothing. A tile is loaded whole up to the stride, and what stands behind V is masked
+    after the load: masked by an odd V the load would go number by number.
     """
     global triton, tl, row_statistics, d_logits
     import triton
@@ -247,7 +345,9 @@ def kernels() -> SimpleNamespace:
     @triton.jit
     def row_statistics(x, scale, V: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr):
         """Of the row at x, scaled by 1 / T: logsumexp, entropy."""
-        peak, total, moment = -float("inf"), 0.0, 0.0
+        peak = -float("inf")
+        total = 0.0
+        moment = 0.0
         for start in range(0, V, TILE):
             column = start + tl.arange(0, TILE)
             value = tl.load(x + column, mask=column < STRIDE, other=0.0).to(tl.float32) * scale
@@ -263,7 +363,9 @@ def kernels() -> SimpleNamespace:
 
     @triton.jit
     def d_logits(x, column, target, log_norm, pull, entropy, d_entropy, scale, STRIDE):
-        """Overwrites a tile of the row at x with (pull (onehot - softmax) - d_entropy softmax (log softmax + entropy)) / T."""
+        """Overwrites a tile of the row at x with (pull (onehot - softmax) - d_entropy softmax (log
+        softmax + entropy)) / T.
+        """
         value = tl.load(x + column, mask=column < STRIDE, other=0.0)
         log_p = value.to(tl.float32) * scale - log_norm
         p = tl.exp(log_p)
@@ -274,7 +376,17 @@ def kernels() -> SimpleNamespace:
         tl.store(x + column, d.to(value.dtype), mask=column < STRIDE)
 
     @triton.jit
-    def statistics(x, target, logp, entropy, log_norm, temperature, V: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr):
+    def statistics(
+        x,
+        target,
+        logp,
+        entropy,
+        log_norm,
+        temperature,
+        V: tl.constexpr,
+        STRIDE: tl.constexpr,
+        TILE: tl.constexpr,
+    ):
         row = tl.program_id(0).to(tl.int64)
         scale = 1.0 / temperature
         norm, spread = row_statistics(x + row * STRIDE, scale, V, STRIDE, TILE)
@@ -284,52 +396,78 @@ def kernels() -> SimpleNamespace:
         tl.store(log_norm + row, norm)
 
     @triton.jit
-    def gradient(x, target, log_norm, pull, entropy, d_entropy, temperature, STRIDE, TILE: tl.constexpr):
+    def gradient(
+        x, target, log_norm, pull, entropy, d_entropy, temperature, STRIDE, TILE: tl.constexpr
+    ):
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * TILE + tl.arange(0, TILE)
         spread = entropy if entropy is None else tl.load(entropy + row)
         bonus = d_entropy if d_entropy is None else tl.load(d_entropy + row)
-        d_logits(x + row * STRIDE, column, tl.load(target + row), tl.load(log_norm + row), tl.load(pull + row), spread, bonus, 1.0 / temperature, STRIDE)
+        d_logits(
+            x + row * STRIDE,
+            column,
+            tl.load(target + row),
+            tl.load(log_norm + row),
+            tl.load(pull + row),
+            spread,
+            bonus,
+            1.0 / temperature,
+            STRIDE,
+        )
 
-    return SimpleNamespace(statistics=statistics, gradient=gradient, row_statistics=row_statistics, d_logits=d_logits)
+    return SimpleNamespace(
+        statistics=statistics, gradient=gradient, row_statistics=row_statistics, d_logits=d_logits
+    )
 
 
 def _chunks(hidden, weight) -> Iterator[tuple[slice, torch.Tensor]]:
     """Rows of 0..N and their logits (n, V), one workspace for all."""
-    N, stride = len(hidden), _stride(len(weight))
+    N = len(hidden)
+    stride = _stride(len(weight))
     rows = _most(WORKSPACE[hidden.device.type], stride * hidden.element_size(), N)
     workspace = hidden.new_empty(rows, stride)
     for start in range(0, N, rows):
         stop = min(start + rows, N)
-        yield slice(start, stop), product_into(workspace[:stop - start, :len(weight)], hidden[start:stop], weight)
+        yield (
+            slice(start, stop),
+            product_into(workspace[: stop - start, : len(weight)], hidden[start:stop], weight),
+        )
 
 
 def _slices(hidden, weight) -> Iterator[tuple[slice, torch.Tensor]]:
     """Columns of 0..V and their logits (N, v), one workspace for all."""
-    N, V = len(hidden), len(weight)
+    N = len(hidden)
+    V = len(weight)
     columns = _stride(_most(SLICE[hidden.device.type], max(N, 1) * hidden.element_size(), V))
     workspace = hidden.new_empty(N, columns)
     for start in range(0, V, columns):
         stop = min(start + columns, V)
-        yield slice(start, stop), product_into(workspace[:, :stop - start], hidden, weight[start:stop])
+        yield (
+            slice(start, stop),
+            product_into(workspace[:, : stop - start], hidden, weight[start:stop]),
+        )
 
 
 def _blocks(rows: slice, logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """The chunk in blocks: rows of 0..N and their logits (b, V)."""
     count = _most(BLOCK[logits.device.type], logits.shape[1] * _wide(logits).itemsize, len(logits))
     for start in range(0, len(logits), count):
-        block = logits[start:start + count]
+        block = logits[start : start + count]
         yield slice(rows.start + start, rows.start + start + len(block)), block
 
 
 def _most(budget: int, each: int, all: int) -> int:
-    """How many fit the budget: all, or a multiple of 128 (a GPU's tile), or of 4 (below it float32 sums depend on the number of rows)."""
+    """How many fit the budget: all, or a multiple of 128 (a GPU's tile), or of 4 (below it float32
+    sums depend on the number of rows).
+    """
     fit = max(budget // each, 4)
     return max(all, 1) if fit >= all else fit - fit % (128 if fit >= 128 else 4)
 
 
 def _stride(columns: int) -> int:
-    """Rows of a workspace start 32 bytes apart at least: the wide loads of cuBLAS and Triton need it, and real vocabularies are odd."""
+    """Rows of a workspace start 32 bytes apart at least: the wide loads of cuBLAS and Triton need
+    it, and real vocabularies are odd.
+    """
     return -(-columns // 16) * 16
 
 

@@ -1,4 +1,7 @@
-"""Prompt ids from the tokenizer's chat template and the user's text. The text of the data is data (DESIGN decision 12)."""
+"""Prompt ids from the tokenizer's chat template and the user's text. The text of the data is data
+(DESIGN decision 12).
+"""
+
 from __future__ import annotations
 
 import json
@@ -10,7 +13,7 @@ from tokenizers import Tokenizer
 
 from .records import Prompt
 
-MARK = "\x1auser-text-{}\x1a"           # stands for the text of a place while the template is rendered
+MARK = "\x1auser-text-{}\x1a"  # stands for the text of a place while the template is rendered
 PLACES = ("query", "history", "candidates", "profile")
 
 
@@ -19,44 +22,67 @@ class ChatError(ValueError):
 
 
 class Chat:
-    """Encodes prompts. `tokenizer` from transformers; system, user and assistant are the config's prompt texts; user holds the places ({query})
-    that data text goes to.
+    """Encodes prompts. `tokenizer` from transformers; system, user and assistant are the config's
+    prompt texts; user holds the places ({query}) that data text goes to.
 
-    The template's pieces are tokenised as they are, with the assistant prefix at the end; the user's text so that no added
-    token, special or not, can come out of it. The ids are joined once and never detokenised.
+    The template's pieces are tokenised as they are, with the assistant prefix at the end; the
+    user's text so that no added token, special or not, can come out of it. The ids are joined once
+    and never detokenised.
     """
 
-    def __init__(self, tokenizer, system: str, user: str, assistant: str, places: Sequence[str] = ("query",)):
+    def __init__(
+        self, tokenizer, system: str, user: str, assistant: str, places: Sequence[str] = ("query",)
+    ):
         for name in places:
             if user.count(f"{{{name}}}") != 1:
-                raise ChatError(f"prompt.user: must hold {{{name}}} exactly once, where the user's text goes; this task fills in {_braced(places)}")
+                raise ChatError(
+                    f"prompt.user: must hold {{{name}}} exactly once, where the user's text goes; this task fills in {_braced(places)}"
+                )
         if strange := [name for name in PLACES if name not in places and f"{{{name}}}" in user]:
-            raise ChatError(f"prompt.user: holds {_braced(strange)}, which this task does not fill in, only {_braced(places)}")
+            raise ChatError(
+                f"prompt.user: holds {_braced(strange)}, which this task does not fill in, only {_braced(places)}"
+            )
         self.order = sorted(range(len(places)), key=lambda i: user.index(f"{{{places[i]}}}"))
         for i, name in enumerate(places):
             user = user.replace(f"{{{name}}}", MARK.format(i))
-        messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": user}]
+        messages = ([{"role": "system", "content": system}] if system else []) + [
+            {"role": "user", "content": user}
+        ]
         try:
-            # the date: Llama 3.2's template asks the clock, and the prompts of a run would change at midnight; Llama 3.1's own default
-            rendered = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024")
+            # the date: Llama 3.2's template asks the clock, and the prompts of a run would change
+            # at midnight; Llama 3.1's own default
+            rendered = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
+            )
         except jinja2.TemplateError as e:
-            raise ChatError(f"the chat template refuses these messages ({e}); change prompt.system or use another model") from None
+            raise ChatError(
+                f"the chat template refuses these messages ({e}); change prompt.system or use another model"
+            ) from None
         pieces = [rendered]
         for i in self.order:
             if (times := rendered.count(MARK.format(i))) != 1 or MARK.format(i) not in pieces[-1]:
-                raise ChatError(f"the chat template shows the user's message {times} times; it must show it once, unchanged")
+                raise ChatError(
+                    f"the chat template shows the user's message {times} times; it must show it once, unchanged"
+                )
             pieces[-1:] = pieces[-1].split(MARK.format(i))
         *before, after = pieces
         if "<think>" in assistant and re.search(r"<think>\s*</think>\s*$", after):
-            raise ChatError("the chat template ends in a thought that is closed already, and prompt.assistant opens a second one; "
-                            "set prompt.assistant='' for answers without a thought, or use a template that leaves the thought open")
+            raise ChatError(
+                "the chat template ends in a thought that is closed already, and prompt.assistant opens a second one; "
+                "set prompt.assistant='' for answers without a thought, or use a template that leaves the thought open"
+            )
         if assistant.endswith("<think>") and rendered.rstrip().endswith("<think>"):
-            assistant = assistant.removesuffix("<think>")      # the template has opened the thought already
+            # the template has opened the thought already
+            assistant = assistant.removesuffix("<think>")
         self.thought_closed = closes_thought(after + assistant)
-        # a space before the user's text belongs to its first word, as it would in the joined text: " word" is one token, " " + "word" two
+        # a space before the user's text belongs to its first word, as it would in the joined text:
+        # " word" is one token, " " + "word" two
         self.leads = [" " if piece.endswith(" ") else "" for piece in before]
         before = [piece.removesuffix(" ") for piece in before]
-        *self.before, end, prefix = (tokenizer(text, add_special_tokens=False)["input_ids"] if text else [] for text in (*before, after, assistant))
+        *self.before, end, prefix = (
+            tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+            for text in (*before, after, assistant)
+        )
         self.after = end + prefix
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         self.plain = Tokenizer.from_str(json.dumps(backend | {"added_tokens": []}))
@@ -69,21 +95,33 @@ class Chat:
         return (*ids, *self.after)
 
     def user_ids(self, text: str) -> list[int]:
-        """Ids of data text by a tokenizer that has no added tokens: `<think>` in it is letters, never the control token."""
+        """Ids of data text by a tokenizer that has no added tokens: `<think>` in it is letters,
+        never the control token.
+        """
         return self.plain.encode(text, add_special_tokens=False).ids
 
 
 def closes_thought(text: str) -> bool:
-    """Whether what stands before the sampled text ends a thought, so that the completion is the answer alone."""
+    """Whether what stands before the sampled text ends a thought, so that the completion is the
+    answer alone.
+    """
     return text.rstrip().endswith("</think>")
 
 
-def make_prompts(rows: dict[str, dict], texts: Callable[[dict], Sequence[str]], chat: Chat, max_tokens: int, on_long: str) -> tuple[list[Prompt], list[str]]:
-    """Queries {id: row} -> their prompts in file order, and a message for each one that on_long = drop left out. On stop it raises ChatError.
+def make_prompts(
+    rows: dict[str, dict],
+    texts: Callable[[dict], Sequence[str]],
+    chat: Chat,
+    max_tokens: int,
+    on_long: str,
+) -> tuple[list[Prompt], list[str]]:
+    """Queries {id: row} -> their prompts in file order, and a message for each one that on_long =
+    drop left out. On stop it raises ChatError.
 
     texts: row -> the texts for the chat's places.
     """
-    prompts, dropped = [], []
+    prompts = []
+    dropped = []
     for id, row in rows.items():
         ids = chat.prompt(*texts(row))
         if len(ids) > max_tokens:

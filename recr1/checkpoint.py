@@ -1,13 +1,17 @@
 """Model folder <-> sharded policy, and the checkpoints of a run.
 
-    checkpoints/step_000123/rank_00000-of-00002.safetensors   a rank's shards: masters and AdamW's moments
+    checkpoints/step_000123/rank_00000-of-00002.safetensors   a rank's shards: masters and AdamW's
+    moments
                             model/                            the policy as a Hugging Face folder
                             state.json                        what else the run needs to go on
-                            manifest.json                     size and sha256 of each file, written last
+                            manifest.json                     size and sha256 of each file, written
+                            last
     checkpoints/LATEST, BEST                                  names of folders
 
-A folder is made as step_000123.partial and renamed when all of it is on the disk. All ranks see one disk. No pickle is written or read.
+A folder is made as step_000123.partial and renamed when all of it is on the disk. All ranks see one
+disk. No pickle is written or read.
 """
+
 from __future__ import annotations
 
 import json
@@ -23,7 +27,19 @@ from safetensors.torch import save_file
 
 from . import dist
 from .config import ConfigError
-from .files import PARTIAL, Damaged, WriteError, check, contents, discard, fingerprint, read_json, seal, write_text, writing
+from .files import (
+    PARTIAL,
+    Damaged,
+    WriteError,
+    check,
+    contents,
+    discard,
+    fingerprint,
+    read_json,
+    seal,
+    write_text,
+    writing,
+)
 from .fsdp import Sharded, Unit
 from .linear import inexact
 from .model import Decoder
@@ -37,37 +53,89 @@ NAME = re.compile(r"step_\d{6,}")
 
 def compute_type(name: str) -> torch.dtype:
     """model.compute -> the type of the gathered weights on this machine."""
-    return COMPUTE[("bfloat16" if dist.device().type == "cuda" else "float32") if name == "auto" else name]
+    return COMPUTE[
+        ("bfloat16" if dist.device().type == "cuda" else "float32") if name == "auto" else name
+    ]
 
 
-def load_policy(folder: str, reachable: int, compute: torch.dtype, checkpointing: bool = False, frozen: str = "", attention: str = "auto",
-                exact: bool = False, float32_head: bool = False) -> Sharded:
-    """The folder's model, float32 masters; each rank reads what it owns. `frozen`, `attention`, `exact`
-    (model.batch_invariant), `float32_head`: as in the config. Raises ModelFolderError, ConfigError."""
+def load_policy(
+    folder: str,
+    reachable: int,
+    compute: torch.dtype,
+    checkpointing: bool = False,
+    frozen: str = "",
+    attention: str = "auto",
+    exact: bool = False,
+    float32_head: bool = False,
+) -> Sharded:
+    """The folder's model, float32 masters; each rank reads what it owns. `frozen`, `attention`,
+    `exact` (model.batch_invariant), `float32_head`: as in the config. Raises ModelFolderError,
+    ConfigError.
+    """
     patterns = tuple(p.strip() for p in frozen.split(",") if p.strip())
     model, tensors = _open(folder, reachable, compute, attention, exact, float32_head)
     names = model.state_dict().keys()
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"train.frozen: {pattern!r} fits the name of no weight; they are called {next(iter(names))} and the like")
+            raise ConfigError(
+                f"train.frozen: {pattern!r} fits the name of no weight; they are called {next(iter(names))} and the like"
+            )
     if all(any(fnmatchcase(name, pattern) for pattern in patterns) for name in names):
         raise ConfigError("train.frozen: every weight is frozen, nothing is left to train")
-    return Sharded(model, tensors.__getitem__, device=dist.device(), compute=compute, checkpointing=checkpointing, frozen=patterns)
+    return Sharded(
+        model,
+        tensors.__getitem__,
+        device=dist.device(),
+        compute=compute,
+        checkpointing=checkpointing,
+        frozen=patterns,
+    )
 
 
-def load_reference(folder: str, reachable: int, compute: torch.dtype, on_host: bool = False, attention: str = "auto",
-                   exact: bool = False, float32_head: bool = False) -> Sharded:
-    """The same, frozen and kept in the compute type, in host memory if asked: the policy before training."""
+def load_reference(
+    folder: str,
+    reachable: int,
+    compute: torch.dtype,
+    on_host: bool = False,
+    attention: str = "auto",
+    exact: bool = False,
+    float32_head: bool = False,
+) -> Sharded:
+    """The same, frozen and kept in the compute type, in host memory if asked: the policy before
+    training.
+    """
     model, tensors = _open(folder, reachable, compute, attention, exact, float32_head)
-    return Sharded(model, tensors.__getitem__, device=dist.device(), master=compute, compute=compute, frozen=("*",), on_host=on_host)
+    return Sharded(
+        model,
+        tensors.__getitem__,
+        device=dist.device(),
+        master=compute,
+        compute=compute,
+        frozen=("*",),
+        on_host=on_host,
+    )
 
 
-def _open(folder: str, reachable: int, compute: torch.dtype, attention: str, exact: bool, float32_head: bool) -> tuple[Decoder, Tensors]:
-    model, tensors = empty_model(folder, reachable), Tensors(folder)
+def _open(
+    folder: str,
+    reachable: int,
+    compute: torch.dtype,
+    attention: str,
+    exact: bool,
+    float32_head: bool,
+) -> tuple[Decoder, Tensors]:
+    model = empty_model(folder, reachable)
+    tensors = Tensors(folder)
     tensors.check(model)
     c = model.config
     try:
-        backend = choose(attention, c.num_attention_heads > c.num_key_value_heads, c.head_dim, compute, dist.device())
+        backend = choose(
+            attention,
+            c.num_attention_heads > c.num_key_value_heads,
+            c.head_dim,
+            compute,
+            dist.device(),
+        )
     except Unusable as e:
         raise ConfigError(f"model.attention: {e}; sdpa runs everywhere") from None
     if exact and (why := inexact(compute, dist.device())):
@@ -76,8 +144,13 @@ def _open(folder: str, reachable: int, compute: torch.dtype, attention: str, exa
     return model, tensors
 
 
-def save_policy(policy: Sharded, tokenizer, stops: frozenset[int], folder: Path, recipe: str) -> None:
-    """A Hugging Face folder with `recipe` as its recr1.yaml, written by rank 0, read again and compared; a collective. Raises WriteError."""
+def save_policy(
+    policy: Sharded, tokenizer, stops: frozenset[int], folder: Path, recipe: str
+) -> None:
+    """A Hugging Face folder with `recipe` as its recr1.yaml, written by rank 0, read again and
+    compared; a collective. Raises WriteError.
+    """
+
     def write(tensors):
         save_model(policy.config, tensors, tokenizer, stops, str(folder))
         (folder / "recr1.yaml").write_text(recipe, encoding="utf-8")
@@ -85,27 +158,49 @@ def save_policy(policy: Sharded, tokenizer, stops: frozenset[int], folder: Path,
     def compare(tensors):
         written = Tensors(str(folder))
         for name, t in tensors:
-            if not torch.equal(written[name].view(torch.uint8), t.detach().cpu().contiguous().view(torch.uint8)):
-                raise WriteError(f"{folder}: {name} reads back otherwise than it was written; the disk is failing")
+            if not torch.equal(
+                written[name].view(torch.uint8), t.detach().cpu().contiguous().view(torch.uint8)
+            ):
+                raise WriteError(
+                    f"{folder}: {name} reads back otherwise than it was written; the disk is failing"
+                )
+
     for work in (write, compare):
-        tensors, error = policy.tensors(), None
+        tensors = policy.tensors()
+        error = None
         if dist.rank() == 0:
             try:
                 with writing(folder):
                     work(tensors)
-            except Exception as e:                   # the other ranks are in the collectives of tensors()
+            except Exception as e:  # the other ranks are in the collectives of tensors()
                 error = e
         for _ in tensors:
             pass
         with dist.together():
             if error:
-                raise error if not isinstance(error, SafetensorError) else WriteError(f"cannot write {folder}: {error}")
+                raise (
+                    error
+                    if not isinstance(error, SafetensorError)
+                    else WriteError(f"cannot write {folder}: {error}")
+                )
 
 
-def save(root: Path, step: int, state: Callable[[], dict], policy: Sharded, optimizer: Optimizer, tokenizer, stops: frozenset[int], recipe: str) -> Path:
-    """Writes root/step_N; a collective. state() is called on rank 0. When it fails, on whatever rank, all raise and the older ones stand."""
+def save(
+    root: Path,
+    step: int,
+    state: Callable[[], dict],
+    policy: Sharded,
+    optimizer: Optimizer,
+    tokenizer,
+    stops: frozenset[int],
+    recipe: str,
+) -> Path:
+    """Writes root/step_N; a collective. state() is called on rank 0. When it fails, on whatever
+    rank, all raise and the older ones stand.
+    """
     final = root / f"step_{step:06d}"
-    folder, own = final.with_name(final.name + PARTIAL), _shard_name(dist.rank(), dist.world())
+    folder = final.with_name(final.name + PARTIAL)
+    own = _shard_name(dist.rank(), dist.world())
     with dist.together(), writing(root):
         if dist.rank() == 0:
             remove_partial(root)
@@ -121,14 +216,18 @@ def save(root: Path, step: int, state: Callable[[], dict], policy: Sharded, opti
     parts = dist.gather(written)
     with dist.together(), writing(folder):
         if parts is not None:
-            (folder / "state.json").write_text(json.dumps(state() | _setting(policy, optimizer)) + "\n", encoding="utf-8")
+            (folder / "state.json").write_text(
+                json.dumps(state() | _setting(policy, optimizer)) + "\n", encoding="utf-8"
+            )
             seal(folder, {name: entry for part in parts for name, entry in part.items()}, final)
             write_text(root / "LATEST", final.name + "\n")
     return final
 
 
 def prune(root: Path, keep: int, best: list | None) -> None:
-    """Names the best (value, step) in BEST if it stands, and leaves the last `keep` checkpoints and those that LATEST and BEST name. Rank 0."""
+    """Names the best (value, step) in BEST if it stands, and leaves the last `keep` checkpoints and
+    those that LATEST and BEST name. Rank 0.
+    """
     names = _names(root)
     if best and (name := f"step_{best[1]:06d}") in names:
         write_text(root / "BEST", name + "\n")
@@ -137,9 +236,11 @@ def prune(root: Path, keep: int, best: list | None) -> None:
 
 
 def settle(root: Path, folder: Path, best: list | None) -> list | None:
-    """Goes on from `folder`: newer ones, which were refused, are set aside as step_N.refused, LATEST and BEST put right. Returns the best that stands. Rank 0."""
+    """Goes on from `folder`: newer ones, which were refused, are set aside as step_N.refused,
+    LATEST and BEST put right. Returns the best that stands. Rank 0.
+    """
     names = _names(root)
-    for name in names[names.index(folder.name) + 1:]:
+    for name in names[names.index(folder.name) + 1 :]:
         aside = root / f"{name}.refused"
         if aside.exists():
             discard(aside)
@@ -159,16 +260,30 @@ def remove_partial(root: Path) -> None:
         discard(path)
 
 
-def newest(root: Path, policy: Sharded, optimizer: Optimizer, fits: Callable[[dict], None]) -> tuple[Path | None, dict, list[str]]:
-    """The newest checkpoint that is whole and fits this run, its state, and why each newer one was refused; a collective, rank 0 decides.
+def newest(
+    root: Path, policy: Sharded, optimizer: Optimizer, fits: Callable[[dict], None]
+) -> tuple[Path | None, dict, list[str]]:
+    """The newest checkpoint that is whole and fits this run, its state, and why each newer one was
+    refused; a collective, rank 0 decides.
 
-    fits(state) raises ValueError for a checkpoint that is another run's. All bytes are hashed, each rank its share of the files.
+    fits(state) raises ValueError for a checkpoint that is another run's. All bytes are hashed, each
+    rank its share of the files.
     """
     names, latest, refused = *dist.first((_names(root), _pointer(root, "LATEST"))), []
     if latest and latest not in names:
-        refused.append(f"LATEST names {latest!r}: " + ("it is not there" if NAME.fullmatch(latest) else "no checkpoint's name, not followed"))
+        refused.append(
+            f"LATEST names {latest!r}: "
+            + (
+                "it is not there"
+                if NAME.fullmatch(latest)
+                else "no checkpoint's name, not followed"
+            )
+        )
     for name in reversed(names):
-        folder, files, state, why = root / name, {}, {}, None
+        folder = root / name
+        files = {}
+        state = {}
+        why = None
         if dist.rank() == 0:
             try:
                 files = contents(folder)
@@ -178,7 +293,15 @@ def newest(root: Path, policy: Sharded, optimizer: Optimizer, fits: Callable[[di
                 why = _reason(e)
         files, state, why = dist.first((files, state, why))
         if not why:
-            why = next(filter(None, dist.first(dist.gather(_check_share(folder, files, state, _tensors(policy, optimizer))))), None)
+            why = next(
+                filter(
+                    None,
+                    dist.first(
+                        dist.gather(_check_share(folder, files, state, _tensors(policy, optimizer)))
+                    ),
+                ),
+                None,
+            )
         if not why:
             return folder, state, refused
         refused.append(f"{name}: {why}")
@@ -186,41 +309,63 @@ def newest(root: Path, policy: Sharded, optimizer: Optimizer, fits: Callable[[di
 
 
 def load(folder: Path, state: dict, policy: Sharded, optimizer: Optimizer) -> None:
-    """Masters, moments and counters of a checkpoint that `newest` has found good. Saved by another number of ranks, the shards are dealt anew."""
-    files = [safe_open(folder / _shard_name(q, state["world"]), framework="pt", device="cpu") for q in range(state["world"])]
+    """Masters, moments and counters of a checkpoint that `newest` has found good. Saved by another
+    number of ranks, the shards are dealt anew.
+    """
+    files = [
+        safe_open(folder / _shard_name(q, state["world"]), framework="pt", device="cpu")
+        for q in range(state["world"])
+    ]
 
     def read(name: str, like: torch.Tensor) -> torch.Tensor:
         slices = [file.get_slice(name) for file in files]
         if not like.ndim:
             return files[0].get_tensor(name)
         [theirs], n = slices[0].get_shape(), len(like)
-        first, out = dist.rank() * n, torch.zeros(n, dtype=like.dtype)               # only the end of the last shards is no weight: zeros
+        # only the end of the last shards is no weight: zeros
+        first = dist.rank() * n
+        out = torch.zeros(n, dtype=like.dtype)
         for q, part in enumerate(slices):
-            low, high = max(first, q * theirs), min(first + n, (q + 1) * theirs)
+            low = max(first, q * theirs)
+            high = min(first + n, (q + 1) * theirs)
             if low < high:
-                out[low - first:high - first] = part[low - q * theirs:high - q * theirs]
+                out[low - first : high - first] = part[low - q * theirs : high - q * theirs]
         return out
+
     with torch.no_grad():
         for name, unit in _units(policy).items():
             unit.shard.copy_(read(f"{name}.shard", unit.shard))
-    restore(optimizer, {name: read(name, t) for name, t in moments(optimizer).items()}, state["taken"], state["skipped"])
+    restore(
+        optimizer,
+        {name: read(name, t) for name, t in moments(optimizer).items()},
+        state["taken"],
+        state["skipped"],
+    )
 
 
 def moments(optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's state by name: "exp_avg.NAME", "exp_avg_sq.NAME" and the updates made, "step.NAME" (), of each trained parameter; at first zeros.
+    """AdamW's state by name: "exp_avg.NAME", "exp_avg_sq.NAME" and the updates made, "step.NAME"
+    (), of each trained parameter; at first zeros.
 
-    The state itself: `step` is not taken - skipped, for a step without any gradient makes no update.
+    The state itself: `step` is not taken - skipped, for a step without any gradient makes no
+    update.
     """
     [(_, adamw)], found = optimizer.parts, {}
     for p, name in optimizer.names.items():
         state = adamw.state[p]
         if not state:
-            state |= dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state |= dict(
+                step=torch.zeros((), device=p.device),
+                exp_avg=torch.zeros_like(p),
+                exp_avg_sq=torch.zeros_like(p),
+            )
         found |= {f"{key}.{name}": t for key, t in state.items()}
     return found
 
 
-def restore(optimizer: Optimizer, tensors: dict[str, torch.Tensor], taken: int, skipped: int) -> None:
+def restore(
+    optimizer: Optimizer, tensors: dict[str, torch.Tensor], taken: int, skipped: int
+) -> None:
     """Goes on from what moments() gave, and from the steps taken and skipped until then."""
     optimizer.taken, optimizer.skipped = taken, skipped
     for name, t in moments(optimizer).items():
@@ -233,26 +378,52 @@ def _units(policy: Sharded) -> dict[str, Unit]:
 
 def _tensors(policy: Sharded, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     """All that a rank must not lose, by name."""
-    return {f"{name}.shard": unit.shard for name, unit in _units(policy).items()} | moments(optimizer)
+    return {f"{name}.shard": unit.shard for name, unit in _units(policy).items()} | moments(
+        optimizer
+    )
 
 
 def _setting(policy: Sharded, optimizer: Optimizer) -> dict:
-    """What a resumed run compares itself with: counters, versions, how each unit's weights lie in its flat vector, the shapes of a rank's tensors."""
-    return dict(version=1, taken=optimizer.taken, skipped=optimizer.skipped, world=dist.world(), threads=torch.get_num_threads(), torch=torch.__version__,
-                device=dist.device().type, cpu=torch.backends.cpu.get_cpu_capability(), units=_layout(policy),
-                shapes={name: list(t.shape) for name, t in _tensors(policy, optimizer).items()})
+    """What a resumed run compares itself with: counters, versions, how each unit's weights lie in
+    its flat vector, the shapes of a rank's tensors.
+    """
+    return dict(
+        version=1,
+        taken=optimizer.taken,
+        skipped=optimizer.skipped,
+        world=dist.world(),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        device=dist.device().type,
+        cpu=torch.backends.cpu.get_cpu_capability(),
+        units=_layout(policy),
+        shapes={name: list(t.shape) for name, t in _tensors(policy, optimizer).items()},
+    )
 
 
 def differences(state: dict, policy: Sharded, optimizer: Optimizer) -> str:
-    """In what this process differs from the one that saved `state`: a resumed run is bit-exact only where this is empty."""
+    """In what this process differs from the one that saved `state`: a resumed run is bit-exact only
+    where this is empty.
+    """
     now = _setting(policy, optimizer)
-    return ", ".join(f"{key} {state[key]} -> {now[key]}" for key in ("world", "threads", "torch", "device", "cpu") if state.get(key) != now[key])
+    return ", ".join(
+        f"{key} {state[key]} -> {now[key]}"
+        for key in ("world", "threads", "torch", "device", "cpu")
+        if state.get(key) != now[key]
+    )
 
 
 def _layout(policy: Sharded) -> dict:
-    """Unit by unit, the flat vector's length up to the end of its last weight (what follows fills the last shards) and the weights in it."""
-    return {name: dict(size=unit.flat.size, weights=[[w.name, list(w.shape), w.start] for w in unit.flat.weights])
-            for name, unit in _units(policy).items()}
+    """Unit by unit, the flat vector's length up to the end of its last weight (what follows fills
+    the last shards) and the weights in it.
+    """
+    return {
+        name: dict(
+            size=unit.flat.size,
+            weights=[[w.name, list(w.shape), w.start] for w in unit.flat.weights],
+        )
+        for name, unit in _units(policy).items()
+    }
 
 
 def _state(folder: Path, files: dict[str, dict], policy: Sharded, optimizer: Optimizer) -> dict:
@@ -261,27 +432,42 @@ def _state(folder: Path, files: dict[str, dict], policy: Sharded, optimizer: Opt
         raise Damaged("state.json is missing")
     check(folder, "state.json", files["state.json"])
     state = read_json(folder / "state.json")
-    if state["version"] != 1 or folder.name != f"step_{state['step']:06d}" or not 1 <= state["world"] <= 10**5:
+    if (
+        state["version"] != 1
+        or folder.name != f"step_{state['step']:06d}"
+        or not 1 <= state["world"] <= 10**5
+    ):
         raise Damaged("state.json is of another step or version")
     shards = {_shard_name(q, state["world"]) for q in range(state["world"])}
     for name in sorted(files.keys() ^ shards):
         if name in shards:
             raise Damaged(f"{name} is missing")
-        if name != "state.json" and (not name.startswith("model/") or name.endswith((".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py"))):
+        if name != "state.json" and (
+            not name.startswith("model/")
+            or name.endswith((".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py"))
+        ):
             raise Damaged(f"{name!r} is no file of a checkpoint: not opened")
     shapes = state["shapes"]
     if state["units"] != _layout(policy) or shapes.keys() != _tensors(policy, optimizer).keys():
-        raise Damaged("state.json: its weights lie otherwise than this policy's; it is another model's, or another version's")
+        raise Damaged(
+            "state.json: its weights lie otherwise than this policy's; it is another model's, or another version's"
+        )
     for name, unit in state["units"].items():
         [length] = shapes[f"{name}.shard"]
-        if length * state["world"] < unit["size"] or any(shape not in ([], [length]) for key, shape in shapes.items() if key.endswith(f".{name}.shard")):
+        if length * state["world"] < unit["size"] or any(
+            shape not in ([], [length])
+            for key, shape in shapes.items()
+            if key.endswith(f".{name}.shard")
+        ):
             raise Damaged(f"state.json: the shards of {name} are not all of it")
     if not all(type(state[key]) is int for key in ("world", "taken", "skipped")):
         raise Damaged("state.json: a counter is no whole number")
     return state
 
 
-def _check_share(folder: Path, files: dict[str, dict], state: dict, tensors: dict[str, torch.Tensor]) -> str | None:
+def _check_share(
+    folder: Path, files: dict[str, dict], state: dict, tensors: dict[str, torch.Tensor]
+) -> str | None:
     """Why one of this rank's share of the files is not what it should be."""
     try:
         for i, name in enumerate(sorted(files)):
@@ -289,8 +475,13 @@ def _check_share(folder: Path, files: dict[str, dict], state: dict, tensors: dic
                 check(folder, name, files[name])
                 if name.startswith("rank_"):
                     file = safe_open(folder / name, framework="pt", device="cpu")
-                    if {t: file.get_slice(t).get_shape() for t in file.keys()} != state["shapes"] or \
-                            any((file.get_slice(t)[:0] if like.ndim else file.get_tensor(t)).dtype != like.dtype for t, like in tensors.items()):
+                    if {t: file.get_slice(t).get_shape() for t in file.keys()} != state[
+                        "shapes"
+                    ] or any(
+                        (file.get_slice(t)[:0] if like.ndim else file.get_tensor(t)).dtype
+                        != like.dtype
+                        for t, like in tensors.items()
+                    ):
                         raise Damaged(f"{name}: its tensors are not those of state.json")
     except (ValueError, OSError, SafetensorError) as e:
         return _reason(e)
@@ -310,7 +501,11 @@ def _names(root: Path) -> list[str]:
 def _pointer(root: Path, name: str) -> str:
     """What LATEST or BEST says: looked at, never followed."""
     path = root / name
-    return path.read_text(encoding="utf-8", errors="replace")[:200].strip() if path.is_file() and not path.is_symlink() else ""
+    return (
+        path.read_text(encoding="utf-8", errors="replace")[:200].strip()
+        if path.is_file() and not path.is_symlink()
+        else ""
+    )
 
 
 def _reason(e: Exception) -> str:

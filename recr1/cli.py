@@ -1,7 +1,10 @@
-"""The `recr1` command: score queries as they are or rewritten by a policy, look at a search, a rewrite, a logged step.
+"""The `recr1` command: score queries as they are or rewritten by a policy, look at a search, a
+rewrite, a logged step.
 
-Files, plain or .gz, as data.py reads them. With --json the last line of the output is one JSON object. `recr1 eval` also runs under torchrun.
+Files, plain or .gz, as data.py reads them. With --json the last line of the output is one JSON
+object. `recr1 eval` also runs under torchrun.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -11,8 +14,7 @@ from typing import NoReturn
 
 import torch
 
-from . import config_file as configs
-from . import completions, dist, doctor, explain, losslab, report
+from . import completions, config_file as configs, dist, doctor, explain, losslab, report
 from .chat import make_prompts
 from .config import ConfigError
 from .dryrun import model_shape
@@ -21,81 +23,217 @@ from .log import say
 from .plan import bytes_of, plan
 from .rewriter import Rewriter
 from .run import guarded
-from .searching import (corpus_flags, eval_queries, finish, hits, make_index, make_retriever, metric_list, read_judged, read_texts, row, scores,
-                        search, summary)
+from .searching import (
+    corpus_flags,
+    eval_queries,
+    finish,
+    hits,
+    make_index,
+    make_retriever,
+    metric_list,
+    read_judged,
+    read_texts,
+    row,
+    scores,
+    search,
+    summary,
+)
 from .terminal import plain
 from .weights import check_room
 
 
 def main(argv: list[str]) -> None:
     args, args.overrides = parser().parse_known_args(argv)
-    if args.overrides and (args.run not in (plan_memory, reward) or any(text.startswith("-") for text in args.overrides)):
+    if args.overrides and (
+        args.run not in (plan_memory, reward)
+        or any(text.startswith("-") for text in args.overrides)
+    ):
         parser().error(f"unrecognized arguments: {' '.join(args.overrides)}")
     args.run(args)
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="recr1", description="Rec-R1: queries, rewrites and what a retriever makes of them. "
-                                  "Training: python -m recr1.train CONFIG.yaml")
-    commands = top.add_subparsers(title="commands (recr1 COMMAND --help)", required=True, metavar="COMMAND")
+    top = argparse.ArgumentParser(
+        prog="recr1",
+        description="Rec-R1: queries, rewrites and what a retriever makes of them. "
+        "Training: python -m recr1.train CONFIG.yaml",
+    )
+    commands = top.add_subparsers(
+        title="commands (recr1 COMMAND --help)", required=True, metavar="COMMAND"
+    )
 
     def command(name: str, run, text: str, more: str = "", **options) -> argparse.ArgumentParser:
-        p = commands.add_parser(name, help=text, description=f"{text}; {more}" if more else text, **options)
+        p = commands.add_parser(
+            name, help=text, description=f"{text}; {more}" if more else text, **options
+        )
         p.set_defaults(run=run)
         return p
 
     def judged(p):
         p.add_argument("--queries", metavar="F", required=True, help='JSONL[.gz] {"id", "text"}')
-        p.add_argument("--qrels", metavar="F", required=True, help="TSV[.gz]: query id, document id, gain; queries without a judgement are left out, aloud")
-        p.add_argument("--metrics", type=metric_list, default="ndcg@10,ndcg@100,recall@100", metavar="M", help="of ndcg@K, recall@K, mrr@K, hit@K")
+        p.add_argument(
+            "--qrels",
+            metavar="F",
+            required=True,
+            help="TSV[.gz]: query id, document id, gain; queries without a judgement are left out, aloud",
+        )
+        p.add_argument(
+            "--metrics",
+            type=metric_list,
+            default="ndcg@10,ndcg@100,recall@100",
+            metavar="M",
+            help="of ndcg@K, recall@K, mrr@K, hit@K",
+        )
         p.add_argument("--json", action="store_true", help="one JSON object on the last line")
 
     def policy(p):
         p.add_argument("--model", metavar="DIR", required=True, help="model folder or hub id")
-        p.add_argument("--config", metavar="X", help="YAML with the prompt it was trained with; default: DIR/recr1.yaml")
-    p = command("index", make_index, "make or check the index of a corpus", "for runs and the other commands")
+        p.add_argument(
+            "--config",
+            metavar="X",
+            help="YAML with the prompt it was trained with; default: DIR/recr1.yaml",
+        )
+
+    p = command(
+        "index",
+        make_index,
+        "make or check the index of a corpus",
+        "for runs and the other commands",
+    )
     corpus_flags(p)
     p = command("eval-queries", eval_queries, "score queries as they are")
     corpus_flags(p), judged(p)
-    p = command("eval", eval_policy, "rewrite queries with a policy, then score them", "also by torchrun -m recr1.cli")
+    p = command(
+        "eval",
+        eval_policy,
+        "rewrite queries with a policy, then score them",
+        "also by torchrun -m recr1.cli",
+    )
     policy(p), corpus_flags(p), judged(p)
-    p = command("search", search, "the best hits of one query", "and what each matched term contributed")
+    p = command(
+        "search", search, "the best hits of one query", "and what each matched term contributed"
+    )
     corpus_flags(p)
     p.add_argument("query", type=utf8)
     p.add_argument("-k", type=positive, default=10, help="how many")
-    p = command("generate", generate_one, "a policy's answer to one query", "shown as it is sampled; with --corpus both hit lists")
+    p = command(
+        "generate",
+        generate_one,
+        "a policy's answer to one query",
+        "shown as it is sampled; with --corpus both hit lists",
+    )
     policy(p), corpus_flags(p, required=False)
     p.add_argument("query", type=utf8)
     p.add_argument("-k", type=positive, default=5, help="hits of each list")
-    p.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="draw at this temperature; default 0: the most likely token each time")
-    p.add_argument("--seed", type=natural, metavar="N", help="of the draws, which are the same again for the same seed; default 0")
-    p = command("reward", reward, "score stored completions: each part of the reward",
-                usage="recr1 reward --config X --completions F [--json] [a.b=value ...]")
-    p.add_argument("--config", metavar="X", required=True, help="a training's; its task, data, retriever and reward are used, no model")
-    p.add_argument("--completions", metavar="F", required=True, help='JSONL[.gz] {"id": query id, "text": completion}, such as a run\'s eval_after.jsonl')
-    p.add_argument("--json", action="store_true", help="one JSON object on the last line, with a row for each completion")
+    p.add_argument(
+        "--temperature",
+        type=temperature,
+        default=0.0,
+        metavar="T",
+        help="draw at this temperature; default 0: the most likely token each time",
+    )
+    p.add_argument(
+        "--seed",
+        type=natural,
+        metavar="N",
+        help="of the draws, which are the same again for the same seed; default 0",
+    )
+    p = command(
+        "reward",
+        reward,
+        "score stored completions: each part of the reward",
+        usage="recr1 reward --config X --completions F [--json] [a.b=value ...]",
+    )
+    p.add_argument(
+        "--config",
+        metavar="X",
+        required=True,
+        help="a training's; its task, data, retriever and reward are used, no model",
+    )
+    p.add_argument(
+        "--completions",
+        metavar="F",
+        required=True,
+        help='JSONL[.gz] {"id": query id, "text": completion}, such as a run\'s eval_after.jsonl',
+    )
+    p.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object on the last line, with a row for each completion",
+    )
     p = command("losses", losses, "one logged step of a run under every loss")
     p.add_argument("--run", dest="folder", metavar="RUN", required=True, help="a run's folder")
-    p.add_argument("--step", type=positive, required=True, help="a step whose tokens were logged (log.tokens_every)")
-    p.add_argument("--new", metavar="DIR", help="model folder of a later moment: the new log-probs come from it, and gradients of its parameters")
+    p.add_argument(
+        "--step",
+        type=positive,
+        required=True,
+        help="a step whose tokens were logged (log.tokens_every)",
+    )
+    p.add_argument(
+        "--new",
+        metavar="DIR",
+        help="model folder of a later moment: the new log-probs come from it, and gradients of its parameters",
+    )
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    p = command("explain", explain_step, "one logged step from prompt to gradient", "worked again and held against the log; exit code 1 where it disagrees")
+    p = command(
+        "explain",
+        explain_step,
+        "one logged step from prompt to gradient",
+        "worked again and held against the log; exit code 1 where it disagrees",
+    )
     p.add_argument("--run", dest="folder", metavar="RUN", required=True, help="a run's folder")
-    p.add_argument("--step", type=positive, required=True, help="a step whose tokens were logged (log.tokens_every)")
-    p.add_argument("--prompt", metavar="ID", help="the one to show; default: whose rewards lie furthest apart")
+    p.add_argument(
+        "--step",
+        type=positive,
+        required=True,
+        help="a step whose tokens were logged (log.tokens_every)",
+    )
+    p.add_argument(
+        "--prompt", metavar="ID", help="the one to show; default: whose rewards lie furthest apart"
+    )
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    p = command("doctor", lambda args: sys.exit(doctor.main(args.folder, args.json)), "what a run here would take, what clashes and what to do",
-                "exit code 1 when something will not work (python -m recr1.doctor where this command does not even start)")
-    p.add_argument("--run", dest="folder", metavar="RUN", default="runs/run", help="the folder that a run would write to; default: runs/run")
+    p = command(
+        "doctor",
+        lambda args: sys.exit(doctor.main(args.folder, args.json)),
+        "what a run here would take, what clashes and what to do",
+        "exit code 1 when something will not work (python -m recr1.doctor where this command does not even start)",
+    )
+    p.add_argument(
+        "--run",
+        dest="folder",
+        metavar="RUN",
+        default="runs/run",
+        help="the folder that a run would write to; default: runs/run",
+    )
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    p = command("report", make_report, "a run as one HTML page, needing no network; two runs compared")
+    p = command(
+        "report", make_report, "a run as one HTML page, needing no network; two runs compared"
+    )
     p.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or two")
-    p.add_argument("--out", metavar="F", default="", help="default: RUN/report.html, of two runs RUN/compare_OTHER.html")
-    p = command("plan", plan_memory, "the memory that a training needs by phase", "and what to set so that it fits",
-                usage="recr1 plan CONFIG --gpus N --memory 48GB [a.b=value ...]")
-    p.add_argument("config", metavar="CONFIG", help="a training's; the model's shape comes from its folder or from shapes.yaml beside the config")
-    p.add_argument("--gpus", type=positive, required=True, metavar="N", help="how many, one rank each")
-    p.add_argument("--memory", required=True, metavar="48GB", help="of each; GB is 10^9 bytes, GiB 2^30")
+    p.add_argument(
+        "--out",
+        metavar="F",
+        default="",
+        help="default: RUN/report.html, of two runs RUN/compare_OTHER.html",
+    )
+    p = command(
+        "plan",
+        plan_memory,
+        "the memory that a training needs by phase",
+        "and what to set so that it fits",
+        usage="recr1 plan CONFIG --gpus N --memory 48GB [a.b=value ...]",
+    )
+    p.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a training's; the model's shape comes from its folder or from shapes.yaml beside the config",
+    )
+    p.add_argument(
+        "--gpus", type=positive, required=True, metavar="N", help="how many, one rank each"
+    )
+    p.add_argument(
+        "--memory", required=True, metavar="48GB", help="of each; GB is 10^9 bytes, GiB 2^30"
+    )
     return top
 
 
@@ -106,7 +244,7 @@ def positive(text: str) -> int:
 
 
 def natural(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2 ** 63:
+    if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, is {text!r}")
     return int(text)
 
@@ -124,7 +262,7 @@ def temperature(text: str) -> float:
 def utf8(text: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError:                       # bytes that the shell passed on as they were
+    except UnicodeEncodeError:  # bytes that the shell passed on as they were
         raise argparse.ArgumentTypeError(f"is not UTF-8: {text!r}") from None
     return text
 
@@ -134,8 +272,16 @@ def eval_policy(args) -> None:
         queries, qrels = read_judged(args)
         index = make_retriever(args) if dist.rank() == 0 else None
         rewriter = Rewriter(args.model, args.config)
-        prompts, long = make_prompts({id: dict(text=text) for id, text in queries.items()}, lambda row: (row["text"],), rewriter.chat, rewriter.config.prompt.max_tokens, "drop")
-    mine = {p.id: query for p, query in zip(dist.share(prompts), rewriter.rewrite(dist.share(prompts)))}
+        prompts, long = make_prompts(
+            {id: dict(text=text) for id, text in queries.items()},
+            lambda row: (row["text"],),
+            rewriter.chat,
+            rewriter.config.prompt.max_tokens,
+            "drop",
+        )
+    mine = {
+        p.id: query for p, query in zip(dist.share(prompts), rewriter.rewrite(dist.share(prompts)))
+    }
     parts = dist.gather(mine)
     if parts is None:
         return
@@ -145,10 +291,26 @@ def eval_policy(args) -> None:
     after = scores(index, [rewrites.get(id) for id in queries], gains, args.metrics)
     difference = {name: after[name] - raw[name] for name in raw}
     unparsable = sum(rewrites.get(id) is None for id in queries) - len(long)
-    for title, values, sign in (("raw", raw, ""), ("rewritten", after, ""), ("difference", difference, "+")):
+    for title, values, sign in (
+        ("raw", raw, ""),
+        ("rewritten", after, ""),
+        ("difference", difference, "+"),
+    ):
         say(title + "\n" + "\n".join(row(name, v, sign) for name, v in values.items()))
-    say(f"unparsable answers: {unparsable} of {len(queries)}; prompts over {rewriter.config.prompt.max_tokens} tokens, scored 0: {len(long)}")
-    finish(args, dict(n=len(queries), **summary(after), raw=summary(raw), difference=summary(difference), unparsable=unparsable, too_long=len(long)))
+    say(
+        f"unparsable answers: {unparsable} of {len(queries)}; prompts over {rewriter.config.prompt.max_tokens} tokens, scored 0: {len(long)}"
+    )
+    finish(
+        args,
+        dict(
+            n=len(queries),
+            **summary(after),
+            raw=summary(raw),
+            difference=summary(difference),
+            unparsable=unparsable,
+            too_long=len(long),
+        ),
+    )
 
 
 def generate_one(args) -> None:
@@ -156,12 +318,19 @@ def generate_one(args) -> None:
         raise ConfigError("--seed: nothing is drawn at temperature 0; add --temperature 1")
     rewriter = Rewriter(args.model, args.config)
     prompt = rewriter.prompt(args.query)
-    index, texts = (make_retriever(args), read_texts(args)) if args.corpus else (None, {})       # first: what is wrong with the files is said before anything is sampled
+    # first: what is wrong with the files is said before anything is sampled
+    index, texts = (make_retriever(args), read_texts(args)) if args.corpus else (None, {})
     rollout = rewriter.stream(prompt, args.temperature, args.seed or 0, write_now)
     query, error = rewriter.parsed(rollout)
     if query is None:
-        cut = "" if rollout.finished else f"; it was cut at sampling.max_new_tokens = {len(rollout.ids)}"
-        raise ConfigError(f"the policy's answer holds no query ({error}){cut}; is its prompt the one it was trained with?")
+        cut = (
+            ""
+            if rollout.finished
+            else f"; it was cut at sampling.max_new_tokens = {len(rollout.ids)}"
+        )
+        raise ConfigError(
+            f"the policy's answer holds no query ({error}){cut}; is its prompt the one it was trained with?"
+        )
     say(plain(query))
     if args.corpus:
         for title, words in (("raw", args.query), ("rewritten", query)):
@@ -193,7 +362,8 @@ def reward(args) -> None:
 
 
 def plan_memory(args) -> None:
-    memory, cfg = bytes_of(args.memory), configs.load(args.config, args.overrides)
+    memory = bytes_of(args.memory)
+    cfg = configs.load(args.config, args.overrides)
     shape = model_shape(cfg.model.path, args.config)
     check_room(cfg, shape.max_position_embeddings)
     text, why_not = plan(cfg, shape, args.gpus, memory)
@@ -214,14 +384,14 @@ def command() -> NoReturn:
 
 def _command() -> int:
     torch.set_num_threads(max(1, torch.get_num_threads() // dist.local_world()))
-    sys.stdout.reconfigure(errors="replace")         # a title that this terminal cannot write
+    sys.stdout.reconfigure(errors="replace")  # a title that this terminal cannot write
     try:
         code = guarded(main, sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:                          # `| head`: the reader has seen enough
+    except BrokenPipeError:  # `| head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except KeyboardInterrupt:                        # what was written stands
+    except KeyboardInterrupt:  # what was written stands
         code = 130
     return code
 

@@ -1,4 +1,7 @@
-"""YAML + a.b=value -> Config. Every key and type is checked before anything else happens; nothing is guessed."""
+"""YAML + a.b=value -> Config. Every key and type is checked before anything else happens; nothing
+is guessed.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -12,36 +15,102 @@ import yaml
 
 from .config import Config, ConfigError
 
-CHOICES = {"reward.metric": ("ndcg", "recall", "mrr", "hit"), "model.attention": ("auto", "varlen", "flash", "sdpa"), "model.compute": ("auto", "float32", "bfloat16"),
-           "model.head": ("one_shot", "recompute"), "model.kernels": ("torch", "triton"), "loss.average": ("", "token", "sequence", "constant"),
-           "loss.kl_estimator": ("k1", "k2", "k3"), "loss.kl_in": ("loss", "reward"),
-           "data.on_bad_line": ("stop", "drop"),
-           "data.on_long_prompt": ("stop", "drop"), "retriever.variant": ("lucene", "okapi"), "retriever.length": ("exact", "lucene"),
-           "retriever.scorer": ("torch", "numba"), "retriever.pooling": ("cls", "mean"), "retriever.index": ("exact", "hnsw"),
-           "retriever.dtype": ("float32", "float16", "bfloat16"), "optimizer.kind": ("adamw", "muon"),
-           "optimizer.on_nonfinite": ("stop", "skip"), "train.reduce": ("micro_batch", "step"), "sft.keep": ("all", "no_worse", "better"),
-           "log.track": ("none", "tensorboard", "wandb", "trackio")}
-AT_LEAST = {"run.threads": 0, "sampling.group_size": 2, "sampling.temperature": 1e-3, "sampling.top_p": 1e-3, "sampling.cache_gib": 0, "sampling.max_new_tokens": 1, "train.steps": 1,
-            "train.prompts_per_step": 1, "train.tokens_per_micro_batch": 1, "train.eval_every": 0, "train.eval_queries": 0,
-            "log.tokens_every": 1, "log.print_every": 1, "log.show_every": 0, "prompt.max_tokens": 1, "prompt.title_words": 0, "reward.k_train": 1, "reward.k_eval": 1, "reward.k_list": 1,
-            "train.inner_steps": 1, "sampling.resample": 0, "reward.overlong": 0, "loss.clip_high": 0, "loss.entropy": 0, "loss.importance_cap": 0,
-            "loss.clip": 0, "loss.kl": 0, "loss.std_floor": 0, "optimizer.lr": 0, "optimizer.clip_norm": 1e-12,
-            "optimizer.warmup_steps": 0, "data.shuffle_words": 0, "optimizer.muon_lr": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0,
-            "optimizer.final_lr": 0, "optimizer.max_skips": 0, "run.patience": 1, "save.every": 0, "save.keep": 2,
-            "retriever.max_length": 1, "retriever.ef_search": 1, "retriever.timeout": 0, "sft.epochs": 0}
+CHOICES = {
+    "reward.metric": ("ndcg", "recall", "mrr", "hit"),
+    "model.attention": ("auto", "varlen", "flash", "sdpa"),
+    "model.compute": ("auto", "float32", "bfloat16"),
+    "model.head": ("one_shot", "recompute"),
+    "model.kernels": ("torch", "triton"),
+    "loss.average": ("", "token", "sequence", "constant"),
+    "loss.kl_estimator": ("k1", "k2", "k3"),
+    "loss.kl_in": ("loss", "reward"),
+    "data.on_bad_line": ("stop", "drop"),
+    "data.on_long_prompt": ("stop", "drop"),
+    "retriever.variant": ("lucene", "okapi"),
+    "retriever.length": ("exact", "lucene"),
+    "retriever.scorer": ("torch", "numba"),
+    "retriever.pooling": ("cls", "mean"),
+    "retriever.index": ("exact", "hnsw"),
+    "retriever.dtype": ("float32", "float16", "bfloat16"),
+    "optimizer.kind": ("adamw", "muon"),
+    "optimizer.on_nonfinite": ("stop", "skip"),
+    "train.reduce": ("micro_batch", "step"),
+    "sft.keep": ("all", "no_worse", "better"),
+    "log.track": ("none", "tensorboard", "wandb", "trackio"),
+}
+AT_LEAST = {
+    "run.threads": 0,
+    "sampling.group_size": 2,
+    "sampling.temperature": 1e-3,
+    "sampling.top_p": 1e-3,
+    "sampling.cache_gib": 0,
+    "sampling.max_new_tokens": 1,
+    "train.steps": 1,
+    "train.prompts_per_step": 1,
+    "train.tokens_per_micro_batch": 1,
+    "train.eval_every": 0,
+    "train.eval_queries": 0,
+    "log.tokens_every": 1,
+    "log.print_every": 1,
+    "log.show_every": 0,
+    "prompt.max_tokens": 1,
+    "prompt.title_words": 0,
+    "reward.k_train": 1,
+    "reward.k_eval": 1,
+    "reward.k_list": 1,
+    "train.inner_steps": 1,
+    "sampling.resample": 0,
+    "reward.overlong": 0,
+    "loss.clip_high": 0,
+    "loss.entropy": 0,
+    "loss.importance_cap": 0,
+    "loss.clip": 0,
+    "loss.kl": 0,
+    "loss.std_floor": 0,
+    "optimizer.lr": 0,
+    "optimizer.clip_norm": 1e-12,
+    "optimizer.warmup_steps": 0,
+    "data.shuffle_words": 0,
+    "optimizer.muon_lr": 0,
+    "optimizer.eps": 0,
+    "optimizer.weight_decay": 0,
+    "optimizer.final_lr": 0,
+    "optimizer.max_skips": 0,
+    "run.patience": 1,
+    "save.every": 0,
+    "save.keep": 2,
+    "retriever.max_length": 1,
+    "retriever.ef_search": 1,
+    "retriever.timeout": 0,
+    "sft.epochs": 0,
+}
 RETRIEVERS = ("bm25", "dense", "rank_bm25")
 PARTS = ("ndcg", "recall", "mrr", "hit", "lcs", "category", "diversity", "novelty")
 # what only one of the loops reads: elsewhere such a setting would do nothing
-ONLY = {"train": ("loss.", "sampling.resample", "train.inner_steps", "train.replay", "data.shuffle_words", "log.tokens_every", "log.show_every"), "sft": ("sft.",)}
-# ValueError: of Python, where YAML itself is well formed: bytes that are no UTF-8, a date that no calendar has, an integer of thousands of digits
+ONLY = {
+    "train": (
+        "loss.",
+        "sampling.resample",
+        "train.inner_steps",
+        "train.replay",
+        "data.shuffle_words",
+        "log.tokens_every",
+        "log.show_every",
+    ),
+    "sft": ("sft.",),
+}
+# ValueError: of Python, where YAML itself is well formed: bytes that are no UTF-8, a date that no
+# calendar has, an integer of thousands of digits
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 AT_MOST = {"data.shuffle_words": 1, "sampling.top_p": 1, "optimizer.final_lr": 1}
 
 
 def load(path: str, overrides: list[str]) -> Config:
-    """YAML file, then each `a.b=value` (value in YAML) on top. Raises ConfigError: unknown key, wrong type, bad value, no file.
+    """YAML file, then each `a.b=value` (value in YAML) on top. Raises ConfigError: unknown key,
+    wrong type, bad value, no file.
 
-    `base: other.yaml` (named from the file's own folder): that file's settings, those of this one on top. A base has no base.
+    `base: other.yaml` (named from the file's own folder): that file's settings, those of this one
+    on top. A base has no base.
     """
     tree = _read(Path(path), str(path))
     if "base" in tree:
@@ -79,18 +148,28 @@ def _read(path: Path, said: str) -> dict:
     except (OSError, *UNREADABLE) as e:
         raise ConfigError(f"{said}: not readable as YAML: {' '.join(str(e).split())}") from None
     if tree is not None and not isinstance(tree, dict):
-        raise ConfigError(f"{said}: expected `key: value` lines at the top, found {type(tree).__name__}")
+        raise ConfigError(
+            f"{said}: expected `key: value` lines at the top, found {type(tree).__name__}"
+        )
     return tree or {}
 
 
 def _over(below: dict, above: dict) -> dict:
-    """The two trees as one; where both have a key the upper one's value stands, sections are joined."""
-    both = {key: _over(below[key], above[key]) for key in below.keys() & above.keys() if isinstance(below[key], dict) and isinstance(above[key], dict)}
+    """The two trees as one; where both have a key the upper one's value stands, sections are
+    joined.
+    """
+    both = {
+        key: _over(below[key], above[key])
+        for key in below.keys() & above.keys()
+        if isinstance(below[key], dict) and isinstance(above[key], dict)
+    }
     return below | above | both
 
 
 def _include_prompt(tree: dict, beside: Path) -> None:
-    """`prompt.file`: a YAML of the section's keys, named from the config's own folder; keys that the config itself has stand."""
+    """`prompt.file`: a YAML of the section's keys, named from the config's own folder; keys that
+    the config itself has stand.
+    """
     prompt = tree.get("prompt")
     if not isinstance(prompt, dict) or "file" not in prompt:
         return
@@ -111,26 +190,44 @@ def checked(config: Config) -> Config:
         if get(config, key) > most:
             raise ConfigError(f"{key}: must be at most {most}, is {get(config, key)}")
     if config.train.prompts_per_step % config.train.inner_steps:
-        raise ConfigError(f"train.inner_steps: {config.train.inner_steps} must divide train.prompts_per_step = {config.train.prompts_per_step}")
+        raise ConfigError(
+            f"train.inner_steps: {config.train.inner_steps} must divide train.prompts_per_step = {config.train.prompts_per_step}"
+        )
     if config.reward.overlong > config.sampling.max_new_tokens:
-        raise ConfigError(f"reward.overlong: {config.reward.overlong} exceeds sampling.max_new_tokens = {config.sampling.max_new_tokens}")
+        raise ConfigError(
+            f"reward.overlong: {config.reward.overlong} exceeds sampling.max_new_tokens = {config.sampling.max_new_tokens}"
+        )
     weights = config.reward.weights
     for name in weights:
         if name not in PARTS and ":" not in name:
-            raise ConfigError(f"reward.weights: {name!r} is not one of {', '.join(PARTS)}; a function of yours is written module:function")
+            raise ConfigError(
+                f"reward.weights: {name!r} is not one of {', '.join(PARTS)}; a function of yours is written module:function"
+            )
     if not any(weights.values()):
-        raise ConfigError("reward.weights: at least one must be other than 0, or there is nothing to learn")
+        raise ConfigError(
+            "reward.weights: at least one must be other than 0, or there is nothing to learn"
+        )
     r = config.retriever
     if r.kind not in RETRIEVERS and ":" not in r.kind:
-        raise ConfigError(f"retriever.kind: {r.kind!r} is not one of {', '.join(RETRIEVERS)}; a function of yours is written module:function")
+        raise ConfigError(
+            f"retriever.kind: {r.kind!r} is not one of {', '.join(RETRIEVERS)}; a function of yours is written module:function"
+        )
     if bool(r.encoder) != (r.kind == "dense"):
-        raise ConfigError("retriever.encoder: goes with retriever.kind=dense, which needs one: a Hugging Face encoder's folder or hub id")
+        raise ConfigError(
+            "retriever.encoder: goes with retriever.kind=dense, which needs one: a Hugging Face encoder's folder or hub id"
+        )
     if r.timeout and r.kind in RETRIEVERS:
-        raise ConfigError(f"retriever.timeout: is for a function of yours (module:function); {r.kind} takes none")
+        raise ConfigError(
+            f"retriever.timeout: is for a function of yours (module:function); {r.kind} takes none"
+        )
     if bool(config.data.test_queries) != bool(config.data.test_qrels):
-        raise ConfigError("data.test_queries, data.test_qrels: give both files, or neither for a hash tenth of the train queries")
+        raise ConfigError(
+            "data.test_queries, data.test_qrels: give both files, or neither for a hash tenth of the train queries"
+        )
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise ConfigError(f"optimizer.betas: each must be at least 0 and below 1, is {list(config.optimizer.betas)}")
+        raise ConfigError(
+            f"optimizer.betas: each must be at least 0 and below 1, is {list(config.optimizer.betas)}"
+        )
     return config
 
 
@@ -142,22 +239,34 @@ def get(config: Config, key: str):
 
 
 def check_loop(config: Config, loop: str) -> None:
-    """Raises ConfigError for what `python -m recr1.LOOP`, train or sft, would not read and that is not at its default."""
+    """Raises ConfigError for what `python -m recr1.LOOP`, train or sft, would not read and that is
+    not at its default.
+    """
     [(other, foreign)] = [item for item in ONLY.items() if item[0] != loop]
     if keys := changed(config, foreign):
-        raise ConfigError(f"{', '.join(keys)}: for python -m recr1.{other} only, recr1.{loop} does not read that; leave it out")
+        raise ConfigError(
+            f"{', '.join(keys)}: for python -m recr1.{other} only, recr1.{loop} does not read that; leave it out"
+        )
     if loop == "sft":
         if not config.sft.teacher:
-            raise ConfigError('sft.teacher: is empty; name a JSONL file of {"id", "text"}, or self for the best of the policy\'s own samples')
+            raise ConfigError(
+                'sft.teacher: is empty; name a JSONL file of {"id", "text"}, or self for the best of the policy\'s own samples'
+            )
         if config.sft.epochs and changed(config, ("train.steps",)):
             raise ConfigError("sft.epochs, train.steps: give one of the two")
 
 
 def changed(config: Config, prefixes: tuple[str, ...]) -> list[str]:
     """Keys that begin with one of `prefixes` and are not at their default."""
-    keys = (f"{section.name}.{f.name}" for section in dataclasses.fields(Config) if dataclasses.is_dataclass(getattr(config, section.name))
-            for f in dataclasses.fields(getattr(config, section.name)))
-    return [key for key in keys if key.startswith(prefixes) and get(config, key) != get(Config(), key)]
+    keys = (
+        f"{section.name}.{f.name}"
+        for section in dataclasses.fields(Config)
+        if dataclasses.is_dataclass(getattr(config, section.name))
+        for f in dataclasses.fields(getattr(config, section.name))
+    )
+    return [
+        key for key in keys if key.startswith(prefixes) and get(config, key) != get(Config(), key)
+    ]
 
 
 def dump(config: Config) -> str:
@@ -167,13 +276,29 @@ def dump(config: Config) -> str:
 
 
 def answering(config: Config) -> str:
-    """YAML of what a trained policy needs to answer as it did in training: the task, the prompt and how long the answer may be."""
+    """YAML of what a trained policy needs to answer as it did in training: the task, the prompt and
+    how long the answer may be.
+    """
     prompt = {k: _plain(v) for k, v in dataclasses.asdict(config.prompt).items()}
-    return yaml.safe_dump(dict(task=config.task, prompt=prompt, sampling=dict(max_new_tokens=config.sampling.max_new_tokens)), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(
+        dict(
+            task=config.task,
+            prompt=prompt,
+            sampling=dict(max_new_tokens=config.sampling.max_new_tokens),
+        ),
+        sort_keys=False,
+        allow_unicode=True,
+    )
 
 
 def _plain(value):
-    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
+    return (
+        {k: _plain(v) for k, v in value.items()}
+        if isinstance(value, dict)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+    )
 
 
 def _build(cls, tree, where: str):
@@ -187,13 +312,21 @@ def _build(cls, tree, where: str):
             hint = f"did you mean {where}{near[0]}?" if near else f"known here: {', '.join(hints)}"
             raise ConfigError(f"unknown key {where}{key}: {hint}")
         kind = hints[key]
-        values[key] = _build(kind, value, f"{where}{key}.") if dataclasses.is_dataclass(kind) else _value(kind, value, where + key)
+        values[key] = (
+            _build(kind, value, f"{where}{key}.")
+            if dataclasses.is_dataclass(kind)
+            else _value(kind, value, where + key)
+        )
     return cls(**values)
 
 
 def _value(kind, value, key: str):
-    if kind is float and isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        value = float(value)                   # YAML 1.1 reads 1e-6 as a string: it is meant as a number
+    if (
+        kind is float
+        and isinstance(value, str)
+        and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
+    ):
+        value = float(value)  # YAML 1.1 reads 1e-6 as a string: it is meant as a number
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if typing.get_origin(kind) is tuple:
@@ -205,11 +338,17 @@ def _value(kind, value, key: str):
         names, kinds = typing.get_args(kind)
         if not isinstance(value, dict):
             raise ConfigError(f"{key}: expected name: value pairs, found {value!r}")
-        return {_value(names, name, key): _value(kinds, v, f"{key}.{name}") for name, v in value.items()}
+        return {
+            _value(names, name, key): _value(kinds, v, f"{key}.{name}") for name, v in value.items()
+        }
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{key}: expected {kind.__name__}, found {type(value).__name__} {value!r}")
+        raise ConfigError(
+            f"{key}: expected {kind.__name__}, found {type(value).__name__} {value!r}"
+        )
     if kind is str and re.search("[\0\ud800-\udfff]", value):
-        raise ConfigError(f"{key}: {value[:80]!r} holds the character 0, or half of a character, which no path or file can hold; delete it")
+        raise ConfigError(
+            f"{key}: {value[:80]!r} holds the character 0, or half of a character, which no path or file can hold; delete it"
+        )
     if kind is float and not math.isfinite(value):
         raise ConfigError(f"{key}: must be a finite number, is {value}")
     return value

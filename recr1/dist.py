@@ -1,7 +1,10 @@
-"""torchrun's environment and the collectives that the rest needs. With one process there is no group: every call returns its own input.
+"""torchrun's environment and the collectives that the rest needs. With one process there is no
+group: every call returns its own input.
 
-Every rank makes the same calls in the same order. Sums only: nothing averages behind our back (DESIGN decision 3). Legend: W ranks.
+Every rank makes the same calls in the same order. Sums only: nothing averages behind our back
+(DESIGN decision 3). Legend: W ranks.
 """
+
 import os
 from contextlib import contextmanager
 from typing import Any, Callable
@@ -40,9 +43,12 @@ def device() -> torch.device:
 
 
 def share(items: list) -> list:
-    """This rank's part of `items`: contiguous, so that the ranks' parts in order are the whole. Parts differ by one at most."""
-    at, n = rank(), len(items)
-    return items[at * n // world():(at + 1) * n // world()]
+    """This rank's part of `items`: contiguous, so that the ranks' parts in order are the whole.
+    Parts differ by one at most.
+    """
+    at = rank()
+    n = len(items)
+    return items[at * n // world() : (at + 1) * n // world()]
 
 
 def total(*values: float) -> tuple[float, ...]:
@@ -86,7 +92,8 @@ def gather(value: Any) -> list | None:
 
 @contextmanager
 def together():
-    """A block that fails on every rank if it fails on one, with the first one's exception: no rank waits for one that is gone.
+    """A block that fails on every rank if it fails on one, with the first one's exception: no rank
+    waits for one that is gone.
 
     No collective may stand inside.
     """
@@ -100,7 +107,7 @@ def together():
         errors = [None] * world()
         td.all_gather_object(errors, error)
         source = next((r for r, e in enumerate(errors) if e is not None), rank())
-        if source != rank():             # its own copy has the traceback
+        if source != rank():  # its own copy has the traceback
             error = errors[source]
             error.add_note(f"on rank {source}")
     if error is not None:
@@ -127,6 +134,8 @@ def _begin(collective, size: int, source: torch.Tensor) -> Callable[[], torch.Te
     def wait() -> torch.Tensor:
         nonlocal work, source
         work.wait()
-        work = source = None             # until here the collective reads source, and a finished work holds its tensors
+        # until here the collective reads source, and a finished work holds its tensors
+        work = source = None
         return out
+
     return wait

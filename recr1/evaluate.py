@@ -1,4 +1,7 @@
-"""A greedy pass over a split: the policy's answers against the raw ones, paired, with bootstrap intervals and a paired test."""
+"""A greedy pass over a split: the policy's answers against the raw ones, paired, with bootstrap
+intervals and a paired test.
+"""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -16,9 +19,15 @@ from .stopping import at_once
 from .tasks.scoring import Scorer
 
 
-def evaluate(model: torch.nn.Module, prompts: list[Prompt], task: Scorer, max_new_tokens: int, rows_at_once: int = AT_ONCE) -> list[dict]:
-    """One greedy answer per prompt -> rows {id, raw, rewrite, PART_raw and PART for every part of the reward, text, error}; an unparsable answer
-    scores 0.
+def evaluate(
+    model: torch.nn.Module,
+    prompts: list[Prompt],
+    task: Scorer,
+    max_new_tokens: int,
+    rows_at_once: int = AT_ONCE,
+) -> list[dict]:
+    """One greedy answer per prompt -> rows {id, raw, rewrite, PART_raw and PART for every part of
+    the reward, text, error}; an unparsable answer scores 0.
 
     Each rank takes its share of the prompts; rank 0 gets all rows, in order, the others none.
     """
@@ -26,18 +35,39 @@ def evaluate(model: torch.nn.Module, prompts: list[Prompt], task: Scorer, max_ne
     rollouts = greedy(model, mine, task.stops, max_new_tokens, rows_at_once)
     with dist.together(), at_once():
         raw = [task.task.raw(p.row) for p in mine]
-        rows = [dict(id=p.id, raw=answer, rewrite=reward.answer, **{f"{name}_raw": value for name, value in parts.items()}, **reward.parts,
-                     text=reward.text, error=reward.error)
-                for p, answer, parts, reward in zip(mine, raw, task.measure(mine, raw), task.score(rollouts))]
+        rows = [
+            dict(
+                id=p.id,
+                raw=answer,
+                rewrite=reward.answer,
+                **{f"{name}_raw": value for name, value in parts.items()},
+                **reward.parts,
+                text=reward.text,
+                error=reward.error,
+            )
+            for p, answer, parts, reward in zip(
+                mine, raw, task.measure(mine, raw), task.score(rollouts)
+            )
+        ]
     return [row for part in dist.gather(rows) or [] for row in part]
 
 
-def greedy(model: torch.nn.Module, prompts: list[Prompt], stops: frozenset[int], max_new_tokens: int, rows: int = AT_ONCE) -> list[Rollout]:
-    """One most likely text per prompt, `rows` of them decoded together. A collective: every rank calls it, with its own prompts or none."""
+def greedy(
+    model: torch.nn.Module,
+    prompts: list[Prompt],
+    stops: frozenset[int],
+    max_new_tokens: int,
+    rows: int = AT_ONCE,
+) -> list[Rollout]:
+    """One most likely text per prompt, `rows` of them decoded together. A collective: every rank
+    calls it, with its own prompts or none.
+    """
     rollouts = []
     with gathered(model), dist.together(), at_once():
         for start in range(0, len(prompts), rows):
-            rollouts += generate(model, prompts[start:start + rows], 1, 1.0, max_new_tokens, stops, uniforms=None)
+            rollouts += generate(
+                model, prompts[start : start + rows], 1, 1.0, max_new_tokens, stops, uniforms=None
+            )
     return rollouts
 
 
@@ -51,8 +81,12 @@ def mean_ci(values: np.ndarray) -> tuple[float, list[float]]:
 
 
 def compared(before: list[dict], after: list[dict], metric: str) -> dict:
-    """The figures of a run's evaluations on one metric or part: means, and the paired differences with interval and p-value (sign_flip_p)."""
-    raw, b, a = column(before, f"{metric}_raw"), column(before, metric), column(after, metric)
+    """The figures of a run's evaluations on one metric or part: means, and the paired differences
+    with interval and p-value (sign_flip_p).
+    """
+    raw = column(before, f"{metric}_raw")
+    b = column(before, metric)
+    a = column(after, metric)
     found = dict(raw=float(raw.mean()), before=float(b.mean()), after=float(a.mean()))
     for name, difference in (("gain", a - raw), ("after_minus_before", a - b)):
         found[name], found[f"{name}_ci95"] = mean_ci(difference)
@@ -65,34 +99,65 @@ def parts_of(rows: list[dict]) -> list[str]:
     return [name for name in rows[0] if f"{name}_raw" in rows[0]]
 
 
-def table(before: list[dict], after: list[dict], metric: str, k: int, figures: dict[str, dict]) -> str:
-    """What a run achieved, as text: raw answer, policy before and after, and their paired differences. figures: {part: compared(...)}."""
-    raw, b, a = column(before, f"{metric}_raw"), column(before, metric), column(after, metric)
+def table(
+    before: list[dict], after: list[dict], metric: str, k: int, figures: dict[str, dict]
+) -> str:
+    """What a run achieved, as text: raw answer, policy before and after, and their paired
+    differences. figures: {part: compared(...)}.
+    """
+    raw = column(before, f"{metric}_raw")
+    b = column(before, metric)
+    a = column(after, metric)
     lines = [f"{f'{metric}@{k}'} on {len(raw)} test queries      mean     95% interval"]
-    for name, values, sign, p in (("raw", raw, "", ""), ("before training", b, "", ""), ("after training", a, "", ""),
-                                  ("after - raw", a - raw, "+", "gain"), ("after - before", a - b, "+", "after_minus_before")):
+    for name, values, sign, p in (
+        ("raw", raw, "", ""),
+        ("before training", b, "", ""),
+        ("after training", a, "", ""),
+        ("after - raw", a - raw, "+", "gain"),
+        ("after - before", a - b, "+", "after_minus_before"),
+    ):
         mean, (low, high) = mean_ci(values)
-        lines.append(f"  {name:<30}{mean:{sign}8.4f}     [{low:{sign}.4f}, {high:{sign}.4f}]" + (f"     p {figures[metric][f'{p}_p']:.4f}" if p else ""))
+        lines.append(
+            f"  {name:<30}{mean:{sign}8.4f}     [{low:{sign}.4f}, {high:{sign}.4f}]"
+            + (f"     p {figures[metric][f'{p}_p']:.4f}" if p else "")
+        )
     for name, found in figures.items():
         if name != metric:
             low, high = found["gain_ci95"]
-            lines.append(f"  {name:<30}{found['raw']:8.4f} raw, {found['before']:.4f} before, {found['after']:.4f} after; "
-                         f"after - raw {found['gain']:+.4f} [{low:+.4f}, {high:+.4f}]")
+            lines.append(
+                f"  {name:<30}{found['raw']:8.4f} raw, {found['before']:.4f} before, {found['after']:.4f} after; "
+                f"after - raw {found['gain']:+.4f} [{low:+.4f}, {high:+.4f}]"
+            )
     errors = Counter(row["error"] for row in after if row["error"] is not None)
     named = f" ({', '.join(f'{name} {n}' for name, n in errors.most_common())})" if errors else ""
-    return "\n".join(lines + [f"  unparsable answers after training: {sum(errors.values())} of {len(after)}{named}"])
+    return "\n".join(
+        lines
+        + [f"  unparsable answers after training: {sum(errors.values())} of {len(after)}{named}"]
+    )
 
 
 def examples(after: list[dict], metric: str) -> str:
-    """Three answers: the largest gain over the raw answer, the median among those that changed the result, the largest loss (where all gain: the smallest gain)."""
+    """Three answers: the largest gain over the raw answer, the median among those that changed the
+    result, the largest loss (where all gain: the smallest gain).
+    """
+
     def gain(row):
         return row[metric] - row[f"{metric}_raw"]
+
     changed = sorted((row for row in after if gain(row)), key=gain)
     if not changed:
         return "no answer changed a result"
-    most, least = ("largest gain" if gain(changed[-1]) > 0 else "smallest loss"), ("largest loss" if gain(changed[0]) < 0 else "smallest gain")
-    picks = ((most, changed[-1]), ("median change", changed[len(changed) // 2]), (least, changed[0]))
-    return "\n".join(f"  {name:<14} {_brief(row['raw'])} -> {_brief(row['rewrite'])}   {row[f'{metric}_raw']:.3f} -> {row[metric]:.3f}" for name, row in picks)
+    most = "largest gain" if gain(changed[-1]) > 0 else "smallest loss"
+    least = "largest loss" if gain(changed[0]) < 0 else "smallest gain"
+    picks = (
+        (most, changed[-1]),
+        ("median change", changed[len(changed) // 2]),
+        (least, changed[0]),
+    )
+    return "\n".join(
+        f"  {name:<14} {_brief(row['raw'])} -> {_brief(row['rewrite'])}   {row[f'{metric}_raw']:.3f} -> {row[metric]:.3f}"
+        for name, row in picks
+    )
 
 
 def _brief(answer) -> str:

@@ -10,7 +10,9 @@ from typing import Callable, NoReturn
 
 
 def end_process(work: Callable[[], int]) -> NoReturn:
-    """Calls `work`, then ends the process with the exit code that it returns, or that an exception stands for."""
+    """Calls `work`, then ends the process with the exit code that it returns, or that an exception
+    stands for.
+    """
     try:
         code = work()
     except SystemExit as e:
@@ -32,19 +34,26 @@ def exit_code(e: SystemExit) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process: waits for threads that are no daemons, runs what is registered for the exit, flushes, then stops at once.
+    """Ends the process: waits for threads that are no daemons, runs what is registered for the
+    exit, flushes, then stops at once.
 
-    This is all that the interpreter's own end does for a program, without its last part, in which a finished job aborts at times (SIGABRT,
-    "terminate called without an active exception"): when a thread asks for the interpreter's lock by then, CPython ends that thread where it
-    stands, and its unwinding meets C++ frames that may not be unwound. Threads that ask: gloo's workers, which drop the last reference to a
-    finished collective and so to its tensors; rewards made beside sampling and a user's search past its time, which a stopped run leaves
-    behind; trackers. torchrun would then report a run that is done as failed, and --max-restarts start it again.
+    This is all that the interpreter's own end does for a program, without its last part, in which a
+    finished job aborts at times (SIGABRT, "terminate called without an active exception"): when a
+    thread asks for the interpreter's lock by then, CPython ends that thread where it stands, and
+    its unwinding meets C++ frames that may not be unwound. Threads that ask: gloo's workers, which
+    drop the last reference to a finished collective and so to its tensors; rewards made beside
+    sampling and a user's search past its time, which a stopped run leaves behind; trackers.
+    torchrun would then report a run that is done as failed, and --max-restarts start it again.
     """
     threading._shutdown()  # no public name for either; multiprocessing ends its children so
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError, AttributeError):  # its reader is gone, it is closed, there is none
+        except (
+            OSError,
+            ValueError,
+            AttributeError,
+        ):  # its reader is gone, it is closed, there is none
             code = code or 120  # as Python has it
     os._exit(code)

@@ -1,7 +1,10 @@
-"""Files that outlive a kill: written beside their name, forced onto the disk, then renamed; and folders sealed by a manifest of sizes and sha256.
+"""Files that outlive a kill: written beside their name, forced onto the disk, then renamed; and
+folders sealed by a manifest of sizes and sha256.
 
-A folder `x` is made as `x.partial`; what has the name `x` is complete. Nothing read here is executed: JSON, and bytes to be hashed.
+A folder `x` is made as `x.partial`; what has the name `x` is complete. Nothing read here is
+executed: JSON, and bytes to be hashed.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -14,7 +17,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
-MOST_JSON = 64 * 2**20                  # bytes: what a manifest or a state may have
+MOST_JSON = 64 * 2**20  # bytes: what a manifest or a state may have
 
 
 class WriteError(ValueError):
@@ -27,11 +30,15 @@ class Damaged(ValueError):
 
 @contextmanager
 def writing(place: Path):
-    """A block that writes into `place`: what the system refuses (disk full, no permission) is a WriteError."""
+    """A block that writes into `place`: what the system refuses (disk full, no permission) is a
+    WriteError.
+    """
     try:
         yield
     except OSError as e:
-        raise WriteError(f"cannot write {e.filename or place}: {e.strerror or e}; mend that, then the same command goes on from the last checkpoint") from None
+        raise WriteError(
+            f"cannot write {e.filename or place}: {e.strerror or e}; mend that, then the same command goes on from the last checkpoint"
+        ) from None
 
 
 def sync(path: Path) -> None:
@@ -67,13 +74,21 @@ def fingerprint(path: Path) -> dict:
     """{"size": bytes, "sha256": hex} of a file, which is forced onto the disk first."""
     sync(path)
     with open(path, "rb") as f:
-        return dict(size=os.fstat(f.fileno()).st_size, sha256=hashlib.file_digest(f, "sha256").hexdigest())
+        return dict(
+            size=os.fstat(f.fileno()).st_size, sha256=hashlib.file_digest(f, "sha256").hexdigest()
+        )
 
 
 def seal(folder: Path, found: dict[str, dict], final: Path) -> None:
-    """Writes the manifest of all files of `folder` last and gives it its name. `found`: fingerprints that other ranks have taken."""
-    found = found | {name: fingerprint(folder / name) for name in sorted(_walk(folder)) if name not in found}
-    (folder / MANIFEST).write_text(json.dumps(dict(version=1, files=found), indent=1) + "\n", encoding="utf-8")
+    """Writes the manifest of all files of `folder` last and gives it its name. `found`:
+    fingerprints that other ranks have taken.
+    """
+    found = found | {
+        name: fingerprint(folder / name) for name in sorted(_walk(folder)) if name not in found
+    }
+    (folder / MANIFEST).write_text(
+        json.dumps(dict(version=1, files=found), indent=1) + "\n", encoding="utf-8"
+    )
     sync(folder / MANIFEST)
     for below in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
         sync(below)
@@ -84,20 +99,30 @@ def seal(folder: Path, found: dict[str, dict], final: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, dict]:
-    """The manifest of a sealed folder: {name: fingerprint}. Names and kinds of files are checked here, their bytes by `check`. Raises Damaged."""
+    """The manifest of a sealed folder: {name: fingerprint}. Names and kinds of files are checked
+    here, their bytes by `check`. Raises Damaged.
+    """
     if folder.is_symlink() or not folder.is_dir():
         raise Damaged("is a link or no folder: not followed")
     there = _walk(folder)
     if MANIFEST not in there:
         raise Damaged(f"{MANIFEST} is missing")
     raw = read_json(folder / MANIFEST)
-    if not isinstance(raw, dict) or raw.get("version") != 1 or not isinstance(files := raw.get("files"), dict):
+    if (
+        not isinstance(raw, dict)
+        or raw.get("version") != 1
+        or not isinstance(files := raw.get("files"), dict)
+    ):
         raise Damaged(f"{MANIFEST} is not of the form that this version writes")
     for name, entry in sorted(files.items()):
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or str(path) != name:
             raise Damaged(f"{MANIFEST} names {name!r}, a path outside: not opened")
-        if not isinstance(entry, dict) or type(entry.get("size")) is not int or type(entry.get("sha256")) is not str:
+        if (
+            not isinstance(entry, dict)
+            or type(entry.get("size")) is not int
+            or type(entry.get("sha256")) is not str
+        ):
             raise Damaged(f"{MANIFEST}: size or sha256 of {name!r} is missing")
     for name in sorted(files.keys() - there):
         raise Damaged(f"{name} is missing")
@@ -116,7 +141,9 @@ def check(folder: Path, name: str, entry: dict) -> None:
 
 
 def discard(path: Path) -> None:
-    """Removes a file, link or folder; a folder loses its name first, so that a kill leaves none that looks whole."""
+    """Removes a file, link or folder; a folder loses its name first, so that a kill leaves none
+    that looks whole.
+    """
     if path.is_symlink() or not path.is_dir():
         path.unlink()
         return
@@ -130,12 +157,16 @@ def discard(path: Path) -> None:
 
 
 def _walk(folder: Path) -> set[str]:
-    """Every file below, by its relative name. Raises Damaged for what is neither a plain file nor a folder."""
+    """Every file below, by its relative name. Raises Damaged for what is neither a plain file nor a
+    folder.
+    """
     names = set()
     for at, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(at) / name
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                raise Damaged(f"{path.relative_to(folder).as_posix()!r} is a link or no plain file: not followed")
+                raise Damaged(
+                    f"{path.relative_to(folder).as_posix()!r} is a link or no plain file: not followed"
+                )
         names |= {(Path(at) / name).relative_to(folder).as_posix() for name in files}
     return names

@@ -1,11 +1,15 @@
-"""Fully sharded data parallelism, ZeRO-3 (Rajbhandari et al. 2020, section 5), by hand (DESIGN decision 5).
+"""Fully sharded data parallelism, ZeRO-3 (Rajbhandari et al. 2020, section 5), by hand (DESIGN
+decision 5).
 
-A unit is one block, or the root: embedding, last norm and head. Its weights lie in one flat vector (flat.py), cut into W equal shards; a
-rank owns one, the master copy that the optimizer updates, and nothing else of the unit between its uses. To run a unit is to gather its
-shards into the compute type and hang views of them on its modules; meanwhile the next unit's gather is under way, in the backward the
-previous one's. The gather is an autograd function: its backward is the reduce-scatter (SUM, in the master's type) of the gradient, under
-way while the unit before computes its own. One rank: both are the identity. n: numbers of a shard.
+A unit is one block, or the root: embedding, last norm and head. Its weights lie in one flat vector
+(flat.py), cut into W equal shards; a rank owns one, the master copy that the optimizer updates, and
+nothing else of the unit between its uses. To run a unit is to gather its shards into the compute
+type and hang views of them on its modules; meanwhile the next unit's gather is under way, in the
+backward the previous one's. The gather is an autograd function: its backward is the reduce-scatter
+(SUM, in the master's type) of the gradient, under way while the unit before computes its own. One
+rank: both are the identity. n: numbers of a shard.
 """
+
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Callable, Iterator
 
@@ -18,30 +22,57 @@ from . import dist, offload
 from .flat import Flat, by_block
 from .model import Decoder
 
-at_the_end = torch.autograd.Variable._execution_engine.queue_callback          # of the backward that is running
+# of the backward that is running
+at_the_end = torch.autograd.Variable._execution_engine.queue_callback
 
 
 class Unit(nn.Module):
-    """The shard of some weights. Between uses their modules have no weights at all: a forgotten gather is an error, not a stale value."""
+    """The shard of some weights. Between uses their modules have no weights at all: a forgotten
+    gather is an error, not a stale value.
+    """
 
-    def __init__(self, weights: list, read: Callable[[str], torch.Tensor], trainable: bool, master: torch.dtype, compute: torch.dtype,
-                 device: torch.device, on_host: bool, reduce: Callable[["Unit"], None]):
+    def __init__(
+        self,
+        weights: list,
+        read: Callable[[str], torch.Tensor],
+        trainable: bool,
+        master: torch.dtype,
+        compute: torch.dtype,
+        device: torch.device,
+        on_host: bool,
+        reduce: Callable[["Unit"], None],
+    ):
         super().__init__()
-        self.flat, self.compute, self.device, self.reduce = Flat(weights), compute, device, reduce
-        shard = offload.zeros(self.flat.n, master) if on_host else torch.zeros(self.flat.n, dtype=master, device=device)
+        self.flat = Flat(weights)
+        self.compute = compute
+        self.device = device
+        self.reduce = reduce
+        shard = (
+            offload.zeros(self.flat.n, master)
+            if on_host
+            else torch.zeros(self.flat.n, dtype=master, device=device)
+        )
         self.shard = nn.Parameter(self.flat.fill(shard, read), requires_grad=trainable)
-        self.before, self.after = [], []                           # the units of the blocks on either side
-        self.coming: tuple[int, Callable] | None = None            # a gather under way: of which version of the shard, how to wait for it
-        self.again: torch.Tensor | None = None                     # gathered once more, for the backward
-        self.grads: torch.Tensor | None = None                     # (W n,) not yet summed over ranks
+        # the units of the blocks on either side
+        self.before = []
+        self.after = []
+        # a gather under way: of which version of the shard, how to wait for it
+        self.coming: tuple[int, Callable] | None = None
+        self.again: torch.Tensor | None = None  # gathered once more, for the backward
+        self.grads: torch.Tensor | None = None  # (W n,) not yet summed over ranks
 
     def start(self) -> None:
         """Begins to gather, unless that is under way."""
         if self.coming is None or self.coming[0] != self.shard._version:
-            self.coming = self.shard._version, offload.all_gather(self.shard.detach(), self.compute, self.device)
+            self.coming = (
+                self.shard._version,
+                offload.all_gather(self.shard.detach(), self.compute, self.device),
+            )
 
     def take(self) -> torch.Tensor:
-        """(W n,) of all ranks' shards in the compute type; the shard itself where it is the whole and has the type."""
+        """(W n,) of all ranks' shards in the compute type; the shard itself where it is the whole
+        and has the type.
+        """
         self.start()
         (_, wait), self.coming = self.coming, None
         return wait()
@@ -53,15 +84,17 @@ class Unit(nn.Module):
             at_the_end(lambda: setattr(self, "again", None))
             for unit in self.before:
                 unit.start()
-            for unit in self.after:                                # a frozen one has no backward of its own
+            for unit in self.after:  # a frozen one has no backward of its own
                 unit.again = None
         return self.again
 
 
 @contextmanager
 def whole(units: list[Unit], ahead: list[Unit], keep: bool = True):
-    """Inside, the units' modules have their weights, and those of `ahead` are on their way. `keep`: autograd may hold on to the weights
-    (a checkpoint lets go by itself). Else what it would save of them is (unit, place), and the backward gathers again."""
+    """Inside, the units' modules have their weights, and those of `ahead` are on their way. `keep`:
+    autograd may hold on to the weights (a checkpoint lets go by itself). Else what it would save of
+    them is (unit, place), and the backward gathers again.
+    """
     if units[0].flat.hung:
         yield
         return
@@ -69,14 +102,18 @@ def whole(units: list[Unit], ahead: list[Unit], keep: bool = True):
     for unit in ahead:
         unit.start()
     owner = {mine[0].untyped_storage().data_ptr(): unit for unit, mine in zip(units, views)}
-    keep |= not torch.is_grad_enabled() or units[0].shard.untyped_storage().data_ptr() in owner          # the shard itself stays anyway
+    # the shard itself stays anyway
+    keep |= not torch.is_grad_enabled() or units[0].shard.untyped_storage().data_ptr() in owner
 
     def pack(t: torch.Tensor):
         unit = owner.get(t.untyped_storage().data_ptr())
         return t if unit is None else (unit, t.shape, t.stride(), t.storage_offset())
 
     def unpack(saved):
-        return saved if isinstance(saved, torch.Tensor) else saved[0].retake().as_strided(*saved[1:])
+        return (
+            saved if isinstance(saved, torch.Tensor) else saved[0].retake().as_strided(*saved[1:])
+        )
+
     for unit, mine in zip(units, views):
         unit.flat.hang(mine)
     try:
@@ -88,7 +125,9 @@ def whole(units: list[Unit], ahead: list[Unit], keep: bool = True):
 
 
 class _Gather(torch.autograd.Function):
-    """shard (n,) -> the unit's weights, views of one gathered vector. backward: their gradients, summed over ranks, join shard.grad."""
+    """shard (n,) -> the unit's weights, views of one gathered vector. backward: their gradients,
+    summed over ranks, join shard.grad.
+    """
 
     @staticmethod
     def forward(ctx, shard, unit):
@@ -100,7 +139,9 @@ class _Gather(torch.autograd.Function):
         unit = ctx.unit
         unit.again = None
         if unit.grads is None:
-            unit.grads = torch.zeros(dist.world() * unit.flat.n, dtype=unit.shard.dtype, device=unit.device)
+            unit.grads = torch.zeros(
+                dist.world() * unit.flat.n, dtype=unit.shard.dtype, device=unit.device
+            )
         for w, grad in zip(unit.flat.weights, grads):
             if grad is not None:
                 w.view(unit.grads).add_(grad)
@@ -109,22 +150,47 @@ class _Gather(torch.autograd.Function):
 
 
 class Sharded(nn.Module):
-    """A Decoder whose parameters are shards; call it as a Decoder, with the head inside `root()`. A backward adds to its shards' .grad.
-    `read(name)` gives each weight once. master: type of the shards, their gradients and the optimizer's state; compute: of the gathered
-    weights. checkpointing: a block keeps its input only and is computed again in the backward. frozen: patterns of names that are not
-    trained. on_host: the shards lie in host memory. While `hold`, gradients stay whole, for the next backward.
+    """A Decoder whose parameters are shards; call it as a Decoder, with the head inside `root()`. A
+    backward adds to its shards' .grad. `read(name)` gives each weight once. master: type of the
+    shards, their gradients and the optimizer's state; compute: of the gathered weights.
+    checkpointing: a block keeps its input only and is computed again in the backward. frozen:
+    patterns of names that are not trained. on_host: the shards lie in host memory. While `hold`,
+    gradients stay whole, for the next backward.
     """
 
-    def __init__(self, decoder: Decoder, read: Callable[[str], torch.Tensor], *, device: torch.device, master: torch.dtype = torch.float32,
-                 compute: torch.dtype = torch.float32, checkpointing: bool = False, frozen: tuple[str, ...] = (), on_host: bool = False):
+    def __init__(
+        self,
+        decoder: Decoder,
+        read: Callable[[str], torch.Tensor],
+        *,
+        device: torch.device,
+        master: torch.dtype = torch.float32,
+        compute: torch.dtype = torch.float32,
+        checkpointing: bool = False,
+        frozen: tuple[str, ...] = (),
+        on_host: bool = False,
+    ):
         super().__init__()
-        self.decoder, self.config, self.backend, self.checkpointing, self.hold, self.summing = decoder, decoder.config, decoder.backend, checkpointing, False, None
-        self.root_units, *blocks = [[Unit(some, read, some is both[0], master, compute, device, on_host, self._reduce) for some in both if some]
-                                    for both in by_block(decoder, frozen)]
+        self.decoder = decoder
+        self.config = decoder.config
+        self.backend = decoder.backend
+        self.checkpointing = checkpointing
+        self.hold = False
+        self.summing = None
+        self.root_units, *blocks = [
+            [
+                Unit(some, read, some is both[0], master, compute, device, on_host, self._reduce)
+                for some in both
+                if some
+            ]
+            for both in by_block(decoder, frozen)
+        ]
         self.units = nn.ModuleList(sum(blocks, self.root_units))
         self.size = sum(w.shape.numel() for unit in self.units for w in unit.flat.weights)
         self.blocks = [[], *blocks, []]
-        for layer, before, own, after in zip(decoder.model.layers, self.blocks, self.blocks[1:], self.blocks[2:]):
+        for layer, before, own, after in zip(
+            decoder.model.layers, self.blocks, self.blocks[1:], self.blocks[2:]
+        ):
             for unit in own:
                 unit.before, unit.after = before, after
             layer.forward = self._runner(layer.forward, before, own, after)
@@ -132,10 +198,17 @@ class Sharded(nn.Module):
     def _runner(self, forward, before: list[Unit], own: list[Unit], after: list[Unit]):
         def run(*inputs):
             if self.checkpointing and torch.is_grad_enabled() and not own[0].flat.hung:
-                return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False,
-                                  context_fn=lambda: (whole(own, after), whole(own, before)))             # forward, recomputation
+                return checkpoint(
+                    forward,
+                    *inputs,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    # forward, recomputation
+                    context_fn=lambda: (whole(own, after), whole(own, before)),
+                )
             with whole(own, after, keep=False):
                 return forward(*inputs)
+
         return run
 
     def _reduce(self, unit: Unit | None = None) -> None:
@@ -145,7 +218,8 @@ class Sharded(nn.Module):
             grad = wait()
             done.shard.grad = grad if done.shard.grad is None else done.shard.grad.add_(grad)
         if unit and not self.hold:
-            self.summing, unit.grads = (unit, dist.reduce_scatter(unit.grads)), None
+            self.summing = (unit, dist.reduce_scatter(unit.grads))
+            unit.grads = None
             at_the_end(self._reduce)
 
     def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attention) -> torch.Tensor:
@@ -154,7 +228,9 @@ class Sharded(nn.Module):
             return self.decoder(tokens, positions, attention)
 
     def root(self):
-        """Embedding, last norm and head, gathered once for the block; their gradients meet in one reduce-scatter."""
+        """Embedding, last norm and head, gathered once for the block; their gradients meet in one
+        reduce-scatter.
+        """
         return whole(self.root_units, ahead=self.blocks[1])
 
     @property
@@ -162,7 +238,9 @@ class Sharded(nn.Module):
         return self.decoder.head_weight
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight by name, whole, in the master's type: one unit at a time, on all ranks (a collective)."""
+        """Every weight by name, whole, in the master's type: one unit at a time, on all ranks (a
+        collective).
+        """
         for unit in self.units:
             gathered = offload.all_gather(unit.shard.detach(), unit.shard.dtype, unit.device)()
             yield from ((w.name, w.view(gathered)) for w in unit.flat.weights)
@@ -170,7 +248,9 @@ class Sharded(nn.Module):
 
 @contextmanager
 def gathered(model: nn.Module):
-    """All of a Sharded model's weights, gathered once, for sampling: no gradient. Another module passes as it is."""
+    """All of a Sharded model's weights, gathered once, for sampling: no gradient. Another module
+    passes as it is.
+    """
     with torch.no_grad(), ExitStack() as stack:
         if isinstance(model, Sharded):
             for group in (model.root_units, *model.blocks[1:-1]):

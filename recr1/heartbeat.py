@@ -1,8 +1,10 @@
-"""Where each rank is, in run.dir/heartbeats/rank_00000.json: who can be named when a collective fails.
+"""Where each rank is, in run.dir/heartbeats/rank_00000.json: who can be named when a collective
+fails.
 
-A rank holds a lock on its file for as long as its process lives. The lock, not the process id, says who is alive: it reaches over machines
-that share the folder, and it keeps a second job out of it.
+A rank holds a lock on its file for as long as its process lives. The lock, not the process id, says
+who is alive: it reaches over machines that share the folder, and it keeps a second job out of it.
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -16,8 +18,8 @@ from pathlib import Path
 
 import torch.distributed as td
 
-GRACE = 3.0            # seconds in which the others say that they give up too, or that they failed
-SIZE = 512             # bytes: every state overwrites the one before
+GRACE = 3.0  # seconds in which the others say that they give up too, or that they failed
+SIZE = 512  # bytes: every state overwrites the one before
 _own: Heartbeat | None = None
 
 
@@ -26,29 +28,46 @@ class Busy(ValueError):
 
 
 class RankLost(RuntimeError):
-    """A collective failed or took too long: another rank is gone or hangs. The message, where this rank is to print one, says which."""
+    """A collective failed or took too long: another rank is gone or hangs. The message, where this
+    rank is to print one, says which.
+    """
 
 
 class Heartbeat:
-    """One rank's file: `state` has pid, host, step, phase, since (Unix time), calls (collectives begun), left (why it ends) and gives_up."""
+    """One rank's file: `state` has pid, host, step, phase, since (Unix time), calls (collectives
+    begun), left (why it ends) and gives_up.
+    """
 
     def __init__(self, folder: Path, rank: int, world: int):
-        self.folder, self.rank, self.world = folder, rank, world
+        self.folder = folder
+        self.rank = rank
+        self.world = world
         folder.mkdir(exist_ok=True)
         self.file = os.open(path(folder, rank), os.O_RDWR | os.O_CREAT, 0o644)
-        for _ in range(50):                              # a killed job's locks may take a moment to go
+        for _ in range(50):  # a killed job's locks may take a moment to go
             if self._locked():
                 break
             time.sleep(0.1)
         else:
             other = read(folder, rank)
             os.close(self.file)
-            raise Busy(f"run.dir: {folder.parent} is in use by another job (pid {other['pid']}, {other['host']}); wait for it, or name another folder")
-        if rank == 0:                                    # the other ranks come after this one: what is here is an earlier job's
+            raise Busy(
+                f"run.dir: {folder.parent} is in use by another job (pid {other['pid']}, {other['host']}); wait for it, or name another folder"
+            )
+        if rank == 0:  # the other ranks come after this one: what is here is an earlier job's
             for old in folder.glob("rank_*.json"):
                 if old != path(folder, 0):
                     old.unlink()
-        self.state = dict(pid=os.getpid(), host=socket.gethostname(), step=0, phase="setup", since=time.time(), calls=0, left="", gives_up=False)
+        self.state = dict(
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            step=0,
+            phase="setup",
+            since=time.time(),
+            calls=0,
+            left="",
+            gives_up=False,
+        )
         self.write()
 
     def _locked(self) -> bool:
@@ -56,12 +75,12 @@ class Heartbeat:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError:                                  # a file system without locks: there everybody counts as alive
+        except OSError:  # a file system without locks: there everybody counts as alive
             pass
         return True
 
     def write(self) -> None:
-        with suppress(OSError):                          # no reason to end a run
+        with suppress(OSError):  # no reason to end a run
             os.pwrite(self.file, json.dumps(self.state).ljust(SIZE - 1).encode() + b"\n", 0)
 
 
@@ -101,7 +120,9 @@ def stop() -> None:
 def at(phase: str, step: int | None = None) -> None:
     """This rank enters a phase. Microseconds; nothing before `start`."""
     if _own:
-        _own.state.update(phase=phase, since=time.time(), step=_own.state["step"] if step is None else step)
+        _own.state.update(
+            phase=phase, since=time.time(), step=_own.state["step"] if step is None else step
+        )
         _own.write()
 
 
@@ -113,13 +134,19 @@ def begins_collective() -> None:
 
 
 def ended_by(e: BaseException) -> BaseException:
-    """What a rank ends with that an exception ends: the exception, noted for the others to read; or RankLost, when it is a collective's own.
+    """What a rank ends with that an exception ends: the exception, noted for the others to read; or
+    RankLost, when it is a collective's own.
 
-    Not of nccl's time limit (untested, from its documentation): its watchdog ends the process by SIGABRT, the default of
-    TORCH_NCCL_ASYNC_ERROR_HANDLING, and names the collective; the files here still say which rank had begun fewer.
+    Not of nccl's time limit (untested, from its documentation): its watchdog ends the process by
+    SIGABRT, the default of TORCH_NCCL_ASYNC_ERROR_HANDLING, and names the collective; the files
+    here still say which rank had begun fewer.
     """
     # gloo has no type for it
-    if isinstance(e, td.DistError) or isinstance(e, RuntimeError) and re.search(r"gloo/transport|pair closure", str(e)):
+    if (
+        isinstance(e, td.DistError)
+        or isinstance(e, RuntimeError)
+        and re.search(r"gloo/transport|pair closure", str(e))
+    ):
         return RankLost(blame(str(e).splitlines()[0]) or "")
     if _own:
         _own.state["left"] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:160]}"
@@ -128,7 +155,9 @@ def ended_by(e: BaseException) -> BaseException:
 
 
 def blame(error: str) -> str | None:
-    """After a failed collective: the line that names the rank at fault and its phase, None on all but the first of the others."""
+    """After a failed collective: the line that names the rank at fault and its phase, None on all
+    but the first of the others.
+    """
     if not _own:
         return f"the ranks lost each other while the run was set up: {error}"
     others = [rank for rank in range(_own.world) if rank != _own.rank]
@@ -139,13 +168,15 @@ def blame(error: str) -> str | None:
     while True:
         now = {rank: read(_own.folder, rank) for rank in others}
         wait = [rank for rank, state in now.items() if state is None or not state["gives_up"]]
-        ended = [rank for rank in wait if now[rank] and (now[rank]["left"] or not now[rank]["alive"])]
+        ended = [
+            rank for rank in wait if now[rank] and (now[rank]["left"] or not now[rank]["alive"])
+        ]
         if ended or not wait or time.monotonic() > deadline:
             break
         time.sleep(0.02)
     seen = {rank: before[rank] or now[rank] for rank in others}
     silent = [rank for rank in wait if seen[rank] is None]
-    behind = [rank for rank in wait or others if seen[rank]]                 # if all gave up: who was behind?
+    behind = [rank for rank in wait or others if seen[rank]]  # if all gave up: who was behind?
     least = min((seen[rank]["calls"] for rank in behind), default=0)
     if not wait and least >= _own.state["calls"]:
         return f"the ranks lost each other: {error}"
@@ -158,7 +189,8 @@ def blame(error: str) -> str | None:
 def _sentence(rank: int, state: dict | None) -> str:
     if state is None:
         return f"rank {rank} is gone; it had not yet opened run.dir"
-    who, where = f"rank {rank} (pid {state['pid']}, {state['host']})", f"phase {state['phase']} of step {state['step']}"
+    who = f"rank {rank} (pid {state['pid']}, {state['host']})"
+    where = f"phase {state['phase']} of step {state['step']}"
     if state["left"]:
         return f"{who} failed in {where}: {state['left']}"
     if not state["alive"]:

@@ -1,9 +1,12 @@
-"""x @ w.T + b, by the fastest float32 product that torch carries on a CPU. Legend: M rows, K inputs, N outputs.
+"""x @ w.T + b, by the fastest float32 product that torch carries on a CPU. Legend: M rows, K
+inputs, N outputs.
 
-torch.nn.functional.linear goes to MKL, which on AMD processors stays with AVX2 and whose sums depend on how many rows there are. oneDNN comes
-with torch too, uses AVX-512 wherever it is (1.8 to 2.4 times MKL's speed on a Zen 4), and from two rows on gives a row the same bits whatever
-stands beside it. Everything that is not float32 on a CPU takes torch's own product.
+torch.nn.functional.linear goes to MKL, which on AMD processors stays with AVX2 and whose sums
+depend on how many rows there are. oneDNN comes with torch too, uses AVX-512 wherever it is (1.8 to
+2.4 times MKL's speed on a Zen 4), and from two rows on gives a row the same bits whatever stands
+beside it. Everything that is not float32 on a CPU takes torch's own product.
 """
+
 from __future__ import annotations
 
 from contextlib import contextmanager
@@ -13,19 +16,25 @@ import torch.nn.functional as F
 from torch import nn
 
 ONEDNN = torch.backends.mkldnn.is_available()
-ROWS = 16          # fewer rows are padded to a multiple: each count has its own compiled loop, of which oneDNN keeps 1,024; and a single row other bits
-SLICE = 1 << 20    # bytes of a product that is still in cache when it is copied to its place
+# fewer rows are padded to a multiple: each count has its own compiled loop, of which oneDNN keeps
+# 1,024; and a single row other bits
+ROWS = 16
+SLICE = 1 << 20  # bytes of a product that is still in cache when it is copied to its place
 
 
 def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (M, K), w (N, K) or what `packed` made of it, bias (N,) -> x @ w.T + bias (M, N), without gradient."""
+    """x (M, K), w (N, K) or what `packed` made of it, bias (N,) -> x @ w.T + bias (M, N), without
+    gradient.
+    """
     if not onednn(x):
         return F.linear(x, w, bias)
     if not (w.is_mkldnn or w.is_contiguous() or w.T.is_contiguous()):
-        w = w.contiguous()                                # rows with gaps would take oneDNN's reference loop, a thousand times slower,
+        # rows with gaps would take oneDNN's reference loop, a thousand times slower,
+        w = w.contiguous()
     if 0 in x.stride():
-        x = x.contiguous()                                # and so would expanded ones
-    if len(w) == 1 and bias is None and not w.is_mkldnn:                      # one column has a loop of its own, with other bits: the last slice of product_into
+        x = x.contiguous()  # and so would expanded ones
+    # one column has a loop of its own, with other bits: the last slice of product_into
+    if len(w) == 1 and bias is None and not w.is_mkldnn:
         return product(x, w.repeat(2, 1))[:, :1]
     n = len(x)
     if n % ROWS and n < 64 * ROWS:
@@ -41,13 +50,17 @@ def product_into(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.T
         return out.copy_(product(x, w))
     columns = max(1, SLICE // (256 * max(1, len(x)))) * 64
     for start in range(0, len(w), columns):
-        out[:, start:start + columns] = product(x, w[start:start + columns])
+        out[:, start : start + columns] = product(x, w[start : start + columns])
     return out
 
 
 def packed(w: torch.Tensor) -> torch.Tensor:
-    """w (N, K) in oneDNN's own order, for `product` with few rows, each of which would sort it anew (1.2 to 1.4 times faster at 64, same bits)."""
-    return torch.ops.mkldnn._reorder_linear_weight(w.contiguous()) if onednn(w) and len(w) > 1 else w
+    """w (N, K) in oneDNN's own order, for `product` with few rows, each of which would sort it anew
+    (1.2 to 1.4 times faster at 64, same bits).
+    """
+    return (
+        torch.ops.mkldnn._reorder_linear_weight(w.contiguous()) if onednn(w) and len(w) > 1 else w
+    )
 
 
 def onednn(x: torch.Tensor) -> bool:
@@ -56,7 +69,11 @@ def onednn(x: torch.Tensor) -> bool:
 
 def inexact(dtype: torch.dtype, device: torch.device) -> str:
     """Why `product` may give a row other bits beside other rows; empty: it does not."""
-    return "" if device.type == "cpu" and dtype == torch.float32 and ONEDNN else "needs float32 on a CPU, where torch has oneDNN"
+    return (
+        ""
+        if device.type == "cpu" and dtype == torch.float32 and ONEDNN
+        else "needs float32 on a CPU, where torch has oneDNN"
+    )
 
 
 class _Linear(torch.autograd.Function):
@@ -69,13 +86,21 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         needs, (N, K) = ctx.needs_input_grad, weight.shape
-        d_weight = None if not needs[1] else product(grad.T, x.T) if N < K else product(x.T, grad.T).T       # the smaller one's rows: up to 1.5 times faster
-        return product(grad, weight.T) if needs[0] else None, d_weight, grad.sum(0) if needs[2] else None
+        # the smaller one's rows: up to 1.5 times faster
+        d_weight = (
+            None if not needs[1] else product(grad.T, x.T) if N < K else product(x.T, grad.T).T
+        )
+        return (
+            product(grad, weight.T) if needs[0] else None,
+            d_weight,
+            grad.sum(0) if needs[2] else None,
+        )
 
 
 class Linear(nn.Linear):
     """nn.Linear by `product`. x (M, in) -> (M, out)."""
-    packed: torch.Tensor | None = None                    # the weight's, while `sampling` lasts
+
+    packed: torch.Tensor | None = None  # the weight's, while `sampling` lasts
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if onednn(x) and torch.is_grad_enabled():
@@ -85,7 +110,9 @@ class Linear(nn.Linear):
 
 @contextmanager
 def sampling(model: nn.Module, head: torch.Tensor):
-    """For the block every Linear of the model has its weight `packed`, another copy of it in memory; yields the head's."""
+    """For the block every Linear of the model has its weight `packed`, another copy of it in
+    memory; yields the head's.
+    """
     layers = [m for m in model.modules() if isinstance(m, Linear) and onednn(m.weight)]
     try:
         for m in layers:

@@ -1,19 +1,22 @@
 """Ranking metrics of one query, and what its list is like. Pure functions.
 
-Everywhere `ranked` holds document ids, best first; `gains` maps judged document id -> gain, and a document
-is relevant when its gain is above 0. An unjudged document gains 0. A document that stands in `ranked` more
-than once counts at its first place; its repeats gain nothing but keep their ranks, so they only cost.
-With no relevant document every metric is 0.0. `k` below 1 raises ValueError.
+Everywhere `ranked` holds document ids, best first; `gains` maps judged document id -> gain, and a
+document is relevant when its gain is above 0. An unjudged document gains 0. A document that stands
+in `ranked` more than once counts at its first place; its repeats gain nothing but keep their ranks,
+so they only cost. With no relevant document every metric is 0.0. `k` below 1 raises ValueError.
 """
+
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from math import log2
 
 
 def ndcg(ranked: Sequence[str], gains: Mapping[str, float], k: int) -> float:
-    """Normalised discounted cumulative gain at k, in [0, 1]: gain / log2(rank + 1), linear gain, rank from 1.
+    """Normalised discounted cumulative gain at k, in [0, 1]: gain / log2(rank + 1), linear gain,
+    rank from 1.
 
-    The ideal ranks the distinct relevant documents by gain and is cut at k too: ndcg_cut of trec_eval.
+    The ideal ranks the distinct relevant documents by gain and is cut at k too: ndcg_cut of
+    trec_eval.
     """
     dcg = _dcg(_gains_by_rank(ranked, gains, k))
     ideal = _dcg(sorted((gain for gain in gains.values() if gain > 0), reverse=True)[:k])
@@ -27,8 +30,12 @@ def recall(ranked: Sequence[str], gains: Mapping[str, float], k: int) -> float:
 
 
 def reciprocal_rank(ranked: Sequence[str], gains: Mapping[str, float], k: int) -> float:
-    """1 / rank of the first relevant document, 0.0 when there is none in the first k places; its mean is MRR@k."""
-    return next((1 / rank for rank, gain in enumerate(_gains_by_rank(ranked, gains, k), 1) if gain > 0), 0.0)
+    """1 / rank of the first relevant document, 0.0 when there is none in the first k places; its
+    mean is MRR@k.
+    """
+    return next(
+        (1 / rank for rank, gain in enumerate(_gains_by_rank(ranked, gains, k), 1) if gain > 0), 0.0
+    )
 
 
 def hit_rate(ranked: Sequence[str], gains: Mapping[str, float], k: int) -> float:
@@ -36,25 +43,33 @@ def hit_rate(ranked: Sequence[str], gains: Mapping[str, float], k: int) -> float
     return float(any(gain > 0 for gain in _gains_by_rank(ranked, gains, k)))
 
 
-def intra_list_distance(ranked: Sequence[str], distance: Callable[[str, str], float], k: int) -> float:
-    """Mean distance of all pairs of distinct documents in the first k places, 0.0 where there is no pair (ILD: Smyth & McClave 2001)."""
+def intra_list_distance(
+    ranked: Sequence[str], distance: Callable[[str, str], float], k: int
+) -> float:
+    """Mean distance of all pairs of distinct documents in the first k places, 0.0 where there is no
+    pair (ILD: Smyth & McClave 2001).
+    """
     pairs = list(combinations(dict.fromkeys(_first(ranked, k)), 2))
     return sum(distance(a, b) for a, b in pairs) / len(pairs) if pairs else 0.0
 
 
 def novelty(ranked: Sequence[str], popularity: Mapping[str, float], total: float, k: int) -> float:
-    """Mean of log2(total / popularity), in bits, of the distinct documents in the first k places, 0.0 where there is none.
+    """Mean of log2(total / popularity), in bits, of the distinct documents in the first k places,
+    0.0 where there is none.
 
-    A document's popularity is its part of `total`, all interactions there are; one nobody has touched counts as touched once. (Mean
-    self-information: Zhou et al. 2010, who count users; Castells, Hurley & Vargas 2015)
+    A document's popularity is its part of `total`, all interactions there are; one nobody has
+    touched counts as touched once. (Mean self-information: Zhou et al. 2010, who count users;
+    Castells, Hurley & Vargas 2015)
     """
-    bits = [log2(total / max(popularity.get(doc, 0.0), 1.0)) for doc in dict.fromkeys(_first(ranked, k))]
+    bits = [
+        log2(total / max(popularity.get(doc, 0.0), 1.0)) for doc in dict.fromkeys(_first(ranked, k))
+    ]
     return sum(bits) / len(bits) if bits else 0.0
 
 
 def _gains_by_rank(ranked, gains, k):
     """Gain at each of the first k places; a repeat, an unjudged document and a gain below 0 give 0."""
-    left = dict(gains)                  # pop: the second time a document comes, it is no longer there
+    left = dict(gains)  # pop: the second time a document comes, it is no longer there
     return [max(left.pop(doc, 0.0), 0.0) for doc in _first(ranked, k)]
 
 

@@ -1,10 +1,14 @@
-"""The Qwen2, Qwen3 and Llama 3 decoder, with Hugging Face's parameter names, on packed rows: no batch dimension, no padding, no mask.
+"""The Qwen2, Qwen3 and Llama 3 decoder, with Hugging Face's parameter names, on packed rows: no
+batch dimension, no padding, no mask.
 
-One block for the three: Qwen2 has a bias on q, k, v; Qwen3 a norm over each head of q and k; Llama 3 neither, and may have scaled rope.
+One block for the three: Qwen2 has a bias on q, k, v; Qwen3 a norm over each head of q and k; Llama
+3 neither, and may have scaled rope.
 
-Legend: M packed tokens, C width, H query heads, K kv heads, D head dim, V vocabulary. Attention is passed in as a callable
-(layer, q, k, v) -> (M, H, D): packed rows in training (attention.py), the KV cache in sampling (cache.py).
+Legend: M packed tokens, C width, H query heads, K kv heads, D head dim, V vocabulary. Attention is
+passed in as a callable (layer, q, k, v) -> (M, H, D): packed rows in training (attention.py), the
+KV cache in sampling (cache.py).
 """
+
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +24,10 @@ from .varlen import Backend
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's rope for contexts longer than it was first trained on ("llama3" in config.json): see `frequencies`."""
+    """Llama 3.1's rope for contexts longer than it was first trained on ("llama3" in config.json):
+    see `frequencies`.
+    """
+
     factor: float
     low_freq_factor: float
     high_freq_factor: float
@@ -30,7 +37,8 @@ class RopeScaling:
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape, in config.json's words."""
-    family: str                         # qwen2 | qwen3 | llama
+
+    family: str  # qwen2 | qwen3 | llama
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -47,6 +55,7 @@ class ModelConfig:
 
 class RMSNorm(nn.RMSNorm):
     """torch's, in float32 at least (float64 stays) up to the weight."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return self.weight * F.rms_norm(wide, self.normalized_shape, eps=self.eps).to(x.dtype)
@@ -55,37 +64,57 @@ class RMSNorm(nn.RMSNorm):
 class Attention(nn.Module):
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.head_dim, bias = layer, c.head_dim, c.family == "qwen2"
+        self.layer = layer
+        self.head_dim = c.head_dim
+        bias = c.family == "qwen2"
         self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=bias)
-        self.k_proj, self.v_proj = (Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias) for _ in "kv")
+        self.k_proj, self.v_proj = (
+            Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias) for _ in "kv"
+        )
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-        self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) if c.family == "qwen3" else nn.Identity() for _ in "qk")
+        self.q_norm, self.k_norm = (
+            RMSNorm(c.head_dim, c.rms_norm_eps) if c.family == "qwen3" else nn.Identity()
+            for _ in "qk"
+        )
 
     def forward(self, x, rope, attention):
-        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))  # (M, heads, D)
-        q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(attention(self.layer, rotate(q, rope), rotate(k, rope), v).flatten(1))             # (M, C)
+        # (M, heads, D)
+        q, k, v = (
+            f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q = self.q_norm(q)
+        k = self.k_norm(k)
+        # (M, C)
+        return self.o_proj(attention(self.layer, rotate(q, rope), rotate(k, rope), v).flatten(1))
 
 
 class MLP(nn.Module):
-    exact = False    # model.batch_invariant
+    exact = False  # model.batch_invariant
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.gate_proj, self.up_proj = (Linear(c.hidden_size, c.intermediate_size, bias=False) for _ in range(2))
+        self.gate_proj, self.up_proj = (
+            Linear(c.hidden_size, c.intermediate_size, bias=False) for _ in range(2)
+        )
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x):
         gate = self.gate_proj(x)
-        # torch's silu takes other bits for what is left of a thread's share than for whole vectors; exp does not
-        return self.down_proj((gate / (1 + (-gate).exp()) if self.exact else F.silu(gate)) * self.up_proj(x))
+        # torch's silu takes other bits for what is left of a thread's share than for whole vectors;
+        # exp does not
+        return self.down_proj(
+            (gate / (1 + (-gate).exp()) if self.exact else F.silu(gate)) * self.up_proj(x)
+        )
 
 
 class Block(nn.Module):
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
-        self.self_attn, self.mlp = Attention(c, layer), MLP(c)
-        self.input_layernorm, self.post_attention_layernorm = (RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2))
+        self.self_attn = Attention(c, layer)
+        self.mlp = MLP(c)
+        self.input_layernorm, self.post_attention_layernorm = (
+            RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2)
+        )
 
     def forward(self, x, rope, attention):
         x = x + self.self_attn(self.input_layernorm(x), rope, attention)
@@ -93,17 +122,28 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """tokens (M,), positions (M,) -> hidden (M, C), after the last norm. The head stands apart: see `head_weight`."""
-    root = nullcontext    # the block in which `head_weight` may be used together with the forward; fsdp.py gathers it there
+    """tokens (M,), positions (M,) -> hidden (M, C), after the last norm. The head stands apart: see
+    `head_weight`.
+    """
+
+    # the block in which `head_weight` may be used together with the forward; fsdp.py gathers it
+    # there
+    root = nullcontext
 
     def __init__(self, config: ModelConfig, reachable: int | None = None):
         super().__init__()
-        self.config, self.backend = config, Backend()     # set_backend changes it
-        self.reachable = reachable or config.vocab_size   # ids the tokenizer has: nobody samples or scores beyond (policy.py)
-        self.model = nn.ModuleDict(dict(
-            embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-            layers=nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
-            norm=RMSNorm(config.hidden_size, config.rms_norm_eps)))
+        # set_backend changes it
+        self.config = config
+        self.backend = Backend()
+        # ids the tokenizer has: nobody samples or scores beyond (policy.py)
+        self.reachable = reachable or config.vocab_size
+        self.model = nn.ModuleDict(
+            dict(
+                embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
+                layers=nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+                norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
+            )
+        )
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -122,20 +162,25 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """(V', C): the rows of the head that the tokenizer can reach; the embedding's own when tied."""
+        """(V', C): the rows of the head that the tokenizer can reach; the embedding's own when
+        tied.
+        """
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return head.weight[:self.reachable]
+        return head.weight[: self.reachable]
 
 
 @lru_cache
 def frequencies(c: ModelConfig, device, dtype) -> torch.Tensor:
-    """(D/2,): radians per position of RoPE's pairs (RoFormer, eq. 15), made once. Each operation is transformers' own: at position 8000
-    another order of them turns a pair by 5e-4 less in float32.
+    """(D/2,): radians per position of RoPE's pairs (RoFormer, eq. 15), made once. Each operation is
+    transformers' own: at position 8000 another order of them turns a pair by 5e-4 less in float32.
 
-    Scaled (Llama 3.1): a pair that turns more often than `high_freq_factor` times in the original context stays, one that turns less
-    often than `low_freq_factor` is slowed by `factor`, and the pairs between go from one to the other in a straight line.
+    Scaled (Llama 3.1): a pair that turns more often than `high_freq_factor` times in the original
+    context stays, one that turns less often than `low_freq_factor` is slowed by `factor`, and the
+    pairs between go from one to the other in a straight line.
     """
-    speed = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2, device=device, dtype=dtype) / c.head_dim)
+    speed = 1 / c.rope_theta ** (
+        torch.arange(0, c.head_dim, 2, device=device, dtype=dtype) / c.head_dim
+    )
     if (s := c.rope_scaling) is None:
         return speed
     turns = s.original_max_position_embeddings * speed / (2 * pi)
@@ -146,8 +191,10 @@ def frequencies(c: ModelConfig, device, dtype) -> torch.Tensor:
 def rotation(positions: torch.Tensor, c: ModelConfig, dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of RoPE's angles, each (M, 1, D), for halves laid out as Hugging Face does."""
     wide = torch.promote_types(dtype, torch.float32)
-    angle = positions.to(wide)[:, None] * frequencies(c, positions.device, wide)                           # (M, D/2)
-    return tuple(torch.cat([x, x], dim=-1)[:, None] for x in (angle.cos().to(dtype), angle.sin().to(dtype)))
+    angle = positions.to(wide)[:, None] * frequencies(c, positions.device, wide)  # (M, D/2)
+    return tuple(
+        torch.cat([x, x], dim=-1)[:, None] for x in (angle.cos().to(dtype), angle.sin().to(dtype))
+    )
 
 
 def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

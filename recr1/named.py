@@ -1,4 +1,5 @@
 """Functions of a user's own that a config names as `module:function`."""
+
 from __future__ import annotations
 
 import importlib
@@ -11,20 +12,28 @@ from .terminal import said
 
 
 class OwnError(ConfigError):
-    """A task or a part of the reward of a user's own has failed. The message names it and the query."""
+    """A task or a part of the reward of a user's own has failed. The message names it and the
+    query.
+    """
 
 
 def function(key: str, text: str, known: Iterable[str]) -> Callable:
-    """What `text` names. Raises ConfigError with the config's key and the names it has besides (`known`)."""
+    """What `text` names. Raises ConfigError with the config's key and the names it has besides
+    (`known`).
+    """
     module, colon, name = text.partition(":")
     if not colon:
-        raise ConfigError(f"{key}: {text!r} is not one of {', '.join(known)}; a function of yours is written module:function")
+        raise ConfigError(
+            f"{key}: {text!r} is not one of {', '.join(known)}; a function of yours is written module:function"
+        )
     try:
         found = getattr(importlib.import_module(module), name)
     except (Stopped, KeyboardInterrupt):
         raise
-    except BaseException as e:                                     # whatever the module does while it is imported, sys.exit() too
-        raise ConfigError(f"{key}: {text!r} cannot be loaded: {said(e)}; the module must be importable from where you start") from e
+    except BaseException as e:  # whatever the module does while it is imported, sys.exit() too
+        raise ConfigError(
+            f"{key}: {text!r} cannot be loaded: {said(e)}; the module must be importable from where you start"
+        ) from e
     if not callable(found):
         raise ConfigError(f"{key}: {text!r} is no function, it is {type(found).__name__}")
     return found
@@ -32,8 +41,9 @@ def function(key: str, text: str, known: Iterable[str]) -> Callable:
 
 @contextmanager
 def calling(what: str, where: str = "", through: tuple = ()):
-    """A block that calls `what` of a user's own: anything that it raises, sys.exit() too, is an OwnError `WHAT raised ... WHERE`. Not so a stop, Ctrl-C,
-    and `through`."""
+    """A block that calls `what` of a user's own: anything that it raises, sys.exit() too, is an
+    OwnError `WHAT raised ... WHERE`. Not so a stop, Ctrl-C, and `through`.
+    """
     try:
         yield
     except (Stopped, KeyboardInterrupt, OwnError, *through):

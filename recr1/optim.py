@@ -1,4 +1,7 @@
-"""AdamW (and Muon for cold starts), the learning-rate schedule, clipping, and the finite check before any weight moves."""
+"""AdamW (and Muon for cold starts), the learning-rate schedule, clipping, and the finite check
+before any weight moves.
+"""
+
 import math
 from functools import partial
 
@@ -10,26 +13,56 @@ from .offload import HostAdamW
 
 
 class NonFiniteGradient(RuntimeError):
-    """The gradient norm of a step is NaN or infinite and the config says stop. No weight was changed."""
+    """The gradient norm of a step is NaN or infinite and the config says stop. No weight was
+    changed.
+    """
 
 
 class Optimizer:
     """`step()`, at most `steps` times: clip to `clip_norm`, check, update, clear the gradients.
 
-    AdamW is torch's fused one (Loshchilov & Hutter 2019). Muon (Jordan 2024) takes the 2-D weights inside the blocks.
+    AdamW is torch's fused one (Loshchilov & Hutter 2019). Muon (Jordan 2024) takes the 2-D weights
+    inside the blocks.
     """
 
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig, steps: int):
-        self.config, self.steps, self.taken, self.skipped = config, steps, 0, 0
+        self.config = config
+        self.steps = steps
+        self.taken = 0
+        self.skipped = 0
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
-        matrices = {p: n for p, n in self.names.items() if config.kind == "muon" and p.ndim == 2 and "layers" in n}
+        matrices = {
+            p: n
+            for p, n in self.names.items()
+            if config.kind == "muon" and p.ndim == 2 and "layers" in n
+        }
         if config.kind == "muon" and not matrices:
-            raise ConfigError("optimizer.kind: muon updates whole matrices and a sharded policy has none; use adamw")
+            raise ConfigError(
+                "optimizer.kind: muon updates whole matrices and a sharded policy has none; use adamw"
+            )
         rest = [p for p in self.names if p not in matrices]
         adamw = HostAdamW if config.on_host else partial(torch.optim.AdamW, fused=True)
-        self.parts = [(config.lr, adamw(rest, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay))]
+        self.parts = [
+            (
+                config.lr,
+                adamw(
+                    rest,
+                    lr=config.lr,
+                    betas=config.betas,
+                    eps=config.eps,
+                    weight_decay=config.weight_decay,
+                ),
+            )
+        ]
         if matrices:
-            self.parts.append((config.muon_lr, torch.optim.Muon(list(matrices), lr=config.muon_lr, weight_decay=config.weight_decay)))
+            self.parts.append(
+                (
+                    config.muon_lr,
+                    torch.optim.Muon(
+                        list(matrices), lr=config.muon_lr, weight_decay=config.weight_decay
+                    ),
+                )
+            )
 
     def factor(self, step: int) -> float:
         """Share of the base learning rate at `step`: linear warm-up, then linear to `final_lr`."""
@@ -40,15 +73,22 @@ class Optimizer:
         return 1 - (1 - c.final_lr) * done
 
     def step(self, loss: float = 0.0) -> tuple[float, float]:
-        """Gradient norm before clipping, and the learning rate used. Raises NonFiniteGradient (or skips, as configured).
+        """Gradient norm before clipping, and the learning rate used. Raises NonFiniteGradient (or
+        skips, as configured).
 
-        loss: this rank's part of the step's; one that is not finite on any rank counts as a gradient that is not.
+        loss: this rank's part of the step's; one that is not finite on any rank counts as a
+        gradient that is not.
         """
-        step, self.taken = self.taken, self.taken + 1
-        norm, factor = self.norm(loss), self.factor(step)
-        finite = math.isfinite(norm)                     # of all ranks' gradients together: every rank takes the same turn
+        step = self.taken
+        self.taken = self.taken + 1
+        norm = self.norm(loss)
+        factor = self.factor(step)
+        # of all ranks' gradients together: every rank takes the same turn
+        finite = math.isfinite(norm)
         if finite:
-            torch.nn.utils.clip_grads_with_norm_(self.names, self.config.clip_norm, torch.tensor(norm))
+            torch.nn.utils.clip_grads_with_norm_(
+                self.names, self.config.clip_norm, torch.tensor(norm)
+            )
             for base, optimizer in self.parts:
                 for group in optimizer.param_groups:
                     group["lr"] = base * factor
@@ -56,14 +96,19 @@ class Optimizer:
         for p in self.names:
             p.grad = None
         if not finite and self.config.on_nonfinite == "stop":
-            raise NonFiniteGradient(f"optimiser step {step + 1}: the gradient norm is {norm}; no weight was changed. "
-                                    "Lower optimizer.lr, or set optimizer.on_nonfinite=skip")
+            raise NonFiniteGradient(
+                f"optimiser step {step + 1}: the gradient norm is {norm}; no weight was changed. "
+                "Lower optimizer.lr, or set optimizer.on_nonfinite=skip"
+            )
         self.skipped += not finite
         return norm, self.config.lr * factor
 
     def norm(self, loss: float = 0.0) -> float:
-        """Euclidean norm of the whole gradient: each rank has its shards' part. NaN when a rank's loss is not finite."""
+        """Euclidean norm of the whole gradient: each rank has its shards' part. NaN when a rank's
+        loss is not finite.
+        """
         grads = [p.grad for p in self.names if p.grad is not None]
-        parts = torch._foreach_norm(grads, dtype=torch.float64) if grads else []             # over a long shard float32 loses digits
+        # over a long shard float32 loses digits
+        parts = torch._foreach_norm(grads, dtype=torch.float64) if grads else []
         squares, loss = dist.total(float(sum(part.square() for part in parts)), loss)
         return math.sqrt(squares) if math.isfinite(loss) else math.nan

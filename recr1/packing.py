@@ -1,4 +1,7 @@
-"""Rollouts -> packed Batches. Where a token is predicted from is decided here, once (DESIGN: What flows)."""
+"""Rollouts -> packed Batches. Where a token is predicted from is decided here, once (DESIGN: What
+flows).
+"""
+
 from collections import Counter
 from dataclasses import replace
 from itertools import accumulate, groupby
@@ -11,38 +14,63 @@ from .records import Batch, Layout, Prompt, Rollout
 
 
 def distinct(rollouts: list[Rollout]) -> tuple[list[Rollout], list[int]]:
-    """One rollout per different text of a group, counting the siblings that wrote it, and where each first stood: same loss, fewer rows."""
-    first, counts = {}, Counter()
+    """One rollout per different text of a group, counting the siblings that wrote it, and where
+    each first stood: same loss, fewer rows.
+    """
+    first = {}
+    counts = Counter()
     for i, r in enumerate(rollouts):
         first.setdefault((r.group, r.ids), i)
         counts[r.group, r.ids] += r.count
-    return [replace(rollouts[i], count=counts[key]) for key, i in first.items()], list(first.values())
+    return [replace(rollouts[i], count=counts[key]) for key, i in first.items()], list(
+        first.values()
+    )
 
 
 def pack(rollouts: list[Rollout], max_tokens: int, device=None) -> list[Batch]:
-    """Micro-batches of at most `max_tokens` packed rows; siblings adjacent, their prompt once, groups of like length together.
+    """Micro-batches of at most `max_tokens` packed rows; siblings adjacent, their prompt once,
+    groups of like length together.
 
-    A rollout is never split; a group only when it alone exceeds the budget, and its prompt is then computed again.
-    `Batch.rollout` counts along the list given here. Raises ValueError when one rollout exceeds the budget.
+    A rollout is never split; a group only when it alone exceeds the budget, and its prompt is then
+    computed again. `Batch.rollout` counts along the list given here. Raises ValueError when one
+    rollout exceeds the budget.
     """
-    pieces = []                                      # (prompt, [(index, rollout), ...]): groups, or the parts of one that is larger than the budget
+    # (prompt, [(index, rollout), ...]): groups, or the parts of one that is larger than the budget
+    pieces = []
     for _, group in groupby(enumerate(rollouts), key=lambda item: item[1].group):
         group = list(group)
         prompt = group[0][1].prompt
         for _, r in group:
             if len(prompt.ids) + _own(r) > max_tokens:
-                raise ValueError(f"prompt {prompt.id!r}: a rollout of {len(prompt.ids)} + {_own(r)} tokens exceeds "
-                                 f"train.tokens_per_micro_batch = {max_tokens}; raise it")
-        pieces += [(prompt, part) for part in _runs(group, lambda item: _own(item[1]), max_tokens - len(prompt.ids))]
-    pieces.sort(key=lambda p: (len(p[0].ids), max(len(r.ids) for _, r in p[1])))             # like together: what attend() pads inside is least
-    return [_batch(run, device) for run in _runs(pieces, lambda p: len(p[0].ids) + sum(_own(r) for _, r in p[1]), max_tokens)]
+                raise ValueError(
+                    f"prompt {prompt.id!r}: a rollout of {len(prompt.ids)} + {_own(r)} tokens exceeds "
+                    f"train.tokens_per_micro_batch = {max_tokens}; raise it"
+                )
+        pieces += [
+            (prompt, part)
+            for part in _runs(group, lambda item: _own(item[1]), max_tokens - len(prompt.ids))
+        ]
+    # like together: what attend() pads inside is least
+    pieces.sort(key=lambda p: (len(p[0].ids), max(len(r.ids) for _, r in p[1])))
+    return [
+        _batch(run, device)
+        for run in _runs(
+            pieces, lambda p: len(p[0].ids) + sum(_own(r) for _, r in p[1]), max_tokens
+        )
+    ]
 
 
 def in_step(batches: list[Batch], device=None) -> list[Batch]:
-    """As many batches on every rank, for each is a row of collectives: the shorter lists end in idle ones of one token, weight 0, rollout -1."""
+    """As many batches on every rank, for each is a row of collectives: the shorter lists end in
+    idle ones of one token, weight 0, rollout -1.
+    """
     missing = dist.largest(len(batches)) - len(batches)
     prompt = Prompt("", 0, "", (0,))
-    idle = _batch([(prompt, [(-1, Rollout(prompt, 0, 0, (0,), (0.0,), False, count=0))])], device) if missing else None
+    idle = (
+        _batch([(prompt, [(-1, Rollout(prompt, 0, 0, (0,), (0.0,), False, count=0))])], device)
+        if missing
+        else None
+    )
     return batches + [idle] * missing
 
 
@@ -53,11 +81,13 @@ def _own(r: Rollout) -> int:
 
 def _runs(items: list, size: Callable, most: int):
     """The items in order, as many at a time as come to `most` together."""
-    run, used = [], 0
+    run = []
+    used = 0
     for item in items:
         if run and used + size(item) > most:
             yield run
-            run, used = [], 0
+            run = []
+            used = 0
         run.append(item)
         used += size(item)
     if run:
@@ -69,21 +99,37 @@ def _batch(pieces: list[tuple[Prompt, list[tuple[int, Rollout]]]], device) -> Ba
     items = [(p, i, r) for p, (_, part) in enumerate(pieces) for i, r in part]
     tokens = [t for ids in prompts for t in ids] + [t for _, _, r in items for t in r.ids[:-1]]
     positions = [t for ids in prompts for t in range(len(ids))]
-    after, end, predict_from = list(accumulate(map(len, prompts))), len(positions), []
+    after = list(accumulate(map(len, prompts)))
+    end = len(positions)
+    predict_from = []
     for p, _, r in items:
         positions += range(len(prompts[p]), len(prompts[p]) + _own(r))
-        predict_from += [after[p] - 1, *range(end, end + _own(r))]       # the last row of a prompt predicts all its siblings' first tokens
+        # the last row of a prompt predicts all its siblings' first tokens
+        predict_from += [after[p] - 1, *range(end, end + _own(r))]
         end += _own(r)
 
     def long(x):
         return torch.tensor(x, dtype=torch.int64, device=device)
 
-    def each(value):                                 # a value per rollout -> (N,)
+    def each(value):  # a value per rollout -> (N,)
         return [value(i, r) for _, i, r in items for _ in r.ids]
+
     return Batch(
-        tokens=long(tokens), positions=long(positions),
-        layout=Layout(*(torch.tensor(x, dtype=torch.int64) for x in (
-            [len(ids) for ids in prompts], [_own(r) for _, _, r in items], [p for p, _, _ in items]))),
-        target=long([t for _, _, r in items for t in r.ids]), predict_from=long(predict_from),
-        rollout=long(each(lambda i, r: i)), weight=torch.tensor(each(lambda i, r: float(r.count)), device=device),
-        sampler_logp=torch.tensor([x for _, _, r in items for x in r.sampler_logp], device=device))
+        tokens=long(tokens),
+        positions=long(positions),
+        layout=Layout(
+            *(
+                torch.tensor(x, dtype=torch.int64)
+                for x in (
+                    [len(ids) for ids in prompts],
+                    [_own(r) for _, _, r in items],
+                    [p for p, _, _ in items],
+                )
+            )
+        ),
+        target=long([t for _, _, r in items for t in r.ids]),
+        predict_from=long(predict_from),
+        rollout=long(each(lambda i, r: i)),
+        weight=torch.tensor(each(lambda i, r: float(r.count)), device=device),
+        sampler_logp=torch.tensor([x for _, _, r in items for x in r.sampler_logp], device=device),
+    )

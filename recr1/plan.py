@@ -1,7 +1,10 @@
-"""`recr1 plan`: whether a run fits its GPUs, what to set so that it does, and the prediction that a run logs beside what it measures.
+"""`recr1 plan`: whether a run fits its GPUs, what to set so that it does, and the prediction that a
+run logs beside what it measures.
 
-The prediction is footprint.py's sum. Options are tried from the cheapest to the dearest; of the token budgets the largest that fits is taken.
+The prediction is footprint.py's sum. Options are tried from the cheapest to the dearest; of the
+token budgets the largest that fits is taken.
 """
+
 from __future__ import annotations
 
 import re
@@ -12,19 +15,36 @@ from .config_file import get
 from .footprint import Footprint, total
 from .model import ModelConfig
 
-CONTEXT, FRAGMENTS = 1.5e9, 0.05        # left free: the CUDA context, cuBLAS's and NCCL's buffers; a share of all for what fragments
-MOST_RANKS, BUDGET = 64, "train.tokens_per_micro_batch"
-# from cheap to dear: each line goes on top of those before it, and a smaller token budget on top of a line that does not fit by itself
-LADDER = ({}, {"train.reduce": "micro_batch"}, {"train.checkpointing": True}, {"loss.reference_on_host": True},
-          {"loss.reference_on_host": None, "optimizer.on_host": True}, {"loss.reference_on_host": True})
-RUN_PHASES = {"sample": ("sampling",), "train": ("scoring", "training", "update"), "evaluate": ("evaluation",)}      # log.py's names: ours
+# left free: the CUDA context, cuBLAS's and NCCL's buffers; a share of all for what fragments
+CONTEXT = 1.5e9
+FRAGMENTS = 0.05
+MOST_RANKS = 64
+BUDGET = "train.tokens_per_micro_batch"
+# from cheap to dear: each line goes on top of those before it, and a smaller token budget on top of
+# a line that does not fit by itself
+LADDER = (
+    {},
+    {"train.reduce": "micro_batch"},
+    {"train.checkpointing": True},
+    {"loss.reference_on_host": True},
+    {"loss.reference_on_host": None, "optimizer.on_host": True},
+    {"loss.reference_on_host": True},
+)
+# log.py's names: ours
+RUN_PHASES = {
+    "sample": ("sampling",),
+    "train": ("scoring", "training", "update"),
+    "evaluate": ("evaluation",),
+}
 
 
 def bytes_of(text: str) -> float:
-    """"48GB" (1e9) or "141GiB" (2^30) -> bytes. Raises ConfigError."""
+    """ "48GB" (1e9) or "141GiB" (2^30) -> bytes. Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB)", text.strip())
     if not match or not float(match[1]):
-        raise ConfigError(f"--memory: {text!r} is no size; write 48GB (10^9 bytes) or 141GiB (2^30 bytes)")
+        raise ConfigError(
+            f"--memory: {text!r} is no size; write 48GB (10^9 bytes) or 141GiB (2^30 bytes)"
+        )
     return float(match[1]) * (1e9 if match[2] == "GB" else 2**30)
 
 
@@ -42,20 +62,39 @@ def set_in(cfg: Config, options: dict) -> Config:
 
 def budgets(most: int, least: int) -> list[int]:
     """Token budgets to try, largest first: `most`, then 2^k and 3 2^k below it, at last `least`."""
-    return [most, *(b for b in sorted({m << k for m in (2, 3) for k in range(1, 30)}, reverse=True) if least < b < most), *[least] * (least < most)]
+    return [
+        most,
+        *(
+            b
+            for b in sorted({m << k for m in (2, 3) for k in range(1, 30)}, reverse=True)
+            if least < b < most
+        ),
+        *[least] * (least < most),
+    ]
 
 
-def attempts(cfg: Config, shape: ModelConfig, ranks: int, usable: float) -> list[tuple[dict, Footprint]]:
-    """(overrides, footprint) of what was tried, in turn. The last one fits, unless nothing does: then it is the one with every option.
+def attempts(
+    cfg: Config, shape: ModelConfig, ranks: int, usable: float
+) -> list[tuple[dict, Footprint]]:
+    """(overrides, footprint) of what was tried, in turn. The last one fits, unless nothing does:
+    then it is the one with every option.
 
-    A budget below a whole group, whose prompt is then computed several times, comes after all other options.
+    A budget below a whole group, whose prompt is then computed several times, comes after all other
+    options.
     """
-    found, options, lines = Footprint(cfg, shape, ranks), {}, []
+    found = Footprint(cfg, shape, ranks)
+    options = {}
+    lines = []
     for more in LADDER:
         options = {key: value for key, value in (options | more).items() if value is not None}
-        changes = {key: value for key, value in options.items() if get(cfg, key) != value and (key != "loss.reference_on_host" or cfg.loss.kl > 0)}
+        changes = {
+            key: value
+            for key, value in options.items()
+            if get(cfg, key) != value and (key != "loss.reference_on_host" or cfg.loss.kl > 0)
+        }
         lines += [changes] if changes not in lines else []
-    tried, most = [], get(cfg, BUDGET)
+    tried = []
+    most = get(cfg, BUDGET)
     for least in (max(found.group, found.longest), found.longest):
         for changes in lines:
             for budget in budgets(most, least):
@@ -71,21 +110,43 @@ def attempts(cfg: Config, shape: ModelConfig, ranks: int, usable: float) -> list
 def plan(cfg: Config, shape: ModelConfig, ranks: int, memory: float) -> tuple[str, str]:
     """The text of `recr1 plan`, and why nothing fits, empty when something does."""
     if cfg.sft.teacher:
-        raise ConfigError("recr1 plan: counts GRPO's memory, and this config is for recr1.sft (sft.teacher), whose training it does not cover")
+        raise ConfigError(
+            "recr1 plan: counts GRPO's memory, and this config is for recr1.sft (sft.teacher), whose training it does not cover"
+        )
     usable = room(memory)
     tried = attempts(cfg, shape, ranks, usable)
     overrides, last = tried[-1]
     fits = last.peak() <= usable
-    lines = [f"{cfg.model.path}: {last.P:,} weights on {ranks} x {gib(memory)} GiB, of which {gib(usable)} are counted on: "
-             f"{FRAGMENTS:.0%} are left to fragmentation, {gib(CONTEXT)} to CUDA, cuBLAS and NCCL", "", table(last), ""]
+    lines = [
+        f"{cfg.model.path}: {last.P:,} weights on {ranks} x {gib(memory)} GiB, of which {gib(usable)} are counted on: "
+        f"{FRAGMENTS:.0%} are left to fragmentation, {gib(CONTEXT)} to CUDA, cuBLAS and NCCL",
+        "",
+        table(last),
+        "",
+    ]
     for changes, found in tried:
         phase, need = largest(found)
-        lines.append(f"{gib(need):>8} GiB  {phase:<11} {'fits' if need <= usable else 'too much':<9} {pasted(changes) or 'as configured'}")
+        lines.append(
+            f"{gib(need):>8} GiB  {phase:<11} {'fits' if need <= usable else 'too much':<9} {pasted(changes) or 'as configured'}"
+        )
     if not fits:
-        larger = next((w for w in range(ranks + 1, MOST_RANKS + 1) if attempts(cfg, shape, w, usable)[-1][1].peak() <= usable), None)
-        return "\n".join(lines), (f"nothing fits {ranks} x {gib(memory)} GiB: with {pasted(overrides)} a GPU still needs {gib(last.peak())} GiB, "
-                                  f"{gib(usable)} can be counted on; " + (f"take --gpus {larger}" if larger else f"nor do {MOST_RANKS} such GPUs"))
-    larger = (Footprint(set_in(last.cfg, {BUDGET: b}), shape, ranks) for b in budgets(last.step_tokens, get(last.cfg, BUDGET))[:-1])
+        larger = next(
+            (
+                w
+                for w in range(ranks + 1, MOST_RANKS + 1)
+                if attempts(cfg, shape, w, usable)[-1][1].peak() <= usable
+            ),
+            None,
+        )
+        return "\n".join(lines), (
+            f"nothing fits {ranks} x {gib(memory)} GiB: with {pasted(overrides)} a GPU still needs {gib(last.peak())} GiB, "
+            f"{gib(usable)} can be counted on; "
+            + (f"take --gpus {larger}" if larger else f"nor do {MOST_RANKS} such GPUs")
+        )
+    larger = (
+        Footprint(set_in(last.cfg, {BUDGET: b}), shape, ranks)
+        for b in budgets(last.step_tokens, get(last.cfg, BUDGET))[:-1]
+    )
     more = [get(found.cfg, BUDGET) for found in larger if found.peak() <= usable]
     lines += ["", f"add: {pasted(overrides)}" if overrides else "fits as configured"]
     return "\n".join(lines + [f"there is room for {BUDGET}={more[0]}"] * bool(more)), ""
@@ -95,10 +156,14 @@ def table(found: Footprint) -> str:
     """Phases by terms in GiB, then each term's formula."""
     phases = found.phases()
     terms = {t.name: t.formula for terms in phases.values() for t in terms if t.bytes}
-    wide, unit, name_of = max(map(len, terms)), *((2**30, "GiB") if found.peak() >= 2**30 else (2**20, "MiB"))
+    wide, unit, name_of = (
+        max(map(len, terms)),
+        *((2**30, "GiB") if found.peak() >= 2**30 else (2**20, "MiB")),
+    )
 
     def cell(n: float) -> str:
         return f"{n / unit:11.1f}"
+
     lines = [f"{f'{name_of} per rank':<{wide}}" + "".join(f"{name:>11}" for name in phases)]
     for name in terms:
         cells = [sum(t.bytes for t in moment if t.name == name) for moment in phases.values()]
@@ -110,22 +175,34 @@ def table(found: Footprint) -> str:
 def by_run_phase(found: Footprint) -> dict[str, int]:
     """Bytes per rank by the phases that a run measures."""
     phases = found.phases()
-    return {name: round(max(total(phases[phase]) for phase in ours)) for name, ours in RUN_PHASES.items()}
+    return {
+        name: round(max(total(phases[phase]) for phase in ours))
+        for name, ours in RUN_PHASES.items()
+    }
 
 
 def announcement(found: Footprint, memory: int | None) -> str:
     """What a run says at its start: the prediction, and advice when it exceeds the GPU's `memory`."""
-    text = "recr1: memory predicted per rank, at most: " + ", ".join(f"{name} {n / 2**20:,.0f} MiB" for name, n in by_run_phase(found).items())
+    text = "recr1: memory predicted per rank, at most: " + ", ".join(
+        f"{name} {n / 2**20:,.0f} MiB" for name, n in by_run_phase(found).items()
+    )
     phase, need = largest(found)
     if memory is None or need <= room(memory):
         return text
     overrides, last = attempts(found.cfg, found.shape, found.ranks, room(memory))[-1]
-    advice = f"this fits: {pasted(overrides)}" if last.peak() <= room(memory) else f"nothing fits {found.ranks} of them: take more GPUs"
+    advice = (
+        f"this fits: {pasted(overrides)}"
+        if last.peak() <= room(memory)
+        else f"nothing fits {found.ranks} of them: take more GPUs"
+    )
     return f"{text}\nrecr1: warning: {phase} may need {gib(need)} GiB, and of this GPU's {gib(memory)} {gib(room(memory))} can be counted on; {advice}"
 
 
 def largest(found: Footprint) -> tuple[str, float]:
-    return max(((phase, total(moment)) for phase, moment in found.phases().items()), key=lambda item: item[1])
+    return max(
+        ((phase, total(moment)) for phase, moment in found.phases().items()),
+        key=lambda item: item[1],
+    )
 
 
 def pasted(overrides: dict) -> str:

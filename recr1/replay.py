@@ -1,4 +1,7 @@
-"""Steps of a run read back from its rollouts.jsonl.gz: for training without a sampler, and for laying one batch under every loss."""
+"""Steps of a run read back from its rollouts.jsonl.gz: for training without a sampler, and for
+laying one batch under every loss.
+"""
+
 from __future__ import annotations
 
 import gzip
@@ -14,7 +17,9 @@ class ReplayError(ValueError):
 
 
 class Replay:
-    """The logged steps that kept their token ids (log.tokens_every), in order. `rows[i]`: the file's own rows of step `steps[i]`."""
+    """The logged steps that kept their token ids (log.tokens_every), in order. `rows[i]`: the
+    file's own rows of step `steps[i]`.
+    """
 
     def __init__(self, path: str, group_size: int | None = None):
         by_step: dict[int, list[dict]] = {}
@@ -27,27 +32,49 @@ class Replay:
         except FileNotFoundError:
             raise ReplayError(f"{path}: no such file; give a run's rollouts.jsonl.gz") from None
         except (OSError, EOFError, zlib.error) as e:
-            raise ReplayError(f"{path}: torn, or not gzip ({e}); the run's log is damaged") from None
+            raise ReplayError(
+                f"{path}: torn, or not gzip ({e}); the run's log is damaged"
+            ) from None
         except (ValueError, KeyError, TypeError) as e:
             raise ReplayError(f"{path}:{number}: not a row of a rollout log: {e}") from None
         if not by_step:
             raise ReplayError(f"{path}: no step kept its token ids; run with log.tokens_every=1")
-        self.path, self.steps, self.rows = path, sorted(by_step), [by_step[s] for s in sorted(by_step)]
-        self.sizes = {sum(row["count"] for row in group) for rows in self.rows for group in _groups(rows)}
+        self.path = path
+        self.steps = sorted(by_step)
+        self.rows = [by_step[s] for s in sorted(by_step)]
+        self.sizes = {
+            sum(row["count"] for row in group) for rows in self.rows for group in _groups(rows)
+        }
         if group_size and self.sizes != {group_size}:
-            raise ReplayError(f"{path}: its groups have {sorted(self.sizes)} siblings; set sampling.group_size to that")
+            raise ReplayError(
+                f"{path}: its groups have {sorted(self.sizes)} siblings; set sampling.group_size to that"
+            )
 
     def step(self, step: int) -> tuple[list[Rollout], list[Reward], int]:
-        """Rollouts and rewards of this rank's share of the groups of logged step number `step` (from 1; after the last the first again)."""
+        """Rollouts and rewards of this rank's share of the groups of logged step number `step`
+        (from 1; after the last the first again).
+        """
         groups = dist.share(_groups(self.rows[(step - 1) % len(self.steps)]))
-        rollouts, rewards = [], []
+        rollouts = []
+        rewards = []
         for g, group in enumerate(groups):
             sibling = 0
             for row in group:
                 prompt = Prompt(row["prompt"], g, "", tuple(row["prompt_ids"]))
                 for _ in range(row["count"]):
-                    rollouts.append(Rollout(prompt, g, sibling, tuple(row["ids"]), tuple(row["sampler_logp"]), row["finished"]))
-                    rewards.append(Reward(row["reward"], row["parts"], row["error"], None, row["text"]))
+                    rollouts.append(
+                        Rollout(
+                            prompt,
+                            g,
+                            sibling,
+                            tuple(row["ids"]),
+                            tuple(row["sampler_logp"]),
+                            row["finished"],
+                        )
+                    )
+                    rewards.append(
+                        Reward(row["reward"], row["parts"], row["error"], None, row["text"])
+                    )
                     sibling += 1
         return rollouts, rewards, len(groups)
 

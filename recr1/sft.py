@@ -1,8 +1,10 @@
 """Supervised fine-tuning: python -m recr1.sft experiments/msrd_sft.yaml [a.b=value ...]
 
-The cold start before GRPO (RecLLM-R1, arXiv 2506.19235, section 3.2) and Rec-R1's SFT baseline: cross-entropy of a teacher's completions
-(teacher.py). What GRPO goes on from is RUN/model: python -m recr1.train CONFIG.yaml model.path=RUN/model
+The cold start before GRPO (RecLLM-R1, arXiv 2506.19235, section 3.2) and Rec-R1's SFT baseline:
+cross-entropy of a teacher's completions (teacher.py). What GRPO goes on from is RUN/model: python
+-m recr1.train CONFIG.yaml model.path=RUN/model
 """
+
 from __future__ import annotations
 
 import sys
@@ -29,72 +31,111 @@ def main(argv: list[str]) -> None:
 
 
 def train(cfg: Config) -> None:
-    run, per_step = Run(cfg, "sft"), cfg.train.prompts_per_step
-    policy, loss = run.policy, objective(LEARN, cfg.model)
-    texts, about = lessons(run)                                                              # the teacher's, one Rollout each
+    run = Run(cfg, "sft")
+    per_step = cfg.train.prompts_per_step
+    policy = run.policy
+    loss = objective(LEARN, cfg.model)
+    texts, about = lessons(run)  # the teacher's, one Rollout each
     run.last = cfg.sft.epochs * steps_per_epoch(len(texts), per_step) or cfg.train.steps
     optimizer = Optimizer(policy, cfg.optimizer, run.last)
 
-    with run.resumed(optimizer):                                                             # from the last checkpoint; when asked to stop, it saves one
+    with run.resumed(optimizer):  # from the last checkpoint; when asked to stop, it saves one
         before = run.test_scores("eval_before.jsonl")
         for step in run.steps():
             with run.log.phase("train"):
-                order = prompt_order(len(texts), per_step, cfg.run.seed, step - 1)           # a function of (seed, step)
+                # a function of (seed, step)
+                order = prompt_order(len(texts), per_step, cfg.run.seed, step - 1)
                 mine = [targets(texts[i], cfg.sft.mask_prompt) for i in dist.share(order.tolist())]
                 total, batches = optimiser_step(mine, cfg.train.tokens_per_micro_batch)
                 done = Lesson(mine)
                 for i, batch in enumerate(batches, 1):
                     heartbeat.at(f"train {i}/{len(batches)}")
-                    policy.hold = cfg.train.reduce == "step" and i < len(batches)            # the last backward sums over ranks
-                    value, stats = cross_entropy(policy, batch, total, cfg.sampling.temperature, loss)
+                    # the last backward sums over ranks
+                    policy.hold = cfg.train.reduce == "step" and i < len(batches)
+                    value, stats = cross_entropy(
+                        policy, batch, total, cfg.sampling.temperature, loss
+                    )
                     value.backward()
                     done.sums.append(dict(loss=value.item(), **stats))
                     run.meet()
                 grad_norm, lr = run.update(step, batches, done)
-            run.record(step, done, epoch=step * per_step / len(texts), grad_norm=grad_norm, lr=lr, skipped=optimizer.skipped)
+            run.record(
+                step,
+                done,
+                epoch=step * per_step / len(texts),
+                grad_norm=grad_norm,
+                lr=lr,
+                skipped=optimizer.skipped,
+            )
         after = run.test_scores("eval_after.jsonl")
     run.finish(before, after, loop="sft", teacher=about)
 
 
-LEARN = Loss(kind="reinforce")           # -sum A log p / total: cross-entropy is A = 1 at every token of the teacher's text
+# -sum A log p / total: cross-entropy is A = 1 at every token of the teacher's text
+LEARN = Loss(kind="reinforce")
 
 
 def targets(text: Rollout, mask_prompt: bool) -> Rollout:
-    """The text with what is learnt of it behind what is only read: the completion, or all but the prompt's first token."""
+    """The text with what is learnt of it behind what is only read: the completion, or all but the
+    prompt's first token.
+    """
     if mask_prompt:
         return text
-    prompt, ids = text.prompt, (*text.prompt.ids[1:], *text.ids)
-    return replace(text, prompt=replace(prompt, ids=prompt.ids[:1]), ids=ids, sampler_logp=(0.0,) * len(ids))
+    prompt = text.prompt
+    ids = (*text.prompt.ids[1:], *text.ids)
+    return replace(
+        text, prompt=replace(prompt, ids=prompt.ids[:1]), ids=ids, sampler_logp=(0.0,) * len(ids)
+    )
 
 
 def optimiser_step(texts: list[Rollout], max_tokens: int) -> tuple[int, list[Batch]]:
-    """The loss's denominator, target tokens of all ranks, and this rank's micro-batches, as many on every rank."""
+    """The loss's denominator, target tokens of all ranks, and this rank's micro-batches, as many on
+    every rank.
+    """
     [total] = dist.total(denominator(texts, "token", 0))
     return total, in_step(pack(texts, max_tokens, dist.device()), dist.device())
 
 
-def cross_entropy(policy: torch.nn.Module, batch: Batch, total: float, temperature: float, loss: Objective) -> tuple[torch.Tensor, dict[str, float]]:
+def cross_entropy(
+    policy: torch.nn.Module, batch: Batch, total: float, temperature: float, loss: Objective
+) -> tuple[torch.Tensor, dict[str, float]]:
     """A micro-batch's part of the mean over the step's target tokens, nats; sums over its tokens.
 
-    `temperature` is the policy's (policy.py): samples of temperature 1.2 learnt at 1 would make it flatter than the policy that wrote them.
+    `temperature` is the policy's (policy.py): samples of temperature 1.2 learnt at 1 would make it
+    flatter than the policy that wrote them.
     """
-    value, _, stats = policy_loss(policy, replace(batch, adv=torch.ones_like(batch.weight)), total, temperature, loss)
+    value, _, stats = policy_loss(
+        policy, replace(batch, adv=torch.ones_like(batch.weight)), total, temperature, loss
+    )
     return value, dict(entropy=stats["entropy"], trained=stats["trained"])
 
 
 @dataclass
 class Lesson:
     """What one rank did in a step; the ranks' merged are the step's."""
+
     texts: list[Rollout]
-    sums: list[dict] = field(default_factory=list)     # by micro-batch
+    sums: list[dict] = field(default_factory=list)  # by micro-batch
 
     def merge(self, other: Lesson) -> None:
-        self.texts, self.sums = self.texts + other.texts, self.sums + other.sums
+        self.texts = self.texts + other.texts
+        self.sums = self.sums + other.sums
 
     def logged(self, step: int, log: RunLog, cfg: Config, **more) -> dict:
         """The step's row of metrics.jsonl."""
-        loss, entropy, tokens = (sum(s[name] for s in self.sums) for name in ("loss", "entropy", "trained"))
-        return log.timed(dict(step=step, loss=loss, entropy=entropy / tokens, tokens=int(tokens), tokens_per_s=tokens / log.seconds["train"], **more))
+        loss, entropy, tokens = (
+            sum(s[name] for s in self.sums) for name in ("loss", "entropy", "trained")
+        )
+        return log.timed(
+            dict(
+                step=step,
+                loss=loss,
+                entropy=entropy / tokens,
+                tokens=int(tokens),
+                tokens_per_s=tokens / log.seconds["train"],
+                **more,
+            )
+        )
 
     def named(self) -> list[dict]:
         """The texts, for who looks at what was not finite."""

@@ -1,4 +1,5 @@
 """The data of a run: queries and judgements -> prompts of train, validation and test."""
+
 from __future__ import annotations
 
 from functools import partial
@@ -13,57 +14,94 @@ from .tasks.items import mentioned, read_titles
 from .tasks.make import Task
 
 
-def read_judged(cfg: Config, needs: tuple[str, ...]) -> tuple[dict[str, dict[str, dict]], dict[str, dict[str, float]]]:
-    """({"train": {query id: row}, and "test" where it has files of its own}, judgements {query id: {document id: gain}} of them all).
+def read_judged(
+    cfg: Config, needs: tuple[str, ...]
+) -> tuple[dict[str, dict[str, dict]], dict[str, dict[str, float]]]:
+    """({"train": {query id: row}, and "test" where it has files of its own}, judgements {query id:
+    {document id: gain}} of them all).
 
     Rows hold "text" and what the task needs. Raises DataError.
     """
-    d, rows, qrels, dropped = cfg.data, {}, {}, []
-    data.present(d.corpus)                               # who reads it does so later
+    d = cfg.data
+    rows = {}
+    qrels = {}
+    dropped = []
+    data.present(d.corpus)  # who reads it does so later
     files = {"train": (d.train_queries, d.train_qrels), "test": (d.test_queries, d.test_qrels)}
-    for split, (queries_path, qrels_path) in files.items() if d.test_queries else [("train", files["train"])]:
+    for split, (queries_path, qrels_path) in (
+        files.items() if d.test_queries else [("train", files["train"])]
+    ):
         rows[split], more = data.read_rows(queries_path, d.on_bad_line, needs)
         judged, even_more = data.read_qrels(qrels_path, d.on_bad_line)
         both = qrels.keys() & rows[split].keys()
         if both:
-            raise DataError(f"{queries_path}: query id {sorted(both)[0]!r} is in the train split too; train and test must not overlap")
+            raise DataError(
+                f"{queries_path}: query id {sorted(both)[0]!r} is in the train split too; train and test must not overlap"
+            )
         qrels |= {id: judged.get(id, {}) for id in rows[split]}
         dropped += more + even_more
     _report("data lines", dropped)
     return rows, qrels
 
 
-def read_splits(cfg: Config, chat: Chat, task: Task) -> tuple[list[Prompt], list[Prompt], list[Prompt], dict[str, dict[str, float]]]:
-    """Prompts of train, validation, test, and the judgements {query id: {document id: gain}} of them all.
+def read_splits(
+    cfg: Config, chat: Chat, task: Task
+) -> tuple[list[Prompt], list[Prompt], list[Prompt], dict[str, dict[str, float]]]:
+    """Prompts of train, validation, test, and the judgements {query id: {document id: gain}} of
+    them all.
 
-    Validation is a hash tenth of the train queries, test its own files or a second tenth. Raises DataError, ChatError.
+    Validation is a hash tenth of the train queries, test its own files or a second tenth. Raises
+    DataError, ChatError.
     """
-    d, train = cfg.data, cfg.train
+    d = cfg.data
+    train = cfg.train
     queries, qrels = read_judged(cfg, task.needs)
-    title, lacking, dropped = read_titles(d.corpus, d.on_bad_line, (id for rows in queries.values() for row in rows.values() for id in mentioned(row)),
-                                          cfg.prompt.title_words)
+    title, lacking, dropped = read_titles(
+        d.corpus,
+        d.on_bad_line,
+        (id for rows in queries.values() for row in rows.values() for id in mentioned(row)),
+        cfg.prompt.title_words,
+    )
     _report("corpus lines", dropped)
     stranded = {}
     for split, rows in queries.items() if lacking else ():
         for id in [id for id, row in rows.items() if lacking.intersection(mentioned(row))]:
             missing = min(lacking.intersection(mentioned(rows.pop(id))))
-            stranded[id] = f"query {id!r} ({split}) shows document {missing!r}, which {d.corpus} does not hold; add it, or delete the query"
+            stranded[id] = (
+                f"query {id!r} ({split}) shows document {missing!r}, which {d.corpus} does not hold; add it, or delete the query"
+            )
     if stranded and d.on_bad_line == "stop":
         raise DataError(next(iter(stranded.values())))
     _report("queries", list(stranded.values()))
-    parts = {"validation": {i: r for i, r in queries["train"].items() if data.is_validation(i)},
-             "test": queries.get("test") or {i: r for i, r in queries["train"].items() if data.is_test(i)}}
-    parts["train"] = {i: r for i, r in queries["train"].items() if i not in parts["validation"] and i not in parts["test"]}
+    parts = {
+        "validation": {i: r for i, r in queries["train"].items() if data.is_validation(i)},
+        "test": queries.get("test")
+        or {i: r for i, r in queries["train"].items() if data.is_test(i)},
+    }
+    parts["train"] = {
+        i: r
+        for i, r in queries["train"].items()
+        if i not in parts["validation"] and i not in parts["test"]
+    }
     texts = partial(task.texts, title=title)
-    made = {name: make_prompts(part, texts, chat, cfg.prompt.max_tokens, d.on_long_prompt) for name, part in parts.items()}
+    made = {
+        name: make_prompts(part, texts, chat, cfg.prompt.max_tokens, d.on_long_prompt)
+        for name, part in parts.items()
+    }
     _report("prompts over the limit", [m for _, long in made.values() for m in long])
     prompts = {name: found for name, (found, _) in made.items()}
     if len(prompts["train"]) < train.prompts_per_step:
-        raise DataError(f"train.prompts_per_step: {train.prompts_per_step} is more than the {len(prompts['train'])} train queries outside the held-out tenths")
+        raise DataError(
+            f"train.prompts_per_step: {train.prompts_per_step} is more than the {len(prompts['train'])} train queries outside the held-out tenths"
+        )
     if train.eval_every and not prompts["validation"]:
-        raise DataError("no train query falls into the validation tenth; set train.eval_every=0 or bring more queries")
+        raise DataError(
+            "no train query falls into the validation tenth; set train.eval_every=0 or bring more queries"
+        )
     if not prompts["test"]:
-        raise DataError("no train query falls into the test tenth; bring more queries, or data.test_queries and data.test_qrels")
+        raise DataError(
+            "no train query falls into the test tenth; bring more queries, or data.test_queries and data.test_qrels"
+        )
     return prompts["train"], prompts["validation"], prompts["test"], qrels
 
 

@@ -1,20 +1,25 @@
-"""SIGTERM and SIGINT: the signal is noted, and taken where all ranks can agree on it; long stretches of one rank's own work end at once.
+"""SIGTERM and SIGINT: the signal is noted, and taken where all ranks can agree on it; long
+stretches of one rank's own work end at once.
 
-    with listening():                           # the process's handlers
-        with dist.together(), at_once(): ...    # no collective inside: ends here, and then on every rank
-        if dist.largest(asked()): ...           # between collectives
+with listening():                           # the process's handlers
+    with dist.together(), at_once(): ...    # no collective inside: ends here, and then on every
+    rank if dist.largest(asked()): ...           # between collectives
 """
+
 from __future__ import annotations
 
 import signal
 import time
 from contextlib import contextmanager
 
-GRACE = 12.0            # seconds after the signal in which a step that has begun to move weights may still be finished
+# seconds after the signal in which a step that has begun to move weights may still be finished
+GRACE = 12.0
 
 EARLY = "stopped before training went on; there is nothing new to save, run the same command again"
 
-_since, _raising = 0.0, False              # when the signal came; whether it is raised where it comes
+# when the signal came; whether it is raised where it comes
+_since = 0.0
+_raising = False
 
 
 class Stopped(Exception):
@@ -40,7 +45,9 @@ def listening():
 
 
 class at_once:
-    """A block that the signal ends: Stopped is raised inside. To be entered after dist.together, by which the other ranks hear of it."""
+    """A block that the signal ends: Stopped is raised inside. To be entered after dist.together, by
+    which the other ranks hear of it.
+    """
 
     def __enter__(self):
         global _raising
@@ -50,7 +57,7 @@ class at_once:
     def __exit__(self, *error):
         global _raising
         _raising = False
-        self._meet()                     # somebody's `except` may have taken the one that was raised
+        self._meet()  # somebody's `except` may have taken the one that was raised
 
     def _meet(self):
         if _since:

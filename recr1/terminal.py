@@ -1,9 +1,12 @@
 """Text for a terminal: data made harmless, and cut to a width in columns."""
+
 from unicodedata import combining, east_asian_width
 
 
 def plain(text: str, keep: str = "") -> str:
-    """Data on a terminal: without the characters that could drive it, control codes and those that turn the direction of writing."""
+    """Data on a terminal: without the characters that could drive it, control codes and those that
+    turn the direction of writing.
+    """
     return "".join(c if c.isprintable() or c in keep else " " for c in text)
 
 
@@ -18,10 +21,13 @@ def columns(text: str) -> list[int]:
 
 
 def fit(text: str, width: int) -> str:
-    """`text`, made harmless, in exactly `width` >= 2 columns: filled with spaces, or cut and ended in ".."."""
+    """`text`, made harmless, in exactly `width` >= 2 columns: filled with spaces, or cut and ended
+    in "..".
+    """
     text = plain(text)
     taken = columns(text)
     if sum(taken) > width:
-        end = next(i for i in range(len(taken)) if sum(taken[:i + 1]) > width - 2)
-        text, taken = text[:end] + "..", [*taken[:end], 2]
+        end = next(i for i in range(len(taken)) if sum(taken[: i + 1]) > width - 2)
+        text = text[:end] + ".."
+        taken = [*taken[:end], 2]
     return text + " " * (width - sum(taken))

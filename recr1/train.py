@@ -1,7 +1,9 @@
 """Rec-R1 by GRPO: python -m recr1.train experiments/quickstart.yaml [a.b=value ...]
 
-`train` reads as the algorithm (arXiv 2402.03300, algorithm 1); below it stand its steps, in the order in which they are called.
+`train` reads as the algorithm (arXiv 2402.03300, algorithm 1); below it stand its steps, in the
+order in which they are called.
 """
+
 import sys
 from dataclasses import replace
 
@@ -29,29 +31,53 @@ def main(argv: list[str]) -> None:
 
 def train(cfg: Config) -> None:
     run = Run(cfg)
-    policy, loss = run.policy, objective(cfg.loss, cfg.model)
-    in_loss = run.reference if cfg.loss.kl_in == "loss" else None                            # the KL's place: the loss, or the reward
+    policy = run.policy
+    loss = objective(cfg.loss, cfg.model)
+    # the KL's place: the loss, or the reward
+    in_loss = run.reference if cfg.loss.kl_in == "loss" else None
     optimizer = Optimizer(policy, cfg.optimizer, cfg.train.steps * cfg.train.inner_steps)
-    with gathered(policy):                               # fresh pages are dear on a CPU; on a GPU training needs the room
+    with gathered(policy):  # fresh pages are dear on a CPU; on a GPU training needs the room
         cache = new_cache(policy) if dist.device().type == "cpu" else None
 
-    with run.resumed(optimizer):                                                             # from the last checkpoint; when asked to stop, it saves one
+    with run.resumed(optimizer):  # from the last checkpoint; when asked to stop, it saves one
         before = run.test_scores("eval_before.jsonl")
         for step in run.steps():
             with gathered(policy), dist.together(), at_once():
-                rollouts, rewards, drawn = explore(run, step, cache)                         # R = P * G, siblings adjacent; P is this rank's share
+                # R = P * G, siblings adjacent; P is this rank's share
+                rollouts, rewards, drawn = explore(run, step, cache)
             with run.log.phase("train"):
-                texts, first = distinct(rollouts)                                            # identical siblings: one row, counted
-                divergence = kl_of_each(None if in_loss else run.reference, texts, rollouts, cfg)               # (R,), 0 where the loss has it
-                totals = torch.tensor([r.total for r in rewards]) - cfg.loss.kl * divergence                    # (R,)
-                adv = group_advantages(totals, cfg.sampling.group_size, loss.advantage, cfg.loss)               # (R,)
-                kept = every_token(policy, run.reference, texts, cfg) if run.keeps_tokens(step) else None
-                done = Step(rollouts, rewards, adv.tolist(), texts, first, drawn, kept, [dict(kl=divergence.sum().item())] if run.reference else [])
-                for total, batches in optimiser_steps(policy, in_loss, texts, adv[first], cfg, loss.average):   # one, unless train.inner_steps > 1
+                texts, first = distinct(rollouts)  # identical siblings: one row, counted
+                # (R,), 0 where the loss has it
+                divergence = kl_of_each(None if in_loss else run.reference, texts, rollouts, cfg)
+                totals = torch.tensor([r.total for r in rewards]) - cfg.loss.kl * divergence  # (R,)
+                # (R,)
+                adv = group_advantages(totals, cfg.sampling.group_size, loss.advantage, cfg.loss)
+                kept = (
+                    every_token(policy, run.reference, texts, cfg)
+                    if run.keeps_tokens(step)
+                    else None
+                )
+                done = Step(
+                    rollouts,
+                    rewards,
+                    adv.tolist(),
+                    texts,
+                    first,
+                    drawn,
+                    kept,
+                    [dict(kl=divergence.sum().item())] if run.reference else [],
+                )
+                # one, unless train.inner_steps > 1
+                for total, batches in optimiser_steps(
+                    policy, in_loss, texts, adv[first], cfg, loss.average
+                ):
                     for i, batch in enumerate(batches, 1):
                         heartbeat.at(f"train {i}/{len(batches)}")
-                        policy.hold = cfg.train.reduce == "step" and i < len(batches)        # the last backward sums over ranks
-                        value, logp, stats = policy_loss(policy, batch, total, cfg.sampling.temperature, loss)
+                        # the last backward sums over ranks
+                        policy.hold = cfg.train.reduce == "step" and i < len(batches)
+                        value, logp, stats = policy_loss(
+                            policy, batch, total, cfg.sampling.temperature, loss
+                        )
                         value.backward()
                         done.add(value, logp, batch, stats)
                         run.meet()
@@ -62,23 +88,41 @@ def train(cfg: Config) -> None:
 
 
 def explore(run: Run, step: int, cache) -> tuple[list[Rollout], list[Reward], int]:
-    """Rollouts and rewards of this rank's prompts, or of a replayed step, and how many groups were drawn for them.
+    """Rollouts and rewards of this rank's prompts, or of a replayed step, and how many groups were
+    drawn for them.
 
-    Groups whose rewards are all equal teach nothing: with sampling.resample other prompts are drawn in their place, that many times
-    (DAPO, arXiv 2503.14476, section 3.2). What is then still missing is filled with them.
+    Groups whose rewards are all equal teach nothing: with sampling.resample other prompts are drawn
+    in their place, that many times (DAPO, arXiv 2503.14476, section 3.2). What is then still
+    missing is filled with them.
     """
     if run.replay:
         return run.replay.step(step)
-    s, groups, idle, drawn = run.cfg.sampling, [], [], 0
+    s = run.cfg.sampling
+    groups = []
+    idle = []
+    drawn = 0
     wanted = len(run.prompts(step))
     for turn in range(1 + s.resample):
-        prompts = run.prompts(step, turn)[:wanted - len(groups)]
-        scored = Overlap(run.train_task.score, run.overlaps)                                 # the retriever runs here, on groups that have ended
+        prompts = run.prompts(step, turn)[: wanted - len(groups)]
+        # the retriever runs here, on groups that have ended
+        scored = Overlap(run.train_task.score, run.overlaps)
         with run.log.phase("sample"):
-            rollouts = generate(run.policy, prompts, s.group_size, s.temperature, s.max_new_tokens, run.stops, run.uniforms(step, prompts), cache,
-                                top_p=s.top_p, room=run.room(), kernels=run.cfg.model.kernels, done=scored.submit)
+            rollouts = generate(
+                run.policy,
+                prompts,
+                s.group_size,
+                s.temperature,
+                s.max_new_tokens,
+                run.stops,
+                run.uniforms(step, prompts),
+                cache,
+                top_p=s.top_p,
+                room=run.room(),
+                kernels=run.cfg.model.kernels,
+                done=scored.submit,
+            )
         with run.log.phase("reward"):
-            rewards = scored.results()                                                       # what is still to be done: the step waits for it
+            rewards = scored.results()  # what is still to be done: the step waits for it
         drawn += len(prompts)
         for i in range(0, len(rollouts), s.group_size):
             group = slice(i, i + s.group_size)
@@ -87,22 +131,43 @@ def explore(run: Run, step: int, cache) -> tuple[list[Rollout], list[Reward], in
         if len(groups) == wanted:
             break
     groups = [*groups, *idle][:wanted]
-    return [replace(r, group=g) for g, (mine, _) in enumerate(groups) for r in mine], [r for _, mine in groups for r in mine], drawn
+    return (
+        [replace(r, group=g) for g, (mine, _) in enumerate(groups) for r in mine],
+        [r for _, mine in groups for r in mine],
+        drawn,
+    )
 
 
-def optimiser_steps(policy: Sharded, reference: Sharded | None, texts: list[Rollout], adv: torch.Tensor, cfg: Config,
-                    average: str) -> list[tuple[float, list[Batch]]]:
-    """(the loss's denominator, micro-batches) of each optimiser step on these rollouts; adv (texts,). Equal shares of the prompts.
+def optimiser_steps(
+    policy: Sharded,
+    reference: Sharded | None,
+    texts: list[Rollout],
+    adv: torch.Tensor,
+    cfg: Config,
+    average: str,
+) -> list[tuple[float, list[Batch]]]:
+    """(the loss's denominator, micro-batches) of each optimiser step on these rollouts; adv
+    (texts,). Equal shares of the prompts.
 
-    What the loss multiplies by 0 is left out: groups without variance, unless a KL in the loss reaches them too.
+    What the loss multiplies by 0 is left out: groups without variance, unless a KL in the loss
+    reaches them too.
     """
-    groups, steps, made = texts[-1].group + 1 if texts else 0, cfg.train.inner_steps, []
+    groups = texts[-1].group + 1 if texts else 0
+    steps = cfg.train.inner_steps
+    made = []
     for k in range(steps):
         share = [i for i, r in enumerate(texts) if r.group * steps // groups == k]
-        [total] = dist.total(denominator([texts[i] for i in share], average, cfg.sampling.max_new_tokens))
+        [total] = dist.total(
+            denominator([texts[i] for i in share], average, cfg.sampling.max_new_tokens)
+        )
         trained = [i for i in share if adv[i] != 0 or reference]
-        batches = with_advantages(with_reference(reference, micro_batches([texts[i] for i in trained], cfg), cfg.sampling.temperature), adv[trained])
-        if cfg.train.replay:                          # whoever wrote these texts, it was not this policy
+        batches = with_advantages(
+            with_reference(
+                reference, micro_batches([texts[i] for i in trained], cfg), cfg.sampling.temperature
+            ),
+            adv[trained],
+        )
+        if cfg.train.replay:  # whoever wrote these texts, it was not this policy
             batches = [replace(b, old_logp=b.sampler_logp) for b in batches]
         elif steps > 1:
             batches = with_old(policy, batches, cfg.sampling.temperature)
@@ -116,9 +181,15 @@ def micro_batches(texts: list[Rollout], cfg: Config) -> list[Batch]:
 
 
 @torch.no_grad()
-def with_reference(reference: Sharded | None, batches: list[Batch], temperature: float) -> list[Batch]:
+def with_reference(
+    reference: Sharded | None, batches: list[Batch], temperature: float
+) -> list[Batch]:
     """Adds ref_logp (N,), the frozen initial policy's; unchanged when there is none."""
-    return batches if reference is None else [replace(b, ref_logp=score(reference, b, temperature)[0]) for b in batches]
+    return (
+        batches
+        if reference is None
+        else [replace(b, ref_logp=score(reference, b, temperature)[0]) for b in batches]
+    )
 
 
 @torch.no_grad()
@@ -128,28 +199,48 @@ def with_old(policy: Sharded, batches: list[Batch], temperature: float) -> list[
 
 
 def with_advantages(batches: list[Batch], adv: torch.Tensor) -> list[Batch]:
-    """Adds adv (N,): each token has its rollout's, an idle one 0. adv counts along the list that was packed."""
-    adv = torch.cat([adv, adv.new_zeros(1)])                                                 # rollout -1
+    """Adds adv (N,): each token has its rollout's, an idle one 0. adv counts along the list that
+    was packed.
+    """
+    adv = torch.cat([adv, adv.new_zeros(1)])  # rollout -1
     return [replace(b, adv=adv.to(b.tokens.device)[b.rollout]) for b in batches]
 
 
-def kl_of_each(reference: Sharded | None, texts: list[Rollout], rollouts: list[Rollout], cfg: Config) -> torch.Tensor:
+def kl_of_each(
+    reference: Sharded | None, texts: list[Rollout], rollouts: list[Rollout], cfg: Config
+) -> torch.Tensor:
     """The KL to the reference of each rollout, (R,): summed over its tokens; 0 without one."""
     if reference is None:
         return torch.zeros(len(rollouts))
-    summed = kl_of_rollouts(with_reference(reference, micro_batches(texts, cfg), cfg.sampling.temperature), len(texts), cfg.loss.kl_estimator)
+    summed = kl_of_rollouts(
+        with_reference(reference, micro_batches(texts, cfg), cfg.sampling.temperature),
+        len(texts),
+        cfg.loss.kl_estimator,
+    )
     place = {(r.group, r.ids): i for i, r in enumerate(texts)}
     return summed[[place[r.group, r.ids] for r in rollouts]]
 
 
 @torch.no_grad()
-def every_token(policy: Sharded, reference: Sharded | None, texts: list[Rollout], cfg: Config) -> list[dict]:
-    """Per-token values of all the step's texts before its update, untrained ones too, for rollouts.jsonl.gz."""
+def every_token(
+    policy: Sharded, reference: Sharded | None, texts: list[Rollout], cfg: Config
+) -> list[dict]:
+    """Per-token values of all the step's texts before its update, untrained ones too, for
+    rollouts.jsonl.gz.
+    """
     batches = with_reference(reference, micro_batches(texts, cfg), cfg.sampling.temperature)
     scored = [score(policy, batch, cfg.sampling.temperature) for batch in batches]
-    # before the first optimiser step on it the old policy is the one being trained (DESIGN decision 2)
-    columns = [dict(trainer_logp=logp, ref_logp=b.ref_logp, old_logp=b.sampler_logp if cfg.train.replay else logp, entropy=entropy)
-               for b, (logp, entropy) in zip(batches, scored)]
+    # before the first optimiser step on it the old policy is the one being trained (DESIGN decision
+    # 2)
+    columns = [
+        dict(
+            trainer_logp=logp,
+            ref_logp=b.ref_logp,
+            old_logp=b.sampler_logp if cfg.train.replay else logp,
+            entropy=entropy,
+        )
+        for b, (logp, entropy) in zip(batches, scored)
+    ]
     return token_values(len(texts), batches, columns)
 
 

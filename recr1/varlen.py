@@ -1,12 +1,16 @@
-"""Attention over packed rows of unequal length without padding, by FlashAttention on a GPU: torch's varlen_attn or the package flash-attn.
+"""Attention over packed rows of unequal length without padding, by FlashAttention on a GPU: torch's
+varlen_attn or the package flash-attn.
 
 Legend: P prompts, R rollouts, B sequences, M packed tokens, H query heads, K kv heads, D head dim.
 
-A kernel takes q (M, H, D), k and v (N, K, D), cu_q and cu_k (B + 1,) int32, the cumulative lengths, max_q and max_k, the longest, as Python
-ints. It is causal from the end: where a sequence has fewer queries than keys, its last query reads all of them. flash-attn does so from
-2.1 on (docstring of flash_attn_varlen_func: "aligned to the bottom right corner"), and so do the same kernels inside torch (pull request
-193630: "Flash variable-length attention aligns the causal diagonal to the bottom right").
+A kernel takes q (M, H, D), k and v (N, K, D), cu_q and cu_k (B + 1,) int32, the cumulative lengths,
+max_q and max_k, the longest, as Python ints. It is causal from the end: where a sequence has fewer
+queries than keys, its last query reads all of them. flash-attn does so from 2.1 on (docstring of
+flash_attn_varlen_func: "aligned to the bottom right corner"), and so do the same kernels inside
+torch (pull request 193630: "Flash variable-length attention aligns the causal diagonal to the
+bottom right").
 """
+
 from __future__ import annotations
 
 import inspect
@@ -23,19 +27,24 @@ class Unusable(ValueError):
 
 class Backend(NamedTuple):
     """How attention over packed rows is computed, and what a run says of it."""
+
     name: str = "sdpa"
-    varlen: Callable | None = None      # (lengths, own, prompt_of, device) -> Varlen; None: SDPA over padded rows (attention.py)
+    # (lengths, own, prompt_of, device) -> Varlen; None: SDPA over padded rows (attention.py)
+    varlen: Callable | None = None
     note: str = ""
-    float32_head: bool = False          # model.head_float32: see policy.head_of
-    exact: bool = False                 # model.batch_invariant: see attention._plain
+    float32_head: bool = False  # model.head_float32: see policy.head_of
+    exact: bool = False  # model.batch_invariant: see attention._plain
 
     def __str__(self) -> str:
         said = "; ".join(filter(None, (self.note, "batch invariant" * self.exact)))
         return f"{self.name} ({said})" if said else self.name
 
 
-def choose(asked: str, grouped: bool, head_dim: int, compute: torch.dtype, device: torch.device) -> Backend:
-    """model.attention -> Backend. `grouped`: fewer kv heads than query heads. auto: varlen where it can run, else sdpa, never flash.
+def choose(
+    asked: str, grouped: bool, head_dim: int, compute: torch.dtype, device: torch.device
+) -> Backend:
+    """model.attention -> Backend. `grouped`: fewer kv heads than query heads. auto: varlen where it
+    can run, else sdpa, never flash.
 
     Raises Unusable when one that is named cannot run.
     """
@@ -49,7 +58,15 @@ def choose(asked: str, grouped: bool, head_dim: int, compute: torch.dtype, devic
         if asked == "auto":
             return Backend(note=f"auto: {e}")
         raise
-    return Backend(name, partial(Varlen, kernel), "; ".join(filter(None, [f"auto: torch {torch.__version__} has it" if asked == "auto" else "", note])))
+    return Backend(
+        name,
+        partial(Varlen, kernel),
+        "; ".join(
+            filter(
+                None, [f"auto: torch {torch.__version__} has it" if asked == "auto" else "", note]
+            )
+        ),
+    )
 
 
 def _check(name: str, head_dim: int, compute: torch.dtype, device: torch.device) -> None:
@@ -57,81 +74,132 @@ def _check(name: str, head_dim: int, compute: torch.dtype, device: torch.device)
     if device.type != "cuda":
         raise Unusable(f"{name} needs a GPU, this process computes on the {device.type}")
     if torch.version.hip:
-        raise Unusable(f"{name} is for NVIDIA's GPUs; how ROCm's kernels align short queries was not checked")
+        raise Unusable(
+            f"{name} is for NVIDIA's GPUs; how ROCm's kernels align short queries was not checked"
+        )
     if compute not in (torch.bfloat16, torch.float16):
-        raise Unusable(f"{name} computes in bfloat16 or float16, model.compute is {str(compute).removeprefix('torch.')}")
+        raise Unusable(
+            f"{name} computes in bfloat16 or float16, model.compute is {str(compute).removeprefix('torch.')}"
+        )
     if torch.cuda.get_device_capability(device) < (8, 0):
-        raise Unusable(f"{name} needs an Ampere GPU (compute capability 8.0) or newer, this is {torch.cuda.get_device_name(device)}")
-    if head_dim > 256 or name == "varlen" and head_dim % 8:        # flash-attn pads to a multiple of 8 itself
-        raise Unusable(f"{name} needs a head_dim of at most 256{', a multiple of 8' * (name == 'varlen')}; the model's is {head_dim}")
+        raise Unusable(
+            f"{name} needs an Ampere GPU (compute capability 8.0) or newer, this is {torch.cuda.get_device_name(device)}"
+        )
+    # flash-attn pads to a multiple of 8 itself
+    if head_dim > 256 or name == "varlen" and head_dim % 8:
+        raise Unusable(
+            f"{name} needs a head_dim of at most 256{', a multiple of 8' * (name == 'varlen')}; the model's is {head_dim}"
+        )
 
 
 def _varlen(grouped: bool) -> tuple[Callable, str]:
-    """varlen_attn of this torch, by its signature: window_size from 2.11 on (2.10 had is_causal), enable_gqa from 2.12 on."""
+    """varlen_attn of this torch, by its signature: window_size from 2.11 on (2.10 had is_causal),
+    enable_gqa from 2.12 on.
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
+
         takes = inspect.signature(varlen_attn).parameters
     except ImportError:
         takes = {}
     if "window_size" not in takes:
-        raise Unusable(f"varlen needs torch.nn.attention.varlen.varlen_attn with window_size, torch 2.11's or newer; this is torch {torch.__version__}")
+        raise Unusable(
+            f"varlen needs torch.nn.attention.varlen.varlen_attn with window_size, torch 2.11's or newer; this is torch {torch.__version__}"
+        )
     if not torch.backends.cuda.is_flash_attention_available():
         raise Unusable(f"varlen: this torch {torch.__version__} was built without FlashAttention")
-    causal = partial(varlen_attn, window_size=(-1, 0))            # a tuple: 2.11 to 2.13 compare it with one
+    causal = partial(varlen_attn, window_size=(-1, 0))  # a tuple: 2.11 to 2.13 compare it with one
     if not grouped:
         return causal, ""
     if "enable_gqa" in takes:
         return partial(causal, enable_gqa=True), ""
-    return partial(_repeated, causal), "keys and values are repeated for every query head: torch before 2.12 has no enable_gqa"
+    return partial(
+        _repeated, causal
+    ), "keys and values are repeated for every query head: torch before 2.12 has no enable_gqa"
 
 
 def _flash() -> tuple[Callable, str]:
     try:
         import flash_attn
-        kernel, version = flash_attn.flash_attn_varlen_func, flash_attn.__version__
+
+        kernel = flash_attn.flash_attn_varlen_func
+        version = flash_attn.__version__
     except (ImportError, AttributeError) as e:
-        raise Unusable(f"flash needs the package flash-attn 2.1 or newer, which is not usable here ({' '.join(str(e).split())}); "
-                       "varlen needs no package") from None
+        raise Unusable(
+            f"flash needs the package flash-attn 2.1 or newer, which is not usable here ({' '.join(str(e).split())}); "
+            "varlen needs no package"
+        ) from None
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 1):
-        raise Unusable(f"flash needs flash-attn 2.1 or newer, which aligns a short query with the end of its keys; this is {version}")
+        raise Unusable(
+            f"flash needs flash-attn 2.1 or newer, which aligns a short query with the end of its keys; this is {version}"
+        )
     return partial(kernel, causal=True), f"flash-attn {version}"
 
 
-def _repeated(kernel: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *lengths) -> torch.Tensor:
-    """The one place where heads are repeated: varlen_attn of torch 2.11 is documented for as many kv heads as query heads only."""
+def _repeated(
+    kernel: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *lengths
+) -> torch.Tensor:
+    """The one place where heads are repeated: varlen_attn of torch 2.11 is documented for as many
+    kv heads as query heads only.
+    """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return kernel(q, k, v, *lengths)
 
 
 class Varlen:
-    """Attention of one layout (records.py) by a kernel; call it as (q, k, v): (M, H, D), (M, K, D), (M, K, D) -> (M, H, D).
+    """Attention of one layout (records.py) by a kernel; call it as (q, k, v): (M, H, D), (M, K, D),
+    (M, K, D) -> (M, H, D).
 
-    Two calls without a row of padding: prompts over themselves, completions over their prompt's keys and their own.
+    Two calls without a row of padding: prompts over themselves, completions over their prompt's
+    keys and their own.
     """
 
-    def __init__(self, kernel: Callable, lengths: torch.Tensor, own: torch.Tensor, prompt_of: torch.Tensor, device=None):
-        """lengths (P,), own (R,), prompt_of (R,), on the CPU: the longest are then known without waiting for a GPU."""
-        self.kernel, self.prompt_rows = kernel, int(lengths.sum())
-        cu, longest = _cumulative(lengths).to(device), int(lengths.max())
-        self.prompts = cu, cu, longest, longest            # one tensor: torch 2.15 asks for that before it lets cuDNN be causal
-        start, own_start = lengths.cumsum(0) - lengths, self.prompt_rows + own.cumsum(0) - own
-        # a completion without inputs has no row; in the kernels, sequences without queries go wrong (flash-attention issues 1537, 1619)
+    def __init__(
+        self,
+        kernel: Callable,
+        lengths: torch.Tensor,
+        own: torch.Tensor,
+        prompt_of: torch.Tensor,
+        device=None,
+    ):
+        """lengths (P,), own (R,), prompt_of (R,), on the CPU: the longest are then known without
+        waiting for a GPU.
+        """
+        self.kernel = kernel
+        self.prompt_rows = int(lengths.sum())
+        cu = _cumulative(lengths).to(device)
+        longest = int(lengths.max())
+        # one tensor: torch 2.15 asks for that before it lets cuDNN be causal
+        self.prompts = cu, cu, longest, longest
+        start = lengths.cumsum(0) - lengths
+        own_start = self.prompt_rows + own.cumsum(0) - own
+        # a completion without inputs has no row; in the kernels, sequences without queries go wrong
+        # (flash-attention issues 1537, 1619)
         own, own_start, prompt_of = (x[own > 0] for x in (own, own_start, prompt_of))
         self.completions = None
         if not len(own):
             return
-        before, cu_k = lengths[prompt_of], _cumulative(lengths[prompt_of] + own)
-        row = torch.arange(len(own)).repeat_interleave(before + own)                         # (keys,): whose key it is
-        slot = torch.arange(len(row)) - cu_k[row]                                            # (keys,): which of them
-        self.keys = torch.where(slot < before[row], start[prompt_of][row] + slot, (own_start - before)[row] + slot).to(device)
-        self.completions = _cumulative(own).to(device), cu_k.to(device), int(own.max()), int((before + own).max())
+        before = lengths[prompt_of]
+        cu_k = _cumulative(lengths[prompt_of] + own)
+        row = torch.arange(len(own)).repeat_interleave(before + own)  # (keys,): whose key it is
+        slot = torch.arange(len(row)) - cu_k[row]  # (keys,): which of them
+        self.keys = torch.where(
+            slot < before[row], start[prompt_of][row] + slot, (own_start - before)[row] + slot
+        ).to(device)
+        self.completions = (
+            _cumulative(own).to(device),
+            cu_k.to(device),
+            int(own.max()),
+            int((before + own).max()),
+        )
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         n = self.prompt_rows
         out = self.kernel(q[:n], k[:n], v[:n], *self.prompts)
         if self.completions is None:
             return out
-        k, v = (x.index_select(0, self.keys) for x in (k, v))     # a prompt's keys once per sibling; the backward sums them
+        # a prompt's keys once per sibling; the backward sums them
+        k, v = (x.index_select(0, self.keys) for x in (k, v))
         return torch.cat([out, self.kernel(q[n:], k, v, *self.completions)])
 
 

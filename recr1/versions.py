@@ -1,4 +1,7 @@
-"""What a run was made with: packages, Python, machine, and the commit of the code. Kept in its folder as versions.json, one entry per start."""
+"""What a run was made with: packages, Python, machine, and the commit of the code. Kept in its
+folder as versions.json, one entry per start.
+"""
+
 from __future__ import annotations
 
 import json
@@ -13,7 +16,19 @@ import torch
 
 from .files import write_text
 
-PACKAGES = ("recr1", "torch", "transformers", "tokenizers", "numpy", "safetensors", "triton", "flash-attn", "faiss-cpu", "faiss-gpu", "numba")
+PACKAGES = (
+    "recr1",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "safetensors",
+    "triton",
+    "flash-attn",
+    "faiss-cpu",
+    "faiss-gpu",
+    "numba",
+)
 
 
 def note(folder: Path) -> None:
@@ -21,30 +36,47 @@ def note(folder: Path) -> None:
     path = folder / "versions.json"
     try:
         starts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):                        # none, or a kill or a full disk has spoilt it
+    except (OSError, ValueError):  # none, or a kill or a full disk has spoilt it
         starts = []
-    write_text(path, json.dumps([*(starts if isinstance(starts, list) else []), versions()], indent=1) + "\n")
+    write_text(
+        path,
+        json.dumps([*(starts if isinstance(starts, list) else []), versions()], indent=1) + "\n",
+    )
 
 
 def versions() -> dict:
-    """{"started", "commit", "changed", "python", "machine", "devices", "packages"}; what is not there is None or left out."""
+    """{"started", "commit", "changed", "python", "machine", "devices", "packages"}; what is not
+    there is None or left out.
+    """
     packages = {}
     for name in PACKAGES:
         try:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             pass
-    packages["torch"] = torch.__version__                # with its build: 2.13.0+cpu
+    packages["torch"] = torch.__version__  # with its build: 2.13.0+cpu
     commit, changed = _commit(Path(__file__).resolve().parents[1])
-    return dict(started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), commit=commit, changed=changed, python=platform.python_version(),
-                machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
-                devices=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())], packages=packages)
+    return dict(
+        started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        commit=commit,
+        changed=changed,
+        python=platform.python_version(),
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        devices=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        packages=packages,
+    )
 
 
 def _commit(root: Path) -> tuple[str | None, bool | None]:
-    """The checkout's commit and whether tracked files differ from it; (None, None) where the code is no checkout or git is not there."""
+    """The checkout's commit and whether tracked files differ from it; (None, None) where the code
+    is no checkout or git is not there.
+    """
+
     def git(*argv: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *argv], capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(root), *argv], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
     if not (root / ".git").exists():
         return None, None
     try:

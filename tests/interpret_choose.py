@@ -1,4 +1,7 @@
-"""The kernel of kernels/choose.py against float64 in Triton's interpreter. Run by test_kernels.py, as interpret_kernels.py is."""
+"""The kernel of kernels/choose.py against float64 in Triton's interpreter. Run by test_kernels.py,
+as interpret_kernels.py is.
+"""
+
 import os
 
 import pytest
@@ -10,8 +13,9 @@ from recr1.linear import packed
 from recr1.policy import policy
 
 SEED = int(os.environ["RECR1_SEED"])
-SIZES = [(1, 1, 2), (1, 5, 33), (7, 2, 101), (3, 3, 1001), (2, 2, 17_003)]      # B, K, V; the last one is two tiles and a tail
-EDGES = [0.0, 2.0 ** -53, 1 - 2.0 ** -53, 1.0]                                   # float64: the third becomes 1 in float32
+# B, K, V; the last one is two tiles and a tail
+SIZES = [(1, 1, 2), (1, 5, 33), (7, 2, 101), (3, 3, 1001), (2, 2, 17_003)]
+EDGES = [0.0, 2.0**-53, 1 - 2.0**-53, 1.0]  # float64: the third becomes 1 in float32
 
 
 def draw(*key):
@@ -26,42 +30,58 @@ def rows(B, V, dtype, g, size=2.0):
 
 
 def distribution(logits, temperature, top_p):
-    """float64: p (B, V), 0 outside the nucleus and not renormalised; log p of the whole; what p lacks of 1 (B,)."""
+    """float64: p (B, V), 0 outside the nucleus and not renormalised; log p of the whole; what p
+    lacks of 1 (B,).
+    """
     log_p = (logits.double() / temperature).log_softmax(-1)
     p = log_p.exp()
     kept = torch.zeros_like(p)
     for row, order, out in zip(p, p.argsort(-1, descending=True), kept):
-        n = next((i for i, mass in enumerate(row[order].cumsum(0).tolist(), 1) if mass >= top_p), len(row))
+        n = next(
+            (i for i, mass in enumerate(row[order].cumsum(0).tolist(), 1) if mass >= top_p),
+            len(row),
+        )
         inside = row >= row[order[n - 1]]
         out[inside] = row[inside]
     return kept, log_p, 1 - kept.sum(-1)
 
 
 def between(ids, u, p, slack):
-    """Each u lies between the sums before and up to its id, as a share of all that is kept; and the id is possible."""
+    """Each u lies between the sums before and up to its id, as a share of all that is kept; and the
+    id is possible.
+    """
     cdf = p.cumsum(-1) / p.sum(-1, keepdim=True)
-    after, mine = cdf.gather(-1, ids), p.gather(-1, ids)
+    after = cdf.gather(-1, ids)
+    mine = p.gather(-1, ids)
     before = after - mine / p.sum(-1, keepdim=True)
     assert (mine > 0).all(), f"an id of probability 0, seed {SEED}"
     assert (u >= before - slack).all() and (u <= after + slack).all(), f"seed {SEED}"
 
 
-@pytest.mark.parametrize("dtype, top_p", [(torch.float32, 1.0), (torch.float32, 0.8), (torch.bfloat16, 1.0), (torch.bfloat16, 0.3)])
+@pytest.mark.parametrize(
+    "dtype, top_p",
+    [(torch.float32, 1.0), (torch.float32, 0.8), (torch.bfloat16, 1.0), (torch.bfloat16, 0.3)],
+)
 @pytest.mark.parametrize("B, K, V", SIZES)
 def test_inverse_cdf(B, K, V, dtype, top_p):
     temperature = 0.7 if V % 3 else 1.0
     g = draw(B, K, V, dtype, top_p)
     logits = rows(B, V, dtype, g)
     p, log_p, cut = distribution(logits, temperature, top_p)
-    # a nucleus whose edge lies within rounding of top_p may hold one id more in float32: rather another top_p
+    # a nucleus whose edge lies within rounding of top_p may hold one id more in float32: rather
+    # another top_p
     while top_p < 1 and V > 2 and ((1 - cut - top_p).abs() < 1e-5).any():
         top_p += 1e-3
         p, log_p, cut = distribution(logits, temperature, top_p)
     u = torch.rand(B, K, generator=g, dtype=torch.float64)
-    u.view(-1)[:len(EDGES)] = torch.tensor(EDGES, dtype=torch.float64)[:B * K]
+    u.view(-1)[: len(EDGES)] = torch.tensor(EDGES, dtype=torch.float64)[: B * K]
     ids, logp, left_out = triton_choose(logits, temperature, u, top_p)
     between(ids, u, p, 1e-5)
-    assert ids.shape == logp.shape == (B, K) and ids.dtype == torch.int64 and logp.dtype == torch.float32
+    assert (
+        ids.shape == logp.shape == (B, K)
+        and ids.dtype == torch.int64
+        and logp.dtype == torch.float32
+    )
     assert (logp - log_p.gather(-1, ids)).abs().max() <= 1e-5 * log_p.abs().max()
     assert (left_out - cut).abs().max() <= 1e-5 and (top_p < 1 or not left_out.any())
     theirs, their_logp, their_cut = choose(policy(logits, temperature), u, top_p)
@@ -70,7 +90,8 @@ def test_inverse_cdf(B, K, V, dtype, top_p):
     same = ids == theirs
     torch.testing.assert_close(logp[same], their_logp[same], rtol=1e-5, atol=1e-5)
     # the trainer's kernel gives the same row the same bits
-    column, norm = torch.empty(B), torch.empty(B)
+    column = torch.empty(B)
+    norm = torch.empty(B)
     logprob.statistics(logits, ids[:, 0].contiguous(), temperature, column, torch.empty(B), norm)
     assert torch.equal(logp[:, 0], column)
 
@@ -81,7 +102,12 @@ def test_greedy_is_argmax_and_the_lowest_of_a_tie(B, K, V, dtype):
     logits = rows(B, V, dtype, draw("greedy", B, V))
     logits[0, [V // 2, V - 1]] = 50.0
     ids, logp, cut = triton_choose(logits, 1.3)
-    assert torch.equal(ids[:, 0], logits.argmax(-1)) and ids[0] == V // 2 and ids.shape == (B, 1) and not cut.any()
+    assert (
+        torch.equal(ids[:, 0], logits.argmax(-1))
+        and ids[0] == V // 2
+        and ids.shape == (B, 1)
+        and not cut.any()
+    )
     assert (logp - (logits.double() / 1.3).log_softmax(-1).gather(-1, ids)).abs().max() <= 1e-5
 
 
@@ -92,7 +118,7 @@ def test_no_uniform_yields_an_id_of_probability_zero(dtype, top_p):
     V = 26_000
     logits = rows(1, V, dtype, draw("zero"))
     logits[:, :9000] = logits[:, 15_000:17_000] = logits[:, 17_500:] = -1e4
-    u = torch.tensor([[*EDGES, 0.5, 1 - 2.0 ** -25]], dtype=torch.float64)
+    u = torch.tensor([[*EDGES, 0.5, 1 - 2.0**-25]], dtype=torch.float64)
     ids, logp, _ = triton_choose(logits, 1.0, u, top_p)
     assert (logits.gather(-1, ids) > -1e3).all() and logp.min() > -50
     if top_p == 1:
@@ -102,8 +128,9 @@ def test_no_uniform_yields_an_id_of_probability_zero(dtype, top_p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ties", [[0.0, -0.0], [1.5, 1.5], [-2.5, -2.5]], ids=str)
 def test_what_ties_at_the_nucleus_edge_stays_in_it(dtype, ties):
-    """Eight ids tie for the last place, 0 and -0 among them: one uniform in the middle of each id's share draws all, and with a top_p that
-    the first one reaches, it alone."""
+    """Eight ids tie for the last place, 0 and -0 among them: one uniform in the middle of each id's
+    share draws all, and with a top_p that the first one reaches, it alone.
+    """
     logits = torch.full((1, 16), min(ties) - 20, dtype=dtype)
     logits[0, 3] = ties[0] + 3
     logits[0, 4:12] = torch.tensor(ties * 4, dtype=dtype)
@@ -119,21 +146,45 @@ def test_what_ties_at_the_nucleus_edge_stays_in_it(dtype, ties):
 def test_a_row_that_is_not_finite_yields_ids_of_the_vocabulary():
     logits = rows(3, 101, torch.float32, draw("nan"))
     logits[0, 50], logits[1] = torch.inf, torch.nan
-    for uniforms, top_p in ((torch.full((3, 1), 0.5), 1.0), (torch.full((3, 1), 0.5), 0.9), (None, 1.0)):
-        for ids, logp, _ in (triton_choose(logits, 1.0, uniforms, top_p), choose(policy(logits, 1.0), uniforms, top_p)):
-            assert ((ids >= 0) & (ids < 101)).all() and not logp[:2].isfinite().any() and logp[2].isfinite().all()
+    for uniforms, top_p in (
+        (torch.full((3, 1), 0.5), 1.0),
+        (torch.full((3, 1), 0.5), 0.9),
+        (None, 1.0),
+    ):
+        for ids, logp, _ in (
+            triton_choose(logits, 1.0, uniforms, top_p),
+            choose(policy(logits, 1.0), uniforms, top_p),
+        ):
+            assert (
+                ((ids >= 0) & (ids < 101)).all()
+                and not logp[:2].isfinite().any()
+                and logp[2].isfinite().all()
+            )
 
 
 def test_no_rows():
-    assert [x.shape for x in triton_choose(torch.empty(0, 32), 1.0, torch.empty(0, 4))] == [(0, 4), (0, 4), (0,)]
+    assert [x.shape for x in triton_choose(torch.empty(0, 32), 1.0, torch.empty(0, 4))] == [
+        (0, 4),
+        (0, 4),
+        (0,),
+    ]
 
 
 @pytest.mark.parametrize("V", [33, 101])
 def test_from_hidden_states(V):
-    """Logits in rows that start at multiples of 16, from the head's weight as it is and in oneDNN's order."""
+    """Logits in rows that start at multiples of 16, from the head's weight as it is and in oneDNN's
+    order.
+    """
     g = draw("head", V)
-    hidden, weight, u = torch.randn(5, 24, generator=g), torch.randn(V, 24, generator=g), torch.rand(5, 2, generator=g, dtype=torch.float64)
+    hidden = torch.randn(5, 24, generator=g)
+    weight = torch.randn(V, 24, generator=g)
+    u = torch.rand(5, 2, generator=g, dtype=torch.float64)
     for head in (weight, packed(weight)):
         for uniforms in (u, None):
-            ours, theirs = (linear_choose(hidden, head, 0.7, policy, uniforms, backend=backend) for backend in ("triton", "torch"))
-            assert torch.equal(ours[0], theirs[0]) and (ours[1] - theirs[1]).abs().max() <= 1e-5, f"seed {SEED}"
+            ours, theirs = (
+                linear_choose(hidden, head, 0.7, policy, uniforms, backend=backend)
+                for backend in ("triton", "torch")
+            )
+            assert torch.equal(ours[0], theirs[0]) and (ours[1] - theirs[1]).abs().max() <= 1e-5, (
+                f"seed {SEED}"
+            )

@@ -1,5 +1,8 @@
-"""The Triton kernels against float64 in Triton's interpreter. Run by test_kernels.py in a process of its own: TRITON_INTERPRET=1 must be
-set before anything imports Triton. Draws are fresh: RECR1_SEED, printed on failure, repeats them."""
+"""The Triton kernels against float64 in Triton's interpreter. Run by test_kernels.py in a process
+of its own: TRITON_INTERPRET=1 must be set before anything imports Triton. Draws are fresh:
+RECR1_SEED, printed on failure, repeats them.
+"""
+
 import os
 from dataclasses import replace
 
@@ -7,6 +10,7 @@ import pytest
 import torch
 from test_gradient import rollouts_of
 from test_logprob import errors_in_bf16, full
+from tiny import tiny_model
 from triton.runtime import interpreter
 
 from recr1.config import Loss, Model
@@ -16,10 +20,10 @@ from recr1.kernels.group_loss import ADVANTAGES, GroupPull, Rule, advantages, gr
 from recr1.kernels.logprob import by_autograd, linear_logp, linear_loss
 from recr1.packing import pack
 from recr1.policy import policy, score
-from tiny import tiny_model
 
 SEED = int(os.environ["RECR1_SEED"])
-SIZES = [(1, 1, 2), (1, 7, 33), (37, 13, 101), (5, 8, 1001), (3, 4, 17_003)]     # the last one is two tiles and a tail
+# the last one is two tiles and a tail
+SIZES = [(1, 1, 2), (1, 7, 33), (37, 13, 101), (5, 8, 1001), (3, 4, 17_003)]
 
 
 def draw(*key):
@@ -27,11 +31,18 @@ def draw(*key):
 
 
 def close(ours, exact, plain=None, terms=0.0):
-    """Within 1e-5 of exact; or twice as far from it as `plain` (a float32 product over 17,003 columns alone can take 2e-5, and ours adds them up in
-    another order); or within 2e-6 of the `terms` that cancel in it."""
-    error, size = (ours.double() - exact).norm(), exact.norm()
-    allowed = max(1e-5 * size, 0 if plain is None else 2 * (plain.double() - exact).norm(), 2e-6 * terms)
-    assert ours.isfinite().all() and error <= allowed, f"error {error:.2e} of {size:.2e}, seed {SEED}"
+    """Within 1e-5 of exact; or twice as far from it as `plain` (a float32 product over 17,003
+    columns alone can take 2e-5, and ours adds them up in another order); or within 2e-6 of the
+    `terms` that cancel in it.
+    """
+    error = (ours.double() - exact).norm()
+    size = exact.norm()
+    allowed = max(
+        1e-5 * size, 0 if plain is None else 2 * (plain.double() - exact).norm(), 2e-6 * terms
+    )
+    assert ours.isfinite().all() and error <= allowed, (
+        f"error {error:.2e} of {size:.2e}, seed {SEED}"
+    )
 
 
 @pytest.mark.parametrize("N, C, V", SIZES)
@@ -39,9 +50,13 @@ def close(ours, exact, plain=None, terms=0.0):
 def test_head(N, C, V, temperature, size, monkeypatch):
     g = draw(N, V, size)
     # dyadic inputs: products and their sums are exact, so what is compared is the kernels
-    hidden, weight = ((torch.randn(*shape, generator=g) * 16).round() / 16 for shape in ((N, C), (V, C)))
-    hidden, weight = (hidden * size).requires_grad_(), weight.requires_grad_()
-    target, pull = torch.randint(V, (N,), generator=g), torch.randn(N, generator=g)
+    hidden, weight = (
+        (torch.randn(*shape, generator=g) * 16).round() / 16 for shape in ((N, C), (V, C))
+    )
+    hidden = (hidden * size).requires_grad_()
+    weight = weight.requires_grad_()
+    target = torch.randint(V, (N,), generator=g)
+    pull = torch.randn(N, generator=g)
     if N > 4:
         pull[1] = 0
         for name in ("WORKSPACE", "SLICE"):
@@ -50,13 +65,20 @@ def test_head(N, C, V, temperature, size, monkeypatch):
     want, want_entropy = full(*exact, target, temperature)
     logp, entropy = linear_logp(hidden, weight, target, temperature, policy, "triton")
     formula = by_autograd(lambda x, rows: (x * pull[rows]).sum())
-    loss, logp_again, entropy_again = linear_loss(hidden, weight, target, temperature, policy, formula, "triton")
+    loss, logp_again, entropy_again = linear_loss(
+        hidden, weight, target, temperature, policy, formula, "triton"
+    )
     assert torch.equal(logp, logp_again) and torch.equal(entropy, entropy_again)
     close(logp, want, terms=(hidden @ weight.T).abs().max().item() / temperature)
     assert (entropy - want_entropy).abs().max() <= 1e-5 * max(1, want.abs().max())
     theirs = torch.autograd.grad(want, exact, pull.double())
-    plain = torch.autograd.grad(full(hidden, weight, target, temperature)[0], (hidden, weight), pull)
-    for ours in (torch.autograd.grad(logp, (hidden, weight), pull), torch.autograd.grad(loss, (hidden, weight))):
+    plain = torch.autograd.grad(
+        full(hidden, weight, target, temperature)[0], (hidden, weight), pull
+    )
+    for ours in (
+        torch.autograd.grad(logp, (hidden, weight), pull),
+        torch.autograd.grad(loss, (hidden, weight)),
+    ):
         for a, b, c, other in zip(ours, theirs, plain, (weight, hidden)):
             close(a, b, c, (pull.norm() * other.abs().max()).item())
 
@@ -64,37 +86,93 @@ def test_head(N, C, V, temperature, size, monkeypatch):
 @pytest.mark.parametrize("N, C, V", SIZES)
 def test_entropy_has_its_gradient(N, C, V):
     g = draw("entropy", N, V)
-    hidden, weight = (torch.randn(*shape, generator=g).requires_grad_() for shape in ((N, C), (V, C)))
-    target, pull, bonus = torch.randint(V, (N,), generator=g), torch.randn(N, generator=g), torch.randn(N, generator=g)
+    hidden, weight = (
+        torch.randn(*shape, generator=g).requires_grad_() for shape in ((N, C), (V, C))
+    )
+    target = torch.randint(V, (N,), generator=g)
+    pull = torch.randn(N, generator=g)
+    bonus = torch.randn(N, generator=g)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     parts = full(*exact, target, 0.7)
-    theirs = torch.autograd.grad(sum((x * y).sum() for x, y in zip(parts, (pull.double(), bonus.double()))), exact)
+    theirs = torch.autograd.grad(
+        sum((x * y).sum() for x, y in zip(parts, (pull.double(), bonus.double()))), exact
+    )
     logp, entropy = linear_logp(hidden, weight, target, 0.7, policy, "triton")
-    shot, _, _ = linear_loss(hidden, weight, target, 0.7, policy, lambda x, e, rows: ((x * pull[rows]).sum() + (e * bonus[rows]).sum(), pull[rows], bonus[rows]),
-                             "triton")
+    shot, _, _ = linear_loss(
+        hidden,
+        weight,
+        target,
+        0.7,
+        policy,
+        lambda x, e, rows: (
+            (x * pull[rows]).sum() + (e * bonus[rows]).sum(),
+            pull[rows],
+            bonus[rows],
+        ),
+        "triton",
+    )
     for loss in ((logp * pull).sum() + (entropy * bonus).sum(), shot):
-        for a, b, other in zip(torch.autograd.grad(loss, (hidden, weight)), theirs, (weight, hidden)):
-            close(a, b, terms=10 * ((pull.norm() + bonus.norm() * (1 + parts[1].max())) * other.abs().max()).item())
+        for a, b, other in zip(
+            torch.autograd.grad(loss, (hidden, weight)), theirs, (weight, hidden)
+        ):
+            close(
+                a,
+                b,
+                terms=10
+                * ((pull.norm() + bonus.norm() * (1 + parts[1].max())) * other.abs().max()).item(),
+            )
 
 
 def test_one_shot_of_a_plain_sum():
-    hidden, weight = torch.randn(3, 5, generator=draw("h")).requires_grad_(), torch.randn(7, 5, generator=draw("w"))
+    hidden = torch.randn(3, 5, generator=draw("h")).requires_grad_()
+    weight = torch.randn(7, 5, generator=draw("w"))
     target = torch.tensor([0, 6, 3])
-    ours, theirs = (linear_loss(hidden, weight, target, 1.0, policy, by_autograd(lambda logp, rows: -logp.sum()), b)[0] for b in ("triton", "torch"))
+    ours, theirs = (
+        linear_loss(
+            hidden, weight, target, 1.0, policy, by_autograd(lambda logp, rows: -logp.sum()), b
+        )[0]
+        for b in ("triton", "torch")
+    )
     torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (ours, theirs)))
 
 
-@pytest.mark.parametrize("loss", [dict(), dict(kind="dr_grpo", kl=0.1, clip=0.1, clip_high=0.3), dict(kind="cispo", importance_cap=1.1), dict(kind="grpo", entropy=0.1),
-                                  dict(kind="gspo")], ids=str)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        dict(),
+        dict(kind="dr_grpo", kl=0.1, clip=0.1, clip_high=0.3),
+        dict(kind="cispo", importance_cap=1.1),
+        dict(kind="grpo", entropy=0.1),
+        dict(kind="gspo"),
+    ],
+    ids=str,
+)
 def test_policy_loss_of_the_loop(loss):
-    """kernels: triton against kernels: torch on a packed batch, fused where group_loss.py has the loss, else its head under the torch loss."""
-    policy_, o = tiny_model(1), [objective(Loss(**loss), Model(head="recompute" if loss.get("kind") == "gspo" else "one_shot", kernels=k)) for k in ("triton", "torch")]
+    """kernels: triton against kernels: torch on a packed batch, fused where group_loss.py has the
+    loss, else its head under the torch loss.
+    """
+    policy_ = tiny_model(1)
+    o = [
+        objective(
+            Loss(**loss),
+            Model(head="recompute" if loss.get("kind") == "gspo" else "one_shot", kernels=k),
+        )
+        for k in ("triton", "torch")
+    ]
     assert o[0].fused == (loss.get("kind") != "gspo" and "entropy" not in loss) and not o[1].fused
     [batch] = pack(rollouts_of(3), 10_000)
-    n, g = len(batch.target), draw("loop", str(loss))
+    n = len(batch.target)
+    g = draw("loop", str(loss))
     near = score(policy_, batch, 1.3)[0].detach()
-    batch = replace(batch, adv=torch.randn(n, generator=g), weight=torch.randint(1, 3, (n,), generator=g).float(),
-                    **{name: near + 0.3 * torch.randn(n, generator=g) for name in ("old_logp", "ref_logp", "sampler_logp")})
+    batch = replace(
+        batch,
+        adv=torch.randn(n, generator=g),
+        weight=torch.randint(1, 3, (n,), generator=g).float(),
+        **{
+            name: near + 0.3 * torch.randn(n, generator=g)
+            for name in ("old_logp", "ref_logp", "sampler_logp")
+        },
+    )
     (a, x, s), (b, y, t) = (policy_loss(policy_, batch, 7, 1.3, each) for each in o)
     torch.testing.assert_close((a, x), (b, y), rtol=1e-4, atol=1e-5)
     assert s == pytest.approx(t, rel=1e-3, abs=1e-3)
@@ -103,18 +181,28 @@ def test_policy_loss_of_the_loop(loss):
 
 
 def test_head_with_huge_logits():
-    hidden, weight = (torch.full((3, 1), 1e4), torch.linspace(-1, 1, 33)[:, None])
-    logp, entropy = linear_logp(hidden.requires_grad_(), weight, torch.tensor([32, 0, 5]), 1.0, policy, "triton")
+    hidden = torch.full((3, 1), 1e4)
+    weight = torch.linspace(-1, 1, 33)[:, None]
+    logp, entropy = linear_logp(
+        hidden.requires_grad_(), weight, torch.tensor([32, 0, 5]), 1.0, policy, "triton"
+    )
     logp.sum().backward()
-    assert logp[0] == 0 and (logp[1:] < -1e4).all() and (entropy.abs() < 1e-3).all() and hidden.grad.isfinite().all()
+    assert (
+        logp[0] == 0
+        and (logp[1:] < -1e4).all()
+        and (entropy.abs() < 1e-3).all()
+        and hidden.grad.isfinite().all()
+    )
 
 
 def test_bfloat16_is_as_good_as_torchs_own(monkeypatch):
-    # Triton 3.7's interpreter cuts float32 off to bfloat16; the GPU's cvt.rn, which compile_kernels.py counts, rounds to nearest
+    # Triton 3.7's interpreter cuts float32 off to bfloat16; the GPU's cvt.rn, which
+    # compile_kernels.py counts, rounds to nearest
     def convert(data, source, to, rounding, cut=interpreter._convert_float):
         if (source.name, to.name) != ("fp32", "bf16"):
             return cut(data, source, to, rounding)
         return torch.tensor(data).to(torch.bfloat16).view(torch.uint16).numpy()
+
     monkeypatch.setattr(interpreter, "_convert_float", convert)
     means = errors_in_bf16("triton")
     assert max(means.values()) <= 1.25, means
@@ -122,7 +210,8 @@ def test_bfloat16_is_as_good_as_torchs_own(monkeypatch):
 
 def exact_advantages(rewards, kind, floor):
     """float64, written from the formulas of group_loss.py's head."""
-    r, G = rewards.double(), rewards.shape[1]
+    r = rewards.double()
+    G = rewards.shape[1]
     a = r - r.mean(1, keepdim=True)
     if kind == "std" and G > 1:
         a = a / (r.std(1, keepdim=True) + floor)
@@ -135,7 +224,7 @@ def exact_advantages(rewards, kind, floor):
 @pytest.mark.parametrize("P, G", [(1, 1), (3, 2), (5, 12), (2, 16), (0, 4)])
 def test_advantages(P, G, kind):
     rewards = torch.rand(P, G, generator=draw(P, G))
-    rewards[:1] = 0.1                                          # all equal, and no power of two: its mean is not exactly it
+    rewards[:1] = 0.1  # all equal, and no power of two: its mean is not exactly it
     ours = advantages(rewards, Rule(kind, std_floor=1e-4))
     close(ours, exact_advantages(rewards, kind, 1e-4))
     assert (ours[:G] == 0).all()
@@ -143,25 +232,42 @@ def test_advantages(P, G, kind):
 
 def exact_loss(logp, p: GroupPull):
     """float64, in autograd, from the formulas of group_loss.py's head; and the sums."""
-    rule, rewards = p.rule, p.rewards
-    sampler, old, ref, weight = (x if x is None else x.double() for x in (p.sampler, p.old, p.ref, p.weight))
+    rule = p.rule
+    rewards = p.rewards
+    sampler, old, ref, weight = (
+        x if x is None else x.double() for x in (p.sampler, p.old, p.ref, p.weight)
+    )
     old = logp.detach() if old is None else old
     adv = exact_advantages(rewards, rule.advantage, rule.std_floor)
     adv = torch.where(p.rollout >= 0, adv[p.rollout], 0.0)
     ratio = (logp - old).exp()
     clipped = ratio.clamp(1 - rule.clip_low, 1 + rule.clip_high)
-    gain = clipped.detach() * adv * logp if rule.cispo else torch.minimum(ratio * adv, clipped * adv)
+    gain = (
+        clipped.detach() * adv * logp if rule.cispo else torch.minimum(ratio * adv, clipped * adv)
+    )
     outside = clipped != ratio if rule.cispo else clipped * adv < ratio * adv
     if rule.sampler_cap:
         gain = gain * (old - sampler).exp().clamp(max=rule.sampler_cap)
     k3 = torch.zeros_like(logp) if ref is None else torch.expm1(ref - logp) - (ref - logp)
     loss = (weight * (rule.kl * k3 - gain)).sum() / p.total
     [slope] = torch.autograd.grad(loss, logp, retain_graph=True)
-    return loss, [x.item() for x in (loss, (weight * outside).sum(), (weight * k3).sum(), weight.sum(), (weight * (logp - sampler).abs()).sum(), slope.square().sum())]
+    return loss, [
+        x.item()
+        for x in (
+            loss,
+            (weight * outside).sum(),
+            (weight * k3).sum(),
+            weight.sum(),
+            (weight * (logp - sampler).abs()).sum(),
+            slope.square().sum(),
+        )
+    ]
 
 
 def tokens(N, key, gap=0.2, P=4, G=5):
-    """rewards with an all-equal group, a group without tokens (the last), tokens of no rollout, weights with 0; log-probs `gap` apart."""
+    """rewards with an all-equal group, a group without tokens (the last), tokens of no rollout,
+    weights with 0; log-probs `gap` apart.
+    """
     g = draw(N, *key)
     near = lambda x, by: x + by * torch.randn(N, generator=g)
     rewards = torch.rand(P, G, generator=g)
@@ -171,20 +277,39 @@ def tokens(N, key, gap=0.2, P=4, G=5):
     if N > 3:
         rollout[2], weight[2] = -1, 0
     logp = -3 + torch.randn(N, generator=g)
-    old, ref = near(logp, gap), near(logp, gap)
-    return logp, dict(rewards=rewards, rollout=rollout, weight=weight, sampler=near(old, 0.1), old=old, ref=ref, total=float(max(N, 1) + 3))
+    old = near(logp, gap)
+    ref = near(logp, gap)
+    return logp, dict(
+        rewards=rewards,
+        rollout=rollout,
+        weight=weight,
+        sampler=near(old, 0.1),
+        old=old,
+        ref=ref,
+        total=float(max(N, 1) + 3),
+    )
 
 
 def off_the_edge(logp, old, rule):
-    """Where the ratio is so near a clip bound that float32 and float64 may fall on two sides, it becomes 1."""
+    """Where the ratio is so near a clip bound that float32 and float64 may fall on two sides, it
+    becomes 1.
+    """
     ratio = (logp.double() - old.double()).exp()
     near = ((ratio - 1 + rule.clip_low).abs() < 1e-4) | ((ratio - 1 - rule.clip_high).abs() < 1e-4)
     return torch.where(near, logp.detach().to(old.dtype), old)
 
 
-RULES = [Rule(kind, 1e-4, low, high, kl, cispo, cap) for kind, (low, high), kl, cispo, cap in
-         [("std", (0.2, 0.2), 0.0, False, 0.0), ("std", (0.2, 0.28), 0.04, False, 0.0), ("mean", (0.1, 0.3), 0.1, False, 1.1),
-          ("leave_one_out", (0.2, 0.2), 0.0, False, 2.0), ("std", (1.0, 0.5), 0.0, True, 0.0), ("mean", (0.3, 0.2), 0.1, True, 1.05)]]
+RULES = [
+    Rule(kind, 1e-4, low, high, kl, cispo, cap)
+    for kind, (low, high), kl, cispo, cap in [
+        ("std", (0.2, 0.2), 0.0, False, 0.0),
+        ("std", (0.2, 0.28), 0.04, False, 0.0),
+        ("mean", (0.1, 0.3), 0.1, False, 1.1),
+        ("leave_one_out", (0.2, 0.2), 0.0, False, 2.0),
+        ("std", (1.0, 0.5), 0.0, True, 0.0),
+        ("mean", (0.3, 0.2), 0.1, True, 1.05),
+    ]
+]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -195,33 +320,52 @@ def test_group_loss(N, gap, rule):
         logp, given = tokens(N, (gap,), gap)
         given["old"] = None if first_step else off_the_edge(logp, given["old"], rule)
         p = GroupPull(rule, **given)
-        x, y = logp.clone().requires_grad_(), logp.double().requires_grad_()
+        x = logp.clone().requires_grad_()
+        y = logp.double().requires_grad_()
         loss = group_loss(x, p)
         want, sums = exact_loss(y, p)
         ratio = 1 if first_step else (logp - given["old"]).exp()
         # an advantage is a difference of rewards of size 1, in float32
-        close(torch.autograd.grad(loss * 3, x)[0], torch.autograd.grad(want * 3, y)[0], terms=10 * (p.weight * ratio).norm().item() / p.total)
+        close(
+            torch.autograd.grad(loss * 3, x)[0],
+            torch.autograd.grad(want * 3, y)[0],
+            terms=10 * (p.weight * ratio).norm().item() / p.total,
+        )
         # a loss is a difference of gains: its error is small beside them, not beside itself
-        scale = (p.weight * (0.1 + p.adv[p.rollout].abs())).sum().item() / p.total * (1 + (sums[2] + 5) * (gap > 1)) + sums[2]
+        scale = (p.weight * (0.1 + p.adv[p.rollout].abs())).sum().item() / p.total * (
+            1 + (sums[2] + 5) * (gap > 1)
+        ) + sums[2]
         assert abs(loss.item() - want.item()) <= 1e-5 * scale
         for name, ours, theirs in zip(p.statistics(), p.statistics().values(), sums):
-            assert name == "loss" or ours == pytest.approx(theirs, rel=1e-5, abs=1e-6 * gap * N), name
+            assert name == "loss" or ours == pytest.approx(theirs, rel=1e-5, abs=1e-6 * gap * N), (
+                name
+            )
 
 
 def test_huge_gaps_end_in_no_nan_for_tokens_that_do_not_count():
     logp, given = tokens(8, ("huge",))
-    given["old"] = logp - 200                                  # e^200 is infinite in float32
-    given["weight"][:4], given["rollout"][4:] = 0, 0           # group 0 has no advantage
+    given["old"] = logp - 200  # e^200 is infinite in float32
+    given["weight"][:4], given["rollout"][4:] = 0, 0  # group 0 has no advantage
     x = logp.clone().requires_grad_()
     group_loss(x, GroupPull(Rule(), **given)).backward()
     assert (x.grad == 0).all()
 
 
 def test_clip_takes_the_gradient_exactly():
-    """Advantages +1, -1 from rewards 1, -1 (mean only); ratios 1.5 and 0.5 on each: only (+, 1.5) and (-, 0.5) are clipped."""
+    """Advantages +1, -1 from rewards 1, -1 (mean only); ratios 1.5 and 0.5 on each: only (+, 1.5)
+    and (-, 0.5) are clipped.
+    """
     old = torch.zeros(4)
     logp = torch.tensor([1.5, 0.5, 1.5, 0.5]).log().requires_grad_()
-    p = GroupPull(Rule("mean"), torch.tensor([[1.0, -1.0]]), torch.tensor([0, 0, 1, 1]), torch.ones(4), old, 4.0, old)
+    p = GroupPull(
+        Rule("mean"),
+        torch.tensor([[1.0, -1.0]]),
+        torch.tensor([0, 0, 1, 1]),
+        torch.ones(4),
+        old,
+        4.0,
+        old,
+    )
     group_loss(logp, p).backward()
     assert logp.grad[0] == 0 and logp.grad[3] == 0 and p.statistics()["clipped"] == 2
     torch.testing.assert_close(logp.grad[1:3], torch.tensor([-0.5 / 4, 1.5 / 4]))
@@ -235,13 +379,22 @@ def test_empty_batch():
     assert loss == 0 and x.grad.shape == (0,)
 
 
-@pytest.mark.parametrize("rule, dtype", [(r, torch.float32) for r in RULES] + [(RULES[1], torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "rule, dtype", [(r, torch.float32) for r in RULES] + [(RULES[1], torch.bfloat16)], ids=str
+)
 def test_joined(rule, dtype, monkeypatch):
-    """Rewards and hidden states in, gradients out, in chunks of 4 rows: as the separate kernels, and as float64 all through."""
-    N, C, V, temperature = 37, 13, 101, 0.7
+    """Rewards and hidden states in, gradients out, in chunks of 4 rows: as the separate kernels,
+    and as float64 all through.
+    """
+    N = 37
+    C = 13
+    V = 101
+    temperature = 0.7
     monkeypatch.setitem(logprob.WORKSPACE, "cpu", 2048)
     g = draw("joined")
-    hidden, weight = (torch.randn(*shape, generator=g).to(dtype).requires_grad_() for shape in ((N, C), (V, C)))
+    hidden, weight = (
+        torch.randn(*shape, generator=g).to(dtype).requires_grad_() for shape in ((N, C), (V, C))
+    )
     target = torch.randint(V, (N,), generator=g)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     want_logp = full(*exact, target, temperature)[0]
@@ -249,13 +402,19 @@ def test_joined(rule, dtype, monkeypatch):
     shift = want_logp.detach().float() - given["old"]
     given |= {name: given[name] + shift for name in ("old", "ref", "sampler")}
     given["old"] = off_the_edge(want_logp, given["old"] + 0.2 * torch.randn(N, generator=g), rule)
-    p, apart = GroupPull(rule, **given), GroupPull(rule, **given)
+    p = GroupPull(rule, **given)
+    apart = GroupPull(rule, **given)
     loss, logp, entropy = linear_loss(hidden, weight, target, temperature, policy, p, "triton")
     ours = torch.autograd.grad(loss, (hidden, weight))
-    separate, logp_, entropy_ = linear_loss(hidden, weight, target, temperature, policy, lambda x, e, rows: apart(x, e, rows), "triton")
-    torch.testing.assert_close((loss, logp, entropy, *ours), (separate, logp_, entropy_, *torch.autograd.grad(separate, (hidden, weight))))
+    separate, logp_, entropy_ = linear_loss(
+        hidden, weight, target, temperature, policy, lambda x, e, rows: apart(x, e, rows), "triton"
+    )
+    torch.testing.assert_close(
+        (loss, logp, entropy, *ours),
+        (separate, logp_, entropy_, *torch.autograd.grad(separate, (hidden, weight))),
+    )
     assert p.statistics() == pytest.approx(apart.statistics(), rel=1e-5, abs=1e-6)
-    if dtype == torch.float32:                                 # in bfloat16 a token may fall on the other side of the clip
+    if dtype == torch.float32:  # in bfloat16 a token may fall on the other side of the clip
         want, _ = exact_loss(want_logp, p)
         for a, b in zip((logp, *ours), (want_logp, *torch.autograd.grad(want, exact))):
             close(a, b)

@@ -1,4 +1,7 @@
-"""Runs the scripts of experiments/prepare in this process, on files of upstream's formats that tests make."""
+"""Runs the scripts of experiments/prepare in this process, on files of upstream's formats that
+tests make.
+"""
+
 import csv
 import gzip
 import importlib
@@ -9,7 +12,8 @@ from pathlib import Path
 from recr1.data import is_validation, read_corpus, read_qrels, read_queries
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "experiments/prepare"))      # as Python does for a script that is started there
+# as Python does for a script that is started there
+sys.path.insert(0, str(ROOT / "experiments/prepare"))
 
 
 def script(name: str):
@@ -29,7 +33,9 @@ def refused(capsys, name: str, out: Path, *options) -> str:
     capsys.readouterr()
     assert script(name).main(["--out", str(out), *map(str, options)]) == 2
     said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith(f"{name}.py: "), said.err
+    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith(f"{name}.py: "), (
+        said.err
+    )
     assert (sorted(out.rglob("*")) if out.exists() else None) == before
     assert not list(out.parent.glob(f"{out.name}*.partial"))
     return said.err
@@ -60,7 +66,10 @@ def counts(folder: Path) -> dict[str, int]:
     """The counts of prepared.json, after a look at whether those of the splits are true."""
     said = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["counts"]
     ids = list(read(folder, "train")[0])
-    assert said["validation"] == sum(map(is_validation, ids)) and said["train"] == len(ids) - said["validation"]
+    assert (
+        said["validation"] == sum(map(is_validation, ids))
+        and said["train"] == len(ids) - said["validation"]
+    )
     assert said["documents"] == len(corpus(folder))
     return said
 

@@ -1,7 +1,10 @@
-"""One optimiser step's gradient, and three steps' weights, by the code of the loop: on the ranks of a torchrun job or in this process.
+"""One optimiser step's gradient, and three steps' weights, by the code of the loop: on the ranks of
+a torchrun job or in this process.
 
-torchrun --nproc-per-node N tests/ranks.py FILE writes {case: {name: tensor}} for every case; test_ranks.py compares the files.
+torchrun --nproc-per-node N tests/ranks.py FILE writes {case: {name: tensor}} for every case;
+test_ranks.py compares the files.
 """
+
 import sys
 import time
 from dataclasses import replace
@@ -9,10 +12,19 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
+from tiny import tiny_config, tiny_model
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from recr1 import dist
-from recr1.config import Config, ConfigError, Loss, Model, Optimizer as OptimizerConfig, Sampling, Train
+from recr1.config import (
+    Config,
+    ConfigError,
+    Loss,
+    Model,
+    Optimizer as OptimizerConfig,
+    Sampling,
+    Train,
+)
 from recr1.exits import end_process
 from recr1.fsdp import Sharded, gathered
 from recr1.grpo import group_advantages, objective, policy_loss
@@ -22,31 +34,37 @@ from recr1.records import Prompt, Rollout
 from recr1.session import session
 from recr1.sft import LEARN, cross_entropy, optimiser_step, targets
 from recr1.train import optimiser_steps
-from tiny import tiny_config, tiny_model
 
-PROMPTS, GROUP = 5, 4            # 5 divides by neither 2 nor 3
-SETTINGS = Config(sampling=Sampling(group_size=GROUP, temperature=1.3),
-                  optimizer=OptimizerConfig(lr=1e-2, clip_norm=0.05, weight_decay=0.1, betas=(0.9, 0.95)))
-ONE, TWO = dict(kl=0.05, std_floor=0.1), dict(std_floor=0.1)          # with a reference, without
+# 5 divides by neither 2 nor 3
+PROMPTS = 5
+GROUP = 4
+SETTINGS = Config(
+    sampling=Sampling(group_size=GROUP, temperature=1.3),
+    optimizer=OptimizerConfig(lr=1e-2, clip_norm=0.05, weight_decay=0.1, betas=(0.9, 0.95)),
+)
+# with a reference, without
+ONE = dict(kl=0.05, std_floor=0.1)
+TWO = dict(std_floor=0.1)
 
 
 class Case(NamedTuple):
     loss: dict
-    budget: int = 18                     # tokens per micro-batch
+    budget: int = 18  # tokens per micro-batch
     dtype: torch.dtype = torch.float64
-    compute: torch.dtype | None = None   # as dtype
-    same: tuple = ()                     # groups without variance
+    compute: torch.dtype | None = None  # as dtype
+    same: tuple = ()  # groups without variance
     checkpointing: bool = False
     head: str = "one_shot"
     reduce: str = "micro_batch"
     frozen: tuple[str, ...] = ()
-    on_host: bool = False                # the reference, and AdamW's moments
-    shape: dict = {}                     # of the model
+    on_host: bool = False  # the reference, and AdamW's moments
+    shape: dict = {}  # of the model
     group: int = GROUP
 
 
 TIED = dict(tie_word_embeddings=True, num_hidden_layers=3)
-NORMS = ("model.layers.0.*", "*norm.weight")        # a block that is frozen, and parts of the others and of the root
+# a block that is frozen, and parts of the others and of the root
+NORMS = ("model.layers.0.*", "*norm.weight")
 BF16 = dict(dtype=torch.float32, compute=torch.bfloat16)
 CASES = {
     "float64": Case(ONE, 10_000),
@@ -58,13 +76,19 @@ CASES = {
     "float64 nobody has": Case(TWO, same=tuple(range(PROMPTS))),
     "float64 recompute": Case(ONE, head="recompute", shape=dict(tie_word_embeddings=True)),
     "float64 GSPO": Case(dict(kind="gspo"), head="recompute"),
-    "float64 Dr. GRPO with entropy and KL k2": Case(dict(kind="dr_grpo", entropy=0.1, kl=0.05, kl_estimator="k2")),
+    "float64 Dr. GRPO with entropy and KL k2": Case(
+        dict(kind="dr_grpo", entropy=0.1, kl=0.05, kl_estimator="k2")
+    ),
     "float64 CISPO": Case(dict(kind="cispo", average="sequence"), 40),
     "float64 RLOO, trusting the trainer": Case(dict(kind="rloo", importance_cap=2.0)),
     "float64 one reduction a step": Case(ONE, reduce="step", shape=TIED),
-    "float64 one reduction a step, checkpointing": Case(TWO, same=(0, 1), reduce="step", checkpointing=True),
+    "float64 one reduction a step, checkpointing": Case(
+        TWO, same=(0, 1), reduce="step", checkpointing=True
+    ),
     "float64 frozen": Case(ONE, frozen=NORMS, shape=dict(num_hidden_layers=3)),
-    "float64 frozen, checkpointing, one reduction a step": Case(ONE, frozen=NORMS, checkpointing=True, reduce="step", shape=TIED),
+    "float64 frozen, checkpointing, one reduction a step": Case(
+        ONE, frozen=NORMS, checkpointing=True, reduce="step", shape=TIED
+    ),
     "float64 frozen embedding": Case(ONE, frozen=("model.embed_tokens.weight",)),
     "float64 on the host": Case(ONE, on_host=True, frozen=NORMS, shape=TIED),
     "float32": Case(ONE, dtype=torch.float32, shape=dict(tie_word_embeddings=True)),
@@ -72,25 +96,61 @@ CASES = {
     "bfloat16": Case(ONE, shape=TIED, **BF16),
     "bfloat16 checkpointing": Case(ONE, 40, checkpointing=True, **BF16),
 }
-# Shared prompts under checkpointing, for test_ranks.py's padded reference: budgets that split a group of 8, and that hold several groups
-PADDED = {f"{name}, groups of {group}, {family}, {budget} tokens": Case(ONE, budget, dtype, checkpointing=True, group=group, shape=dict(family=family, **tied))
-          for name, dtype in (("float64", torch.float64), ("float32", torch.float32))
-          for group, budget, family, tied in ((1, 40, "qwen2", {}), (3, 40, "llama", TIED), (8, 40, "qwen3", TIED), (8, 200, "qwen2", {}))}
+# Shared prompts under checkpointing, for test_ranks.py's padded reference: budgets that split a
+# group of 8, and that hold several groups
+PADDED = {
+    f"{name}, groups of {group}, {family}, {budget} tokens": Case(
+        ONE, budget, dtype, checkpointing=True, group=group, shape=dict(family=family, **tied)
+    )
+    for name, dtype in (("float64", torch.float64), ("float32", torch.float32))
+    for group, budget, family, tied in (
+        (1, 40, "qwen2", {}),
+        (3, 40, "llama", TIED),
+        (8, 40, "qwen3", TIED),
+        (8, 200, "qwen2", {}),
+    )
+}
 CASES |= PADDED
-AGAINST_FSDP2 = ["float64 checkpointing", "float64 tied", "float64 small batches", "float64 frozen", "float64 one reduction a step", "bfloat16", "bfloat16 checkpointing"]
+AGAINST_FSDP2 = [
+    "float64 checkpointing",
+    "float64 tied",
+    "float64 small batches",
+    "float64 frozen",
+    "float64 one reduction a step",
+    "bfloat16",
+    "bfloat16 checkpointing",
+]
 
-GATHERED = ["float64 tied", "float64 tied checkpointing", "float64 frozen", "float64 frozen, checkpointing, one reduction a step"]
+GATHERED = [
+    "float64 tied",
+    "float64 tied checkpointing",
+    "float64 frozen",
+    "float64 frozen, checkpointing, one reduction a step",
+]
 
 
-def rollouts_and_rewards(step: int, same: tuple = (), group: int = GROUP) -> tuple[list[Rollout], list[float]]:
-    """PROMPTS * group rollouts of unequal lengths; every third sibling repeats its elder; groups in `same` have one reward."""
+def rollouts_and_rewards(
+    step: int, same: tuple = (), group: int = GROUP
+) -> tuple[list[Rollout], list[float]]:
+    """PROMPTS * group rollouts of unequal lengths; every third sibling repeats its elder; groups in
+    `same` have one reward.
+    """
     g = torch.Generator().manual_seed(step)
 
     def ids(low, high):
-        return tuple(torch.randint(tiny_config().vocab_size, (int(torch.randint(low, high, (1,), generator=g)),), generator=g).tolist())
-    rollouts, rewards = [], []
+        return tuple(
+            torch.randint(
+                tiny_config().vocab_size,
+                (int(torch.randint(low, high, (1,), generator=g)),),
+                generator=g,
+            ).tolist()
+        )
+
+    rollouts = []
+    rewards = []
     for p in range(PROMPTS):
-        prompt, texts = Prompt(f"q{p}", p, "", ids(1, 8)), []
+        prompt = Prompt(f"q{p}", p, "", ids(1, 8))
+        texts = []
         for s in range(group):
             texts.append(texts[-1] if s % 3 == 2 else ids(1, 10))
             rollouts.append(Rollout(prompt, p, s, texts[-1], (0.0,) * len(texts[-1]), True))
@@ -101,11 +161,17 @@ def rollouts_and_rewards(step: int, same: tuple = (), group: int = GROUP) -> tup
 def advantages(rewards: list[float], cfg: Config, group: int, dtype: torch.dtype) -> torch.Tensor:
     """The loop's. Of a group of one they would all be 0: what its reward has over 3."""
     rewards = torch.tensor(rewards, dtype=dtype)
-    return group_advantages(rewards, group, objective(cfg.loss, cfg.model).advantage, cfg.loss) if group > 1 else rewards - 3
+    return (
+        group_advantages(rewards, group, objective(cfg.loss, cfg.model).advantage, cfg.loss)
+        if group > 1
+        else rewards - 3
+    )
 
 
 def accumulate(policy, reference, step: int, same: tuple, cfg: Config, group: int = GROUP) -> float:
-    """The loop's train phase for this rank's share of the step, without the optimizer. Returns this rank's part of the loss."""
+    """The loop's train phase for this rank's share of the step, without the optimizer. Returns this
+    rank's part of the loss.
+    """
     rollouts, rewards = rollouts_and_rewards(step, same, group)
     mine = set(dist.share(list(range(PROMPTS))))
     rewards = [r for x, r in zip(rollouts, rewards) if x.group in mine]
@@ -125,8 +191,13 @@ def accumulate(policy, reference, step: int, same: tuple, cfg: Config, group: in
 
 
 def settings(case: Case) -> Config:
-    return replace(SETTINGS, train=Train(tokens_per_micro_batch=case.budget, reduce=case.reduce), loss=Loss(**case.loss),
-                   model=Model(head=case.head), optimizer=replace(SETTINGS.optimizer, on_host=case.on_host))
+    return replace(
+        SETTINGS,
+        train=Train(tokens_per_micro_batch=case.budget, reduce=case.reduce),
+        loss=Loss(**case.loss),
+        model=Model(head=case.head),
+        optimizer=replace(SETTINGS.optimizer, on_host=case.on_host),
+    )
 
 
 def freeze(decoder, frozen: tuple[str, ...]):
@@ -136,7 +207,9 @@ def freeze(decoder, frozen: tuple[str, ...]):
 
 
 def results(name: str, sharded: bool) -> dict[str, torch.Tensor]:
-    """{"grad NAME", "weight NAME": tensor}: the first step's gradient and the weights after three AdamW steps; "loss" of the first, "norm" of the last."""
+    """{"grad NAME", "weight NAME": tensor}: the first step's gradient and the weights after three
+    AdamW steps; "loss" of the first, "norm" of the last.
+    """
     case = CASES[name]
     cfg = settings(case if sharded else case._replace(on_host=False))
 
@@ -145,43 +218,80 @@ def results(name: str, sharded: bool) -> dict[str, torch.Tensor]:
         if not sharded:
             return freeze(decoder, frozen)
         state = dict(decoder.state_dict())
-        return Sharded(decoder, state.__getitem__, device=dist.device(), master=case.dtype, compute=case.compute or case.dtype,
-                       checkpointing=case.checkpointing, frozen=frozen, on_host=case.on_host and frozen == ("*",))
+        return Sharded(
+            decoder,
+            state.__getitem__,
+            device=dist.device(),
+            master=case.dtype,
+            compute=case.compute or case.dtype,
+            checkpointing=case.checkpointing,
+            frozen=frozen,
+            on_host=case.on_host and frozen == ("*",),
+        )
 
-    def named(take):             # `take` of every parameter, by Hugging Face's names
+    def named(take):  # `take` of every parameter, by Hugging Face's names
         if not sharded:
             return {name: take(p) for name, p in policy.named_parameters() if take(p) is not None}
-        return {w.name: w.view(whole) for u in policy.units if take(u.shard) is not None
-                for whole in [dist.all_gather(take(u.shard))()] for w in u.flat.weights}
-    policy, reference = model(1, case.frozen), model(2, ("*",)) if cfg.loss.kl else None
-    optimizer, out = Optimizer(policy, cfg.optimizer, 3), {}
+        return {
+            w.name: w.view(whole)
+            for u in policy.units
+            if take(u.shard) is not None
+            for whole in [dist.all_gather(take(u.shard))()]
+            for w in u.flat.weights
+        }
+
+    policy = model(1, case.frozen)
+    reference = model(2, ("*",)) if cfg.loss.kl else None
+    optimizer = Optimizer(policy, cfg.optimizer, 3)
+    out = {}
     for step in range(3):
         loss = accumulate(policy, reference, step, case.same, cfg, case.group)
         if step == 0:
-            out = {f"grad {name}": t.clone() for name, t in named(lambda p: p.grad).items()} | dict(loss=torch.tensor(dist.total(loss)[0], dtype=torch.float64))
+            out = {f"grad {name}": t.clone() for name, t in named(lambda p: p.grad).items()} | dict(
+                loss=torch.tensor(dist.total(loss)[0], dtype=torch.float64)
+            )
         norm, _ = optimizer.step()
-    if sharded:                  # what the sampler would see is what was trained
+    if sharded:  # what the sampler would see is what was trained
         with gathered(policy):
             assert not next(iter(policy.decoder.model.layers)).mlp.up_proj.weight.requires_grad
-    return out | {f"weight {name}": t.detach().clone() for name, t in named(lambda p: p.data).items()} | {"norm": torch.tensor(norm)}
+    return (
+        out
+        | {f"weight {name}": t.detach().clone() for name, t in named(lambda p: p.data).items()}
+        | {"norm": torch.tensor(norm)}
+    )
 
 
 def fsdp2(name: str) -> dict[str, torch.Tensor]:
-    """The first step's gradient and loss by torch's fully_shard: per block and root, sums in place of its means."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard       # a second, for ranks that are here for another function
+    """The first step's gradient and loss by torch's fully_shard: per block and root, sums in place
+    of its means.
+    """
+    # a second, for ranks that are here for another function
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     case = CASES[name]
     policy, reference = (tiny_model(seed, **case.shape).to(case.dtype) for seed in (1, 2))
     freeze(policy, case.frozen), freeze(reference, ("*",))
-    mixed = MixedPrecisionPolicy(param_dtype=case.compute, reduce_dtype=case.dtype) if case.compute else MixedPrecisionPolicy()
+    mixed = (
+        MixedPrecisionPolicy(param_dtype=case.compute, reduce_dtype=case.dtype)
+        if case.compute
+        else MixedPrecisionPolicy()
+    )
     for decoder in (policy, reference):
         for module in (*decoder.model.layers, decoder):
-            fully_shard(module, reshard_after_forward=module is not decoder, mp_policy=mixed)        # the head is used after the root's forward
-            module.set_gradient_divide_factor(1.0), module.set_force_sum_reduction_for_comms(True)       # gloo cannot scale
+            # the head is used after the root's forward
+            fully_shard(module, reshard_after_forward=module is not decoder, mp_policy=mixed)
+            # gloo cannot scale
+            module.set_gradient_divide_factor(1.0), module.set_force_sum_reduction_for_comms(True)
     loss = accumulate(policy, reference, 0, case.same, settings(case))
-    return {f"grad {name}": p.grad.full_tensor() for name, p in policy.named_parameters() if p.requires_grad} | dict(loss=torch.tensor(dist.total(loss)[0], dtype=torch.float64))
+    return {
+        f"grad {name}": p.grad.full_tensor()
+        for name, p in policy.named_parameters()
+        if p.requires_grad
+    } | dict(loss=torch.tensor(dist.total(loss)[0], dtype=torch.float64))
 
 
-RELEASED_WITHIN = 5.0            # seconds: wait() of a gloo work returns before its worker thread has let go of the tensors
+# seconds: wait() of a gloo work returns before its worker thread has let go of the tensors
+RELEASED_WITHIN = 5.0
 
 
 def released(storages: list[StorageWeakRef]) -> bool:
@@ -195,36 +305,64 @@ def released(storages: list[StorageWeakRef]) -> bool:
 
 
 def gathered_bytes(name: str) -> tuple[int, int]:
-    """(the most bytes of gathered weights alive at one time in two steps' forward and backward, two largest blocks and the root)."""
-    case, alive, most = CASES[name], [], 0
+    """(the most bytes of gathered weights alive at one time in two steps' forward and backward, two
+    largest blocks and the root).
+    """
+    case = CASES[name]
+    alive = []
+    most = 0
     decoder = tiny_model(1, **case.shape).to(case.dtype)
     state = dict(decoder.state_dict())
-    policy = Sharded(decoder, state.__getitem__, device=dist.device(), master=case.dtype, compute=case.dtype, checkpointing=case.checkpointing,
-                     frozen=case.frozen)
+    policy = Sharded(
+        decoder,
+        state.__getitem__,
+        device=dist.device(),
+        master=case.dtype,
+        compute=case.dtype,
+        checkpointing=case.checkpointing,
+        frozen=case.frozen,
+    )
     begin = dist._all_gather
 
     def counted(whole, *more, **kwargs):
         nonlocal most
         alive.append((StorageWeakRef(whole.untyped_storage()), whole.nbytes))
         deadline = time.monotonic() + RELEASED_WITHIN
-        while (now := sum(size for storage, size in alive if not storage.expired())) > bound and time.monotonic() < deadline:
-            time.sleep(0.001)                        # what is over it may be a finished work's that a worker is about to free
+        while (
+            now := sum(size for storage, size in alive if not storage.expired())
+        ) > bound and time.monotonic() < deadline:
+            # what is over it may be a finished work's that a worker is about to free
+            time.sleep(0.001)
         most = max(most, now)
         return begin(whole, *more, **kwargs)
+
     sizes = [sum(dist.world() * u.shard.nbytes for u in units) for units in policy.blocks[1:-1]]
     bound = sum(sorted(sizes)[-2:]) + sum(dist.world() * u.shard.nbytes for u in policy.root_units)
     dist._all_gather = counted
     try:
         for step in range(2):
             accumulate(policy, None, step, case.same, replace(settings(case), loss=Loss(**TWO)))
-            assert released([storage for storage, _ in alive]), "gathered weights outlive the backward"
+            assert released([storage for storage, _ in alive]), (
+                "gathered weights outlive the backward"
+            )
     finally:
         dist._all_gather = begin
     return most, bound
 
 
-LESSONS = {f"{'masked' if mask else 'unmasked'}, {budget} tokens, {head}, {reduce}": (mask, budget, head, reduce)
-           for mask, budget, head, reduce in ((True, 18, "one_shot", "micro_batch"), (False, 18, "recompute", "step"), (False, 10_000, "one_shot", "micro_batch"))}
+LESSONS = {
+    f"{'masked' if mask else 'unmasked'}, {budget} tokens, {head}, {reduce}": (
+        mask,
+        budget,
+        head,
+        reduce,
+    )
+    for mask, budget, head, reduce in (
+        (True, 18, "one_shot", "micro_batch"),
+        (False, 18, "recompute", "step"),
+        (False, 10_000, "one_shot", "micro_batch"),
+    )
+}
 
 
 def lesson_texts() -> list[Rollout]:
@@ -233,10 +371,18 @@ def lesson_texts() -> list[Rollout]:
 
 
 def lesson(name: str) -> dict[str, torch.Tensor]:
-    """{"grad NAME": tensor, "loss"}: one optimiser step of SFT on this rank's share, by the code of its loop, in float64."""
+    """{"grad NAME": tensor, "loss"}: one optimiser step of SFT on this rank's share, by the code of
+    its loop, in float64.
+    """
     mask, budget, head, reduce = LESSONS[name]
     decoder = tiny_model(1, tie_word_embeddings=True).double()
-    policy = Sharded(decoder, dict(decoder.state_dict()).__getitem__, device=dist.device(), master=torch.float64, compute=torch.float64)
+    policy = Sharded(
+        decoder,
+        dict(decoder.state_dict()).__getitem__,
+        device=dist.device(),
+        master=torch.float64,
+        compute=torch.float64,
+    )
     total, batches = optimiser_step([targets(r, mask) for r in dist.share(lesson_texts())], budget)
     loss = 0.0
     for i, batch in enumerate(batches, 1):
@@ -244,7 +390,12 @@ def lesson(name: str) -> dict[str, torch.Tensor]:
         value, _ = cross_entropy(policy, batch, total, 1.0, objective(LEARN, Model(head=head)))
         value.backward()
         loss += value.item()
-    grads = {f"grad {w.name}": w.view(whole) for u in policy.units for whole in [dist.all_gather(u.shard.grad)()] for w in u.flat.weights}
+    grads = {
+        f"grad {w.name}": w.view(whole)
+        for u in policy.units
+        for whole in [dist.all_gather(u.shard.grad)()]
+        for w in u.flat.weights
+    }
     return grads | dict(loss=torch.tensor(dist.total(loss)[0], dtype=torch.float64))
 
 
@@ -261,7 +412,9 @@ def one_fails() -> str:
 def a_leak() -> str:
     """What is said of gathered weights that somebody keeps."""
     global RELEASED_WITHIN
-    keeper, inner, limit = [], dist._begin, RELEASED_WITHIN
+    keeper = []
+    inner = dist._begin
+    limit = RELEASED_WITHIN
 
     def keeps(*args):
         wait = inner(*args)
@@ -269,7 +422,9 @@ def a_leak() -> str:
         def kept():
             keeper.append(wait())
             return keeper[-1]
+
         return kept
+
     dist._begin, RELEASED_WITHIN = keeps, 0.2
     try:
         gathered_bytes(GATHERED[0])
@@ -288,9 +443,21 @@ def work() -> int:
         theirs = {case: fsdp2(case) for case in AGAINST_FSDP2}
         sizes = {case: gathered_bytes(case) for case in GATHERED}
         leak = a_leak()
-        told, shares = dist.gather(one_fails()), dist.gather(dist.share(list(range(7))))
+        told = dist.gather(one_fails())
+        shares = dist.gather(dist.share(list(range(7))))
         if dist.rank() == 0:
-            torch.save(done | dict(lessons=lessons, told=told, shares=shares, fsdp2=theirs, gathered_bytes=sizes, leak=leak), sys.argv[1])
+            torch.save(
+                done
+                | dict(
+                    lessons=lessons,
+                    told=told,
+                    shares=shares,
+                    fsdp2=theirs,
+                    gathered_bytes=sizes,
+                    leak=leak,
+                ),
+                sys.argv[1],
+            )
     return 0
 
 

@@ -1,7 +1,10 @@
-"""A training run that something happens to: python tests/stopped.py WHAT CONFIG [a.b=value ...], also on the ranks of a torchrun job.
+"""A training run that something happens to: python tests/stopped.py WHAT CONFIG [a.b=value ...],
+also on the ranks of a torchrun job.
 
-WHAT is WORD@N or WORD@N:RANK: at the N-th moment of that kind (counted from 1, on that rank or on all) a signal, or a value that is not finite.
+WHAT is WORD@N or WORD@N:RANK: at the N-th moment of that kind (counted from 1, on that rank or on
+all) a signal, or a value that is not finite.
 """
+
 import os
 import signal
 import sys
@@ -17,14 +20,24 @@ def at(what: str, act, patch=setattr) -> None:
     number, _, rank = rest.partition(":")
     if rank and os.environ.get("RANK", "0") != rank:
         return
-    owner, name = {"sample": (train, "generate"), "batch": (train, "policy_loss"), "teach": (teacher, "generate"), "lesson": (sft, "cross_entropy"), "evaluate": (evaluate, "generate"), "save": (checkpoint, "save_file"),
-                   "log": (log.RunLog, "metrics"), "index": (bm25, "load_or_build")}[word]
-    inner, calls = getattr(owner, name), []
+    owner, name = {
+        "sample": (train, "generate"),
+        "batch": (train, "policy_loss"),
+        "teach": (teacher, "generate"),
+        "lesson": (sft, "cross_entropy"),
+        "evaluate": (evaluate, "generate"),
+        "save": (checkpoint, "save_file"),
+        "log": (log.RunLog, "metrics"),
+        "index": (bm25, "load_or_build"),
+    }[word]
+    inner = getattr(owner, name)
+    calls = []
 
     def outer(*args, **kwargs):
         calls.append(None)
         result = inner(*args, **kwargs)
         return act(result) if len(calls) == int(number or 1) else result
+
     patch(owner, name, outer)
 
 

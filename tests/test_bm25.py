@@ -35,8 +35,10 @@ def corpus(name: str) -> tuple[list[str], list[str]]:
     for folder in ("msrd", "esci_small") if name == "titles" else (name,):
         with gzip.open(DATA / folder / "corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
             docs += [json.loads(line) for line in lines]
-    return ([doc["id"] for doc in docs],
-            [doc["title"] if name == "titles" else doc["title"] + " " + doc["text"] for doc in docs])
+    return (
+        [doc["id"] for doc in docs],
+        [doc["title"] if name == "titles" else doc["title"] + " " + doc["text"] for doc in docs],
+    )
 
 
 @cache
@@ -54,12 +56,17 @@ def index(name: str, scorer: str = "torch", **parameters) -> BM25:
 
 
 def lucene_index(name: str, scorer: str = "torch") -> BM25:
-    return index(name, scorer, length="exact" if name == "titles" else "lucene")    # a title is short: both are the same
+    # a title is short: both are the same
+    return index(name, scorer, length="exact" if name == "titles" else "lucene")
 
 
 @cache
 def queries() -> dict[str, str]:
-    lines = [line for path in DATA.glob("*/*.queries.jsonl") for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [
+        line
+        for path in DATA.glob("*/*.queries.jsonl")
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
     return {query["id"]: query["text"] for query in map(json.loads, lines)}
 
 
@@ -71,8 +78,14 @@ def queries_of_test(name: str) -> list[str]:
 
 def some_queries(name: str, n: int) -> list[str]:
     """n queries of Lucene's table, those that repeat a word and that hit most first."""
-    table = [(json.loads(found), int(hits), queries()[q]) for c, q, found, hits in rows("matches.tsv") if c == name]
-    return [text for _, _, text in sorted(table, key=lambda r: (len(r[0]) == len(set(r[0])), -r[1]))[:n]]
+    table = [
+        (json.loads(found), int(hits), queries()[q])
+        for c, q, found, hits in rows("matches.tsv")
+        if c == name
+    ]
+    return [
+        text for _, _, text in sorted(table, key=lambda r: (len(r[0]) == len(set(r[0])), -r[1]))[:n]
+    ]
 
 
 def ids(index: BM25, ranking: np.ndarray) -> list[str]:
@@ -81,10 +94,16 @@ def ids(index: BM25, ranking: np.ndarray) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------------- against others
 
+
 @pytest.mark.parametrize("scorer", SCORERS)
-@pytest.mark.parametrize("name, length", [("msrd", "lucene"), ("esci_small", "lucene"), ("titles", "lucene"), ("titles", "exact")])
+@pytest.mark.parametrize(
+    "name, length",
+    [("msrd", "lucene"), ("esci_small", "lucene"), ("titles", "lucene"), ("titles", "exact")],
+)
 def test_rankings_of_lucene(name, length, scorer):
-    """The same documents in the same order, ties included, with the same scores. Titles are short: both lengths are the same."""
+    """The same documents in the same order, ties included, with the same scores. Titles are short:
+    both lengths are the same.
+    """
     searched = index(name, scorer, length=length)
     want = {}
     for c, query, rank, doc_id, score in rows("ranking.tsv"):
@@ -125,9 +144,12 @@ def dense(index: BM25, query: str, doc_ids: list[str]) -> np.ndarray:
 @pytest.mark.parametrize("name", ["msrd", "esci_small"])
 def test_scores_of_rank_bm25(name):
     from rank_bm25 import BM25Okapi
+
     oracle = BM25Okapi(tokens(name), k1=1.5, b=0.75)
-    floored = [token for token, idf in oracle.idf.items() if idf == oracle.epsilon * oracle.average_idf]
-    assert floored                                     # terms in more than half of the documents: the epsilon rule
+    floored = [
+        token for token, idf in oracle.idf.items() if idf == oracle.epsilon * oracle.average_idf
+    ]
+    assert floored  # terms in more than half of the documents: the epsilon rule
     for query in some_queries(name, 15) + [" ".join(floored[:2])]:
         want = oracle.get_scores(analyze(query))
         got = dense(index(name, variant="okapi", k1=1.5), query, corpus(name)[0])
@@ -138,15 +160,17 @@ def test_scores_of_rank_bm25(name):
 def test_scores_of_bm25s(name):
     """Every test query: all of its scores, the documents not found included."""
     import bm25s
+
     oracle = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
     oracle.index(tokens(name), show_progress=False)
     row = [index(name).doc_ids.find(doc_id) for doc_id in corpus(name)[0]]
     texts = queries_of_test(name)
     found, scores = index(name).search(texts, len(row))
     for query, ranking, score in zip(texts, found, scores):
-        got, hits = np.zeros(len(row)), ranking >= 0
+        got = np.zeros(len(row))
+        hits = ranking >= 0
         got[ranking[hits]] = score[hits]
-        analyzed = analyze(query)                      # bm25s takes no empty query
+        analyzed = analyze(query)  # bm25s takes no empty query
         want = oracle.get_scores(analyzed) if analyzed else np.zeros(len(row))
         np.testing.assert_allclose(got[row], want, rtol=1e-4, atol=1e-4, err_msg=query)
 
@@ -154,13 +178,20 @@ def test_scores_of_bm25s(name):
 # ---------------------------------------------------------------------------------------------------------- by hand
 
 IDS = ["d3", "d1", "d2", "d4"]
-TEXTS = ["red fox", "red red dog", "blue fox fox and a cat", "the"]        # the last has no token at all
+TEXTS = ["red fox", "red red dog", "blue fox fox and a cat", "the"]  # the last has no token at all
 
 
 def test_lucene_formula_by_hand():
     def term(tf, df, length):
-        N, average = 3, (2 + 3 + 4) / 3                # d4 counts nowhere
-        return math.log(1 + (N - df + .5) / (df + .5)) * tf / (tf + 1.2 * (.25 + .75 * length / average))
+        # d4 counts nowhere
+        N = 3
+        average = (2 + 3 + 4) / 3
+        return (
+            math.log(1 + (N - df + 0.5) / (df + 0.5))
+            * tf
+            / (tf + 1.2 * (0.25 + 0.75 * length / average))
+        )
+
     index = BM25.build(IDS, TEXTS)
     found, scores = index.search(["a red red Fox"], 10)
     want = {"d1": 2 * term(2, 2, 3), "d2": term(2, 2, 4), "d3": 2 * term(1, 2, 2) + term(1, 2, 2)}
@@ -175,22 +206,25 @@ def test_lucene_formula_by_hand():
 def test_parameters_matter():
     def impacts(*texts, **options):
         return BM25.build(*texts, **options).index.impacts
+
     for options in (dict(k1=2.0), dict(b=0.0), dict(variant="okapi")):
         assert not np.array_equal(impacts(IDS, TEXTS, **options), impacts(IDS, TEXTS))
-    flat = BM25.build(IDS, TEXTS, k1=0.0).index        # k1 = 0: only whether the term is there
-    assert len(set(flat.impacts[flat.offsets[flat.terms.find("fox")]:][:2])) == 1
+    flat = BM25.build(IDS, TEXTS, k1=0.0).index  # k1 = 0: only whether the term is there
+    assert len(set(flat.impacts[flat.offsets[flat.terms.find("fox")] :][:2])) == 1
     long = ["word " * 50 + f"w{i}" for i in range(3)]
     assert not np.array_equal(impacts("abc", long, length="lucene"), impacts("abc", long))
 
 
 def test_okapi_drops_scores_that_are_not_positive():
     index = BM25.build(["a", "b", "c", "d"], ["red x", "red y", "z u", "v w"], variant="okapi")
-    found, _ = index.search(["red", "x"], 4)           # a term in exactly half of the documents: idf 0
+    found, _ = index.search(["red", "x"], 4)  # a term in exactly half of the documents: idf 0
     assert (found[0] == -1).all() and ids(index, found[1]) == ["a"]
 
 
 def test_ties_are_ranked_by_id_as_string_also_at_the_cut():
-    index = BM25.build(["9", "10", "b", "a", "é", "z", "1"], ["same words"] * 6 + ["same same other"])
+    index = BM25.build(
+        ["9", "10", "b", "a", "é", "z", "1"], ["same words"] * 6 + ["same same other"]
+    )
     assert list(index.doc_ids) == ["1", "10", "9", "a", "b", "z", "é"]
     found, scores = index.search(["words"], 4)
     assert ids(index, found[0]) == ["10", "9", "a", "b"] and len(set(scores[0])) == 1
@@ -199,10 +233,12 @@ def test_ties_are_ranked_by_id_as_string_also_at_the_cut():
 
 
 def test_rankings_nest():
-    """Top k is the head of top K, whatever the ties at k: true of all k only if the cut obeys the order."""
+    """Top k is the head of top K, whatever the ties at k: true of all k only if the cut obeys the
+    order.
+    """
     texts = some_queries("titles", 20)
     found, scores = lucene_index("titles").search(texts, 400)
-    assert (scores[:, 1:] == scores[:, :-1]).mean() > 0.2                    # ties there are
+    assert (scores[:, 1:] == scores[:, :-1]).mean() > 0.2  # ties there are
     for k in (1, 2, 7, 50, 399):
         fewer, lower = lucene_index("titles").search(texts, k)
         assert np.array_equal(fewer, found[:, :k]) and np.array_equal(lower, scores[:, :k])
@@ -211,7 +247,7 @@ def test_rankings_nest():
 def test_nothing_found():
     found, scores = BM25.build(IDS, TEXTS).search(["", "the and", "purple", "!?", "cat"], 6)
     assert (found[:4] == -1).all() and (scores[:4] == -np.inf).all()
-    assert (found[4] >= 0).tolist() == [True] + [False] * 5                  # k above the corpus: the rest is empty
+    assert (found[4] >= 0).tolist() == [True] + [False] * 5  # k above the corpus: the rest is empty
     assert found.dtype == np.int64 and scores.dtype == np.float32
     assert BM25.build(IDS, TEXTS).search([], 3)[0].shape == (0, 3)
 
@@ -229,22 +265,28 @@ def test_a_query_does_not_depend_on_its_batch():
 
 
 def test_order_of_documents_does_not_matter():
-    index, other = BM25.build(IDS, TEXTS).index, BM25.build(IDS[::-1], TEXTS[::-1]).index
+    index = BM25.build(IDS, TEXTS).index
+    other = BM25.build(IDS[::-1], TEXTS[::-1]).index
     assert list(index.doc_ids) == list(other.doc_ids) == sorted(IDS)
-    assert list(index.terms) == list(other.terms) == sorted(index.terms) and np.array_equal(index.impacts, other.impacts)
+    assert list(index.terms) == list(other.terms) == sorted(index.terms) and np.array_equal(
+        index.impacts, other.impacts
+    )
 
 
-@pytest.mark.parametrize("arguments, options, says", [
-    ((["a", "b", "a"], ["x", "y", "z"]), {}, "'a' stands there twice"),
-    (([], []), {}, "empty"),
-    ((["a"], ["the"]), {}, "no document has a token"),
-    ((["a", "b"], ["x"]), {}, "same length"),
-    ((["a"], ["x"]), dict(variant="plus"), "variant"),
-    ((["a"], ["x"]), dict(length="short"), "length"),
-    ((["a"], ["x"]), dict(k1=-1), "k1"),
-    ((["a"], ["x"]), dict(scorer="jax"), "scorer: must be one of torch, numba"),
-    ((["a"], ["x"]), dict(b=1.5), "b between"),
-])
+@pytest.mark.parametrize(
+    "arguments, options, says",
+    [
+        ((["a", "b", "a"], ["x", "y", "z"]), {}, "'a' stands there twice"),
+        (([], []), {}, "empty"),
+        ((["a"], ["the"]), {}, "no document has a token"),
+        ((["a", "b"], ["x"]), {}, "same length"),
+        ((["a"], ["x"]), dict(variant="plus"), "variant"),
+        ((["a"], ["x"]), dict(length="short"), "length"),
+        ((["a"], ["x"]), dict(k1=-1), "k1"),
+        ((["a"], ["x"]), dict(scorer="jax"), "scorer: must be one of torch, numba"),
+        ((["a"], ["x"]), dict(b=1.5), "b between"),
+    ],
+)
 def test_bad_arguments(arguments, options, says):
     with pytest.raises(ValueError, match=says):
         BM25.build(*arguments, **options)
@@ -258,11 +300,15 @@ def test_k_must_be_positive(k):
 
 def test_numba_that_is_absent_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    with pytest.raises(ValueError, match=r"numba, which is not installed here: pip install 'recr1\[fast\]'; scorer torch"):
+    with pytest.raises(
+        ValueError,
+        match=r"numba, which is not installed here: pip install 'recr1\[fast\]'; scorer torch",
+    ):
         BM25.build(IDS, TEXTS, scorer="numba")
 
 
 # --------------------------------------------------------------------------------------------------- the two scorers
+
 
 @pytest.fixture
 def threads():
@@ -274,14 +320,26 @@ def threads():
 
 @pytest.mark.parametrize("k", [1, 20, 1000, 17_000])
 def test_both_scorers_rank_the_same(k, threads):
-    """Scores to 1e-6; documents change places only where scores are that close. Threads change nothing."""
+    """Scores to 1e-6; documents change places only where scores are that close. Threads change
+    nothing.
+    """
     texts = [*some_queries("titles", 40), "", "the", "zyxt", " ".join(some_queries("titles", 10))]
-    (rows, scores), other = index("titles").search(texts, k), index("titles", "numba").search(texts, k)
+    (rows, scores), other = (
+        index("titles").search(texts, k),
+        index("titles", "numba").search(texts, k),
+    )
     np.testing.assert_allclose(scores, other[1], rtol=1e-6)
-    assert rows.shape == (44, k) and (rows[:40, 0] >= 0).sum() > 30 and (rows[40:43] == -1).all() and np.array_equal(rows >= 0, other[0] >= 0)
-    for q, (every, score) in enumerate(zip(*index("titles", "numba").search(texts, len(corpus("titles")[0])))):
+    assert (
+        rows.shape == (44, k)
+        and (rows[:40, 0] >= 0).sum() > 30
+        and (rows[40:43] == -1).all()
+        and np.array_equal(rows >= 0, other[0] >= 0)
+    )
+    for q, (every, score) in enumerate(
+        zip(*index("titles", "numba").search(texts, len(corpus("titles")[0])))
+    ):
         true = np.zeros(len(every) + 1, np.float32)
-        true[every] = score                            # of row -1: the last place
+        true[every] = score  # of row -1: the last place
         hits = rows[q] >= 0
         np.testing.assert_allclose(true[rows[q][hits]], other[1][q][hits], rtol=1e-6)
     threads(2)
@@ -293,16 +351,26 @@ def test_both_scorers_rank_the_same(k, threads):
 
 # -------------------------------------------------------------------------------------------------- upstream's wrapping
 
+
 def test_upstream_wrapping_loses_the_first_word():
-    """REC_R1.md, 0.1: the published code's query, and what Lucene's tokenizer makes of it. Off unless it is named."""
+    """REC_R1.md, 0.1: the published code's query, and what Lucene's tokenizer makes of it. Off
+    unless it is named.
+    """
     docs = dict(a="oculus rift", b="rift valley", c="gta", d="contents of a box")
-    plain, wrapped = (BM25.build(list(docs), list(docs.values()), upstream_wrapping=on) for on in (False, True))
+    plain, wrapped = (
+        BM25.build(list(docs), list(docs.values()), upstream_wrapping=on) for on in (False, True)
+    )
     assert analyze("(contents:oculus rift s)") == ["contents:oculu", "rift", "s"]
 
     def found(index, query):
         return set(ids(index, index.search([query], 4)[0][0]))
-    assert found(plain, "oculus rift") == {"a", "b"} and found(plain, "gta") == {"c"} and found(plain, '"gta"') == {"c"}
-    assert [part[0] for part in wrapped.explain("oculus rift", 0)] == ["rift"]           # `oculus` is gone
-    assert found(wrapped, "gta") == set()                                                # a query of one word has no hit
-    assert found(wrapped, '"gta"') == {"c", "d"}                                         # kept, and `content` comes in
+
+    assert (
+        found(plain, "oculus rift") == {"a", "b"}
+        and found(plain, "gta") == {"c"}
+        and found(plain, '"gta"') == {"c"}
+    )
+    assert [part[0] for part in wrapped.explain("oculus rift", 0)] == ["rift"]  # `oculus` is gone
+    assert found(wrapped, "gta") == set()  # a query of one word has no hit
+    assert found(wrapped, '"gta"') == {"c", "d"}  # kept, and `content` comes in
     assert "upstream wrapping" in wrapped.how and "wrapping" not in plain.how

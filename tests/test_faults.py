@@ -1,4 +1,7 @@
-"""A sample of the faults of tests/faults, and what the heartbeats say of ranks that are gone, failed or hang."""
+"""A sample of the faults of tests/faults, and what the heartbeats say of ranks that are gone,
+failed or hang.
+"""
+
 import json
 import os
 import signal
@@ -15,8 +18,19 @@ HERE = Path(__file__).parent
 
 
 def test_a_sample_of_the_faults():
-    env = os.environ | dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]))
-    done = subprocess.run([sys.executable, str(HERE / "faults/faults.py"), "1"], cwd=HERE.parent, env=env, capture_output=True, text=True, timeout=900)
+    env = os.environ | dict(
+        OMP_NUM_THREADS="1",
+        TOKENIZERS_PARALLELISM="false",
+        PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]),
+    )
+    done = subprocess.run(
+        [sys.executable, str(HERE / "faults/faults.py"), "1"],
+        cwd=HERE.parent,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     bars = json.loads(done.stdout.splitlines()[-1])["bars"]
@@ -24,15 +38,22 @@ def test_a_sample_of_the_faults():
 
 
 def test_nothing_is_left_running(monkeypatch):
-    """Not what has been stopped in its tracks, and not what a process has started that is gone itself; SIGTERM is as good as Ctrl-C."""
+    """Not what has been stopped in its tracks, and not what a process has started that is gone
+    itself; SIGTERM is as good as Ctrl-C.
+    """
     monkeypatch.syspath_prepend(str(HERE / "faults"))
     from jobs import none_left
+
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
         try:
             with none_left():
-                orphan = subprocess.run(["bash", "-c", "setsid sleep 1000 > /dev/null & echo $!"], stdout=subprocess.PIPE, text=True).stdout
+                orphan = subprocess.run(
+                    ["bash", "-c", "setsid sleep 1000 > /dev/null & echo $!"],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                ).stdout
                 stopped = subprocess.Popen(["sleep", "1000"])
                 os.kill(stopped.pid, signal.SIGSTOP)
                 os.write(writer, f"{orphan.strip()} {stopped.pid}".encode())
@@ -49,44 +70,61 @@ def test_nothing_is_left_running(monkeypatch):
 
 @pytest.fixture
 def ranks(tmp_path, monkeypatch):
-    """ranks(states of all ranks but the last...) -> what the last says; a state is (changes, is its process alive)."""
+    """ranks(states of all ranks but the last...) -> what the last says; a state is (changes, is its
+    process alive).
+    """
     monkeypatch.setattr(heartbeat, "GRACE", 0.05)
     held = []
 
     def ranks(*others, own=dict(calls=7)):
         for rank, (state, alive) in enumerate(others):
             held.append(heartbeat.Heartbeat(tmp_path, rank, len(others) + 1))
-            held[-1].state |= dict(pid=100 + rank, host="h", step=7, phase="reward", calls=7) | state
+            held[-1].state |= (
+                dict(pid=100 + rank, host="h", step=7, phase="reward", calls=7) | state
+            )
             held[-1].write()
             if not alive:
                 os.close(held.pop().file)
         heartbeat.start(tmp_path, len(others), len(others) + 1)
         heartbeat._own.state |= own
         return heartbeat.blame("Connection closed by peer")
+
     yield ranks
     heartbeat.stop()
     for other in held:
         os.close(other.file)
 
 
-@pytest.mark.parametrize("others, line", [
-    ([({}, False)], "rank 0 (pid 100, h) is gone; it was in phase reward of step 7"),
-    ([(dict(left="IndexError: no"), True)], "rank 0 (pid 100, h) failed in phase reward of step 7: IndexError: no"),
-    ([(dict(calls=6), True)], "rank 0 (pid 100, h) has not moved for 0 s: phase reward of step 7"),
-    # both stand still, rank 1 has begun one collective less: rank 0 says so
-    ([({}, True), (dict(calls=6), True)], None),
-    # rank 0 is gone because it had given up on rank 1
-    ([(dict(gives_up=True), False), (dict(calls=6), True)], None),
-    ([(dict(gives_up=True), True)], "the ranks lost each other: Connection closed by peer"),
-    ([(dict(calls=5), True), (dict(left="ValueError: x"), False)], None)])
+@pytest.mark.parametrize(
+    "others, line",
+    [
+        ([({}, False)], "rank 0 (pid 100, h) is gone; it was in phase reward of step 7"),
+        (
+            [(dict(left="IndexError: no"), True)],
+            "rank 0 (pid 100, h) failed in phase reward of step 7: IndexError: no",
+        ),
+        (
+            [(dict(calls=6), True)],
+            "rank 0 (pid 100, h) has not moved for 0 s: phase reward of step 7",
+        ),
+        # both stand still, rank 1 has begun one collective less: rank 0 says so
+        ([({}, True), (dict(calls=6), True)], None),
+        # rank 0 is gone because it had given up on rank 1
+        ([(dict(gives_up=True), False), (dict(calls=6), True)], None),
+        ([(dict(gives_up=True), True)], "the ranks lost each other: Connection closed by peer"),
+        ([(dict(calls=5), True), (dict(left="ValueError: x"), False)], None),
+    ],
+)
 def test_who_is_named_and_by_whom(ranks, others, line):
     """Only the lowest-numbered rank that is not at fault speaks."""
     assert ranks(*others) == line
 
 
 def test_two_ranks_gone_are_both_named(ranks):
-    assert ranks(({}, False), ({}, False)) == \
-        "rank 0 (pid 100, h) is gone; it was in phase reward of step 7; rank 1 (pid 101, h) is gone; it was in phase reward of step 7"
+    assert (
+        ranks(({}, False), ({}, False))
+        == "rank 0 (pid 100, h) is gone; it was in phase reward of step 7; rank 1 (pid 101, h) is gone; it was in phase reward of step 7"
+    )
 
 
 def test_heartbeat_file(tmp_path):
@@ -97,7 +135,9 @@ def test_heartbeat_file(tmp_path):
     heartbeat.at("train 10/12", 3)
     heartbeat.begins_collective()
     state = heartbeat.read(folder, 0)
-    assert state == state | dict(pid=os.getpid(), step=3, phase="train 10/12", calls=1, left="", gives_up=False, alive=True)
+    assert state == state | dict(
+        pid=os.getpid(), step=3, phase="train 10/12", calls=1, left="", gives_up=False, alive=True
+    )
     heartbeat.at("step")
     state = heartbeat.read(folder, 0)
     assert (state["phase"], state["step"]) == ("step", 3)
@@ -110,7 +150,7 @@ def test_heartbeat_file(tmp_path):
     (folder / "rank_00001.json").write_text("{")
     assert heartbeat.read(folder, 1) is None
     heartbeat.start(folder, 0, 2)
-    assert not (folder / "rank_00001.json").exists()                     # an earlier job's
+    assert not (folder / "rank_00001.json").exists()  # an earlier job's
     heartbeat.stop()
 
 

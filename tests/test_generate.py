@@ -1,4 +1,7 @@
-"""`recr1 generate`: what it streams, when, and what it says of what it cannot do. The sampled ids themselves: test_sample.py."""
+"""`recr1 generate`: what it streams, when, and what it says of what it cannot do. The sampled ids
+themselves: test_sample.py.
+"""
+
 import json
 import os
 import signal
@@ -9,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import CONTRACT, answering_model, save, tiny_tokenizer, write_yaml
 
 from recr1 import cli
 from recr1.answers import parse_query
@@ -20,7 +24,6 @@ from recr1.rewriter import Stream
 from recr1.run import guarded
 from recr1.sample import generate
 from recr1.weights import load_model
-from tiny import CONTRACT, answering_model, save, tiny_tokenizer, write_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = tiny_tokenizer()
@@ -33,7 +36,8 @@ def world(tmp_path_factory):
     """(argv of a policy with its prompt, the corpus' flags, the policy's folder, the config)."""
     folder = tmp_path_factory.mktemp("generate")
     config = write_yaml(folder, **{"sampling.max_new_tokens": 40})
-    model, corpus = str(folder / "policy"), ["--corpus", str(folder / "data/corpus.jsonl")]
+    model = str(folder / "policy")
+    corpus = ["--corpus", str(folder / "data/corpus.jsonl")]
     return ["generate", "--model", model, "--config", config], corpus, model, load(config, [])
 
 
@@ -51,9 +55,18 @@ def decoded(ids) -> str:
 def generated(world, query, temperature=0.0, seed=0) -> str:
     """The text that the sampler writes for the query, without the command."""
     *_, model, cfg = world
-    chat, new = Chat(TOKENIZER, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant), cfg.sampling.max_new_tokens
+    chat = Chat(TOKENIZER, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
+    new = cfg.sampling.max_new_tokens
     u = uniforms(seed, 0, np.array([0]), 1, new) if temperature else None
-    [rollout] = generate(load_model(model, len(TOKENIZER)), [Prompt("", 0, query, chat.prompt(query))], 1, temperature or 1.0, new, frozenset([EOS]), u)
+    [rollout] = generate(
+        load_model(model, len(TOKENIZER)),
+        [Prompt("", 0, query, chat.prompt(query))],
+        1,
+        temperature or 1.0,
+        new,
+        frozenset([EOS]),
+        u,
+    )
     return decoded(rollout.ids)
 
 
@@ -65,34 +78,59 @@ def test_the_text_is_the_samplers_and_the_hits_are_those_of_search(world, capsys
     query, error = parse_query(text)
     assert error is None and "\n" not in text
     out, err = run(capsys, *argv, *corpus, *options, "red lamp", "-k", "3")
-    raw, rewritten = (run(capsys, "search", *corpus, words, "-k", "3")[0] for words in ("red lamp", query))
-    assert out == f"{text}\n{query}\n\nraw: red lamp\n{raw}\nrewritten: {query}\n{rewritten}" and not err
+    raw, rewritten = (
+        run(capsys, "search", *corpus, words, "-k", "3")[0] for words in ("red lamp", query)
+    )
+    assert (
+        out == f"{text}\n{query}\n\nraw: red lamp\n{raw}\nrewritten: {query}\n{rewritten}"
+        and not err
+    )
     assert run(capsys, *argv, *options, "red lamp")[0] == f"{text}\n{query}\n"
 
 
 def test_a_seed_draws_one_text_and_seeds_differ(world, capsys):
     argv = world[0]
-    texts = {seed: run(capsys, *argv, "--temperature=1", *([f"--seed={seed}"] if seed else []), "lamp", code=None)[0] for seed in ("", *"012")}
+    texts = {
+        seed: run(
+            capsys,
+            *argv,
+            "--temperature=1",
+            *([f"--seed={seed}"] if seed else []),
+            "lamp",
+            code=None,
+        )[0]
+        for seed in ("", *"012")
+    }
     assert texts[""] == texts["0"] and len(set(texts.values())) == 3
-    assert all(texts[str(seed)].startswith(cli.plain(generated(world, "lamp", 1.0, seed), keep="\n") + "\n") for seed in range(3))
+    assert all(
+        texts[str(seed)].startswith(
+            cli.plain(generated(world, "lamp", 1.0, seed), keep="\n") + "\n"
+        )
+        for seed in range(3)
+    )
 
 
 @pytest.mark.parametrize("text", [HARD, "\ufffd", "a \ufffd", "😀😀", ""])
 def test_characters_are_written_once_they_are_whole(text):
-    ids, written = TOKENIZER(text, add_special_tokens=False)["input_ids"], []
+    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+    written = []
     with Stream(decoded, written.append) as stream:
         for n, id in enumerate(ids, 1):
             stream.hear(id)
-            assert "".join(written) == decoded(ids[:n]).rstrip("\ufffd")       # nothing is held back that is whole
+            # nothing is held back that is whole
+            assert "".join(written) == decoded(ids[:n]).rstrip("\ufffd")
     assert "".join(written) == text + "\n"
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in written)
     if text == HARD:
         split = [i for i in ids if "\ufffd" in decoded([i])]
-        assert len(split) > 10 and len(written) > 20, "the tiny tokenizer has whole tokens for these: the test says nothing"
+        assert len(split) > 10 and len(written) > 20, (
+            "the tiny tokenizer has whole tokens for these: the test says nothing"
+        )
 
 
 def test_bytes_that_never_become_a_character_are_written_at_the_end():
-    half, written = TOKENIZER("😀")["input_ids"][:2], []
+    half = TOKENIZER("😀")["input_ids"][:2]
+    written = []
     with Stream(decoded, written.append) as stream:
         for id in TOKENIZER("a")["input_ids"] + half:
             stream.hear(id)
@@ -101,27 +139,41 @@ def test_bytes_that_never_become_a_character_are_written_at_the_end():
 
 
 def chain(folder, ids, new) -> list[str]:
-    """A policy that writes these ids one after the other, each a different one, and then again from the second; its command."""
+    """A policy that writes these ids one after the other, each a different one, and then again from
+    the second; its command.
+    """
     model = answering_model()
     with torch.no_grad():
         embed = model.model.embed_tokens.weight
         for a, b in zip(ids, ids[1:]):
             model.lm_head.weight[b] += 40 * embed[a] / embed[a].norm() ** 2
     save(model, folder / "policy", TOKENIZER, frozenset([EOS]))
-    (folder / "recipe.yaml").write_text(f"prompt: {{user: 'find: {{query}}', max_tokens: 64}}\nsampling: {{max_new_tokens: {new}}}\n")
+    (folder / "recipe.yaml").write_text(
+        f"prompt: {{user: 'find: {{query}}', max_tokens: 64}}\nsampling: {{max_new_tokens: {new}}}\n"
+    )
     return ["generate", "--model", str(folder / "policy"), "--config", str(folder / "recipe.yaml")]
 
 
 def subprocess_of(argv, **how) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "recr1.cli", *argv], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"), **how)
+    return subprocess.Popen(
+        [sys.executable, "-m", "recr1.cli", *argv],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
+        **how,
+    )
 
 
 def test_a_pipe_gets_whole_characters_while_the_text_is_sampled(tmp_path, monkeypatch):
-    """A thought of an emoji, each of whose bytes is a token of its own: in process what is written and flushed when, and the bytes of a pipe."""
+    """A thought of an emoji, each of whose bytes is a token of its own: in process what is written
+    and flushed when, and the bytes of a pipe.
+    """
     think, close_think, answer, close_answer, start, end = TOKENIZER.convert_tokens_to_ids(CONTRACT)
     emoji, [word] = TOKENIZER("😀")["input_ids"], TOKENIZER(" lamp")["input_ids"]
-    argv = chain(tmp_path, [think, *emoji, close_think, answer, start, word, end, close_answer, EOS], 40)
+    argv = chain(
+        tmp_path, [think, *emoji, close_think, answer, start, word, end, close_answer, EOS], 40
+    )
     text = '😀</think><answer>{"query": " lamp"}</answer>'
     assert len(set(emoji)) == len(emoji) == 4
 
@@ -131,13 +183,25 @@ def test_a_pipe_gets_whole_characters_while_the_text_is_sampled(tmp_path, monkey
 
         def flush(self):
             self.append(None)
+
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", Terminal())
         assert guarded(cli.main, [*argv, "x"]) == 0
         pieces = sys.stdout
-    pieces = pieces[:pieces.index("\n") + 1]
-    assert [p for p in pieces if p] == ["😀", "</think>", "<answer>", '{"query": "', " lamp", '"}', "</answer>", "\n"]
-    assert all(pieces[i + 1] is None for i, p in enumerate(pieces[:-1]) if p), "a piece was not flushed"
+    pieces = pieces[: pieces.index("\n") + 1]
+    assert [p for p in pieces if p] == [
+        "😀",
+        "</think>",
+        "<answer>",
+        '{"query": "',
+        " lamp",
+        '"}',
+        "</answer>",
+        "\n",
+    ]
+    assert all(pieces[i + 1] is None for i, p in enumerate(pieces[:-1]) if p), (
+        "a piece was not flushed"
+    )
     out, err = subprocess_of([*argv, "x"]).communicate(timeout=120)
     assert out.decode("utf-8") == f"{text}\nlamp\n" and b"Traceback" not in err
 
@@ -151,21 +215,41 @@ def test_control_characters_of_the_policy_do_not_reach_the_terminal_but_lines_do
 
 def test_a_text_without_an_answer_is_shown_and_said_to_hold_none(world, tmp_path, capsys):
     argv, corpus, model, cfg = world
-    (tmp_path / "short.yaml").write_text("prompt: {user: 'find: {query}', max_tokens: 64}\nsampling: {max_new_tokens: 2}\n")
-    out, err = run(capsys, "generate", "--model", model, "--config", str(tmp_path / "short.yaml"), *corpus, "lamp", code=2)
+    (tmp_path / "short.yaml").write_text(
+        "prompt: {user: 'find: {query}', max_tokens: 64}\nsampling: {max_new_tokens: 2}\n"
+    )
+    out, err = run(
+        capsys,
+        "generate",
+        "--model",
+        model,
+        "--config",
+        str(tmp_path / "short.yaml"),
+        *corpus,
+        "lamp",
+        code=2,
+    )
     assert len(out.splitlines()) == 1 and generated(world, "lamp").startswith(out.rstrip("\n"))
-    assert err.startswith("recr1: ") and err.count("\n") == 1 and "holds no query (" in err and "sampling.max_new_tokens = 2" in err
+    assert (
+        err.startswith("recr1: ")
+        and err.count("\n") == 1
+        and "holds no query (" in err
+        and "sampling.max_new_tokens = 2" in err
+    )
 
 
 def test_ctrl_c_and_a_closed_pipe_end_in_what_was_written(tmp_path):
     words = [TOKENIZER(f" {w}")["input_ids"][0] for w in ("lamp", "chair")]
-    argv = chain(tmp_path, [TOKENIZER.convert_tokens_to_ids("<think>"), *words, words[0]], 440)       # without an end
+    # without an end
+    argv = chain(tmp_path, [TOKENIZER.convert_tokens_to_ids("<think>"), *words, words[0]], 440)
     asked = subprocess_of([*argv, "x"])
     assert asked.stdout.read(5) == b" lamp"
     asked.send_signal(signal.SIGINT)
     rest, err = asked.communicate(timeout=120)
     assert asked.returncode == 130 and not err.strip() and rest.endswith(b"\n")
-    assert set(rest.split()) <= {b"lamp", b"chair"} and len(rest.split()) < 439, "the text was finished before the signal came"
+    assert set(rest.split()) <= {b"lamp", b"chair"} and len(rest.split()) < 439, (
+        "the text was finished before the signal came"
+    )
     closed = subprocess_of([*argv, "x"])
     assert closed.stdout.read(5) == b" lamp"
     closed.stdout.close()
@@ -179,9 +263,15 @@ def test_bad_input_is_one_line_before_anything_is_sampled(world, tmp_path, capsy
         out, err = run(capsys, *args, code=2)
         assert not out and err.startswith("recr1: ") and err.count("\n") == 1
         return err
+
     assert "no/such/folder" in refused("generate", "--model", "no/such/folder", "x")
-    assert "recr1.yaml: no such file" in (err := refused("generate", "--model", model, "x")) and "--config" in err
-    assert "nowhere.yaml: no such file" in refused("generate", "--model", model, "--config", "nowhere.yaml", "x")
+    assert (
+        "recr1.yaml: no such file" in (err := refused("generate", "--model", model, "x"))
+        and "--config" in err
+    )
+    assert "nowhere.yaml: no such file" in refused(
+        "generate", "--model", model, "--config", "nowhere.yaml", "x"
+    )
     assert "nowhere.jsonl: no such file" in refused(*argv, "--corpus", "nowhere.jsonl", "x")
     (tmp_path / "bad.jsonl").write_text(json.dumps(dict(title="no id")) + "\n")
     assert "bad.jsonl:1" in refused(*argv, "--corpus", str(tmp_path / "bad.jsonl"), "x")
@@ -189,10 +279,19 @@ def test_bad_input_is_one_line_before_anything_is_sampled(world, tmp_path, capsy
     assert "--temperature 1" in refused(*argv, "--seed", "1", "x")
 
 
-@pytest.mark.parametrize("options, said", [
-    (["--temperature", "-1"], "from 0.001"), (["--temperature", "nan"], "from 0.001"), (["--temperature", "1e-9"], "from 0.001"),
-    (["--temperature", "hot"], "from 0.001"), (["--seed", "-1", "--temperature", "1"], "whole number"), (["--seed", str(2 ** 64)], "whole number"),
-    (["-k", "0"], "from 1"), (["a\udcff"], "not UTF-8")])
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--temperature", "-1"], "from 0.001"),
+        (["--temperature", "nan"], "from 0.001"),
+        (["--temperature", "1e-9"], "from 0.001"),
+        (["--temperature", "hot"], "from 0.001"),
+        (["--seed", "-1", "--temperature", "1"], "whole number"),
+        (["--seed", str(2**64)], "whole number"),
+        (["-k", "0"], "from 1"),
+        (["a\udcff"], "not UTF-8"),
+    ],
+)
 def test_bad_options_are_refused(options, said, capsys):
     with pytest.raises(SystemExit) as e:
         cli.main(["generate", "--model", "m", *options, *([] if "a\udcff" in options else ["x"])])

@@ -1,4 +1,7 @@
-"""The index on disk: made from a corpus file, mapped, shared, refused; and what happens with broken corpora, files and processes."""
+"""The index on disk: made from a corpus file, mapped, shared, refused; and what happens with broken
+corpora, files and processes.
+"""
+
 import gzip
 import json
 import multiprocessing
@@ -15,8 +18,7 @@ import numpy as np
 import pytest
 
 from recr1.data import DataError
-from recr1.retrieval import index as module
-from recr1.retrieval import tokenise
+from recr1.retrieval import index as module, tokenise
 from recr1.retrieval.analyzer import analyze
 from recr1.retrieval.bm25 import BM25, load_or_build
 from recr1.retrieval.index import FILES, Index, IndexRefused
@@ -25,7 +27,8 @@ from recr1.retrieval.strings import Strings
 
 DATA = Path(__file__).parent.parent / "experiments" / "data"
 MSRD = DATA / "msrd" / "corpus.jsonl.gz"
-DOCS = {"d3": "red fox", "d1": "red red dog", "d2": "blue fox fox and a cat", "d4": "the"}       # the last has no token at all
+# the last has no token at all
+DOCS = {"d3": "red fox", "d1": "red red dog", "d2": "blue fox fox and a cat", "d4": "the"}
 
 
 def write(path: Path, docs: dict[str, str], *more: bytes) -> Path:
@@ -42,7 +45,9 @@ def corpus(tmp_path) -> Path:
 
 def same(one: Index, other: Index) -> bool:
     return (list(one.doc_ids), list(one.terms)) == (list(other.doc_ids), list(other.terms)) and all(
-        np.array_equal(getattr(one, name), getattr(other, name)) for name in ("offsets", "docs", "impacts"))
+        np.array_equal(getattr(one, name), getattr(other, name))
+        for name in ("offsets", "docs", "impacts")
+    )
 
 
 def ids(index: BM25, query: str, k: int = 10) -> list[str]:
@@ -50,6 +55,7 @@ def ids(index: BM25, query: str, k: int = 10) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------------- built
+
 
 def test_file_plain_or_packed_gives_the_index_of_its_texts(tmp_path, corpus):
     want = Index.of_texts(list(DOCS), list(DOCS.values()), Parameters())
@@ -64,15 +70,28 @@ def test_file_plain_or_packed_gives_the_index_of_its_texts(tmp_path, corpus):
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_worker_processes_give_the_same_in_the_same_order(processes):
     rng = random.Random(processes)
-    chunks = [[" ".join(rng.choices(["red", "running", "İstanbul", "the", "x" * 300, "\ud800"], k=rng.randint(0, 9))) for _ in range(rng.randint(0, 5))]
-              for _ in range(30)]
+    chunks = [
+        [
+            " ".join(
+                rng.choices(
+                    ["red", "running", "İstanbul", "the", "x" * 300, "\ud800"], k=rng.randint(0, 9)
+                )
+            )
+            for _ in range(rng.randint(0, 5))
+        ]
+        for _ in range(30)
+    ]
     found = list(tokenise.encoded(iter(chunks), processes))
-    assert [[terms[i] for i in numbers] for terms, numbers, _ in found] == [[t for text in chunk for t in analyze(text)] for chunk in chunks]
-    assert [list(lengths) for _, _, lengths in found] == [[len(analyze(text)) for text in chunk] for chunk in chunks]
+    assert [[terms[i] for i in numbers] for terms, numbers, _ in found] == [
+        [t for text in chunk for t in analyze(text)] for chunk in chunks
+    ]
+    assert [list(lengths) for _, _, lengths in found] == [
+        [len(analyze(text)) for text in chunk] for chunk in chunks
+    ]
 
 
 def test_worker_that_is_killed_is_one_clear_error():
-    others = children()                                            # of tests before this one
+    others = children()  # of tests before this one
 
     def chunks():
         for i in range(1000):
@@ -80,25 +99,38 @@ def test_worker_that_is_killed_is_one_clear_error():
                 for pid in set(children()) - set(others):
                     os.kill(pid, signal.SIGKILL)
             yield ["red fox"]
+
     with pytest.raises(tokenise.WorkerLost, match="analyses the corpus has ended"):
         list(tokenise.encoded(chunks(), 2))
     assert set(children()) <= set(others)
 
 
 def children() -> list[int]:
-    return [int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()]
+    return [
+        int(pid)
+        for task in Path("/proc/self/task").iterdir()
+        for pid in (task / "children").read_text().split()
+    ]
 
 
 def test_strings():
     words = sorted(["", "a", "aé", "z", "\ud800", "😀", "ﬀ"])
     strings = Strings.of(words)
-    assert list(strings) == words and strings[-1] == words[-1] and strings[1:3] == words[1:3] and len(strings) == 7
-    assert [strings.find(word) for word in words] == list(range(7)) and strings.find("b") == strings.find("\U0010ffff") == -1
+    assert (
+        list(strings) == words
+        and strings[-1] == words[-1]
+        and strings[1:3] == words[1:3]
+        and len(strings) == 7
+    )
+    assert [strings.find(word) for word in words] == list(range(7)) and strings.find(
+        "b"
+    ) == strings.find("\U0010ffff") == -1
     with pytest.raises(IndexError):
         strings[7]
 
 
 # ------------------------------------------------------------------------------------------------------------- faults
+
 
 def test_bad_line(tmp_path):
     path = write(tmp_path / "corpus.jsonl", DOCS, b'{"id": "d5"', b'{"id": "d6", "title": "green"}')
@@ -106,9 +138,16 @@ def test_bad_line(tmp_path):
         load_or_build(tmp_path / "index", path)
     assert not (tmp_path / "index").exists()
     index = load_or_build(tmp_path / "index", path, on_bad_line="drop")
-    assert ids(index, "green") == ["d6"] and index.index.meta["dropped"][0] == 1 and ":5: not JSON" in index.index.meta["dropped"][1]
-    with pytest.raises(IndexRefused, match=r"1 bad lines were left out of this index, first: .*:5: not JSON.*mend the corpus"):
-        load_or_build(tmp_path / "index", path)                     # it was made under another rule
+    assert (
+        ids(index, "green") == ["d6"]
+        and index.index.meta["dropped"][0] == 1
+        and ":5: not JSON" in index.index.meta["dropped"][1]
+    )
+    with pytest.raises(
+        IndexRefused,
+        match=r"1 bad lines were left out of this index, first: .*:5: not JSON.*mend the corpus",
+    ):
+        load_or_build(tmp_path / "index", path)  # it was made under another rule
 
 
 def test_id_twice(tmp_path):
@@ -122,7 +161,7 @@ def test_document_without_text_and_without_tokens(tmp_path, corpus):
     path = write(tmp_path / "empty.jsonl", DOCS, b'{"id": "d5", "title": "", "text": " "}')
     with pytest.raises(DataError, match="empty.jsonl:5: neither 'title' nor 'text' says anything"):
         load_or_build(tmp_path / "index", path)
-    index = load_or_build(tmp_path / "index", corpus)               # d4 is "the": kept, never found
+    index = load_or_build(tmp_path / "index", corpus)  # d4 is "the": kept, never found
     assert "d4" in list(index.doc_ids) and "d4" not in ids(index, "the red fox dog blue cat")
 
 
@@ -132,7 +171,10 @@ def test_line_of_ten_megabytes(tmp_path):
     assert ids(index, "verylong") == ["long"] and ids(index, "fox") == ["d2", "d3"]
 
 
-@pytest.mark.parametrize("docs, says", [({}, "the file is empty"), ({"a": "the", "b": "and of"}, "no document has a token")])
+@pytest.mark.parametrize(
+    "docs, says",
+    [({}, "the file is empty"), ({"a": "the", "b": "and of"}, "no document has a token")],
+)
 def test_empty_corpus(tmp_path, docs, says):
     with pytest.raises(ValueError, match=says):
         load_or_build(tmp_path / "index", write(tmp_path / "corpus.jsonl", docs))
@@ -148,15 +190,21 @@ def test_odd_queries(corpus, tmp_path, scorer):
     rows, scores = index.search(["", "zyxt", "the", long, "red fox fox"], 6)
     assert rows.shape == (5, 6) and (rows[:3] == -1).all() and (scores[:3] == -np.inf).all()
     assert np.array_equal(rows[3], rows[4]) and np.array_equal(scores[3], scores[4])
-    assert (rows[4] >= 0).tolist() == [True] * 3 + [False] * 3      # k above the corpus: the rest is empty
+    # k above the corpus: the rest is empty
+    assert (rows[4] >= 0).tolist() == [True] * 3 + [False] * 3
     everything = " ".join(f"w{i} " * 2 for i in range(10_000))
-    many = load_or_build(tmp_path / "many", write(tmp_path / "many.jsonl", {f"d{i}": f"w{i}" for i in range(10_000)}), scorer=scorer)
-    assert (many.search([everything], 10_000)[0] >= 0).all()        # 10,000 terms, each in the index
+    many = load_or_build(
+        tmp_path / "many",
+        write(tmp_path / "many.jsonl", {f"d{i}": f"w{i}" for i in range(10_000)}),
+        scorer=scorer,
+    )
+    assert (many.search([everything], 10_000)[0] >= 0).all()  # 10,000 terms, each in the index
     with pytest.raises(ValueError, match="k: must be at least 1, got 0"):
         index.search(["red"], 0)
 
 
 # ----------------------------------------------------------------------------------------------------- kept and refused
+
 
 def test_saved_and_loaded_index_is_the_same(tmp_path):
     built = load_or_build(tmp_path / "deep" / "index", MSRD)
@@ -165,7 +213,8 @@ def test_saved_and_loaded_index_is_the_same(tmp_path):
     texts = ["star wars", "the lord of the rings full movie", "amélie"]
     for one, other in zip(built.search(texts, 50), memory.search(texts, 50)):
         assert np.array_equal(one, other)
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["index"]         # nothing temporary stays
+    # nothing temporary stays
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["index"]
 
 
 def test_index_there_is_used_and_not_made_again(tmp_path, corpus, monkeypatch):
@@ -174,12 +223,26 @@ def test_index_there_is_used_and_not_made_again(tmp_path, corpus, monkeypatch):
     assert ids(load_or_build(tmp_path / "index", corpus), "dog") == ["d1"]
 
 
-@pytest.mark.parametrize("change, says", [
-    (dict(b=0.5), "b is 0.5 here, 0.75 in the index; make the index anew: recr1 index --corpus {0}/corpus.jsonl --index-dir {0}/index --b 0.5"),
-    (dict(k1=0.5), "k1 is 0.5 here, 1.2 in the index"), (dict(variant="okapi"), "variant is okapi here, lucene in the index"),
-    (dict(length="lucene"), "length is lucene here, exact in the index"), ("analyzer", "analyzer is another here"),
-    ("corpus", "corpus has changed since the index was made, or is another one; make the index anew: recr1 index --corpus")])
-def test_stale_index_is_refused_with_the_command_that_makes_it_anew(tmp_path, corpus, monkeypatch, change, says):
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            dict(b=0.5),
+            "b is 0.5 here, 0.75 in the index; make the index anew: recr1 index --corpus {0}/corpus.jsonl --index-dir {0}/index --b 0.5",
+        ),
+        (dict(k1=0.5), "k1 is 0.5 here, 1.2 in the index"),
+        (dict(variant="okapi"), "variant is okapi here, lucene in the index"),
+        (dict(length="lucene"), "length is lucene here, exact in the index"),
+        ("analyzer", "analyzer is another here"),
+        (
+            "corpus",
+            "corpus has changed since the index was made, or is another one; make the index anew: recr1 index --corpus",
+        ),
+    ],
+)
+def test_stale_index_is_refused_with_the_command_that_makes_it_anew(
+    tmp_path, corpus, monkeypatch, change, says
+):
     load_or_build(tmp_path / "index", corpus)
     if change == "corpus":
         write(corpus, DOCS | {"d1": "red red cat"})
@@ -199,13 +262,17 @@ def test_torn_index_is_refused(tmp_path, corpus, name, damage):
     data[-9] ^= 1
     path.unlink()
     if damage != "gone":
-        path.write_bytes({"cut": data[:len(data) // 2], "empty": b"", "one byte": data}[damage])
+        path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "one byte": data}[damage])
     if (name, damage) == ("index.json", "gone"):
-        assert ids(load_or_build(tmp_path / "index", corpus), "dog") == ["d1"]        # no index was finished there: it is made
+        # no index was finished there: it is made
+        assert ids(load_or_build(tmp_path / "index", corpus), "dog") == ["d1"]
         return
-    with pytest.raises(IndexRefused, match=f"{name} is (torn|not as it was written); make the index anew: recr1 index --corpus"):
+    with pytest.raises(
+        IndexRefused,
+        match=f"{name} is (torn|not as it was written); make the index anew: recr1 index --corpus",
+    ):
         load_or_build(tmp_path / "index", corpus)
-    Index.of_file(corpus, Parameters()).save(tmp_path / "index")                      # what that command does
+    Index.of_file(corpus, Parameters()).save(tmp_path / "index")  # what that command does
     assert ids(load_or_build(tmp_path / "index", corpus), "dog") == ["d1"]
 
 
@@ -225,6 +292,7 @@ def test_full_disk_leaves_the_old_index(tmp_path, corpus, monkeypatch):
 
     def full_disk(*_, **__):
         raise OSError("no space left on device")
+
     with monkeypatch.context() as patch:
         patch.setattr(np, "save", full_disk)
         with pytest.raises(OSError, match="no space"):
@@ -251,7 +319,10 @@ load_or_build(sys.argv[1], sys.argv[2])
 @pytest.mark.parametrize("file", [1, 7])
 def test_kill_while_the_index_is_written(tmp_path, corpus, file):
     """Nothing has the index's name, so the next start makes it."""
-    dead = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "index", corpus, str(file)], env=os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path)))
+    dead = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path / "index", corpus, str(file)],
+        env=os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path)),
+    )
     assert dead.returncode == -signal.SIGKILL and not (tmp_path / "index").exists()
     assert ids(load_or_build(tmp_path / "index", corpus), "dog") == ["d1"]
 
@@ -269,34 +340,52 @@ def test_command_of_a_refusal_quotes_its_paths(tmp_path):
     load_or_build(tmp_path / "index", path)
     with pytest.raises(IndexRefused) as refused:
         load_or_build(tmp_path / "index", path, k1=0.9)
-    assert shlex.split(str(refused.value).split("anew: ")[1])[:4] == ["recr1", "index", "--corpus", str(path)]
+    assert shlex.split(str(refused.value).split("anew: ")[1])[:4] == [
+        "recr1",
+        "index",
+        "--corpus",
+        str(path),
+    ]
 
 
 def test_many_at_once_never_see_a_mixed_index(tmp_path):
     """Four threads fight over one directory with two corpora; each always loads a whole one."""
-    made = {word: Index.of_texts(list(DOCS), [f"{word} w{i}" for i in range(4)], Parameters()) for word in ("red", "blue")}
+    made = {
+        word: Index.of_texts(list(DOCS), [f"{word} w{i}" for i in range(4)], Parameters())
+        for word in ("red", "blue")
+    }
 
     def work(seed):
         for turn in range(25):
             made[random.Random(seed + turn).choice(["red", "blue"])].save(tmp_path / "index")
             try:
-                found = Index.load(tmp_path / "index")              # once: two loads may well see two
+                found = Index.load(tmp_path / "index")  # once: two loads may well see two
                 assert any(same(found, index) for index in made.values())
-            except (FileNotFoundError, IndexRefused):               # somebody is just taking it away: never half of it, never two mixed
+            except (
+                FileNotFoundError,
+                IndexRefused,
+            ):  # somebody is just taking it away: never half of it, never two mixed
                 pass
+
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
-    assert [path.name for path in tmp_path.iterdir()] == ["index"] and any(same(Index.load(tmp_path / "index"), index) for index in made.values())
+    assert [path.name for path in tmp_path.iterdir()] == ["index"] and any(
+        same(Index.load(tmp_path / "index"), index) for index in made.values()
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- shared
 
+
 def pss() -> int:
-    """Bytes of this process without its libraries, each page divided by the processes that map it. A library's share also moves when
-    processes that are none of ours start or end."""
-    total, counts = 0, False
+    """Bytes of this process without its libraries, each page divided by the processes that map it.
+    A library's share also moves when processes that are none of ours start or end.
+    """
+    total = 0
+    counts = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
-        if not line.split(maxsplit=1)[0].endswith(":"):                  # of a mapping: addresses, permissions, ..., a path
+        # of a mapping: addresses, permissions, ..., a path
+        if not line.split(maxsplit=1)[0].endswith(":"):
             counts = ".so" not in line
         elif counts and line.startswith("Pss:"):
             total += 1024 * int(line.split()[1])
@@ -304,8 +393,11 @@ def pss() -> int:
 
 
 def hold(directory: str, scorer: str, pipe) -> None:
-    """Says by how much this process grew from when it could search to when it has searched the index, in step with the others."""
-    BM25.build(["a"], ["a0"], scorer=scorer).search(["a0"], 1)     # what is imported and compiled is no index
+    """Says by how much this process grew from when it could search to when it has searched the
+    index, in step with the others.
+    """
+    # what is imported and compiled is no index
+    BM25.build(["a"], ["a0"], scorer=scorer).search(["a0"], 1)
     Index.load(directory)
     pipe.send("ready")
     pipe.recv()
@@ -321,14 +413,22 @@ def hold(directory: str, scorer: str, pipe) -> None:
 @pytest.mark.parametrize("scorer", ["torch", "numba"])
 def test_four_processes_share_one_copy(tmp_path, scorer):
     """The sum of their PSS rises by the index once."""
-    P, rng = 5_000_000, np.random.default_rng(0)
+    P = 5_000_000
+    rng = np.random.default_rng(0)
     terms = sorted(f"a{i}" for i in range(1000))
-    index = Index(dict(format=module.FORMAT, dropped=[0], **module.asdict(Parameters())), Strings.of(f"{i:09}" for i in range(200_000)), Strings.of(terms),
-                  np.arange(1001) * (P // 1000), np.sort(rng.integers(0, 200_000, (1000, P // 1000), np.int32), 1).ravel(), rng.random(P, np.float32))
+    index = Index(
+        dict(format=module.FORMAT, dropped=[0], **module.asdict(Parameters())),
+        Strings.of(f"{i:09}" for i in range(200_000)),
+        Strings.of(terms),
+        np.arange(1001) * (P // 1000),
+        np.sort(rng.integers(0, 200_000, (1000, P // 1000), np.int32), 1).ravel(),
+        rng.random(P, np.float32),
+    )
     index.save(tmp_path / "index")
     size = sum(path.stat().st_size for path in (tmp_path / "index").iterdir())
     spawn = multiprocessing.get_context("spawn")
-    pipes, processes = [], []
+    pipes = []
+    processes = []
     for _ in range(4):
         here, there = spawn.Pipe()
         processes.append(spawn.Process(target=hold, args=(str(tmp_path / "index"), scorer, there)))
@@ -346,4 +446,8 @@ def test_four_processes_share_one_copy(tmp_path, scorer):
             process.kill()
     rise = sum(said[2])
     print(f"the index has {size / 1e6:.1f} MB, the sum rises by {rise / 1e6:.1f} MB")
-    assert said[:2] == [["ready"] * 4, [True] * 4] and size > 40_000_000 and 0.5 * size < rise < 1.5 * size, (size, rise)
+    assert (
+        said[:2] == [["ready"] * 4, [True] * 4]
+        and size > 40_000_000
+        and 0.5 * size < rise < 1.5 * size
+    ), (size, rise)

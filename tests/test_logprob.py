@@ -1,4 +1,7 @@
-"""linear_logp and linear_loss in torch against the full float64 log-softmax: values, gradients, entropy, at odd sizes and across chunks."""
+"""linear_logp and linear_loss in torch against the full float64 log-softmax: values, gradients,
+entropy, at odd sizes and across chunks.
+"""
+
 import pytest
 import torch
 
@@ -11,7 +14,9 @@ SIZES = [(1, 1, 2), (1, 7, 33), (4, 5, 9), (37, 13, 101), (64, 3, 130)]
 
 @pytest.fixture(params=["whole", "in pieces"], autouse=True)
 def pieces(request, monkeypatch):
-    """All rows and columns at once, as at these sizes by default; or chunks of 4 to 8 rows, blocks of 4 and slices of 16 columns."""
+    """All rows and columns at once, as at these sizes by default; or chunks of 4 to 8 rows, blocks
+    of 4 and slices of 16 columns.
+    """
     if request.param == "in pieces":
         for name, size in dict(WORKSPACE=4096, BLOCK=512, SLICE=2048).items():
             monkeypatch.setitem(getattr(logprob, name), "cpu", size)
@@ -19,8 +24,12 @@ def pieces(request, monkeypatch):
 
 def inputs(N, C, V, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(N * 1000 + V + seed)
-    hidden, weight = (torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for shape in ((N, C), (V, C)))
-    target, pull = torch.randint(V, (N,), generator=g), torch.randn(N, generator=g, dtype=torch.float64)
+    hidden, weight = (
+        torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+        for shape in ((N, C), (V, C))
+    )
+    target = torch.randint(V, (N,), generator=g)
+    pull = torch.randn(N, generator=g, dtype=torch.float64)
     return hidden, weight, target, pull.to(torch.promote_types(dtype, torch.float32))
 
 
@@ -31,7 +40,7 @@ def full(hidden, weight, target, temperature):
 
 def weighted(pull):
     """A loss whose derivative by logp depends on logp, and the same on a chunk."""
-    return lambda logp, rows=slice(None): (pull[rows] * (logp + 0.1 * logp ** 2)).sum() / len(pull)
+    return lambda logp, rows=slice(None): (pull[rows] * (logp + 0.1 * logp**2)).sum() / len(pull)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
@@ -55,10 +64,16 @@ def test_entropy_has_its_gradient_in_both_heads(N, C, V, temperature):
     hidden, weight, target, pull = inputs(N, C, V)
     bonus = pull.flip(0) * (torch.arange(N) % 3 > 0)
     for g, h in ((pull * (torch.arange(N) % 2), bonus), (torch.zeros(N, dtype=pull.dtype), bonus)):
-        want = (sum((x * y).sum() for x, y in zip(full(hidden, weight, target, temperature), (g, h))))
+        want = sum((x * y).sum() for x, y in zip(full(hidden, weight, target, temperature), (g, h)))
         logp, entropy = linear_logp(hidden, weight, target, temperature, policy)
-        shot, _, _ = linear_loss(hidden, weight, target, temperature, policy,
-                                 lambda x, e, rows: ((x * g[rows]).sum() + (e * h[rows]).sum(), g[rows], h[rows]))
+        shot, _, _ = linear_loss(
+            hidden,
+            weight,
+            target,
+            temperature,
+            policy,
+            lambda x, e, rows: ((x * g[rows]).sum() + (e * h[rows]).sum(), g[rows], h[rows]),
+        )
         torch.testing.assert_close(shot, want, rtol=1e-12, atol=1e-13)
         theirs = torch.autograd.grad(want, (hidden, weight))
         for loss in ((logp * g).sum() + (entropy * h).sum(), shot):
@@ -70,15 +85,20 @@ def test_entropy_has_its_gradient_in_both_heads(N, C, V, temperature):
 @pytest.mark.parametrize("N, C, V", SIZES)
 def test_one_shot_equals_the_full_log_softmax(N, C, V, temperature):
     hidden, weight, target, pull = inputs(N, C, V)
-    loss, logp, entropy = linear_loss(hidden, weight, target, temperature, policy, by_autograd(weighted(pull)))
+    loss, logp, entropy = linear_loss(
+        hidden, weight, target, temperature, policy, by_autograd(weighted(pull))
+    )
     want, want_entropy = full(hidden, weight, target, temperature)
     want_loss = weighted(pull)(want)
     assert not logp.requires_grad and not entropy.requires_grad
     torch.testing.assert_close(logp, want.detach(), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(entropy, want_entropy.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(loss, want_loss, rtol=1e-12, atol=1e-13)
-    for scale in (1.0, -2.5):                                  # the backward multiplies what the forward made, and may run twice
-        ours, theirs = (torch.autograd.grad(x * scale, (hidden, weight), retain_graph=True) for x in (loss, want_loss))
+    for scale in (1.0, -2.5):  # the backward multiplies what the forward made, and may run twice
+        ours, theirs = (
+            torch.autograd.grad(x * scale, (hidden, weight), retain_graph=True)
+            for x in (loss, want_loss)
+        )
         for a, b in zip(ours, theirs):
             assert (a - b).norm() <= 1e-12 * b.norm()
 
@@ -87,9 +107,11 @@ def test_one_shot_equals_the_full_log_softmax(N, C, V, temperature):
 def test_rows_of_gradient_zero_are_left_out(dead):
     hidden, weight, target, pull = inputs(37, 13, 101)
     pull = pull * (0 if dead == "all" else (torch.arange(37) % 3 > 0))
-    want = torch.autograd.grad(weighted(pull)(full(hidden, weight, target, 0.7)[0]), (hidden, weight))
+    want = torch.autograd.grad(
+        weighted(pull)(full(hidden, weight, target, 0.7)[0]), (hidden, weight)
+    )
     with torch.no_grad():
-        hidden[pull == 0] = float("inf")                       # whatever stands there, it must not be touched
+        hidden[pull == 0] = float("inf")  # whatever stands there, it must not be touched
     logp, _ = linear_logp(hidden, weight, target, 0.7, policy)
     logp = torch.where(pull == 0, 0.0, logp)
     formula = lambda logp, rows: weighted(pull)(torch.where(pull[rows] == 0, 0.0, logp), rows)
@@ -102,20 +124,35 @@ def test_rows_of_gradient_zero_are_left_out(dead):
 def test_a_plain_sum():
     """Its derivative comes from autograd as one number, expanded."""
     hidden, weight, target, _ = inputs(37, 13, 101)
-    ours = torch.autograd.grad(linear_loss(hidden, weight, target, 1.0, policy, by_autograd(lambda logp, rows: -logp.sum()))[0], (hidden, weight))
-    torch.testing.assert_close(ours, torch.autograd.grad(-full(hidden, weight, target, 1.0)[0].sum(), (hidden, weight)))
+    ours = torch.autograd.grad(
+        linear_loss(
+            hidden, weight, target, 1.0, policy, by_autograd(lambda logp, rows: -logp.sum())
+        )[0],
+        (hidden, weight),
+    )
+    torch.testing.assert_close(
+        ours, torch.autograd.grad(-full(hidden, weight, target, 1.0)[0].sum(), (hidden, weight))
+    )
 
 
 def test_gradcheck():
     hidden, weight, target, pull = inputs(5, 3, 7)
-    assert torch.autograd.gradcheck(lambda h, w: linear_logp(h, w, target, 1.3, policy)[0], (hidden, weight))
-    assert torch.autograd.gradcheck(lambda h, w: linear_loss(h, w, target, 1.3, policy, by_autograd(weighted(pull)))[0], (hidden, weight))
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_logp(h, w, target, 1.3, policy)[0], (hidden, weight)
+    )
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_loss(h, w, target, 1.3, policy, by_autograd(weighted(pull)))[0],
+        (hidden, weight),
+    )
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both", "no_grad"])
 def test_gradients_nobody_needs_are_not_made(frozen):
     hidden, weight, target, pull = inputs(6, 4, 11)
-    hidden.requires_grad_(frozen in ("weight", "no_grad")), weight.requires_grad_(frozen in ("hidden", "no_grad"))
+    (
+        hidden.requires_grad_(frozen in ("weight", "no_grad")),
+        weight.requires_grad_(frozen in ("hidden", "no_grad")),
+    )
     with torch.set_grad_enabled(frozen != "no_grad"):
         loss, *_ = linear_loss(hidden, weight, target, 1.0, policy, by_autograd(weighted(pull)))
         logp, _ = linear_logp(hidden, weight, target, 1.0, policy)
@@ -125,7 +162,10 @@ def test_gradients_nobody_needs_are_not_made(frozen):
     [leaf] = [x for x in (hidden, weight) if x.requires_grad]
     saved = [x for x in loss.grad_fn.saved_tensors if x is not None]
     assert [x.shape for x in saved] == [leaf.shape]
-    for a, b in ((loss, weighted(pull)(full(hidden, weight, target, 1.0)[0])), (logp.sum(), full(hidden, weight, target, 1.0)[0].sum())):
+    for a, b in (
+        (loss, weighted(pull)(full(hidden, weight, target, 1.0)[0])),
+        (logp.sum(), full(hidden, weight, target, 1.0)[0].sum()),
+    ):
         torch.testing.assert_close(*(torch.autograd.grad(x, leaf)[0] for x in (a, b)))
 
 
@@ -134,16 +174,32 @@ def test_float32_is_as_good_as_float32_can_be():
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     want, _ = full(*exact, target, 1.3)
     logp, _ = linear_logp(hidden, weight, target, 1.3, policy)
-    loss, again, _ = linear_loss(hidden, weight, target, 1.3, policy, by_autograd(lambda logp, rows: (logp * pull[rows]).sum()))
-    assert logp.dtype == torch.float32 and (logp - want).norm() < 1e-6 * want.norm() and torch.equal(logp, again)
+    loss, again, _ = linear_loss(
+        hidden,
+        weight,
+        target,
+        1.3,
+        policy,
+        by_autograd(lambda logp, rows: (logp * pull[rows]).sum()),
+    )
+    assert (
+        logp.dtype == torch.float32
+        and (logp - want).norm() < 1e-6 * want.norm()
+        and torch.equal(logp, again)
+    )
     theirs = torch.autograd.grad(want, exact, pull.double())
-    for ours in (torch.autograd.grad(logp, (hidden, weight), pull), torch.autograd.grad(loss, (hidden, weight))):
+    for ours in (
+        torch.autograd.grad(logp, (hidden, weight), pull),
+        torch.autograd.grad(loss, (hidden, weight)),
+    ):
         for a, b in zip(ours, theirs):
             assert a.dtype == torch.float32 and (a - b).norm() < 1e-5 * b.norm()
 
 
 def errors_in_bf16(backend: str) -> dict[str, float]:
-    """Mean over 20 draws of (our error) / (error of torch's own bf16 path), both against float64 on the same bf16 numbers."""
+    """Mean over 20 draws of (our error) / (error of torch's own bf16 path), both against float64 on
+    the same bf16 numbers.
+    """
     ratios: dict[str, list[float]] = {}
     for seed in range(20):
         hidden, weight, target, pull = inputs(50, 33, 301, torch.bfloat16, seed)
@@ -151,14 +207,35 @@ def errors_in_bf16(backend: str) -> dict[str, float]:
         exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
         logits = (hidden @ weight.T).float() / 0.7
         results = {}
-        for name, logp, leaves in (("exact", full(*exact, target, 0.7)[0], exact),
-                                   ("theirs", logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1), (hidden, weight)),
-                                   ("recompute", linear_logp(hidden, weight, target, 0.7, policy, backend)[0], (hidden, weight))):
+        for name, logp, leaves in (
+            ("exact", full(*exact, target, 0.7)[0], exact),
+            (
+                "theirs",
+                logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1),
+                (hidden, weight),
+            ),
+            (
+                "recompute",
+                linear_logp(hidden, weight, target, 0.7, policy, backend)[0],
+                (hidden, weight),
+            ),
+        ):
             results[name] = (logp.detach(), *torch.autograd.grad(logp, leaves, pull.to(logp.dtype)))
-        loss, logp, _ = linear_loss(hidden, weight, target, 0.7, policy, by_autograd(lambda logp, rows: (logp * pull[rows]).sum()), backend)
+        loss, logp, _ = linear_loss(
+            hidden,
+            weight,
+            target,
+            0.7,
+            policy,
+            by_autograd(lambda logp, rows: (logp * pull[rows]).sum()),
+            backend,
+        )
         results["one_shot"] = (logp, *torch.autograd.grad(loss, (hidden, weight)))
         for i, what in enumerate(("logp", "d_hidden", "d_weight")):
-            error = {name: (r[i].double() - results["exact"][i]).norm().item() for name, r in results.items()}
+            error = {
+                name: (r[i].double() - results["exact"][i]).norm().item()
+                for name, r in results.items()
+            }
             for path in ("recompute", "one_shot"):
                 ratios.setdefault(f"{path} {what}", []).append(error[path] / error["theirs"])
     return {name: sum(values) / len(values) for name, values in ratios.items()}
@@ -173,7 +250,11 @@ def test_large_logits_stay_finite():
     hidden, weight, target, pull = inputs(9, 4, 11)
     logp, entropy = linear_logp(hidden * 1e4, weight, target, 1.0, policy)
     grads = torch.autograd.grad(logp, (hidden, weight), pull)
-    assert all(t.isfinite().all() for t in (logp, entropy, *grads)) and (logp <= 0).all() and (entropy >= 0).all()
+    assert (
+        all(t.isfinite().all() for t in (logp, entropy, *grads))
+        and (logp <= 0).all()
+        and (entropy >= 0).all()
+    )
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
@@ -187,19 +268,45 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
 
 def test_one_shot_equals_liger():
     """The clipped loss with k3 KL, token mean (dapo), from hidden states: value and gradients."""
-    chunked = pytest.importorskip("liger_kernel.chunked_loss", reason="the package liger-kernel is not installed: not compared with it")
+    chunked = pytest.importorskip(
+        "liger_kernel.chunked_loss",
+        reason="the package liger-kernel is not installed: not compared with it",
+    )
     (B, T), C, V = (3, 11), 8, 67
     hidden, weight, target, noise = inputs(B * T, C, V)
     logp, _ = full(hidden.detach(), weight.detach(), target, 0.7)
-    old, ref, adv = logp + 0.3 * noise, logp - 0.2 * noise.roll(1), torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
+    old = logp + 0.3 * noise
+    ref = logp - 0.2 * noise.roll(1)
+    adv = torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
 
     def formula(logp, rows):
-        ratio, a, d = (logp - old[rows]).exp(), adv.repeat_interleave(T)[rows], ref[rows] - logp
-        return (0.04 * (torch.expm1(d) - d) - torch.minimum(ratio * a, ratio.clamp(0.8, 1.28) * a)).sum() / (B * T)
+        ratio = (logp - old[rows]).exp()
+        a = adv.repeat_interleave(T)[rows]
+        d = ref[rows] - logp
+        return (
+            0.04 * (torch.expm1(d) - d) - torch.minimum(ratio * a, ratio.clamp(0.8, 1.28) * a)
+        ).sum() / (B * T)
+
     ours, *_ = linear_loss(hidden, weight, target, 0.7, policy, by_autograd(formula))
-    liger = chunked.LigerFusedLinearGRPOLoss(beta=0.04, epsilon_high=0.28, compiled=False, use_ref_model=True, loss_type="dapo", temperature=0.7)
-    theirs, _ = liger(hidden.view(B, T, C), weight, target.view(B, T), torch.ones(B, T), adv,
-                      ref_per_token_logps=ref.view(B, T), old_per_token_logps=old.view(B, T))
+    liger = chunked.LigerFusedLinearGRPOLoss(
+        beta=0.04,
+        epsilon_high=0.28,
+        compiled=False,
+        use_ref_model=True,
+        loss_type="dapo",
+        temperature=0.7,
+    )
+    theirs, _ = liger(
+        hidden.view(B, T, C),
+        weight,
+        target.view(B, T),
+        torch.ones(B, T),
+        adv,
+        ref_per_token_logps=ref.view(B, T),
+        old_per_token_logps=old.view(B, T),
+    )
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
-    for a, b in zip(torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(theirs, (hidden, weight))):
+    for a, b in zip(
+        torch.autograd.grad(ours, (hidden, weight)), torch.autograd.grad(theirs, (hidden, weight))
+    ):
         assert (a - b).norm() <= 1e-6 * b.norm()

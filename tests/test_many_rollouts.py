@@ -1,5 +1,8 @@
-"""Ten thousand rollouts with random stop points: no row is lost, no cache memory stays behind, and a text depends on nothing but its own
-prompt and uniforms: not on order, on company, or on `room`, the cache slots that may be live at once."""
+"""Ten thousand rollouts with random stop points: no row is lost, no cache memory stays behind, and
+a text depends on nothing but its own prompt and uniforms: not on order, on company, or on `room`,
+the cache slots that may be live at once.
+"""
+
 import copy
 import functools
 import gc
@@ -9,13 +12,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from test_sample import answering
+from tiny import oracle, tiny_model, tiny_tokenizer
 
 from recr1.cache import slots
 from recr1.draws import uniforms
 from recr1.records import Prompt, Rollout
 from recr1.sample import generate, new_cache
-from test_sample import answering
-from tiny import oracle, tiny_model, tiny_tokenizer
 
 VOCAB = 394
 EVERY = frozenset(range(VOCAB))
@@ -24,16 +27,20 @@ EVERY = frozenset(range(VOCAB))
 class Call(NamedTuple):
     prompts: list[Prompt]
     group_size: int
-    new: int                    # max_new_tokens
+    new: int  # max_new_tokens
     stops: frozenset[int]
     step: int
 
     def uniforms(self) -> np.ndarray:
-        return uniforms(3, self.step, np.array([p.index for p in self.prompts]), self.group_size, self.new)
+        return uniforms(
+            3, self.step, np.array([p.index for p in self.prompts]), self.group_size, self.new
+        )
 
     def slots(self) -> tuple[int, int]:
         """Rows and slots of a row that the texts can come to."""
-        return len(self.prompts) * self.group_size, slots(max(len(p.ids) for p in self.prompts) + self.new)
+        return len(self.prompts) * self.group_size, slots(
+            max(len(p.ids) for p in self.prompts) + self.new
+        )
 
 
 @functools.cache
@@ -41,30 +48,73 @@ def calls() -> list[Call]:
     rng = np.random.default_rng(0)
 
     def call(step, n, group, new, stops, longest=24):
-        prompts = [Prompt(f"q{step}.{i}", int(rng.integers(10_000)) * 100 + i, "", tuple(rng.integers(0, VOCAB, rng.integers(1, longest + 1)).tolist())) for i in range(n)]
+        prompts = [
+            Prompt(
+                f"q{step}.{i}",
+                int(rng.integers(10_000)) * 100 + i,
+                "",
+                tuple(rng.integers(0, VOCAB, rng.integers(1, longest + 1)).tolist()),
+            )
+            for i in range(n)
+        ]
         return Call(prompts, group, new, stops, step)
-    some = [call(0, 30, 8, 12, EVERY), call(1, 30, 8, 12, frozenset()), call(2, 7, 1, 16, frozenset(range(0, VOCAB, 9))),
-            call(3, 25, 8, 9, frozenset(range(0, VOCAB, 5)), longest=1), call(4, 1, 1, 1, frozenset()), call(5, 1, 300, 6, frozenset(range(40)))]
+
+    some = [
+        call(0, 30, 8, 12, EVERY),
+        call(1, 30, 8, 12, frozenset()),
+        call(2, 7, 1, 16, frozenset(range(0, VOCAB, 9))),
+        call(3, 25, 8, 9, frozenset(range(0, VOCAB, 5)), longest=1),
+        call(4, 1, 1, 1, frozenset()),
+        call(5, 1, 300, 6, frozenset(range(40))),
+    ]
     while sum(len(c.prompts) * c.group_size for c in some) < 10_000:
-        stops = frozenset(rng.choice(VOCAB, rng.choice([0, 1, 8, 40, 120, VOCAB]), replace=False).tolist())
-        some.append(call(len(some), int(rng.integers(1, 41)), int(rng.choice([1, 2, 3, 8, 12, 16])), int(rng.integers(1, 25)), stops))
+        stops = frozenset(
+            rng.choice(VOCAB, rng.choice([0, 1, 8, 40, 120, VOCAB]), replace=False).tolist()
+        )
+        some.append(
+            call(
+                len(some),
+                int(rng.integers(1, 41)),
+                int(rng.choice([1, 2, 3, 8, 12, 16])),
+                int(rng.integers(1, 25)),
+                stops,
+            )
+        )
     return some
 
 
 @functools.cache
 def model():
-    return tiny_model(seed=5, num_hidden_layers=1, hidden_size=24, num_attention_heads=2, num_key_value_heads=1)
+    return tiny_model(
+        seed=5, num_hidden_layers=1, hidden_size=24, num_attention_heads=2, num_key_value_heads=1
+    )
 
 
 def run(call: Call, cache=None, mine=None, **more) -> list[Rollout]:
-    return generate(mine or model(), call.prompts, call.group_size, 1.0, call.new, call.stops, call.uniforms(), cache, **more)
+    return generate(
+        mine or model(),
+        call.prompts,
+        call.group_size,
+        1.0,
+        call.new,
+        call.stops,
+        call.uniforms(),
+        cache,
+        **more,
+    )
 
 
 def is_whole(call: Call, rollouts: list[Rollout]) -> None:
-    assert [(r.prompt, r.group, r.sibling) for r in rollouts] == [(p, g, s) for g, p in enumerate(call.prompts) for s in range(call.group_size)]
+    assert [(r.prompt, r.group, r.sibling) for r in rollouts] == [
+        (p, g, s) for g, p in enumerate(call.prompts) for s in range(call.group_size)
+    ]
     for r in rollouts:
         end = next((t for t, i in enumerate(r.ids, 1) if i in call.stops), None)
-        assert len(r.ids) == (end or call.new) and r.finished == (end is not None) and len(r.sampler_logp) == len(r.ids)
+        assert (
+            len(r.ids) == (end or call.new)
+            and r.finished == (end is not None)
+            and len(r.sampler_logp) == len(r.ids)
+        )
         assert all(0 <= i < VOCAB for i in r.ids)
     logp = np.array([x for r in rollouts for x in r.sampler_logp])
     assert np.isfinite(logp).all() and (logp <= 0).all()
@@ -79,13 +129,22 @@ def live_tensors() -> tuple[int, int]:
 
 def held(x, seen: set | None = None) -> int:
     """Bytes of the storages that an object's attributes hold, each once."""
-    seen, key = set() if seen is None else seen, x.untyped_storage().data_ptr() if isinstance(x, torch.Tensor) else -id(x)
+    seen = set() if seen is None else seen
+    key = x.untyped_storage().data_ptr() if isinstance(x, torch.Tensor) else -id(x)
     if key in seen:
         return 0
     seen.add(key)
     if isinstance(x, torch.Tensor):
         return x.untyped_storage().nbytes()
-    inside = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else vars(x).values() if hasattr(x, "__dict__") else ()
+    inside = (
+        x.values()
+        if isinstance(x, dict)
+        else x
+        if isinstance(x, (list, tuple))
+        else vars(x).values()
+        if hasattr(x, "__dict__")
+        else ()
+    )
     return sum(held(part, seen) for part in inside)
 
 
@@ -95,12 +154,17 @@ def slot_bytes(mine=None) -> int:
 
 
 def test_ten_thousand_rollouts_lose_no_row_and_leave_nothing_behind():
-    run(calls()[2])                                                          # what torch makes once is made
-    before, count, tokens, finished = live_tensors(), 0, 0, 0
+    run(calls()[2])  # what torch makes once is made
+    before = live_tensors()
+    count = 0
+    tokens = 0
+    finished = 0
     for call in calls():
         rollouts = run(call)
         is_whole(call, rollouts)
-        count, tokens, finished = count + len(rollouts), tokens + sum(len(r.ids) for r in rollouts), finished + sum(r.finished for r in rollouts)
+        count = count + len(rollouts)
+        tokens = tokens + sum(len(r.ids) for r in rollouts)
+        finished = finished + sum(r.finished for r in rollouts)
     del rollouts
     assert live_tensors() == before
     print(f"{len(calls())} calls, {count} rollouts, {tokens} tokens, {finished} ended by a stop id")
@@ -108,14 +172,20 @@ def test_ten_thousand_rollouts_lose_no_row_and_leave_nothing_behind():
 
 
 def test_a_cache_that_is_kept_holds_no_more_than_the_largest_call_needs():
-    """Rows and slots of the largest calls, and the same texts as with a new cache; a second round adds nothing."""
-    cache, some = new_cache(model()), calls()[:14]
+    """Rows and slots of the largest calls, and the same texts as with a new cache; a second round
+    adds nothing.
+    """
+    cache = new_cache(model())
+    some = calls()[:14]
     most_rows, most_slots = (max(x) for x in zip(*(call.slots() for call in some)))
     for call in some:
         kept = run(call, cache)
         assert [(r.ids, r.finished) for r in kept] == [(r.ids, r.finished) for r in run(call)]
-    after, tensors = held(cache), live_tensors()
-    print(f"the cache holds {after / (slot_bytes() * most_rows * most_slots):.2f} of {most_rows} rows x {most_slots} slots")
+    after = held(cache)
+    tensors = live_tensors()
+    print(
+        f"the cache holds {after / (slot_bytes() * most_rows * most_slots):.2f} of {most_rows} rows x {most_slots} slots"
+    )
     assert 0 < after <= 1.05 * slot_bytes() * most_rows * most_slots
     for call in some:
         kept = run(call, cache)
@@ -128,18 +198,23 @@ def exact_model(mine):
 
 
 def parts(mine, call: Call, ours: Rollout, other: Rollout) -> bool:
-    """Whether two texts of one sibling differ. They may only where the uniform lies within 1e-5 of the sum of probabilities up to the lower
-    of the two ids, by transformers' model in float64."""
+    """Whether two texts of one sibling differ. They may only where the uniform lies within 1e-5 of
+    the sum of probabilities up to the lower of the two ids, by transformers' model in float64.
+    """
     if (ours.ids, ours.finished) == (other.ids, other.finished):
         assert np.abs(np.subtract(ours.sampler_logp, other.sampler_logp)).max() < 1e-4
         return False
     at = next(t for t, (a, b) in enumerate(zip(ours.ids, other.ids)) if a != b)
-    place, = (i for i, p in enumerate(call.prompts) if p.id == ours.prompt.id)
+    (place,) = (i for i, p in enumerate(call.prompts) if p.id == ours.prompt.id)
     u = call.uniforms()[place, ours.sibling, at]
     with torch.no_grad():
-        logits = exact_model(mine)(input_ids=torch.tensor([ours.prompt.ids + ours.ids[:at]])).logits[0, -1]
+        logits = exact_model(mine)(
+            input_ids=torch.tensor([ours.prompt.ids + ours.ids[:at]])
+        ).logits[0, -1]
     cdf = logits.softmax(-1).cumsum(0)[min(ours.ids[at], other.ids[at])].item()
-    assert abs(u - cdf) < 1e-5, f"{ours.prompt.id}, sibling {ours.sibling} differs at token {at}, where u = {u} is clear of {cdf}"
+    assert abs(u - cdf) < 1e-5, (
+        f"{ours.prompt.id}, sibling {ours.sibling} differs at token {at}, where u = {u} is clear of {cdf}"
+    )
     return True
 
 
@@ -160,38 +235,56 @@ def cases() -> list[tuple[object, Call]]:
 
 
 def test_a_text_does_not_depend_on_order_or_company():
-    rng, rows, differ = np.random.default_rng(1), 0, 0
+    rng = np.random.default_rng(1)
+    rows = 0
+    differ = 0
     for mine, call in cases():
         want = run(call, mine=mine)
-        for some in (call.prompts[::-1], call.prompts[::3], [call.prompts[i] for i in rng.permutation(len(call.prompts))]):
+        for some in (
+            call.prompts[::-1],
+            call.prompts[::3],
+            [call.prompts[i] for i in rng.permutation(len(call.prompts))],
+        ):
             for group_size in {call.group_size, 1 + call.group_size // 2}:
                 got = run(call._replace(prompts=some, group_size=group_size), mine=mine)
-                rows, differ = rows + len(got), differ + different(mine, call, want, got)
+                rows = rows + len(got)
+                differ = differ + different(mine, call, want, got)
     print(f"{differ} of {rows} rows differ, each where |u - cdf| < 1e-5")
     assert differ <= 1e-4 * rows + 2
 
 
 def test_what_counts_as_different():
     """A text drawn with another uniform is not excused."""
-    mine, call = model(), calls()[2]
+    mine = model()
+    call = calls()[2]
     want = run(call)
     with pytest.raises(AssertionError, match="is clear of"):
         different(mine, call, want, run(call._replace(step=77)))
 
 
-@pytest.mark.skipif("room" not in inspect.signature(generate).parameters, reason="generate() has no budget here")
+@pytest.mark.skipif(
+    "room" not in inspect.signature(generate).parameters, reason="generate() has no budget here"
+)
 def test_a_text_does_not_depend_on_the_budget():
-    """Room for one group, for a little more, for all; the prompts in another order; and no more cache than that."""
-    rng, rows, differ = np.random.default_rng(1), 0, 0
+    """Room for one group, for a little more, for all; the prompts in another order; and no more
+    cache than that.
+    """
+    rng = np.random.default_rng(1)
+    rows = 0
+    differ = 0
     for mine, call in cases():
         want = run(call, mine=mine)
         one = call.group_size * call.slots()[1]
         for room in (one, int(1.7 * one), 4 * one, len(call.prompts) * one):
-            for some in (call.prompts, [call.prompts[i] for i in rng.permutation(len(call.prompts))]):
+            for some in (
+                call.prompts,
+                [call.prompts[i] for i in rng.permutation(len(call.prompts))],
+            ):
                 cache = new_cache(mine)
                 got = run(call._replace(prompts=some), cache, mine, room=room)
                 is_whole(call._replace(prompts=some), got)
                 assert held(cache) <= 1.05 * slot_bytes(mine) * room, (room, call.slots())
-                rows, differ = rows + len(got), differ + different(mine, call, want, got)
+                rows = rows + len(got)
+                differ = differ + different(mine, call, want, got)
     print(f"{differ} of {rows} rows differ, each where |u - cdf| < 1e-5")
     assert differ <= 1e-4 * rows + 2

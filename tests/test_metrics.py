@@ -1,4 +1,7 @@
-"""Metrics against hand-worked figures and trec_eval; the bootstrap against the formula and by its coverage."""
+"""Metrics against hand-worked figures and trec_eval; the bootstrap against the formula and by its
+coverage.
+"""
+
 import math
 import random
 import tracemalloc
@@ -15,9 +18,12 @@ GAINS = {"a": 3, "b": 2, "c": 0, "d": 1}
 
 def test_worked_by_hand():
     ranked = ["x", "b", "c", "a"]
-    dcg, ideal = 2 / math.log2(3) + 3 / math.log2(5), 3 + 2 / math.log2(3) + 1 / math.log2(4)
+    dcg = 2 / math.log2(3) + 3 / math.log2(5)
+    ideal = 3 + 2 / math.log2(3) + 1 / math.log2(4)
     assert ndcg(ranked, GAINS, 10) == pytest.approx(dcg / ideal, abs=1e-12)
-    assert ndcg(ranked, GAINS, 2) == pytest.approx(2 / math.log2(3) / (3 + 2 / math.log2(3)), abs=1e-12)
+    assert ndcg(ranked, GAINS, 2) == pytest.approx(
+        2 / math.log2(3) / (3 + 2 / math.log2(3)), abs=1e-12
+    )
     assert recall(ranked, GAINS, 10) == 2 / 3 and recall(ranked, GAINS, 2) == 1 / 3
     assert reciprocal_rank(ranked, GAINS, 10) == 1 / 2 and reciprocal_rank(ranked, GAINS, 1) == 0
     assert hit_rate(ranked, GAINS, 2) == 1 and hit_rate(ranked, GAINS, 1) == 0
@@ -29,32 +35,50 @@ def test_perfect_order_is_one_at_every_k():
 
 def test_equals_trec_eval_on_500_random_graded_runs():
     pytrec_eval = pytest.importorskip("pytrec_eval")
-    rng, cuts = random.Random(0), (1, 5, 10, 100)
+    rng = random.Random(0)
+    cuts = (1, 5, 10, 100)
     docs = [f"d{i}" for i in range(300)]
     names = [f"{name}_{k}" for name in ("ndcg_cut", "recall", "success") for k in cuts]
     seen_relevant = 0
     for _ in range(500):
-        gains = {doc: rng.choice([0, 0, 1, 2, 3, 10, 100]) for doc in rng.sample(docs, rng.randint(1, 150))}
+        gains = {
+            doc: rng.choice([0, 0, 1, 2, 3, 10, 100])
+            for doc in rng.sample(docs, rng.randint(1, 150))
+        }
         ranked = rng.sample(docs, rng.randint(1, 200))
         seen_relevant += any(gains.values())
         # distinct falling scores: trec_eval breaks ties by document id
         run = {"q": {doc: float(len(ranked) - i) for i, doc in enumerate(ranked)}}
-        true = pytrec_eval.RelevanceEvaluator({"q": gains}, {*names, "recip_rank"}).evaluate(run)["q"]
+        true = pytrec_eval.RelevanceEvaluator({"q": gains}, {*names, "recip_rank"}).evaluate(run)[
+            "q"
+        ]
         for k in cuts:
             for ours, theirs in ((ndcg, "ndcg_cut"), (recall, "recall"), (hit_rate, "success")):
-                assert ours(ranked, gains, k) == pytest.approx(true[f"{theirs}_{k}"], abs=1e-6), (theirs, k)
-        assert reciprocal_rank(ranked, gains, len(ranked)) == pytest.approx(true["recip_rank"], abs=1e-6)
+                assert ours(ranked, gains, k) == pytest.approx(true[f"{theirs}_{k}"], abs=1e-6), (
+                    theirs,
+                    k,
+                )
+        assert reciprocal_rank(ranked, gains, len(ranked)) == pytest.approx(
+            true["recip_rank"], abs=1e-6
+        )
     assert seen_relevant > 450
 
 
 @pytest.mark.parametrize("metric", ALL)
 def test_no_relevant_document_or_no_result_is_zero(metric):
-    for ranked, gains in ((["a"], {}), (["a"], {"a": 0}), (["a"], {"a": -1.0}), ([], GAINS), ([], {})):
+    for ranked, gains in (
+        (["a"], {}),
+        (["a"], {"a": 0}),
+        (["a"], {"a": -1.0}),
+        ([], GAINS),
+        ([], {}),
+    ):
         assert metric(ranked, gains, 10) == 0.0
 
 
 def test_a_repeat_gains_nothing_and_keeps_its_rank():
-    once, twice = ["x", "b", "y", "d"], ["x", "b", "b", "d"]
+    once = ["x", "b", "y", "d"]
+    twice = ["x", "b", "b", "d"]
     for metric in ALL:
         assert metric(twice, GAINS, 4) == metric(once, GAINS, 4)
     assert ndcg(["a"] * 10, {"a": 1}, 10) == 1 and recall(["a"] * 10, {"a": 1, "b": 1}, 10) == 0.5
@@ -88,7 +112,8 @@ def test_interval_covers_the_true_mean_95_times_in_100():
 
 
 def test_interval_is_cut_at_the_percentiles_of_the_last_partial_chunk_too():
-    values = np.random.default_rng(3).random(400_000)       # 2 resamples at a time, 5 in all: chunks of 2, 2, 1
+    # 2 resamples at a time, 5 in all: chunks of 2, 2, 1
+    values = np.random.default_rng(3).random(400_000)
     low, high = bootstrap_ci(values, samples=5)
     assert abs(low - values.mean()) < 0.002 and abs(high - values.mean()) < 0.002
 

@@ -1,4 +1,5 @@
 """The optimiser against torch's own AdamW and clipping; nothing moves on a non-finite gradient."""
+
 import pytest
 import torch
 
@@ -8,7 +9,8 @@ from recr1.optim import NonFiniteGradient, Optimizer
 
 def model_and_twin():
     torch.manual_seed(0)
-    a, b = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    a = torch.nn.Linear(5, 3)
+    b = torch.nn.Linear(5, 3)
     b.load_state_dict(a.state_dict())
     return a, b
 
@@ -16,9 +18,19 @@ def model_and_twin():
 @pytest.mark.parametrize("on_host", [False, True])
 def test_equals_torchs_adamw_with_clipping_and_schedule(on_host):
     ours, theirs = model_and_twin()
-    config = Config(on_host=on_host, lr=0.05, betas=(0.9, 0.95), weight_decay=0.1, warmup_steps=2, final_lr=0.2, clip_norm=0.5)
+    config = Config(
+        on_host=on_host,
+        lr=0.05,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        warmup_steps=2,
+        final_lr=0.2,
+        clip_norm=0.5,
+    )
     optimizer = Optimizer(ours, config, steps=6)
-    adamw = torch.optim.AdamW(theirs.parameters(), lr=0.0, betas=(0.9, 0.95), eps=config.eps, weight_decay=0.1)
+    adamw = torch.optim.AdamW(
+        theirs.parameters(), lr=0.0, betas=(0.9, 0.95), eps=config.eps, weight_decay=0.1
+    )
     rates = []
     for step in range(6):
         x = torch.randn(4, 5) * 3
@@ -28,13 +40,16 @@ def test_equals_torchs_adamw_with_clipping_and_schedule(on_host):
         rates.append(lr)
         for group in adamw.param_groups:
             group["lr"] = lr
-        assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5).item(), rel=1e-6)
+        assert norm == pytest.approx(
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5).item(), rel=1e-6
+        )
         adamw.step()
         adamw.zero_grad()
         for a, b in zip(ours.parameters(), theirs.parameters()):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
             assert a.grad is None
-    assert rates == pytest.approx([0.025, 0.05, 0.05, 0.04, 0.03, 0.02])      # 2 of warm-up, then linear towards .2 * lr
+    # 2 of warm-up, then linear towards .2 * lr
+    assert rates == pytest.approx([0.025, 0.05, 0.05, 0.04, 0.03, 0.02])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -61,11 +76,16 @@ def test_a_step_without_gradients_moves_nothing():
 
 
 def test_muon_takes_the_matrices_of_the_blocks():
-    model = torch.nn.ModuleDict(dict(embed=torch.nn.Embedding(4, 3), layers=torch.nn.ModuleList([torch.nn.Linear(3, 3)])))
+    model = torch.nn.ModuleDict(
+        dict(embed=torch.nn.Embedding(4, 3), layers=torch.nn.ModuleList([torch.nn.Linear(3, 3)]))
+    )
     (_, adamw), (_, muon) = Optimizer(model, Config(kind="muon"), 1).parts
     names = {id(p): n for n, p in model.named_parameters()}
     assert [names[id(p)] for g in muon.param_groups for p in g["params"]] == ["layers.0.weight"]
-    assert sorted(names[id(p)] for g in adamw.param_groups for p in g["params"]) == ["embed.weight", "layers.0.bias"]
+    assert sorted(names[id(p)] for g in adamw.param_groups for p in g["params"]) == [
+        "embed.weight",
+        "layers.0.bias",
+    ]
 
 
 def set_gradients(model, seed):
@@ -76,8 +96,12 @@ def set_gradients(model, seed):
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_momentum_does_not_act_without_gradients(kind):
-    """Every group of the step had equal rewards: what earlier steps left in the state may not move a weight."""
-    model = torch.nn.ModuleDict(dict(embed=torch.nn.Embedding(4, 3), layers=torch.nn.ModuleList([torch.nn.Linear(3, 3)])))
+    """Every group of the step had equal rewards: what earlier steps left in the state may not move
+    a weight.
+    """
+    model = torch.nn.ModuleDict(
+        dict(embed=torch.nn.Embedding(4, 3), layers=torch.nn.ModuleList([torch.nn.Linear(3, 3)]))
+    )
     optimizer = Optimizer(model, Config(kind=kind, lr=0.1, weight_decay=0.5), steps=3)
     set_gradients(model, 0)
     start = [p.detach().clone() for p in model.parameters()]

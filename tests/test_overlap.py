@@ -1,4 +1,5 @@
 """Rewards made in a thread while groups are still being sampled: order, batches, errors."""
+
 import threading
 
 import pytest
@@ -8,12 +9,17 @@ from recr1.records import Prompt, Reward, Rollout
 
 
 def group(number: int, size: int = 3) -> list[Rollout]:
-    return [Rollout(Prompt(f"q{number}", number, "", (1,)), number, s, (number, s), (0.0, 0.0), True) for s in range(size)]
+    return [
+        Rollout(Prompt(f"q{number}", number, "", (1,)), number, s, (number, s), (0.0, 0.0), True)
+        for s in range(size)
+    ]
 
 
 @pytest.mark.parametrize("beside", [True, False])
 def test_rewards_come_in_the_order_of_the_groups(beside):
-    scored = Overlap(lambda rollouts: [Reward(10.0 * r.group + r.sibling) for r in rollouts], beside)
+    scored = Overlap(
+        lambda rollouts: [Reward(10.0 * r.group + r.sibling) for r in rollouts], beside
+    )
     for number in (2, 0, 3, 1):
         scored.submit(group(number))
     assert [r.total for r in scored.results()] == [10.0 * g + s for g in range(4) for s in range(3)]
@@ -22,7 +28,8 @@ def test_rewards_come_in_the_order_of_the_groups(beside):
 
 def test_what_waits_is_one_call_and_nothing_is_scored_twice():
     """The first call is held until all groups are there: the others then come together."""
-    calls, go = [], threading.Event()
+    calls = []
+    go = threading.Event()
 
     def score(rollouts):
         assert threading.current_thread() is not threading.main_thread()

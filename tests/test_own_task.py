@@ -1,17 +1,24 @@
-"""A task of a user's own that goes wrong, in its methods or while it is imported: one line with the method and the query."""
+"""A task of a user's own that goes wrong, in its methods or while it is imported: one line with the
+method and the query.
+"""
+
 import pytest
+from test_tasks import TITLES, rollout, scorer
 
 from recr1.config import Config, ConfigError
 from recr1.records import Prompt
 from recr1.retrieval.base import RetrieverError
 from recr1.stopping import Stopped
 from recr1.tasks.make import make
-from test_tasks import TITLES, rollout, scorer
 
 
 class Mine:
     """A task of a user's own; `change` makes a method do something else."""
-    places, needs, searches, change = ("query",), (), True, {}
+
+    places = ("query",)
+    needs = ()
+    searches = True
+    change = {}
 
     def __init__(self, rule):
         pass
@@ -36,36 +43,76 @@ class Mine:
 def fails(error):
     def method(*_):
         raise error
+
     return method
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(texts=fails(KeyError("day"))), "texts raised KeyError: 'day' for the query 'lamps'"),
-    (dict(texts=lambda *_: "lamps"), "texts returned 'lamps', must be 1 strings, one for each of query,"), (dict(texts=lambda *_: ("a", "b")), "must be 1 strings"),
-    (dict(texts=lambda *_: ("\ud800",)), "which cannot be written as JSON in UTF-8"), (dict(texts=lambda row, title: (title("nowhere"),)), "texts raised KeyError: 'nowhere'"),
-    (dict(parse=fails(ValueError("no\n\x1b[2Jlist"))), r"parse raised ValueError: no \[2Jlist for the query 'lamps'"), (dict(parse=fails(SystemExit(3))), "parse raised SystemExit: 3"),
-    (dict(parse=lambda *_: None), "parse returned None, must be"), (dict(parse=lambda *_: ("a", "b")), "must be"), (dict(parse=lambda *_: (None, 3)), "must be"),
-    (dict(parse=lambda *_: (None, "")), "must be"), (dict(parse=lambda *_: ({1, 2}, None)), r"parse returned \({1, 2}, None\), which cannot be written"),
-    (dict(parse=lambda *_: (float("nan"), None)), "which cannot be written as JSON"), (dict(raw=fails(IndexError("x"))), "raw raised IndexError"),
-    (dict(raw=lambda *_: b"x"), "raw returned b'x', which cannot"), (dict(rank=fails(RecursionError("deep"))), "rank raised RecursionError: deep for 1 queries, the first 'lamps'"),
-    (dict(rank=lambda *_: []), "a list of document ids for each of the 1 answers"), (dict(rank=lambda *_: [[3]]), "a list of document ids for each"),
-    (dict(rank=lambda *_: None), "rank returned None"), (dict(rank=lambda answers, rows, k, search: search([3], k)), "rank raised AttributeError"),
-    (dict(places="query"), "places must be a tuple of strings, is 'query'"), (dict(needs=None), "needs must be a tuple")])
-def test_a_task_of_ones_own_that_fails_is_named_with_its_method_and_query(change, message, monkeypatch):
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(texts=fails(KeyError("day"))), "texts raised KeyError: 'day' for the query 'lamps'"),
+        (
+            dict(texts=lambda *_: "lamps"),
+            "texts returned 'lamps', must be 1 strings, one for each of query,",
+        ),
+        (dict(texts=lambda *_: ("a", "b")), "must be 1 strings"),
+        (dict(texts=lambda *_: ("\ud800",)), "which cannot be written as JSON in UTF-8"),
+        (dict(texts=lambda row, title: (title("nowhere"),)), "texts raised KeyError: 'nowhere'"),
+        (
+            dict(parse=fails(ValueError("no\n\x1b[2Jlist"))),
+            r"parse raised ValueError: no \[2Jlist for the query 'lamps'",
+        ),
+        (dict(parse=fails(SystemExit(3))), "parse raised SystemExit: 3"),
+        (dict(parse=lambda *_: None), "parse returned None, must be"),
+        (dict(parse=lambda *_: ("a", "b")), "must be"),
+        (dict(parse=lambda *_: (None, 3)), "must be"),
+        (dict(parse=lambda *_: (None, "")), "must be"),
+        (
+            dict(parse=lambda *_: ({1, 2}, None)),
+            r"parse returned \({1, 2}, None\), which cannot be written",
+        ),
+        (dict(parse=lambda *_: (float("nan"), None)), "which cannot be written as JSON"),
+        (dict(raw=fails(IndexError("x"))), "raw raised IndexError"),
+        (dict(raw=lambda *_: b"x"), "raw returned b'x', which cannot"),
+        (
+            dict(rank=fails(RecursionError("deep"))),
+            "rank raised RecursionError: deep for 1 queries, the first 'lamps'",
+        ),
+        (dict(rank=lambda *_: []), "a list of document ids for each of the 1 answers"),
+        (dict(rank=lambda *_: [[3]]), "a list of document ids for each"),
+        (dict(rank=lambda *_: None), "rank returned None"),
+        (dict(rank=lambda answers, rows, k, search: search([3], k)), "rank raised AttributeError"),
+        (dict(places="query"), "places must be a tuple of strings, is 'query'"),
+        (dict(needs=None), "needs must be a tuple"),
+    ],
+)
+def test_a_task_of_ones_own_that_fails_is_named_with_its_method_and_query(
+    change, message, monkeypatch
+):
     def ask():
-        task, row = make(Config(task="test_own_task:Mine")), dict(text="lamps")
+        task = make(Config(task="test_own_task:Mine"))
+        row = dict(text="lamps")
         task.texts(row, TITLES.__getitem__)
         s = scorer(task, {"q": {"d1": 1.0}})
-        return s.measure([Prompt("q", 0, "", (), row)], [task.raw(row)]), s.score([rollout("1", row=row), rollout("", row=row)])
+        return s.measure([Prompt("q", 0, "", (), row)], [task.raw(row)]), s.score(
+            [rollout("1", row=row), rollout("", row=row)]
+        )
+
     [raw], rewards = ask()
-    assert raw["ndcg"] == 0 and [(r.answer, r.error) for r in rewards] == [(["1"], None), (None, "empty")] and rewards[0].parts["ndcg"] > 0
+    assert (
+        raw["ndcg"] == 0
+        and [(r.answer, r.error) for r in rewards] == [(["1"], None), (None, "empty")]
+        and rewards[0].parts["ndcg"] > 0
+    )
     monkeypatch.setattr(Mine, "change", change)
     with pytest.raises(ConfigError, match=message) as e:
         ask()
     assert "test_own_task:Mine" in str(e.value) and str(e.value).isprintable()
 
 
-@pytest.mark.parametrize("through", [Stopped("now"), KeyboardInterrupt(), RetrieverError("call 3 raised")])
+@pytest.mark.parametrize(
+    "through", [Stopped("now"), KeyboardInterrupt(), RetrieverError("call 3 raised")]
+)
 def test_a_stop_and_the_retrievers_own_error_pass_through_a_users_task(through, monkeypatch):
     monkeypatch.setattr(Mine, "change", dict(rank=fails(through)))
     with pytest.raises(type(through)) as e:
@@ -75,8 +122,14 @@ def test_a_stop_and_the_retrievers_own_error_pass_through_a_users_task(through, 
 
 def test_a_module_that_fails_while_it_is_imported_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name, text, said in (("typo", "def f(:\n", "SyntaxError: .*typo.py, line 1"), ("zero", "1 / 0", "ZeroDivisionError"), ("leaves", "import sys\nsys.exit(0)", "SystemExit")):
+    for name, text, said in (
+        ("typo", "def f(:\n", "SyntaxError: .*typo.py, line 1"),
+        ("zero", "1 / 0", "ZeroDivisionError"),
+        ("leaves", "import sys\nsys.exit(0)", "SystemExit"),
+    ):
         (tmp_path / f"own_{name}.py").write_text(text)
-        with pytest.raises(ConfigError, match=f"task: 'own_{name}:T' cannot be loaded: {said}") as e:
+        with pytest.raises(
+            ConfigError, match=f"task: 'own_{name}:T' cannot be loaded: {said}"
+        ) as e:
             make(Config(task=f"own_{name}:T"))
         assert "\n" not in str(e.value)

@@ -1,4 +1,7 @@
-"""recr1.kernels is found from a checkout, a wheel, an sdist and an editable install; our kernels/ does not hide Hugging Face's `kernels`."""
+"""recr1.kernels is found from a checkout, a wheel, an sdist and an editable install; our kernels/
+does not hide Hugging Face's `kernels`.
+"""
+
 import json
 import os
 import shutil
@@ -16,8 +19,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def python(code: str, cwd: Path, path: Path | None = None, executable=sys.executable) -> str:
     """Standard output of `python -c code` started in cwd, with `path` alone on PYTHONPATH."""
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ({"PYTHONPATH": str(path)} if path else {})
-    done = subprocess.run([executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | (
+        {"PYTHONPATH": str(path)} if path else {}
+    )
+    done = subprocess.run(
+        [executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -34,8 +41,12 @@ def test_checkout_from_elsewhere(tmp_path):
 
 
 def pip(*argv) -> None:
-    done = subprocess.run([sys.executable, "-m", "pip", *map(str, argv)], capture_output=True, text=True,
-                          env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1"})
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INDEX": "1"},
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -48,7 +59,7 @@ def make_wheel(source: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("source")      # a build leaves build/ and egg-info where it runs
+    folder = tmp_path_factory.mktemp("source")  # a build leaves build/ and egg-info where it runs
     for name in ("recr1", "kernels"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "README.md", "LICENSE"):
@@ -71,12 +82,26 @@ def sdist(source, tmp_path_factory) -> Path:
 
 
 def install(what: list, env: Path) -> Path:
-    """A new environment that sees this one's packages but not its recr1, with `what` installed by pip; returns its bin folder."""
+    """A new environment that sees this one's packages but not its recr1, with `what` installed by
+    pip; returns its bin folder.
+    """
     venv.create(env)
     [site] = env.glob("lib/python*/site-packages")
-    # a folder named in a .pth file is searched, but its own .pth files, such as an editable recr1's, are not read
-    (site / "borrowed.pth").write_text("".join(f"{p}\n" for p in sys.path if Path(p).name in ("site-packages", "dist-packages")))
-    pip("--python", env / "bin/python", "install", "--quiet", "--no-deps", "--no-build-isolation", "--ignore-installed", *what)
+    # a folder named in a .pth file is searched, but its own .pth files, such as an editable
+    # recr1's, are not read
+    (site / "borrowed.pth").write_text(
+        "".join(f"{p}\n" for p in sys.path if Path(p).name in ("site-packages", "dist-packages"))
+    )
+    pip(
+        "--python",
+        env / "bin/python",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--ignore-installed",
+        *what,
+    )
     return env / "bin"
 
 
@@ -91,47 +116,87 @@ def test_wheel_holds_every_source(wheel):
 def test_wheel_from_elsewhere(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     (tmp_path / "cwd").mkdir()
-    assert Path(python(WHERE, tmp_path / "cwd", tmp_path / "site")) == tmp_path / "site/recr1/kernels/logprob.py"
+    assert (
+        Path(python(WHERE, tmp_path / "cwd", tmp_path / "site"))
+        == tmp_path / "site/recr1/kernels/logprob.py"
+    )
 
 
 def test_sdist_makes_the_same_wheel(sdist, wheel, tmp_path):
     names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
-    sources = {str(p.relative_to(ROOT)) for top in ("recr1", "kernels") for p in (ROOT / top).rglob("*.py")}
+    sources = {
+        str(p.relative_to(ROOT)) for top in ("recr1", "kernels") for p in (ROOT / top).rglob("*.py")
+    }
     assert names >= sources | {"setup.py", "README.md", "LICENSE"}
     ours, theirs = (zipfile.ZipFile(path) for path in (wheel, make_wheel(sdist, tmp_path)))
     assert sorted(ours.namelist()) == sorted(theirs.namelist())
-    assert all(ours.read(name) == theirs.read(name) for name in ours.namelist() if not name.endswith("/RECORD"))
+    assert all(
+        ours.read(name) == theirs.read(name)
+        for name in ours.namelist()
+        if not name.endswith("/RECORD")
+    )
 
 
 def test_installed_wheel_runs_from_elsewhere(wheel, tmp_path):
-    """The light form of experiments/bench/wheel.sh, without the download: console script, kernels, and the bundled data's figures."""
+    """The light form of experiments/bench/wheel.sh, without the download: console script, kernels,
+    and the bundled data's figures.
+    """
     bin = install([wheel], tmp_path / "env")
     cwd = tmp_path / "cwd"
     cwd.mkdir()
-    for interpreter_cwd, where in ((cwd, tmp_path / "env"), (ROOT, ROOT)):           # from its root the checkout wins, whole
+    # from its root the checkout wins, whole
+    for interpreter_cwd, where in ((cwd, tmp_path / "env"), (ROOT, ROOT)):
         assert Path(python(WHERE, interpreter_cwd, executable=bin / "python")).is_relative_to(where)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    help = subprocess.run([bin / "recr1", "--help"], cwd=cwd, env=env, capture_output=True, text=True)
+    help = subprocess.run(
+        [bin / "recr1", "--help"], cwd=cwd, env=env, capture_output=True, text=True
+    )
     assert help.returncode == 0 and "eval-queries" in help.stdout, help.stderr
     esci = ROOT / "experiments/data/esci_small"
-    done = subprocess.run([bin / "recr1", "eval-queries", "--json", "--corpus", esci / "corpus.jsonl.gz", "--queries", esci / "test.queries.jsonl",
-                           "--qrels", esci / "test.qrels.tsv"], cwd=cwd, env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            bin / "recr1",
+            "eval-queries",
+            "--json",
+            "--corpus",
+            esci / "corpus.jsonl.gz",
+            "--queries",
+            esci / "test.queries.jsonl",
+            "--qrels",
+            esci / "test.qrels.tsv",
+        ],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["metrics"]["ndcg@100"] == pytest.approx(0.788, abs=0.005) and not list(cwd.iterdir())
+    assert json.loads(done.stdout.splitlines()[-1])["metrics"]["ndcg@100"] == pytest.approx(
+        0.788, abs=0.005
+    ) and not list(cwd.iterdir())
 
 
 def test_editable_install(source, tmp_path):
     bin = install(["--editable", source], tmp_path / "env")
     for cwd in (source, tmp_path):
         assert Path(python(WHERE, cwd, executable=bin / "python")) == source / "kernels/logprob.py"
-    assert "eval-queries" in subprocess.run([bin / "recr1", "--help"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert (
+        "eval-queries"
+        in subprocess.run(
+            [bin / "recr1", "--help"], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+    )
 
 
 def test_kernels_folder_does_not_hide_hugging_faces():
-    assert not (ROOT / "kernels/__init__.py").exists(), "it would make kernels/ win over an installed Hugging Face `kernels`"
-    code = ("from transformers import AutoModelForCausalLM, Qwen2Config\n"
-            "config = Qwen2Config(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)\n"
-            "print(type(AutoModelForCausalLM.from_config(config)).__name__)")
+    assert not (ROOT / "kernels/__init__.py").exists(), (
+        "it would make kernels/ win over an installed Hugging Face `kernels`"
+    )
+    code = (
+        "from transformers import AutoModelForCausalLM, Qwen2Config\n"
+        "config = Qwen2Config(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)\n"
+        "print(type(AutoModelForCausalLM.from_config(config)).__name__)"
+    )
     assert python(code, ROOT) == "Qwen2ForCausalLM"
 
 
@@ -139,11 +204,22 @@ def test_set_up_installs_once_for_what_is_asked(tmp_path):
     """experiments/setup_env.sh with a pip that only notes what it is asked for."""
     python = tmp_path / "bin/python"
     python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\nif [ "$2" = pip ]; then echo "$@" >>"{tmp_path}/asked"; else exec "{sys.executable}" "$@"; fi\n')
+    python.write_text(
+        f'#!/bin/sh\nif [ "$2" = pip ]; then echo "$@" >>"{tmp_path}/asked"; else exec "{sys.executable}" "$@"; fi\n'
+    )
     python.chmod(0o755)
     for extras, times in (("docs docs", 1), (" ", 1), ("dev dev docs fast", 2), (" ", 2)):
-        script = f'source "{ROOT}/experiments/setup_env.sh"; ' + "".join(f"set_up {extra}; " for extra in extras.split(" "))
-        subprocess.run(["bash", "-euc", script], env=os.environ | dict(VIRTUAL_ENV=str(tmp_path)), check=True, capture_output=True)
-        asked = [line for line in (tmp_path / "asked").read_text().splitlines() if " install " in line]
+        script = f'source "{ROOT}/experiments/setup_env.sh"; ' + "".join(
+            f"set_up {extra}; " for extra in extras.split(" ")
+        )
+        subprocess.run(
+            ["bash", "-euc", script],
+            env=os.environ | dict(VIRTUAL_ENV=str(tmp_path)),
+            check=True,
+            capture_output=True,
+        )
+        asked = [
+            line for line in (tmp_path / "asked").read_text().splitlines() if " install " in line
+        ]
         assert len(asked) == times, asked
     assert asked[0].endswith(f"-e {ROOT}[docs]") and asked[1].endswith(f"-e {ROOT}[dev]")

@@ -1,4 +1,7 @@
-"""pack and distinct: every token once, no padding, prompts once per group, budgets kept. (Their gradient: test_gradient.py.)"""
+"""pack and distinct: every token once, no padding, prompts once per group, budgets kept. (Their
+gradient: test_gradient.py.)
+"""
+
 import pytest
 import torch
 
@@ -7,19 +10,34 @@ from recr1.records import Prompt, Rollout
 
 
 def rollout(group: int, sibling: int, prompt_ids, ids, count: int = 1) -> Rollout:
-    return Rollout(Prompt(f"q{group}", group, "", tuple(prompt_ids)), group, sibling, tuple(ids), tuple(-0.25 * i for i in ids), True, count)
+    return Rollout(
+        Prompt(f"q{group}", group, "", tuple(prompt_ids)),
+        group,
+        sibling,
+        tuple(ids),
+        tuple(-0.25 * i for i in ids),
+        True,
+        count,
+    )
 
 
 # two prompts of 3 and 2 tokens; completions of 1 to 4; tokens are unique so that a mix-up shows
-SMALL = [rollout(0, 0, [1, 2, 3], [10, 11, 12]), rollout(0, 1, [1, 2, 3], [20]), rollout(1, 0, [4, 5], [30, 31]), rollout(1, 1, [4, 5], [40, 41, 42, 43], 3)]
+SMALL = [
+    rollout(0, 0, [1, 2, 3], [10, 11, 12]),
+    rollout(0, 1, [1, 2, 3], [20]),
+    rollout(1, 0, [4, 5], [30, 31]),
+    rollout(1, 1, [4, 5], [40, 41, 42, 43], 3),
+]
 
 
 def many(seed: int = 0) -> list[Rollout]:
     """12 groups of 4, prompts of 1 to 9 tokens, completions of 1 to 12, every id different."""
-    g, fresh = torch.Generator().manual_seed(seed), iter(range(10_000))
+    g = torch.Generator().manual_seed(seed)
+    fresh = iter(range(10_000))
 
     def ids(most):
         return [next(fresh) for _ in range(int(torch.randint(1, most + 1, (1,), generator=g)))]
+
     out = []
     for group in range(12):
         prompt = ids(9)
@@ -43,28 +61,39 @@ def test_a_batch_written_out():
 
 @pytest.mark.parametrize("budget", [20, 21, 40, 100, 10_000])
 def test_every_token_once_within_the_budget(budget):
-    rollouts, seen = many(), []
+    rollouts = many()
+    seen = []
     batches = pack(rollouts, budget)
     assert (len(batches) == 1) == (budget == 10_000)
     for b in batches:
-        P, R = len(b.layout.prompt_lengths), len(b.layout.completion_lengths)
+        P = len(b.layout.prompt_lengths)
+        R = len(b.layout.completion_lengths)
         assert len(b.tokens) == len(b.positions) == sum(t.sum() for t in b.layout[:2]) <= budget
         packed = b.rollout.unique_consecutive().tolist()
         assert len(packed) == len(set(packed)) == R
         seen += packed
-        assert P == len({rollouts[i].group for i in packed})                  # a prompt stands once, whatever its siblings
+        # a prompt stands once, whatever its siblings
+        assert P == len({rollouts[i].group for i in packed})
         assert b.layout.prompt_of.unique_consecutive().tolist() == list(range(P))
         prompt_end = b.layout.prompt_lengths.cumsum(0)
         at = 0
         for i, p in zip(packed, b.layout.prompt_of.tolist()):
-            r, N = rollouts[i], len(rollouts[i].ids)
-            mine, rows = slice(at, at + N), b.predict_from[at:at + N]
+            r = rollouts[i]
+            N = len(rollouts[i].ids)
+            mine = slice(at, at + N)
+            rows = b.predict_from[at : at + N]
             at += N
-            assert b.target[mine].tolist() == list(r.ids) and set(b.rollout[mine].tolist()) == {i}           # never split
-            assert b.tokens[prompt_end[p] - len(r.prompt.ids):prompt_end[p]].tolist() == list(r.prompt.ids)
-            assert rows[0] == prompt_end[p] - 1                               # siblings' first tokens: their one prompt's last row
+            # never split
+            assert b.target[mine].tolist() == list(r.ids) and set(b.rollout[mine].tolist()) == {i}
+            assert b.tokens[prompt_end[p] - len(r.prompt.ids) : prompt_end[p]].tolist() == list(
+                r.prompt.ids
+            )
+            # siblings' first tokens: their one prompt's last row
+            assert rows[0] == prompt_end[p] - 1
             assert b.tokens[rows].tolist() == [r.prompt.ids[-1], *r.ids[:-1]]
-            assert b.positions[rows].tolist() == list(range(len(r.prompt.ids) - 1, len(r.prompt.ids) - 1 + N))
+            assert b.positions[rows].tolist() == list(
+                range(len(r.prompt.ids) - 1, len(r.prompt.ids) - 1 + N)
+            )
             assert set(b.weight[mine].tolist()) == {r.count}
         assert at == len(b.target)
     assert sorted(seen) == list(range(len(rollouts)))
@@ -72,11 +101,13 @@ def test_every_token_once_within_the_budget(budget):
 
 def test_one_rollout_at_a_time_and_a_group_whole_when_it_fits():
     """Group 1 needs 2 + 1 + 3 = 6 rows, group 0 needs 3 + 2 + 0 = 5."""
+
     def shapes(budget):
         return [b.rollout.unique_consecutive().tolist() for b in pack(SMALL, budget)]
+
     assert shapes(11) == [[2, 3, 0, 1]]
     assert shapes(10) == shapes(6) == [[2, 3], [0, 1]]
-    assert shapes(5) == [[2], [3], [0, 1]]                # group 1 alone exceeds 5: its prompt is computed again
+    assert shapes(5) == [[2], [3], [0, 1]]  # group 1 alone exceeds 5: its prompt is computed again
 
 
 def test_a_rollout_over_the_budget_is_named():
@@ -89,9 +120,21 @@ def test_nothing_packs_to_nothing():
 
 
 def test_distinct_counts_siblings_of_a_group_only():
-    a = [rollout(0, 0, [1], [7, 8]), rollout(0, 1, [1], [7]), rollout(0, 2, [1], [7, 8], 2), rollout(0, 3, [1], [7, 8]),
-         rollout(1, 0, [1], [7, 8]), rollout(1, 1, [1], [9]), rollout(1, 2, [1], [9])]
+    a = [
+        rollout(0, 0, [1], [7, 8]),
+        rollout(0, 1, [1], [7]),
+        rollout(0, 2, [1], [7, 8], 2),
+        rollout(0, 3, [1], [7, 8]),
+        rollout(1, 0, [1], [7, 8]),
+        rollout(1, 1, [1], [9]),
+        rollout(1, 2, [1], [9]),
+    ]
     texts, first = distinct(a)
     assert first == [0, 1, 4, 5]
-    assert [(r.group, r.sibling, r.ids, r.count) for r in texts] == [(0, 0, (7, 8), 4), (0, 1, (7,), 1), (1, 0, (7, 8), 1), (1, 1, (9,), 2)]
+    assert [(r.group, r.sibling, r.ids, r.count) for r in texts] == [
+        (0, 0, (7, 8), 4),
+        (0, 1, (7,), 1),
+        (1, 0, (7, 8), 1),
+        (1, 1, (9,), 2),
+    ]
     assert [r.count for r in a] == [1, 1, 2, 1, 1, 1, 1]

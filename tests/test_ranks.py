@@ -1,4 +1,7 @@
-"""Any number of ranks is the same run: gradients and weights against plain autograd on one process, and whole runs by torchrun."""
+"""Any number of ranks is the same run: gradients and weights against plain autograd on one process,
+and whole runs by torchrun.
+"""
+
 import functools
 import json
 import os
@@ -7,23 +10,37 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
 import ranks
+import torch
+from test_gradient import CLIP, KL, TEMPERATURE, padded_cross_entropy, reference_gradients
+from tiny import jsonl, write_yaml
+
 from recr1 import train
 from recr1.run import guarded
 from recr1.weights import load_model
-from test_gradient import CLIP, KL, TEMPERATURE, padded_cross_entropy, reference_gradients
-from tiny import jsonl, write_yaml
 
 HERE = Path(__file__).resolve().parent
 
 
 def torchrun(n: int, *arguments: str, expect: int = 0, **env) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(n),
+        *arguments,
+    ]
     path = os.pathsep.join([str(HERE), str(HERE.parent)])
-    done = subprocess.run(command, cwd=HERE.parent, env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=path) | env, capture_output=True, text=True,
-                          timeout=900)
+    done = subprocess.run(
+        command,
+        cwd=HERE.parent,
+        env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=path) | env,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert (done.returncode == 0) == (expect == 0), done.stdout + done.stderr
     return done
 
@@ -33,7 +50,10 @@ def ours(request, tmp_path_factory) -> dict:
     """Every case's results on so many ranks: one spawn."""
     if request.param == 1:
         return {case: ranks.results(case, sharded=True) for case in ranks.CASES} | dict(
-            lessons={case: ranks.lesson(case) for case in ranks.LESSONS}, told=[ranks.one_fails()], shares=[list(range(7))])
+            lessons={case: ranks.lesson(case) for case in ranks.LESSONS},
+            told=[ranks.one_fails()],
+            shares=[list(range(7))],
+        )
     out = tmp_path_factory.mktemp("ranks") / "out.pt"
     torchrun(request.param, str(HERE / "ranks.py"), str(out))
     return torch.load(out, weights_only=True)
@@ -48,19 +68,39 @@ def error(ours: torch.Tensor, want: torch.Tensor) -> float:
     return ((ours - want).norm() / want.norm().clamp(min=1e-300)).item()
 
 
-@pytest.mark.parametrize("case", [case for case in ranks.CASES if ranks.CASES[case].compute is None and case not in ranks.PADDED])
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in ranks.CASES
+        if ranks.CASES[case].compute is None and case not in ranks.PADDED
+    ],
+)
 def test_gradient_and_weights_are_those_of_one_plain_process(ours, case):
-    ours, want = ours[case], plain(case)
+    ours = ours[case]
+    want = plain(case)
     assert ours.keys() == want.keys()
-    worst = {kind: max((error(ours[name], want[name]) for name in want if name.startswith(kind)), default=0.0) for kind in ("grad", "weight")}
-    print(f"{case}: largest ||a-b||/||b|| of a gradient {worst['grad']:.1e}, of weights after 3 steps {worst['weight']:.1e}")
+    worst = {
+        kind: max(
+            (error(ours[name], want[name]) for name in want if name.startswith(kind)), default=0.0
+        )
+        for kind in ("grad", "weight")
+    }
+    print(
+        f"{case}: largest ||a-b||/||b|| of a gradient {worst['grad']:.1e}, of weights after 3 steps {worst['weight']:.1e}"
+    )
     trained = {name.removeprefix("grad ") for name in want if name.startswith("grad")}
     still = {name.removeprefix("weight ") for name in want if name.startswith("weight")} - trained
     if case == "float64 nobody has":
         assert not trained and ours["norm"] == 0 and worst["weight"] == 0
     elif case.startswith("float64"):
         assert trained and bool(still) == bool(ranks.CASES[case].frozen)
-        assert worst["grad"] <= 1e-12 and worst["weight"] <= 1e-9 and (ours["loss"] - want["loss"]).abs() <= 1e-12       # of terms of 1
+        # of terms of 1
+        assert (
+            worst["grad"] <= 1e-12
+            and worst["weight"] <= 1e-9
+            and (ours["loss"] - want["loss"]).abs() <= 1e-12
+        )
         assert abs(ours["norm"] / want["norm"] - 1) < 1e-12
         start = ranks.tiny_model(1, **ranks.CASES[case].shape).state_dict()
         assert all(ours[f"weight {name}"].equal(start[name].double()) for name in still)
@@ -70,24 +110,32 @@ def test_gradient_and_weights_are_those_of_one_plain_process(ours, case):
 
 @pytest.mark.parametrize("case", ranks.PADDED)
 def test_shared_prompts_under_checkpointing_train_as_padded_rows(ours, case):
-    """The gradient of test_gradient.py's reference: a padded row per sibling, a mask, float64, plain autograd, one process."""
+    """The gradient of test_gradient.py's reference: a padded row per sibling, a mask, float64,
+    plain autograd, one process.
+    """
     c = ranks.CASES[case]
     cfg = ranks.settings(c)
     assert (cfg.sampling.temperature, cfg.loss.clip, cfg.loss.kl) == (TEMPERATURE, CLIP, KL)
     rollouts, rewards = ranks.rollouts_and_rewards(0, group=c.group)
     adv = ranks.advantages(rewards, cfg, c.group, torch.float64)
     policy, frozen = (ranks.tiny_model(seed, **c.shape).double() for seed in (1, 2))
-    loss, want = reference_gradients(policy, frozen, rollouts, adv, sum(len(r.ids) for r in rollouts))
+    loss, want = reference_gradients(
+        policy, frozen, rollouts, adv, sum(len(r.ids) for r in rollouts)
+    )
     errors = {name: error(ours[case][f"grad {name}"], grad) for name, grad in want.items()}
     print(f"{case}: largest ||a-b||/||b|| {max(errors.values()):.1e}")
     limit = 1e-12 if c.dtype == torch.float64 else 1e-5
     assert max(errors.values()) <= limit and abs(ours[case]["loss"] - loss) <= limit
-    assert len({len(r.prompt.ids) for r in rollouts}) > 1 and len({len(r.ids) for r in rollouts}) > 2
+    assert (
+        len({len(r.prompt.ids) for r in rollouts}) > 1 and len({len(r.ids) for r in rollouts}) > 2
+    )
 
 
 @pytest.mark.parametrize("case", ranks.AGAINST_FSDP2)
 def test_gradient_and_loss_are_those_of_torchs_fully_shard(ours, case):
-    """bfloat16: gathered weights and gradients of a rank, summed over ranks in float32 by both: equal but for the order of that sum."""
+    """bfloat16: gathered weights and gradients of a rank, summed over ranks in float32 by both:
+    equal but for the order of that sum.
+    """
     if "fsdp2" not in ours:
         pytest.skip("one process: nothing is sharded")
     want = ours["fsdp2"][case]
@@ -101,7 +149,11 @@ def test_gradient_and_loss_are_those_of_torchs_fully_shard(ours, case):
 @pytest.mark.parametrize("case", ranks.LESSONS)
 def test_sft_learns_the_mean_cross_entropy_of_all_ranks_targets(ours, case):
     """Against padded rows in float64, torch's cross_entropy and plain autograd."""
-    want_loss, want = padded_cross_entropy(ranks.tiny_model(1, tie_word_embeddings=True).double(), ranks.lesson_texts(), ranks.LESSONS[case][0])
+    want_loss, want = padded_cross_entropy(
+        ranks.tiny_model(1, tie_word_embeddings=True).double(),
+        ranks.lesson_texts(),
+        ranks.LESSONS[case][0],
+    )
     got = ours["lessons"][case]
     assert got.keys() == {*(f"grad {name}" for name in want), "loss"}
     worst = max(error(got[f"grad {name}"], grad) for name, grad in want.items())
@@ -123,7 +175,9 @@ def test_a_leak_of_gathered_weights_is_seen(ours):
 
 def test_the_budget_does_not_matter_either():
     for name, want in plain("float64").items():
-        assert error(plain("float64 small batches")[name], want) <= (1e-9 if name.startswith("weight") else 1e-12), name
+        assert error(plain("float64 small batches")[name], want) <= (
+            1e-9 if name.startswith("weight") else 1e-12
+        ), name
 
 
 def test_shares_are_the_whole_and_one_failure_is_everybodys(ours):
@@ -139,20 +193,37 @@ def world(tmp_path_factory):
 
 @pytest.mark.parametrize("n, prompts", [(2, 5), (3, 2)])
 def test_a_run_on_several_ranks_is_the_run_on_one(n, prompts, world, tmp_path):
-    """Prompts that do not divide, even fewer than ranks; the same rollouts, rewards, evaluation and, to rounding, the same policy."""
-    one, many = tmp_path / "one", tmp_path / "many"
+    """Prompts that do not divide, even fewer than ranks; the same rollouts, rewards, evaluation
+    and, to rounding, the same policy.
+    """
+    one = tmp_path / "one"
+    many = tmp_path / "many"
     argv = [world, f"train.prompts_per_step={prompts}", "train.steps=2"]
     assert guarded(train.main, [*argv, f"run.dir={one}"]) == 0
     torchrun(n, "-m", "recr1.train", *argv, f"run.dir={many}")
     assert {p.name for p in one.iterdir()} == {p.name for p in many.iterdir()}
     assert jsonl(one / "eval_before.jsonl") == jsonl(many / "eval_before.jsonl")
-    for a, b in zip(jsonl(one / "rollouts.jsonl.gz"), jsonl(many / "rollouts.jsonl.gz"), strict=True):
+    for a, b in zip(
+        jsonl(one / "rollouts.jsonl.gz"), jsonl(many / "rollouts.jsonl.gz"), strict=True
+    ):
         for key in a:
-            assert a[key] == (pytest.approx(b[key], abs=2e-3) if key.endswith(("logp", "entropy", "adv")) else b[key]), key
+            assert a[key] == (
+                pytest.approx(b[key], abs=2e-3)
+                if key.endswith(("logp", "entropy", "adv"))
+                else b[key]
+            ), key
     rows = [[json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in (one, many)]
     for a, b in zip(*rows, strict=True):
-        assert a.keys() == b.keys() and a["val_ndcg" if "val_ndcg" in a else "reward"] == b["val_ndcg" if "val_ndcg" in a else "reward"]
-        for key in a.keys() - {"seconds", "memory", "rollout_tokens_per_s", "reward_wait"} - {key for key in a if "gap" in key}:
+        assert (
+            a.keys() == b.keys()
+            and a["val_ndcg" if "val_ndcg" in a else "reward"]
+            == b["val_ndcg" if "val_ndcg" in a else "reward"]
+        )
+        for key in (
+            a.keys()
+            - {"seconds", "memory", "rollout_tokens_per_s", "reward_wait"}
+            - {key for key in a if "gap" in key}
+        ):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
     summary = json.loads((many / "summary.json").read_text())
     assert summary["world_size"] == n and summary["n_eval"] == 12
@@ -161,6 +232,16 @@ def test_a_run_on_several_ranks_is_the_run_on_one(n, prompts, world, tmp_path):
 
 
 def test_bad_input_is_one_line_on_any_number_of_ranks(world, tmp_path):
-    done = torchrun(2, "-m", "recr1.train", world, "data.corpus=nowhere.jsonl", f"run.dir={tmp_path / 'run'}", expect=1)
-    assert [line for line in done.stderr.splitlines() if line.startswith("recr1:")] == ["recr1: nowhere.jsonl: no such file; check the path, or prepare the data set first"]
+    done = torchrun(
+        2,
+        "-m",
+        "recr1.train",
+        world,
+        "data.corpus=nowhere.jsonl",
+        f"run.dir={tmp_path / 'run'}",
+        expect=1,
+    )
+    assert [line for line in done.stderr.splitlines() if line.startswith("recr1:")] == [
+        "recr1: nowhere.jsonl: no such file; check the path, or prepare the data set first"
+    ]
     assert "Traceback" not in done.stderr.split("recr1:")[0] and not (tmp_path / "run").exists()

@@ -1,4 +1,5 @@
 """The scorers and the two builds on made-up postings, against numpy."""
+
 import numpy as np
 import pytest
 
@@ -8,7 +9,9 @@ from recr1.retrieval.postings import postings
 
 
 def random_index(D: int, V: int, n: int, levels: int, seed: int) -> Index:
-    """n postings a term, impacts of few levels: many ties. Some impacts are 0 or below, as in okapi."""
+    """n postings a term, impacts of few levels: many ties. Some impacts are 0 or below, as in
+    okapi.
+    """
     rng = np.random.default_rng(seed)
     docs = [np.sort(rng.choice(D, min(D, rng.integers(n) + 1), replace=False)) for _ in range(V)]
     offsets = np.cumsum([0, *map(len, docs)])
@@ -16,27 +19,48 @@ def random_index(D: int, V: int, n: int, levels: int, seed: int) -> Index:
     return Index({}, None, None, offsets, np.concatenate(docs).astype(np.int32), impacts)
 
 
-@pytest.mark.parametrize("D, n, levels", [(200_000, 30_000, 1000), (200_000, 150_000, 3), (70_000, 50, 10**6), (65_536, 65_536, 40), (65_537, 500, 7), (3, 3, 3)])
+@pytest.mark.parametrize(
+    "D, n, levels",
+    [
+        (200_000, 30_000, 1000),
+        (200_000, 150_000, 3),
+        (70_000, 50, 10**6),
+        (65_536, 65_536, 40),
+        (65_537, 500, 7),
+        (3, 3, 3),
+    ],
+)
 def test_scorers_against_a_whole_sort(D, n, levels):
-    """Several blocks, edges of blocks, ties at the cut, thresholds that rise: the numba scorer, the torch scorer, its GPU path, and numpy."""
+    """Several blocks, edges of blocks, ties at the cut, thresholds that rise: the numba scorer, the
+    torch scorer, its GPU path, and numpy.
+    """
     found = random_index(D, 20, n, levels, D + n)
     arrays = found.offsets, found.docs, found.impacts, D
     rng = np.random.default_rng(1)
     sizes = [1, 3, 20, 0, 7]
-    terms, starts = np.concatenate([rng.choice(20, s, replace=False) for s in sizes]), np.cumsum([0, *sizes])
+    terms = np.concatenate([rng.choice(20, s, replace=False) for s in sizes])
+    starts = np.cumsum([0, *sizes])
     weights = rng.integers(1, 4, len(terms)).astype(np.float32)
-    for scorer, kind in ((numba_scorer.Scorer(*arrays), np.float64), (torch_scorer.Scorer(*arrays, at_once=2**22), np.float64), (torch_scorer.Scorer(*arrays, at_once=0), np.float32)):
+    for scorer, kind in (
+        (numba_scorer.Scorer(*arrays), np.float64),
+        (torch_scorer.Scorer(*arrays, at_once=2**22), np.float64),
+        (torch_scorer.Scorer(*arrays, at_once=0), np.float32),
+    ):
         for k in {1, min(10, D), min(1000, D), D}:
             rows, scores = scorer.top(terms, weights, starts, k)
             for q in range(5):
                 sums = np.zeros(D, kind)
-                for t, w in zip(terms[starts[q]:starts[q + 1]], weights[starts[q]:starts[q + 1]]):
+                for t, w in zip(
+                    terms[starts[q] : starts[q + 1]], weights[starts[q] : starts[q + 1]]
+                ):
                     at = slice(found.offsets[t], found.offsets[t + 1])
                     sums[found.docs[at]] += w * found.impacts[at]
                 order = np.argsort(-sums.astype(np.float32), kind="stable")[:k]
                 order = order[sums[order].astype(np.float32) > 0]
                 n = len(order)
-                assert np.array_equal(rows[q, :n], order) and np.array_equal(scores[q, :n], sums[order].astype(np.float32))
+                assert np.array_equal(rows[q, :n], order) and np.array_equal(
+                    scores[q, :n], sums[order].astype(np.float32)
+                )
                 assert (rows[q, n:] == -1).all() and (scores[q, n:] == -np.inf).all()
 
 
@@ -46,5 +70,7 @@ def test_both_builds_give_the_same_postings(D):
     lengths = rng.integers(0, 30, D)
     tokens = np.minimum(rng.zipf(1.3, lengths.sum()), 400).astype(np.int32) - 1
     order = rng.permutation(D)
-    for one, other in zip(postings(tokens, lengths, order, 450, False), postings(tokens, lengths, order, 450, True)):
+    for one, other in zip(
+        postings(tokens, lengths, order, 450, False), postings(tokens, lengths, order, 450, True)
+    ):
         assert one.dtype == other.dtype and np.array_equal(one, other)

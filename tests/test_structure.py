@@ -1,4 +1,7 @@
-"""The shape of the repository: levels of imports, sizes of files, what stands where. Nothing here runs the product."""
+"""The shape of the repository: levels of imports, sizes of files, what stands where. Nothing here
+runs the product.
+"""
+
 import ast
 import re
 import subprocess
@@ -11,11 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# An import goes to a strictly lower level. A folder is one unit: inside it files may import each other, without circles.
+# An import goes to a strictly lower level. A folder is one unit: inside it files may import each
+# other, without circles.
 LEVELS = [
     "heartbeat linear varlen terminal exits",
     "records config data dist metrics intervals answers attention kernels hub files stopping memory",
-    "draws session config_file cache model policy packing chat offload flat decode_graph named versions overlap",      # cache calls attention
+    # cache calls attention
+    "draws session config_file cache model policy packing chat offload flat decode_graph named versions overlap",
     "weights fsdp sample grpo optim footprint retrieval",
     "tasks checkpoint log plan dryrun replay",
     "evaluate report resume splits console track",
@@ -29,7 +34,9 @@ LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units.spl
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name -> file, for every source file of the package; an `__init__.py` goes by its package's name."""
+    """Dotted name -> file, for every source file of the package; an `__init__.py` goes by its
+    package's name.
+    """
     found = {}
     for top, name in ((ROOT / "recr1", "recr1"), (ROOT / "kernels", "recr1.kernels")):
         for path in top.rglob("*.py"):
@@ -55,30 +62,46 @@ def imports_of(name: str, path: Path, known: dict[str, Path]) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package.split(".")[:len(package.split(".")) - node.level + 1]) if node.level else ""
+            base = (
+                ".".join(package.split(".")[: len(package.split(".")) - node.level + 1])
+                if node.level
+                else ""
+            )
             base = ".".join(filter(None, (base, node.module)))
             # `from .a import b`: b is a module or a name inside a
-            found |= {f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names}
+            found |= {
+                f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base
+                for alias in node.names
+            }
     return {module for module in found if module.startswith("recr1.")}
 
 
 def test_imports_go_to_a_lower_level():
-    known, wrong = modules(), []
+    known = modules()
+    wrong = []
     for name, path in known.items():
         if name in ("recr1", "recr1.kernels"):
             continue
         where = path.relative_to(ROOT)
-        assert unit(name) in LEVEL, f"{where} has no level: give {unit(name)!r} the lowest that fits, in LEVELS of tests/test_structure.py"
+        assert unit(name) in LEVEL, (
+            f"{where} has no level: give {unit(name)!r} the lowest that fits, in LEVELS of tests/test_structure.py"
+        )
         for target in sorted(imports_of(name, path, known)):
             assert unit(target) in LEVEL, f"{where} imports {target}, which has no level"
             if unit(target) != unit(name) and LEVEL[unit(target)] >= LEVEL[unit(name)]:
-                wrong.append(f"{where} (level {LEVEL[unit(name)]}) imports {target} (level {LEVEL[unit(target)]})")
+                wrong.append(
+                    f"{where} (level {LEVEL[unit(name)]}) imports {target} (level {LEVEL[unit(target)]})"
+                )
     assert not wrong, "imports that do not go to a lower level:\n" + "\n".join(wrong)
 
 
 def test_no_circles_inside_a_folder():
     known = modules()
-    inside = {name: {t for t in imports_of(name, path, known) if unit(t) == unit(name)} for name, path in known.items() if name != "recr1"}
+    inside = {
+        name: {t for t in imports_of(name, path, known) if unit(t) == unit(name)}
+        for name, path in known.items()
+        if name != "recr1"
+    }
     try:
         TopologicalSorter(inside).prepare()
     except CycleError as e:
@@ -94,18 +117,30 @@ def run_at_import(node: ast.AST):
 
 
 def test_nothing_imports_triton_or_transformers_at_import_time():
-    """The CPU path runs without Triton; transformers' models take seconds to import, which every rank would wait for."""
+    """The CPU path runs without Triton; transformers' models take seconds to import, which every
+    rank would wait for.
+    """
     for path in modules().values():
         for node in run_at_import(parse(path)):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             found = {"triton", "transformers"} & {name.split(".")[0] for name in names}
-            assert not found, f"{path.relative_to(ROOT)}:{node.lineno} imports {found} at import time: import it in the function that needs it"
+            assert not found, (
+                f"{path.relative_to(ROOT)}:{node.lineno} imports {found} at import time: import it in the function that needs it"
+            )
 
 
 def test_every_module_imports_without_the_optional_packages():
-    script = ("import importlib, sys\n"
-              "for name in ('triton', 'faiss', 'flash_attn', 'numba'): sys.modules[name] = None\n"
-              f"for name in {sorted(modules())!r}: importlib.import_module(name)\n")
+    script = (
+        "import importlib, sys\n"
+        "for name in ('triton', 'faiss', 'flash_attn', 'numba'): sys.modules[name] = None\n"
+        f"for name in {sorted(modules())!r}: importlib.import_module(name)\n"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -115,22 +150,46 @@ def lines(path: Path) -> int:
 
 
 def test_top_level_holds_nothing_else():
-    git = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True) \
-        if (ROOT / ".git").exists() else None
+    git = (
+        subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        if (ROOT / ".git").exists()
+        else None
+    )
     if git and git.returncode == 0:
         found = {line.split("/")[0].strip('"') for line in git.stdout.splitlines()}
-    else:   # an unpacked archive: without .gitignore's help, what builds and runs leave is named here
-        found = {p.name for p in ROOT.iterdir() if p.name not in ("build", "dist", "runs", "__pycache__") and p.suffix != ".egg-info"}
-    extra = {name for name in found if not name.startswith(".")} - set("recr1 kernels experiments tests setup.py README.md LICENSE".split())
+    else:
+        # an unpacked archive: without .gitignore's help, what builds and runs leave is named here
+        found = {
+            p.name
+            for p in ROOT.iterdir()
+            if p.name not in ("build", "dist", "runs", "__pycache__") and p.suffix != ".egg-info"
+        }
+    extra = {name for name in found if not name.startswith(".")} - set(
+        "recr1 kernels experiments tests setup.py README.md LICENSE".split()
+    )
     assert not extra, f"at the top level and not allowed there: {sorted(extra)}"
 
 
 def test_readme_file_map_is_true():
-    """Rows `| `path` | lines | ...`: the path exists and the count is right within 10% or 10 lines; a folder counts its .py files."""
-    rows = re.findall(r"^\|\s*`([^`]+)`\s*\|\s*([\d,]+)\s*\|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    """Rows `| `path` | lines | ...`: the path exists and the count is right within 10% or 10 lines;
+    a folder counts its .py files.
+    """
+    rows = re.findall(
+        r"^\|\s*`([^`]+)`\s*\|\s*([\d,]+)\s*\|",
+        (ROOT / "README.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
     assert rows, "README.md has no file map: rows of the form | `recr1/model.py` | 190 | ... |"
     for name, count in rows:
-        path, said = ROOT / name, int(count.replace(",", ""))
+        path = ROOT / name
+        said = int(count.replace(",", ""))
         assert path.exists(), f"README.md: {name} does not exist"
         true = lines(path) if path.is_file() else sum(map(lines, path.rglob("*.py")))
-        assert abs(said - true) <= max(10, 0.1 * true), f"README.md: {name} is said to have {said} lines, has {true}"
+        assert abs(said - true) <= max(10, 0.1 * true), (
+            f"README.md: {name} is said to have {said} lines, has {true}"
+        )

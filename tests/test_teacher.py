@@ -1,4 +1,7 @@
-"""SFT's two teachers: the best of the policy's own samples by an independent recount, and a file with all that can be wrong in it."""
+"""SFT's two teachers: the best of the policy's own samples by an independent recount, and a file
+with all that can be wrong in it.
+"""
+
 import gzip
 import json
 import math
@@ -6,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import jsonl, refused, runs_of, tiny_tokenizer, write_sft_yaml
 
-from recr1 import config_file as configs
-from recr1 import sft
+from recr1 import config_file as configs, sft
 from recr1.answers import parse_query
 from recr1.chat import Chat
 from recr1.data import is_validation, read_qrels, read_queries
@@ -18,7 +21,6 @@ from recr1.retrieval.make import directory_of, make
 from recr1.run import guarded
 from recr1.sample import generate
 from recr1.weights import load_model
-from tiny import jsonl, refused, runs_of, tiny_tokenizer, write_sft_yaml
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,11 @@ def run(world, tmp_path_factory):
 def prompts_of(cfg) -> list[Prompt]:
     """Of the train split, as a run makes them."""
     chat = Chat(tiny_tokenizer(), cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
-    queries = {id: text for id, text in read_queries(cfg.data.train_queries)[0].items() if not is_validation(id)}
+    queries = {
+        id: text
+        for id, text in read_queries(cfg.data.train_queries)[0].items()
+        if not is_validation(id)
+    }
     return [Prompt(id, i, text, chat.prompt(text)) for i, (id, text) in enumerate(queries.items())]
 
 
@@ -42,52 +48,101 @@ def prompts_of(cfg) -> list[Prompt]:
 
 
 def test_self_keeps_the_best_of_each_prompts_samples(run, world):
-    """Each prompt sampled again alone, searched and scored by the formula written out; the choice by a plain loop."""
-    cfg, tokenizer = configs.load(world, []), tiny_tokenizer()
-    retriever, _ = make(cfg.retriever)(cfg.data.corpus, "stop", directory_of(cfg.retriever, run()), print)
-    qrels, stops = read_qrels(cfg.data.train_qrels)[0], frozenset([tokenizer.eos_token_id])
+    """Each prompt sampled again alone, searched and scored by the formula written out; the choice
+    by a plain loop.
+    """
+    cfg = configs.load(world, [])
+    tokenizer = tiny_tokenizer()
+    retriever, _ = make(cfg.retriever)(
+        cfg.data.corpus, "stop", directory_of(cfg.retriever, run()), print
+    )
+    qrels = read_qrels(cfg.data.train_qrels)[0]
+    stops = frozenset([tokenizer.eos_token_id])
 
     def ndcg(id, query):
-        gains = [qrels[id].get(retriever.doc_ids[d], 0.0) for d in retriever.search([query], cfg.reward.k_train)[0][0].tolist() if d >= 0]
+        gains = [
+            qrels[id].get(retriever.doc_ids[d], 0.0)
+            for d in retriever.search([query], cfg.reward.k_train)[0][0].tolist()
+            if d >= 0
+        ]
         ideal = sorted(qrels[id].values(), reverse=True)
-        return sum(g / math.log2(i + 2) for i, g in enumerate(gains)) / sum(g / math.log2(i + 2) for i, g in enumerate(ideal))
-    policy, lines, unusable = load_model(cfg.model.path), jsonl(run() / "teacher.jsonl"), 0
+        return sum(g / math.log2(i + 2) for i, g in enumerate(gains)) / sum(
+            g / math.log2(i + 2) for i, g in enumerate(ideal)
+        )
+
+    policy = load_model(cfg.model.path)
+    lines = jsonl(run() / "teacher.jsonl")
+    unusable = 0
     prompts = prompts_of(cfg)
     assert [line["id"] for line in lines] == [p.id for p in prompts]
     for p, line in zip(prompts, lines):
-        samples, usable = generate(policy, [p], 4, 1.0, 20, stops, uniforms(0, 0, np.array([p.index]), 4, 20)), []
+        samples = generate(
+            policy, [p], 4, 1.0, 20, stops, uniforms(0, 0, np.array([p.index]), 4, 20)
+        )
+        usable = []
         for r in samples:
             text = tokenizer.decode(r.ids[:-1] if r.ids[-1] in stops else r.ids)
             query, wrong = parse_query(text)
             reward = -1.0 if wrong else ndcg(p.id, query)
             assert line["rewards"][r.sibling] == pytest.approx(reward, abs=1e-9)
             if r.ids[-1] in stops and not wrong:
-                usable.append((round(reward, 9), sum(r.sampler_logp), -r.sibling, text, list(r.ids)))
+                usable.append(
+                    (round(reward, 9), sum(r.sampler_logp), -r.sibling, text, list(r.ids))
+                )
         assert line["raw"] == pytest.approx(ndcg(p.id, p.text), abs=1e-9)
         if not usable:
             assert line["error"]
             unusable += 1
             continue
         best = max(usable)
-        assert (line["error"], line["sibling"], line["text"], line["ids"]) == (None, -best[2], best[3], best[4])
+        assert (line["error"], line["sibling"], line["text"], line["ids"]) == (
+            None,
+            -best[2],
+            best[3],
+            best[4],
+        )
         assert line["reward"] == line["score"] == pytest.approx(best[0], abs=1e-8)
     assert unusable and len({line["sibling"] for line in lines}) == 4
-    ties = [line for line in lines if line["error"] is None and line["rewards"].count(line["reward"]) > 1]
-    assert any(line["rewards"].index(line["reward"]) != line["sibling"] for line in ties)          # the likeliest, not the first
+    ties = [
+        line
+        for line in lines
+        if line["error"] is None and line["rewards"].count(line["reward"]) > 1
+    ]
+    # the likeliest, not the first
+    assert any(line["rewards"].index(line["reward"]) != line["sibling"] for line in ties)
 
 
-@pytest.mark.parametrize("keep, least", [("all", 0.4), ("no_worse", 0.0), ("better", 0.0), ("better", 0.5)])
+@pytest.mark.parametrize(
+    "keep, least", [("all", 0.4), ("no_worse", 0.0), ("better", 0.0), ("better", 0.5)]
+)
 def test_the_rule_of_what_is_kept(keep, least, run):
-    folder = run(f"sft.keep={keep}", f"sft.least={least}", "train.prompts_per_step=2", "train.steps=1", "train.eval_every=0")
+    folder = run(
+        f"sft.keep={keep}",
+        f"sft.least={least}",
+        "train.prompts_per_step=2",
+        "train.steps=1",
+        "train.eval_every=0",
+    )
     lines = jsonl(folder / "teacher.jsonl")
-    want = [line for line in lines if not line["error"] and line["score"] >= least and
-            {"all": True, "no_worse": line["score"] >= line["raw"], "better": line["score"] > line["raw"]}[keep]]
+    want = [
+        line
+        for line in lines
+        if not line["error"]
+        and line["score"] >= least
+        and {
+            "all": True,
+            "no_worse": line["score"] >= line["raw"],
+            "better": line["score"] > line["raw"],
+        }[keep]
+    ]
     assert lines == jsonl(run() / "teacher.jsonl") and 0 < len(want) < len(lines)
     assert json.loads((folder / "summary.json").read_text())["teacher"]["kept"] == len(want)
 
 
 def test_too_few_kept_is_said(world, tmp_path, capsys):
-    assert "0 of 56 texts are kept" in refused([world, "sft.least=2", f"run.dir={tmp_path / 'run'}"], capsys, sft.main)
+    assert "0 of 56 texts are kept" in refused(
+        [world, "sft.least=2", f"run.dir={tmp_path / 'run'}"], capsys, sft.main
+    )
 
 
 def test_its_lines_teach_another_run_the_same(run):
@@ -105,12 +160,17 @@ def weights(folder: Path) -> bytes:
 
 
 def answer(query: str) -> str:
-    return f'</think><answer>{json.dumps(dict(query=query))}</answer>'
+    return f"</think><answer>{json.dumps(dict(query=query))}</answer>"
 
 
 def teacher(world, path: Path, *lines: str) -> str:
-    """A file of `lines` before one good answer to every train query, its first word; the override that names it."""
-    good = [json.dumps(dict(id=p.id, text=answer(p.text.split()[0]))) for p in prompts_of(configs.load(world, []))]
+    """A file of `lines` before one good answer to every train query, its first word; the override
+    that names it.
+    """
+    good = [
+        json.dumps(dict(id=p.id, text=answer(p.text.split()[0])))
+        for p in prompts_of(configs.load(world, []))
+    ]
     text = "".join(line + "\n" for line in (*lines, *good)).encode()
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
     return f"sft.teacher={path}"
@@ -118,25 +178,49 @@ def teacher(world, path: Path, *lines: str) -> str:
 
 def test_a_file_is_learnt(world, tmp_path, capsys):
     """Every query answered by its first word: the loss falls, the policy comes to answer so."""
-    argv = [world, teacher(world, tmp_path / "t.jsonl.gz"), "train.steps=100", "sft.epochs=40", "train.prompts_per_step=14", "train.eval_every=0",
-            "optimizer.lr=0.01", f"run.dir={tmp_path / 'run'}"]
+    argv = [
+        world,
+        teacher(world, tmp_path / "t.jsonl.gz"),
+        "train.steps=100",
+        "sft.epochs=40",
+        "train.prompts_per_step=14",
+        "train.eval_every=0",
+        "optimizer.lr=0.01",
+        f"run.dir={tmp_path / 'run'}",
+    ]
     assert guarded(sft.main, argv) == 0
     rows = jsonl(tmp_path / "run/metrics.jsonl")
-    assert len(rows) == 40 * (56 // 14) and rows[-1]["epoch"] == 40 and rows[-1]["loss"] < 0.2 * rows[0]["loss"]
+    assert (
+        len(rows) == 40 * (56 // 14)
+        and rows[-1]["epoch"] == 40
+        and rows[-1]["loss"] < 0.2 * rows[0]["loss"]
+    )
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["after_minus_before"] > 0 and summary["loop"] == "sft" and summary["steps"] == len(rows) and "max_logprob_gap" not in summary
-    assert summary["teacher"]["score"] > 0 < summary["teacher"]["raw"] and summary["memory"]["predicted"] is None
+    assert (
+        summary["after_minus_before"] > 0
+        and summary["loop"] == "sft"
+        and summary["steps"] == len(rows)
+        and "max_logprob_gap" not in summary
+    )
+    assert (
+        summary["teacher"]["score"] > 0 < summary["teacher"]["raw"]
+        and summary["memory"]["predicted"] is None
+    )
     tokenizer = tiny_tokenizer()
-    for line, p in zip(jsonl(tmp_path / "run/teacher.jsonl"), prompts_of(configs.load(world, [])), strict=True):
+    for line, p in zip(
+        jsonl(tmp_path / "run/teacher.jsonl"), prompts_of(configs.load(world, [])), strict=True
+    ):
         assert line["ids"] == [*tokenizer(line["text"])["input_ids"], tokenizer.eos_token_id]
         assert line["text"] == answer(p.text.split()[0])
     out = capsys.readouterr().out
-    assert "56 texts, 56 kept" in out and "nothing is sampled, sampling.group_size are not read" in out
+    assert (
+        "56 texts, 56 kept" in out and "nothing is sampled, sampling.group_size are not read" in out
+    )
 
 
 VALIDATION = next(f"train{i}" for i in range(60) if is_validation(f"train{i}"))
 GOOD = answer("lamp")
-BAD = {   # line 1 of the file -> what is said of it
+BAD = {  # line 1 of the file -> what is said of it
     "unknown id": (dict(id="nobody", text=GOOD), "'nobody' is no train query of this run"),
     "no text": (dict(id="train0"), "no key 'text'"),
     "not a string": (dict(id="train0", text=[1]), "'text' is a list"),
@@ -151,34 +235,77 @@ def test_a_bad_line_stops_the_run_or_is_left_out(name, world, tmp_path, capsys):
     line, message = BAD[name]
     override = teacher(world, tmp_path / "t.jsonl", json.dumps(line) if line else "")
     said = refused([world, override, f"run.dir={tmp_path / 'run'}"], capsys, sft.main)
-    assert f"{tmp_path}/t.jsonl:1: " in said and message in said and not (tmp_path / "run/teacher.jsonl").exists()
-    argv = [world, override, "data.on_bad_line=drop", "train.steps=1", "train.eval_every=0", f"run.dir={tmp_path / 'drop'}"]
+    assert (
+        f"{tmp_path}/t.jsonl:1: " in said
+        and message in said
+        and not (tmp_path / "run/teacher.jsonl").exists()
+    )
+    argv = [
+        world,
+        override,
+        "data.on_bad_line=drop",
+        "train.steps=1",
+        "train.eval_every=0",
+        f"run.dir={tmp_path / 'drop'}",
+    ]
     assert guarded(sft.main, argv) == 0
     out = capsys.readouterr().out
-    assert "1 lines of the teacher left out" in out and message in out and len(jsonl(tmp_path / "drop/teacher.jsonl")) == 56
+    assert (
+        "1 lines of the teacher left out" in out
+        and message in out
+        and len(jsonl(tmp_path / "drop/teacher.jsonl")) == 56
+    )
 
 
-@pytest.mark.parametrize("id, drop", [(VALIDATION, "stop"), (VALIDATION, "drop"), ("test3", "drop")])
+@pytest.mark.parametrize(
+    "id, drop", [(VALIDATION, "stop"), (VALIDATION, "drop"), ("test3", "drop")]
+)
 def test_answers_to_what_is_held_out_are_a_leak(id, drop, world, tmp_path, capsys):
     override = teacher(world, tmp_path / "t.jsonl", json.dumps(dict(id=id, text=GOOD)))
-    said = refused([world, override, f"data.on_bad_line={drop}", f"run.dir={tmp_path / 'run'}"], capsys, sft.main)
+    said = refused(
+        [world, override, f"data.on_bad_line={drop}", f"run.dir={tmp_path / 'run'}"],
+        capsys,
+        sft.main,
+    )
     assert f"t.jsonl:1: '{id}' is a validation or test query" in said and "leak" in said
 
 
 def test_what_cannot_be_parsed_or_stands_twice_is_counted_and_said(world, tmp_path, capsys):
-    rows = [dict(id="train0", text="no answer"), dict(id="train0", text=GOOD), dict(id="train0", text=GOOD), dict(id="train1", text="x", error="unfinished"),
-            dict(id="train2", text=GOOD, ids=[1, 2, 3])]
-    argv = [world, teacher(world, tmp_path / "t.jsonl", *map(json.dumps, rows)), "train.steps=1", "train.eval_every=0", f"run.dir={tmp_path / 'run'}"]
+    rows = [
+        dict(id="train0", text="no answer"),
+        dict(id="train0", text=GOOD),
+        dict(id="train0", text=GOOD),
+        dict(id="train1", text="x", error="unfinished"),
+        dict(id="train2", text=GOOD, ids=[1, 2, 3]),
+    ]
+    argv = [
+        world,
+        teacher(world, tmp_path / "t.jsonl", *map(json.dumps, rows)),
+        "train.steps=1",
+        "train.eval_every=0",
+        f"run.dir={tmp_path / 'run'}",
+    ]
     assert guarded(sft.main, argv) == 0
     out = capsys.readouterr().out
-    assert "2 lines of the teacher left out, first: " in out and "t.jsonl:3: 'train0' had the same text before" in out
+    assert (
+        "2 lines of the teacher left out, first: " in out
+        and "t.jsonl:3: 'train0' had the same text before" in out
+    )
     assert "'ids' of 1 lines of the teacher do not spell their text" in out
     assert "59 texts, 58 kept" in out and "nothing to learn from 1 {'no_think_end': 1}" in out
-    assert json.loads((tmp_path / "run/summary.json").read_text())["teacher"]["errors"] == {"no_think_end": 1}
+    assert json.loads((tmp_path / "run/summary.json").read_text())["teacher"]["errors"] == {
+        "no_think_end": 1
+    }
 
 
-@pytest.mark.parametrize("text, message", [(None, "no such file"), (b"", "the file is empty"), (b"\n", "empty line")])
+@pytest.mark.parametrize(
+    "text, message", [(None, "no such file"), (b"", "the file is empty"), (b"\n", "empty line")]
+)
 def test_no_teacher_in_the_file(text, message, world, tmp_path, capsys):
     if text is not None:
         (tmp_path / "t.jsonl").write_bytes(text)
-    assert message in refused([world, f"sft.teacher={tmp_path / 't.jsonl'}", f"run.dir={tmp_path / 'run'}"], capsys, sft.main)
+    assert message in refused(
+        [world, f"sft.teacher={tmp_path / 't.jsonl'}", f"run.dir={tmp_path / 'run'}"],
+        capsys,
+        sft.main,
+    )

@@ -1,4 +1,7 @@
-"""A small world for tests: tokenizer, policy, corpus and config, made in memory or written into a folder in well under a second."""
+"""A small world for tests: tokenizer, policy, corpus and config, made in memory or written into a
+folder in well under a second.
+"""
+
 from __future__ import annotations
 
 import functools
@@ -24,8 +27,10 @@ if TYPE_CHECKING:
 
 ROLES = ["<|endoftext|>", "<|end|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CONTRACT = ["<think>", "</think>", "<answer>", "</answer>", '{"query": "', '"}']
-TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 COLOURS = ["red", "green", "blue", "black", "white"]
 THINGS = ["lamp", "chair", "table", "shirt", "kettle", "guitar", "camera", "bicycle"]
 MORE = "find buy the a cheap good for my house and with old new small big naïve café ユーザー 12 345 don't Assistant: user".split()
@@ -35,40 +40,77 @@ MORE = "find buy the a cheap good for my house and with old new small big naïve
 def vocabulary():
     core = Qwen2Tokenizer()._tokenizer
     texts = [f"a {c} {t} {m}" for c in COLOURS for t in THINGS for m in MORE]
-    core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400 - len(ROLES) - len(CONTRACT), show_progress=False,
-                                                        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    core.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=400 - len(ROLES) - len(CONTRACT),
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     model = json.loads(core.to_str())["model"]
     return model["vocab"], [tuple(m) for m in model["merges"]]
 
 
 def tiny_tokenizer() -> Qwen2Tokenizer:
-    """Qwen2's byte-level BPE over about 400 ids; roles are special tokens, the answer contract's pieces are added but not special."""
+    """Qwen2's byte-level BPE over about 400 ids; roles are special tokens, the answer contract's
+    pieces are added but not special.
+    """
     vocab, merges = vocabulary()
-    tokenizer = Qwen2Tokenizer(vocab=dict(vocab), merges=list(merges), unk_token=ROLES[0], pad_token=ROLES[0], eos_token="<|end|>")
+    tokenizer = Qwen2Tokenizer(
+        vocab=dict(vocab),
+        merges=list(merges),
+        unk_token=ROLES[0],
+        pad_token=ROLES[0],
+        eos_token="<|end|>",
+    )
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in ROLES])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in CONTRACT])
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 
 
-FAMILIES = {    # overrides of tiny_config, each with what only this family has
+FAMILIES = {  # overrides of tiny_config, each with what only this family has
     "qwen2": dict(family="qwen2"),
     "qwen3": dict(family="qwen3", head_dim=16, tie_word_embeddings=True),
     # of the six pairs one turns more than 4 times in 48 positions, one between, four less than once
-    "llama": dict(family="llama", rope_scaling=RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                                                           original_max_position_embeddings=48)),
+    "llama": dict(
+        family="llama",
+        rope_scaling=RopeScaling(
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=48,
+        ),
+    ),
 }
 
 
 def tiny_config(**overrides) -> ModelConfig:
-    base = dict(family="qwen2", vocab_size=len(tiny_tokenizer()), hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None,
-                tie_word_embeddings=False, max_position_embeddings=512)
+    base = dict(
+        family="qwen2",
+        vocab_size=len(tiny_tokenizer()),
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        tie_word_embeddings=False,
+        max_position_embeddings=512,
+    )
     return ModelConfig(**base | overrides)
 
 
-def tiny_model(seed: int = 0, std: float = 0.2, reachable: int | None = None, **overrides) -> Decoder:
-    """Random weights, none of them at a value that hides a missing term: biases are not 0, norms not 1."""
+def tiny_model(
+    seed: int = 0, std: float = 0.2, reachable: int | None = None, **overrides
+) -> Decoder:
+    """Random weights, none of them at a value that hides a missing term: biases are not 0, norms
+    not 1.
+    """
     model = Decoder(tiny_config(**overrides), reachable)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -81,11 +123,19 @@ def tiny_model(seed: int = 0, std: float = 0.2, reachable: int | None = None, **
 
 def oracle(model: Decoder) -> PreTrainedModel:
     """transformers' model with the same shape and weights. Its own generation settings are cleared."""
-    from transformers import AutoConfig, AutoModelForCausalLM          # seconds, which a rank of a torchrun job does not wait for
+    # seconds, which a rank of a torchrun job does not wait for
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     c = asdict(model.config)
-    family, scaling = c.pop("family"), c.pop("rope_scaling")
-    rope = dict(rope_theta=c.pop("rope_theta"), **(dict(rope_type="llama3", **scaling) if scaling else dict(rope_type="default")))
-    config = AutoConfig.for_model(family, **c, rope_parameters=rope, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    family = c.pop("family")
+    scaling = c.pop("rope_scaling")
+    rope = dict(
+        rope_theta=c.pop("rope_theta"),
+        **(dict(rope_type="llama3", **scaling) if scaling else dict(rope_type="default")),
+    )
+    config = AutoConfig.for_model(
+        family, **c, rope_parameters=rope, bos_token_id=None, eos_token_id=None, pad_token_id=None
+    )
     theirs = AutoModelForCausalLM.from_config(config)
     state = dict(model.state_dict())
     if c["tie_word_embeddings"]:
@@ -95,22 +145,41 @@ def oracle(model: Decoder) -> PreTrainedModel:
 
 
 def answering_model(seed: int = 0, **overrides) -> Decoder:
-    """A random model that mostly writes well-formed answers of the corpus' words: rewards differ between siblings."""
-    model, tokenizer = tiny_model(seed, std=0.05, **overrides), tiny_tokenizer()
+    """A random model that mostly writes well-formed answers of the corpus' words: rewards differ
+    between siblings.
+    """
+    model = tiny_model(seed, std=0.05, **overrides)
+    tokenizer = tiny_tokenizer()
     think, close_think, answer, close_answer, start, end = tokenizer.convert_tokens_to_ids(CONTRACT)
     words = [tokenizer(" " + w)["input_ids"][0] for w in COLOURS + THINGS]
-    follows = [(think, [close_think], 9.0), (close_think, [answer], 9.0), (answer, [start], 9.0), (start, words, 8.0),
-               (end, [close_answer], 9.0), (close_answer, [tokenizer.eos_token_id], 9.0)]
+    follows = [
+        (think, [close_think], 9.0),
+        (close_think, [answer], 9.0),
+        (answer, [start], 9.0),
+        (start, words, 8.0),
+        (end, [close_answer], 9.0),
+        (close_answer, [tokenizer.eos_token_id], 9.0),
+    ]
     follows += [(w, words, 5.0) for w in words] + [(w, [end], 8.0) for w in words]
     with torch.no_grad():
-        embed = model.model.embed_tokens.weight.normal_(0, 1, generator=torch.Generator().manual_seed(seed))
-        for a, nexts, logit in follows:                  # hidden is close to embed[a] of length sqrt(C): logit(next) is about `logit`
+        embed = model.model.embed_tokens.weight.normal_(
+            0, 1, generator=torch.Generator().manual_seed(seed)
+        )
+        # hidden is close to embed[a] of length sqrt(C): logit(next) is about `logit`
+        for a, nexts, logit in follows:
             model.lm_head.weight[nexts] += logit * embed[a] / embed[a].norm() ** 2
     return model
 
 
 def save(model: Decoder, folder, tokenizer=None, stops=frozenset([5]), **settings) -> None:
-    save_model(model.config, model.state_dict().items(), tokenizer or tiny_tokenizer(), stops, str(folder), **settings)
+    save_model(
+        model.config,
+        model.state_dict().items(),
+        tokenizer or tiny_tokenizer(),
+        stops,
+        str(folder),
+        **settings,
+    )
 
 
 def write_policy(folder, seed: int = 0, **overrides) -> str:
@@ -121,34 +190,68 @@ def write_policy(folder, seed: int = 0, **overrides) -> str:
 
 
 def write_data(folder) -> dict[str, str]:
-    """40 products, each a colour and a thing; 60 train and 12 test queries, whose judgements are the products of that colour and thing."""
+    """40 products, each a colour and a thing; 60 train and 12 test queries, whose judgements are
+    the products of that colour and thing.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pairs = [(c, t) for c in COLOURS for t in THINGS]
-    docs = [dict(id=f"d{i}", title=f"{c} {t}", text=f"a {MORE[i % len(MORE)]} {t} for my house") for i, (c, t) in enumerate(pairs)]
-    paths = {key: str(folder / name) for key, name in dict(corpus="corpus.jsonl", train_queries="train.queries.jsonl", train_qrels="train.qrels.tsv",
-                                                           test_queries="test.queries.jsonl", test_qrels="test.qrels.tsv").items()}
+    docs = [
+        dict(id=f"d{i}", title=f"{c} {t}", text=f"a {MORE[i % len(MORE)]} {t} for my house")
+        for i, (c, t) in enumerate(pairs)
+    ]
+    paths = {
+        key: str(folder / name)
+        for key, name in dict(
+            corpus="corpus.jsonl",
+            train_queries="train.queries.jsonl",
+            train_qrels="train.qrels.tsv",
+            test_queries="test.queries.jsonl",
+            test_qrels="test.qrels.tsv",
+        ).items()
+    }
 
     def write(key, lines):
         Path(paths[key]).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
     write("corpus", (json.dumps(doc, ensure_ascii=False) for doc in docs))
     for split, n, step in (("train", 60, 7), ("test", 12, 11)):
         rows = [(f"{split}{i}", i * step % len(pairs)) for i in range(n)]
-        write(f"{split}_queries", (json.dumps(dict(id=q, text=f"{pairs[d][i % 2]} {MORE[i % len(MORE)]}"), ensure_ascii=False) for i, (q, d) in enumerate(rows)))
+        write(
+            f"{split}_queries",
+            (
+                json.dumps(
+                    dict(id=q, text=f"{pairs[d][i % 2]} {MORE[i % len(MORE)]}"), ensure_ascii=False
+                )
+                for i, (q, d) in enumerate(rows)
+            ),
+        )
         write(f"{split}_qrels", (f"{q}\td{d}\t{1 + i % 3}" for i, (q, d) in enumerate(rows)))
-    assert any(is_validation(f"train{i}") for i in range(60)) and not all(is_validation(f"train{i}") for i in range(60))
+    assert any(is_validation(f"train{i}") for i in range(60)) and not all(
+        is_validation(f"train{i}") for i in range(60)
+    )
     return paths
 
 
 def write_yaml(folder, **dotted_overrides) -> str:
-    """A config of three quick GRPO steps, with its policy and data beside it. Overrides: write_yaml(f, **{"train.steps": 2})."""
+    """A config of three quick GRPO steps, with its policy and data beside it. Overrides:
+    write_yaml(f, **{"train.steps": 2}).
+    """
     folder = Path(folder)
     tree = dict(
-        task="product_search", run=dict(dir=str(folder / "run"), seed=0, threads=1), model=dict(path=write_policy(folder / "policy")),
-        data=write_data(folder / "data"), retriever=dict(index_dir=str(folder / "index")), prompt=dict(user="find: {query}", max_tokens=64),
-        reward=dict(k_train=20, k_eval=10, bonus=0.0, miss=0.0, unparsable=-1.0), sampling=dict(group_size=4, temperature=1.0, max_new_tokens=12),
-        loss=dict(std_floor=0.1), optimizer=dict(lr=1e-3, weight_decay=0.0),
-        train=dict(steps=3, prompts_per_step=4, tokens_per_micro_batch=256, eval_every=2), log=dict(tokens_every=2))
+        task="product_search",
+        run=dict(dir=str(folder / "run"), seed=0, threads=1),
+        model=dict(path=write_policy(folder / "policy")),
+        data=write_data(folder / "data"),
+        retriever=dict(index_dir=str(folder / "index")),
+        prompt=dict(user="find: {query}", max_tokens=64),
+        reward=dict(k_train=20, k_eval=10, bonus=0.0, miss=0.0, unparsable=-1.0),
+        sampling=dict(group_size=4, temperature=1.0, max_new_tokens=12),
+        loss=dict(std_floor=0.1),
+        optimizer=dict(lr=1e-3, weight_decay=0.0),
+        train=dict(steps=3, prompts_per_step=4, tokens_per_micro_batch=256, eval_every=2),
+        log=dict(tokens_every=2),
+    )
     for key, value in dotted_overrides.items():
         *sections, last = key.split(".")
         node = tree
@@ -166,18 +269,26 @@ def write_sft_yaml(folder, **dotted_overrides) -> str:
 
 
 def runs_of(main, config: str, folders) -> Callable[..., Path]:
-    """run(overrides...) -> the folder of a finished run of the config; the same overrides run once, `again=1` once more. folders: tmp_path_factory."""
+    """run(overrides...) -> the folder of a finished run of the config; the same overrides run once,
+    `again=1` once more. folders: tmp_path_factory.
+    """
+
     @functools.cache
     def run(*overrides, again=0):
         folder = folders.mktemp("runs") / "run"
         assert guarded(main, [config, *overrides, f"run.dir={folder}"]) == 0
         return folder
+
     return run
 
 
 def jsonl(path: Path) -> list[dict]:
     raw = path.read_bytes()
-    return [json.loads(line) for line in (gzip.decompress(raw) if path.suffix == ".gz" else raw).split(b"\n") if line]
+    return [
+        json.loads(line)
+        for line in (gzip.decompress(raw) if path.suffix == ".gz" else raw).split(b"\n")
+        if line
+    ]
 
 
 def refused(argv, capsys, main=train.main) -> str:
@@ -185,5 +296,10 @@ def refused(argv, capsys, main=train.main) -> str:
     capsys.readouterr()
     assert guarded(main, argv) == 2
     err = capsys.readouterr().err
-    assert err.startswith("recr1: ") and err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err
+    assert (
+        err.startswith("recr1: ")
+        and err.count("\n") == 1
+        and err.endswith("\n")
+        and "Traceback" not in err
+    )
     return err

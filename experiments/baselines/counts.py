@@ -1,8 +1,11 @@
-"""Baselines that only count: popularity, the last title as a BM25 query, what followed the last item, item-kNN.
+"""Baselines that only count: popularity, the last title as a BM25 query, what followed the last
+item, item-kNN.
 
-Each is a Scorer: histories (Q lists of item numbers) and texts (Q) -> scores (Q, D), higher is better; -inf: the method knows nothing about that item and
-does not rank it. Counts are over train without its validation tenth. Legend: D items, Q queries.
+Each is a Scorer: histories (Q lists of item numbers) and texts (Q) -> scores (Q, D), higher is
+better; -inf: the method knows nothing about that item and does not rank it. Counts are over train
+without its validation tenth. Legend: D items, Q queries.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -34,30 +37,44 @@ def last_title(items: list[str], contents: list[str]) -> Scorer:
             hits = found[q] >= 0
             out[q, rows[found[q, hits]]] = values[q, hits]
         return out
+
     return scores
 
 
 def last_item(sequences: list[Sequence], n_items: int) -> Scorer:
-    """How often an item followed the last one directly in train: a Markov chain of first order (the MC of Rendle et al. 2010)."""
+    """How often an item followed the last one directly in train: a Markov chain of first order (the
+    MC of Rendle et al. 2010).
+    """
     follows: dict[int, np.ndarray] = {}
     pairs = [(a, b) for s in sequences for a, b, t in zip(s.items, s.items[1:], s.trained[1:]) if t]
     for a, b in pairs:
         follows.setdefault(a, np.zeros(n_items, np.float32))[b] += 1
     nothing = np.zeros(n_items, np.float32)
-    return lambda histories, texts: ranked_only(np.stack([follows.get(history[-1], nothing) for history in histories]))
+    return lambda histories, texts: ranked_only(
+        np.stack([follows.get(history[-1], nothing) for history in histories])
+    )
 
 
 def item_knn(sequences: list[list[Sequence]], n_items: int) -> Scorer:
-    """Sum over the history of the cosine between items, each a 0/1 vector over the train users who have it (Sarwar et al. 2001); every neighbour counts.
+    """Sum over the history of the cosine between items, each a 0/1 vector over the train users who
+    have it (Sarwar et al. 2001); every neighbour counts.
 
     sequences: by user, one list each.
     """
-    users = [np.unique([item for s in parts for item, t in zip(s.items, s.trained) if t]).astype(np.int64) for parts in sequences]
+    users = [
+        np.unique([item for s in parts for item, t in zip(s.items, s.trained) if t]).astype(
+            np.int64
+        )
+        for parts in sequences
+    ]
     users = [row for row in users if len(row)]
-    pairs = np.concatenate([np.stack([np.full(len(row), u), row]) for u, row in enumerate(users)], axis=1)        # (2, interactions): user, item
-    n_users = np.bincount(pairs[1], minlength=n_items)                                                            # (D,)
+    # (2, interactions): user, item
+    pairs = np.concatenate(
+        [np.stack([np.full(len(row), u), row]) for u, row in enumerate(users)], axis=1
+    )
+    n_users = np.bincount(pairs[1], minlength=n_items)  # (D,)
     order = np.argsort(pairs[1], kind="stable")
-    of_item = np.split(pairs[0][order], np.cumsum(n_users)[:-1])                                                  # users of each item
+    of_item = np.split(pairs[0][order], np.cumsum(n_users)[:-1])  # users of each item
     norm = 1 / np.sqrt(np.maximum(n_users, 1))
 
     def scores(histories: list[list[int]], texts: list[str]) -> np.ndarray:
@@ -65,10 +82,14 @@ def item_knn(sequences: list[list[Sequence]], n_items: int) -> Scorer:
         for q, history in enumerate(histories):
             for item in set(history):
                 if n_users[item]:
-                    both = np.bincount(np.concatenate([users[u] for u in of_item[item]]), minlength=n_items)      # users who have this one too
-                    both[item] = 0                                                                                # itself is no neighbour
+                    # users who have this one too
+                    both = np.bincount(
+                        np.concatenate([users[u] for u in of_item[item]]), minlength=n_items
+                    )
+                    both[item] = 0  # itself is no neighbour
                     out[q] += both * (norm * norm[item])
         return ranked_only(out)
+
     return scores
 
 

@@ -1,14 +1,20 @@
-"""Baselines of sequential recommendation in one table: python experiments/baselines/run.py DIR --setting transductive --out F.json
+"""Baselines of sequential recommendation in one table: python experiments/baselines/run.py DIR
+--setting transductive --out F.json
 
-DIR holds a prepared sequential set (corpus, train, test_transductive, test_inductive). Every method ranks the whole catalogue, no sampled negatives:
+DIR holds a prepared sequential set (corpus, train, test_transductive, test_inductive). Every method
+ranks the whole catalogue, no sampled negatives:
 
-    popularity   interactions in train                      last title   the last item's title as a BM25 query
-    last item    what followed it in train (Markov chain)   item-kNN     cosine of co-occurrence in train, summed over the history
-    SASRec       Transformer, 2 x 64, full softmax; dropout and when to stop chosen by NDCG@10 on the validation tenth of train (data.is_validation)
+    popularity   interactions in train                      last title   the last item's title as a
+    BM25 query last item    what followed it in train (Markov chain)   item-kNN     cosine of
+    co-occurrence in train, summed over the history SASRec       Transformer, 2 x 64, full softmax;
+    dropout and when to stop chosen by NDCG@10 on the validation tenth of train (data.is_validation)
 
-All train on train without that tenth and see a user's last --history items, 10 by default: what the windows hold and a language model is shown. With 50 they
-see what else train holds of a test user, as published figures do. An item of which a method knows nothing is not ranked, equal scores go by popularity.
+All train on train without that tenth and see a user's last --history items, 10 by default: what the
+windows hold and a language model is shown. With 50 they see what else train holds of a test user,
+as published figures do. An item of which a method knows nothing is not ranked, equal scores go by
+popularity.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,36 +37,86 @@ from recr1.log import say
 from recr1.metrics import hit_rate, ndcg, recall, reciprocal_rank
 from recr1.run import run_command
 
-METRICS = {"ndcg@10": (ndcg, 10), "ndcg@100": (ndcg, 100), "recall@10": (recall, 10), "hit@10": (hit_rate, 10), "mrr@100": (reciprocal_rank, 100)}
+METRICS = {
+    "ndcg@10": (ndcg, 10),
+    "ndcg@100": (ndcg, 100),
+    "recall@10": (recall, 10),
+    "hit@10": (hit_rate, 10),
+    "mrr@100": (reciprocal_rank, 100),
+}
 DEPTH = 100
-AT_ONCE = 256               # queries scored together
+AT_ONCE = 256  # queries scored together
 METHODS = ("popularity", "last title", "last item", "item-kNN", "SASRec")
-MOST_VALIDATED = 2000       # validation queries that an epoch of SASRec is judged by, evenly spaced: the tenth of 100,000 windows would take longer than the epoch
+# validation queries that an epoch of SASRec is judged by, evenly spaced: the tenth of 100,000
+# windows would take longer than the epoch
+MOST_VALIDATED = 2000
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__.splitlines()[0])
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--setting", choices=("transductive", "inductive"), required=True)
-    parser.add_argument("--out", metavar="F.json", help="the table's figures and every query's, for further comparisons")
-    parser.add_argument("--history", type=positive, default=10, metavar="N", help="a user's last items that a method sees; default 10")
-    parser.add_argument("--remove-seen", action="store_true", help="leave those items out of the rankings")
-    parser.add_argument("--dropout", type=rates, default="0.2,0.5", metavar="P,...", help="SASRec's, tried in turn; default 0.2,0.5")
-    parser.add_argument("--epochs", type=positive, default=sasrec.Settings.epochs, help="of SASRec, at most")
+    parser.add_argument(
+        "--out",
+        metavar="F.json",
+        help="the table's figures and every query's, for further comparisons",
+    )
+    parser.add_argument(
+        "--history",
+        type=positive,
+        default=10,
+        metavar="N",
+        help="a user's last items that a method sees; default 10",
+    )
+    parser.add_argument(
+        "--remove-seen", action="store_true", help="leave those items out of the rankings"
+    )
+    parser.add_argument(
+        "--dropout",
+        type=rates,
+        default="0.2,0.5",
+        metavar="P,...",
+        help="SASRec's, tried in turn; default 0.2,0.5",
+    )
+    parser.add_argument(
+        "--epochs", type=positive, default=sasrec.Settings.epochs, help="of SASRec, at most"
+    )
     parser.add_argument("--seed", type=natural, default=0)
     args = parser.parse_args(argv)
     start = time.monotonic()
     found = sequences.load(args.folder, args.setting)
     histories = [sequences.longer(query, found.sequences, args.history) for query in found.test]
     methods, fitted = scorers(found, args)
-    values = {name: evaluate(scores, found.items, found.test, histories, args.remove_seen) for name, scores in methods.items()}
-    result = dict(folder=str(args.folder), setting=args.setting, n=len(found.test), items=len(found.items), known_items=sum(c > 0 for c in found.counts),
-                  history=args.history, remove_seen=args.remove_seen, seed=args.seed, sasrec=fitted, threads=torch.get_num_threads(),
-                  torch=torch.__version__, wall_s=round(time.monotonic() - start, 1), methods={name: summary(v) for name, v in values.items()},
-                  differences={f"SASRec - {name}": summary({m: values["SASRec"][m] - v[m] for m in METRICS}) for name, v in values.items() if name != "SASRec"})
+    values = {
+        name: evaluate(scores, found.items, found.test, histories, args.remove_seen)
+        for name, scores in methods.items()
+    }
+    result = dict(
+        folder=str(args.folder),
+        setting=args.setting,
+        n=len(found.test),
+        items=len(found.items),
+        known_items=sum(c > 0 for c in found.counts),
+        history=args.history,
+        remove_seen=args.remove_seen,
+        seed=args.seed,
+        sasrec=fitted,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        wall_s=round(time.monotonic() - start, 1),
+        methods={name: summary(v) for name, v in values.items()},
+        differences={
+            f"SASRec - {name}": summary({m: values["SASRec"][m] - v[m] for m in METRICS})
+            for name, v in values.items()
+            if name != "SASRec"
+        },
+    )
     say(table(result))
     if args.out:
-        rows = {query.id: {name: {m: float(v[m][i]) for m in METRICS} for name, v in values.items()} for i, query in enumerate(found.test)}
+        rows = {
+            query.id: {name: {m: float(v[m][i]) for m in METRICS} for name, v in values.items()}
+            for i, query in enumerate(found.test)
+        }
         write_text(Path(args.out), json.dumps(result | dict(queries=rows)) + "\n")
 
 
@@ -70,42 +126,92 @@ def rates(text: str) -> list[float]:
     except ValueError:
         found = [-1.0]
     if not all(0 <= p < 1 for p in found):
-        raise argparse.ArgumentTypeError(f"must be numbers from 0 to below 1 with commas between, is {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"must be numbers from 0 to below 1 with commas between, is {text!r}"
+        )
     return found
 
 
 def scorers(found: sequences.Sequential, args) -> tuple[dict[str, counts.Scorer], dict]:
     """{method: its scorer}, and how SASRec came about."""
     parts = list(found.sequences.values())
-    flat, n = [sequence for user in parts for sequence in user], len(found.items)
+    flat = [sequence for user in parts for sequence in user]
+    n = len(found.items)
     neural, fitted = tuned(found, flat, args)
-    return dict(zip(METHODS, (counts.popularity(found.counts), counts.last_title(found.items, found.contents), counts.last_item(flat, n),
-                              counts.item_knn(parts, n), neural))), fitted
+    return dict(
+        zip(
+            METHODS,
+            (
+                counts.popularity(found.counts),
+                counts.last_title(found.items, found.contents),
+                counts.last_item(flat, n),
+                counts.item_knn(parts, n),
+                neural,
+            ),
+        )
+    ), fitted
 
 
-def tuned(found: sequences.Sequential, flat: list[sequences.Sequence], args) -> tuple[counts.Scorer, dict]:
-    """SASRec with the dropout that is best on validation -> (scorer, {settings, epochs of every run})."""
+def tuned(
+    found: sequences.Sequential, flat: list[sequences.Sequence], args
+) -> tuple[counts.Scorer, dict]:
+    """SASRec with the dropout that is best on validation -> (scorer, {settings, epochs of every
+    run}).
+    """
     known = np.flatnonzero(np.array(found.counts) > 0)
     if not any(found.counts[item] for query in found.test for item in query.history):
-        say("SASRec: not trained, because train has no item of the test's histories: it ranks nothing")
-        return lambda histories, texts: np.full((len(histories), len(found.items)), -np.inf, np.float32), dict(runs=[])
-    chosen = found.validation[::-(-len(found.validation) // MOST_VALIDATED)]
-    histories = [sequences.longer(query, {}, args.history) for query in chosen]      # not longer than the window: the sequence goes on past it
+        say(
+            "SASRec: not trained, because train has no item of the test's histories: it ranks nothing"
+        )
+        return lambda histories, texts: np.full(
+            (len(histories), len(found.items)), -np.inf, np.float32
+        ), dict(runs=[])
+    chosen = found.validation[:: -(-len(found.validation) // MOST_VALIDATED)]
+    # not longer than the window: the sequence goes on past it
+    histories = [sequences.longer(query, {}, args.history) for query in chosen]
 
     def validate(scorer: counts.Scorer) -> float:
-        return float(evaluate(scorer, found.items, chosen, histories, args.remove_seen)["ndcg@10"].mean())
+        return float(
+            evaluate(scorer, found.items, chosen, histories, args.remove_seen)["ndcg@10"].mean()
+        )
+
     runs = []
     for dropout in args.dropout:
         settings = replace(sasrec.Settings(), dropout=dropout, epochs=args.epochs)
-        runs.append((settings, *sasrec.fit(flat, known, len(found.items), settings, args.seed, validate, f"sasrec, dropout {dropout:g}")))
+        runs.append(
+            (
+                settings,
+                *sasrec.fit(
+                    flat,
+                    known,
+                    len(found.items),
+                    settings,
+                    args.seed,
+                    validate,
+                    f"sasrec, dropout {dropout:g}",
+                ),
+            )
+        )
         best = max(runs[-1][2], key=lambda row: row["validation"])
-        say(f"SASRec, dropout {dropout:g}: validation NDCG@10 {best['validation']:.4f} (n {len(chosen)}) after epoch {best['epoch']} of {len(runs[-1][2])}, "
-            f"loss {best['loss']:.3f}")
+        say(
+            f"SASRec, dropout {dropout:g}: validation NDCG@10 {best['validation']:.4f} (n {len(chosen)}) after epoch {best['epoch']} of {len(runs[-1][2])}, "
+            f"loss {best['loss']:.3f}"
+        )
     settings, scorer, log = max(runs, key=lambda run: max(row["validation"] for row in run[2]))
-    return scorer, dict(settings=asdict(settings), validation_queries=len(chosen), runs=[dict(dropout=s.dropout, log=rows) for s, _, rows in runs])
+    return scorer, dict(
+        settings=asdict(settings),
+        validation_queries=len(chosen),
+        runs=[dict(dropout=s.dropout, log=rows) for s, _, rows in runs],
+    )
 
 
-def evaluate(scorer: counts.Scorer, items: list[str], queries: list[sequences.Query], histories: list[list[int]], remove_seen: bool) -> dict[str, np.ndarray]:
+def evaluate(
+    scorer: counts.Scorer,
+    items: list[str],
+    queries: list[sequences.Query],
+    histories: list[list[int]],
+    remove_seen: bool,
+) -> dict[str, np.ndarray]:
     """{metric: (Q,)} of the best DEPTH of the whole catalogue."""
     values = {name: np.zeros(len(queries)) for name in METRICS}
     for start in range(0, len(queries), AT_ONCE):
@@ -122,7 +228,9 @@ def evaluate(scorer: counts.Scorer, items: list[str], queries: list[sequences.Qu
 
 
 def best(row: np.ndarray) -> np.ndarray:
-    """The DEPTH best item numbers of one row of scores (D,), equal ones by number, without those that are not ranked."""
+    """The DEPTH best item numbers of one row of scores (D,), equal ones by number, without those
+    that are not ranked.
+    """
     top = np.flatnonzero(row > -np.inf)
     if len(top) > DEPTH:
         top = top[row[top] >= np.partition(row[top], -DEPTH)[-DEPTH]]
@@ -135,11 +243,20 @@ def summary(values: dict[str, np.ndarray]) -> dict:
 
 def table(result: dict) -> str:
     seen = "left out of the rankings" if result["remove_seen"] else "ranked like all others"
-    lines = [f"{result['setting']}: {result['n']} queries, full ranking of {result['items']:,} items, {result['known_items']:,} of them in train; "
-             f"the last {result['history']} items of a user are seen and {seen}"]
-    for title, rows, cell in (("method", result["methods"], "{:.4f} [{:.4f}, {:.4f}]"), ("paired", result["differences"], "{:+.4f} [{:+.4f}, {:+.4f}]")):
+    lines = [
+        f"{result['setting']}: {result['n']} queries, full ranking of {result['items']:,} items, {result['known_items']:,} of them in train; "
+        f"the last {result['history']} items of a user are seen and {seen}"
+    ]
+    for title, rows, cell in (
+        ("method", result["methods"], "{:.4f} [{:.4f}, {:.4f}]"),
+        ("paired", result["differences"], "{:+.4f} [{:+.4f}, {:+.4f}]"),
+    ):
         lines.append(f"{title:<22}" + "".join(f"{name:<28}" for name in METRICS))
-        lines += [f"{name:<22}" + "".join(f"{cell.format(row[m]['mean'], *row[m]['ci95']):<28}" for m in METRICS) for name, row in rows.items()]
+        lines += [
+            f"{name:<22}"
+            + "".join(f"{cell.format(row[m]['mean'], *row[m]['ci95']):<28}" for m in METRICS)
+            for name, row in rows.items()
+        ]
     return "\n".join(line.rstrip() for line in lines)
 
 

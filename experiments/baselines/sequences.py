@@ -1,9 +1,13 @@
-"""A prepared sequential data set as the baselines need it: items by number, train sequences by user, the queries of validation and test.
+"""A prepared sequential data set as the baselines need it: items by number, train sequences by
+user, the queries of validation and test.
 
-Prepared folders hold windows: {"id", "text", "user", "history": [document ids, oldest first, at most 10]}, whose next item is the judgement. A user's train
-windows stand in order, so the sequences they were cut from are put together again: a window joins the sequence when its history overlaps the end of it,
-else another sequence of that user begins. Legend: D items, numbered by falling popularity in train (equal ones: by id).
+Prepared folders hold windows: {"id", "text", "user", "history": [document ids, oldest first, at
+most 10]}, whose next item is the judgement. A user's train windows stand in order, so the sequences
+they were cut from are put together again: a window joins the sequence when its history overlaps the
+end of it, else another sequence of that user begins. Legend: D items, numbered by falling
+popularity in train (equal ones: by id).
 """
+
 from __future__ import annotations
 
 import gzip
@@ -18,7 +22,10 @@ from recr1.data import DataError
 
 @dataclass(frozen=True)
 class Query:
-    """A user's items so far, oldest first, as numbers; `gains`: document id -> gain of what came next; `text`: the last one's title."""
+    """A user's items so far, oldest first, as numbers; `gains`: document id -> gain of what came
+    next; `text`: the last one's title.
+    """
+
     id: str
     user: str
     text: str
@@ -28,23 +35,28 @@ class Query:
 
 @dataclass
 class Sequence:
-    """Items of one user in order. trained[i]: item i is train data; else it belongs to the validation tenth and is only looked at, as history."""
+    """Items of one user in order. trained[i]: item i is train data; else it belongs to the
+    validation tenth and is only looked at, as history.
+    """
+
     items: list[int]
     trained: list[bool]
 
 
 @dataclass
 class Sequential:
-    items: list[str]                        # D document ids
-    contents: list[str]                     # (D,) what BM25 indexes
-    counts: list[int]                       # (D,) interactions in train
-    sequences: dict[str, list[Sequence]]    # by user
+    items: list[str]  # D document ids
+    contents: list[str]  # (D,) what BM25 indexes
+    counts: list[int]  # (D,) interactions in train
+    sequences: dict[str, list[Sequence]]  # by user
     validation: list[Query]
     test: list[Query]
 
 
 def load(folder: str, setting: str) -> Sequential:
-    """Reads train and the test of `setting` ("transductive", "inductive") from a prepared folder. Raises DataError."""
+    """Reads train and the test of `setting` ("transductive", "inductive") from a prepared folder.
+    Raises DataError.
+    """
     place = Path(folder)
     ids, contents, _ = data.read_corpus(_found(place, "corpus.jsonl"))
     known = set(ids)
@@ -52,27 +64,54 @@ def load(folder: str, setting: str) -> Sequential:
     sequences: dict[str, list[tuple[list[str], list[bool]]]] = {}
     for id, user, _, history, gains in windows:
         _append(sequences.setdefault(user, []), history, list(gains), not data.is_validation(id))
-    counts = Counter(item for parts in sequences.values() for items, trained in parts for item, t in zip(items, trained) if t)
+    counts = Counter(
+        item
+        for parts in sequences.values()
+        for items, trained in parts
+        for item, t in zip(items, trained)
+        if t
+    )
     order = sorted(range(len(ids)), key=lambda i: (-counts[ids[i]], ids[i]))
     number = {ids[i]: n for n, i in enumerate(order)}
-    queries = [[Query(id, user, text, [number[doc] for doc in history], gains) for id, user, text, history, gains in rows]
-               for rows in ([w for w in windows if data.is_validation(w[0])], test)]
+    queries = [
+        [
+            Query(id, user, text, [number[doc] for doc in history], gains)
+            for id, user, text, history, gains in rows
+        ]
+        for rows in ([w for w in windows if data.is_validation(w[0])], test)
+    ]
     if not queries[0] or not counts:
-        raise DataError(f"{place}: train has {len(windows)} windows, {len(queries[0])} of them in the validation tenth; both parts are needed, prepare a larger set")
-    return Sequential([ids[i] for i in order], [contents[i] for i in order], [counts[ids[i]] for i in order],
-                      {user: [Sequence([number[doc] for doc in items], trained) for items, trained in parts] for user, parts in sequences.items()}, *queries)
+        raise DataError(
+            f"{place}: train has {len(windows)} windows, {len(queries[0])} of them in the validation tenth; both parts are needed, prepare a larger set"
+        )
+    return Sequential(
+        [ids[i] for i in order],
+        [contents[i] for i in order],
+        [counts[ids[i]] for i in order],
+        {
+            user: [Sequence([number[doc] for doc in items], trained) for items, trained in parts]
+            for user, parts in sequences.items()
+        },
+        *queries,
+    )
 
 
 def longer(query: Query, sequences: dict[str, list[Sequence]], length: int) -> list[int]:
-    """The user's last `length` items: the query's own history, and what came before it where train knows the user and joins on."""
+    """The user's last `length` items: the query's own history, and what came before it where train
+    knows the user and joins on.
+    """
     for sequence in sequences.get(query.user, ()):
         if joined := _join(sequence.items, query.history):
             return joined[-length:]
     return query.history[-length:]
 
 
-def _append(parts: list[tuple[list[str], list[bool]]], history: list[str], targets: list[str], trained: bool) -> None:
-    """A window onto the user's last sequence, or as a new one. What an earlier window has given keeps its mark."""
+def _append(
+    parts: list[tuple[list[str], list[bool]]], history: list[str], targets: list[str], trained: bool
+) -> None:
+    """A window onto the user's last sequence, or as a new one. What an earlier window has given
+    keeps its mark.
+    """
     if parts and (items := _join(parts[-1][0], history)):
         marks = parts[-1][1] + [trained] * (len(items) - len(parts[-1][0]))
         parts[-1] = items + targets, marks + [trained] * len(targets)
@@ -90,26 +129,51 @@ def _join(items: list, history: list) -> list | None:
 
 def _found(place: Path, name: str) -> str:
     """The file, plain or gzip; the plain name where neither is there, so that the reader says so."""
-    return str(next((path for path in (place / name, place / f"{name}.gz") if path.is_file()), place / name))
+    return str(
+        next(
+            (path for path in (place / name, place / f"{name}.gz") if path.is_file()), place / name
+        )
+    )
 
 
-def _windows(place: Path, split: str, known: set[str]) -> list[tuple[str, str, str, list[str], dict[str, float]]]:
-    """(id, user, text, history, relevant documents' gains) of every query. Raises DataError with file and line."""
-    path, judged = _found(place, f"{split}.queries.jsonl"), _found(place, f"{split}.qrels.tsv")
-    texts, qrels = data.read_queries(path)[0], data.read_qrels(judged)[0]          # after this every line is an object with an id and a text
+def _windows(
+    place: Path, split: str, known: set[str]
+) -> list[tuple[str, str, str, list[str], dict[str, float]]]:
+    """(id, user, text, history, relevant documents' gains) of every query. Raises DataError with
+    file and line.
+    """
+    path = _found(place, f"{split}.queries.jsonl")
+    judged = _found(place, f"{split}.qrels.tsv")
+    # after this every line is an object with an id and a text
+    texts = data.read_queries(path)[0]
+    qrels = data.read_qrels(judged)[0]
     rows = []
     with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
         for line, (id, text) in zip(file, texts.items()):
-            row, where = json.loads(line.decode("utf-8-sig")), f"{path}:{len(rows) + 1}"
-            user, history = row.get("user"), row.get("history")
+            row = json.loads(line.decode("utf-8-sig"))
+            where = f"{path}:{len(rows) + 1}"
+            user = row.get("user")
+            history = row.get("history")
             if not isinstance(user, str):
-                raise DataError(f"{where}: 'user' is {'missing' if user is None else 'no string'}; prepare the set again")
-            if not (isinstance(history, list) and history and all(isinstance(doc, str) for doc in history)):
-                raise DataError(f"{where}: 'history' is {'missing' if history is None else 'no list of document ids with at least one'}; prepare the set again")
+                raise DataError(
+                    f"{where}: 'user' is {'missing' if user is None else 'no string'}; prepare the set again"
+                )
+            if not (
+                isinstance(history, list)
+                and history
+                and all(isinstance(doc, str) for doc in history)
+            ):
+                raise DataError(
+                    f"{where}: 'history' is {'missing' if history is None else 'no list of document ids with at least one'}; prepare the set again"
+                )
             gains = {doc: gain for doc, gain in qrels.get(id, {}).items() if gain > 0}
             if not gains:
-                raise DataError(f"{where}: {id!r} has no relevant document in {judged}; prepare the set again")
+                raise DataError(
+                    f"{where}: {id!r} has no relevant document in {judged}; prepare the set again"
+                )
             if strange := [doc for doc in (*history, *gains) if doc not in known]:
-                raise DataError(f"{where}: {id!r} names document {strange[0]!r}, which the corpus has not; prepare the set again")
+                raise DataError(
+                    f"{where}: {id!r} names document {strange[0]!r}, which the corpus has not; prepare the set again"
+                )
             rows.append((id, user, text, history, gains))
     return rows

@@ -1,13 +1,18 @@
-"""Exact search and HNSW behind the retriever's interface, against faiss itself: python experiments/bench/dense.py [--threads 1]
+"""Exact search and HNSW behind the retriever's interface, against faiss itself: python
+experiments/bench/dense.py [--threads 1]
 
-The hard set: 100,000 x 384, a Gaussian mixture in 192 dimensions (CENTRES centres, their spread SPREAD of the points' own) turned into 384, with noise,
-normalised; seeded. Queries come from the same mixture. On easier data (a few dimensions, tight clusters) any graph finds everything.
-Texts are numbers and the encoder is a stand-in that looks the vector up, so what is timed is the search as a run calls it, without encoding.
+The hard set: 100,000 x 384, a Gaussian mixture in 192 dimensions (CENTRES centres, their spread
+SPREAD of the points' own) turned into 384, with noise, normalised; seeded. Queries come from the
+same mixture. On easier data (a few dimensions, tight clusters) any graph finds everything. Texts
+are numbers and the encoder is a stand-in that looks the vector up, so what is timed is the search
+as a run calls it, without encoding.
 
-Exact: batches of 384, top-100, in turn with faiss.IndexFlatIP.search, median of the pairs' ratios. HNSW: M 32, efConstruction 200; recall@100 of exact
-at each efSearch, queries/s in batches and one by one. On a GPU also exact search over 1M documents, by torch and by faiss-gpu where it is installed.
-`--dry-run`: a tiny size; it shows that the bench works, its figures mean nothing.
+Exact: batches of 384, top-100, in turn with faiss.IndexFlatIP.search, median of the pairs' ratios.
+HNSW: M 32, efConstruction 200; recall@100 of exact at each efSearch, queries/s in batches and one
+by one. On a GPU also exact search over 1M documents, by torch and by faiss-gpu where it is
+installed. `--dry-run`: a tiny size; it shows that the bench works, its figures mean nothing.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,45 +27,64 @@ import torch
 
 from recr1 import dist
 from recr1.config import Retriever
-from recr1.retrieval.dense import EF_CONSTRUCTION, M, Dense, by_torch, exact, load_or_build
+from recr1.retrieval.dense import EF_CONSTRUCTION, Dense, M, by_torch, exact, load_or_build
 
-CENTRES, SPREAD, NOISE = 1000, 0.5, 0.1
-WIDTH, K, BATCH, BAR = 384, 100, 384, 0.95
+CENTRES = 1000
+SPREAD = 0.5
+NOISE = 0.1
+WIDTH = 384
+K = 100
+BATCH = 384
+BAR = 0.95
 
 
 class Lookup:
     """In an encoder's place: the text "17" is the 17th vector."""
 
-    pooling, max_length, dtype, path, digest, device = "none", 0, "float32", "vectors looked up", "", torch.device("cpu")
+    pooling = "none"
+    max_length = 0
+    dtype = "float32"
+    path = "vectors looked up"
+    digest = ""
+    device = torch.device("cpu")
 
     def __init__(self, vectors: np.ndarray):
-        self.vectors, self.width = vectors, vectors.shape[1]
+        self.vectors = vectors
+        self.width = vectors.shape[1]
 
     def __call__(self, texts) -> np.ndarray:
         return self.vectors[[int(text) for text in texts]]
 
     def windows(self, texts, done):
         for start in range(0, len(texts), 8192):
-            yield self(texts[start:start + 8192])
-            done(len(texts[start:start + 8192]))
+            yield self(texts[start : start + 8192])
+            done(len(texts[start : start + 8192]))
 
 
 def mixture(n: int, seed: int) -> np.ndarray:
     """n points (n, 384); the same mixture for every seed."""
     centres = SPREAD * np.random.default_rng(0).standard_normal((CENTRES, WIDTH // 2), np.float32)
-    turn = np.random.default_rng(1).standard_normal((WIDTH // 2, WIDTH), np.float32) / np.float32((WIDTH // 2) ** 0.5)
+    turn = np.random.default_rng(1).standard_normal((WIDTH // 2, WIDTH), np.float32) / np.float32(
+        (WIDTH // 2) ** 0.5
+    )
     rng = np.random.default_rng(seed)
-    points = (centres[rng.integers(0, CENTRES, n)] + rng.standard_normal((n, WIDTH // 2), np.float32)) @ turn
+    points = (
+        centres[rng.integers(0, CENTRES, n)] + rng.standard_normal((n, WIDTH // 2), np.float32)
+    ) @ turn
     points += np.float32(NOISE) * rng.standard_normal((n, WIDTH), np.float32)
     return points / np.linalg.norm(points, axis=1, keepdims=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--documents", type=int, default=100_000)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--ef", type=int, nargs="+", default=[100, 200, 400, Retriever.ef_search, 800])
+    parser.add_argument(
+        "--ef", type=int, nargs="+", default=[100, 200, 400, Retriever.ef_search, 800]
+    )
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     if args.dry_run:
@@ -68,71 +92,129 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
     bars = []
-    vectors, asked = mixture(args.documents, 2), mixture(3 * BATCH, 3)
-    ids, queries = [str(i) for i in range(args.documents)], [str(args.documents + i) for i in range(len(asked))]
+    vectors = mixture(args.documents, 2)
+    asked = mixture(3 * BATCH, 3)
+    ids = [str(i) for i in range(args.documents)]
+    queries = [str(args.documents + i) for i in range(len(asked))]
     encoder = Lookup(np.concatenate([vectors, asked]))
-    print(f"{args.documents:,} x {WIDTH}, top-{K}, {args.threads} threads, faiss {faiss.__version__}")
+    print(
+        f"{args.documents:,} x {WIDTH}, top-{K}, {args.threads} threads, faiss {faiss.__version__}"
+    )
 
     with tempfile.TemporaryDirectory() as folder:
         ours = load_or_build(encoder, ids, ids, folder)
         ratio, rate, single = against_faiss(ours, vectors, asked, queries, args.pairs)
-        print(f"exact, {ours.how}: {rate:,.0f} queries/s in batches of {BATCH}, {single:,.0f} one by one; time over IndexFlatIP's own {ratio:.3f}")
-        bars.append(dict(name="exact search on the CPU: time over IndexFlatIP's", value=ratio, bar=1.05, ok=ratio <= 1.05))
-        bars += [*torch_on_cpu(vectors, asked, ours, queries), *hnsw(folder, ids, encoder, ours, queries, args)]
+        print(
+            f"exact, {ours.how}: {rate:,.0f} queries/s in batches of {BATCH}, {single:,.0f} one by one; time over IndexFlatIP's own {ratio:.3f}"
+        )
+        bars.append(
+            dict(
+                name="exact search on the CPU: time over IndexFlatIP's",
+                value=ratio,
+                bar=1.05,
+                ok=ratio <= 1.05,
+            )
+        )
+        bars += [
+            *torch_on_cpu(vectors, asked, ours, queries),
+            *hnsw(folder, ids, encoder, ours, queries, args),
+        ]
     if torch.cuda.is_available():
         bars += on_gpu()
     print(json.dumps({"bars": bars}))
 
 
-def against_faiss(ours: Dense, vectors: np.ndarray, asked: np.ndarray, queries: list[str], pairs: int) -> tuple[float, float, float]:
-    """Median over interleaved pairs of the ratio of times; our queries/s in batches and one by one. The results must be equal."""
+def against_faiss(
+    ours: Dense, vectors: np.ndarray, asked: np.ndarray, queries: list[str], pairs: int
+) -> tuple[float, float, float]:
+    """Median over interleaved pairs of the ratio of times; our queries/s in batches and one by one.
+    The results must be equal.
+    """
     flat = faiss.IndexFlatIP(WIDTH)
     flat.add(vectors)
     scores, rows = flat.search(asked[:BATCH], K)
     found = ours.search(queries[:BATCH], K)
     assert np.array_equal(found[1], scores) and np.array_equal(np.sort(found[0]), np.sort(rows))
-    ratios, times = [], []
+    ratios = []
+    times = []
     for i in range(pairs):
         part = slice(i % 3 * BATCH, (i % 3 + 1) * BATCH)
-        runs = {"theirs": lambda: flat.search(asked[part], K), "ours": lambda: ours.search(queries[part], K)}
-        took = {name: timed(runs[name]) for name in (sorted(runs) if i % 2 else sorted(runs, reverse=True))}
+        runs = {
+            "theirs": lambda: flat.search(asked[part], K),
+            "ours": lambda: ours.search(queries[part], K),
+        }
+        took = {
+            name: timed(runs[name])
+            for name in (sorted(runs) if i % 2 else sorted(runs, reverse=True))
+        }
         ratios.append(took["ours"] / took["theirs"])
         times.append(took["ours"])
     one = np.median([timed(lambda: ours.search([query], K)) for query in queries[:20]])
     return float(np.median(ratios)), BATCH / float(np.median(times)), 1 / float(one)
 
 
-def torch_on_cpu(vectors: np.ndarray, asked: np.ndarray, ours: Dense, queries: list[str]) -> list[dict]:
+def torch_on_cpu(
+    vectors: np.ndarray, asked: np.ndarray, ours: Dense, queries: list[str]
+) -> list[dict]:
     """What a GPU without faiss-gpu runs, here on the CPU: it must rank the same."""
     nearest = by_torch(vectors, torch.device("cpu"))
     scores, _ = nearest(asked[:BATCH], K)
     off = float(np.abs(scores - ours.search(queries[:BATCH], K)[1]).max())
-    print(f"exact, torch (two-level top-k) on the CPU: {BATCH / timed(lambda: nearest(asked[:BATCH], K)):,.0f} queries/s in batches; scores off by {off:.1e}")
-    return [dict(name="torch's two-level top-k: scores off exact search's", value=off, bar=1e-5, ok=off <= 1e-5)]
+    print(
+        f"exact, torch (two-level top-k) on the CPU: {BATCH / timed(lambda: nearest(asked[:BATCH], K)):,.0f} queries/s in batches; scores off by {off:.1e}"
+    )
+    return [
+        dict(
+            name="torch's two-level top-k: scores off exact search's",
+            value=off,
+            bar=1e-5,
+            ok=off <= 1e-5,
+        )
+    ]
 
 
-def hnsw(folder: str, ids: list[str], encoder: Lookup, truth: Dense, queries: list[str], args) -> list[dict]:
-    started, bars = time.perf_counter(), []
+def hnsw(
+    folder: str, ids: list[str], encoder: Lookup, truth: Dense, queries: list[str], args
+) -> list[dict]:
+    started = time.perf_counter()
+    bars = []
     true = truth.search(queries, K)[0].tolist()
     for n, ef in enumerate(sorted(set(args.ef) | {Retriever.ef_search})):
         graph = load_or_build(encoder, ids, ids, folder, index="hnsw", ef_search=ef)
         if not n:
             size = (Path(folder) / "hnsw/hnsw.faiss").stat().st_size / 2**20
-            print(f"HNSW, M {M}, efConstruction {EF_CONSTRUCTION}: built in {time.perf_counter() - started:.0f} s, {size:.0f} MiB with the vectors")
+            print(
+                f"HNSW, M {M}, efConstruction {EF_CONSTRUCTION}: built in {time.perf_counter() - started:.0f} s, {size:.0f} MiB with the vectors"
+            )
         found = graph.search(queries, K)[0].tolist()
         recall = float(np.mean([len(set(a) & set(b)) / K for a, b in zip(true, found)]))
-        rate = BATCH / np.median([timed(lambda: graph.search(queries[i * BATCH:(i + 1) * BATCH], K)) for i in range(3)])
+        rate = BATCH / np.median(
+            [timed(lambda: graph.search(queries[i * BATCH : (i + 1) * BATCH], K)) for i in range(3)]
+        )
         single = 1 / np.median([timed(lambda: graph.search([query], K)) for query in queries[:50]])
-        print(f"  efSearch {ef:<5} recall@{K} {recall:.4f}   {rate:8,.0f} queries/s in batches, {single:7,.0f} one by one")
+        print(
+            f"  efSearch {ef:<5} recall@{K} {recall:.4f}   {rate:8,.0f} queries/s in batches, {single:7,.0f} one by one"
+        )
         if ef == Retriever.ef_search:
-            bars.append(dict(name=f"HNSW recall@{K} of exact at the default efSearch {ef}", value=recall, bar=BAR, ok=recall >= BAR))
+            bars.append(
+                dict(
+                    name=f"HNSW recall@{K} of exact at the default efSearch {ef}",
+                    value=recall,
+                    bar=BAR,
+                    ok=recall >= BAR,
+                )
+            )
     return bars
 
 
 def on_gpu() -> list[dict]:
-    """A batch over 1M documents on this GPU, top-1000: the transfer of queries and results included."""
-    device, bars = dist.device(), []
-    vectors, asked = mixture(1_000_000, 2), mixture(BATCH, 3)
+    """A batch over 1M documents on this GPU, top-1000: the transfer of queries and results
+    included.
+    """
+    device = dist.device()
+    bars = []
+    vectors = mixture(1_000_000, 2)
+    asked = mixture(BATCH, 3)
     searchers = {"torch": by_torch(vectors, device)}
     nearest, how = exact(vectors, device)
     if "faiss" in how:
@@ -140,8 +222,17 @@ def on_gpu() -> list[dict]:
     for name, search in searchers.items():
         search(asked, 1000)
         ms = 1000 * float(np.median([timed(lambda: search(asked, 1000)) for _ in range(10)]))
-        print(f"exact, {name} on {torch.cuda.get_device_name()}, 1,000,000 documents, top-1000: {ms:.1f} ms per batch of {BATCH}")
-        bars.append(dict(name=f"exact batch over 1M documents on a GPU, {name}, ms", value=ms, bar=20, ok=ms <= 20))
+        print(
+            f"exact, {name} on {torch.cuda.get_device_name()}, 1,000,000 documents, top-1000: {ms:.1f} ms per batch of {BATCH}"
+        )
+        bars.append(
+            dict(
+                name=f"exact batch over 1M documents on a GPU, {name}, ms",
+                value=ms,
+                bar=20,
+                ok=ms <= 20,
+            )
+        )
     return bars
 
 

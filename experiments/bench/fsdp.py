@@ -1,13 +1,18 @@
-"""Our sharding against torch's fully_shard: the same model, precision, batch and ranks; time, memory and traffic of a training step.
+"""Our sharding against torch's fully_shard: the same model, precision, batch and ranks; time,
+memory and traffic of a training step.
 
-python experiments/bench/fsdp.py [--ranks 2] [--pairs 10] [--layers 12 --width 512 --vocabulary 8192] [--rows 8 --length 128] [--compute float32]
+python experiments/bench/fsdp.py [--ranks 2] [--pairs 10] [--layers 12 --width 512 --vocabulary
+8192] [--rows 8 --length 128] [--compute float32]
 
-Starts `ranks` processes of one thread (gloo), or one per GPU (nccl). In each, both models live side by side and take their steps in turn;
-a step is forward, backward, clipping and fused AdamW, on cross-entropy of a batch of rows x length tokens per rank, with and without activation
-checkpointing. fully_shard has one group per block and one for the root; its checkpointing is torch's wrapper inside. Peak: bytes that the
-allocator holds above the step's start, from the profiler's memory events (CUDA: the allocator's own count). Resident memory is each side's
-alone, of three steps in processes of its own. Needs a quiet machine.
+Starts `ranks` processes of one thread (gloo), or one per GPU (nccl). In each, both models live side
+by side and take their steps in turn; a step is forward, backward, clipping and fused AdamW, on
+cross-entropy of a batch of rows x length tokens per rank, with and without activation
+checkpointing. fully_shard has one group per block and one for the root; its checkpointing is
+torch's wrapper inside. Peak: bytes that the allocator holds above the step's start, from the
+profiler's memory events (CUDA: the allocator's own count). Resident memory is each side's alone, of
+three steps in processes of its own. Needs a quiet machine.
 """
+
 import argparse
 import json
 import os
@@ -39,17 +44,37 @@ SETTINGS = OptimizerConfig(lr=1e-3, clip_norm=1.0)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in dict(ranks=2, pairs=10, layers=12, width=512, vocabulary=8192, rows=8, length=128).items():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in dict(
+        ranks=2, pairs=10, layers=12, width=512, vocabulary=8192, rows=8, length=128
+    ).items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--resident", action=argparse.BooleanOptionalAction, default=True, help="resident memory of each side, alone")
+    parser.add_argument(
+        "--resident",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="resident memory of each side, alone",
+    )
     parser.add_argument("--alone", choices=ALONE, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if "RANK" not in os.environ:
         for alone in [["--alone", choice] for choice in ALONE if args.resident] + [[]]:
-            done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.ranks), *sys.argv, *alone],
-                                  env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=ROOT))
+            done = subprocess.run(
+                [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    "--nproc-per-node",
+                    str(args.ranks),
+                    *sys.argv,
+                    *alone,
+                ],
+                env=os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=ROOT),
+            )
             if done.returncode:
                 sys.exit(done.returncode)
         return
@@ -74,33 +99,51 @@ def resident(args, side: str, *checkpointing: str) -> None:
 def compare(args, checkpointing: bool) -> list[dict]:
     sides = {name: make(args, checkpointing) for name, make in SIDES.items()}
     batches = [batch(args, step) for step in range(3)]
-    seconds, losses = {name: [] for name in sides}, {name: [] for name in sides}
+    seconds = {name: [] for name in sides}
+    losses = {name: [] for name in sides}
     for step in range(2 + args.pairs):
         for name in sorted(sides, reverse=step % 2 == 1):
             td.barrier()
             began = time.perf_counter()
             losses[name].append(dist.total(float(sides[name](batches[step % 3])))[0])
             synchronize()
-            if step >= 2:                                # the first two warm up
+            if step >= 2:  # the first two warm up
                 seconds[name].append(time.perf_counter() - began)
     figures = {name: measure(side, batches[0]) for name, side in sides.items()}
-    n, world = sum(p.numel() for p in Decoder(shape(args)).parameters()), dist.world()
+    n = sum(p.numel() for p in Decoder(shape(args)).parameters())
+    world = dist.world()
     pairs = sorted(a / b for a, b in zip(seconds["ours"], seconds["fully_shard"]))
-    time_ratio = torch.tensor(seconds["ours"]).median().item() / torch.tensor(seconds["fully_shard"]).median().item()
-    peak_ratio = dist.largest(figures["ours"]["peak"]) / dist.largest(figures["fully_shard"]["peak"])
+    time_ratio = (
+        torch.tensor(seconds["ours"]).median().item()
+        / torch.tensor(seconds["fully_shard"]).median().item()
+    )
+    peak_ratio = dist.largest(figures["ours"]["peak"]) / dist.largest(
+        figures["fully_shard"]["peak"]
+    )
     difference = max(abs(a - b) / abs(b) for a, b in zip(losses["ours"], losses["fully_shard"]))
     title = "with checkpointing" if checkpointing else "without checkpointing"
     if dist.rank() == 0:
-        print(f"\n{title}: {world} ranks x {torch.get_num_threads()} threads, {dist.device().type}, {n / 1e6:.1f} M parameters, {args.rows} x {args.length} tokens per rank, "
-              f"{args.compute}, {args.pairs} pairs")
+        print(
+            f"\n{title}: {world} ranks x {torch.get_num_threads()} threads, {dist.device().type}, {n / 1e6:.1f} M parameters, {args.rows} x {args.length} tokens per rank, "
+            f"{args.compute}, {args.pairs} pairs"
+        )
         for name in sides:
-            f, median = figures[name], torch.tensor(seconds[name]).median().item()
-            print(f"  {name:<12} {median:.3f} s/step (fastest {min(seconds[name]):.3f})   peak above step start {f['peak'] / 2**20:,.0f} MiB   "
-                  f"state {f['state'] / 2**20:,.1f} MiB + gradient {f['gradient'] / 2**20:,.1f} MiB per rank   moved {f['moved'] / 2**20:,.0f} MiB per rank and step")
-        print(f"  time ours / fully_shard {time_ratio:.3f} (pairs {pairs[0]:.3f} to {pairs[-1]:.3f})   peak {peak_ratio:.3f}   losses differ by at most {difference:.1e}")
+            f = figures[name]
+            median = torch.tensor(seconds[name]).median().item()
+            print(
+                f"  {name:<12} {median:.3f} s/step (fastest {min(seconds[name]):.3f})   peak above step start {f['peak'] / 2**20:,.0f} MiB   "
+                f"state {f['state'] / 2**20:,.1f} MiB + gradient {f['gradient'] / 2**20:,.1f} MiB per rank   moved {f['moved'] / 2**20:,.0f} MiB per rank and step"
+            )
+        print(
+            f"  time ours / fully_shard {time_ratio:.3f} (pairs {pairs[0]:.3f} to {pairs[-1]:.3f})   peak {peak_ratio:.3f}   losses differ by at most {difference:.1e}"
+        )
     mine = figures["ours"]["state"] + figures["ours"]["gradient"]
-    return [bar(f"step time over fully_shard, {title}", time_ratio, 1.03), bar(f"peak over fully_shard, {title}", peak_ratio, 1.0),
-            bar(f"state bytes per rank over 16 N / W, {title}", mine / (16 * n / world), 1.02), bar(f"losses differ (relative), {title}", difference, 1e-5)]
+    return [
+        bar(f"step time over fully_shard, {title}", time_ratio, 1.03),
+        bar(f"peak over fully_shard, {title}", peak_ratio, 1.0),
+        bar(f"state bytes per rank over 16 N / W, {title}", mine / (16 * n / world), 1.02),
+        bar(f"losses differ (relative), {title}", difference, 1e-5),
+    ]
 
 
 def bar(name: str, value: float, most: float) -> dict:
@@ -109,9 +152,21 @@ def bar(name: str, value: float, most: float) -> dict:
 
 def shape(args) -> ModelConfig:
     heads = args.width // 64
-    return ModelConfig(family="llama", vocab_size=args.vocabulary, hidden_size=args.width, intermediate_size=args.width * 5 // 2, num_hidden_layers=args.layers,
-                       num_attention_heads=heads, num_key_value_heads=heads, head_dim=64, rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling=None,
-                       tie_word_embeddings=True, max_position_embeddings=args.length)
+    return ModelConfig(
+        family="llama",
+        vocab_size=args.vocabulary,
+        hidden_size=args.width,
+        intermediate_size=args.width * 5 // 2,
+        num_hidden_layers=args.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=64,
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+        rope_scaling=None,
+        tie_word_embeddings=True,
+        max_position_embeddings=args.length,
+    )
 
 
 def decoder(args) -> Decoder:
@@ -129,7 +184,11 @@ def batch(args, step: int) -> Batch:
     rollouts = []
     for row in range(args.rows):
         first, *ids = torch.randint(args.vocabulary, (args.length + 1,), generator=g).tolist()
-        rollouts.append(Rollout(Prompt(str(row), row, "", (first,)), row, 0, tuple(ids), (0.0,) * args.length, True))
+        rollouts.append(
+            Rollout(
+                Prompt(str(row), row, "", (first,)), row, 0, tuple(ids), (0.0,) * args.length, True
+            )
+        )
     [made] = pack(rollouts, args.rows * args.length, dist.device())
     return made
 
@@ -142,7 +201,13 @@ def loss_of(model, batch: Batch) -> torch.Tensor:
 def ours(args, checkpointing: bool):
     """A function batch -> loss that takes a step; `.state` and `.gradient` list its tensors."""
     state = dict(decoder(args).state_dict())
-    model = Sharded(decoder(args), state.__getitem__, device=dist.device(), compute=getattr(torch, args.compute), checkpointing=checkpointing)
+    model = Sharded(
+        decoder(args),
+        state.__getitem__,
+        device=dist.device(),
+        compute=getattr(torch, args.compute),
+        checkpointing=checkpointing,
+    )
     optimizer = Optimizer(model, SETTINGS, 10**9)
 
     def step(batch: Batch) -> torch.Tensor:
@@ -151,24 +216,45 @@ def ours(args, checkpointing: bool):
         step.gradient = sum(p.grad.nbytes for p in model.parameters())
         optimizer.step()
         return loss.detach()
-    step.state = lambda: sum(p.nbytes for p in model.parameters()) + sum(
-        t.nbytes for _, part in optimizer.parts for s in part.state.values() for t in s.values() if t.numel() > 1)
+
+    step.state = lambda: (
+        sum(p.nbytes for p in model.parameters())
+        + sum(
+            t.nbytes
+            for _, part in optimizer.parts
+            for s in part.state.values()
+            for t in s.values()
+            if t.numel() > 1
+        )
+    )
     return step
 
 
 def theirs(args, checkpointing: bool):
     model = decoder(args).to(dist.device())
-    mixed = MixedPrecisionPolicy(param_dtype=getattr(torch, args.compute), reduce_dtype=torch.float32) if args.compute != "float32" else MixedPrecisionPolicy()
+    mixed = (
+        MixedPrecisionPolicy(param_dtype=getattr(torch, args.compute), reduce_dtype=torch.float32)
+        if args.compute != "float32"
+        else MixedPrecisionPolicy()
+    )
     layers = model.model.layers
     for i in range(len(layers)):
         if checkpointing:
             layers[i] = checkpoint_wrapper(layers[i], preserve_rng_state=False)
         fully_shard(layers[i], mp_policy=mixed)
-    fully_shard(model, reshard_after_forward=False, mp_policy=mixed)           # the head is used after the root's forward
+    # the head is used after the root's forward
+    fully_shard(model, reshard_after_forward=False, mp_policy=mixed)
     for module in (*layers, model):
         module.set_gradient_divide_factor(1.0), module.set_force_sum_reduction_for_comms(True)
     params = list(model.parameters())
-    optimizer = torch.optim.AdamW(params, lr=SETTINGS.lr, betas=SETTINGS.betas, eps=SETTINGS.eps, weight_decay=SETTINGS.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        params,
+        lr=SETTINGS.lr,
+        betas=SETTINGS.betas,
+        eps=SETTINGS.eps,
+        weight_decay=SETTINGS.weight_decay,
+        fused=True,
+    )
 
     def step(batch: Batch) -> torch.Tensor:
         loss = loss_of(model, batch)
@@ -178,8 +264,16 @@ def theirs(args, checkpointing: bool):
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
-    step.state = lambda: sum(p.to_local().nbytes for p in params) + sum(
-        t.to_local().nbytes for s in optimizer.state.values() for t in s.values() if t.numel() > 1)
+
+    step.state = lambda: (
+        sum(p.to_local().nbytes for p in params)
+        + sum(
+            t.to_local().nbytes
+            for s in optimizer.state.values()
+            for t in s.values()
+            if t.numel() > 1
+        )
+    )
     return step
 
 
@@ -187,7 +281,9 @@ SIDES = {"ours": ours, "fully_shard": theirs}
 
 
 def measure(step, batch: Batch) -> dict[str, int]:
-    """Peak above the step's start, state, gradient, and bytes that this rank receives in all-gathers and gives into reduce-scatters."""
+    """Peak above the step's start, state, gradient, and bytes that this rank receives in
+    all-gathers and gives into reduce-scatters.
+    """
     moved = 0
 
     def counting(collective, argument):
@@ -196,8 +292,19 @@ def measure(step, batch: Batch) -> dict[str, int]:
             values = [*args, *kwargs.values()]
             moved += values[argument].nbytes * (dist.world() - 1) // dist.world()
             return collective(*args, **kwargs)
+
         return call
-    names = [(td, n, i) for n, i in (("all_gather_single", 0), ("all_gather_into_tensor", 0), ("reduce_scatter_single", 1), ("reduce_scatter_tensor", 1)) if hasattr(td, n)]
+
+    names = [
+        (td, n, i)
+        for n, i in (
+            ("all_gather_single", 0),
+            ("all_gather_into_tensor", 0),
+            ("reduce_scatter_single", 1),
+            ("reduce_scatter_tensor", 1),
+        )
+        if hasattr(td, n)
+    ]
     names += [(dist, "_all_gather", 0), (dist, "_reduce_scatter", 1)]
     kept = [getattr(module, name) for module, name, _ in names]
     for (module, name, argument), collective in zip(names, kept):
@@ -214,7 +321,11 @@ def measure(step, batch: Batch) -> dict[str, int]:
     else:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             step(batch)
-        events = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+        events = sorted(
+            (e.start_ns(), e.nbytes())
+            for e in profiler.profiler.kineto_results.events()
+            if e.name() == "[memory]"
+        )
         held = peak = 0
         for _, size in events:
             held += size
@@ -230,4 +341,4 @@ def synchronize() -> None:
 if __name__ == "__main__":
     main()
     sys.stdout.flush()
-    os._exit(0)                # threads that the profiler leaves at times abort an interpreter that ends in order
+    os._exit(0)  # threads that the profiler leaves at times abort an interpreter that ends in order

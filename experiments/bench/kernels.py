@@ -1,20 +1,27 @@
-"""Head and loss on a GPU against the ways others do it: python experiments/bench/kernels.py [--tokens 4096 ...] [--models 0.5B 1.5B 3B]
+"""Head and loss on a GPU against the ways others do it: python experiments/bench/kernels.py
+[--tokens 4096 ...] [--models 0.5B 1.5B 3B]
 
-bf16, V = 151,936, forward and backward of -sum logp / N (`joined`: the clipped group loss from rewards). In turn in one process, median of 5,
-the peak of allocated memory over the inputs (gradients included), the relative error of d_hidden and d_weight on 512 tokens against float64,
-TF/s on FLOP executed (6 N C V; 8 N C V where logits are made twice) and its share of a plain matmul's rate at the same shape. What is missing
-or runs out of memory is skipped aloud. Then the group loss's token kernel against a copy. Ends with one line of JSON, the bars.
-`--dry-run` runs what a CPU can at a tiny size, Triton in its interpreter: it shows that the bench works, its times mean nothing.
+bf16, V = 151,936, forward and backward of -sum logp / N (`joined`: the clipped group loss from
+rewards). In turn in one process, median of 5, the peak of allocated memory over the inputs
+(gradients included), the relative error of d_hidden and d_weight on 512 tokens against float64,
+TF/s on FLOP executed (6 N C V; 8 N C V where logits are made twice) and its share of a plain
+matmul's rate at the same shape. What is missing or runs out of memory is skipped aloud. Then the
+group loss's token kernel against a copy. Ends with one line of JSON, the bars. `--dry-run` runs
+what a CPU can at a tiny size, Triton in its interpreter: it shows that the bench works, its times
+mean nothing.
 
-EXPECTED, arithmetic and not measured: H100, 700 TF/s in products, 3.0 TB/s, ms at 8,192 tokens (kernels/logprob.py has the sums)
+EXPECTED, arithmetic and not measured: H100, 700 TF/s in products, 3.0 TB/s, ms at 8,192 tokens
+(kernels/logprob.py has the sums)
                                     0.5B  C = 896        1.5B  C = 1,536       3B  C = 2,048
-    one_shot                        15.0   (448 TF/s)    23.9   (481)          31.0   (494)
-    joined, all / none in L2        14.1 / 15.0          23.0 / 23.9           30.1 / 31.0
-    recompute                       15.4   (580)         24.6   (622)          32.0   (638)
-    memory over the inputs          0.29 GiB of logits and the gradients; d_weight in float32 while it is summed (one_shot): 0.51 / 0.87 / 1.16
-    eager                           18.5 GiB; 9.6 / 16.4 / 21.8 of products and about 35 GB of passes: 21 / 28 / 33
-    token kernel                    32 B a token, 0.9 of a copy's rate at 16 M tokens
+    one_shot                        15.0   (448 TF/s)    23.9   (481)          31.0   (494) joined,
+    all / none in L2        14.1 / 15.0          23.0 / 23.9           30.1 / 31.0 recompute
+    15.4   (580)         24.6   (622)          32.0   (638) memory over the inputs          0.29 GiB
+    of logits and the gradients; d_weight in float32 while it is summed (one_shot): 0.51 / 0.87 /
+    1.16 eager                           18.5 GiB; 9.6 / 16.4 / 21.8 of products and about 35 GB of
+    passes: 21 / 28 / 33 token kernel                    32 B a token, 0.9 of a copy's rate at 16 M
+    tokens
 """
+
 from __future__ import annotations
 
 import argparse
@@ -25,7 +32,7 @@ from statistics import median
 from time import perf_counter
 
 if "--dry-run" in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"   # Triton reads it at its import
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it at its import
 
 import torch
 import torch.nn.functional as F
@@ -42,15 +49,25 @@ GROUP = 16
 class Case:
     def __init__(self, N: int, C: int, V: int, device: str):
         g = torch.Generator(device).manual_seed(0)
-        made = lambda *shape, std=1.0: torch.empty(shape, device=device).normal_(std=std, generator=g)
-        self.N, self.C, self.V = N, C, V
+        made = lambda *shape, std=1.0: torch.empty(shape, device=device).normal_(
+            std=std, generator=g
+        )
+        self.N = N
+        self.C = C
+        self.V = V
         self.hidden = made(N, C).bfloat16().requires_grad_()
-        self.weight = made(V, C, std=C ** -0.5).bfloat16().requires_grad_()
+        self.weight = made(V, C, std=C**-0.5).bfloat16().requires_grad_()
         self.target = torch.randint(V, (N,), device=device, generator=g)
         length = max(N // (4 * GROUP), 1)
         rollout = (torch.arange(N, device=device) // length).clamp(max=4 * GROUP - 1)
         logp = torch.full((N,), -float(torch.tensor(V).log()), device=device)
-        self.group = dict(rewards=made(4, GROUP), rollout=rollout, weight=torch.ones(N, device=device), sampler=logp + 0.1 * made(N), total=float(N))
+        self.group = dict(
+            rewards=made(4, GROUP),
+            rollout=rollout,
+            weight=torch.ones(N, device=device),
+            sampler=logp + 0.1 * made(N),
+            total=float(N),
+        )
 
     def mean(self, logp, rows=None):
         return -logp.sum() / self.N
@@ -65,7 +82,9 @@ class Case:
         return self.shots(GroupPull(Rule(), **self.group))
 
     def recompute(self):
-        return self.mean(linear_logp(self.hidden, self.weight, self.target, 1.0, policy, "triton")[0])
+        return self.mean(
+            linear_logp(self.hidden, self.weight, self.target, 1.0, policy, "triton")[0]
+        )
 
     def one_shot_torch(self):
         return self.shots(by_autograd(self.mean), "torch")
@@ -78,19 +97,32 @@ class Case:
         return torch.compile(Case.eager, dynamic=False)(self)
 
     def torch_linear_cross_entropy(self):
-        return F.linear_cross_entropy(self.hidden, self.weight, self.target, options=torch.nn.LinearCrossEntropyOptions())
+        return F.linear_cross_entropy(
+            self.hidden, self.weight, self.target, options=torch.nn.LinearCrossEntropyOptions()
+        )
 
     def liger_cross_entropy(self):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
         return LigerFusedLinearCrossEntropyLoss()(self.weight, self.hidden, self.target)
 
     def cut_cross_entropy(self):
         from cut_cross_entropy import linear_cross_entropy
+
         return linear_cross_entropy(self.hidden, self.weight, self.target, filter_eps=None)
 
 
-FLOP = dict(one_shot=6, joined=6, recompute=8, one_shot_torch=6, eager=6, compiled=6, torch_linear_cross_entropy=6, liger_cross_entropy=6,
-            cut_cross_entropy=8)
+FLOP = dict(
+    one_shot=6,
+    joined=6,
+    recompute=8,
+    one_shot_torch=6,
+    eager=6,
+    compiled=6,
+    torch_linear_cross_entropy=6,
+    liger_cross_entropy=6,
+    cut_cross_entropy=8,
+)
 OURS = ("one_shot", "joined", "recompute")
 NOT_DRY = ("compiled", "liger_cross_entropy", "cut_cross_entropy")
 
@@ -115,7 +147,11 @@ def measured(case: Case, path: str, device: str) -> tuple[float, float, int]:
     out = []
     forward = seconds(lambda: out.append(getattr(case, path)()), device)
     backward = seconds(lambda: out[0].backward(), device)
-    return forward, backward, (torch.cuda.max_memory_allocated() if device == "cuda" else 0) - before
+    return (
+        forward,
+        backward,
+        (torch.cuda.max_memory_allocated() if device == "cuda" else 0) - before,
+    )
 
 
 def errors(paths: list[str], C: int, V: int, device: str) -> dict[str, list[float]]:
@@ -128,7 +164,10 @@ def errors(paths: list[str], C: int, V: int, device: str) -> dict[str, list[floa
     for path in paths:
         if path != "joined":
             measured(case, path, device)
-            found[path] = [((x.grad.double() - y).norm() / y.norm()).item() for x, y in zip((case.hidden, case.weight), want)]
+            found[path] = [
+                ((x.grad.double() - y).norm() / y.norm()).item()
+                for x, y in zip((case.hidden, case.weight), want)
+            ]
     return found
 
 
@@ -136,12 +175,18 @@ def usable(device: str, dry: bool) -> list[str]:
     """The paths that can run here; what cannot is said."""
     paths = []
     for path in FLOP:
-        why = "not in a dry run" if dry and path in NOT_DRY else launch.refusal("triton" if path in OURS else "torch", torch.device(device))
+        why = (
+            "not in a dry run"
+            if dry and path in NOT_DRY
+            else launch.refusal("triton" if path in OURS else "torch", torch.device(device))
+        )
         try:
             if why is None:
                 case = Case(64, 32, 512, device)
                 getattr(case, path)().backward()
-        except Exception as e:      # a peer may fail to import, to compile or to run: that is its line in the table
+        except (
+            Exception
+        ) as e:  # a peer may fail to import, to compile or to run: that is its line in the table
             why = f"{type(e).__name__}: {e}".splitlines()[0]
         if why:
             print(f"{path}: skipped, {why}")
@@ -151,10 +196,11 @@ def usable(device: str, dry: bool) -> list[str]:
 
 
 def table(paths, model, N, C, V, device, repeats) -> dict[str, dict]:
-    torch._dynamo.reset()                                      # after eight shapes `compiled` would run eagerly and not say so
-    case, runs = Case(N, C, V, device), {path: [] for path in paths}
+    torch._dynamo.reset()  # after eight shapes `compiled` would run eagerly and not say so
+    case = Case(N, C, V, device)
+    runs = {path: [] for path in paths}
     left = list(paths)
-    for i in range(repeats + 1):                               # the first round warms up
+    for i in range(repeats + 1):  # the first round warms up
         for path in list(left):
             try:
                 runs[path].append(measured(case, path, device))
@@ -163,30 +209,50 @@ def table(paths, model, N, C, V, device, repeats) -> dict[str, dict]:
                 left.remove(path)
                 case.hidden.grad = case.weight.grad = None
                 torch.cuda.empty_cache()
-    plain = median(seconds(lambda: case.hidden.detach() @ case.weight.detach().T, device) for _ in range(repeats))
-    rate, found = 2 * N * C * V / plain / 1e12, {}
+    plain = median(
+        seconds(lambda: case.hidden.detach() @ case.weight.detach().T, device)
+        for _ in range(repeats)
+    )
+    rate = 2 * N * C * V / plain / 1e12
+    found = {}
     wrong = errors(left, C, V, device)
     print(f"\n{model}: {N:,} tokens, C = {C:,}, V = {V:,}; a plain matmul makes {rate:.4g} TF/s")
-    print(f"{'':<28}{'forward ms':>11}{'backward ms':>12}{'total ms':>10}{'peak GiB':>10}{'TF/s':>11}{'share':>7}   error d_hidden, d_weight")
+    print(
+        f"{'':<28}{'forward ms':>11}{'backward ms':>12}{'total ms':>10}{'peak GiB':>10}{'TF/s':>11}{'share':>7}   error d_hidden, d_weight"
+    )
     for path in left:
         forward, backward, peak = (median(r[i] for r in runs[path][1:]) for i in range(3))
         speed = FLOP[path] * N * C * V / (forward + backward) / 1e12
         found[path] = dict(ms=1e3 * (forward + backward), tflops=speed)
-        print(f"{path:<28}{1e3 * forward:11.2f}{1e3 * backward:12.2f}{1e3 * (forward + backward):10.2f}{peak / 2**30:10.2f}"
-              f"{speed:11.4g}{speed / rate:7.2f}   " + ", ".join(f"{e:.1e}" for e in wrong.get(path, [])))
+        print(
+            f"{path:<28}{1e3 * forward:11.2f}{1e3 * backward:12.2f}{1e3 * (forward + backward):10.2f}{peak / 2**30:10.2f}"
+            f"{speed:11.4g}{speed / rate:7.2f}   "
+            + ", ".join(f"{e:.1e}" for e in wrong.get(path, []))
+        )
     return found
 
 
 def copy_share(N: int, device: str, repeats: int) -> float:
     """The token kernel's rate over a copy's, by bytes."""
     x = torch.randn(N, device=device)
-    pull = GroupPull(Rule(kl=0.1), torch.randn(64, GROUP, device=device), torch.arange(N, device=device) * 64 * GROUP // N, torch.ones_like(x), x + 0.1,
-                     float(N), x + 0.1, x + 0.2)
+    pull = GroupPull(
+        Rule(kl=0.1),
+        torch.randn(64, GROUP, device=device),
+        torch.arange(N, device=device) * 64 * GROUP // N,
+        torch.ones_like(x),
+        x + 0.1,
+        float(N),
+        x + 0.1,
+        x + 0.2,
+    )
     to = torch.empty_like(x)
-    run, copy = lambda: pull(x, x, slice(0, N)), lambda: to.copy_(x)
+    run = lambda: pull(x, x, slice(0, N))
+    copy = lambda: to.copy_(x)
     run(), copy()
     ours, theirs = (median(seconds(f, device) for _ in range(repeats)) for f in (run, copy))
-    print(f"\ntoken kernel: {32 * N / ours / 1e9:.4g} GB/s, a copy: {8 * N / theirs / 1e9:.4g} GB/s, at {N:,} tokens")
+    print(
+        f"\ntoken kernel: {32 * N / ours / 1e9:.4g} GB/s, a copy: {8 * N / theirs / 1e9:.4g} GB/s, at {N:,} tokens"
+    )
     return 32 / ours / (8 / theirs)
 
 
@@ -205,16 +271,39 @@ def main() -> int:
     if not args.dry_run and not torch.cuda.is_available():
         print("no GPU: --dry-run shows that the bench works", file=sys.stderr)
         return 2
-    print(f"torch {torch.__version__}, " + ("dry run: times mean nothing" if args.dry_run else torch.cuda.get_device_name()))
-    paths, bars = usable(device, args.dry_run), []
-    shapes = [("dry", 40, 16, 301)] if args.dry_run else [(m, N, WIDTHS[m], 151_936) for m in args.models for N in args.tokens]
+    print(
+        f"torch {torch.__version__}, "
+        + ("dry run: times mean nothing" if args.dry_run else torch.cuda.get_device_name())
+    )
+    paths = usable(device, args.dry_run)
+    bars = []
+    shapes = (
+        [("dry", 40, 16, 301)]
+        if args.dry_run
+        else [(m, N, WIDTHS[m], 151_936) for m in args.models for N in args.tokens]
+    )
     for model, N, C, V in shapes:
         found = table(paths, model, N, C, V, device, 1 if args.dry_run else args.repeats)
         for path in OURS:
             if path in found and not args.dry_run:
-                bars.append(bar(f"{model} {N}: {path} TF/s", found[path]["tflops"], 450, found[path]["tflops"] >= 450))
-                bars += [bar(f"{model} {N}: {path} ms / {peer}", found[path]["ms"] / found[peer]["ms"], 1, found[path]["ms"] < found[peer]["ms"])
-                         for peer in ("liger_cross_entropy", "cut_cross_entropy") if peer in found and N > 4096]
+                bars.append(
+                    bar(
+                        f"{model} {N}: {path} TF/s",
+                        found[path]["tflops"],
+                        450,
+                        found[path]["tflops"] >= 450,
+                    )
+                )
+                bars += [
+                    bar(
+                        f"{model} {N}: {path} ms / {peer}",
+                        found[path]["ms"] / found[peer]["ms"],
+                        1,
+                        found[path]["ms"] < found[peer]["ms"],
+                    )
+                    for peer in ("liger_cross_entropy", "cut_cross_entropy")
+                    if peer in found and N > 4096
+                ]
     if "joined" in paths:
         share = copy_share(3000 if args.dry_run else 1 << 24, device, args.repeats)
         if not args.dry_run:

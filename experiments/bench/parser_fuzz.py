@@ -1,7 +1,10 @@
-"""python experiments/bench/parser_fuzz.py: hostile completions through the answer parser; the slowest one, and any that raised.
+"""python experiments/bench/parser_fuzz.py: hostile completions through the answer parser; the
+slowest one, and any that raised.
 
-The strings are those of tests/fuzz_answers.py. The last line is JSON; the exit status is 1 when a bar is missed.
+The strings are those of tests/fuzz_answers.py. The last line is JSON; the exit status is 1 when a
+bar is missed.
 """
+
 import argparse
 import json
 import sys
@@ -22,22 +25,36 @@ def main():
     options.add_argument("--n", type=int, default=10_000)
     options.add_argument("--seed", type=int, default=0)
     options = options.parse_args()
-    slowest, size, raised, outcomes = 0.0, 0, 0, Counter()
+    slowest = 0.0
+    size = 0
+    raised = 0
+    outcomes = Counter()
     for text in completions(options.n, options.seed):
         start = time.perf_counter()
         try:
             _, outcome = parse_query(text)
-        except Exception as error:      # the point of the fuzz: count it, show it, go on
-            raised, outcome = raised + 1, repr(error)[:80]
+        except Exception as error:  # the point of the fuzz: count it, show it, go on
+            raised = raised + 1
+            outcome = repr(error)[:80]
         ms = 1000 * (time.perf_counter() - start)
         outcomes[outcome or "parsed"] += 1
         if ms > slowest:
-            slowest, size = ms, len(text)
+            slowest = ms
+            size = len(text)
     for outcome, count in outcomes.most_common():
         print(f"{count:6d} {outcome}")
-    print(f"slowest of {options.n}: {slowest:.2f} ms, for {size} characters (wall clock, one run each)")
-    bars = [{"name": "parser_max_ms", "value": round(slowest, 3), "bar": BAR_MS, "ok": slowest < BAR_MS},
-            {"name": "parser_raised", "value": raised, "bar": 0, "ok": raised == 0}]
+    print(
+        f"slowest of {options.n}: {slowest:.2f} ms, for {size} characters (wall clock, one run each)"
+    )
+    bars = [
+        {
+            "name": "parser_max_ms",
+            "value": round(slowest, 3),
+            "bar": BAR_MS,
+            "ok": slowest < BAR_MS,
+        },
+        {"name": "parser_raised", "value": raised, "bar": 0, "ok": raised == 0},
+    ]
     print(json.dumps({"bars": bars}))
     return 0 if all(bar["ok"] for bar in bars) else 1
 

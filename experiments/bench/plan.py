@@ -1,14 +1,19 @@
-"""The memory plan against the memory that is used: python experiments/bench/plan.py [--cases NAME ...] [--live PHASE]
+"""The memory plan against the memory that is used: python experiments/bench/plan.py [--cases NAME
+...] [--live PHASE]
 
-Each case is a fresh process (or torchrun's, of two ranks) on a CPU that runs a step by the functions of the loop: prompts sampled to their full
-length, scored, trained on, the update, and a greedy evaluation. Every allocation and release of torch's CPU allocator is an event of the
-profiler (torch.profiler, profile_memory), a library kernel's temporaries too; what is allocated less what is released, counted from before
-the model is made, is the memory that is live. A phase's figure is its largest, beside footprint.py's prediction; of two ranks that of rank 0.
-The cache is emptied before the step: it then grows while Adam's moments are there, the worst case that the plan counts.
+Each case is a fresh process (or torchrun's, of two ranks) on a CPU that runs a step by the
+functions of the loop: prompts sampled to their full length, scored, trained on, the update, and a
+greedy evaluation. Every allocation and release of torch's CPU allocator is an event of the profiler
+(torch.profiler, profile_memory), a library kernel's temporaries too; what is allocated less what is
+released, counted from before the model is made, is the memory that is live. A phase's figure is its
+largest, beside footprint.py's prediction; of two ranks that of rank 0. The cache is emptied before
+the step: it then grows while Adam's moments are there, the worst case that the plan counts.
 
-Ends with one line of JSON: prediction / measured of the phases sampling and training, each within 10% of 1.
---live PHASE prints what is live at the phase's peak, by size and place of allocation, beside the terms of the prediction.
+Ends with one line of JSON: prediction / measured of the phases sampling and training, each within
+10% of 1. --live PHASE prints what is live at the phase's peak, by size and place of allocation,
+beside the terms of the prediction.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -38,17 +43,25 @@ from recr1.sample import generate, new_cache
 from recr1.session import session
 from recr1.train import every_token, optimiser_steps
 
-SMALL, WIDE = dict(num_hidden_layers=4, hidden_size=256), dict(num_hidden_layers=12, hidden_size=512)
+SMALL = dict(num_hidden_layers=4, hidden_size=256)
+WIDE = dict(num_hidden_layers=12, hidden_size=512)
 MANY = dict(vocab_size=32_768)
-GROUP = 64 + 4 * 127                                   # tokens of a group of four: budgets are whole groups
-CHECKPOINTING, RECOMPUTE, REFERENCE = {"train.checkpointing": True}, {"model.head": "recompute"}, {"loss.kl": 0.1}
-CASES = {   # shape, token budget in groups, overrides, ranks
+GROUP = 64 + 4 * 127  # tokens of a group of four: budgets are whole groups
+CHECKPOINTING = {"train.checkpointing": True}
+RECOMPUTE = {"model.head": "recompute"}
+REFERENCE = {"loss.kl": 0.1}
+CASES = {  # shape, token budget in groups, overrides, ranks
     "4x256": (SMALL, 4, {}, 1),
     "4x256, all in one micro-batch": (SMALL, 8, {}, 1),
     "4x256 checkpointing": (SMALL, 4, CHECKPOINTING, 1),
     "4x256 vocabulary 32768": (SMALL | MANY, 2, {}, 1),
     "4x256 vocabulary 32768 recompute, reference": (SMALL | MANY, 2, RECOMPUTE | REFERENCE, 1),
-    "4x256 untied 32768, temperature .7": (SMALL | MANY | dict(tie_word_embeddings=False), 2, {"sampling.temperature": 0.7}, 1),
+    "4x256 untied 32768, temperature .7": (
+        SMALL | MANY | dict(tie_word_embeddings=False),
+        2,
+        {"sampling.temperature": 0.7},
+        1,
+    ),
     "4x256 Qwen3, own head size": (SMALL | dict(family="qwen3", head_dim=96), 4, CHECKPOINTING, 1),
     "4x256 bfloat16": (SMALL, 4, {"model.compute": "bfloat16"}, 1),
     "4x256 short texts": (SMALL, 8, {"prompt.max_tokens": 24, "sampling.max_new_tokens": 28}, 1),
@@ -57,7 +70,12 @@ CASES = {   # shape, token budget in groups, overrides, ranks
     "12x512 vocabulary 32768 checkpointing": (WIDE | MANY, 1, CHECKPOINTING, 1),
     "12x512 vocabulary 32768 recompute": (WIDE | MANY, 1, RECOMPUTE, 1),
     "4x256 two ranks": (SMALL, 2, {}, 2),
-    "4x256 two ranks checkpointing, reference, vocabulary 32768": (SMALL | MANY, 1, CHECKPOINTING | REFERENCE, 2),
+    "4x256 two ranks checkpointing, reference, vocabulary 32768": (
+        SMALL | MANY,
+        1,
+        CHECKPOINTING | REFERENCE,
+        2,
+    ),
     "4x256 two ranks, one reduction a step": (SMALL, 2, {"train.reduce": "step"}, 2),
 }
 QUICK = ["4x256 checkpointing", "4x256 vocabulary 32768 recompute, reference"]
@@ -67,78 +85,144 @@ BARRED = ("sampling", "training")
 def case(name: str) -> tuple[Config, ModelConfig, int]:
     sizes, groups, overrides, ranks = CASES[name]
     width = sizes["hidden_size"]
-    shape = ModelConfig(**dict(family="qwen2", vocab_size=4096, intermediate_size=4 * width, num_attention_heads=width // 64,
-                               num_key_value_heads=width // 128, head_dim=64, rms_norm_eps=1e-6, rope_theta=1e4, rope_scaling=None,
-                               tie_word_embeddings=True, max_position_embeddings=4096) | sizes)
+    shape = ModelConfig(
+        **dict(
+            family="qwen2",
+            vocab_size=4096,
+            intermediate_size=4 * width,
+            num_attention_heads=width // 64,
+            num_key_value_heads=width // 128,
+            head_dim=64,
+            rms_norm_eps=1e-6,
+            rope_theta=1e4,
+            rope_scaling=None,
+            tie_word_embeddings=True,
+            max_position_embeddings=4096,
+        )
+        | sizes
+    )
     prompts = 4 if sizes["num_hidden_layers"] > 4 else 8
-    cfg = Config(model=Model(compute="float32"), prompt=PromptText(max_tokens=64), sampling=Sampling(group_size=4, max_new_tokens=128), loss=Loss(),
-                 train=Train(prompts_per_step=prompts, tokens_per_micro_batch=groups * GROUP))
+    cfg = Config(
+        model=Model(compute="float32"),
+        prompt=PromptText(max_tokens=64),
+        sampling=Sampling(group_size=4, max_new_tokens=128),
+        loss=Loss(),
+        train=Train(prompts_per_step=prompts, tokens_per_micro_batch=groups * GROUP),
+    )
     cfg = set_in(cfg, overrides)
     group = cfg.prompt.max_tokens + 4 * (cfg.sampling.max_new_tokens - 1)
-    return replace(cfg, train=replace(cfg.train, tokens_per_micro_batch=groups * group)), shape, ranks
+    return (
+        replace(cfg, train=replace(cfg.train, tokens_per_micro_batch=groups * group)),
+        shape,
+        ranks,
+    )
 
 
 def steps(cfg: Config, shape: ModelConfig) -> None:
     """Two steps of the loop, with random rewards; the first, of short texts, makes Adam's moments."""
     compute = dict(float32=torch.float32, bfloat16=torch.bfloat16)[cfg.model.compute]
-    g, s = torch.Generator().manual_seed(0), cfg.sampling
+    g = torch.Generator().manual_seed(0)
+    s = cfg.sampling
 
     def model(**how):
         with torch.device("meta"):
             decoder = Decoder(shape)
         sizes = {name: p.shape for name, p in decoder.named_parameters()}
-        return Sharded(decoder, lambda name: torch.randn(sizes[name], generator=g) * 0.02, device=dist.device(), compute=compute, **how)
+        return Sharded(
+            decoder,
+            lambda name: torch.randn(sizes[name], generator=g) * 0.02,
+            device=dist.device(),
+            compute=compute,
+            **how,
+        )
 
     def prompts(n):
-        return [Prompt(f"q{i}", i, "", tuple(torch.randint(shape.vocab_size, (cfg.prompt.max_tokens,), generator=g).tolist())) for i in range(n)]
+        return [
+            Prompt(
+                f"q{i}",
+                i,
+                "",
+                tuple(
+                    torch.randint(shape.vocab_size, (cfg.prompt.max_tokens,), generator=g).tolist()
+                ),
+            )
+            for i in range(n)
+        ]
+
     policy = model(checkpointing=cfg.train.checkpointing)
     reference = model(master=compute, frozen=("*",)) if cfg.loss.kl else None
-    optimizer, loss = Optimizer(policy, cfg.optimizer, 2), objective(cfg.loss, cfg.model)
+    optimizer = Optimizer(policy, cfg.optimizer, 2)
+    loss = objective(cfg.loss, cfg.model)
     for length in (2, s.max_new_tokens):
         with gathered(policy):
             cache = new_cache(policy)
         mine = dist.share(prompts(cfg.train.prompts_per_step))
         uniforms = np.random.default_rng(dist.rank()).random((len(mine), s.group_size, length))
         with record_function("phase sampling"), gathered(policy):
-            rollouts = generate(policy, mine, s.group_size, s.temperature, length, frozenset(), uniforms, cache)
+            rollouts = generate(
+                policy, mine, s.group_size, s.temperature, length, frozenset(), uniforms, cache
+            )
         texts, first = distinct(rollouts)
         with record_function("phase scoring"):
             every_token(policy, reference, texts, cfg)
         with record_function("phase training"):
-            [(tokens, batches)] = optimiser_steps(policy, reference, texts, torch.randn(len(rollouts), generator=g)[first], cfg, loss.average)
+            [(tokens, batches)] = optimiser_steps(
+                policy,
+                reference,
+                texts,
+                torch.randn(len(rollouts), generator=g)[first],
+                cfg,
+                loss.average,
+            )
             for i, batch in enumerate(batches, 1):
                 policy.hold = cfg.train.reduce == "step" and i < len(batches)
                 value, logp, _ = policy_loss(policy, batch, tokens, s.temperature, loss)
                 value.backward()
-                del value, logp                                        # the loop's next line binds them anew; here the phase ends
+                del value, logp  # the loop's next line binds them anew; here the phase ends
         with record_function("phase update"):
             optimizer.step()
         del rollouts, texts, batches, batch
     with record_function("phase evaluation"):
-        greedy(policy, prompts(Footprint(cfg, shape, dist.world(), gpu=False).evaluated), frozenset(), s.max_new_tokens)
+        greedy(
+            policy,
+            prompts(Footprint(cfg, shape, dist.world(), gpu=False).evaluated),
+            frozenset(),
+            s.max_new_tokens,
+        )
 
 
 def measure(cfg: Config, shape: ModelConfig, watched: str | None) -> tuple[dict[str, int], Counter]:
-    """{phase: bytes live at most}, and of the phase `watched` what those are: {(bytes of one, place of allocation): bytes}."""
+    """{phase: bytes live at most}, and of the phase `watched` what those are: {(bytes of one, place
+    of allocation): bytes}.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         steps(cfg, shape)
-    events, spans = [], []
+    events = []
+    spans = []
 
     def walk(event, place):
         if event.name == "[memory]":
-            events.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size, place))
+            events.append(
+                (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size, place)
+            )
         elif event.name.startswith("phase "):
-            spans.append((event.start_time_ns, event.end_time_ns, event.name.removeprefix("phase ")))
+            spans.append(
+                (event.start_time_ns, event.end_time_ns, event.name.removeprefix("phase "))
+            )
         for child in event.children:
             walk(child, (*place, event.name))
+
     for root in profiled.profiler.kineto_results.experimental_event_tree():
         walk(root, ())
-    live, now, most, held = {}, 0, {}, {}
+    live = {}
+    now = 0
+    most = {}
+    held = {}
     for time, address, size, place in sorted(events, key=lambda e: e[0]):
         if size > 0:
             live[address] = size, place
         elif live.pop(address, None) is None:
-            continue                                                   # allocated before the profile began
+            continue  # allocated before the profile began
         now += size
         for start, end, phase in spans:
             if start <= time <= end and now > most.get(phase, 0):
@@ -156,7 +240,13 @@ def one(name: str, live: str | None) -> None:
         most, places = measure(cfg, shape, live)
         if dist.rank() == 0:
             if live:
-                print("\n".join(f"{bytes / 1e6:9.2f} MB of {size / 1e6:9.3f}  {place}" for (size, place), bytes in places.most_common(30)), file=sys.stderr)
+                print(
+                    "\n".join(
+                        f"{bytes / 1e6:9.2f} MB of {size / 1e6:9.3f}  {place}"
+                        for (size, place), bytes in places.most_common(30)
+                    ),
+                    file=sys.stderr,
+                )
             print("measured " + json.dumps(most))
 
 
@@ -174,21 +264,53 @@ def main() -> int:
     print(f"torch {torch.__version__}; MB predicted / measured")
     for name in QUICK if args.quick else args.cases or CASES:
         cfg, shape, ranks = case(name)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+            if ranks > 1
+            else []
+        )
         more = ["--live", args.live] if args.live else []
-        done = subprocess.run([sys.executable, *launcher, str(Path(__file__).resolve()), "--one", name, *more], stdout=subprocess.PIPE, text=True,
-                              stderr=None if args.live else subprocess.PIPE)
+        done = subprocess.run(
+            [sys.executable, *launcher, str(Path(__file__).resolve()), "--one", name, *more],
+            stdout=subprocess.PIPE,
+            text=True,
+            stderr=None if args.live else subprocess.PIPE,
+        )
         if done.returncode:
             print(done.stderr, file=sys.stderr)
             return 1
-        measured = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("measured ")).removeprefix("measured "))
+        measured = json.loads(
+            next(
+                line for line in done.stdout.splitlines() if line.startswith("measured ")
+            ).removeprefix("measured ")
+        )
         phases = Footprint(cfg, shape, ranks, gpu=False).phases()
-        print(f"{name:<60}" + "  ".join(f"{p} {total(phases[p]) / 1e6:.1f}/{measured[p] / 1e6:.1f}={total(phases[p]) / measured[p]:.3f}" for p in measured), flush=True)
+        print(
+            f"{name:<60}"
+            + "  ".join(
+                f"{p} {total(phases[p]) / 1e6:.1f}/{measured[p] / 1e6:.1f}={total(phases[p]) / measured[p]:.3f}"
+                for p in measured
+            ),
+            flush=True,
+        )
         if args.live:
-            print("\n".join(f"{t.bytes / 1e6:9.2f} MB  {t.name}: {t.formula}" for t in phases[args.live] if t.bytes))
+            print(
+                "\n".join(
+                    f"{t.bytes / 1e6:9.2f} MB  {t.name}: {t.formula}"
+                    for t in phases[args.live]
+                    if t.bytes
+                )
+            )
         for phase in BARRED:
             ratio = total(phases[phase]) / measured[phase]
-            bars.append(dict(name=f"{name}: {phase}, predicted / measured", value=round(ratio, 4), bar=0.1, ok=abs(ratio - 1) <= 0.1))
+            bars.append(
+                dict(
+                    name=f"{name}: {phase}, predicted / measured",
+                    value=round(ratio, 4),
+                    bar=0.1,
+                    ok=abs(ratio - 1) <= 0.1,
+                )
+            )
     print(json.dumps({"bars": bars}))
     return 0 if all(bar["ok"] for bar in bars) else 1
 

@@ -1,8 +1,12 @@
-"""Seconds per step of the quickstart: as it is, on two ranks of one thread, and with the recomputing head, in turn.
+"""Seconds per step of the quickstart: as it is, on two ranks of one thread, and with the
+recomputing head, in turn.
 
-python experiments/bench/quickstart_step.py [STEPS] [ROUNDS]. A figure is the median of `seconds.step` over a run's steps but the first five; each
-round runs all variants, one after the other. The default should be the fastest. Run it on a quiet machine: two threads wait for each other.
+python experiments/bench/quickstart_step.py [STEPS] [ROUNDS]. A figure is the median of
+`seconds.step` over a run's steps but the first five; each round runs all variants, one after the
+other. The default should be the fastest. Run it on a quiet machine: two threads wait for each
+other.
 """
+
 import json
 import os
 import subprocess
@@ -13,27 +17,78 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIANTS = {"default (1 rank x 2 threads, one_shot)": (1, 2, ()), "2 ranks x 1 thread": (2, 1, ()), "head recompute": (1, 2, ("model.head=recompute",))}
+VARIANTS = {
+    "default (1 rank x 2 threads, one_shot)": (1, 2, ()),
+    "2 ranks x 1 thread": (2, 1, ()),
+    "head recompute": (1, 2, ("model.head=recompute",)),
+}
 
 
 def seconds(ranks: int, threads: int, overrides: tuple, steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        launch = ["-m", "recr1.train"] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", "recr1.train"]
-        command = [sys.executable, *launch, "experiments/quickstart.yaml", f"run.dir={folder}/run", f"run.threads={threads}", f"train.steps={steps}",
-                   "train.eval_every=0", "optimizer.warmup_steps=0", "optimizer.lr=0", *overrides]                 # lr 0: every variant does the same work
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-        return float(np.median([json.loads(line)["seconds"]["step"] for line in open(f"{folder}/run/metrics.jsonl")][5:]))
+        launch = (
+            ["-m", "recr1.train"]
+            if ranks == 1
+            else [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                str(ranks),
+                "-m",
+                "recr1.train",
+            ]
+        )
+        command = [
+            sys.executable,
+            *launch,
+            "experiments/quickstart.yaml",
+            f"run.dir={folder}/run",
+            f"run.threads={threads}",
+            f"train.steps={steps}",
+            # lr 0: every variant does the same work
+            "train.eval_every=0",
+            "optimizer.warmup_steps=0",
+            "optimizer.lr=0",
+            *overrides,
+        ]
+        subprocess.run(
+            command,
+            cwd=ROOT,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
+        return float(
+            np.median(
+                [
+                    json.loads(line)["seconds"]["step"]
+                    for line in open(f"{folder}/run/metrics.jsonl")
+                ][5:]
+            )
+        )
 
 
 def main() -> None:
-    steps, rounds = (int(x) for x in (sys.argv[1:] + ["60", "3"][len(sys.argv) - 1:]))
+    steps, rounds = (int(x) for x in (sys.argv[1:] + ["60", "3"][len(sys.argv) - 1 :]))
     rows = [{name: seconds(*how, steps) for name, how in VARIANTS.items()} for _ in range(rounds)]
-    base, bars = next(iter(VARIANTS)), []
+    base = next(iter(VARIANTS))
+    bars = []
     for name in VARIANTS:
         ratio = float(np.median([row[base] / row[name] for row in rows]))
-        print(f"{name:<40} {np.median([row[name] for row in rows]):.3f} s per step {[f'{row[name]:.3f}' for row in rows]}, default / this {ratio:.2f}")
+        print(
+            f"{name:<40} {np.median([row[name] for row in rows]):.3f} s per step {[f'{row[name]:.3f}' for row in rows]}, default / this {ratio:.2f}"
+        )
         if name != base:
-            bars.append({"name": f"default over {name}, seconds per step", "value": ratio, "bar": 1.0, "ok": ratio <= 1.0})
+            bars.append(
+                {
+                    "name": f"default over {name}, seconds per step",
+                    "value": ratio,
+                    "bar": 1.0,
+                    "ok": ratio <= 1.0,
+                }
+            )
     print(json.dumps({"bars": bars}))
 
 

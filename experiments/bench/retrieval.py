@@ -1,13 +1,19 @@
-"""BM25: ours (torch, numba) beside bm25s (numba, numpy) and rank_bm25: python experiments/bench/retrieval.py [--documents 50000,200000,1000000] [--pairs 5]
+"""BM25: ours (torch, numba) beside bm25s (numba, numpy) and rank_bm25: python
+experiments/bench/retrieval.py [--documents 50000,200000,1000000] [--pairs 5]
 
-Corpora: generated titles (zipf.py: Zipf-Mandelbrot with topics; no real million is at hand) and the two bundled catalogues. 384 queries of 10-40 distinct
-terms, top 1,000, k1 1.2, b .75, Lucene's formula; all sides begin with token numbers and take the batch in one call. The sides take turns, a
-row shows the median of --pairs turns; slow sides take fewer queries or turns (column `of`). Index seconds are from token numbers too. MB is what a fresh process
-grows by when it loads the saved index and answers 16 queries. Overlap is with bm25s' numpy path, 16 queries; what is missing from 1 are ties at the cut.
-Then, on the largest: the whole reward of 384 completions (decoding, parsing, analysis, retrieval, NDCG@1000), and four processes with one index.
+Corpora: generated titles (zipf.py: Zipf-Mandelbrot with topics; no real million is at hand) and the
+two bundled catalogues. 384 queries of 10-40 distinct terms, top 1,000, k1 1.2, b .75, Lucene's
+formula; all sides begin with token numbers and take the batch in one call. The sides take turns, a
+row shows the median of --pairs turns; slow sides take fewer queries or turns (column `of`). Index
+seconds are from token numbers too. MB is what a fresh process grows by when it loads the saved
+index and answers 16 queries. Overlap is with bm25s' numpy path, 16 queries; what is missing from 1
+are ties at the cut. Then, on the largest: the whole reward of 384 completions (decoding, parsing,
+analysis, retrieval, NDCG@1000), and four processes with one index.
 
-Ends with one line of JSON: the bars and whether they hold. Needs a quiet machine with 2 cores and 4 GB. `--dry-run` takes tiny sizes: its times mean nothing.
+Ends with one line of JSON: the bars and whether they hold. Needs a quiet machine with 2 cores and 4
+GB. `--dry-run` takes tiny sizes: its times mean nothing.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,7 +36,9 @@ try:
     from bm25s.tokenization import Tokenized
     from rank_bm25 import BM25Okapi
 except ImportError as e:
-    sys.exit(f"retrieval.py: the package {e.name} is not installed: pip install numba bm25s rank-bm25")
+    sys.exit(
+        f"retrieval.py: the package {e.name} is not installed: pip install numba bm25s rank-bm25"
+    )
 
 from zipf import Zipf
 
@@ -47,20 +55,48 @@ from recr1.tasks.rewards import Parts
 from recr1.tasks.scoring import Scorer
 
 HERE = Path(__file__).resolve().parents[1]
-DEPTH, QUERIES, CHECKED, SLOW = 1000, 384, 16, 24
-COLUMNS = ("corpus", "engine", "index s", "of", "B/posting", "MB", "q/s 1 thread", "2 threads", "of", "top 10", f"top {DEPTH}")
+DEPTH = 1000
+QUERIES = 384
+CHECKED = 16
+SLOW = 24
+COLUMNS = (
+    "corpus",
+    "engine",
+    "index s",
+    "of",
+    "B/posting",
+    "MB",
+    "q/s 1 thread",
+    "2 threads",
+    "of",
+    "top 10",
+    f"top {DEPTH}",
+)
 
 
 class Corpus:
-    """Token numbers in rows: tokens (N,), lengths (D,); terms[number] spells one; queries of distinct numbers."""
+    """Token numbers in rows: tokens (N,), lengths (D,); terms[number] spells one; queries of
+    distinct numbers.
+    """
 
-    def __init__(self, name: str, tokens: np.ndarray, lengths: np.ndarray, terms: list[str], queries: list[list[int]]):
-        self.name, self.lengths, self.terms = name, lengths, terms
+    def __init__(
+        self,
+        name: str,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        terms: list[str],
+        queries: list[list[int]],
+    ):
+        self.name = name
+        self.lengths = lengths
+        self.terms = terms
         used = np.unique(tokens)
-        number = np.full(len(terms), -1, np.int32)                # only what the corpus has, in the order of spelling
+        # only what the corpus has, in the order of spelling
+        number = np.full(len(terms), -1, np.int32)
         number[used] = np.argsort(np.argsort(np.array(terms)[used]))
         self.terms = sorted(terms[i] for i in used.tolist())
-        self.tokens, self.queries = number[tokens], [sorted(n for n in number[query].tolist() if n >= 0) for query in queries]
+        self.tokens = number[tokens]
+        self.queries = [sorted(n for n in number[query].tolist() if n >= 0) for query in queries]
 
     def lists(self) -> list[list[int]]:
         return [part.tolist() for part in np.split(self.tokens, np.cumsum(self.lengths)[:-1])]
@@ -69,18 +105,29 @@ class Corpus:
 def generated(documents: int, queries: int) -> Corpus:
     zipf = Zipf()
     tokens, lengths = zipf.corpus(documents)
-    return Corpus(f"generated {documents:,}", tokens, lengths, [f"w{i}" for i in range(zipf.words)], zipf.queries(queries))
+    return Corpus(
+        f"generated {documents:,}",
+        tokens,
+        lengths,
+        [f"w{i}" for i in range(zipf.words)],
+        zipf.queries(queries),
+    )
 
 
 def bundled(name: str, queries: int) -> Corpus:
-    """Queries: half of the terms from one document, half from the whole catalogue, as often as they stand there."""
+    """Queries: half of the terms from one document, half from the whole catalogue, as often as they
+    stand there.
+    """
     with gzip.open(HERE / "data" / name / "corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
-        texts = [f'{row["title"]} {row["text"]}' for row in map(json.loads, lines)]
-    numbers, random = {}, np.random.default_rng(0)
+        texts = [f"{row['title']} {row['text']}" for row in map(json.loads, lines)]
+    numbers = {}
+    random = np.random.default_rng(0)
     docs = [[numbers.setdefault(token, len(numbers)) for token in analyze(text)] for text in texts]
-    tokens, made = np.concatenate([np.array(doc, np.int32) for doc in docs]), []
+    tokens = np.concatenate([np.array(doc, np.int32) for doc in docs])
+    made = []
     for size in random.integers(10, 41, queries):
-        mine, query = docs[random.integers(len(docs))], {}
+        mine = docs[random.integers(len(docs))]
+        query = {}
         for turn in range(1000):
             query[int(random.choice(mine if turn % 2 else tokens))] = None
             if len(query) == size:
@@ -91,7 +138,11 @@ def bundled(name: str, queries: int) -> Corpus:
 
 class Ours:
     def __init__(self, scorer: str, corpus: Corpus):
-        self.name, self.scorer, self.corpus, self.few, self.turns = f"ours, {scorer}", scorer, corpus, QUERIES, 99
+        self.name = f"ours, {scorer}"
+        self.scorer = scorer
+        self.corpus = corpus
+        self.few = QUERIES
+        self.turns = 99
         self.queries = [dict.fromkeys(query, 1) for query in corpus.queries]
 
     def prepare(self) -> None:
@@ -100,7 +151,8 @@ class Ours:
         postings(one.astype(np.int32), one + 1, one, 1, self.scorer == "numba")
 
     def build(self) -> None:
-        c, parameters = self.corpus, Parameters()
+        c = self.corpus
+        parameters = Parameters()
         order = np.arange(len(c.lengths))
         arrays = postings(c.tokens, c.lengths, order, len(c.terms), self.scorer == "numba")
         self.arrays = *arrays[:2], impacts(parameters, *arrays, c.lengths)
@@ -108,7 +160,12 @@ class Ours:
     def ready(self) -> None:
         c = self.corpus
         meta = dict(format=FORMAT, dropped=[0], k1=1.2, b=0.75, variant="lucene", length="exact")
-        self.index = Index(meta, Strings.of(f"{i:09}" for i in range(len(c.lengths))), Strings.of(c.terms), *self.arrays)
+        self.index = Index(
+            meta,
+            Strings.of(f"{i:09}" for i in range(len(c.lengths))),
+            Strings.of(c.terms),
+            *self.arrays,
+        )
         self.bm25 = BM25(self.index, self.scorer)
 
     def bytes(self) -> int:
@@ -124,9 +181,13 @@ class Ours:
 
 class Bm25s:
     def __init__(self, backend: str, corpus: Corpus):
-        self.name, self.backend, self.corpus, self.lists = f"bm25s, {backend}", backend, corpus, corpus.lists()
+        self.name = f"bm25s, {backend}"
+        self.backend = backend
+        self.corpus = corpus
+        self.lists = corpus.lists()
         self.few, self.turns = (QUERIES, 99) if backend == "numba" else (SLOW, 2)
-        self.queries, self.build_turns = corpus.queries, 2
+        self.queries = corpus.queries
+        self.build_turns = 2
 
     def prepare(self) -> None:
         self.model = bm25s.BM25(method="lucene", k1=1.2, b=0.75, backend=self.backend)
@@ -134,7 +195,10 @@ class Bm25s:
             self.model.warmup_numba_csc()
 
     def build(self) -> None:
-        self.model.index(Tokenized(ids=self.lists, vocab={term: i for i, term in enumerate(self.corpus.terms)}), show_progress=False)
+        self.model.index(
+            Tokenized(ids=self.lists, vocab={term: i for i, term in enumerate(self.corpus.terms)}),
+            show_progress=False,
+        )
 
     def ready(self) -> None:
         pass
@@ -147,13 +211,23 @@ class Bm25s:
 
     def search(self, n: int, threads: int) -> np.ndarray:
         k = min(DEPTH, len(self.corpus.lengths))
-        return self.model.retrieve(self.queries[:n], k=k, n_threads=0 if threads == 1 else threads, show_progress=False, backend_selection=(
-            "numba" if self.backend == "numba" else "numpy")).documents
+        return self.model.retrieve(
+            self.queries[:n],
+            k=k,
+            n_threads=0 if threads == 1 else threads,
+            show_progress=False,
+            backend_selection=("numba" if self.backend == "numba" else "numpy"),
+        ).documents
 
 
 class RankBm25:
     def __init__(self, corpus: Corpus):
-        self.name, self.corpus, self.few, self.turns, self.lists, self.build_turns = "rank_bm25 (Okapi)", corpus, 4, 1, corpus.lists(), 1
+        self.name = "rank_bm25 (Okapi)"
+        self.corpus = corpus
+        self.few = 4
+        self.turns = 1
+        self.lists = corpus.lists()
+        self.build_turns = 1
 
     def prepare(self) -> None:
         pass
@@ -168,7 +242,12 @@ class RankBm25:
         return None
 
     def search(self, n: int, threads: int) -> np.ndarray:
-        return np.array([np.argsort(-self.model.get_scores(query), kind="stable")[:DEPTH] for query in self.corpus.queries[:n]])
+        return np.array(
+            [
+                np.argsort(-self.model.get_scores(query), kind="stable")[:DEPTH]
+                for query in self.corpus.queries[:n]
+            ]
+        )
 
 
 def seconds(call, *args) -> float:
@@ -178,11 +257,19 @@ def seconds(call, *args) -> float:
 
 
 def rss(what: str) -> int:
-    return 1024 * int(next(line.split()[1] for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith(f"{what}:")))
+    return 1024 * int(
+        next(
+            line.split()[1]
+            for line in Path("/proc/self/smaps_rollup").read_text().splitlines()
+            if line.startswith(f"{what}:")
+        )
+    )
 
 
 def grown(kind: str, folder: str, queries: list[list[int]], pipe, what: str = "Rss") -> None:
-    """In a fresh process: by how much loading and searching makes it grow. In step with others where there are any."""
+    """In a fresh process: by how much loading and searching makes it grow. In step with others
+    where there are any.
+    """
     if kind.startswith("bm25s"):
         warm = bm25s.BM25(backend=kind.split(", ")[1])
         warm.index([[0, 1], [1, 2]], show_progress=False)
@@ -204,9 +291,14 @@ def grown(kind: str, folder: str, queries: list[list[int]], pipe, what: str = "R
     pipe.recv()
 
 
-def growth(kind: str, folder: str, queries: list[list[int]], processes: int = 1, what: str = "Rss") -> int:
+def growth(
+    kind: str, folder: str, queries: list[list[int]], processes: int = 1, what: str = "Rss"
+) -> int:
     """Bytes, summed over the processes."""
-    spawn, pipes, running, said = multiprocessing.get_context("spawn"), [], [], []
+    spawn = multiprocessing.get_context("spawn")
+    pipes = []
+    running = []
+    said = []
     for _ in range(processes):
         here, there = spawn.Pipe()
         running.append(spawn.Process(target=grown, args=(kind, folder, queries, there, what)))
@@ -223,7 +315,12 @@ def growth(kind: str, folder: str, queries: list[list[int]], processes: int = 1,
 
 def measured(corpus: Corpus, pairs: int, slow: bool) -> tuple[dict[str, dict], Ours]:
     """{engine: figures}, printed as rows of the table, and ours with numba."""
-    sides = [Ours("torch", corpus), Ours("numba", corpus), Bm25s("numba", corpus), Bm25s("numpy", corpus)]
+    sides = [
+        Ours("torch", corpus),
+        Ours("numba", corpus),
+        Bm25s("numba", corpus),
+        Bm25s("numpy", corpus),
+    ]
     sides += [RankBm25(corpus)] if slow else []
     found = {side.name: dict(index=[], one=[], two=[]) for side in sides}
     for turn in range(pairs):
@@ -235,50 +332,88 @@ def measured(corpus: Corpus, pairs: int, slow: bool) -> tuple[dict[str, dict], O
         side.ready()
         side.lists = None
     gc.collect()
-    print(f"{corpus.name}: {len(corpus.lengths):,} documents, {len(corpus.tokens):,} tokens, {len(corpus.terms):,} terms, {len(sides[0].arrays[1]):,} postings, "
-          f"{np.mean([sum(np.diff(sides[0].arrays[0])[query]) for query in corpus.queries[:CHECKED]]):,.0f} of them touched by a query")
-    oracle = sides[3].model.retrieve(corpus.queries[:CHECKED], k=min(DEPTH, len(corpus.lengths)), show_progress=False, backend_selection="numpy")
+    print(
+        f"{corpus.name}: {len(corpus.lengths):,} documents, {len(corpus.tokens):,} tokens, {len(corpus.terms):,} terms, {len(sides[0].arrays[1]):,} postings, "
+        f"{np.mean([sum(np.diff(sides[0].arrays[0])[query]) for query in corpus.queries[:CHECKED]]):,.0f} of them touched by a query"
+    )
+    oracle = sides[3].model.retrieve(
+        corpus.queries[:CHECKED],
+        k=min(DEPTH, len(corpus.lengths)),
+        show_progress=False,
+        backend_selection="numpy",
+    )
     want = [docs[scores > 0] for docs, scores in zip(oracle.documents, oracle.scores)]
     for side in sides:
-        rows, n = side.search(min(side.few, CHECKED), 1), min(side.few, CHECKED)      # compiles, too
+        # compiles, too
+        rows = side.search(min(side.few, CHECKED), 1)
+        n = min(side.few, CHECKED)
         for key, depth in (("top 10", 10), ("top", DEPTH)):
-            found[side.name][key] = np.mean([len(set(a[:depth].tolist()) & set(b[:depth].tolist())) / len(b[:depth]) for a, b in zip(rows, want[:n])])
+            found[side.name][key] = np.mean(
+                [
+                    len(set(a[:depth].tolist()) & set(b[:depth].tolist())) / len(b[:depth])
+                    for a, b in zip(rows, want[:n])
+                ]
+            )
         if side.turns > 1:
             side.search(2, 2)
     for turn in range(pairs):
         for key, threads in (("one", 1), ("two", 2)):
             for side in sides:
                 if turn < side.turns and not (key == "two" and side.turns == 1):
-                    found[side.name][key].append(min(side.few, len(corpus.queries)) / seconds(side.search, side.few, threads))
+                    found[side.name][key].append(
+                        min(side.few, len(corpus.queries)) / seconds(side.search, side.few, threads)
+                    )
     for side in sides:
         figures = found[side.name]
-        builds, turns, figures["index"] = len(figures["index"]), len(figures["one"]), median(figures["index"])
-        figures |= {key: median(figures[key]) if figures[key] else float("nan") for key in ("one", "two")}
+        builds, turns, figures["index"] = (
+            len(figures["index"]),
+            len(figures["one"]),
+            median(figures["index"]),
+        )
+        figures |= {
+            key: median(figures[key]) if figures[key] else float("nan") for key in ("one", "two")
+        }
         figures["bytes"] = side.bytes() / len(sides[0].arrays[1]) if side.bytes() else float("nan")
         if hasattr(side, "save"):
             with tempfile.TemporaryDirectory() as folder:
                 side.save(f"{folder}/index")
                 figures["MB"] = growth(side.name, f"{folder}/index", corpus.queries[:CHECKED]) / 1e6
         found[side.name] = figures
-        print(f"{corpus.name:<20}{side.name:<20}{figures['index']:9.3f}{builds:4}{figures['bytes']:11.2f}{figures.get('MB', float('nan')):8.0f}{figures['one']:14.1f}"
-              f"{figures['two']:11.1f}{min(side.few, len(corpus.queries)):5} x {turns}{figures['top 10']:9.3f}{figures['top']:9.3f}", flush=True)
+        print(
+            f"{corpus.name:<20}{side.name:<20}{figures['index']:9.3f}{builds:4}{figures['bytes']:11.2f}{figures.get('MB', float('nan')):8.0f}{figures['one']:14.1f}"
+            f"{figures['two']:11.1f}{min(side.few, len(corpus.queries)):5} x {turns}{figures['top 10']:9.3f}{figures['top']:9.3f}",
+            flush=True,
+        )
     return found, sides[1]
 
 
 def reward_seconds(ours: Ours, pairs: int) -> float:
-    """A step's reward: 384 sampled completions -> text -> query -> ranking -> NDCG@1000. Median over fresh batches, after one."""
+    """A step's reward: 384 sampled completions -> text -> query -> ranking -> NDCG@1000. Median
+    over fresh batches, after one.
+    """
     torch.set_num_threads(2)
-    tokenizer, corpus, random = load_tokenizer(str(HERE / "policy")), ours.corpus, np.random.default_rng(1)
+    tokenizer = load_tokenizer(str(HERE / "policy"))
+    corpus = ours.corpus
+    random = np.random.default_rng(1)
     times = []
     for turn in range(pairs + 1):
-        rollouts, qrels = [], {}
+        rollouts = []
+        qrels = {}
         for q, query in enumerate(corpus.queries):
             words = [corpus.terms[t] for t in random.permutation(query)]
             ids = tokenizer.encode(f'</think><answer>{{"query": "{" ".join(words)}"}}</answer>')
             qrels[f"q{q}"] = {f"{d:09}": 1.0 for d in random.integers(len(corpus.lengths), size=5)}
-            rollouts.append(Rollout(Prompt(f"q{q}", q, "", ()), q, 0, tuple(ids), (0.0,) * len(ids), True))
-        task = Scorer(ProductSearch(RewardRule()), ours.bm25, qrels, Parts(RewardRule(), DEPTH),
-                      lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False), limit=512)
+            rollouts.append(
+                Rollout(Prompt(f"q{q}", q, "", ()), q, 0, tuple(ids), (0.0,) * len(ids), True)
+            )
+        task = Scorer(
+            ProductSearch(RewardRule()),
+            ours.bm25,
+            qrels,
+            Parts(RewardRule(), DEPTH),
+            lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
+            limit=512,
+        )
         start = perf_counter()
         rewards = task.score(rollouts)
         times.append(perf_counter() - start)
@@ -288,7 +423,9 @@ def reward_seconds(ours: Ours, pairs: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--documents", default="50000,200000,1000000", help="sizes of generated corpora")
+    parser.add_argument(
+        "--documents", default="50000,200000,1000000", help="sizes of generated corpora"
+    )
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes: times mean nothing")
     args = parser.parse_args()
@@ -300,20 +437,41 @@ def main() -> None:
         measured(bundled(name, queries), pairs, True)
     for size in sizes:
         figures, ours = measured(generated(size, queries), pairs, size <= 50_000)
-    name, theirs, (torch_, numba_) = ours.corpus.name, figures["bm25s, numba"], (figures[f"ours, {scorer}"] for scorer in ("torch", "numba"))
+    name, theirs, (torch_, numba_) = (
+        ours.corpus.name,
+        figures["bm25s, numba"],
+        (figures[f"ours, {scorer}"] for scorer in ("torch", "numba")),
+    )
     reward = reward_seconds(ours, pairs)
     with tempfile.TemporaryDirectory() as folder:
         ours.save(f"{folder}/index")
         size = sum(path.stat().st_size for path in Path(folder, "index").iterdir())
         shared = growth("ours, numba", f"{folder}/index", ours.corpus.queries[:CHECKED], 4, "Pss")
-    print(f"{name}: a reward of {queries} completions, 2 threads, {reward:.3f} s; four processes with one index of {size / 1e6:.0f} MB: PSS rises by {shared / 1e6:.0f} MB; "
-          f"index from token numbers, numpy: {theirs['index'] / torch_['index']:.1f}x bm25s numba's speed")
-    bars = [("numba / bm25s numba, 1 thread", numba_["one"] / theirs["one"], 1.5, 1), ("torch / bm25s numba, 1 thread", torch_["one"] / theirs["one"], 0.85, 1),
-            ("numba, 2 threads / 1", numba_["two"] / numba_["one"], 1.7, 1), ("torch, 2 threads / 1", torch_["two"] / torch_["one"], 1.7, 1),
-            ("index from token numbers, numba / bm25s numba", theirs["index"] / numba_["index"], 20, 1), ("bytes per posting", numba_["bytes"], 8.5, -1),
-            (f"seconds of a reward of {queries} completions", reward, 3, -1), ("PSS of four processes / index", shared / size, 1.5, -1),
-            ("overlap with bm25s, top 10", min(torch_["top 10"], numba_["top 10"]), 0.98, 1), (f"overlap with bm25s, top {DEPTH}", min(torch_["top"], numba_["top"]), 0.98, 1)]
-    bars = [dict(name=f"{name}: {what}", value=round(float(value), 4), bar=bar, ok=bool(value * sign >= bar * sign)) for what, value, bar, sign in bars]
+    print(
+        f"{name}: a reward of {queries} completions, 2 threads, {reward:.3f} s; four processes with one index of {size / 1e6:.0f} MB: PSS rises by {shared / 1e6:.0f} MB; "
+        f"index from token numbers, numpy: {theirs['index'] / torch_['index']:.1f}x bm25s numba's speed"
+    )
+    bars = [
+        ("numba / bm25s numba, 1 thread", numba_["one"] / theirs["one"], 1.5, 1),
+        ("torch / bm25s numba, 1 thread", torch_["one"] / theirs["one"], 0.85, 1),
+        ("numba, 2 threads / 1", numba_["two"] / numba_["one"], 1.7, 1),
+        ("torch, 2 threads / 1", torch_["two"] / torch_["one"], 1.7, 1),
+        ("index from token numbers, numba / bm25s numba", theirs["index"] / numba_["index"], 20, 1),
+        ("bytes per posting", numba_["bytes"], 8.5, -1),
+        (f"seconds of a reward of {queries} completions", reward, 3, -1),
+        ("PSS of four processes / index", shared / size, 1.5, -1),
+        ("overlap with bm25s, top 10", min(torch_["top 10"], numba_["top 10"]), 0.98, 1),
+        (f"overlap with bm25s, top {DEPTH}", min(torch_["top"], numba_["top"]), 0.98, 1),
+    ]
+    bars = [
+        dict(
+            name=f"{name}: {what}",
+            value=round(float(value), 4),
+            bar=bar,
+            ok=bool(value * sign >= bar * sign),
+        )
+        for what, value, bar, sign in bars
+    ]
     print(json.dumps({"bars": bars}))
 
 

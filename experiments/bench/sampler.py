@@ -1,23 +1,32 @@
-"""Our sampler against transformers' generate: python experiments/bench/sampler.py [--shape 4x256 12x512] [--repeats 5] [--threads 2] [--table]
+"""Our sampler against transformers' generate: python experiments/bench/sampler.py [--shape 4x256
+12x512] [--repeats 5] [--threads 2] [--table]
 
-The sides: recr1.sample.generate (its cache kept from call to call, as in training), and generate with its dynamic and its static cache. All have
-the same random weights and prompts, draw at temperature 1 from the whole distribution, and take turns, the order reversed at every other turn;
-each repeat has other prompts and lengths. Tokens per second count the tokens of the texts only; medians, all warmed up. The ratio is to the
-faster of transformers' two, with its range over the turns.
+The sides: recr1.sample.generate (its cache kept from call to call, as in training), and generate
+with its dynamic and its static cache. All have the same random weights and prompts, draw at
+temperature 1 from the whole distribution, and take turns, the order reversed at every other turn;
+each repeat has other prompts and lengths. Tokens per second count the tokens of the texts only;
+medians, all warmed up. The ratio is to the faster of transformers' two, with its range over the
+turns.
 
-equal: 12 prompts of 64 tokens x 8 texts of 128. ragged: the same with log-normal lengths (sigma 0.7, cut at 128, mean 45), the same for all sides.
-transformers is told by a StoppingCriteria that gives a flag per row, its own way to end rows; we draw a stop id: it is the last of the vocabulary,
-and the token's uniform is next to 1 where the text shall end, at most .99 before. That every length came out as drawn is checked.
-first token: seconds of a call for one token. peak: growth of the resident memory's high-water mark (a GPU: of the allocator's bytes) over one call that
-makes its own cache, on a CPU each side in a process of its own, warmed up by a small call.
-rows: the share of the texts' tokens that were computed at all (siblings that are still one text are one row). greedy: both decode the prompts
-greedily; how many texts differ, and how many of them where transformers' best logit leads by more than 1e-4.
+equal: 12 prompts of 64 tokens x 8 texts of 128. ragged: the same with log-normal lengths (sigma
+0.7, cut at 128, mean 45), the same for all sides. transformers is told by a StoppingCriteria that
+gives a flag per row, its own way to end rows; we draw a stop id: it is the last of the vocabulary,
+and the token's uniform is next to 1 where the text shall end, at most .99 before. That every length
+came out as drawn is checked. first token: seconds of a call for one token. peak: growth of the
+resident memory's high-water mark (a GPU: of the allocator's bytes) over one call that makes its own
+cache, on a CPU each side in a process of its own, warmed up by a small call. rows: the share of the
+texts' tokens that were computed at all (siblings that are still one text are one row). greedy: both
+decode the prompts greedily; how many texts differ, and how many of them where transformers' best
+logit leads by more than 1e-4.
 
-`--table`: one of group size, prompt and completion varied at a time, texts ragged in the same proportion, float32, --repeats 2 by default.
-`--shape 0.5B 1.5B 3B` (a GPU, bfloat16): Qwen2.5's shapes, 32 prompts of 256 tokens x 12 texts of 512, equal lengths; the share of the roofline is
-of reading weights, keys, values and float32 logits at 3.0 TB/s, then multiplying at 700 TF/s, and again with the copy rate measured here.
-Ends with one line of JSON: the bars and whether they hold. Needs a quiet machine. `--dry-run` takes tiny sizes: its times mean nothing.
+`--table`: one of group size, prompt and completion varied at a time, texts ragged in the same
+proportion, float32, --repeats 2 by default. `--shape 0.5B 1.5B 3B` (a GPU, bfloat16): Qwen2.5's
+shapes, 32 prompts of 256 tokens x 12 texts of 512, equal lengths; the share of the roofline is of
+reading weights, keys, values and float32 logits at 3.0 TB/s, then multiplying at 700 TF/s, and
+again with the copy rate measured here. Ends with one line of JSON: the bars and whether they hold.
+Needs a quiet machine. `--dry-run` takes tiny sizes: its times mean nothing.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,6 +45,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from transformers import GenerationConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
+from twins import qwen2, twins
 
 from recr1 import memory
 from recr1.draws import uniforms
@@ -43,18 +53,25 @@ from recr1.dryrun import model_shape
 from recr1.model import Decoder, ModelConfig
 from recr1.records import Prompt
 from recr1.sample import generate, new_cache
-from twins import qwen2, twins
 
 ROOT = Path(__file__).resolve().parents[2]
-MEAN, SIGMA = 45 / 128, 0.7             # ragged texts: mean over the longest, and the width of the normal
+# ragged texts: mean over the longest, and the width of the normal
+MEAN = 45 / 128
+SIGMA = 0.7
 TIE = 1e-4
-COPY, PRODUCTS = 3.0e12, 700e12         # bytes/s and FLOP/s of an H100: PERFORMANCE.md section 8
-FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+# bytes/s and FLOP/s of an H100: PERFORMANCE.md section 8
+COPY = 3.0e12
+PRODUCTS = 700e12
+FLOAT32 = torch.float32
+BFLOAT16 = torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked of a side: prompts of `prompt` tokens, `group` texts of at most `new` tokens each."""
+    """What is asked of a side: prompts of `prompt` tokens, `group` texts of at most `new` tokens
+    each.
+    """
+
     prompts: int = 12
     group: int = 8
     prompt: int = 64
@@ -63,23 +80,31 @@ class Work:
 
     def batch(self, vocabulary: int, number: int) -> Batch:
         random = np.random.default_rng(number)
-        ids = random.integers(vocabulary - 1, size=(self.prompts, self.prompt)).tolist()       # no prompt holds the stop id
+        # no prompt holds the stop id
+        ids = random.integers(vocabulary - 1, size=(self.prompts, self.prompt)).tolist()
         shape = self.prompts, self.group
-        ends = lengths(random.standard_normal(shape), self.new) if self.ragged else np.full(shape, self.new)
-        return Batch(self, [Prompt(str(i), i, "", tuple(row)) for i, row in enumerate(ids)], ends, number)
+        ends = (
+            lengths(random.standard_normal(shape), self.new)
+            if self.ragged
+            else np.full(shape, self.new)
+        )
+        return Batch(
+            self, [Prompt(str(i), i, "", tuple(row)) for i, row in enumerate(ids)], ends, number
+        )
 
 
 @dataclass(frozen=True)
 class Batch:
     work: Work
     prompts: list[Prompt]
-    lengths: np.ndarray                  # (P, G) tokens of each text
+    lengths: np.ndarray  # (P, G) tokens of each text
     number: int
 
 
 def lengths(z: np.ndarray, most: int) -> np.ndarray:
     """Whole log-normal lengths in 1..most of the standard normal draws z, their mean MEAN * most."""
-    low, high = 0.0, float(np.log(most))
+    low = 0.0
+    high = float(np.log(most))
     for _ in range(50):
         middle = (low + high) / 2
         ends = np.exp(middle + SIGMA * z).round().clip(1, most).astype(int)
@@ -89,45 +114,79 @@ def lengths(z: np.ndarray, most: int) -> np.ndarray:
 
 class Ours:
     def __init__(self, decoder: Decoder):
-        self.model, self.last = decoder, decoder.config.vocab_size - 1
+        self.model = decoder
+        self.last = decoder.config.vocab_size - 1
         self.cache = new_cache(decoder)
 
     def __call__(self, batch: Batch) -> list[tuple[int, ...]]:
         w = batch.work
         u = uniforms(0, batch.number, np.arange(w.prompts), w.group, w.new)
-        if w.ragged:                     # float32 sums of a distribution that gives its last id more than 1e-6 and less than .01: see the assert
+        # float32 sums of a distribution that gives its last id more than 1e-6 and less than .01:
+        # see the assert
+        if w.ragged:
             u *= 0.99
             np.put_along_axis(u, batch.lengths[..., None] - 1, np.nextafter(1, 0), axis=-1)
         stops = frozenset([self.last] if w.ragged else [])
-        texts = [r.ids for r in generate(self.model, batch.prompts, w.group, 1.0, w.new, stops, u, self.cache)]
-        assert [len(ids) for ids in texts] == batch.lengths.flatten().tolist(), "a text did not end where it was meant to"
+        texts = [
+            r.ids
+            for r in generate(self.model, batch.prompts, w.group, 1.0, w.new, stops, u, self.cache)
+        ]
+        assert [len(ids) for ids in texts] == batch.lengths.flatten().tolist(), (
+            "a text did not end where it was meant to"
+        )
         return texts
 
 
 class Theirs:
     def __init__(self, model, static: bool):
-        self.model, self.static = model, static
+        self.model = model
+        self.static = static
         assert model.config._attn_implementation == "sdpa"
 
     def __call__(self, batch: Batch) -> list[list[int]]:
         w = batch.work
         ids = torch.tensor([p.ids for p in batch.prompts], device=self.model.device)
-        settings = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=w.group, max_new_tokens=w.new,
-                                    eos_token_id=None, pad_token_id=0, use_cache=True)
-        cache = dict(past_key_values=StaticCache(config=self.model.config, max_cache_len=w.prompt + w.new)) if self.static else {}
+        settings = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=w.group,
+            max_new_tokens=w.new,
+            eos_token_id=None,
+            pad_token_id=0,
+            use_cache=True,
+        )
+        cache = (
+            dict(
+                past_key_values=StaticCache(
+                    config=self.model.config, max_cache_len=w.prompt + w.new
+                )
+            )
+            if self.static
+            else {}
+        )
         ends = Ends(torch.as_tensor(batch.lengths.flatten(), device=self.model.device), w.prompt)
         torch.manual_seed(batch.number)
-        out = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings,
-                                  stopping_criteria=StoppingCriteriaList([ends] if w.ragged else []), **cache)
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([ends] if w.ragged else []),
+            **cache,
+        )
         assert out.shape == (w.prompts * w.group, w.prompt + batch.lengths.max()), out.shape
-        return [row[w.prompt:w.prompt + n].tolist() for row, n in zip(out, batch.lengths.flatten())]
+        return [
+            row[w.prompt : w.prompt + n].tolist() for row, n in zip(out, batch.lengths.flatten())
+        ]
 
 
 class Ends(StoppingCriteria):
     """A row is done when it has the tokens that were drawn for it."""
 
     def __init__(self, lengths: torch.Tensor, prompt: int):
-        self.lengths, self.prompt = lengths, prompt
+        self.lengths = lengths
+        self.prompt = prompt
 
     def __call__(self, input_ids, scores, **_) -> torch.Tensor:
         return input_ids.shape[1] - self.prompt >= self.lengths
@@ -137,18 +196,26 @@ class Pair:
     """One shape and type: the sides on the same weights, and what they reach on a piece of work."""
 
     def __init__(self, name: str, config: ModelConfig, dtype: torch.dtype, device: str):
-        self.name, self.config, self.dtype, self.device = name, config, dtype, device
+        self.name = name
+        self.config = config
+        self.dtype = dtype
+        self.device = device
         self.title = f"{name} {str(dtype).removeprefix('torch.')}"
         self.decoder, self.model = twins(config, dtype, device)
-        self.sides = dict(ours=Ours(self.decoder), dynamic=Theirs(self.model, False), static=Theirs(self.model, True))
+        self.sides = dict(
+            ours=Ours(self.decoder),
+            dynamic=Theirs(self.model, False),
+            static=Theirs(self.model, True),
+        )
 
     def seconds(self, work: Work, repeats: int) -> dict[str, list[float]]:
         found = {name: [] for name in self.sides}
-        for name, side in self.sides.items():                # ours grows its cache to this work's size; a GPU compiles
+        # ours grows its cache to this work's size; a GPU compiles
+        for name, side in self.sides.items():
             side(work.batch(self.config.vocab_size, 0))
         for i in range(1, 1 + repeats):
             batch = work.batch(self.config.vocab_size, i)
-            for name, side in list(self.sides.items())[::1 if i % 2 else -1]:
+            for name, side in list(self.sides.items())[:: 1 if i % 2 else -1]:
                 self.synchronize()
                 began = perf_counter()
                 texts = side(batch)
@@ -161,27 +228,47 @@ class Pair:
     def measure(self, title: str, work: Work, repeats: int) -> SimpleNamespace:
         """Prints a line of the table and returns its figures."""
         peak = {name: self.peak(name, work) for name in self.sides}
-        first = {name: median(times) for name, times in self.seconds(replace(work, new=1, ragged=False), repeats).items()}
+        first = {
+            name: median(times)
+            for name, times in self.seconds(replace(work, new=1, ragged=False), repeats).items()
+        }
         seconds = self.seconds(work, repeats)
-        tokens = [int(work.batch(self.config.vocab_size, i).lengths.sum()) for i in range(1, 1 + repeats)]
-        speed = {name: median(n / t for n, t in zip(tokens, times)) for name, times in seconds.items()}
+        tokens = [
+            int(work.batch(self.config.vocab_size, i).lengths.sum()) for i in range(1, 1 + repeats)
+        ]
+        speed = {
+            name: median(n / t for n, t in zip(tokens, times)) for name, times in seconds.items()
+        }
         best = max("dynamic", "static", key=speed.get)
         ratio = speed["ours"] / speed[best]
         by_turn = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds[best])]
-        print(f"{self.title:<16}{title:<26}" + "".join(f"{speed[n]:>9,.0f}" for n in speed) + f"{ratio:>7.2f} ({min(by_turn):.2f}-{max(by_turn):.2f})"
-              + "".join(f"{1e3 * first[n]:>9,.1f}" for n in first) + "".join(f"{peak[n] / 2**20:>9,.1f}" for n in peak) + f"{self.shared:>7.3f}", flush=True)
+        print(
+            f"{self.title:<16}{title:<26}"
+            + "".join(f"{speed[n]:>9,.0f}" for n in speed)
+            + f"{ratio:>7.2f} ({min(by_turn):.2f}-{max(by_turn):.2f})"
+            + "".join(f"{1e3 * first[n]:>9,.1f}" for n in first)
+            + "".join(f"{peak[n] / 2**20:>9,.1f}" for n in peak)
+            + f"{self.shared:>7.3f}",
+            flush=True,
+        )
         return SimpleNamespace(speed=speed, ratio=ratio)
 
     def peak(self, side: str, work: Work) -> int:
         if self.device == "cuda":
             return self.growth(side, work)
-        fresh = multiprocessing.get_context("forkserver")              # a process that has only imported, and its forks
-        fresh.set_forkserver_preload(["transformers.models.qwen2.modeling_qwen2", "recr1.dryrun", "recr1.sample"])
+        # a process that has only imported, and its forks
+        fresh = multiprocessing.get_context("forkserver")
+        fresh.set_forkserver_preload(
+            ["transformers.models.qwen2.modeling_qwen2", "recr1.dryrun", "recr1.sample"]
+        )
         with ProcessPoolExecutor(1, fresh) as process:
-            return process.submit(alone, self.name, self.config, self.dtype, side, work, torch.get_num_threads()).result()
+            return process.submit(
+                alone, self.name, self.config, self.dtype, side, work, torch.get_num_threads()
+            ).result()
 
     def growth(self, side: str, work: Work) -> int:
-        run = Ours(self.decoder) if side == "ours" else self.sides[side]                       # ours with a cache of its own
+        # ours with a cache of its own
+        run = Ours(self.decoder) if side == "ours" else self.sides[side]
         memory.restart()
         before = memory.peak()
         run(work.batch(self.config.vocab_size, 0))
@@ -189,17 +276,33 @@ class Pair:
 
     def greedy(self, work: Work) -> int:
         """How many prompts' greedy texts differ from transformers' where the best token is clear."""
-        prompts, differ, clear = work.batch(self.config.vocab_size, 0).prompts, 0, 0
-        settings = GenerationConfig(do_sample=False, max_new_tokens=work.new, eos_token_id=None, pad_token_id=0)
+        prompts = work.batch(self.config.vocab_size, 0).prompts
+        differ = 0
+        clear = 0
+        settings = GenerationConfig(
+            do_sample=False, max_new_tokens=work.new, eos_token_id=None, pad_token_id=0
+        )
         ids = torch.tensor([p.ids for p in prompts], device=self.device)
-        theirs = self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-        for r, row in zip(generate(self.decoder, prompts, 1, 1.0, work.new, frozenset(), None), theirs):
-            differs = [a != b for a, b in zip(r.ids, row[work.prompt:].tolist(), strict=True)]
+        theirs = self.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
+        )
+        for r, row in zip(
+            generate(self.decoder, prompts, 1, 1.0, work.new, frozenset(), None), theirs
+        ):
+            differs = [a != b for a, b in zip(r.ids, row[work.prompt :].tolist(), strict=True)]
             if any(differs):
                 with torch.no_grad():
-                    best, second = self.model(row[None, :work.prompt + differs.index(True)]).logits[0, -1].topk(2).values.tolist()
-                differ, clear = differ + 1, clear + (best - second > TIE)
-        print(f"{self.title:<16}greedy: {differ} of {len(prompts)} texts of {work.new} tokens differ from transformers', {clear} of them not at a tie")
+                    best, second = (
+                        self.model(row[None, : work.prompt + differs.index(True)])
+                        .logits[0, -1]
+                        .topk(2)
+                        .values.tolist()
+                    )
+                differ = differ + 1
+                clear = clear + (best - second > TIE)
+        print(
+            f"{self.title:<16}greedy: {differ} of {len(prompts)} texts of {work.new} tokens differ from transformers', {clear} of them not at a tie"
+        )
         return clear
 
     def synchronize(self) -> None:
@@ -208,25 +311,40 @@ class Pair:
 
 
 def computed(texts: list, group: int) -> float:
-    """Distinct beginnings of the texts of a group over tokens: the share of decode rows that a sampler with shared rows computes."""
-    rows = {(i // group, tuple(ids[:n + 1])) for i, ids in enumerate(texts) for n in range(len(ids))}
+    """Distinct beginnings of the texts of a group over tokens: the share of decode rows that a
+    sampler with shared rows computes.
+    """
+    rows = {
+        (i // group, tuple(ids[: n + 1])) for i, ids in enumerate(texts) for n in range(len(ids))
+    }
     return len(rows) / sum(map(len, texts))
 
 
-HEADER = (f"{'':<42}{'texts, tokens per second':>27}{'ours over':>19}{'first token, ms':>27}{'peak, MiB':>27}\n"
-          f"{'':<42}" + "     ours  dynamic   static" + f"{'faster theirs':>19}" + 2 * "     ours  dynamic   static" + "   rows")
+HEADER = (
+    f"{'':<42}{'texts, tokens per second':>27}{'ours over':>19}{'first token, ms':>27}{'peak, MiB':>27}\n"
+    f"{'':<42}"
+    + "     ours  dynamic   static"
+    + f"{'faster theirs':>19}"
+    + 2 * "     ours  dynamic   static"
+    + "   rows"
+)
 
 
 @dataclass(frozen=True)
 class Size:
     config: ModelConfig
-    equal: float                         # bars: ours over theirs
+    equal: float  # bars: ours over theirs
     ragged: float
 
 
-SIZES = {"4x256": Size(qwen2(4, 256, 1024, 4, 8192), 2.0, 4.0), "12x512": Size(qwen2(12, 512, 1536, 8, 8192), 1.4, 3.0)}
-GPU_SIZES = {"0.5B": (130_000, 6.0), "1.5B": (49_000, None), "3B": (29_000, None)}              # bars: tokens/s; over theirs
-DRY, TINY = Size(qwen2(2, 32, 48, 4, 128), 0.0, 0.0), dict(prompts=3, group=2, prompt=8, new=8)
+SIZES = {
+    "4x256": Size(qwen2(4, 256, 1024, 4, 8192), 2.0, 4.0),
+    "12x512": Size(qwen2(12, 512, 1536, 8, 8192), 1.4, 3.0),
+}
+# bars: tokens/s; over theirs
+GPU_SIZES = {"0.5B": (130_000, 6.0), "1.5B": (49_000, None), "3B": (29_000, None)}
+DRY = Size(qwen2(2, 32, 48, 4, 128), 0.0, 0.0)
+TINY = dict(prompts=3, group=2, prompt=8, new=8)
 
 
 def bar(name: str, value: float, least: float) -> dict:
@@ -237,16 +355,38 @@ def barred(name: str, size: Size, work: Work, repeats: int) -> list[dict]:
     bars = []
     for dtype in (FLOAT32, BFLOAT16):
         pair = Pair(name, size.config, dtype, "cpu")
-        figures = [pair.measure(title, replace(work, ragged=title == "ragged"), repeats if dtype == FLOAT32 else min(repeats, 3)) for title in ("equal", "ragged")]
+        figures = [
+            pair.measure(
+                title,
+                replace(work, ragged=title == "ragged"),
+                repeats if dtype == FLOAT32 else min(repeats, 3),
+            )
+            for title in ("equal", "ragged")
+        ]
         if dtype == FLOAT32:
             clear = pair.greedy(work)
-            bars += [bar(f"{name}: tokens per second over transformers generate, {how} lengths", f.ratio, least)
-                     for how, f, least in zip(("equal", "ragged"), figures, (size.equal, size.ragged))]
-            bars.append(dict(name=f"{name}: greedy texts that differ from transformers' where its best token is clear", value=clear, bar=0, ok=clear == 0))
+            bars += [
+                bar(
+                    f"{name}: tokens per second over transformers generate, {how} lengths",
+                    f.ratio,
+                    least,
+                )
+                for how, f, least in zip(("equal", "ragged"), figures, (size.equal, size.ragged))
+            ]
+            bars.append(
+                dict(
+                    name=f"{name}: greedy texts that differ from transformers' where its best token is clear",
+                    value=clear,
+                    bar=0,
+                    ok=clear == 0,
+                )
+            )
     return bars
 
 
-def alone(name: str, config: ModelConfig, dtype: torch.dtype, side: str, work: Work, threads: int) -> int:
+def alone(
+    name: str, config: ModelConfig, dtype: torch.dtype, side: str, work: Work, threads: int
+) -> int:
     """In a process of its own: the bytes by which its memory grows over the work."""
     torch.set_num_threads(threads)
     pair = Pair(name, config, dtype, "cpu")
@@ -256,13 +396,20 @@ def alone(name: str, config: ModelConfig, dtype: torch.dtype, side: str, work: W
 
 def table(name: str, size: Size, base: Work, repeats: int, dry: bool) -> None:
     """Rows of the batch stay as many when the group's size changes."""
-    pair, rows = Pair(name, size.config, FLOAT32, "cpu"), base.prompts * base.group
+    pair = Pair(name, size.config, FLOAT32, "cpu")
+    rows = base.prompts * base.group
     groups, more = ((2,), (8, 16)) if dry else ((1, 2, 4, 8, 16), (64, 128, 256, 512))
     works = [replace(base, prompts=rows // g, group=g) for g in groups]
-    works += [replace(base, prompt=n) for n in more if n != base.prompt] + [replace(base, new=n) for n in more if n != base.new]
-    works += [replace(base, prompts=rows // groups[-1], group=groups[-1], prompt=more[-1], new=more[-1])]
+    works += [replace(base, prompt=n) for n in more if n != base.prompt] + [
+        replace(base, new=n) for n in more if n != base.new
+    ]
+    works += [
+        replace(base, prompts=rows // groups[-1], group=groups[-1], prompt=more[-1], new=more[-1])
+    ]
     for w in works:
-        pair.measure(f"{w.prompts} of {w.prompt} x {w.group} to {w.new}", replace(w, ragged=True), repeats)
+        pair.measure(
+            f"{w.prompts} of {w.prompt} x {w.group} to {w.new}", replace(w, ragged=True), repeats
+        )
 
 
 def on_gpu(name: str, work: Work, repeats: int, dry: bool) -> list[dict]:
@@ -271,19 +418,40 @@ def on_gpu(name: str, work: Work, repeats: int, dry: bool) -> list[dict]:
     f = pair.measure(f"{work.prompts} of {work.prompt} x {work.group} of {work.new}", work, repeats)
     speed, copy, (least, over) = f.speed["ours"], copy_rate(pair.device), GPU_SIZES[name]
     reached = [speed / roofline(shape, work, rate) for rate in (COPY, copy)]
-    print(f"{'':<16}{reached[0]:.3f} of the serial roofline at {COPY / 1e12:.2f} TB/s, {reached[1]:.3f} at the {copy / 1e12:.2f} TB/s of a copy here")
-    bars = [bar(f"Qwen2.5-{name}, {work.prompts} x {work.group}, {work.prompt} + {work.new}: tokens per second", speed, 0 if dry else least)]
+    print(
+        f"{'':<16}{reached[0]:.3f} of the serial roofline at {COPY / 1e12:.2f} TB/s, {reached[1]:.3f} at the {copy / 1e12:.2f} TB/s of a copy here"
+    )
+    bars = [
+        bar(
+            f"Qwen2.5-{name}, {work.prompts} x {work.group}, {work.prompt} + {work.new}: tokens per second",
+            speed,
+            0 if dry else least,
+        )
+    ]
     if over:
-        bars.append(bar(f"Qwen2.5-{name}: tokens per second over transformers generate", f.ratio, 0 if dry else over))
+        bars.append(
+            bar(
+                f"Qwen2.5-{name}: tokens per second over transformers generate",
+                f.ratio,
+                0 if dry else over,
+            )
+        )
     return bars
 
 
 def roofline(c: ModelConfig, work: Work, copy: float) -> float:
-    """Tokens per second when each decode step first reads all, every row its whole context, and then multiplies, at the mean context, in bfloat16."""
-    rows, context, heads = work.prompts * work.group, work.prompt + work.new / 2, c.num_attention_heads * c.head_dim
-    block = c.hidden_size * (2 * heads + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size)
+    """Tokens per second when each decode step first reads all, every row its whole context, and
+    then multiplies, at the mean context, in bfloat16.
+    """
+    rows = work.prompts * work.group
+    context = work.prompt + work.new / 2
+    heads = c.num_attention_heads * c.head_dim
+    block = c.hidden_size * (
+        2 * heads + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size
+    )
     weights = c.num_hidden_layers * block + c.hidden_size * c.vocab_size
-    cached = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * context              # numbers per row
+    # numbers per row
+    cached = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * context
     read = 2 * weights + rows * (2 * cached + 4 * c.vocab_size)
     flop = rows * (2 * weights + 4 * heads * context * c.num_hidden_layers)
     return rows / (read / copy + flop / PRODUCTS)
@@ -292,7 +460,8 @@ def roofline(c: ModelConfig, work: Work, copy: float) -> float:
 def copy_rate(device: str) -> float:
     """Bytes read and written per second by a copy of 1 GiB (a CPU: 16 MiB), the fastest of ten."""
     source = torch.ones(1 << (30 if device == "cuda" else 24), dtype=torch.uint8, device=device)
-    target, times = torch.empty_like(source), []
+    target = torch.empty_like(source)
+    times = []
     for _ in range(10):
         if device == "cuda":
             torch.cuda.synchronize()
@@ -305,25 +474,43 @@ def copy_rate(device: str) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", default=list(SIZES), choices=[*SIZES, *GPU_SIZES], metavar="SHAPE", help=f"of {', '.join([*SIZES, *GPU_SIZES])}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape",
+        nargs="+",
+        default=list(SIZES),
+        choices=[*SIZES, *GPU_SIZES],
+        metavar="SHAPE",
+        help=f"of {', '.join([*SIZES, *GPU_SIZES])}",
+    )
     parser.add_argument("--repeats", type=int, help="default: 5; of the table and on a GPU 2")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--table", action="store_true", help="group sizes 1-16, prompts and completions 64-512; no bars")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes: their times mean nothing")
+    parser.add_argument(
+        "--table",
+        action="store_true",
+        help="group sizes 1-16, prompts and completions 64-512; no bars",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tiny sizes: their times mean nothing"
+    )
     args = parser.parse_args()
     on_cpu, gpu = ([name for name in args.shape if name in sizes] for sizes in (SIZES, GPU_SIZES))
     if gpu and (on_cpu or args.table):
         parser.error("shapes of a GPU go alone, without --table")
     if on_cpu or args.dry_run:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""                  # memory.py counts a GPU's bytes where it sees one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # memory.py counts a GPU's bytes where it sees one
     elif not torch.cuda.is_available():
         parser.error("no GPU here; --dry-run shows that the bench works")
     repeats = args.repeats or (1 if args.dry_run else 2 if args.table or gpu else 5)
     torch.set_num_threads(args.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    print(f"{torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {args.threads} threads'}, torch {torch.__version__}, {repeats} repeats\n{HEADER}")
-    bars, tiny = [], Work(**TINY)
+    print(
+        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {args.threads} threads'}, torch {torch.__version__}, {repeats} repeats\n{HEADER}"
+    )
+    bars = []
+    tiny = Work(**TINY)
     for name in on_cpu:
         size, work = (DRY, tiny) if args.dry_run else (SIZES[name], Work())
         if args.table:
@@ -331,7 +518,12 @@ def main() -> int:
         else:
             bars += barred(name, size, work, repeats)
     for name in gpu:
-        bars += on_gpu(name, tiny if args.dry_run else Work(prompts=32, group=12, prompt=256, new=512), repeats, args.dry_run)
+        bars += on_gpu(
+            name,
+            tiny if args.dry_run else Work(prompts=32, group=12, prompt=256, new=512),
+            repeats,
+            args.dry_run,
+        )
     print(json.dumps({"bars": bars}))
     return 0 if all(bar["ok"] for bar in bars) else 1
 

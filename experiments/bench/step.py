@@ -1,17 +1,23 @@
-"""One whole GRPO step against TRL's GRPOTrainer on a CPU: python experiments/bench/step.py [--shape 4x256|12x512|long|all] [--pairs N] [--threads 2]
+"""One whole GRPO step against TRL's GRPOTrainer on a CPU: python experiments/bench/step.py [--shape
+4x256|12x512|long|all] [--pairs N] [--threads 2]
 
-Both sides: the same Qwen2 (tied, V = 8,192, random weights) in float32, 8 prompts of 64 tokens x 8 generations of 64 tokens (the stop id lies
-outside the vocabulary, so nothing stops early), temperature 1, the same reward on the decoded text, the token-mean loss of group advantages
-(TRL's default, dapo; our grpo), no KL, one optimiser step on everything, clipping, fused AdamW. Ours is the loop of recr1/train.py with the
-config's defaults; TRL's is trainer.train(), its settings stand in `Theirs`: no gradient checkpointing (its default has it), micro-batches of 8
-(its default, and its fastest: see Size). TRL drives: each of its steps, from on_step_begin to on_step_end, stands beside one of ours, now
-before it, now after. Random weights are the hard case for a sampler that shares rows: siblings part at their first token (`distinct`).
-Then the gradient norm of TRL's first step against ours on its texts and weights: both compute the same.
+Both sides: the same Qwen2 (tied, V = 8,192, random weights) in float32, 8 prompts of 64 tokens x 8
+generations of 64 tokens (the stop id lies outside the vocabulary, so nothing stops early),
+temperature 1, the same reward on the decoded text, the token-mean loss of group advantages (TRL's
+default, dapo; our grpo), no KL, one optimiser step on everything, clipping, fused AdamW. Ours is
+the loop of recr1/train.py with the config's defaults; TRL's is trainer.train(), its settings stand
+in `Theirs`: no gradient checkpointing (its default has it), micro-batches of 8 (its default, and
+its fastest: see Size). TRL drives: each of its steps, from on_step_begin to on_step_end, stands
+beside one of ours, now before it, now after. Random weights are the hard case for a sampler that
+shares rows: siblings part at their first token (`distinct`). Then the gradient norm of TRL's first
+step against ours on its texts and weights: both compute the same.
 
-`long`: 4x256 with prompts of 256 tokens, as recommendation's are; TRL takes 4 to 5 times as long there, so 3 pairs in place of 5.
-Medians over the pairs after two warm-up steps. Ends with one line of JSON: the bars and whether they hold. Needs a quiet machine and 6 GB.
-`--dry-run` takes a tiny size: it shows that the bench works, its times mean nothing.
+`long`: 4x256 with prompts of 256 tokens, as recommendation's are; TRL takes 4 to 5 times as long
+there, so 3 pairs in place of 5. Medians over the pairs after two warm-up steps. Ends with one line
+of JSON: the bars and whether they hold. Needs a quiet machine and 6 GB. `--dry-run` takes a tiny
+size: it shows that the bench works, its times mean nothing.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -32,10 +38,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 
 try:
-    from datasets import Dataset            # comes with trl
+    from datasets import Dataset  # comes with trl
     from trl import GRPOConfig, GRPOTrainer
 except ImportError:
     sys.exit("step.py: the package trl is not installed: pip install trl")
+
+from twins import qwen2, twins
 
 from recr1 import memory
 from recr1.config import Config, Loss, Sampling
@@ -48,21 +56,45 @@ from recr1.packing import distinct
 from recr1.records import Prompt, Reward, Rollout
 from recr1.sample import generate, new_cache
 from recr1.train import optimiser_steps
-from twins import qwen2, twins
 
-WARM = 2                                    # steps before the first pair that counts
+WARM = 2  # steps before the first pair that counts
 PHASES = ("sample", "reward", "forward", "backward", "optimizer", "rest", "step")
 
 
 class Size(SimpleNamespace):
     """layers, width, inner (of the MLP), heads; the rest has defaults."""
-    vocabulary, prompts, group, prompt, completion, pairs = 8192, 8, 8, 64, 64, 5
-    batch = 8                                # TRL's per_device_train_batch_size: its default, and the fastest of 4 to 64 (4x256) and of 8, 32, 64 (12x512)
+
+    vocabulary = 8192
+    prompts = 8
+    group = 8
+    prompt = 64
+    completion = 64
+    pairs = 5
+    # TRL's per_device_train_batch_size: its default, and the fastest of 4 to 64 (4x256) and of 8,
+    # 32, 64 (12x512)
+    batch = 8
 
 
-SMALL, WIDE = dict(layers=4, width=256, inner=1024, heads=4), dict(layers=12, width=512, inner=1536, heads=8)
-SIZES = {"4x256": Size(**SMALL, bar=0.40), "12x512": Size(**WIDE, bar=0.55), "long": Size(**SMALL, bar=0.20, prompt=256, pairs=3)}
-DRY = Size(layers=2, width=32, inner=48, heads=4, bar=1000.0, vocabulary=128, prompts=3, group=4, prompt=8, completion=8, batch=6)
+SMALL = dict(layers=4, width=256, inner=1024, heads=4)
+WIDE = dict(layers=12, width=512, inner=1536, heads=8)
+SIZES = {
+    "4x256": Size(**SMALL, bar=0.40),
+    "12x512": Size(**WIDE, bar=0.55),
+    "long": Size(**SMALL, bar=0.20, prompt=256, pairs=3),
+}
+DRY = Size(
+    layers=2,
+    width=32,
+    inner=48,
+    heads=4,
+    bar=1000.0,
+    vocabulary=128,
+    prompts=3,
+    group=4,
+    prompt=8,
+    completion=8,
+    batch=6,
+)
 
 
 class Clock:
@@ -72,7 +104,8 @@ class Clock:
         self.steps: list[dict[str, float]] = []
 
     def begin(self) -> None:
-        self.phases, self.began = defaultdict(float), perf_counter()
+        self.phases = defaultdict(float)
+        self.began = perf_counter()
 
     @contextmanager
     def phase(self, name: str):
@@ -82,9 +115,11 @@ class Clock:
 
     def timed(self, name: str, function):
         """The function, its calls counted to the phase."""
+
         def run(*args, **kwargs):
             with self.phase(name):
                 return function(*args, **kwargs)
+
         return run
 
     def end(self) -> None:
@@ -93,11 +128,22 @@ class Clock:
 
 
 def made(size: Size) -> tuple[Decoder, torch.nn.Module, PreTrainedTokenizerFast]:
-    """Our decoder and transformers' model with the same random weights, and a tokenizer whose tokens are words: w0, w1, ..."""
+    """Our decoder and transformers' model with the same random weights, and a tokenizer whose
+    tokens are words: w0, w1, ...
+    """
     decoder, model = twins(qwen2(size.layers, size.width, size.inner, size.heads, size.vocabulary))
-    core = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size.vocabulary)} | {"<stop>": size.vocabulary}, unk_token="<stop>"))
+    core = Tokenizer(
+        models.WordLevel(
+            {f"w{i}": i for i in range(size.vocabulary)} | {"<stop>": size.vocabulary},
+            unk_token="<stop>",
+        )
+    )
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return decoder, model, PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<stop>", pad_token="<stop>")
+    return (
+        decoder,
+        model,
+        PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<stop>", pad_token="<stop>"),
+    )
 
 
 def score(text: str) -> float:
@@ -110,40 +156,86 @@ class Ours:
     """The loop of recr1/train.py, one step at a time."""
 
     def __init__(self, size: Size, decoder: Decoder, tokenizer):
-        self.size, self.tokenizer, self.clock, self.shown = size, tokenizer, Clock(), []
-        # TRL adds 1e-4 to the standard deviation: the one setting that is not our default, so that gradients can be compared
-        self.cfg = Config(sampling=Sampling(group_size=size.group, max_new_tokens=size.completion), loss=Loss(std_floor=1e-4))
+        self.size = size
+        self.tokenizer = tokenizer
+        self.clock = Clock()
+        self.shown = []
+        # TRL adds 1e-4 to the standard deviation: the one setting that is not our default, so that
+        # gradients can be compared
+        self.cfg = Config(
+            sampling=Sampling(group_size=size.group, max_new_tokens=size.completion),
+            loss=Loss(std_floor=1e-4),
+        )
         weights = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
-        self.policy = Sharded(Decoder(decoder.config), weights.__getitem__, device=torch.device("cpu"), checkpointing=self.cfg.train.checkpointing)
+        self.policy = Sharded(
+            Decoder(decoder.config),
+            weights.__getitem__,
+            device=torch.device("cpu"),
+            checkpointing=self.cfg.train.checkpointing,
+        )
         self.loss = objective(self.cfg.loss, self.cfg.model)
         self.optimizer = Optimizer(self.policy, self.cfg.optimizer, 10**6)
         with gathered(self.policy):
             self.cache = new_cache(self.policy)
 
     def step(self, number: int, texts: list[str]) -> None:
-        clock, s = self.clock, self.cfg.sampling
-        uniforms = np.random.default_rng(number).random((len(texts), s.group_size, s.max_new_tokens))
+        clock = self.clock
+        s = self.cfg.sampling
+        uniforms = np.random.default_rng(number).random(
+            (len(texts), s.group_size, s.max_new_tokens)
+        )
         clock.begin()
-        prompts = [Prompt(str(i), i, text, tuple(ids)) for i, (text, ids) in enumerate(zip(texts, self.tokenizer(texts)["input_ids"]))]
+        prompts = [
+            Prompt(str(i), i, text, tuple(ids))
+            for i, (text, ids) in enumerate(zip(texts, self.tokenizer(texts)["input_ids"]))
+        ]
         with gathered(self.policy):
             with clock.phase("sample"):
-                rollouts = generate(self.policy, prompts, s.group_size, s.temperature, s.max_new_tokens, frozenset(), uniforms, self.cache)
+                rollouts = generate(
+                    self.policy,
+                    prompts,
+                    s.group_size,
+                    s.temperature,
+                    s.max_new_tokens,
+                    frozenset(),
+                    uniforms,
+                    self.cache,
+                )
             with clock.phase("reward"):
-                rewards = [Reward(score(text)) for text in self.tokenizer.batch_decode([r.ids for r in rollouts])]
+                rewards = [
+                    Reward(score(text))
+                    for text in self.tokenizer.batch_decode([r.ids for r in rollouts])
+                ]
         done, norm = self.update(rollouts, rewards)
         clock.end()
-        self.shown.append(dict(reward=float(np.mean([r.total for r in rewards])), length=float(np.mean([len(r.ids) for r in rollouts])),
-                               norm=norm, distinct=len(done.texts) / len(rollouts)))
+        self.shown.append(
+            dict(
+                reward=float(np.mean([r.total for r in rewards])),
+                length=float(np.mean([len(r.ids) for r in rollouts])),
+                norm=norm,
+                distinct=len(done.texts) / len(rollouts),
+            )
+        )
 
     def update(self, rollouts: list[Rollout], rewards: list[Reward]) -> tuple[Step, float]:
-        clock, cfg = self.clock, self.cfg
+        clock = self.clock
+        cfg = self.cfg
         texts, first = distinct(rollouts)
-        adv = group_advantages(torch.tensor([r.total for r in rewards]), cfg.sampling.group_size, self.loss.advantage, cfg.loss)
+        adv = group_advantages(
+            torch.tensor([r.total for r in rewards]),
+            cfg.sampling.group_size,
+            self.loss.advantage,
+            cfg.loss,
+        )
         done = Step(rollouts, rewards, adv.tolist(), texts, first)
-        for total, batches in optimiser_steps(self.policy, None, texts, adv[first], cfg, self.loss.average):
+        for total, batches in optimiser_steps(
+            self.policy, None, texts, adv[first], cfg, self.loss.average
+        ):
             for batch in batches:
                 with clock.phase("forward"):
-                    value, logp, stats = policy_loss(self.policy, batch, total, cfg.sampling.temperature, self.loss)
+                    value, logp, stats = policy_loss(
+                        self.policy, batch, total, cfg.sampling.temperature, self.loss
+                    )
                 with clock.phase("backward"):
                     value.backward()
                 done.add(value, logp, batch, stats)
@@ -155,22 +247,55 @@ class Ours:
 class Theirs(TrainerCallback):
     """trainer.train(), its steps and their phases timed, and one step of ours beside each of them."""
 
-    def __init__(self, size: Size, model, tokenizer, ours: Ours, texts: list[list[str]], folder: str):
-        self.ours, self.texts, self.clock, self.shown, self.first = ours, texts, Clock(), [], None
+    def __init__(
+        self, size: Size, model, tokenizer, ours: Ours, texts: list[list[str]], folder: str
+    ):
+        self.ours = ours
+        self.texts = texts
+        self.clock = Clock()
+        self.shown = []
+        self.first = None
         config = GRPOConfig(
-            output_dir=folder, max_steps=len(texts), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
-            logging_strategy="no", disable_tqdm=True, dataloader_num_workers=0, shuffle_dataset=False, learning_rate=ours.cfg.optimizer.lr,
-            weight_decay=ours.cfg.optimizer.weight_decay, lr_scheduler_type="constant", per_device_train_batch_size=size.batch,
-            gradient_accumulation_steps=size.prompts * size.group // size.batch, num_generations=size.group, num_iterations=1,
-            max_completion_length=size.completion, temperature=1.0, beta=0.0)
+            output_dir=folder,
+            max_steps=len(texts),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            dataloader_num_workers=0,
+            shuffle_dataset=False,
+            learning_rate=ours.cfg.optimizer.lr,
+            weight_decay=ours.cfg.optimizer.weight_decay,
+            lr_scheduler_type="constant",
+            per_device_train_batch_size=size.batch,
+            gradient_accumulation_steps=size.prompts * size.group // size.batch,
+            num_generations=size.group,
+            num_iterations=1,
+            max_completion_length=size.completion,
+            temperature=1.0,
+            beta=0.0,
+        )
         data = Dataset.from_dict(dict(prompt=[text for step in texts for text in step]))
-        self.trainer = GRPOTrainer(model=model, reward_funcs=self.reward, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[self])
+        self.trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=self.reward,
+            args=config,
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[self],
+        )
         self.trainer.remove_callback(PrinterCallback)
         self.watch(self.trainer, self.clock)
 
     def watch(self, trainer: GRPOTrainer, clock: Clock) -> None:
-        """Its phases are its own methods; the optimizer's begins at the clipping and ends with the step."""
-        compute, clip = clock.timed("forward", trainer.compute_loss), trainer.accelerator.clip_grad_norm_
+        """Its phases are its own methods; the optimizer's begins at the clipping and ends with the
+        step.
+        """
+        compute = clock.timed("forward", trainer.compute_loss)
+        clip = trainer.accelerator.clip_grad_norm_
 
         def compute_loss(model, inputs, *args, **kwargs):
             self.inputs.append(inputs)
@@ -180,17 +305,19 @@ class Theirs(TrainerCallback):
             self.clipping = perf_counter()
             self.norm = clip(*args, **kwargs)
             return self.norm
+
         trainer._generate_single_turn = clock.timed("sample", trainer._generate_single_turn)
         trainer._calculate_rewards = clock.timed("reward", trainer._calculate_rewards)
         trainer.compute_loss, trainer.accelerator.clip_grad_norm_ = compute_loss, clip_grad_norm_
         trainer.accelerator.backward = clock.timed("backward", trainer.accelerator.backward)
 
     def reward(self, prompts: list[str], completions: list[str], **_) -> list[float]:
-        self.asked, self.rewards = prompts, [score(text) for text in completions]
+        self.asked = prompts
+        self.rewards = [score(text) for text in completions]
         return self.rewards
 
     def on_step_begin(self, args, state, control, **_):
-        self.inputs = []                                         # by micro-batch
+        self.inputs = []  # by micro-batch
         if state.global_step % 2:
             self.ours.step(state.global_step, self.texts[state.global_step])
         self.clock.begin()
@@ -198,49 +325,116 @@ class Theirs(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         self.clock.phases["optimizer"] = perf_counter() - self.clipping
         self.clock.end()
-        number, (lengths, ids, prompts) = state.global_step - 1, (torch.cat([i[key] for i in self.inputs]) for key in (
-            "completion_mask", "completion_ids", "prompt_ids"))
-        assert self.asked == [text for text in self.texts[number] for _ in range(len(self.asked) // len(self.texts[number]))]
-        self.shown.append(dict(reward=float(np.mean(self.rewards)), length=lengths.sum(1).float().mean().item(), norm=float(self.norm),
-                               distinct=len(ids.unique(dim=0)) / len(ids)))
+        number, (lengths, ids, prompts) = (
+            state.global_step - 1,
+            (
+                torch.cat([i[key] for i in self.inputs])
+                for key in ("completion_mask", "completion_ids", "prompt_ids")
+            ),
+        )
+        assert self.asked == [
+            text
+            for text in self.texts[number]
+            for _ in range(len(self.asked) // len(self.texts[number]))
+        ]
+        self.shown.append(
+            dict(
+                reward=float(np.mean(self.rewards)),
+                length=lengths.sum(1).float().mean().item(),
+                norm=float(self.norm),
+                distinct=len(ids.unique(dim=0)) / len(ids),
+            )
+        )
         self.first = self.first or (prompts.tolist(), ids.tolist(), float(self.norm))
         if number % 2 == 0:
             self.ours.step(number, self.texts[number])
 
 
-def same_gradient(ours: Ours, prompts: list[list[int]], completions: list[list[int]], norm: float) -> float:
+def same_gradient(
+    ours: Ours, prompts: list[list[int]], completions: list[list[int]], norm: float
+) -> float:
     """The relative difference of gradient norms: ours, untrained, on the texts of TRL's first step."""
-    group, together = ours.cfg.sampling.group_size, sorted(zip(prompts, completions))                   # TRL shuffles them
-    rollouts = [Rollout(Prompt("", i // group, "", tuple(p)), i // group, i % group, tuple(c), (0.0,) * len(c), False) for i, (p, c) in enumerate(together)]
+    # TRL shuffles them
+    group = ours.cfg.sampling.group_size
+    together = sorted(zip(prompts, completions))
+    rollouts = [
+        Rollout(
+            Prompt("", i // group, "", tuple(p)),
+            i // group,
+            i % group,
+            tuple(c),
+            (0.0,) * len(c),
+            False,
+        )
+        for i, (p, c) in enumerate(together)
+    ]
     ours.clock.begin()
-    _, mine = ours.update(rollouts, [Reward(score(text)) for text in ours.tokenizer.batch_decode([r.ids for r in rollouts])])
+    _, mine = ours.update(
+        rollouts,
+        [Reward(score(text)) for text in ours.tokenizer.batch_decode([r.ids for r in rollouts])],
+    )
     return abs(mine / norm - 1)
 
 
 def measured(name: str, size: Size, pairs: int) -> list[dict]:
     steps = WARM + pairs
     random = np.random.default_rng(0)
-    texts = [[" ".join(f"w{i}" for i in random.integers(size.vocabulary, size=size.prompt)) for _ in range(size.prompts)] for _ in range(steps)]
+    texts = [
+        [
+            " ".join(f"w{i}" for i in random.integers(size.vocabulary, size=size.prompt))
+            for _ in range(size.prompts)
+        ]
+        for _ in range(steps)
+    ]
     decoder, model, tokenizer = made(size)
-    ours, untrained = Ours(size, decoder, tokenizer), Ours(size, decoder, tokenizer)
+    ours = Ours(size, decoder, tokenizer)
+    untrained = Ours(size, decoder, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trl = Theirs(size, model, tokenizer, ours, texts, folder)
         trl.trainer.train()
-    print(f"{name}: {ours.policy.size:,} parameters, {size.prompts} prompts of {size.prompt} x {size.group} generations of {size.completion}, "
-          f"{torch.get_num_threads()} threads, {pairs} pairs")
-    print(f"  {'seconds':<8}" + "".join(f"{phase:>11}" for phase in PHASES) + f"{'reward':>11}{'length':>11}{'distinct':>11}{'norm':>11}")
+    print(
+        f"{name}: {ours.policy.size:,} parameters, {size.prompts} prompts of {size.prompt} x {size.group} generations of {size.completion}, "
+        f"{torch.get_num_threads()} threads, {pairs} pairs"
+    )
+    print(
+        f"  {'seconds':<8}"
+        + "".join(f"{phase:>11}" for phase in PHASES)
+        + f"{'reward':>11}{'length':>11}{'distinct':>11}{'norm':>11}"
+    )
     for who, side in (("TRL", trl), ("ours", ours)):
-        print(f"  {who:<8}" + "".join(f"{median(s[phase] for s in side.clock.steps[WARM:]):11.3f}" for phase in PHASES)
-              + "".join(f"{np.mean([s[key] for s in side.shown]):11.4f}" for key in ("reward", "length", "distinct", "norm")))
+        print(
+            f"  {who:<8}"
+            + "".join(
+                f"{median(s[phase] for s in side.clock.steps[WARM:]):11.3f}" for phase in PHASES
+            )
+            + "".join(
+                f"{np.mean([s[key] for s in side.shown]):11.4f}"
+                for key in ("reward", "length", "distinct", "norm")
+            )
+        )
     whole = [[s["step"] for s in side.clock.steps[WARM:]] for side in (ours, trl)]
     ratio = median(whole[0]) / median(whole[1])
-    print(f"  ours / TRL {ratio:.3f}; of the fastest steps {min(whole[0]) / min(whole[1]):.3f}; by pair {' '.join(f'{a / b:.3f}' for a, b in zip(*whole))}")
+    print(
+        f"  ours / TRL {ratio:.3f}; of the fastest steps {min(whole[0]) / min(whole[1]):.3f}; by pair {' '.join(f'{a / b:.3f}' for a, b in zip(*whole))}"
+    )
     for side in (ours, trl):
         assert all(s["length"] == size.completion for s in side.shown)
     off = same_gradient(untrained, *trl.first)
     print(f"  gradient norm on TRL's first texts: relative difference {off:.1e}")
-    return [dict(name=f"{name}: seconds per step, ours / TRL", value=round(ratio, 4), bar=size.bar, ok=ratio <= size.bar),
-            dict(name=f"{name}: gradient norm on the same texts, relative difference", value=off, bar=1e-4, ok=off <= 1e-4)]
+    return [
+        dict(
+            name=f"{name}: seconds per step, ours / TRL",
+            value=round(ratio, 4),
+            bar=size.bar,
+            ok=ratio <= size.bar,
+        ),
+        dict(
+            name=f"{name}: gradient norm on the same texts, relative difference",
+            value=off,
+            bar=1e-4,
+            ok=off <= 1e-4,
+        ),
+    ]
 
 
 def main() -> int:
@@ -248,14 +442,24 @@ def main() -> int:
     parser.add_argument("--shape", default="all", choices=[*SIZES, "all"])
     parser.add_argument("--pairs", type=int, help="default: 5, of the long shape 3")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--dry-run", action="store_true", help="a tiny size: its times mean nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="a tiny size: its times mean nothing"
+    )
     args = parser.parse_args()
-    memory.keep_pages()                          # as run.py does; here TRL profits too
+    memory.keep_pages()  # as run.py does; here TRL profits too
     torch.set_num_threads(args.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", FutureWarning)               # of transformers, about its own names
-    sizes = {"dry run": DRY} if args.dry_run else {name: size for name, size in SIZES.items() if args.shape in (name, "all")}
-    bars = [bar for name, size in sizes.items() for bar in measured(name, size, args.pairs or size.pairs)]
+    warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
+    sizes = (
+        {"dry run": DRY}
+        if args.dry_run
+        else {name: size for name, size in SIZES.items() if args.shape in (name, "all")}
+    )
+    bars = [
+        bar
+        for name, size in sizes.items()
+        for bar in measured(name, size, args.pairs or size.pairs)
+    ]
     print(json.dumps({"bars": bars}))
     return 0 if all(bar["ok"] for bar in bars) else 1
 

@@ -1,4 +1,7 @@
-"""Our decoder and transformers' model with the same random weights: for the benches that compare the two."""
+"""Our decoder and transformers' model with the same random weights: for the benches that compare
+the two.
+"""
+
 from __future__ import annotations
 
 from dataclasses import asdict
@@ -12,22 +15,48 @@ from recr1.model import Decoder, ModelConfig
 def qwen2(layers: int, width: int, inner: int, heads: int, vocabulary: int) -> ModelConfig:
     """A small Qwen2 with two kv heads and a tied head."""
     return ModelConfig(
-        family="qwen2", vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=2, head_dim=width // heads, rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None, tie_word_embeddings=True,
-        max_position_embeddings=1024)
+        family="qwen2",
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=2,
+        head_dim=width // heads,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+    )
 
 
-def twins(config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[Decoder, PreTrainedModel]:
-    """Our decoder and transformers' model with the same random weights, transformers' own initialisation. Plain rope only."""
+def twins(
+    config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[Decoder, PreTrainedModel]:
+    """Our decoder and transformers' model with the same random weights, transformers' own
+    initialisation. Plain rope only.
+    """
     theirs = asdict(config)
     family, theta, scaling = (theirs.pop(key) for key in ("family", "rope_theta", "rope_scaling"))
     assert scaling is None, "rope scaling is not translated"
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
-            family, **theirs, rope_parameters=dict(rope_type="default", rope_theta=theta), bos_token_id=None, eos_token_id=None, pad_token_id=None),
-            dtype=dtype, attn_implementation="sdpa").eval()
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(
+                family,
+                **theirs,
+                rope_parameters=dict(rope_type="default", rope_theta=theta),
+                bos_token_id=None,
+                eos_token_id=None,
+                pad_token_id=None,
+            ),
+            dtype=dtype,
+            attn_implementation="sdpa",
+        ).eval()
         decoder = Decoder(config).to(dtype)
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    decoder.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name not in tied})
+    decoder.load_state_dict(
+        {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    )
     return decoder, model

@@ -1,35 +1,53 @@
-"""A generated corpus for the retrieval benches, since a million real titles are not at hand: Zipf-Mandelbrot words with topics.
+"""A generated corpus for the retrieval benches, since a million real titles are not at hand:
+Zipf-Mandelbrot words with topics.
 
-65% of a document's words are drawn from p(rank) ~ (rank + 2.7) ** -1.05 over 160,000 words, 35% from its topic: one of 2,000, each a Zipf-Mandelbrot
-order over 60 words of its own (drawn from the same distribution, ranks above 50). Lengths are Poisson. The ten most frequent words stand in 8-26% of the
-documents. Queries are as long as an LLM's: 10 to 40 distinct words, half from one topic. It has no real co-occurrence, typos or duplicates.
+65% of a document's words are drawn from p(rank) ~ (rank + 2.7) ** -1.05 over 160,000 words, 35%
+from its topic: one of 2,000, each a Zipf-Mandelbrot order over 60 words of its own (drawn from the
+same distribution, ranks above 50). Lengths are Poisson. The ten most frequent words stand in 8-26%
+of the documents. Queries are as long as an LLM's: 10 to 40 distinct words, half from one topic. It
+has no real co-occurrence, typos or duplicates.
 """
+
 from __future__ import annotations
 
 import numpy as np
 
-WORDS, TOPICS, PER_TOPIC, SHARE, EXPONENT, SHIFT = 160_000, 2_000, 60, 0.35, 1.05, 2.7
+WORDS = 160_000
+TOPICS = 2_000
+PER_TOPIC = 60
+SHARE = 0.35
+EXPONENT = 1.05
+SHIFT = 2.7
 
 
 class Zipf:
     """Words are numbers; `texts` spells them so that the analyzer keeps each as one token."""
 
     def __init__(self, seed: int = 0, words: int = WORDS):
-        self.random, self.words = np.random.default_rng(seed), words
-        self.all, self.own = (np.cumsum(p / p.sum()) for p in ((np.arange(1, n + 1) + SHIFT) ** -EXPONENT for n in (words, PER_TOPIC)))
+        self.random = np.random.default_rng(seed)
+        self.words = words
+        self.all, self.own = (
+            np.cumsum(p / p.sum())
+            for p in ((np.arange(1, n + 1) + SHIFT) ** -EXPONENT for n in (words, PER_TOPIC))
+        )
         start = self.all[50]
-        self.topics = np.searchsorted(self.all, start + (1 - start) * self.random.random((TOPICS, PER_TOPIC))).astype(np.int32)
+        self.topics = np.searchsorted(
+            self.all, start + (1 - start) * self.random.random((TOPICS, PER_TOPIC))
+        ).astype(np.int32)
 
     def corpus(self, documents: int, mean_length: int = 15) -> tuple[np.ndarray, np.ndarray]:
         """tokens (N,) int32 of all documents in a row, lengths (documents,)."""
         lengths = np.clip(self.random.poisson(mean_length, documents), 3, None)
         tokens = np.empty(lengths.sum(), np.int32)
         at = 0
-        for part in np.array_split(lengths, max(1, documents // 100_000)):                   # the masks of a whole million would take gigabytes
+        # the masks of a whole million would take gigabytes
+        for part in np.array_split(lengths, max(1, documents // 100_000)):
             n = part.sum()
             topic = np.repeat(self.random.integers(TOPICS, size=len(part)), part)
             own = self.topics[topic, np.searchsorted(self.own, self.random.random(n))]
-            tokens[at:at + n] = np.where(self.random.random(n) < SHARE, own, np.searchsorted(self.all, self.random.random(n)))
+            tokens[at : at + n] = np.where(
+                self.random.random(n) < SHARE, own, np.searchsorted(self.all, self.random.random(n))
+            )
             at += n
         return tokens, lengths
 
@@ -37,9 +55,14 @@ class Zipf:
         """Distinct words of each of n queries."""
         found = []
         for size in self.random.integers(10, 41, n):
-            topic, query = self.topics[self.random.integers(TOPICS)], {}
+            topic = self.topics[self.random.integers(TOPICS)]
+            query = {}
             while len(query) < size:
-                word = topic[np.searchsorted(self.own, self.random.random())] if self.random.random() < 0.5 else np.searchsorted(self.all, self.random.random())
+                word = (
+                    topic[np.searchsorted(self.own, self.random.random())]
+                    if self.random.random() < 0.5
+                    else np.searchsorted(self.all, self.random.random())
+                )
                 query[min(int(word), self.words - 1)] = None
             found.append(list(query))
         return found

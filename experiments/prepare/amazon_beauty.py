@@ -1,12 +1,17 @@
-"""Amazon Reviews 2023, All_Beauty (Hugging Face McAuley-Lab/Amazon-Reviews-2023, benchmark 0core_timestamp_w_his) -> DIR: history -> next product.
+"""Amazon Reviews 2023, All_Beauty (Hugging Face McAuley-Lab/Amazon-Reviews-2023, benchmark
+0core_timestamp_w_his) -> DIR: history -> next product.
 
-Products without metadata leave histories, and rows whose target has none or whose history gets empty are left out (as BLaIR's script does); history <= 10.
+Products without metadata leave histories, and rows whose target has none or whose history gets
+empty are left out (as BLaIR's script does); history <= 10.
   train              the first 100,000 such rows of the train file
-  test_transductive  rows of the test file, split off by time, with every product of history and target in train
-  test_inductive     the first 1,000 with neither user, history nor target in train
-The corpus is every product that a kept row of any of the three files names. Popularity counts train without validation. The user of a train row who is also a
-transductive test's is no leak: what that user bought later is; a test target that one of the user's own train rows shows leaves the row out, counted.
+  test_transductive  rows of the test file, split off by time, with every product of history and
+  target in train test_inductive     the first 1,000 with neither user, history nor target in train
+The corpus is every product that a kept row of any of the three files names. Popularity counts train
+without validation. The user of a train row who is also a transductive test's is no leak: what that
+user bought later is; a test target that one of the user's own train rows shows leaves the row out,
+counted.
 """
+
 import re
 import sys
 from argparse import ArgumentParser, Namespace
@@ -22,20 +27,42 @@ from upstream import csv_rows, json_rows, one_line, user_id
 from writing import command, write
 
 HUB = "https://huggingface.co/datasets/McAuley-Lab/Amazon-Reviews-2023/resolve/d01bb542fc8c234534c064a3ee1fa9529dfe7a41"
-FILES = [*(Remote(f"All_Beauty.{part}.csv", f"{HUB}/benchmark/0core/timestamp_w_his/All_Beauty.{part}.csv") for part in ("train", "valid", "test")),
-         Remote("meta_All_Beauty.jsonl", f"{HUB}/raw/meta_categories/meta_All_Beauty.jsonl")]
-HISTORY, MOST_TRAIN, MOST_TEST = 10, 100_000, 1_000
+FILES = [
+    *(
+        Remote(
+            f"All_Beauty.{part}.csv", f"{HUB}/benchmark/0core/timestamp_w_his/All_Beauty.{part}.csv"
+        )
+        for part in ("train", "valid", "test")
+    ),
+    Remote("meta_All_Beauty.jsonl", f"{HUB}/raw/meta_categories/meta_All_Beauty.jsonl"),
+]
+HISTORY = 10
+MOST_TRAIN = 100_000
+MOST_TEST = 1_000
 FIELDS = ("title", "features", "categories", "description")
 
 
 def products(path: Path) -> Iterator[dict]:
-    """Corpus rows of the metadata, one at a time: the text is features, categories and description, without tags and non-ASCII characters."""
+    """Corpus rows of the metadata, one at a time: the text is features, categories and description,
+    without tags and non-ASCII characters.
+    """
     for line, row in json_rows(path, ("parent_asin", *FIELDS)):
-        values = {name: row[name] if isinstance(row[name], list) else [row[name]] for name in FIELDS}
+        values = {
+            name: row[name] if isinstance(row[name], list) else [row[name]] for name in FIELDS
+        }
         if not all(isinstance(value, str | None) for name in FIELDS for value in values[name]):
-            raise PrepareError(f"{path}:{line}: one of {', '.join(FIELDS)} is neither text nor a list of texts; its format has changed")
-        parts = (", ".join(filter(None, (plain(value or "") for value in values[name]))) for name in FIELDS[1:])
-        yield dict(id=row["parent_asin"], title=one_line(" ".join(filter(None, values["title"]))), text=" ".join(f"{part}." for part in parts if part))
+            raise PrepareError(
+                f"{path}:{line}: one of {', '.join(FIELDS)} is neither text nor a list of texts; its format has changed"
+            )
+        parts = (
+            ", ".join(filter(None, (plain(value or "") for value in values[name])))
+            for name in FIELDS[1:]
+        )
+        yield dict(
+            id=row["parent_asin"],
+            title=one_line(" ".join(filter(None, values["title"]))),
+            text=" ".join(f"{part}." for part in parts if part),
+        )
 
 
 def plain(text: str) -> str:
@@ -52,15 +79,28 @@ def interactions(path: Path, known: set[str]) -> Iterator[tuple[str, list[str], 
 
 def prepare(args: Namespace, out: Path) -> None:
     (*paths, meta), source = download.fetch(FILES, args)
-    titles = {row["id"]: row["title"] or row["text"][:100] for row in products(meta) if row["title"] or row["text"]}
+    titles = {
+        row["id"]: row["title"] or row["text"][:100]
+        for row in products(meta)
+        if row["title"] or row["text"]
+    }
 
     def add(split: Split, n: int, user: str, past: list[str], target: str, name: str) -> None:
-        split.add(dict(id=user_id(user, f"{name}{n}"), text=titles[past[-1]], history=past, user=user), [(target, 1.0)])
+        split.add(
+            dict(id=user_id(user, f"{name}{n}"), text=titles[past[-1]], history=past, user=user),
+            [(target, 1.0)],
+        )
 
-    train, transductive, inductive, named, repeats = Split(), Split(), Split(), set(), 0
+    train = Split()
+    transductive = Split()
+    inductive = Split()
+    named = set()
+    repeats = 0
     asked: set[tuple[str, str]] = set()
-    shown: dict[str, set[str]] = defaultdict(set)           # by user: what the train rows hold
-    for n, (user, past, target) in enumerate(islice(interactions(paths[0], titles.keys()), args.max_train)):
+    shown: dict[str, set[str]] = defaultdict(set)  # by user: what the train rows hold
+    for n, (user, past, target) in enumerate(
+        islice(interactions(paths[0], titles.keys()), args.max_train)
+    ):
         if target in past or (user, target) in asked:
             repeats += 1
             continue
@@ -81,16 +121,37 @@ def prepare(args: Namespace, out: Path) -> None:
             elif not items & in_train and user not in shown and len(inductive.rows) < args.max_test:
                 add(inductive, n, user, past, target, "i")
     seen = popularity(train)
-    corpus = (row | dict(popularity=seen[row["id"]]) for row in products(meta) if row["id"] in named)
-    write(out, corpus, dict(train=train, test_transductive=transductive, test_inductive=inductive), source=source, key=by_interaction,
-          options=dict(max_train=args.max_train, max_test=args.max_test), counts=dict(rows_left_out_as_repeats=repeats),
-          also=lambda: check_inductive(train, inductive, "test_inductive"))
+    corpus = (
+        row | dict(popularity=seen[row["id"]]) for row in products(meta) if row["id"] in named
+    )
+    write(
+        out,
+        corpus,
+        dict(train=train, test_transductive=transductive, test_inductive=inductive),
+        source=source,
+        key=by_interaction,
+        options=dict(max_train=args.max_train, max_test=args.max_test),
+        counts=dict(rows_left_out_as_repeats=repeats),
+        also=lambda: check_inductive(train, inductive, "test_inductive"),
+    )
 
 
 def options(parser: ArgumentParser) -> None:
     download.options(parser)
-    parser.add_argument("--max-train", type=int, default=MOST_TRAIN, metavar="N", help="rows of the train file (default: %(default)s, as upstream)")
-    parser.add_argument("--max-test", type=int, default=MOST_TEST, metavar="N", help="inductive test rows (default: %(default)s, as upstream)")
+    parser.add_argument(
+        "--max-train",
+        type=int,
+        default=MOST_TRAIN,
+        metavar="N",
+        help="rows of the train file (default: %(default)s, as upstream)",
+    )
+    parser.add_argument(
+        "--max-test",
+        type=int,
+        default=MOST_TEST,
+        metavar="N",
+        help="inductive test rows (default: %(default)s, as upstream)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

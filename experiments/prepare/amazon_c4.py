@@ -1,10 +1,14 @@
-"""Amazon-C4 (Hugging Face McAuley-Lab/Amazon-C4: 21,223 long queries, 1,058,417 products) -> DIR, with Rec-R1's splits.
+"""Amazon-C4 (Hugging Face McAuley-Lab/Amazon-C4: 21,223 long queries, 1,058,417 products) -> DIR,
+with Rec-R1's splits.
 
-  test                  queries whose product is in Sports, Office, Baby or Games (1,722), and one setting for each of the four: test_sports, ...
-  train                 the others but the last 1,000 (18,501)
+  test                  queries whose product is in Sports, Office, Baby or Games (1,722), and one
+  setting for each of the four: test_sports, ... train                 the others but the last 1,000
+  (18,501)
   test_in_domain        those last 1,000, upstream's validation; ours is the hash tenth of train
-A train query whose words are a test's or an earlier train query's is left out and counted. ori_review, the text that a query was written from, is never read.
+A train query whose words are a test's or an earlier train query's is left out and counted.
+ori_review, the text that a query was written from, is never read.
 """
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -17,8 +21,12 @@ from upstream import csv_rows, json_rows, one_line, strings
 from writing import command, write
 
 HUB = "https://huggingface.co/datasets/McAuley-Lab/Amazon-C4/resolve/01dd016aa4f5c3c0be77387e0efef1e88681d1f2"
-FILES = [Remote("test.csv", f"{HUB}/test.csv"), Remote("sampled_item_metadata_1M.jsonl", f"{HUB}/sampled_item_metadata_1M.jsonl")]
-TEST_DOMAINS, LAST = ("Sports", "Office", "Baby", "Games"), 1000
+FILES = [
+    Remote("test.csv", f"{HUB}/test.csv"),
+    Remote("sampled_item_metadata_1M.jsonl", f"{HUB}/sampled_item_metadata_1M.jsonl"),
+]
+TEST_DOMAINS = ("Sports", "Office", "Baby", "Games")
+LAST = 1000
 
 
 def products(path: Path) -> Iterator[dict]:
@@ -29,20 +37,38 @@ def products(path: Path) -> Iterator[dict]:
 
 
 def splits_of(queries: Path, items: Path, last: int) -> tuple[dict[str, Split], int]:
-    rows = [(row["qid"], one_line(row["query"]), row["item_id"]) for _, row in csv_rows(queries, ("qid", "query", "item_id"))]
+    rows = [
+        (row["qid"], one_line(row["query"]), row["item_id"])
+        for _, row in csv_rows(queries, ("qid", "query", "item_id"))
+    ]
     wanted = {item for _, _, item in rows}
     category = {row["id"]: row["category"] for row in products(items) if row["id"] in wanted}
-    test, others = Split(), Split()
+    test = Split()
+    others = Split()
     by_domain = {f"test_{domain.lower()}": Split() for domain in TEST_DOMAINS}
     for qid, text, item in rows:
         if item not in category:
-            raise PrepareError(f"{queries}: query {qid} asks for {item!r}, which {items.name} does not have; take both files from one release")
-        row, targets = dict(id=f"c4-{qid}", text=text, category=category[item]), [(item, 1.0)]
-        for split in (test, by_domain[f"test_{category[item].lower()}"]) if category[item] in TEST_DOMAINS else (others,):
+            raise PrepareError(
+                f"{queries}: query {qid} asks for {item!r}, which {items.name} does not have; take both files from one release"
+            )
+        row = dict(id=f"c4-{qid}", text=text, category=category[item])
+        targets = [(item, 1.0)]
+        for split in (
+            (test, by_domain[f"test_{category[item].lower()}"])
+            if category[item] in TEST_DOMAINS
+            else (others,)
+        ):
             split.add(row, targets)
     end = max(0, len(others.rows) - last)
-    train, in_domain = (Split(part, {row["id"]: others.targets[row["id"]] for row in part}) for part in (others.rows[:end], others.rows[end:]))
-    tests = dict(test=test, **{name: split for name, split in by_domain.items() if split.rows}, test_in_domain=in_domain)
+    train, in_domain = (
+        Split(part, {row["id"]: others.targets[row["id"]] for row in part})
+        for part in (others.rows[:end], others.rows[end:])
+    )
+    tests = dict(
+        test=test,
+        **{name: split for name, split in by_domain.items() if split.rows},
+        test_in_domain=in_domain,
+    )
     train, left = without_repeats(train, tests)
     return dict(train=train, **tests), left
 
@@ -50,12 +76,25 @@ def splits_of(queries: Path, items: Path, last: int) -> tuple[dict[str, Split], 
 def prepare(args: Namespace, out: Path) -> None:
     (queries, items), source = download.fetch(FILES, args)
     splits, left = splits_of(queries, items, args.last)
-    write(out, products(items), splits, source=source, options=dict(last=args.last), counts=dict(train_left_out_as_repeats=left))
+    write(
+        out,
+        products(items),
+        splits,
+        source=source,
+        options=dict(last=args.last),
+        counts=dict(train_left_out_as_repeats=left),
+    )
 
 
 def options(parser: ArgumentParser) -> None:
     download.options(parser)
-    parser.add_argument("--last", type=int, default=LAST, metavar="N", help="size of test_in_domain (default: %(default)s, as upstream)")
+    parser.add_argument(
+        "--last",
+        type=int,
+        default=LAST,
+        metavar="N",
+        help="size of test_in_domain (default: %(default)s, as upstream)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,17 +1,33 @@
-"""The format of the bundled and the prepared data sets: corpus.jsonl.gz, queries and qrels of train and of each test setting."""
+"""The format of the bundled and the prepared data sets: corpus.jsonl.gz, queries and qrels of train
+and of each test setting.
+"""
+
 from collections.abc import Callable
 from pathlib import Path
 
 from checks import PrepareError, Split
-from recr1.data import read_qrels
-from recr1.files import fingerprint
 from upstream import find, json_rows, one_line
 
+from recr1.data import read_qrels
+from recr1.files import fingerprint
 
-def read_bundled(folder: Path, names: tuple[str, ...] = ("train", "test"), tidy: Callable[[str], str] = one_line) -> tuple[list[dict], dict[str, Split], list[dict]]:
+
+def read_bundled(
+    folder: Path, names: tuple[str, ...] = ("train", "test"), tidy: Callable[[str], str] = one_line
+) -> tuple[list[dict], dict[str, Split], list[dict]]:
     """(corpus rows, splits by name, source): texts as `tidy` makes them, other keys as they are."""
-    paths = [find(folder, "corpus.jsonl"), *(find(folder, f"{name}.{kind}") for name in names for kind in ("queries.jsonl", "qrels.tsv"))]
-    corpus = [row | {key: tidy(row[key]) for key in ("title", "text")} for _, row in json_rows(paths[0], ("id", "title", "text"))]
+    paths = [
+        find(folder, "corpus.jsonl"),
+        *(
+            find(folder, f"{name}.{kind}")
+            for name in names
+            for kind in ("queries.jsonl", "qrels.tsv")
+        ),
+    ]
+    corpus = [
+        row | {key: tidy(row[key]) for key in ("title", "text")}
+        for _, row in json_rows(paths[0], ("id", "title", "text"))
+    ]
     splits = {}
     for name, queries, qrels in zip(names, paths[1::2], paths[2::2]):
         judged, repeats = read_qrels(qrels)
@@ -20,8 +36,12 @@ def read_bundled(folder: Path, names: tuple[str, ...] = ("train", "test"), tidy:
         splits[name] = split = Split()
         for line, row in json_rows(queries, ("id", "text")):
             if row["id"] not in judged:
-                raise PrepareError(f"{queries}:{line}: {row['id']!r} is not in {qrels.name}; take both files from one release")
+                raise PrepareError(
+                    f"{queries}:{line}: {row['id']!r} is not in {qrels.name}; take both files from one release"
+                )
             split.add(row | dict(text=tidy(row["text"])), list(judged[row["id"]].items()))
         for id in judged.keys() - split.targets.keys():
-            raise PrepareError(f"{qrels}: judges {id!r}, which {queries.name} does not have; take both files from one release")
+            raise PrepareError(
+                f"{qrels}: judges {id!r}, which {queries.name} does not have; take both files from one release"
+            )
     return corpus, splits, [dict(name=path.name, **fingerprint(path)) for path in paths]

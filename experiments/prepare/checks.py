@@ -1,7 +1,10 @@
-"""What must hold of a prepared data set before it is written. Upstream checks none of it: there test lay inside validation, train came twice, targets repeated.
+"""What must hold of a prepared data set before it is written. Upstream checks none of it: there
+test lay inside validation, train came twice, targets repeated.
 
-Every check raises PrepareError with the first offender; `check` returns the names of those that passed, for prepared.json.
+Every check raises PrepareError with the first offender; `check` returns the names of those that
+passed, for prepared.json.
 """
+
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -13,12 +16,17 @@ Key = Callable[[dict, Targets], Hashable]
 
 
 class PrepareError(DataError):
-    """The data set cannot be prepared. The message names file, line, column or example, and what to do."""
+    """The data set cannot be prepared. The message names file, line, column or example, and what to
+    do.
+    """
 
 
 @dataclass
 class Split:
-    """Query rows and, by query id, judgements (document id, gain) in upstream's order: a list, so that one given twice is found and not lost."""
+    """Query rows and, by query id, judgements (document id, gain) in upstream's order: a list, so
+    that one given twice is found and not lost.
+    """
+
     rows: list[dict] = field(default_factory=list)
     targets: dict[str, Targets] = field(default_factory=dict)
 
@@ -33,7 +41,9 @@ def by_text(row: dict, targets: Targets) -> Hashable:
 
 
 def by_interaction(row: dict, targets: Targets) -> Hashable:
-    """Recommendation: the same user and the same liked documents. Two users may well share a history."""
+    """Recommendation: the same user and the same liked documents. Two users may well share a
+    history.
+    """
     return row["user"], tuple(sorted(doc for doc, gain in targets if gain > 0))
 
 
@@ -44,13 +54,19 @@ def history(row: dict) -> list[str]:
 
 def popularity(train: Split) -> Counter:
     """Of each document the users, validation's not counted, whose train examples show it."""
-    shown = {(row["user"], doc) for row in train.rows if not is_validation(row["id"])
-             for doc in (*history(row), *(doc for doc, gain in train.targets[row["id"]] if gain > 0))}
+    shown = {
+        (row["user"], doc)
+        for row in train.rows
+        if not is_validation(row["id"])
+        for doc in (*history(row), *(doc for doc, gain in train.targets[row["id"]] if gain > 0))
+    }
     return Counter(doc for _, doc in shown)
 
 
 def without_repeats(train: Split, tests: dict[str, Split]) -> tuple[Split, int]:
-    """Train without the examples whose words are those of a test's or of an earlier one of train, and how many those are."""
+    """Train without the examples whose words are those of a test's or of an earlier one of train,
+    and how many those are.
+    """
     seen = {by_text(row, []) for split in tests.values() for row in split.rows}
     kept = Split()
     for row in train.rows:
@@ -79,49 +95,70 @@ def check(docs: set[str], splits: dict[str, Split], key: Key) -> list[str]:
             raise PrepareError(f"{name}: no example is left; look at the filters and at the source")
         seen = set()
         for row in split.rows:
-            id, targets = row["id"], split.targets[row["id"]]
+            id = row["id"]
+            targets = split.targets[row["id"]]
             if id in seen:
                 raise PrepareError(f"{name}: id {id!r} stands for two examples")
             seen.add(id)
             if not row["text"].strip():
                 raise PrepareError(f"{name}: {id!r} has no text")
             if len({doc for doc, _ in targets}) != len(targets):
-                raise PrepareError(f"{name}: {id!r} has the same target twice, which would spoil the ideal DCG")
+                raise PrepareError(
+                    f"{name}: {id!r} has the same target twice, which would spoil the ideal DCG"
+                )
             if not any(gain > 0 for _, gain in targets):
                 raise PrepareError(f"{name}: {id!r} has no relevant document")
             for doc in (*(doc for doc, _ in targets), *history(row), *row.get("candidates", ())):
                 if doc not in docs:
-                    raise PrepareError(f"{name}: {id!r} names document {doc!r}, which is not in the corpus")
-    train, tests = splits["train"], {name: split for name, split in splits.items() if name != "train"}
+                    raise PrepareError(
+                        f"{name}: {id!r} names document {doc!r}, which is not in the corpus"
+                    )
+    train = splits["train"]
+    tests = {name: split for name, split in splits.items() if name != "train"}
     first: dict[Hashable, str] = {}
     for row in train.rows:
         same = first.setdefault(key(row, train.targets[row["id"]]), row["id"])
         if same != row["id"]:
             raise PrepareError(f"train holds one example twice: {same!r} and {row['id']!r}")
-    ids, seen_by, sides = {row["id"] for row in train.rows}, defaultdict(set), {}
+    ids = {row["id"] for row in train.rows}
+    seen_by = defaultdict(set)
+    sides = {}
     for row in train.rows:
         if "user" in row:
-            seen_by[row["user"]].update(history(row), (doc for doc, gain in train.targets[row["id"]] if gain > 0))
+            seen_by[row["user"]].update(
+                history(row), (doc for doc, gain in train.targets[row["id"]] if gain > 0)
+            )
             if sides.setdefault(row["user"], is_validation(row["id"])) != is_validation(row["id"]):
                 raise PrepareError(f"user {row['user']!r} lies in train and in validation")
     for name, split in tests.items():
         for row in split.rows:
             same = first.get(key(row, split.targets[row["id"]]))
             if same is not None:
-                raise PrepareError(f"{name}: {row['id']!r} is {same!r} of {'validation' if is_validation(same) else 'train'} again")
+                raise PrepareError(
+                    f"{name}: {row['id']!r} is {same!r} of {'validation' if is_validation(same) else 'train'} again"
+                )
             if row["id"] in ids:
                 raise PrepareError(f"{name}: id {row['id']!r} is an id of train too")
             known = seen_by[row["user"]] if "user" in row else ()
             for doc, gain in split.targets[row["id"]]:
                 if gain > 0 and (doc in known or doc in history(row)):
-                    raise PrepareError(f"{name}: {row['id']!r} asks for {doc!r}, which its user's train examples or its own history show")
-    return ["no id twice", "no target twice", "every document named is in the corpus", "train holds no example twice",
-            "no test example in train or validation", "no user in train and validation, no test target shown to its user before"]
+                    raise PrepareError(
+                        f"{name}: {row['id']!r} asks for {doc!r}, which its user's train examples or its own history show"
+                    )
+    return [
+        "no id twice",
+        "no target twice",
+        "every document named is in the corpus",
+        "train holds no example twice",
+        "no test example in train or validation",
+        "no user in train and validation, no test target shown to its user before",
+    ]
 
 
 def check_inductive(train: Split, test: Split, name: str) -> list[str]:
     """The strict inductive setting: of the test's users, histories and targets, train has none."""
-    users, docs = {row["user"] for row in train.rows}, set()
+    users = {row["user"] for row in train.rows}
+    docs = set()
     for row in train.rows:
         docs.update(history(row), (doc for doc, _ in train.targets[row["id"]]))
     for row in test.rows:

@@ -1,7 +1,10 @@
-"""Files from the web that can be cut off at any byte: Range requests into NAME.part, size and sha256 compared, then renamed.
+"""Files from the web that can be cut off at any byte: Range requests into NAME.part, size and
+sha256 compared, then renamed.
 
-Only the standard library; it takes HTTPS_PROXY and SSL_CERT_FILE from the environment, as every HTTP client does.
+Only the standard library; it takes HTTPS_PROXY and SSL_CERT_FILE from the environment, as every
+HTTP client does.
 """
+
 import hashlib
 import http.client
 import shutil
@@ -13,31 +16,53 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from checks import PrepareError
-from recr1.files import fingerprint
 from tqdm import tqdm
 
-CHUNK, TIMEOUT, TRIES = 2**20, 60, 3            # bytes, seconds without an answer, tries in a row that brought no byte
+from recr1.files import fingerprint
+
+# bytes, seconds without an answer, tries in a row that brought no byte
+CHUNK = 2**20
+TIMEOUT = 60
+TRIES = 3
 POINTER = b"version https://git-lfs.github.com/spec/"
 HELP = "behind a proxy set HTTPS_PROXY (and SSL_CERT_FILE for its certificate); offline fetch it elsewhere and give its folder with --from"
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A published file. Without size and sha256, those that the server states are taken (Hugging Face states both for large files)."""
+    """A published file. Without size and sha256, those that the server states are taken (Hugging
+    Face states both for large files).
+    """
+
     name: str
     url: str
-    size: int | None = None         # bytes
+    size: int | None = None  # bytes
     sha256: str | None = None
 
 
 def options(parser: ArgumentParser) -> None:
-    parser.add_argument("--downloads", type=Path, default=Path.home() / ".cache/recr1/downloads" / Path(parser.prog).stem, metavar="FOLDER", help="where downloads are kept (default: %(default)s)")
-    parser.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="download nothing: the files lie in this folder under their own names")
+    parser.add_argument(
+        "--downloads",
+        type=Path,
+        default=Path.home() / ".cache/recr1/downloads" / Path(parser.prog).stem,
+        metavar="FOLDER",
+        help="where downloads are kept (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        metavar="FOLDER",
+        help="download nothing: the files lie in this folder under their own names",
+    )
 
 
 def fetch(remotes: list[Remote], args: Namespace) -> tuple[list[Path], list[dict]]:
-    """(paths, source for prepared.json) of the files, downloaded unless they are there already. Raises PrepareError."""
-    paths, source = [], []
+    """(paths, source for prepared.json) of the files, downloaded unless they are there already.
+    Raises PrepareError.
+    """
+    paths = []
+    source = []
     for remote in remotes:
         if args.source is not None:
             path = args.source / remote.name
@@ -49,9 +74,17 @@ def fetch(remotes: list[Remote], args: Namespace) -> tuple[list[Path], list[dict
                 _download(remote, path)
         with open(path, "rb") as file:
             if file.read(len(POINTER)) == POINTER:
-                raise PrepareError(f"{path}: a Git LFS pointer, not the file; run `git lfs pull` where it comes from, or fetch {remote.url}")
+                raise PrepareError(
+                    f"{path}: a Git LFS pointer, not the file; run `git lfs pull` where it comes from, or fetch {remote.url}"
+                )
         found = fingerprint(path)
-        _verify(path, found, remote.size, remote.sha256, "delete it and run again" if args.source is None else f"fetch {remote.url} again")
+        _verify(
+            path,
+            found,
+            remote.size,
+            remote.sha256,
+            "delete it and run again" if args.source is None else f"fetch {remote.url} again",
+        )
         paths.append(path)
         source.append(dict(name=remote.name, url=remote.url, **found))
     return paths, source
@@ -61,33 +94,53 @@ def _verify(path: Path, found: dict, size: int | None, sha256: str | None, remed
     if size is not None and found["size"] != size:
         raise PrepareError(f"{path}: {found['size']:,} bytes, {size:,} were published; {remedy}")
     if sha256 is not None and found["sha256"] != sha256:
-        raise PrepareError(f"{path}: its sha256 is {found['sha256'][:16]}.., {sha256[:16]}.. was published; {remedy}")
+        raise PrepareError(
+            f"{path}: its sha256 is {found['sha256'][:16]}.., {sha256[:16]}.. was published; {remedy}"
+        )
 
 
 def _download(remote: Remote, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    part, note = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.etag")
-    total, failures = None, 0
+    part = path.with_name(path.name + ".part")
+    note = path.with_name(path.name + ".part.etag")
+    total = None
+    failures = 0
     while total is None or _size(part) < total:
         before = _size(part)
         try:
             total, stated = _append(remote, part, note)
             reason = f"the connection ended at {_size(part):,} of {total:,} bytes"
         except urllib.error.HTTPError as e:
-            if e.code == 416:               # more is there than the file has: not its beginning
+            if e.code == 416:  # more is there than the file has: not its beginning
                 part.unlink(missing_ok=True)
             elif e.code < 500 and e.code != 429:
-                raise PrepareError(f"{remote.url}: the server answered {e.code} {e.reason}; it may have moved: fetch it elsewhere and give its folder with --from") from None
+                raise PrepareError(
+                    f"{remote.url}: the server answered {e.code} {e.reason}; it may have moved: fetch it elsewhere and give its folder with --from"
+                ) from None
             reason = f"the server answered {e.code} {e.reason}"
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, ssl.SSLError) as e:
+        except (
+            urllib.error.URLError,
+            http.client.HTTPException,
+            TimeoutError,
+            ConnectionError,
+            ssl.SSLError,
+        ) as e:
             reason = str(getattr(e, "reason", None) or e or type(e).__name__)
         if total is None or _size(part) < total:
             failures = failures + 1 if _size(part) <= before else 0
             if failures == TRIES:
-                raise PrepareError(f"{remote.url}: {reason}; the same command goes on from there. Else: {HELP}")
+                raise PrepareError(
+                    f"{remote.url}: {reason}; the same command goes on from there. Else: {HELP}"
+                )
     found = fingerprint(part)
     try:
-        _verify(part, found, remote.size or total, remote.sha256 or stated, "it was deleted: run again, the file is fetched from its beginning")
+        _verify(
+            part,
+            found,
+            remote.size or total,
+            remote.sha256 or stated,
+            "it was deleted: run again, the file is fetched from its beginning",
+        )
     except PrepareError:
         part.unlink()
         note.unlink(missing_ok=True)
@@ -97,30 +150,54 @@ def _download(remote: Remote, path: Path) -> None:
 
 
 def _append(remote: Remote, part: Path, note: Path) -> tuple[int, str | None]:
-    """Adds to `part` what one connection brings. (bytes of the whole file, sha256 as the server states it or None)."""
-    have, tag = _size(part), note.read_text() if note.exists() else None
+    """Adds to `part` what one connection brings. (bytes of the whole file, sha256 as the server
+    states it or None).
+    """
+    have = _size(part)
+    tag = note.read_text() if note.exists() else None
     headers = {"User-Agent": "recr1", "Accept-Encoding": "identity"}
-    if have and (tag or remote.sha256):     # If-Range: a file that has changed since comes whole, not as a tail that does not fit
+    # If-Range: a file that has changed since comes whole, not as a tail that does not fit
+    if have and (tag or remote.sha256):
         headers |= {"Range": f"bytes={have}-"} | ({"If-Range": tag} if tag else {})
     linked = _Linked()
-    with urllib.request.build_opener(linked).open(urllib.request.Request(remote.url, headers=headers), timeout=TIMEOUT) as answer:
-        resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+    with urllib.request.build_opener(linked).open(
+        urllib.request.Request(remote.url, headers=headers), timeout=TIMEOUT
+    ) as answer:
+        resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(
+            f"bytes {have}-"
+        )
         have = have if resumed else 0
         length = answer.headers.get("Content-Length")
         if length is None and remote.size is None or answer.status == 206 and not resumed:
-            raise PrepareError(f"{remote.url}: the server does not say which bytes it sends, so a cut could not be told; fetch it elsewhere and give its folder with --from")
+            raise PrepareError(
+                f"{remote.url}: the server does not say which bytes it sends, so a cut could not be told; fetch it elsewhere and give its folder with --from"
+            )
         total = remote.size if length is None else have + int(length)
         if remote.size is not None and total != remote.size:
-            raise PrepareError(f"{remote.url}: has {total:,} bytes, {remote.size:,} were published; it is another file now, or a page that asks to log in")
+            raise PrepareError(
+                f"{remote.url}: has {total:,} bytes, {remote.size:,} were published; it is another file now, or a page that asks to log in"
+            )
         etag = answer.headers.get("ETag")
         if etag and not etag.startswith("W/"):
             note.write_text(etag)
         else:
             note.unlink(missing_ok=True)
         if shutil.disk_usage(part.parent).free < total - have:
-            raise PrepareError(f"{part.parent}: {total - have:,} bytes are still to come and do not fit on the disk; give another folder with --downloads")
-        with open(part, "ab" if resumed else "wb") as file, \
-                tqdm(total=total, initial=have, desc=remote.name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            raise PrepareError(
+                f"{part.parent}: {total - have:,} bytes are still to come and do not fit on the disk; give another folder with --downloads"
+            )
+        with (
+            open(part, "ab" if resumed else "wb") as file,
+            tqdm(
+                total=total,
+                initial=have,
+                desc=remote.name,
+                unit="B",
+                unit_scale=True,
+                disable=None,
+                leave=False,
+            ) as bar,
+        ):
             try:
                 while chunk := answer.read(CHUNK):
                     file.write(chunk)
@@ -132,6 +209,7 @@ def _append(remote: Remote, part: Path, note: Path) -> tuple[int, str | None]:
 
 class _Linked(urllib.request.HTTPRedirectHandler):
     """Hugging Face states a large file's sha256 in the answer that redirects to the storage."""
+
     sha256: str | None = None
 
     def redirect_request(self, request, file, code, message, headers, url):

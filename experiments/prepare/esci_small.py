@@ -1,7 +1,9 @@
-"""The bundled part of Amazon ESCI (6,764 products, 150 test queries with complete E/S/C/I grades 3/2/1/0, 419 train queries) -> DIR/search and DIR/rerank.
+"""The bundled part of Amazon ESCI (6,764 products, 150 test queries with complete E/S/C/I grades
+3/2/1/0, 419 train queries) -> DIR/search and DIR/rerank.
 
 rerank: the queries with the first 8 products of a BM25 search each, as rerank.py makes them.
 """
+
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -16,8 +18,14 @@ CANDIDATES = 8
 
 
 def with_categories(corpus: list[dict], splits: dict[str, Split]) -> list[dict]:
-    """Of each category path the first name, the shop's department; it also goes to the queries whose first relevant product has one."""
-    rows = [{key: value for key, value in row.items() if key != "category"} | (dict(category=path[0]) if (path := row.get("category")) else {}) for row in corpus]
+    """Of each category path the first name, the shop's department; it also goes to the queries
+    whose first relevant product has one.
+    """
+    rows = [
+        {key: value for key, value in row.items() if key != "category"}
+        | (dict(category=path[0]) if (path := row.get("category")) else {})
+        for row in corpus
+    ]
     category = {row["id"]: row["category"] for row in rows if "category" in row}
     for split in splits.values():
         for row in split.rows:
@@ -34,7 +42,14 @@ def prepare(args: Namespace, out: Path) -> None:
 
 
 def options(parser: ArgumentParser) -> None:
-    parser.add_argument("--from", dest="source", type=Path, default=BUNDLED, metavar="FOLDER", help="a copy of experiments/data/esci_small (default: that one)")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        default=BUNDLED,
+        metavar="FOLDER",
+        help="a copy of experiments/data/esci_small (default: that one)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

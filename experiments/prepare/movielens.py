@@ -1,13 +1,20 @@
-"""MovieLens latest-small (bundled, or --from another MovieLens folder) -> DIR/sequential and DIR/list.
+"""MovieLens latest-small (bundled, or --from another MovieLens folder) -> DIR/sequential and
+DIR/list.
 
-sequential: last <= 10 films -> the next one; every rating counts as a view. One train file, two test settings:
-  train              windows slid over the films of every user but the inductive ones, all films but the cold ones, without each user's last film
-  test_transductive  the last film of each of those users
-  test_inductive     of a hash tenth of the users, the films of a hash tenth of all (the cold ones): neither user, history nor target is in train
-list: profile, dated history and a pool of 20 -> ordered list. Every ten ratings of a user are a future: those of 4 stars and more are the targets, films
-  the user never rated fill the pool, drawn by popularity. Each user's last ten ratings are test, earlier tens are train; profile and history come from before.
+sequential: last <= 10 films -> the next one; every rating counts as a view. One train file, two
+test settings:
+  train              windows slid over the films of every user but the inductive ones, all films but
+  the cold ones, without each user's last film test_transductive  the last film of each of those
+  users
+  test_inductive     of a hash tenth of the users, the films of a hash tenth of all (the cold ones):
+  neither user, history nor target is in train
+list: profile, dated history and a pool of 20 -> ordered list. Every ten ratings of a user are a
+future: those of 4 stars and more are the targets, films
+  the user never rated fill the pool, drawn by popularity. Each user's last ten ratings are test,
+  earlier tens are train; profile and history come from before.
 Ratings of the same second keep the file's order. Popularity counts train without validation.
 """
+
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
@@ -18,21 +25,25 @@ from typing import NamedTuple
 
 import numpy as np
 from checks import PrepareError, Split, by_interaction, check_inductive, popularity
-from recr1.data import is_test, is_validation
-from recr1.draws import uniforms
-from recr1.files import fingerprint
 from tqdm import tqdm
 from upstream import csv_rows, find, number, one_line, user_id
 from writing import command, write
 
+from recr1.data import is_test, is_validation
+from recr1.draws import uniforms
+from recr1.files import fingerprint
+
 BUNDLED = Path(__file__).resolve().parents[1] / "data/ml_latest_small"
-HISTORY, FUTURE, POOL, LIKED = 10, 10, 20, 4.0
+HISTORY = 10
+FUTURE = 10
+POOL = 20
+LIKED = 4.0
 
 
 class Rating(NamedTuple):
     film: str
     stars: float
-    time: int           # seconds since 1970, UTC
+    time: int  # seconds since 1970, UTC
 
 
 def read_films(path: Path) -> dict[str, dict]:
@@ -41,8 +52,12 @@ def read_films(path: Path) -> dict[str, dict]:
     for line, row in csv_rows(path, ("movieId", "title", "genres")):
         genres = [] if row["genres"] == "(no genres listed)" else row["genres"].split("|")
         if row["movieId"] in films:
-            raise PrepareError(f"{path}:{line}: film {row['movieId']} came before; keep one of the lines")
-        films[row["movieId"]] = dict(id=row["movieId"], title=one_line(row["title"]), text=" ".join(genres), genres=genres)
+            raise PrepareError(
+                f"{path}:{line}: film {row['movieId']} came before; keep one of the lines"
+            )
+        films[row["movieId"]] = dict(
+            id=row["movieId"], title=one_line(row["title"]), text=" ".join(genres), genres=genres
+        )
     return films
 
 
@@ -51,20 +66,35 @@ def read_ratings(path: Path, films: dict[str, dict]) -> dict[str, list[Rating]]:
     users: dict[str, list[Rating]] = {}
     seen = set()
     for line, row in csv_rows(path, ("userId", "movieId", "rating", "timestamp")):
-        user, film = f"u{row['userId']}", row["movieId"]
+        user = f"u{row['userId']}"
+        film = row["movieId"]
         if film not in films:
-            raise PrepareError(f"{path}:{line}: film {film!r} is not in movies.csv; take both files from one release")
+            raise PrepareError(
+                f"{path}:{line}: film {film!r} is not in movies.csv; take both files from one release"
+            )
         if (user, film) in seen:
-            raise PrepareError(f"{path}:{line}: user {row['userId']} rated film {film} before; keep one of the lines")
+            raise PrepareError(
+                f"{path}:{line}: user {row['userId']} rated film {film} before; keep one of the lines"
+            )
         seen.add((user, film))
-        users.setdefault(user, []).append(Rating(film, number(path, line, "rating", row["rating"]), number(path, line, "timestamp", row["timestamp"], int)))
-    return {user: sorted(ratings, key=lambda r: r.time) for user, ratings in users.items()}         # a stable sort
+        users.setdefault(user, []).append(
+            Rating(
+                film,
+                number(path, line, "rating", row["rating"]),
+                number(path, line, "timestamp", row["timestamp"], int),
+            )
+        )
+    # a stable sort
+    return {user: sorted(ratings, key=lambda r: r.time) for user, ratings in users.items()}
 
 
-def sequential(films: dict[str, dict], users: dict[str, list[Rating]], most: int | None) -> dict[str, Split]:
+def sequential(
+    films: dict[str, dict], users: dict[str, list[Rating]], most: int | None
+) -> dict[str, Split]:
     """Windows over films in time order. most: of each user only so many windows, the latest."""
+
     def window(user, name, seen, end):
-        past = seen[max(0, end - HISTORY):end]
+        past = seen[max(0, end - HISTORY) : end]
         row = dict(id=user_id(user, name), text=films[past[-1]]["title"], history=past, user=user)
         return row, [(seen[end], 1.0)]
 
@@ -72,40 +102,64 @@ def sequential(films: dict[str, dict], users: dict[str, list[Rating]], most: int
     for user, ratings in users.items():
         apart = is_test(user)
         seen = [r.film for r in ratings if is_test(r.film) == apart]
-        last = len(seen) - (0 if apart else 1)                  # windows end before it
+        last = len(seen) - (0 if apart else 1)  # windows end before it
         for end in range(max(1, last - most if most else 1), last):
-            (inductive if apart else train).add(*window(user, f"{'cold' if apart else 'w'}{end}", seen, end))
+            (inductive if apart else train).add(
+                *window(user, f"{'cold' if apart else 'w'}{end}", seen, end)
+            )
         if not apart and last >= 1:
             transductive.add(*window(user, "last", seen, last))
     return dict(zip(("train", "test_transductive", "test_inductive"), splits))
 
 
-def lists(films: dict[str, dict], users: dict[str, list[Rating]], most: int | None) -> tuple[dict[str, Split], Counter]:
-    """({"train", "test"}, popularity). A cut of a user is a place in the ratings with a whole future behind it and at least as much before it."""
-    seen = Counter(r.film for user, ratings in users.items() if not is_validation(user) for r in ratings[:-FUTURE])
-    names = sorted(films, key=lambda film: (-seen[film], film))                              # (D,) the most popular first
+def lists(
+    films: dict[str, dict], users: dict[str, list[Rating]], most: int | None
+) -> tuple[dict[str, Split], Counter]:
+    """({"train", "test"}, popularity). A cut of a user is a place in the ratings with a whole
+    future behind it and at least as much before it.
+    """
+    seen = Counter(
+        r.film
+        for user, ratings in users.items()
+        if not is_validation(user)
+        for r in ratings[:-FUTURE]
+    )
+    names = sorted(films, key=lambda film: (-seen[film], film))  # (D,) the most popular first
     place = {film: i for i, film in enumerate(names)}
-    weight = np.array([seen[film] for film in names], float)                                 # (D,)
-    train, test = Split(), Split()
-    for n, (user, ratings) in enumerate(tqdm(users.items(), desc="pools", unit=" users", disable=None, leave=False)):
+    weight = np.array([seen[film] for film in names], float)  # (D,)
+    train = Split()
+    test = Split()
+    for n, (user, ratings) in enumerate(
+        tqdm(users.items(), desc="pools", unit=" users", disable=None, leave=False)
+    ):
         rated = [place[r.film] for r in ratings]
         cuts = range(len(ratings) - FUTURE, FUTURE - 1, -FUTURE)
-        for back, cut in enumerate(cuts[:most + 1] if most else cuts):
-            liked = [r.film for r in ratings[cut:cut + FUTURE] if r.stars >= LIKED]
+        for back, cut in enumerate(cuts[: most + 1] if most else cuts):
+            liked = [r.film for r in ratings[cut : cut + FUTURE] if r.stars >= LIKED]
             if not liked:
                 continue
-            # The smallest of Exp(1) / weight: a draw without replacement in proportion to weight (Efraimidis and Spirakis 2006).
+            # The smallest of Exp(1) / weight: a draw without replacement in proportion to weight
+            # (Efraimidis and Spirakis 2006).
             with np.errstate(divide="ignore"):
-                order = -np.log(uniforms(0, back, np.array([n]), 1, len(names))[0, 0]) / weight                  # (D,)
+                # (D,)
+                order = -np.log(uniforms(0, back, np.array([n]), 1, len(names))[0, 0]) / weight
             order[rated] = np.inf
             others = np.argpartition(order, POOL)[:POOL]
-            others = others[np.argsort(order[others])][:POOL - len(liked)]
+            others = others[np.argsort(order[others])][: POOL - len(liked)]
             if not np.isfinite(order[others]).all():
-                raise PrepareError(f"user {user[1:]} has rated so many films that none are left for a pool of {POOL}")
+                raise PrepareError(
+                    f"user {user[1:]} has rated so many films that none are left for a pool of {POOL}"
+                )
             pool = sorted([place[film] for film in liked] + others.tolist())
             text = profile(films, ratings[:cut])
-            row = dict(id=user_id(user, f"cut{cut}"), text=text, profile=text, history=[[r.film, day(r.time)] for r in ratings[max(0, cut - HISTORY):cut]],
-                       candidates=[names[i] for i in pool], user=user)
+            row = dict(
+                id=user_id(user, f"cut{cut}"),
+                text=text,
+                profile=text,
+                history=[[r.film, day(r.time)] for r in ratings[max(0, cut - HISTORY) : cut]],
+                candidates=[names[i] for i in pool],
+                user=user,
+            )
             (train if back else test).add(row, [(film, 1.0) for film in liked])
     return dict(train=train, test=test), seen
 
@@ -115,8 +169,10 @@ def profile(films: dict[str, dict], past: list[Rating]) -> str:
     liked = [r for r in past if r.stars >= LIKED]
     genres = Counter(genre for r in liked or past for genre in films[r.film]["genres"])
     favourite = sorted(genres, key=lambda genre: (-genres[genre], genre))[:3]
-    return (f"Has rated {len(past)} films since {day(past[0].time)}, {len(liked)} of them 4 stars or more."
-            + (f" Favourite genres: {', '.join(favourite)}." if favourite else ""))
+    return (
+        f"Has rated {len(past)} films since {day(past[0].time)}, {len(liked)} of them 4 stars or more."
+        + (f" Favourite genres: {', '.join(favourite)}." if favourite else "")
+    )
 
 
 def day(time: int) -> str:
@@ -128,17 +184,40 @@ def prepare(args: Namespace, out: Path) -> None:
     paths = [find(args.source, "movies.csv"), find(args.source, "ratings.csv")]
     films = read_films(paths[0])
     users = read_ratings(paths[1], films)
-    about = dict(source=[dict(name=path.name, **fingerprint(path)) for path in paths], options=dict(max_windows_per_user=most), key=by_interaction)
+    about = dict(
+        source=[dict(name=path.name, **fingerprint(path)) for path in paths],
+        options=dict(max_windows_per_user=most),
+        key=by_interaction,
+    )
 
     splits = sequential(films, users, most)
-    known = {film for row in splits["train"].rows for film in (*row["history"], splits["train"].targets[row["id"]][0][0])}
-    unseen = sum(target[0][0] not in known for target in splits["test_transductive"].targets.values())
+    known = {
+        film
+        for row in splits["train"].rows
+        for film in (*row["history"], splits["train"].targets[row["id"]][0][0])
+    }
+    unseen = sum(
+        target[0][0] not in known for target in splits["test_transductive"].targets.values()
+    )
     seen = popularity(splits["train"])
-    write(out / "sequential", corpus(films, seen), splits, counts=dict(users=len(users), transductive_targets_not_in_train=unseen), **about,
-          also=lambda: check_inductive(splits["train"], splits["test_inductive"], "test_inductive"))
+    write(
+        out / "sequential",
+        corpus(films, seen),
+        splits,
+        counts=dict(users=len(users), transductive_targets_not_in_train=unseen),
+        **about,
+        also=lambda: check_inductive(splits["train"], splits["test_inductive"], "test_inductive"),
+    )
 
     splits, seen = lists(films, users, most)
-    write(out / "list", corpus(films, seen), splits, counts=dict(users=len(users)), **about, also=lambda: check_pools(splits, seen))
+    write(
+        out / "list",
+        corpus(films, seen),
+        splits,
+        counts=dict(users=len(users)),
+        **about,
+        also=lambda: check_pools(splits, seen),
+    )
 
 
 def corpus(films: dict[str, dict], seen: Counter):
@@ -146,20 +225,44 @@ def corpus(films: dict[str, dict], seen: Counter):
 
 
 def check_pools(splits: dict[str, Split], seen: Counter) -> list[str]:
-    """Pools: of the right size, each film once, most popular first, nothing of the history in it, every target in it."""
+    """Pools: of the right size, each film once, most popular first, nothing of the history in it,
+    every target in it.
+    """
     for name, split in splits.items():
         for row in split.rows:
-            pool, past = row["candidates"], {film for film, _ in row["history"]}
-            if len(pool) != POOL or len(set(pool)) != POOL or past & set(pool) or not {film for film, _ in split.targets[row["id"]]} <= set(pool):
-                raise PrepareError(f"{name}: the pool of {row['id']!r} is not {POOL} films, lacks a target or shows the history")
+            pool = row["candidates"]
+            past = {film for film, _ in row["history"]}
+            if (
+                len(pool) != POOL
+                or len(set(pool)) != POOL
+                or past & set(pool)
+                or not {film for film, _ in split.targets[row["id"]]} <= set(pool)
+            ):
+                raise PrepareError(
+                    f"{name}: the pool of {row['id']!r} is not {POOL} films, lacks a target or shows the history"
+                )
             if any(seen[a] < seen[b] for a, b in pairwise(pool)):
-                raise PrepareError(f"{name}: the pool of {row['id']!r} is not in order of popularity")
+                raise PrepareError(
+                    f"{name}: the pool of {row['id']!r} is not in order of popularity"
+                )
     return ["pools hold their targets, nothing of the history, most popular first"]
 
 
 def options(parser: ArgumentParser) -> None:
-    parser.add_argument("--from", dest="source", type=Path, default=BUNDLED, metavar="FOLDER", help="movies.csv and ratings.csv[.gz] (default: the bundled ones)")
-    parser.add_argument("--max-windows-per-user", type=int, metavar="N", help="of each user only the latest N windows (sequential) and N train lists (default: all)")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        default=BUNDLED,
+        metavar="FOLDER",
+        help="movies.csv and ratings.csv[.gz] (default: the bundled ones)",
+    )
+    parser.add_argument(
+        "--max-windows-per-user",
+        type=int,
+        metavar="N",
+        help="of each user only the latest N windows (sequential) and N train lists (default: all)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,4 +1,7 @@
-"""The Movie Search Ranking Dataset (bundled: 9,750 films, 14,670 queries with crowd labels) -> DIR, as it is, after the checks."""
+"""The Movie Search Ranking Dataset (bundled: 9,750 films, 14,670 queries with crowd labels) -> DIR,
+as it is, after the checks.
+"""
+
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -15,7 +18,14 @@ def prepare(args: Namespace, out: Path) -> None:
 
 
 def options(parser: ArgumentParser) -> None:
-    parser.add_argument("--from", dest="source", type=Path, default=BUNDLED, metavar="FOLDER", help="a copy of experiments/data/msrd (default: that one)")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        default=BUNDLED,
+        metavar="FOLDER",
+        help="a copy of experiments/data/msrd (default: that one)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

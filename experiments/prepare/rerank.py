@@ -1,30 +1,52 @@
-"""A prepared search set (esci.py's, amazon_c4.py's) -> DIR: the same queries with the N products to re-rank.
+"""A prepared search set (esci.py's, amazon_c4.py's) -> DIR: the same queries with the N products to
+re-rank.
 
-Candidates are the first N of a BM25 search with the query as it stands (k1 1.2, b 0.75, Lucene's lengths), in that order; queries with fewer, or with no relevant
-product among them, are left out, and counted. Judgements are all of the query's, so that they include relevant products outside the N.
+Candidates are the first N of a BM25 search with the query as it stands (k1 1.2, b 0.75, Lucene's
+lengths), in that order; queries with fewer, or with no relevant product among them, are left out,
+and counted. Judgements are all of the query's, so that they include relevant products outside the
+N.
 """
+
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from bundled import read_bundled
 from checks import PrepareError, Split
-from recr1.retrieval.bm25 import BM25
 from writing import command, write
 
+from recr1.retrieval.bm25 import BM25
 
-def write_lists(folder: Path, corpus: list[dict], splits: dict[str, Split], candidates: int, source: list[dict]) -> None:
+
+def write_lists(
+    folder: Path, corpus: list[dict], splits: dict[str, Split], candidates: int, source: list[dict]
+) -> None:
     """Writes the queries that have `candidates` hits, one of them relevant."""
-    index = BM25.build([row["id"] for row in corpus], [f"{row.get('title', '')} {row['text']}" for row in corpus], length="lucene")
+    index = BM25.build(
+        [row["id"] for row in corpus],
+        [f"{row.get('title', '')} {row['text']}" for row in corpus],
+        length="lucene",
+    )
     lists = {name: reranked(split, index, candidates) for name, split in splits.items()}
-    write(folder, corpus, lists, source=source, options=dict(candidates=candidates, k1=1.2, b=0.75, length="lucene"),
-          counts={f"{name}_without_a_relevant_candidate": len(splits[name].rows) - len(lists[name].rows) for name in splits})
+    write(
+        folder,
+        corpus,
+        lists,
+        source=source,
+        options=dict(candidates=candidates, k1=1.2, b=0.75, length="lucene"),
+        counts={
+            f"{name}_without_a_relevant_candidate": len(splits[name].rows) - len(lists[name].rows)
+            for name in splits
+        },
+    )
 
 
 def reranked(split: Split, index: BM25, candidates: int) -> Split:
-    kept, (found, _) = Split(), index.search([row["text"] for row in split.rows], candidates)       # (Q, N), -1 where there are no more hits
+    # (Q, N), -1 where there are no more hits
+    kept, (found, _) = Split(), index.search([row["text"] for row in split.rows], candidates)
     for row, hits in zip(split.rows, found.tolist()):
-        ids, targets = [index.doc_ids[i] for i in hits if i >= 0], split.targets[row["id"]]
+        ids = [index.doc_ids[i] for i in hits if i >= 0]
+        targets = split.targets[row["id"]]
         if len(ids) == candidates and any(gain > 0 and doc in ids for doc, gain in targets):
             kept.add(row | dict(candidates=ids), targets)
     return kept
@@ -32,15 +54,35 @@ def reranked(split: Split, index: BM25, candidates: int) -> Split:
 
 def prepare(args: Namespace, out: Path) -> None:
     if args.candidates < 2:
-        raise PrepareError(f"--candidates is {args.candidates}; a list to be re-ranked needs 2 or more")
-    names = sorted(path.name.split(".")[0] for path in args.source.glob("*.qrels.tsv") if path.name != "train.qrels.tsv")
-    corpus, splits, source = read_bundled(args.source, ("train", *(names or ("test",))), tidy=str)     # tidied when it was prepared
+        raise PrepareError(
+            f"--candidates is {args.candidates}; a list to be re-ranked needs 2 or more"
+        )
+    names = sorted(
+        path.name.split(".")[0]
+        for path in args.source.glob("*.qrels.tsv")
+        if path.name != "train.qrels.tsv"
+    )
+    # tidied when it was prepared
+    corpus, splits, source = read_bundled(args.source, ("train", *(names or ("test",))), tidy=str)
     write_lists(out, corpus, splits, args.candidates, source)
 
 
 def options(parser: ArgumentParser) -> None:
-    parser.add_argument("--from", dest="source", type=Path, required=True, metavar="FOLDER", help="a prepared search set")
-    parser.add_argument("--candidates", type=int, default=16, metavar="N", help="how many products each query gets (default 16, as Rec-R1)")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="a prepared search set",
+    )
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        default=16,
+        metavar="N",
+        help="how many products each query gets (default 16, as Rec-R1)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,8 +1,10 @@
 """What every preparation ends in: checks, then a folder that stands whole or not at all.
 
-A prepared folder: corpus.jsonl.gz, NAME.queries.jsonl and NAME.qrels.tsv for train and every test setting, and prepared.json, written last. Validation is
-no file: it is the hash tenth of train (recr1.data.is_validation).
+A prepared folder: corpus.jsonl.gz, NAME.queries.jsonl and NAME.qrels.tsv for train and every test
+setting, and prepared.json, written last. Validation is no file: it is the hash tenth of train
+(recr1.data.is_validation).
 """
+
 import argparse
 import gzip
 import json
@@ -11,24 +13,42 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from checks import Key, PrepareError, Split, by_text, check, good_document
+from tqdm import tqdm
+
 from recr1.data import DataError, is_validation, read_qrels, read_queries
 from recr1.files import PARTIAL, discard, fingerprint, sync
-from tqdm import tqdm
 
 INDEX = "prepared.json"
 
 
-def write(folder: Path, corpus: Iterable[dict], splits: dict[str, Split], *, source: list[dict], options: dict, key: Key = by_text,
-          counts: dict | None = None, also: Callable[[], list[str]] = list) -> dict:
-    """Writes one prepared data set into `folder` and returns what prepared.json says. `corpus` may be a generator: only its ids are kept.
+def write(
+    folder: Path,
+    corpus: Iterable[dict],
+    splits: dict[str, Split],
+    *,
+    source: list[dict],
+    options: dict,
+    key: Key = by_text,
+    counts: dict | None = None,
+    also: Callable[[], list[str]] = list,
+) -> dict:
+    """Writes one prepared data set into `folder` and returns what prepared.json says. `corpus` may
+    be a generator: only its ids are kept.
 
-    splits: "train" and each test setting. key: what makes two examples the same (see checks). counts: further numbers for prepared.json. also: further checks,
-    which return their names. Raises PrepareError.
+    splits: "train" and each test setting. key: what makes two examples the same (see checks).
+    counts: further numbers for prepared.json. also: further checks, which return their names.
+    Raises PrepareError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     docs: set[str] = set()
-    with open(folder / "corpus.jsonl.gz", "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:      # no name, no time: the same bytes every time
-        for row in tqdm(corpus, desc=f"{folder.name}: documents", unit=" docs", disable=None, leave=False):
+    # no name, no time: the same bytes every time
+    with (
+        open(folder / "corpus.jsonl.gz", "wb") as raw,
+        gzip.GzipFile("", "wb", 6, raw, mtime=0) as file,
+    ):
+        for row in tqdm(
+            corpus, desc=f"{folder.name}: documents", unit=" docs", disable=None, leave=False
+        ):
             good_document(row, docs)
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
     passed = check(docs, splits, key) + also()
@@ -36,37 +56,72 @@ def write(folder: Path, corpus: Iterable[dict], splits: dict[str, Split], *, sou
         with open(folder / f"{name}.queries.jsonl", "w", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in split.rows)
         with open(folder / f"{name}.qrels.tsv", "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(f"{row['id']}\t{doc}\t{gain:g}\n" for row in split.rows for doc, gain in split.targets[row["id"]])
-        (queries, dropped), (qrels, repeats) = read_queries(folder / f"{name}.queries.jsonl"), read_qrels(folder / f"{name}.qrels.tsv")
+            file.writelines(
+                f"{row['id']}\t{doc}\t{gain:g}\n"
+                for row in split.rows
+                for doc, gain in split.targets[row["id"]]
+            )
+        (queries, dropped), (qrels, repeats) = (
+            read_queries(folder / f"{name}.queries.jsonl"),
+            read_qrels(folder / f"{name}.qrels.tsv"),
+        )
         if dropped or repeats or queries.keys() != qrels.keys():
-            raise PrepareError(f"{name}: what was written does not read back as it was: {(dropped + repeats)[:1]}")
+            raise PrepareError(
+                f"{name}: what was written does not read back as it was: {(dropped + repeats)[:1]}"
+            )
     train = splits["train"].rows
     validation = sum(is_validation(row["id"]) for row in train)
-    about = dict(source=source, options=options, checks=[*passed, "reads back with recr1.data"],
-                 counts=dict(documents=len(docs), train=len(train) - validation, validation=validation)
-                 | {name: len(split.rows) for name, split in splits.items() if name != "train"} | (counts or {}),
-                 files={path.name: fingerprint(path) for path in sorted(folder.iterdir())})
-    (folder / INDEX).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    about = dict(
+        source=source,
+        options=options,
+        checks=[*passed, "reads back with recr1.data"],
+        counts=dict(documents=len(docs), train=len(train) - validation, validation=validation)
+        | {name: len(split.rows) for name, split in splits.items() if name != "train"}
+        | (counts or {}),
+        files={path.name: fingerprint(path) for path in sorted(folder.iterdir())},
+    )
+    (folder / INDEX).write_text(
+        json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     sync(folder / INDEX)
     return about
 
 
-def command(script: str, doc: str, prepare: Callable[[argparse.Namespace, Path], None], options: Callable[[argparse.ArgumentParser], None],
-            argv: list[str] | None = None) -> int:
-    """A script's whole main: parses, calls prepare(args, folder) with an empty folder, and gives the folder the name --out when that returns.
+def command(
+    script: str,
+    doc: str,
+    prepare: Callable[[argparse.Namespace, Path], None],
+    options: Callable[[argparse.ArgumentParser], None],
+    argv: list[str] | None = None,
+) -> int:
+    """A script's whole main: parses, calls prepare(args, folder) with an empty folder, and gives
+    the folder the name --out when that returns.
 
-    Returns 0; or 2 after one line on stderr for what a user can mend; or 130 when interrupted. Unless it returns 0, --out is as it was.
+    Returns 0; or 2 after one line on stderr for what a user can mend; or 130 when interrupted.
+    Unless it returns 0, --out is as it was.
     """
-    parser = argparse.ArgumentParser(prog=Path(script).name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the prepared folder; one that an earlier preparation wrote is replaced")
+    parser = argparse.ArgumentParser(
+        prog=Path(script).name,
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the prepared folder; one that an earlier preparation wrote is replaced",
+    )
     options(parser)
     args = parser.parse_args(argv)
     out = args.out.absolute()
     partial, old = (out.with_name(out.name + end) for end in (PARTIAL, ".old" + PARTIAL))
     try:
         if out.exists() and not _ours(out):
-            raise PrepareError(f"{args.out}: exists, and no preparation wrote it; give a new folder with --out")
-        if old.exists() and not out.exists():   # killed between the two renames below
+            raise PrepareError(
+                f"{args.out}: exists, and no preparation wrote it; give a new folder with --out"
+            )
+        if old.exists() and not out.exists():  # killed between the two renames below
             old.rename(out)
         for left in (partial, old):
             if left.exists():
@@ -83,17 +138,31 @@ def command(script: str, doc: str, prepare: Callable[[argparse.Namespace, Path],
         if partial.is_dir():
             discard(partial)
         if isinstance(e, KeyboardInterrupt):
-            print(f"{parser.prog}: stopped; the same command starts again, downloads go on from where they are", file=sys.stderr)
+            print(
+                f"{parser.prog}: stopped; the same command starts again, downloads go on from where they are",
+                file=sys.stderr,
+            )
             return 130
-        reason = f"cannot read or write {e.filename or args.out}: {e.strerror or e}" if isinstance(e, OSError) else e
+        reason = (
+            f"cannot read or write {e.filename or args.out}: {e.strerror or e}"
+            if isinstance(e, OSError)
+            else e
+        )
         print(f"{parser.prog}: {reason}", file=sys.stderr)
         return 2
     for index in sorted(out.rglob(INDEX)):
         counts = json.loads(index.read_text(encoding="utf-8"))["counts"]
-        print(f"{args.out / index.parent.relative_to(out)}: " + ", ".join(f"{value:,} {name}" for name, value in counts.items()))
+        print(
+            f"{args.out / index.parent.relative_to(out)}: "
+            + ", ".join(f"{value:,} {name}" for name, value in counts.items())
+        )
     return 0
 
 
 def _ours(folder: Path) -> bool:
-    """Whether a preparation wrote it: prepared.json lies in it, or in each folder of it; an empty folder counts too."""
-    return folder.is_dir() and ((folder / INDEX).exists() or all((below / INDEX).exists() for below in folder.iterdir()))
+    """Whether a preparation wrote it: prepared.json lies in it, or in each folder of it; an empty
+    folder counts too.
+    """
+    return folder.is_dir() and (
+        (folder / INDEX).exists() or all((below / INDEX).exists() for below in folder.iterdir())
+    )

@@ -1,7 +1,10 @@
-"""`recr1 report`: a run, or two side by side, as one HTML file that needs nothing else: no network, no server, no other file.
+"""`recr1 report`: a run, or two side by side, as one HTML file that needs nothing else: no network,
+no server, no other file.
 
-Data goes into the page as JSON and from there into text nodes only; a Content-Security-Policy names the hash of the one script that may run.
+Data goes into the page as JSON and from there into text nodes only; a Content-Security-Policy names
+the hash of the one script that may run.
 """
+
 from __future__ import annotations
 
 import base64
@@ -21,22 +24,43 @@ from ..retrieval.base import Retriever
 from ..terminal import said
 from . import groups, ranking, record, rollouts
 
-AT_ONCE = 300 * 2**20                    # bytes of rollouts.jsonl.gz whose report a run's end writes while other ranks wait: about .3 s of CPU per MB
-SCRIPTS = ("dom.js", "charts.js", "curves.js", "overview.js", "tokens.js", "ranking.js", "tables.js", "main.js")
+# bytes of rollouts.jsonl.gz whose report a run's end writes while other ranks wait: about .3 s of
+# CPU per MB
+AT_ONCE = 300 * 2**20
+SCRIPTS = (
+    "dom.js",
+    "charts.js",
+    "curves.js",
+    "overview.js",
+    "tokens.js",
+    "ranking.js",
+    "tables.js",
+    "main.js",
+)
 
 
-def write(runs: list[str], out: str = "", retriever: Retriever | None = None, tokenizer=None) -> Path:
-    """The report of one run, or of two compared: RUN/report.html, or the first one's compare_NAME.html. Returns where it is.
+def write(
+    runs: list[str], out: str = "", retriever: Retriever | None = None, tokenizer=None
+) -> Path:
+    """The report of one run, or of two compared: RUN/report.html, or the first one's
+    compare_NAME.html. Returns where it is.
 
-    retriever, tokenizer: the (single) run's own where they are at hand. Raises DataError, ConfigError, WriteError.
+    retriever, tokenizer: the (single) run's own where they are at hand. Raises DataError,
+    ConfigError, WriteError.
     """
     if len(runs) not in (1, 2):
-        raise ConfigError(f"recr1 report takes one run's folder, or two to compare them, not {len(runs)}")
+        raise ConfigError(
+            f"recr1 report takes one run's folder, or two to compare them, not {len(runs)}"
+        )
     read = [record.read(Path(run)) for run in runs]
     pages = []
     for r in read:
         pages.append(record.as_page(r) | dict(rollouts=_rollouts(r, tokenizer)))
-    content = dict(made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), runs=pages, **(_one(read[0], retriever) if len(read) == 1 else _two(*read)))
+    content = dict(
+        made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        runs=pages,
+        **(_one(read[0], retriever) if len(read) == 1 else _two(*read)),
+    )
     name = "report.html" if len(read) == 1 else f"compare_{read[1].folder.resolve().name}.html"
     path = Path(out) if out else read[0].folder / name
     write_text(path, page(content, " and ".join(r.folder.resolve().name for r in read)))
@@ -44,9 +68,11 @@ def write(runs: list[str], out: str = "", retriever: Retriever | None = None, to
 
 
 def at_end(run: Path, retriever: Retriever, tokenizer) -> str:
-    """The report of a run that has just finished, and one line that says where it is; or why it is not there: a report must never cost the run."""
+    """The report of a run that has just finished, and one line that says where it is; or why it is
+    not there: a report must never cost the run.
+    """
     try:
-        log = run / "rollouts.jsonl.gz"                  # SFT has none
+        log = run / "rollouts.jsonl.gz"  # SFT has none
         if dist.world() > 1 and (size := log.stat().st_size if log.exists() else 0) > AT_ONCE:
             return f"{run}: {size >> 20} MiB of rollouts; `recr1 report {run}` makes its report"
         return f"report: {write([str(run)], retriever=retriever, tokenizer=tokenizer)}"
@@ -55,14 +81,23 @@ def at_end(run: Path, retriever: Retriever, tokenizer) -> str:
 
 
 def page(content: dict, title: str) -> str:
-    """The whole HTML. The JSON is ASCII, and holds neither <, > nor &: nothing in it can end the element it stands in."""
+    """The whole HTML. The JSON is ASCII, and holds neither <, > nor &: nothing in it can end the
+    element it stands in.
+    """
     folder = resources.files(__package__) / "page"
     script = "".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
     style = (folder / "style.css").read_text(encoding="utf-8")
     text = json.dumps(record.finite(content), allow_nan=False, separators=(",", ":"))
-    parts = dict(TITLE=_plain(title), STYLE=style, SCRIPT=script, STYLE_HASH=_hash(style), SCRIPT_HASH=_hash(script),
-                 DATA=text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
-    pieces = (folder / "report.html").read_text(encoding="utf-8").split("@@")      # text, name, text, name, ..., text
+    parts = dict(
+        TITLE=_plain(title),
+        STYLE=style,
+        SCRIPT=script,
+        STYLE_HASH=_hash(style),
+        SCRIPT_HASH=_hash(script),
+        DATA=text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"),
+    )
+    # text, name, text, name, ..., text
+    pieces = (folder / "report.html").read_text(encoding="utf-8").split("@@")
     return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
 
 
@@ -71,12 +106,30 @@ def _one(r: record.Record, retriever: Retriever | None) -> dict:
     if not r.after:
         return dict(groups=[], ranking=None)
     ids, raws, answers = ([row[name] for row in r.after] for name in ("id", "raw", "rewrite"))
-    raw, before, after = r.scores(r.after, "_raw"), r.scores(r.before), r.scores(r.after)
+    raw = r.scores(r.after, "_raw")
+    before = r.scores(r.before)
+    after = r.scores(r.after)
     picks = ranking.choose(after - raw, [a != b for a, b in zip(raws, answers)])
     search = ranking.opened(r.config, r.folder, retriever)
-    found = ranking.as_page(search, picks, ids, raws, (raws, answers), (raw, after),
-                            lambda i: dict(before=[ranking.said(r.before[i]["rewrite"], raws[i]), float(before[i])]))
-    tables = groups.as_page(ids, raws, answers, raw, dict(raw=raw, before=before, after=after), "after", _rows(search), record.label(r.metric))
+    found = ranking.as_page(
+        search,
+        picks,
+        ids,
+        raws,
+        (raws, answers),
+        (raw, after),
+        lambda i: dict(before=[ranking.said(r.before[i]["rewrite"], raws[i]), float(before[i])]),
+    )
+    tables = groups.as_page(
+        ids,
+        raws,
+        answers,
+        raw,
+        dict(raw=raw, before=before, after=after),
+        "after",
+        _rows(search),
+        record.label(r.metric),
+    )
     return dict(groups=tables, ranking=found | dict(sides=record.words(r.config)))
 
 
@@ -84,21 +137,57 @@ def _two(a: record.Record, b: record.Record) -> dict:
     """The second run's policy against the first one's, on the test queries that both have."""
     mine, theirs = ({row["id"]: row for row in r.after} for r in (a, b))
     metrics = [r.metric for r in (a, b)]
-    both = [id for id in mine if id in theirs and mine[id]["raw"] == theirs[id]["raw"]] if metrics[0] == metrics[1] else []
-    compared = dict(queries=len(both), only=[len(mine) - len(both), len(theirs) - len(both)], metrics=metrics, difference=None,
-                    versions=_differences(*({**r.versions[-1], "packages": json.dumps(r.versions[-1].get("packages"))} if r.versions else {} for r in (a, b))))
+    both = (
+        [id for id in mine if id in theirs and mine[id]["raw"] == theirs[id]["raw"]]
+        if metrics[0] == metrics[1]
+        else []
+    )
+    compared = dict(
+        queries=len(both),
+        only=[len(mine) - len(both), len(theirs) - len(both)],
+        metrics=metrics,
+        difference=None,
+        versions=_differences(
+            *(
+                {**r.versions[-1], "packages": json.dumps(r.versions[-1].get("packages"))}
+                if r.versions
+                else {}
+                for r in (a, b)
+            )
+        ),
+    )
     if not both:
         return dict(compare=compared, groups=[], ranking=None)
-    raws, answers = [mine[id]["raw"] for id in both], ([mine[id]["rewrite"] for id in both], [theirs[id]["rewrite"] for id in both])
+    raws = [mine[id]["raw"] for id in both]
+    answers = ([mine[id]["rewrite"] for id in both], [theirs[id]["rewrite"] for id in both])
     ours, others = (r.scores([rows[id] for id in both]) for r, rows in ((a, mine), (b, theirs)))
     raw = a.scores([mine[id] for id in both], "_raw")
     picks = ranking.choose(others - ours, [x != y for x, y in zip(*answers)])
-    search, answer = ranking.opened(b.config, b.folder), record.words(b.config)[1].removeprefix("policy's ")
-    found = ranking.as_page(search, picks, both, raws, answers, (ours, others), lambda i: dict(score=float(raw[i])))
+    search = ranking.opened(b.config, b.folder)
+    answer = record.words(b.config)[1].removeprefix("policy's ")
+    found = ranking.as_page(
+        search, picks, both, raws, answers, (ours, others), lambda i: dict(score=float(raw[i]))
+    )
     compared["difference"] = record.interval(others - ours)
-    tables = [t for t in groups.as_page(both, raws, answers[1], raw, dict(A=ours, B=others), "B", _rows(search), record.label(b.metric))
-              if t["title"] != "what the answer did"]
-    return dict(compare=compared, groups=tables, ranking=found | dict(sides=[f"{answer} of A", f"{answer} of B"]))
+    tables = [
+        t
+        for t in groups.as_page(
+            both,
+            raws,
+            answers[1],
+            raw,
+            dict(A=ours, B=others),
+            "B",
+            _rows(search),
+            record.label(b.metric),
+        )
+        if t["title"] != "what the answer did"
+    ]
+    return dict(
+        compare=compared,
+        groups=tables,
+        ranking=found | dict(sides=[f"{answer} of A", f"{answer} of B"]),
+    )
 
 
 def _rows(search: ranking.Search | str) -> dict[str, dict]:
@@ -106,14 +195,25 @@ def _rows(search: ranking.Search | str) -> dict[str, dict]:
 
 
 def _differences(a: dict, b: dict) -> list[dict]:
-    return [dict(key=key, values=[a.get(key), b.get(key)]) for key in a.keys() | b.keys() if a.get(key) != b.get(key) and key != "started"]
+    return [
+        dict(key=key, values=[a.get(key), b.get(key)])
+        for key in a.keys() | b.keys()
+        if a.get(key) != b.get(key) and key != "started"
+    ]
 
 
 def _rollouts(r: record.Record, tokenizer) -> dict:
     """What the run sampled in training; SFT has nothing of the kind, but texts of a teacher."""
     if r.loop == "sft":
-        return dict(why="SFT samples nothing in training: there are no rollouts, rewards or advantages to show.", rows=0, rollouts=0, note="")
-    return rollouts.as_page(r.folder / "rollouts.jsonl.gz", r.steps, r.config, tokenizer or _tokenizer(r), _queries(r))
+        return dict(
+            why="SFT samples nothing in training: there are no rollouts, rewards or advantages to show.",
+            rows=0,
+            rollouts=0,
+            note="",
+        )
+    return rollouts.as_page(
+        r.folder / "rollouts.jsonl.gz", r.steps, r.config, tokenizer or _tokenizer(r), _queries(r)
+    )
 
 
 def _queries(r: record.Record) -> dict[str, str]:

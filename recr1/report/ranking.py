@@ -1,4 +1,7 @@
-"""The recommendation view: chosen test queries with the lists that two answers bring, who moved, and which terms moved it."""
+"""The recommendation view: chosen test queries with the lists that two answers bring, who moved,
+and which terms moved it.
+"""
+
 from __future__ import annotations
 
 import json
@@ -18,16 +21,22 @@ from ..tasks.make import Task
 from ..tasks.rewards import METRICS
 from .record import short
 
-TOP = 10                                 # of a list that are shown
-GAINS, LOSSES, MIDDLE = 20, 20, 10       # queries shown
-CHARS = 90                               # of a document
-TERMS = 6                                # of a document's change of score
-PAST = 5                                 # documents of a history
+TOP = 10  # of a list that are shown
+# queries shown
+GAINS = 20
+LOSSES = 20
+MIDDLE = 10
+CHARS = 90  # of a document
+TERMS = 6  # of a document's change of score
+PAST = 5  # documents of a history
 
 
 @dataclass
 class Search:
-    """How a run's answers become rankings, and what they are judged by. row_of: the retriever's row of each document that was found."""
+    """How a run's answers become rankings, and what they are judged by. row_of: the retriever's row
+    of each document that was found.
+    """
+
     task: Task
     retriever: Retriever | None
     qrels: dict[str, dict[str, float]]
@@ -43,13 +52,19 @@ class Search:
         asked = [i for i, answer in enumerate(answers) if answer is not None]
         lists: list[list[str]] = [[] for _ in answers]
         if asked:
-            found = self.task.rank([answers[i] for i in asked], [self.rows.get(ids[i], dict(text="")) for i in asked], depth, self._search)
+            found = self.task.rank(
+                [answers[i] for i in asked],
+                [self.rows.get(ids[i], dict(text="")) for i in asked],
+                depth,
+                self._search,
+            )
             for i, ranking in zip(asked, found, strict=True):
                 lists[i] = list(ranking[:depth])
         return lists
 
     def _search(self, queries: list[str], k: int) -> list[list[str]]:
-        hits, names = self.retriever.search(queries, k)[0].tolist(), self.retriever.doc_ids
+        hits = self.retriever.search(queries, k)[0].tolist()
+        names = self.retriever.doc_ids
         found = [[(names[row], row) for row in ranking if row >= 0] for ranking in hits]
         for ranking in found:
             self.row_of |= ranking
@@ -57,8 +72,11 @@ class Search:
 
 
 def opened(config: Config, folder: Path, retriever: Retriever | None = None) -> Search | str:
-    """What the recommendation view reads, or in one sentence why it cannot. retriever: the run's own where it is at hand; else its index is loaded."""
-    d, r = config.data, config.retriever
+    """What the recommendation view reads, or in one sentence why it cannot. retriever: the run's
+    own where it is at hand; else its index is loaded.
+    """
+    d = config.data
+    r = config.retriever
     try:
         task = tasks.make(config)
         qrels = data.read_qrels(d.test_qrels or d.train_qrels, "drop")[0]
@@ -72,62 +90,121 @@ def opened(config: Config, folder: Path, retriever: Retriever | None = None) -> 
             retriever, _ = make(r)(d.corpus, d.on_bad_line, place, lambda text: None)
     except (ValueError, OSError) as e:
         return f"The run's retriever, corpus or judgements are no longer there (seen from here): {' '.join(str(e).split())}"
-    return Search(task, retriever if task.searches else None, qrels, rows, d.corpus, d.on_bad_line, config.reward.metric, config.reward.k_eval)
+    return Search(
+        task,
+        retriever if task.searches else None,
+        qrels,
+        rows,
+        d.corpus,
+        d.on_bad_line,
+        config.reward.metric,
+        config.reward.k_eval,
+    )
 
 
 def choose(change: np.ndarray, differ: Sequence[bool]) -> list[tuple[str, int]]:
-    """(why, index) of the queries shown: the largest gains and losses, the middle of those whose score changed, and answers that changed nothing."""
+    """(why, index) of the queries shown: the largest gains and losses, the middle of those whose
+    score changed, and answers that changed nothing.
+    """
     order = np.argsort(-change, kind="stable").tolist()
-    gains, losses = [i for i in order if change[i] > 0], [i for i in reversed(order) if change[i] < 0]
+    gains = [i for i in order if change[i] > 0]
+    losses = [i for i in reversed(order) if change[i] < 0]
     changed = [i for i in order if change[i] != 0]
-    middle = changed[max(0, len(changed) // 2 - MIDDLE // 2):][:MIDDLE]
+    middle = changed[max(0, len(changed) // 2 - MIDDLE // 2) :][:MIDDLE]
     idle = [i for i in range(len(change)) if change[i] == 0 and differ[i]][:MIDDLE]
-    picks, taken = [], set()
-    for why, some in (("largest gains", gains[:GAINS]), ("largest losses", losses[:LOSSES]), ("middle of the changed", middle), ("another answer, same score", idle)):
+    picks = []
+    taken = set()
+    for why, some in (
+        ("largest gains", gains[:GAINS]),
+        ("largest losses", losses[:LOSSES]),
+        ("middle of the changed", middle),
+        ("another answer, same score", idle),
+    ):
         picks += [(why, i) for i in some if i not in taken]
         taken |= set(some)
     return picks
 
 
-def as_page(search: Search | str, picks: list[tuple[str, int]], ids: list[str], raws: list, answers: tuple[list, list],
-            logged: tuple[np.ndarray, np.ndarray], more: Callable[[int], dict]) -> dict:
-    """raws: the raw answers; answers: what each of the two sides answered, None for nothing; logged: its score by the run. more(i): what else a
-    query's page says.
+def as_page(
+    search: Search | str,
+    picks: list[tuple[str, int]],
+    ids: list[str],
+    raws: list,
+    answers: tuple[list, list],
+    logged: tuple[np.ndarray, np.ndarray],
+    more: Callable[[int], dict],
+) -> dict:
+    """raws: the raw answers; answers: what each of the two sides answered, None for nothing;
+    logged: its score by the run. more(i): what else a query's page says.
 
-    {"why": reason when there are no lists, "queries": [...], "documents": {id: text}, "explained": whether terms are known, "listed": answers are lists}
+    {"why": reason when there are no lists, "queries": [...], "documents": {id: text}, "explained":
+    whether terms are known, "listed": answers are lists}
     """
     listed = not all(isinstance(raw, str) for raw in raws)
     rows = {} if isinstance(search, str) else search.rows
     found = dict(why="", queries=[], documents={}, explained=False, listed=listed)
     for why, i in picks:
         row = rows.get(ids[i], {})
-        found["queries"].append(dict(why=why, id=ids[i], raw=row.get("text", ids[i]) if listed else raws[i], texts=[said(side[i], raws[i]) for side in answers],
-                                     scores=[float(side[i]) for side in logged], about=about(row), **more(i)))
+        found["queries"].append(
+            dict(
+                why=why,
+                id=ids[i],
+                raw=row.get("text", ids[i]) if listed else raws[i],
+                texts=[said(side[i], raws[i]) for side in answers],
+                scores=[float(side[i]) for side in logged],
+                about=about(row),
+                **more(i),
+            )
+        )
     if isinstance(search, str):
         return found | dict(why=search)
     explained = not listed and hasattr(search.retriever, "explain")
-    depth, chosen, off = max(TOP, search.k), [i for _, i in picks], 0
+    depth = max(TOP, search.k)
+    chosen = [i for _, i in picks]
+    off = 0
     wanted = {id for query in found["queries"] for id in query["about"].get("history", [])}
     try:
-        ranked = [search.ranked([side[i] for i in chosen], [ids[i] for i in chosen], depth) for side in answers]
-    except Exception as e:                               # a retriever's or a task's of the user's own
+        ranked = [
+            search.ranked([side[i] for i in chosen], [ids[i] for i in chosen], depth)
+            for side in answers
+        ]
+    except Exception as e:  # a retriever's or a task's of the user's own
         return found | dict(why=f"The lists could not be made again: {terminal.said(e)}")
     for n, (i, query) in enumerate(zip(chosen, found["queries"])):
-        gains, lists = search.qrels.get(ids[i], {}), [side[n] for side in ranked]
-        off += any(abs(METRICS[search.metric](side, gains, search.k) - score) > 1e-6 for side, score in zip(lists, query["scores"]))
+        gains = search.qrels.get(ids[i], {})
+        lists = [side[n] for side in ranked]
+        off += any(
+            abs(METRICS[search.metric](side, gains, search.k) - score) > 1e-6
+            for side, score in zip(lists, query["scores"])
+        )
         places = [{id: place for place, id in enumerate(side, 1)} for side in lists]
         shown = list(dict.fromkeys([*lists[0][:TOP], *lists[1][:TOP]]))
         wanted |= set(shown)
-        query["documents"] = [dict(id=id, gain=gains.get(id, 0.0), places=[side.get(id) for side in places],
-                                   terms=_moved(search.retriever, query["texts"], search.row_of[id]) if explained else None) for id in shown]
+        query["documents"] = [
+            dict(
+                id=id,
+                gain=gains.get(id, 0.0),
+                places=[side.get(id) for side in places],
+                terms=_moved(search.retriever, query["texts"], search.row_of[id])
+                if explained
+                else None,
+            )
+            for id in shown
+        ]
         query["relevant"] = sum(gain > 0 for gain in gains.values())
     if off:
-        found["why"] = f"Of {len(chosen)} queries {off} have another score today than the run logged: corpus, judgements or index are not the run's any more."
-    return found | dict(explained=explained, documents=_beginnings(search, wanted), depth=depth, top=TOP)
+        found["why"] = (
+            f"Of {len(chosen)} queries {off} have another score today than the run logged: corpus, judgements or index are not the run's any more."
+        )
+    return found | dict(
+        explained=explained, documents=_beginnings(search, wanted), depth=depth, top=TOP
+    )
 
 
 def said(answer, raw) -> str | None:
-    """An answer as text: a query; a list of the raw list's documents by their places there; anything else as JSON."""
+    """An answer as text: a query; a list of the raw list's documents by their places there;
+    anything else as JSON.
+    """
     if answer is None or isinstance(answer, str):
         return answer
     place = {id: str(i) for i, id in enumerate(raw, 1)} if isinstance(raw, list) else {}
@@ -139,13 +216,20 @@ def said(answer, raw) -> str | None:
 def about(row: dict) -> dict:
     """What a prompt shows beside its text: a profile, and the last of the history's documents."""
     past = [id for id, _ in history(row)]
-    return (dict(profile=row["profile"][:CHARS]) if row.get("profile") else {}) | (dict(history=past[-PAST:], items=len(past)) if past else {})
+    return (dict(profile=row["profile"][:CHARS]) if row.get("profile") else {}) | (
+        dict(history=past[-PAST:], items=len(past)) if past else {}
+    )
 
 
 def _moved(retriever: Retriever, texts: list[str | None], row: int) -> list[list]:
-    """[term, what it adds to the document's score under the first text, under the second], largest change first."""
+    """[term, what it adds to the document's score under the first text, under the second], largest
+    change first.
+    """
     sides = [dict(retriever.explain(text, row)) if text is not None else {} for text in texts]
-    terms = [[term, short(sides[0].get(term, 0.0)), short(sides[1].get(term, 0.0))] for term in {**sides[0], **sides[1]}]
+    terms = [
+        [term, short(sides[0].get(term, 0.0)), short(sides[1].get(term, 0.0))]
+        for term in {**sides[0], **sides[1]}
+    ]
     return sorted(terms, key=lambda t: -abs(t[2] - t[1]))[:TERMS]
 
 
@@ -158,6 +242,6 @@ def _beginnings(search: Search, wanted: set[str]) -> dict[str, str]:
                 found[id] = contents[:CHARS]
             if len(found) == len(wanted):
                 break
-    except (ValueError, OSError):                        # moved since: ids stand for themselves
+    except (ValueError, OSError):  # moved since: ids stand for themselves
         pass
     return found

@@ -1,4 +1,7 @@
-"""The files of a run, read for its report: config, versions, summary, test scores, and metrics.jsonl as curves with marks."""
+"""The files of a run, read for its report: config, versions, summary, test scores, and
+metrics.jsonl as curves with marks.
+"""
+
 from __future__ import annotations
 
 import dataclasses
@@ -16,17 +19,40 @@ from ..data import DataError
 from ..intervals import bootstrap_ci
 from ..tasks.make import TASKS
 
-POINTS = 400                             # of a curve that are drawn; more steps share a point: their mean, least and largest
-CURVES = ("loss", "reward", "reward_spread", "zero_variance", "kl", "entropy", "completion_tokens", "clip_share", "unparsable", "unfinished",
-          "logprob_gap_mean", "logprob_gap_p999", "max_logprob_gap", "grad_norm", "lr", "rollout_tokens_per_s", "tokens_per_s")
-WORDS = {"product_search": ("raw query", "rewrite"), "sequential": ("raw query", "policy's query"), "rerank": ("given order", "new order"),
-         "recommend_list": ("given order", "list")}                              # what each task's answer is compared with, and the answer
+POINTS = 400  # of a curve that are drawn; more steps share a point: their mean, least and largest
+CURVES = (
+    "loss",
+    "reward",
+    "reward_spread",
+    "zero_variance",
+    "kl",
+    "entropy",
+    "completion_tokens",
+    "clip_share",
+    "unparsable",
+    "unfinished",
+    "logprob_gap_mean",
+    "logprob_gap_p999",
+    "max_logprob_gap",
+    "grad_norm",
+    "lr",
+    "rollout_tokens_per_s",
+    "tokens_per_s",
+)
+WORDS = {
+    "product_search": ("raw query", "rewrite"),
+    "sequential": ("raw query", "policy's query"),
+    "rerank": ("given order", "new order"),
+    # what each task's answer is compared with, and the answer
+    "recommend_list": ("given order", "list"),
+}
 PHASES = ("sample", "reward", "train", "step")
 
 
 @dataclass
 class Record:
     """One run as its files have it. `notes`: what is missing or was left out, for the reader."""
+
     folder: Path
     config: Config
     metrics: list[dict]
@@ -47,8 +73,12 @@ class Record:
 
     @property
     def planned(self) -> int | None:
-        """Steps that the run was to take. SFT's passes over texts come to a number that only its end tells."""
-        return self.summary.get("steps") or (None if self.loop == "sft" and self.config.sft.epochs else self.config.train.steps)
+        """Steps that the run was to take. SFT's passes over texts come to a number that only its
+        end tells.
+        """
+        return self.summary.get("steps") or (
+            None if self.loop == "sft" and self.config.sft.epochs else self.config.train.steps
+        )
 
     @property
     def metric(self) -> str:
@@ -62,37 +92,70 @@ class Record:
 def read(folder: Path) -> Record:
     """A run's folder, finished or not. Raises DataError, ConfigError."""
     if not (folder / "config.yaml").is_file():
-        raise DataError(f"{folder}: not a run's folder, it has no config.yaml; name what run.dir was")
-    config, notes = configs.load(str(folder / "config.yaml"), []), []
+        raise DataError(
+            f"{folder}: not a run's folder, it has no config.yaml; name what run.dir was"
+        )
+    config = configs.load(str(folder / "config.yaml"), [])
+    notes = []
     metrics = _rows(folder / "metrics.jsonl", notes, torn=True)
     for row in metrics:
         if not isinstance(row.get("step"), int):
-            raise DataError(f"{folder / 'metrics.jsonl'}: a row without its step; the run's log is damaged")
+            raise DataError(
+                f"{folder / 'metrics.jsonl'}: a row without its step; the run's log is damaged"
+            )
     if not metrics:
-        raise DataError(f"{folder}: the run has not finished a step; there is nothing to report yet")
-    before, after = (_scores(folder / name, notes, config.reward.metric) for name in ("eval_before.jsonl", "eval_after.jsonl"))
+        raise DataError(
+            f"{folder}: the run has not finished a step; there is nothing to report yet"
+        )
+    before, after = (
+        _scores(folder / name, notes, config.reward.metric)
+        for name in ("eval_before.jsonl", "eval_after.jsonl")
+    )
     if after and [row["id"] for row in before] != [row["id"] for row in after]:
-        raise DataError(f"{folder / 'eval_after.jsonl'}: its queries are not those of eval_before.jsonl; the two are of different runs")
-    summary, versions = _json(folder / "summary.json", notes, {}), _json(folder / "versions.json", notes, [])
+        raise DataError(
+            f"{folder / 'eval_after.jsonl'}: its queries are not those of eval_before.jsonl; the two are of different runs"
+        )
+    summary = _json(folder / "summary.json", notes, {})
+    versions = _json(folder / "versions.json", notes, [])
     found = Record(folder, config, metrics, before, after, summary, versions, notes)
     if not summary:
-        notes.append(f"The run has not finished: {found.steps} of {found.planned or '?'} steps are there{'' if after else ', and no test scores after training'}.")
+        notes.append(
+            f"The run has not finished: {found.steps} of {found.planned or '?'} steps are there{'' if after else ', and no test scores after training'}."
+        )
     if not versions:
-        notes.append("versions.json is missing: which versions and which commit made this run was not recorded.")
+        notes.append(
+            "versions.json is missing: which versions and which commit made this run was not recorded."
+        )
     return found
 
 
 def as_page(record: Record) -> dict:
     """What the page shows of it."""
     rule = record.config.reward
-    parts = list(dict.fromkeys([rule.metric, *rule.weights, *(["overlong"] if rule.overlong else [])]))
+    parts = list(
+        dict.fromkeys([rule.metric, *rule.weights, *(["overlong"] if rule.overlong else [])])
+    )
     searches = getattr(TASKS.get(record.config.task), "searches", True)
     return dict(
-        name=record.folder.resolve().name, loop=record.loop, retriever=record.config.retriever.kind if searches else None,
-        steps=record.steps, planned=record.planned, metric=record.metric, parts=parts, label=label(record.metric), words=words(record.config),
-        summary=finite(record.summary), results=results(record), n_eval=len(record.before or record.after), config=settings(record.config),
-        versions=finite(record.versions), curves=curves(record.metrics, parts), evaluations=evaluations(record.metrics, rule.metric),
-        marks=marks(record.metrics), notes=record.notes)
+        name=record.folder.resolve().name,
+        loop=record.loop,
+        retriever=record.config.retriever.kind if searches else None,
+        steps=record.steps,
+        planned=record.planned,
+        metric=record.metric,
+        parts=parts,
+        label=label(record.metric),
+        words=words(record.config),
+        summary=finite(record.summary),
+        results=results(record),
+        n_eval=len(record.before or record.after),
+        config=settings(record.config),
+        versions=finite(record.versions),
+        curves=curves(record.metrics, parts),
+        evaluations=evaluations(record.metrics, rule.metric),
+        marks=marks(record.metrics),
+        notes=record.notes,
+    )
 
 
 def words(config: Config) -> list[str]:
@@ -103,27 +166,47 @@ def words(config: Config) -> list[str]:
 def label(metric: str) -> str:
     """ndcg@100 -> NDCG@100."""
     name, _, k = metric.partition("@")
-    return f"{dict(hit='hit rate').get(name, name.upper() if name in ('ndcg', 'mrr') else name)}@{k}"
+    return (
+        f"{dict(hit='hit rate').get(name, name.upper() if name in ('ndcg', 'mrr') else name)}@{k}"
+    )
 
 
 def settings(config: Config) -> list[dict]:
     """[{"key": dotted, "value", "default"}] of every setting, as text in YAML's spelling."""
+
     def flat(config: Config) -> dict[str, str]:
-        sections = {k: v if isinstance(v, dict) else {"": v} for k, v in dataclasses.asdict(config).items()}
-        return {f"{section}.{key}".rstrip("."): json.dumps(value, ensure_ascii=False) for section, some in sections.items() for key, value in some.items()}
-    ours, usual = flat(config), flat(Config())
+        sections = {
+            k: v if isinstance(v, dict) else {"": v} for k, v in dataclasses.asdict(config).items()
+        }
+        return {
+            f"{section}.{key}".rstrip("."): json.dumps(value, ensure_ascii=False)
+            for section, some in sections.items()
+            for key, value in some.items()
+        }
+
+    ours = flat(config)
+    usual = flat(Config())
     return [dict(key=key, value=value, default=usual[key]) for key, value in ours.items()]
 
 
 def results(record: Record) -> dict:
-    """Test scores of the raw answer and of the policy before and after training, and paired differences, each [mean, low, high]."""
+    """Test scores of the raw answer and of the policy before and after training, and paired
+    differences, each [mean, low, high].
+    """
     found = {}
     if record.before:
-        raw, before = record.scores(record.before, "_raw"), record.scores(record.before)
-        found |= dict(raw=interval(raw), before=interval(before), before_minus_raw=interval(before - raw))
+        raw = record.scores(record.before, "_raw")
+        before = record.scores(record.before)
+        found |= dict(
+            raw=interval(raw), before=interval(before), before_minus_raw=interval(before - raw)
+        )
         if record.after:
             after = record.scores(record.after)
-            found |= dict(after=interval(after), after_minus_raw=interval(after - raw), after_minus_before=interval(after - before))
+            found |= dict(
+                after=interval(after),
+                after_minus_raw=interval(after - raw),
+                after_minus_before=interval(after - before),
+            )
     return found
 
 
@@ -133,45 +216,92 @@ def interval(values: np.ndarray, samples: int = 10_000) -> list[float]:
 
 
 def curves(metrics: list[dict], parts: Sequence[str] = ()) -> dict:
-    """{"step": [...], name: {"mean": [...], "low": [...], "high": [...]}}; low and high are absent while every step has its own point. `parts`: of the reward."""
+    """{"step": [...], name: {"mean": [...], "low": [...], "high": [...]}}; low and high are absent
+    while every step has its own point. `parts`: of the reward.
+    """
     per = -(-len(metrics) // POINTS)
-    spans = [metrics[i:i + per] for i in range(0, len(metrics), per)]
+    spans = [metrics[i : i + per] for i in range(0, len(metrics), per)]
     found: dict = dict(step=[span[-1]["step"] for span in spans], per=per)
-    columns = {name: [[row.get(name) for row in span] for span in spans] for name in (*CURVES, *parts)}
-    columns |= {f"seconds.{name}": [[(row.get("seconds") or {}).get(name) for row in span] for span in spans] for name in PHASES}
+    columns = {
+        name: [[row.get(name) for row in span] for span in spans] for name in (*CURVES, *parts)
+    }
+    columns |= {
+        f"seconds.{name}": [
+            [(row.get("seconds") or {}).get(name) for row in span] for span in spans
+        ]
+        for name in PHASES
+    }
     for name, cells in columns.items():
         numbers = [[v for v in cell if _finite(v)] for cell in cells]
         if any(numbers):
             found[name] = dict(mean=[short(sum(c) / len(c)) if c else None for c in numbers])
             if per > 1:
-                found[name] |= dict(low=[short(min(c)) if c else None for c in numbers], high=[short(max(c)) if c else None for c in numbers])
+                found[name] |= dict(
+                    low=[short(min(c)) if c else None for c in numbers],
+                    high=[short(max(c)) if c else None for c in numbers],
+                )
     return found
 
 
 def evaluations(metrics: list[dict], metric: str) -> list[dict]:
     """The validations: {"step", "score", "raw", "gain": [mean, low, high], "errors"}."""
-    return [dict(step=row["step"], score=finite(row[f"val_{metric}"]), raw=finite(row.get("val_raw")),
-                 gain=finite([row.get("val_gain"), *(row.get("val_gain_ci95") or [None, None])]), errors=row.get("val_errors"))
-            for row in metrics if f"val_{metric}" in row]
+    return [
+        dict(
+            step=row["step"],
+            score=finite(row[f"val_{metric}"]),
+            raw=finite(row.get("val_raw")),
+            gain=finite([row.get("val_gain"), *(row.get("val_gain_ci95") or [None, None])]),
+            errors=row.get("val_errors"),
+        )
+        for row in metrics
+        if f"val_{metric}" in row
+    ]
 
 
 def marks(metrics: list[dict]) -> list[dict]:
     """Steps worth a mark: {"kind", "step", "text"}.
 
-    A clip spike: a share of clipped tokens above 1% and above the median of all steps by more than 6 median absolute deviations.
-    A skipped step: the loss or its gradient was not finite, no weight was changed.
+    A clip spike: a share of clipped tokens above 1% and above the median of all steps by more than
+    6 median absolute deviations. A skipped step: the loss or its gradient was not finite, no weight
+    was changed.
     """
-    found = [dict(kind="evaluation", step=row["step"], text=f"validation: gain {row['val_gain']:+.4f}") for row in metrics if _finite(row.get("val_gain"))]
+    found = [
+        dict(kind="evaluation", step=row["step"], text=f"validation: gain {row['val_gain']:+.4f}")
+        for row in metrics
+        if _finite(row.get("val_gain"))
+    ]
     zero = next((row for row in metrics if (row.get("zero_variance") or 0) > 0), None)
     if zero:
-        found.append(dict(kind="zero_variance", step=zero["step"], text=f"first groups whose rewards are all equal: {zero['zero_variance']:.0%} of the step's"))
-    shares = np.array([row["clip_share"] if _finite(row.get("clip_share")) else 0.0 for row in metrics])
+        found.append(
+            dict(
+                kind="zero_variance",
+                step=zero["step"],
+                text=f"first groups whose rewards are all equal: {zero['zero_variance']:.0%} of the step's",
+            )
+        )
+    shares = np.array(
+        [row["clip_share"] if _finite(row.get("clip_share")) else 0.0 for row in metrics]
+    )
     middle = float(np.median(shares))
     limit = max(0.01, middle + 6 * float(np.median(np.abs(shares - middle))))
-    spikes = [dict(kind="clip_spike", step=row["step"], text=f"{share:.1%} of the tokens clipped; the median step has {middle:.1%}")
-              for row, share in zip(metrics, shares.tolist()) if share > limit]
-    skipped = [dict(kind="skipped", step=row["step"], text="skipped: the loss or gradient was not finite, no weight was changed")
-               for last, row in zip([{}, *metrics], metrics) if (row.get("skipped") or 0) > (last.get("skipped") or 0)]
+    spikes = [
+        dict(
+            kind="clip_spike",
+            step=row["step"],
+            text=f"{share:.1%} of the tokens clipped; the median step has {middle:.1%}",
+        )
+        for row, share in zip(metrics, shares.tolist())
+        if share > limit
+    ]
+    skipped = [
+        dict(
+            kind="skipped",
+            step=row["step"],
+            text="skipped: the loss or gradient was not finite, no weight was changed",
+        )
+        for last, row in zip([{}, *metrics], metrics)
+        if (row.get("skipped") or 0) > (last.get("skipped") or 0)
+    ]
     for kind in (spikes, skipped):
         found += kind[:50]
         if len(kind) > 50:
@@ -198,7 +328,9 @@ def _finite(value) -> bool:
 
 
 def _rows(path: Path, notes: list[str], torn: bool = False) -> list[dict]:
-    """The objects of a JSONL file; [] where there is none. A last line that is cut is left out when `torn` allows it. Raises DataError."""
+    """The objects of a JSONL file; [] where there is none. A last line that is cut is left out when
+    `torn` allows it. Raises DataError.
+    """
     try:
         lines = path.read_text(encoding="utf-8", errors="surrogatepass").split("\n")
     except FileNotFoundError:
@@ -212,7 +344,8 @@ def _rows(path: Path, notes: list[str], torn: bool = False) -> list[dict]:
         except (ValueError, RecursionError):
             row = ()
         if line and not isinstance(row, dict):
-            if torn and number == len(lines):            # no line end: it is being written, or was when the run ended
+            # no line end: it is being written, or was when the run ended
+            if torn and number == len(lines):
                 notes.append(f"{path.name}: its last line is cut and left out.")
                 break
             raise DataError(f"{path}:{number}: not a JSON object; the run's log is damaged")
@@ -225,7 +358,9 @@ def _scores(path: Path, notes: list[str], metric: str) -> list[dict]:
     for number, row in enumerate(rows, 1):
         texts = isinstance(row.get("id"), str) and row.get("raw") is not None and "rewrite" in row
         if not (texts and _finite(row.get(f"{metric}_raw")) and _finite(row.get(metric))):
-            raise DataError(f"{path}:{number}: a row needs id, raw, rewrite, {metric}_raw and {metric}; the file is damaged")
+            raise DataError(
+                f"{path}:{number}: a row needs id, raw, rewrite, {metric}_raw and {metric}; the file is damaged"
+            )
     return rows
 
 

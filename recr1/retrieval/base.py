@@ -1,4 +1,7 @@
-"""What a retriever is: the one thing that rewards, evaluation and the command line know about BM25, a dense index or a function of yours."""
+"""What a retriever is: the one thing that rewards, evaluation and the command line know about BM25,
+a dense index or a function of yours.
+"""
+
 from __future__ import annotations
 
 import threading
@@ -12,7 +15,9 @@ from ..terminal import said
 
 
 class RetrieverError(ValueError):
-    """The retriever cannot be used, or has failed. The message names it and the call, and says what to do."""
+    """The retriever cannot be used, or has failed. The message names it and the call, and says what
+    to do.
+    """
 
 
 class _Late(Exception):
@@ -22,7 +27,8 @@ class _Late(Exception):
 class Retriever(Protocol):
     """A fixed black box that turns query texts into ranked documents.
 
-    doc_ids: the id of every row; the row numbers that `search` returns index this list. how: what searches, in words.
+    doc_ids: the id of every row; the row numbers that `search` returns index this list. how: what
+    searches, in words.
     """
 
     doc_ids: Sequence[str]
@@ -31,15 +37,19 @@ class Retriever(Protocol):
     def search(self, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Q queries -> rows (Q, k) int64 and scores (Q, k) float32, best first.
 
-        A row number stands at most once in a ranking. A query with fewer than k hits ends in row -1, score -inf; an empty
-        query has none. A query's result does not depend on the other queries of the call. k < 1 raises ValueError.
+        A row number stands at most once in a ranking. A query with fewer than k hits ends in row
+        -1, score -inf; an empty query has none. A query's result does not depend on the other
+        queries of the call. k < 1 raises ValueError.
         """
         ...
 
 
 class NoRetriever:
     """In place of one, for a task that searches nothing: no index is made."""
-    doc_ids, how, search = (), "none", None
+
+    doc_ids = ()
+    how = "none"
+    search = None
 
     @classmethod
     def make(cls, *_) -> tuple[NoRetriever, str]:
@@ -47,25 +57,43 @@ class NoRetriever:
 
 
 class Function:
-    """Anybody's function behind that interface, and the place where what it does wrong becomes one RetrieverError.
+    """Anybody's function behind that interface, and the place where what it does wrong becomes one
+    RetrieverError.
 
-    make(doc_ids, texts) is called once per process and returns search(queries, k), which gives rows (numbers of documents in the corpus'
-    order) and scores, as anything that numpy reads as two arrays (Q, up to k); hits come first, higher scores are better.
-    A call that raises, takes longer than `timeout` seconds (0: no limit) or returns anything else is not repeated and never counts
+    make(doc_ids, texts) is called once per process and returns search(queries, k), which gives rows
+    (numbers of documents in the corpus' order) and scores, as anything that numpy reads as two
+    arrays (Q, up to k); hits come first, higher scores are better. A call that raises, takes longer
+    than `timeout` seconds (0: no limit) or returns anything else is not repeated and never counts
     as "no hits": a reward of 0 for a fault of the machinery would be learnt from.
     """
 
-    def __init__(self, name: str, make: Callable, doc_ids: Sequence[str], texts: Sequence[str], timeout: float = 0.0):
-        self.name, self.how, self.doc_ids, self.timeout, self.calls = name, name, check_corpus(doc_ids, texts), timeout, 0
+    def __init__(
+        self,
+        name: str,
+        make: Callable,
+        doc_ids: Sequence[str],
+        texts: Sequence[str],
+        timeout: float = 0.0,
+    ):
+        self.name = name
+        self.how = name
+        self.doc_ids = check_corpus(doc_ids, texts)
+        self.timeout = timeout
+        self.calls = 0
         try:
-            self._search = make(list(doc_ids), texts)              # a copy: our rows stand for these ids, whatever is done to the list
+            # a copy: our rows stand for these ids, whatever is done to the list
+            self._search = make(list(doc_ids), texts)
         except (Stopped, KeyboardInterrupt):
             raise
         except BaseException as e:
-            raise RetrieverError(f"retriever {name}: called with the corpus ({len(doc_ids)} documents) it raised {said(e)}") from e
+            raise RetrieverError(
+                f"retriever {name}: called with the corpus ({len(doc_ids)} documents) it raised {said(e)}"
+            ) from e
         if not callable(self._search):
-            raise RetrieverError(f"retriever {name}: called with the corpus it must return a function search(queries, k), "
-                                 f"it returned {type(self._search).__name__}")
+            raise RetrieverError(
+                f"retriever {name}: called with the corpus it must return a function search(queries, k), "
+                f"it returned {type(self._search).__name__}"
+            )
 
     def search(self, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """As Retriever.search. Raises RetrieverError."""
@@ -73,7 +101,10 @@ class Function:
         asked = [i for i, query in enumerate(queries) if query.strip()]
         if asked:
             found_rows, found_scores = self._checked([queries[i] for i in asked], k)
-            rows[asked, :found_rows.shape[1]], scores[asked, :found_rows.shape[1]] = found_rows, found_scores
+            rows[asked, : found_rows.shape[1]], scores[asked, : found_rows.shape[1]] = (
+                found_rows,
+                found_scores,
+            )
         return rows, scores
 
     def _checked(self, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -84,14 +115,21 @@ class Function:
         except (Stopped, KeyboardInterrupt):
             raise
         except _Late:
-            raise RetrieverError(f"{call} took longer than retriever.timeout = {self.timeout:g} s") from None
-        except BaseException as e:                                 # sys.exit(), a cancelled coroutine: they too are what the function did
+            raise RetrieverError(
+                f"{call} took longer than retriever.timeout = {self.timeout:g} s"
+            ) from None
+        except (
+            BaseException
+        ) as e:  # sys.exit(), a cancelled coroutine: they too are what the function did
             raise RetrieverError(f"{call} raised {said(e)}") from e
         try:
             rows, scores = found
-            rows, scores = np.asarray(rows), np.asarray(scores, np.float32)
-        except Exception as e:                                     # numpy asks the object itself
-            raise RetrieverError(f"{call} must return two arrays, rows and scores, (Q, up to k) each: {said(e)}") from None
+            rows = np.asarray(rows)
+            scores = np.asarray(scores, np.float32)
+        except Exception as e:  # numpy asks the object itself
+            raise RetrieverError(
+                f"{call} must return two arrays, rows and scores, (Q, up to k) each: {said(e)}"
+            ) from None
         if fault := _fault(rows, scores, len(queries), k, len(self.doc_ids)):
             raise RetrieverError(f"{call} returned {fault}")
         return rows.astype(np.int64), np.where(rows < 0, -np.inf, scores)
@@ -106,7 +144,9 @@ class Function:
                 outcome.append((self._search(queries, k), None))
             except BaseException as e:
                 outcome.append((None, e))
-        thread = threading.Thread(target=call, daemon=True)        # Python cannot end it; it must not keep the process alive
+
+        # Python cannot end it; it must not keep the process alive
+        thread = threading.Thread(target=call, daemon=True)
         thread.start()
         thread.join(self.timeout)
         if not outcome:
@@ -127,7 +167,9 @@ def nothing(queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
 def check_corpus(doc_ids: Sequence[str], texts: Sequence[str]) -> Sequence[str]:
     """The ids. Raises ValueError for an empty corpus, ids that repeat, or another number of texts."""
     if len(doc_ids) != len(texts):
-        raise ValueError(f"doc_ids and texts must be of the same length, got {len(doc_ids)} and {len(texts)}")
+        raise ValueError(
+            f"doc_ids and texts must be of the same length, got {len(doc_ids)} and {len(texts)}"
+        )
     if not len(doc_ids):
         raise ValueError("doc_ids: the corpus is empty; a retriever needs at least one document")
     if len(set(doc_ids)) < len(doc_ids):
@@ -150,7 +192,9 @@ def _fault(rows: np.ndarray, scores: np.ndarray, queries: int, k: int, documents
     if (hit[:, 1:] > hit[:, :-1]).any():
         return "a hit behind a row -1, which ends a ranking"
     if not np.isfinite(scores[hit]).all():
-        return f"the score {scores[hit & ~np.isfinite(scores)][0]} for a hit, must be a finite number"
+        return (
+            f"the score {scores[hit & ~np.isfinite(scores)][0]} for a hit, must be a finite number"
+        )
     with np.errstate(invalid="ignore"):
         if (hit[:, 1:] & (scores[:, 1:] > scores[:, :-1])).any():
             return "scores that rise, must be best first; a distance is to be turned round"

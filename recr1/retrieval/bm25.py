@@ -1,8 +1,11 @@
-"""BM25 (Robertson and Zaragoza 2009) over an inverted index that holds every term's finished contribution to a score.
+"""BM25 (Robertson and Zaragoza 2009) over an inverted index that holds every term's finished
+contribution to a score.
 
-A score is one sum per document: for each token of the query, add that token's impacts. What BM25 needs to know (tf, idf, lengths) went into the
-impacts when the index was built (postings.py), so searching knows no formula. The sum is made by one of two scorers over the same arrays.
+A score is one sum per document: for each token of the query, add that token's impacts. What BM25
+needs to know (tf, idf, lengths) went into the impacts when the index was built (postings.py), so
+searching knows no formula. The sum is made by one of two scorers over the same arrays.
 """
+
 from __future__ import annotations
 
 import os
@@ -21,39 +24,74 @@ from .index import Index, open_or_build
 from .postings import Parameters
 
 SCORERS = ("torch", "numba")
-WORTH_THREADS = 10**7        # queries x documents: below that, starting threads takes longer than they save
+# queries x documents: below that, starting threads takes longer than they save
+WORTH_THREADS = 10**7
 
 
 class BM25:
     """A Retriever. doc_ids: the id of every row, ascending.
 
-    scorer: "torch", on `device`, or "numba" (extra [fast], CPU): see their files. On a CPU as many threads as torch has share a batch of queries.
-    upstream_wrapping: search for "(contents:QUERY)" as the published code does. Lucene's tokenizer joins letter:letter, so a query that begins with
+    scorer: "torch", on `device`, or "numba" (extra [fast], CPU): see their files. On a CPU as many
+    threads as torch has share a batch of queries. upstream_wrapping: search for "(contents:QUERY)"
+    as the published code does. Lucene's tokenizer joins letter:letter, so a query that begins with
         a letter loses its first word, and another gains the token `content`.
     Raises ValueError for a scorer that is not there.
     """
 
-    def __init__(self, index: Index, scorer: str = "torch", upstream_wrapping: bool = False, device: torch.device = torch.device("cpu")):
+    def __init__(
+        self,
+        index: Index,
+        scorer: str = "torch",
+        upstream_wrapping: bool = False,
+        device: torch.device = torch.device("cpu"),
+    ):
         check(scorer)
-        self.index, self.doc_ids, self.wrapped, self.device = index, index.doc_ids, upstream_wrapping, device
+        self.index = index
+        self.doc_ids = index.doc_ids
+        self.wrapped = upstream_wrapping
+        self.device = device
         arrays = index.offsets, index.docs, index.impacts, len(index.doc_ids)
-        self.scorer = numba_scorer.Scorer(*arrays) if scorer == "numba" else torch_scorer.Scorer(*arrays, device)
+        self.scorer = (
+            numba_scorer.Scorer(*arrays)
+            if scorer == "numba"
+            else torch_scorer.Scorer(*arrays, device)
+        )
         self.how = "bm25 ({variant}, k1 {k1:g}, b {b:g}, length {length}{wrapped}; scorer {scorer} on {device})".format(
-            **index.meta, wrapped=", upstream wrapping" if upstream_wrapping else "", scorer=scorer, device="cpu" if scorer == "numba" else device.type)
+            **index.meta,
+            wrapped=", upstream wrapping" if upstream_wrapping else "",
+            scorer=scorer,
+            device="cpu" if scorer == "numba" else device.type,
+        )
         self._number = lru_cache(maxsize=1 << 16)(index.terms.find)
 
     @classmethod
-    def build(cls, doc_ids: Sequence[str], texts: Sequence[str], *, scorer: str = "torch", upstream_wrapping: bool = False, **parameters) -> "BM25":
-        """Of D texts, in memory; parameters are those of postings.Parameters. Raises ValueError as Index.of_texts and BM25 do."""
+    def build(
+        cls,
+        doc_ids: Sequence[str],
+        texts: Sequence[str],
+        *,
+        scorer: str = "torch",
+        upstream_wrapping: bool = False,
+        **parameters,
+    ) -> "BM25":
+        """Of D texts, in memory; parameters are those of postings.Parameters. Raises ValueError as
+        Index.of_texts and BM25 do.
+        """
         check(scorer)
-        return cls(Index.of_texts(doc_ids, texts, Parameters(**parameters), scorer == "numba"), scorer, upstream_wrapping)
+        return cls(
+            Index.of_texts(doc_ids, texts, Parameters(**parameters), scorer == "numba"),
+            scorer,
+            upstream_wrapping,
+        )
 
     def search(self, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Q texts -> rows (Q, k) int64 and scores (Q, k) float32, best first; past the last hit row -1, score -inf.
+        """Q texts -> rows (Q, k) int64 and scores (Q, k) float32, best first; past the last hit row
+        -1, score -inf.
 
-        A hit has at least one token of the query and a score above 0 (in "okapi" a common term may have 0 or less). A token that the query repeats
-        counts as often as it stands there; the order of words does not matter. Equal scores are ranked by document id, which also decides which
-        of them are among the k. Raises ValueError for k < 1.
+        A hit has at least one token of the query and a score above 0 (in "okapi" a common term may
+        have 0 or less). A token that the query repeats counts as often as it stands there; the
+        order of words does not matter. Equal scores are ranked by document id, which also decides
+        which of them are among the k. Raises ValueError for k < 1.
         """
         return self.rank([self._terms(query) for query in queries], k)
 
@@ -66,51 +104,83 @@ class BM25:
         starts = np.cumsum([0, *map(len, found)])
         terms = np.array([t for part in found for t in part], np.int64)
         weights = np.array([count for part in found for count in part.values()], np.float32)
-        depth, offsets = min(k, len(self.doc_ids)), self.index.offsets
+        depth = min(k, len(self.doc_ids))
+        offsets = self.index.offsets
 
         def share(part: np.ndarray):
-            places = np.concatenate([np.arange(starts[q], starts[q + 1]) for q in part]) if len(part) else np.empty(0, np.int64)
+            places = (
+                np.concatenate([np.arange(starts[q], starts[q + 1]) for q in part])
+                if len(part)
+                else np.empty(0, np.int64)
+            )
             lengths = np.cumsum([0, *(starts[part + 1] - starts[part])])
-            rows[part, :depth], scores[part, :depth] = self.scorer.top(terms[places], weights[places], lengths, depth)
+            rows[part, :depth], scores[part, :depth] = self.scorer.top(
+                terms[places], weights[places], lengths, depth
+            )
 
         many = self.device.type == "cpu" and len(found) * len(self.doc_ids) >= WORTH_THREADS
         threads = min(torch.get_num_threads(), len(found)) if many else 1
         if threads < 2:
             share(np.arange(len(found)))
             return rows, scores
-        cost = np.add.reduceat(np.append(offsets[terms + 1] - offsets[terms], 0), starts[:-1]) * (np.diff(starts) > 0)
+        cost = np.add.reduceat(np.append(offsets[terms + 1] - offsets[terms], 0), starts[:-1]) * (
+            np.diff(starts) > 0
+        )
         heaviest = np.argsort(-cost, kind="stable")
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:      # it is each thread's own
+        # it is each thread's own
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(share, (heaviest[i::threads] for i in range(threads))))
-        torch.set_num_threads(torch.get_num_threads())            # what threads that are made later begin with
+        # what threads that are made later begin with
+        torch.set_num_threads(torch.get_num_threads())
         return rows, scores
 
     def explain(self, query: str, row: int) -> list[tuple[str, float]]:
-        """What each distinct token of the query adds to the score of this row, largest first; only tokens it has."""
+        """What each distinct token of the query adds to the score of this row, largest first; only
+        tokens it has.
+        """
         parts = []
         for t, count in self._terms(query).items():
-            first, last = self.index.offsets[t:t + 2]
+            first, last = self.index.offsets[t : t + 2]
             at = first + np.searchsorted(self.index.docs[first:last], row)
             if at < last and self.index.docs[at] == row:
                 parts.append((self.index.terms[t], float(count * self.index.impacts[at])))
         return sorted(parts, key=lambda part: -part[1])
 
     def _terms(self, query: str) -> dict[int, int]:
-        """{term's number: how often the query has it}, of the tokens that the index has, in ascending order."""
+        """{term's number: how often the query has it}, of the tokens that the index has, in
+        ascending order.
+        """
         counts = Counter(analyze(f"(contents:{query})" if self.wrapped else query))
-        return dict(sorted((t, count) for token, count in counts.items() if (t := self._number(token)) >= 0))
+        return dict(
+            sorted((t, count) for token, count in counts.items() if (t := self._number(token)) >= 0)
+        )
 
 
-def load_or_build(directory: str | Path | None, corpus: str | os.PathLike, *, on_bad_line: str = "stop", scorer: str = "torch", upstream_wrapping: bool = False,
-                  device: torch.device = torch.device("cpu"), **parameters) -> BM25:
-    """BM25 over the index that lies in the directory; where there is none it is made from the corpus, JSONL[.gz], and left there. None: in memory.
+def load_or_build(
+    directory: str | Path | None,
+    corpus: str | os.PathLike,
+    *,
+    on_bad_line: str = "stop",
+    scorer: str = "torch",
+    upstream_wrapping: bool = False,
+    device: torch.device = torch.device("cpu"),
+    **parameters,
+) -> BM25:
+    """BM25 over the index that lies in the directory; where there is none it is made from the
+    corpus, JSONL[.gz], and left there. None: in memory.
 
-    An index that is torn, of a corpus that has changed since, or of other parameters is refused (IndexRefused, with the command that makes it
-    anew). Raises DataError, ValueError and OSError as well.
+    An index that is torn, of a corpus that has changed since, or of other parameters is refused
+    (IndexRefused, with the command that makes it anew). Raises DataError, ValueError and OSError as
+    well.
     """
     check(scorer)
     made_of = corpus, Parameters(**parameters), on_bad_line, scorer == "numba"
-    return BM25(open_or_build(directory, *made_of) if directory else Index.of_file(*made_of), scorer, upstream_wrapping, device)
+    return BM25(
+        open_or_build(directory, *made_of) if directory else Index.of_file(*made_of),
+        scorer,
+        upstream_wrapping,
+        device,
+    )
 
 
 def check(scorer: str) -> None:
@@ -121,5 +191,7 @@ def check(scorer: str) -> None:
         try:
             import numba  # noqa: F401
         except ImportError:
-            raise ValueError("scorer: numba needs the package numba, which is not installed here: pip install 'recr1[fast]'; "
-                             "scorer torch runs without it") from None
+            raise ValueError(
+                "scorer: numba needs the package numba, which is not installed here: pip install 'recr1[fast]'; "
+                "scorer torch runs without it"
+            ) from None

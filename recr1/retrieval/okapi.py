@@ -1,4 +1,7 @@
-"""rank_bm25 behind the interface: readable, slow (hundreds of times slower than bm25.py), a baseline. A pattern for functions of your own."""
+"""rank_bm25 behind the interface: readable, slow (hundreds of times slower than bm25.py), a
+baseline. A pattern for functions of your own.
+"""
+
 from __future__ import annotations
 
 from functools import partial
@@ -9,13 +12,16 @@ from .analyzer import analyze
 
 
 def rank_bm25(doc_ids: list[str], texts: list[str], k1: float, b: float):
-    """rank_bm25.BM25Okapi over Lucene's tokens -> search(queries, k). A hit has a score above 0; equal scores stand in the corpus' order."""
+    """rank_bm25.BM25Okapi over Lucene's tokens -> search(queries, k). A hit has a score above 0;
+    equal scores stand in the corpus' order.
+    """
     from rank_bm25 import BM25Okapi
+
     return partial(_search, BM25Okapi([analyze(text) for text in texts], k1=k1, b=b))
 
 
 def _search(index, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-    scores = np.stack([index.get_scores(analyze(query)) for query in queries])                        # (Q, D)
+    scores = np.stack([index.get_scores(analyze(query)) for query in queries])  # (Q, D)
     rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     scores = np.take_along_axis(scores, rows, 1)
     return np.where(scores > 0, rows, -1), scores

@@ -1,4 +1,7 @@
-"""Strings that lie in two arrays, so that an index of a million ids is mapped from its file and shared, not made again by every process."""
+"""Strings that lie in two arrays, so that an index of a million ids is mapped from its file and
+shared, not made again by every process.
+"""
+
 from __future__ import annotations
 
 from bisect import bisect_left
@@ -8,11 +11,16 @@ import numpy as np
 
 
 class Strings(Sequence):
-    """n strings in ascending order (of code points, which is UTF-8's byte order). text (bytes,) uint8, offsets (n + 1,) int64."""
+    """n strings in ascending order (of code points, which is UTF-8's byte order). text (bytes,)
+    uint8, offsets (n + 1,) int64.
+    """
 
     def __init__(self, text: np.ndarray, offsets: np.ndarray):
-        self.text, self.offsets = text, offsets
-        self._text, self._offsets = memoryview(text), memoryview(offsets)      # an item of these costs a fifth of an array's
+        self.text = text
+        self.offsets = offsets
+        # an item of these costs a fifth of an array's
+        self._text = memoryview(text)
+        self._offsets = memoryview(offsets)
 
     @classmethod
     def of(cls, ordered: Iterable[str]) -> "Strings":
@@ -32,7 +40,7 @@ class Strings(Sequence):
             i += len(self)
         if not 0 <= i < len(self):
             raise IndexError(f"{i} of {len(self)} strings")
-        return str(self._text[self._offsets[i]:self._offsets[i + 1]], "utf-8", "surrogatepass")
+        return str(self._text[self._offsets[i] : self._offsets[i + 1]], "utf-8", "surrogatepass")
 
     def find(self, string: str) -> int:
         """Its number, -1 if it is none of them."""

@@ -1,7 +1,10 @@
-"""Text -> numbers of tokens, on all cores: each `python -m recr1.retrieval.tokenise` is one worker, fed through its pipes.
+"""Text -> numbers of tokens, on all cores: each `python -m recr1.retrieval.tokenise` is one worker,
+fed through its pipes.
 
-Processes of their own and not multiprocessing's: those import the training script again (torch, seconds each), or fork a process that has threads.
+Processes of their own and not multiprocessing's: those import the training script again (torch,
+seconds each), or fork a process that has threads.
 """
+
 from __future__ import annotations
 
 import os
@@ -18,7 +21,7 @@ from queue import SimpleQueue
 
 from .analyzer import analyze
 
-CHUNK = 1 << 20           # characters that a worker is given at once
+CHUNK = 1 << 20  # characters that a worker is given at once
 
 
 class WorkerLost(ValueError):
@@ -26,8 +29,12 @@ class WorkerLost(ValueError):
 
 
 def encode(texts: list[str]) -> tuple[list[str], array, array]:
-    """(the distinct tokens of these texts, all their tokens as numbers of that list, how many each text has)."""
-    terms, numbers, lengths = {}, array("i"), array("i")
+    """(the distinct tokens of these texts, all their tokens as numbers of that list, how many each
+    text has).
+    """
+    terms = {}
+    numbers = array("i")
+    lengths = array("i")
     for text in texts:
         found = [terms.setdefault(token, len(terms)) for token in analyze(text)]
         numbers.extend(found)
@@ -35,14 +42,17 @@ def encode(texts: list[str]) -> tuple[list[str], array, array]:
     return list(terms), numbers, lengths
 
 
-def encoded(chunks: Iterable[list[str]], processes: int) -> Iterator[tuple[list[str], array, array]]:
+def encoded(
+    chunks: Iterable[list[str]], processes: int
+) -> Iterator[tuple[list[str], array, array]]:
     """`encode` of every chunk, in order. Few chunks are in flight, however long the corpus is."""
     chunks = iter(chunks)
-    first = list(islice(chunks, 4))                               # little text: workers would still be starting when it is done
+    first = list(islice(chunks, 4))  # little text: workers would still be starting when it is done
     if len(first) < 4 or processes == 1:
         yield from map(encode, chain(first, chunks))
         return
-    workers, idle = [], SimpleQueue()
+    workers = []
+    idle = SimpleQueue()
     environment = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
 
     def ask(texts):
@@ -52,7 +62,9 @@ def encoded(chunks: Iterable[list[str]], processes: int) -> Iterator[tuple[list[
             worker.stdin.flush()
             answer = pickle.load(worker.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
-            raise WorkerLost("a process that analyses the corpus has ended, perhaps for lack of memory; run the same command again") from None
+            raise WorkerLost(
+                "a process that analyses the corpus has ended, perhaps for lack of memory; run the same command again"
+            ) from None
         finally:
             idle.put(worker)
         return answer
@@ -60,7 +72,14 @@ def encoded(chunks: Iterable[list[str]], processes: int) -> Iterator[tuple[list[
     pool = ThreadPoolExecutor(processes)
     try:
         for _ in range(processes):
-            workers.append(subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment))
+            workers.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", __name__],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env=environment,
+                )
+            )
             idle.put(workers[-1])
         waiting = deque(pool.submit(ask, chunk) for chunk in first)
         for chunk in chunks:
@@ -71,19 +90,19 @@ def encoded(chunks: Iterable[list[str]], processes: int) -> Iterator[tuple[list[
             yield waiting.popleft().result()
     finally:
         for worker in workers:
-            worker.kill()                                         # whoever still waits for an answer gets none
+            worker.kill()  # whoever still waits for an answer gets none
             worker.wait()
         pool.shutdown(cancel_futures=True)
         for worker in workers:
             worker.stdout.close()
             try:
                 worker.stdin.close()
-            except OSError:                                       # what it was still to read
+            except OSError:  # what it was still to read
                 pass
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                  # a terminal sends it to all: the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the parent decides
     while True:
         try:
             texts = pickle.load(sys.stdin.buffer)

@@ -1,4 +1,7 @@
-"""A task of a user's own, `module:Class`: its methods are called, and what one of them does wrong is one line."""
+"""A task of a user's own, `module:Class`: its methods are called, and what one of them does wrong
+is one line.
+"""
+
 from __future__ import annotations
 
 import json
@@ -11,46 +14,98 @@ from ..retrieval.base import RetrieverError
 
 
 class OwnTask:
-    """make.py's Task around `task`. A method that raises, or returns anything but what stands there, is an OwnError that names it and the query."""
+    """make.py's Task around `task`. A method that raises, or returns anything but what stands
+    there, is an OwnError that names it and the query.
+    """
 
     def __init__(self, name: str, task):
-        self.name, self.task = name, task
+        self.name = name
+        self.task = task
         for key in ("places", "needs"):
-            if not (isinstance(value := getattr(task, key), (tuple, list)) and all(isinstance(item, str) for item in value)):
+            if not (
+                isinstance(value := getattr(task, key), (tuple, list))
+                and all(isinstance(item, str) for item in value)
+            ):
                 raise ConfigError(f"task: {name!r}: {key} must be a tuple of strings, is {value!r}")
-        self.places, self.needs, self.searches = tuple(task.places), tuple(task.needs), bool(task.searches)
+        self.places = tuple(task.places)
+        self.needs = tuple(task.needs)
+        self.searches = bool(task.searches)
 
     def texts(self, row: dict, title: Callable[[str], str]) -> tuple[str, ...]:
-        return self._checked("texts", row, (dict(row), title), lambda found: _strings(found) and len(found) == len(self.places),
-                             f"{len(self.places)} strings, one for each of {', '.join(self.places)}")
+        return self._checked(
+            "texts",
+            row,
+            (dict(row), title),
+            lambda found: _strings(found) and len(found) == len(self.places),
+            f"{len(self.places)} strings, one for each of {', '.join(self.places)}",
+        )
 
     def parse(self, completion: str, row: dict) -> tuple[Any, str | None]:
         def right(found):
-            return isinstance(found, tuple) and len(found) == 2 and (found[1] is None or found[0] is None and isinstance(found[1], str) and found[1].strip())
-        return self._checked("parse", row, (completion, dict(row)), right, "(answer, None) or (None, the error's name)")
+            return (
+                isinstance(found, tuple)
+                and len(found) == 2
+                and (
+                    found[1] is None
+                    or found[0] is None
+                    and isinstance(found[1], str)
+                    and found[1].strip()
+                )
+            )
+
+        return self._checked(
+            "parse",
+            row,
+            (completion, dict(row)),
+            right,
+            "(answer, None) or (None, the error's name)",
+        )
 
     def raw(self, row: dict) -> Any:
         return self._checked("raw", row, (dict(row),))
 
-    def rank(self, answers: list, rows: list[dict], k: int, search: Callable[[list[str], int], list[list[str]]]) -> list[list[str]]:
+    def rank(
+        self,
+        answers: list,
+        rows: list[dict],
+        k: int,
+        search: Callable[[list[str], int], list[list[str]]],
+    ) -> list[list[str]]:
         where = f" for {len(rows)} queries, the first {rows[0]['text'][:80]!r}"
         with calling(f"task: {self.name}: rank", where, (RetrieverError,)):
             found = self.task.rank(list(answers), [dict(row) for row in rows], k, search)
-            if not (isinstance(found, (list, tuple)) and len(found) == len(answers) and all(_strings(ids) for ids in found)):
-                raise OwnError(f"task: {self.name}: rank returned {repr(found)[:80]}, must be a list of document ids for each of the {len(answers)} answers,{where}")
+            if not (
+                isinstance(found, (list, tuple))
+                and len(found) == len(answers)
+                and all(_strings(ids) for ids in found)
+            ):
+                raise OwnError(
+                    f"task: {self.name}: rank returned {repr(found)[:80]}, must be a list of document ids for each of the {len(answers)} answers,{where}"
+                )
         return found
 
-    def _checked(self, method: str, row: dict, args: tuple, right: Callable[[Any], Any] = lambda found: True, wanted: str = ""):
+    def _checked(
+        self,
+        method: str,
+        row: dict,
+        args: tuple,
+        right: Callable[[Any], Any] = lambda found: True,
+        wanted: str = "",
+    ):
         """The method's result, which must also be something that the log can hold."""
         where = f" for the query {row['text'][:80]!r}"
         with calling(f"task: {self.name}: {method}", where):
             found = getattr(self.task, method)(*args)
             if not right(found):
-                raise OwnError(f"task: {self.name}: {method} returned {repr(found)[:80]}, must be {wanted},{where}")
+                raise OwnError(
+                    f"task: {self.name}: {method} returned {repr(found)[:80]}, must be {wanted},{where}"
+                )
             try:
                 json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
             except (TypeError, ValueError, RecursionError):
-                raise OwnError(f"task: {self.name}: {method} returned {repr(found)[:80]}, which cannot be written as JSON in UTF-8,{where}") from None
+                raise OwnError(
+                    f"task: {self.name}: {method} returned {repr(found)[:80]}, which cannot be written as JSON in UTF-8,{where}"
+                ) from None
         return found
 
 

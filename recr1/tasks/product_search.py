@@ -1,13 +1,19 @@
-"""Product search, Rec-R1's first task: a shopper's words -> the policy's query -> a fixed retriever -> NDCG (arXiv 2503.24289, section 3).
+"""Product search, Rec-R1's first task: a shopper's words -> the policy's query -> a fixed retriever
+-> NDCG (arXiv 2503.24289, section 3).
 
-What the query should be like (words for BM25, a description or a review for a dense retriever) is the prompt's text: experiments/prompts.
+What the query should be like (words for BM25, a description or a review for a dense retriever) is
+the prompt's text: experiments/prompts.
 """
+
 from ..answers import parse_query
 
 
 class ProductSearch:
     """The answer is a query. What every method is asked for stands in tasks/make.py."""
-    places, needs, searches = ("query",), (), True
+
+    places = ("query",)
+    needs = ()
+    searches = True
 
     def __init__(self, rule):
         pass

@@ -1,13 +1,21 @@
-"""RecLLM-R1's task (arXiv 2506.19235): a user's profile, the history in order of time and a pool of candidates -> a list of them, best first.
+"""RecLLM-R1's task (arXiv 2506.19235): a user's profile, the history in order of time and a pool of
+candidates -> a list of them, best first.
 
-The list may be shorter than the pool. The data give the pool in order of popularity, which is what the policy is compared with.
+The list may be shorter than the pool. The data give the pool in order of popularity, which is what
+the policy is compared with.
 """
+
 from .items import Ordering, history
 
 
 class RecommendList(Ordering):
-    places, needs, key = ("profile", "history", "candidates"), ("profile", "history", "candidates"), "items"
+    places = ("profile", "history", "candidates")
+    needs = ("profile", "history", "candidates")
+    key = "items"
 
     def texts(self, row, title):
-        past = "\n".join(f"{date}: {title(id)}".removeprefix(": ") for id, date in history(row)) or "none"
+        past = (
+            "\n".join(f"{date}: {title(id)}".removeprefix(": ") for id, date in history(row))
+            or "none"
+        )
         return " ".join(row["profile"].split()) or "unknown", past, self.shown(row, title)

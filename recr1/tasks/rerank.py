@@ -1,13 +1,18 @@
-"""Product re-ranking (Rec-R1's later task): a query and the retriever's first candidates -> all of them in a better order.
+"""Product re-ranking (Rec-R1's later task): a query and the retriever's first candidates -> all of
+them in a better order.
 
-Stricter than the published reward, which takes a list of any length with any members and only refuses repeats: here a list that is not
-a permutation of the candidates has no score, as in the published evaluation.
+Stricter than the published reward, which takes a list of any length with any members and only
+refuses repeats: here a list that is not a permutation of the candidates has no score, as in the
+published evaluation.
 """
+
 from .items import Ordering
 
 
 class Rerank(Ordering):
-    places, key, whole = ("query", "candidates"), "reranked_items", True
+    places = ("query", "candidates")
+    key = "reranked_items"
+    whole = True
 
     def texts(self, row, title):
         return row["text"], self.shown(row, title)

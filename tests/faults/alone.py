@@ -1,4 +1,7 @@
-"""Faults that need no ranks: cases in a process of their own, one after the other, and commands as a user gives them."""
+"""Faults that need no ranks: cases in a process of their own, one after the other, and commands as
+a user gives them.
+"""
+
 import io
 import json
 import os
@@ -12,14 +15,14 @@ from pathlib import Path
 
 import tiny
 from jobs import dies_with_parent
-from recr1 import run as around
-from recr1 import train
-from recr1.run import guarded
 from world import Outcome, World, result
 
+from recr1 import run as around, train
+from recr1.run import guarded
+
 ONE_STEP = ("run.patience=300", "train.steps=1", "train.eval_every=0", "save.every=0")
-LISTED = 4                                           # candidates of a query
-Case = tuple[str, Callable[[], None]]                # (what is done, a function that raises Lost or Silent)
+LISTED = 4  # candidates of a query
+Case = tuple[str, Callable[[], None]]  # (what is done, a function that raises Lost or Silent)
 
 
 class Lost(Exception):
@@ -36,7 +39,9 @@ def expect(true: bool, note: object) -> None:
 
 
 def each(world: World, cases: list[Case]) -> Iterator[Outcome]:
-    """Their outcomes. One that ends the process or hangs is lost, and those after it run in another."""
+    """Their outcomes. One that ends the process or hangs is lost, and those after it run in
+    another.
+    """
     done = 0
     while done < len(cases):
         reader, writer = Pipe(duplex=False)
@@ -62,13 +67,16 @@ def _work(cases: list[Case], writer) -> None:
     try:
         dies_with_parent()
         for where, case in cases:
-            verdict, note = "survived", ""
+            verdict = "survived"
+            note = ""
             try:
                 case()
             except (Lost, Silent) as e:
-                verdict, note = type(e).__name__.lower(), str(e)[-1500:]
+                verdict = type(e).__name__.lower()
+                note = str(e)[-1500:]
             except BaseException:
-                verdict, note = "lost", traceback.format_exc()[-1500:]
+                verdict = "lost"
+                note = traceback.format_exc()[-1500:]
             writer.send(Outcome(where, verdict, note))
     finally:
         os._exit(0)
@@ -76,7 +84,8 @@ def _work(cases: list[Case], writer) -> None:
 
 def said(main, argv: list) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of a command of ours."""
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         code = guarded(main, [str(a) for a in argv])
     return code, out.getvalue(), err.getvalue()
@@ -86,25 +95,42 @@ def refused(main, argv: list, *names: object) -> None:
     """The command ends with 2 and one line that holds all of `names`."""
     code, out, err = said(main, argv)
     expect(code != 0, f"it was accepted: {out[-600:]}")
-    if code != 2 or not err.startswith("recr1: ") or err.count("\n") != 1 or not err[:-1].isprintable():
+    if (
+        code != 2
+        or not err.startswith("recr1: ")
+        or err.count("\n") != 1
+        or not err[:-1].isprintable()
+    ):
         raise Lost(f"exit code {code}: {err}")
     expect(all(str(name) in err for name in names), f"{names} are not all named: {err}")
 
 
 class Bench:
-    """Runs of one process and one step on the world's policy, each in a folder of its own. Made for one kind of fault; main: of recr1.train or recr1.sft."""
+    """Runs of one process and one step on the world's policy, each in a folder of its own. Made for
+    one kind of fault; main: of recr1.train or recr1.sft.
+    """
 
     def __init__(self, world: World, name: str, config: str = "", main: Callable = train.main):
-        self.world, self.rng, self.folder, self.made, self.kept = world, world.rng, world.folder / name, 0, {}
-        self.config, self.main = config or world.config, main
+        self.world = world
+        self.rng = world.rng
+        self.folder = world.folder / name
+        self.made = 0
+        self.kept = {}
+        self.config = config or world.config
+        self.main = main
 
     def data(self) -> dict[str, Path]:
         """A copy of the world's data, to be spoiled: {setting: file}."""
         self.made += 1
         folder = self.folder / f"data{os.getpid()}.{self.made}"
         shutil.copytree(self.world.folder / "data", folder)
-        names = dict(corpus="corpus.jsonl", train_queries="train.queries.jsonl", train_qrels="train.qrels.tsv", test_queries="test.queries.jsonl",
-                     test_qrels="test.qrels.tsv")
+        names = dict(
+            corpus="corpus.jsonl",
+            train_queries="train.queries.jsonl",
+            train_qrels="train.qrels.tsv",
+            test_queries="test.queries.jsonl",
+            test_qrels="test.qrels.tsv",
+        )
         return {key: folder / name for key, name in names.items()}
 
     def listed(self) -> dict[str, Path]:
@@ -112,15 +138,31 @@ class Bench:
         data = self.data()
         ids = [row["id"] for row in tiny.jsonl(data["corpus"])]
         for split in ("train", "test"):
-            rows = [row | dict(profile="likes lamps", history=self.rng.sample(ids, 2), candidates=self.rng.sample(ids, LISTED)) for row in tiny.jsonl(data[f"{split}_queries"])]
+            rows = [
+                row
+                | dict(
+                    profile="likes lamps",
+                    history=self.rng.sample(ids, 2),
+                    candidates=self.rng.sample(ids, LISTED),
+                )
+                for row in tiny.jsonl(data[f"{split}_queries"])
+            ]
             data[f"{split}_queries"].write_text("".join(json.dumps(row) + "\n" for row in rows))
         return data
 
     def argv(self, data: dict[str, Path] | None = None, *more: str) -> tuple[list[str], Path]:
         """(arguments of recr1.train, the run's folder)."""
         self.made += 1
-        run, paths = self.folder / f"run{os.getpid()}.{self.made}", data or {}
-        return [self.config, *ONE_STEP, *(f"data.{key}={path}" for key, path in paths.items()), f"retriever.index_dir={run}.index", *more, f"run.dir={run}"], run
+        run = self.folder / f"run{os.getpid()}.{self.made}"
+        paths = data or {}
+        return [
+            self.config,
+            *ONE_STEP,
+            *(f"data.{key}={path}" for key, path in paths.items()),
+            f"retriever.index_dir={run}.index",
+            *more,
+            f"run.dir={run}",
+        ], run
 
     def run(self, data: dict[str, Path] | None = None, *more: str) -> tuple[str, Path]:
         """A run that has to come to its end: (stdout, folder)."""
@@ -136,7 +178,9 @@ class Bench:
             self.kept[more] = result(self.run(None, *more)[1])
         return self.kept[more]
 
-    def run_saying(self, texts: Iterator[str], data: dict[str, Path] | None = None, *more: str) -> tuple[str, Path]:
+    def run_saying(
+        self, texts: Iterator[str], data: dict[str, Path] | None = None, *more: str
+    ) -> tuple[str, Path]:
         """`run` of a policy whose completions read as `texts` has them."""
         return self.saying(texts, lambda: self.run(data, *more))
 
@@ -148,6 +192,7 @@ class Bench:
             tokenizer = load(folder)
             tokenizer.decode = lambda ids, **how: next(texts)
             return tokenizer
+
         around.load_tokenizer = loaded
         try:
             return work()
@@ -156,18 +201,34 @@ class Bench:
 
 
 def logged(run: Path) -> list[dict]:
-    """Every completion that a run has written down, with `error` and `answer`, where it was evaluated `ndcg`, where it was trained on `reward`.
-    Each line must be JSON in the strict sense, and there must be as many as the run has made."""
+    """Every completion that a run has written down, with `error` and `answer`, where it was
+    evaluated `ndcg`, where it was trained on `reward`. Each line must be JSON in the strict sense,
+    and there must be as many as the run has made.
+    """
+
     def rows(path: Path) -> list[dict]:
         found = tiny.jsonl(path)
-        expect(json.dumps(found, allow_nan=False) and all(isinstance(row, dict) for row in found), f"{path} is no JSONL")
+        expect(
+            json.dumps(found, allow_nan=False) and all(isinstance(row, dict) for row in found),
+            f"{path} is no JSONL",
+        )
         return found
+
     steps = rows(run / "metrics.jsonl")
-    expect([row["step"] for row in steps] == [1], f"metrics.jsonl has the steps {[row.get('step') for row in steps]}")
-    return rows(run / "rollouts.jsonl.gz") + rows(run / "eval_before.jsonl") + rows(run / "eval_after.jsonl")
+    expect(
+        [row["step"] for row in steps] == [1],
+        f"metrics.jsonl has the steps {[row.get('step') for row in steps]}",
+    )
+    return (
+        rows(run / "rollouts.jsonl.gz")
+        + rows(run / "eval_before.jsonl")
+        + rows(run / "eval_after.jsonl")
+    )
 
 
 def spread(rng, n: int, makers: list[Callable[[], Case]]) -> list[Case]:
     """n cases: every maker as often as any other, a sample of them where n is less."""
-    chosen = [maker for _ in range(-(-n // len(makers))) for maker in rng.sample(makers, len(makers))][:n]
+    chosen = [
+        maker for _ in range(-(-n // len(makers))) for maker in rng.sample(makers, len(makers))
+    ][:n]
     return [maker() for maker in chosen]

@@ -1,8 +1,9 @@
 """A busy machine: jobs of 2 and 3 ranks three side by side with processes that only take the cores.
 
-Each must end with the exit codes that its work has, without an abort, and leave whole files. What is looked for here are races between
-a rank that leaves and threads that still work for it, so every rank ends as the program ends it: jobs.py's ranks, which end by os._exit in
-any case, could not show them.
+Each must end with the exit codes that its work has, without an abort, and leave whole files. What
+is looked for here are races between a rank that leaves and threads that still work for it, so every
+rank ends as the program ends it: jobs.py's ranks, which end by os._exit in any case, could not show
+them.
 """
 
 import gzip
@@ -21,7 +22,6 @@ from typing import NamedTuple
 
 import numpy as np
 from safetensors import safe_open
-
 from world import Outcome, World
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -32,7 +32,9 @@ STEPS = ("train.steps=2", "train.eval_every=0", "save.every=0", "loss.kl=0")
 
 
 class Ending(NamedTuple):
-    """One job: its arguments after torchrun's, the exit code of each rank, and a check of what it left."""
+    """One job: its arguments after torchrun's, the exit code of each rank, and a check of what it
+    left.
+    """
 
     arguments: list[str]
     rank_code: int
@@ -40,27 +42,41 @@ class Ending(NamedTuple):
 
 
 def endings(world: World, n: int) -> Iterator[Outcome]:
-    """n jobs: training to the end, SIGTERM, a search that fails on the way, evaluation, collectives alone; on 2 and 3 ranks in turn.
+    """n jobs: training to the end, SIGTERM, a search that fails on the way, evaluation, collectives
+    alone; on 2 and 3 ranks in turn.
 
-    Every eleventh is started by torchrun, the others by spawner.py, which spares them the seconds of their imports.
+    Every eleventh is started by torchrun, the others by spawner.py, which spares them the seconds
+    of their imports.
     """
     makers = [trains, is_told_to_stop, fails_midway, evaluates, meets]
     with hogs(), spawners() as idle, ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
 
         def run(i: int) -> Outcome:
             ranks = 2 + i // len(makers) % 2
-            return judged(world, makers[i % len(makers)], ranks, world.folder / f"ending{i}", None if i % 11 == 10 else idle)
+            return judged(
+                world,
+                makers[i % len(makers)],
+                ranks,
+                world.folder / f"ending{i}",
+                None if i % 11 == 10 else idle,
+            )
 
         yield from pool.map(run, range(n))
 
 
-def judged(world: World, make: Callable, ranks: int, folder: Path, idle: SimpleQueue | None) -> Outcome:
+def judged(
+    world: World, make: Callable, ranks: int, folder: Path, idle: SimpleQueue | None
+) -> Outcome:
     """The outcome of one job; idle: the spawners that have nothing to do, None: torchrun starts it."""
     where = f"{make.__name__} on {ranks} ranks"
     folder.mkdir()
     output = folder / "said"
     ending = make(world, folder / "run")
-    codes = by_torchrun(ranks, ending, output, world.limit) if idle is None else by_spawner(ranks, ending, output, idle)
+    codes = (
+        by_torchrun(ranks, ending, output, world.limit)
+        if idle is None
+        else by_spawner(ranks, ending, output, idle)
+    )
     said = output.read_text(errors="replace")
     if codes != {ending.rank_code} or "terminate called" in said or "Fatal Python error" in said:
         return Outcome(where, "lost", f"exit codes {codes}: {said[-4000:]}")
@@ -85,10 +101,27 @@ def by_spawner(ranks: int, ending: Ending, output: Path, idle: SimpleQueue) -> s
 
 def by_torchrun(ranks: int, ending: Ending, output: Path, limit: float) -> set[int]:
     """As by_spawner; torchrun names the codes of ranks that failed, and ends with 0 when none has."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+    ]
     with open(output, "w") as out:
-        done = subprocess.run([*command, *ending.arguments], cwd=CHECKOUT, env=environment(), stdout=out, stderr=out, timeout=limit)
-    named = {int(code) for code in re.findall(r"exitcode *: *(-?\d+)", output.read_text(errors="replace"))}
+        done = subprocess.run(
+            [*command, *ending.arguments],
+            cwd=CHECKOUT,
+            env=environment(),
+            stdout=out,
+            stderr=out,
+            timeout=limit,
+        )
+    named = {
+        int(code)
+        for code in re.findall(r"exitcode *: *(-?\d+)", output.read_text(errors="replace"))
+    }
     return named if done.returncode else named | {0}
 
 
@@ -102,7 +135,14 @@ def spawners():
     """A queue of SIDE_BY_SIDE processes of spawner.py."""
     command = [sys.executable, str(TESTS / "faults/spawner.py")]
     started = [
-        subprocess.Popen(command, cwd=CHECKOUT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command,
+            cwd=CHECKOUT,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for _ in range(SIDE_BY_SIDE)
     ]
     idle = SimpleQueue()
@@ -150,17 +190,25 @@ def fails_midway(world: World, folder: Path) -> Ending:
     """Ends by a user's own search that raises in training: one line, exit code 2 on every rank."""
 
     def check(said: str) -> None:
-        lines = [line for line in said.splitlines() if line.startswith("recr1: ") and "IndexError: made up" in line]
+        lines = [
+            line
+            for line in said.splitlines()
+            if line.startswith("recr1: ") and "IndexError: made up" in line
+        ]
         assert len(lines) == 1
         assert len(jsonl(folder / "metrics.jsonl")) == 1
         assert (folder / "checkpoints/step_000001/manifest.json").exists()
 
     setting = "retriever.kind=busy:fails_in_the_second_step"
-    return Ending(["-m", "recr1.train", world.config, *STEPS, setting, f"run.dir={folder}"], 2, check)
+    return Ending(
+        ["-m", "recr1.train", world.config, *STEPS, setting, f"run.dir={folder}"], 2, check
+    )
 
 
 def fails_in_the_second_step(doc_ids: list[str], texts: list[str]) -> Callable:
-    """The search of fails_midway: a retriever of a user's own, which the ranks import from this file."""
+    """The search of fails_midway: a retriever of a user's own, which the ranks import from this
+    file.
+    """
     from recr1 import heartbeat
 
     def search(queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,7 @@
-"""Files that are not what was written: checkpoints that rot or lie, and a disk that is full. Each function makes n faults."""
+"""Files that are not what was written: checkpoints that rot or lie, and a disk that is full. Each
+function makes n faults.
+"""
+
 import json
 import os
 import pickle
@@ -9,44 +12,63 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from safetensors import safe_open
-
 from alone import Bench, Case, each, expect, refused
-from recr1 import checkpoint, cli, config_file, log, train
-from recr1 import run as around
-from recr1.retrieval.index import Index
+from safetensors import safe_open
 from world import RANKS, STEPS, Outcome, World
 
-LAST, BEFORE = f"step_{STEPS:06d}", f"step_{STEPS - 1:06d}"
-KINDS = ("rank_00000-of-00002.safetensors", "rank_00001-of-00002.safetensors", "model/model.safetensors", "model/config.json", "model/tokenizer.json",
-         "state.json", "manifest.json")
+from recr1 import checkpoint, cli, config_file, log, run as around, train
+from recr1.retrieval.index import Index
+
+LAST = f"step_{STEPS:06d}"
+BEFORE = f"step_{STEPS - 1:06d}"
+KINDS = (
+    "rank_00000-of-00002.safetensors",
+    "rank_00001-of-00002.safetensors",
+    "model/model.safetensors",
+    "model/config.json",
+    "model/tokenizer.json",
+    "state.json",
+    "manifest.json",
+)
 
 
 def corruptions(world: World, n: int) -> Iterator[Outcome]:
-    """The newest checkpoint damaged in one file: it is refused with the file's name, and the one before used."""
+    """The newest checkpoint damaged in one file: it is refused with the file's name, and the one
+    before used.
+    """
     cases = [*_rot(world), *_lies(world)]
     for case in cases if n >= len(cases) else world.rng.sample(cases, n):
         yield _refused(world, *case)
 
 
 def _refused(world: World, what: str, named: str, damage: Callable[[Path], None]) -> Outcome:
-    """The run goes on from the checkpoint before the damaged one, and one line says which file was refused."""
+    """The run goes on from the checkpoint before the damaged one, and one line says which file was
+    refused.
+    """
     run = world.fresh()
     shutil.copytree(world.unfinished, run)
     damage(run / "checkpoints")
     job, verdict, note = world.finish(run)
     used = LAST if what.startswith("LATEST") else BEFORE
     if (world.folder / "executed").exists():
-        verdict, note = "silent", "the payload was executed"
-    elif verdict == "survived" and not any(named in line and "refused" in line for line in job.lines()):
-        verdict, note = "silent", f"{named!r} is not named: {job.lines()}"
-    elif verdict == "survived" and not any(used in line and "goes on after step" in line for line in job.lines()):
-        verdict, note = "silent", f"it did not go on from {used}: {job.lines()}"
+        verdict = "silent"
+        note = "the payload was executed"
+    elif verdict == "survived" and not any(
+        named in line and "refused" in line for line in job.lines()
+    ):
+        verdict = "silent"
+        note = f"{named!r} is not named: {job.lines()}"
+    elif verdict == "survived" and not any(
+        used in line and "goes on after step" in line for line in job.lines()
+    ):
+        verdict = "silent"
+        note = f"it did not go on from {used}: {job.lines()}"
     return Outcome(what, verdict, note)
 
 
 def _rot(world: World):
     """Every kind of file cut short, with one bit changed, gone."""
+
     def cut(path: Path):
         os.truncate(path, world.rng.randrange(path.stat().st_size))
 
@@ -54,14 +76,20 @@ def _rot(world: World):
         raw = bytearray(path.read_bytes())
         raw[world.rng.randrange(len(raw))] ^= 1 << world.rng.randrange(8)
         path.write_bytes(raw)
+
     for kind in KINDS:
         for how, damage in (("cut short", cut), ("one bit", flip), ("gone", Path.unlink)):
-            yield f"{kind} {how}", LAST if (kind, how) == ("manifest.json", "one bit") else kind, lambda root, kind=kind, damage=damage: damage(root / LAST / kind)
+            yield (
+                f"{kind} {how}",
+                LAST if (kind, how) == ("manifest.json", "one bit") else kind,
+                lambda root, kind=kind, damage=damage: damage(root / LAST / kind),
+            )
 
 
 def _lies(world: World):
     """What somebody might have put there."""
-    payload, executed = _payload(world), world.folder / "executed"
+    payload = _payload(world)
+    executed = world.folder / "executed"
 
     def manifest(change):
         def damage(root: Path):
@@ -69,11 +97,13 @@ def _lies(world: World):
             value = json.loads(path.read_text())
             change(value["files"])
             path.write_text(json.dumps(value))
+
         return damage
 
     def rename(to):
         def change(named):
             named[to] = named.pop("state.json")
+
         return manifest(change)
 
     def pickled_shard(root: Path):
@@ -100,6 +130,7 @@ def _lies(world: World):
 
     def deep(root: Path):
         (root / LAST / "manifest.json").write_text("[" * 100_000)
+
     yield "manifest: ../../secret", "manifest.json", rename("../../secret")
     yield "manifest: /etc/passwd", "manifest.json", rename("/etc/passwd")
     yield "manifest: nested 100,000 deep", "manifest.json", deep
@@ -113,24 +144,52 @@ def _lies(world: World):
 
 def _payload(world: World) -> bytes:
     """A pickle that leaves a file where it is loaded."""
+
     class Payload:
         def __reduce__(self):
             return os.system, (f"touch {world.folder / 'executed'}",)
+
     return pickle.dumps(Payload())
 
 
 def hostile(world: World, n: int) -> Iterator[Outcome]:
-    """Checkpoints and model folders of somebody who wants code to run or files outside to be read: nothing is executed or followed."""
-    payload, bench = _payload(world), Bench(world, "hostile")
+    """Checkpoints and model folders of somebody who wants code to run or files outside to be read:
+    nothing is executed or followed.
+    """
+    payload = _payload(world)
+    bench = Bench(world, "hostile")
 
     def pickled(root: Path):
-        (root / LAST / world.rng.choice(["optimizer.pt", "model/pytorch_model.bin", "state.pkl", "model/modeling.py"])).write_bytes(payload)
+        (
+            root
+            / LAST
+            / world.rng.choice(
+                ["optimizer.pt", "model/pytorch_model.bin", "state.pkl", "model/modeling.py"]
+            )
+        ).write_bytes(payload)
 
     def pointing(root: Path):
-        (root / "LATEST").write_text(world.rng.choice(["../../x", "/etc", f"../{root.name}/{BEFORE}", f"{LAST}/../../x"]) + "\n")
-    cases = [("a pickle beside the shards", LAST, pickled), ("LATEST leads outside", "LATEST", pointing),
-             _model(bench, "a model of pickles", partial(_only_pickles, payload=payload), "only safetensors is read"),
-             _model(bench, "an index that leads outside", partial(_leads_outside, rng=world.rng), "outside the folder")]
+        (root / "LATEST").write_text(
+            world.rng.choice(["../../x", "/etc", f"../{root.name}/{BEFORE}", f"{LAST}/../../x"])
+            + "\n"
+        )
+
+    cases = [
+        ("a pickle beside the shards", LAST, pickled),
+        ("LATEST leads outside", "LATEST", pointing),
+        _model(
+            bench,
+            "a model of pickles",
+            partial(_only_pickles, payload=payload),
+            "only safetensors is read",
+        ),
+        _model(
+            bench,
+            "an index that leads outside",
+            partial(_leads_outside, rng=world.rng),
+            "outside the folder",
+        ),
+    ]
     cases = cases if n >= len(cases) else world.rng.sample(cases, n)
     for case in cases:
         if len(case) == 3:
@@ -139,14 +198,21 @@ def hostile(world: World, n: int) -> Iterator[Outcome]:
 
 
 def _model(bench: Bench, where: str, spoil, why: str) -> Case:
-    folder, executed = bench.folder / where.replace(" ", "_"), bench.world.folder / "executed"
+    folder = bench.folder / where.replace(" ", "_")
+    executed = bench.world.folder / "executed"
     shutil.copytree(bench.world.folder / "policy", folder)
     spoil(folder)
 
     def case():
         refused(train.main, bench.argv(None, f"model.path={folder}")[0], folder, why)
-        refused(cli.main, ["generate", "--model", folder, "--config", bench.world.config, "red lamp"], folder, why)
+        refused(
+            cli.main,
+            ["generate", "--model", folder, "--config", bench.world.config, "red lamp"],
+            folder,
+            why,
+        )
         expect(not executed.exists(), "the payload was executed")
+
     return where, case
 
 
@@ -154,8 +220,13 @@ def _only_pickles(folder: Path, payload: bytes) -> None:
     """And code that a loader which trusts the folder would import."""
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(payload)
-    (folder / "modeling_own.py").write_text(f"import pickle\npickle.loads({payload!r})\nclass Own: pass\n")
-    for name, classes in (("config.json", dict(AutoModelForCausalLM="modeling_own.Own")), ("tokenizer_config.json", dict(AutoTokenizer=["modeling_own.Own", None]))):
+    (folder / "modeling_own.py").write_text(
+        f"import pickle\npickle.loads({payload!r})\nclass Own: pass\n"
+    )
+    for name, classes in (
+        ("config.json", dict(AutoModelForCausalLM="modeling_own.Own")),
+        ("tokenizer_config.json", dict(AutoTokenizer=["modeling_own.Own", None])),
+    ):
         path = folder / name
         path.write_text(json.dumps(json.loads(path.read_text()) | dict(auto_map=classes)))
 
@@ -165,18 +236,34 @@ def _leads_outside(folder: Path, rng) -> None:
     elsewhere = weights.rename(folder.parent / "elsewhere.safetensors")
     with safe_open(elsewhere, "pt") as file:
         names = list(file.keys())
-    outside = rng.choice([str(elsewhere), "../elsewhere.safetensors", "x/../../elsewhere.safetensors"])
-    (folder / "model.safetensors.index.json").write_text(json.dumps(dict(weight_map=dict.fromkeys(names, outside))))
+    outside = rng.choice(
+        [str(elsewhere), "../elsewhere.safetensors", "x/../../elsewhere.safetensors"]
+    )
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps(dict(weight_map=dict.fromkeys(names, outside)))
+    )
 
 
 def disks(world: World, n: int) -> Iterator[Outcome]:
-    """No file may grow past a limit any more (RLIMIT_FSIZE) once a certain write comes: one clear line, and with room again the run goes on."""
-    cases = (("config.yaml", config_file, "dump", 1, 0), ("the index", Index, "save", 1, 100), ("eval_before.jsonl", log.RunLog, "rows", 1, 10),
-             ("rollouts.jsonl.gz", log.RunLog, "rollouts", 3, 1), ("rollouts.jsonl.gz, torn", log.RunLog, "rollouts", 2, 1500),
-             ("metrics.jsonl", log.RunLog, "metrics", 3, 1), ("metrics.jsonl, torn", log.RunLog, "metrics", 2, 700),
-             ("a shard", checkpoint, "save_file", 2, 5000), ("HF export", checkpoint, "save_model", 3, 10_000), ("state.json", checkpoint, "_setting", 3, 10),
-             ("manifest.json", checkpoint, "seal", 2, 10), ("LATEST", checkpoint, "write_text", 3, 0), ("final model", around, "save_policy", 1, 100),
-             ("summary.json", log.RunLog, "json", 1, 10))
+    """No file may grow past a limit any more (RLIMIT_FSIZE) once a certain write comes: one clear
+    line, and with room again the run goes on.
+    """
+    cases = (
+        ("config.yaml", config_file, "dump", 1, 0),
+        ("the index", Index, "save", 1, 100),
+        ("eval_before.jsonl", log.RunLog, "rows", 1, 10),
+        ("rollouts.jsonl.gz", log.RunLog, "rollouts", 3, 1),
+        ("rollouts.jsonl.gz, torn", log.RunLog, "rollouts", 2, 1500),
+        ("metrics.jsonl", log.RunLog, "metrics", 3, 1),
+        ("metrics.jsonl, torn", log.RunLog, "metrics", 2, 700),
+        ("a shard", checkpoint, "save_file", 2, 5000),
+        ("HF export", checkpoint, "save_model", 3, 10_000),
+        ("state.json", checkpoint, "_setting", 3, 10),
+        ("manifest.json", checkpoint, "seal", 2, 10),
+        ("LATEST", checkpoint, "write_text", 3, 0),
+        ("final model", around, "save_policy", 1, 100),
+        ("summary.json", log.RunLog, "json", 1, 10),
+    )
     for case in cases if n >= len(cases) else world.rng.sample(cases, n):
         yield Outcome(case[0], *_filled(world, *case))
 
@@ -189,20 +276,28 @@ def _filled(world: World, what: str, owner, name: str, time: int, limit: int) ->
     codes = before.wait(world.limit)
     if codes == [0] * RANKS:
         return "lost", "the write never came"
-    if codes != [2] * RANKS or "Traceback" in before.said() or sum("File too large" in line for line in before.lines()) != 1:
+    if (
+        codes != [2] * RANKS
+        or "Traceback" in before.said()
+        or sum("File too large" in line for line in before.lines()) != 1
+    ):
         return "lost", f"exit codes {codes}: {before.said()[-1500:]}"
     _, verdict, note = world.finish(run)
     return verdict, note and f"{before.lines()}: {note}"
 
 
 def _full_from(owner, name: str, time: int, limit: int) -> None:
-    """In this process, from the `time`-th call of owner.name on, no file may become longer than `limit` bytes."""
+    """In this process, from the `time`-th call of owner.name on, no file may become longer than
+    `limit` bytes.
+    """
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    function, calls = getattr(owner, name), [0]
+    function = getattr(owner, name)
+    calls = [0]
 
     def watched(*args, **kwargs):
         calls[0] += 1
         if calls[0] >= time:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         return function(*args, **kwargs)
+
     setattr(owner, name, watched)

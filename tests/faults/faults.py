@@ -1,4 +1,5 @@
 """The faults of run.sh: made by the number, counted, and judged against an undisturbed run."""
+
 import json
 import sys
 import tempfile
@@ -6,8 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-from tqdm import tqdm
 
 import answers
 import busy
@@ -19,9 +18,10 @@ import settings
 import stops
 import values
 from jobs import none_left
+from tqdm import tqdm
 from world import Outcome, World
 
-KINDS = {   # name: (what makes them, how many)
+KINDS = {  # name: (what makes them, how many)
     "SIGKILL of a rank": (stops.kills, 47),
     "SIGKILL under torchrun": (stops.torchruns, 3),
     "SIGKILL inside a save": (stops.saves, 20),
@@ -47,43 +47,72 @@ def main(argv: list[str]) -> int:
     each = next((int(a) for a in argv if a.isdigit()), None)
     chosen = [a for a in argv if not a.isdigit()] or list(KINDS)
     if each == 0 or (unknown := [name for name in chosen if name not in KINDS]):
-        print(f"faults.py [N] [kind ...]: {f'no kind {unknown[0]!r}' if each != 0 else 'none of each is none'}; the kinds are {', '.join(KINDS)}", file=sys.stderr)
+        print(
+            f"faults.py [N] [kind ...]: {f'no kind {unknown[0]!r}' if each != 0 else 'none of each is none'}; the kinds are {', '.join(KINDS)}",
+            file=sys.stderr,
+        )
         return 2
-    bars, started = [], time.monotonic()
+    bars = []
+    started = time.monotonic()
     try:
         with tempfile.TemporaryDirectory() as folder, none_left():
             world = World(Path(folder))
-            print(f"{'fault':<27}{'N':>5}{'survived':>10}{'lost':>7}{'silent':>8}{'seconds':>9}  where", flush=True)
+            print(
+                f"{'fault':<27}{'N':>5}{'survived':>10}{'lost':>7}{'silent':>8}{'seconds':>9}  where",
+                flush=True,
+            )
             for seed, (kind, (make, n)) in enumerate(KINDS.items()):
                 if kind in chosen:
                     world.rng.seed(seed)
                     bars.append(row(kind, make, world, min(n, each or n)))
     except KeyboardInterrupt:
-        print(f"stopped after {time.monotonic() - started:.0f} s; no process is left", file=sys.stderr)
+        print(
+            f"stopped after {time.monotonic() - started:.0f} s; no process is left", file=sys.stderr
+        )
         return 130
     survived, made = (sum(bar[key] for bar in bars) for key in ("value", "bar"))
-    print(f"{made} faults made, {survived} survived, {time.monotonic() - started:.0f} s", flush=True)
+    print(
+        f"{made} faults made, {survived} survived, {time.monotonic() - started:.0f} s", flush=True
+    )
     print(json.dumps(dict(bars=bars)))
     return 0 if all(bar["ok"] for bar in bars) else 1
 
 
 def row(kind: str, make: Callable[[World, int], Iterator[Outcome]], world: World, n: int) -> dict:
     """Makes n faults of a kind and prints their row of the table, and each that was not survived."""
-    start, outcomes, tqdm.monitor_interval = time.monotonic(), [], 0             # its thread might hold a lock that a fork takes along
+    # its thread might hold a lock that a fork takes along
+    start = time.monotonic()
+    outcomes = []
+    tqdm.monitor_interval = 0
     with tqdm(make(world, n), kind, n, leave=False, disable=None) as bar:
         for outcome in bar:
             outcomes.append(outcome)
             bar.set_postfix_str(f"{outcome.verdict}: {outcome.where}")
-    counts = {verdict: sum(o.verdict == verdict for o in outcomes) for verdict in ("survived", "lost", "silent")}
+    counts = {
+        verdict: sum(o.verdict == verdict for o in outcomes)
+        for verdict in ("survived", "lost", "silent")
+    }
     where = Counter(o.where for o in outcomes)
-    told = ", ".join(f"{name} {count}" for name, count in where.items()) if len(where) <= 10 else "each another place"
+    told = (
+        ", ".join(f"{name} {count}" for name, count in where.items())
+        if len(where) <= 10
+        else "each another place"
+    )
     slowest = max((o.seconds for o in outcomes if o.seconds is not None), default=None)
     told += f"; all ended within {slowest:.1f} s" if slowest is not None else ""
-    print(f"{kind:<27}{len(outcomes):>5}{counts['survived']:>10}{counts['lost']:>7}{counts['silent']:>8}{time.monotonic() - start:>9.0f}  {told}", flush=True)
+    print(
+        f"{kind:<27}{len(outcomes):>5}{counts['survived']:>10}{counts['lost']:>7}{counts['silent']:>8}{time.monotonic() - start:>9.0f}  {told}",
+        flush=True,
+    )
     for o in outcomes:
         if o.note or o.verdict != "survived":
             print(f"    {o.verdict}: {o.where}: {o.note}", flush=True)
-    return dict(name=f"{kind}: survived of {n}", value=counts["survived"], bar=n, ok=counts["survived"] == n == len(outcomes))
+    return dict(
+        name=f"{kind}: survived of {n}",
+        value=counts["survived"],
+        bar=n,
+        ok=counts["survived"] == n == len(outcomes),
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Jobs of several ranks, forked from this process: it has imported everything once, so that a job starts in a second.
+"""Jobs of several ranks, forked from this process: it has imported everything once, so that a job
+starts in a second.
 
-The parent only imports and waits: it must not compute with torch, whose threads a fork does not take along.
+The parent only imports and waits: it must not compute with torch, whose threads a fork does not
+take along.
 """
+
 import ctypes
 import os
 import signal
@@ -15,27 +18,35 @@ from pathlib import Path
 # what a run imports where it needs it
 import nltk.stem.porter  # noqa: F401
 import transformers.models.auto.tokenization_auto  # noqa: F401
+
 from recr1 import heartbeat, train
 from recr1.run import guarded
 from recr1.stopping import listening
 
 
 class Job:
-    """`argv` of recr1.train on `ranks` processes, as torchrun would start them. prepare(rank) runs in each before it starts.
+    """`argv` of recr1.train on `ranks` processes, as torchrun would start them. prepare(rank) runs
+    in each before it starts.
 
-    slow: how many times as long as on a machine of its own everything may take."""
+    slow: how many times as long as on a machine of its own everything may take.
+    """
 
     def __init__(self, argv: list[str], ranks: int = 2, prepare=None, slow: float = 1.0):
         self.slow = slow
-        self.folder = Path(next(a for a in reversed(argv) if a.startswith("run.dir=")).removeprefix("run.dir="))
-        self.output, out = os.pipe()                   # a pipe: a limit on the size of files does not touch what the ranks say
+        self.folder = Path(
+            next(a for a in reversed(argv) if a.startswith("run.dir=")).removeprefix("run.dir=")
+        )
+        # a pipe: a limit on the size of files does not touch what the ranks say
+        self.output, out = os.pipe()
         os.set_blocking(self.output, False)
         self.heard = b""
         self.codes: dict[int, int | None] = dict.fromkeys(range(ranks))
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        self.pids = [os.fork() or _rank(rank, ranks, port, argv, out, prepare) for rank in range(ranks)]
+        self.pids = [
+            os.fork() or _rank(rank, ranks, port, argv, out, prepare) for rank in range(ranks)
+        ]
         os.close(out)
 
     def running(self) -> bool:
@@ -90,11 +101,15 @@ class Job:
         return state if state and state["pid"] == self.pids[rank] else None
 
     def reached(self, rank: int, phase: str, step: int) -> bool:
-        """Waits until the rank is in this phase of this step or has passed the step; False if the job ends first."""
+        """Waits until the rank is in this phase of this step or has passed the step; False if the
+        job ends first.
+        """
         deadline = time.monotonic() + 60 * self.slow
         while self.running() and time.monotonic() < deadline:
             state = self.state(rank)
-            if state and (state["step"] > step or state["step"] == step and state["phase"].split()[0] == phase):
+            if state and (
+                state["step"] > step or state["step"] == step and state["phase"].split()[0] == phase
+            ):
                 return True
             time.sleep(0.0005)
         return False
@@ -106,9 +121,17 @@ def _rank(rank: int, ranks: int, port: int, argv: list[str], out: int, prepare) 
         dies_with_parent()
         os.dup2(out, 1)
         os.dup2(out, 2)
-        sys.stdout, sys.stderr = (open(n, "w", buffering=1, closefd=False, encoding="utf-8") for n in (1, 2))
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-                          MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        sys.stdout, sys.stderr = (
+            open(n, "w", buffering=1, closefd=False, encoding="utf-8") for n in (1, 2)
+        )
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(ranks),
+            LOCAL_WORLD_SIZE=str(ranks),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
         if prepare:
             prepare(rank)
         with listening():
@@ -138,7 +161,9 @@ def forked(work) -> None:
 
 
 def at_events(rank: int, act, step: int = 2) -> None:
-    """In this process, calls act(k, name) before the k-th file of this step's save is forced onto the disk or gets its name."""
+    """In this process, calls act(k, name) before the k-th file of this step's save is forced onto
+    the disk or gets its name.
+    """
     seen = [0]
 
     def watched(function, describe):
@@ -148,18 +173,26 @@ def at_events(rank: int, act, step: int = 2) -> None:
                 seen[0] += 1
                 act(seen[0] - 1, describe(*args))
             return function(*args, **kwargs)
+
         return call
-    os.fsync = watched(os.fsync, lambda file: f"fsync {Path(os.readlink(f'/proc/self/fd/{file}')).name}")
+
+    os.fsync = watched(
+        os.fsync, lambda file: f"fsync {Path(os.readlink(f'/proc/self/fd/{file}')).name}"
+    )
     os.replace = watched(os.replace, lambda a, b: f"rename to {Path(b).name}")
 
 
 # --- leaving no process behind ----------------------------------------------------------------------------------------------------
 
-PARENTS_DEATH, SUBREAPER = 1, 36                       # of prctl(2)
+# of prctl(2)
+PARENTS_DEATH = 1
+SUBREAPER = 36
 
 
 def dies_with_parent() -> None:
-    """This forked process is killed when the one that forked it ends, however that ends; a Ctrl-C in the terminal is that one's matter."""
+    """This forked process is killed when the one that forked it ends, however that ends; a Ctrl-C
+    in the terminal is that one's matter.
+    """
     ctypes.CDLL(None).prctl(PARENTS_DEATH, signal.SIGKILL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -181,7 +214,8 @@ def end_all() -> None:
 @contextmanager
 def none_left():
     """A block that leaves no process behind; SIGTERM ends it as Ctrl-C does."""
-    ctypes.CDLL(None).prctl(SUBREAPER, 1)              # what torchrun has started is this process's child once torchrun is gone
+    # what torchrun has started is this process's child once torchrun is gone
+    ctypes.CDLL(None).prctl(SUBREAPER, 1)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

@@ -1,7 +1,9 @@
-"""torchrun --nproc-per-node N tests/faults/meets.py: ranks that meet in every kind of collective and leave right after the last one.
+"""torchrun --nproc-per-node N tests/faults/meets.py: ranks that meet in every kind of collective
+and leave right after the last one.
 
-The shortest way from a collective to the end of the process, and one on which the main thread keeps the interpreter's lock wherever it can,
-as it does by chance on a machine where gloo's workers do not come to run: what busy.py looks for shows here most often.
+The shortest way from a collective to the end of the process, and one on which the main thread keeps
+the interpreter's lock wherever it can, as it does by chance on a machine where gloo's workers do
+not come to run: what busy.py looks for shows here most often.
 """
 
 import importlib

@@ -1,7 +1,9 @@
-"""A retriever, a reward and a task of a user's own, `shaky:overlap`, `shaky:part` and `shaky:Task`, and what may go wrong in them.
+"""A retriever, a reward and a task of a user's own, `shaky:overlap`, `shaky:part` and `shaky:Task`,
+and what may go wrong in them.
 
 `fault`, set in a forked rank: (step from which on it happens, name in SEARCHES, PARTS or TASKS).
 """
+
 import asyncio
 import sys
 import time
@@ -26,28 +28,40 @@ class Task(ProductSearch):
     """Query -> query, as the built-in one."""
 
     def parse(self, completion, row):
-        return TASKS[fault[1]][0](completion) if due(TASKS) and "rank" not in fault[1] else super().parse(completion, row)
+        return (
+            TASKS[fault[1]][0](completion)
+            if due(TASKS) and "rank" not in fault[1]
+            else super().parse(completion, row)
+        )
 
     def rank(self, queries, rows, k, search):
-        return TASKS[fault[1]][0](queries) if due(TASKS) and "rank" in fault[1] else super().rank(queries, rows, k, search)
+        return (
+            TASKS[fault[1]][0](queries)
+            if due(TASKS) and "rank" in fault[1]
+            else super().rank(queries, rows, k, search)
+        )
 
 
 def overlap(doc_ids, texts):
     words = [set(text.split()) for text in texts]
 
     def search(queries, k):
-        scores = np.array([[len(set(query.split()) & w) for w in words] for query in queries], np.float32)
+        scores = np.array(
+            [[len(set(query.split()) & w) for w in words] for query in queries], np.float32
+        )
         rows = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         scores = np.take_along_axis(scores, rows, 1)
         if due(SEARCHES):
             return SEARCHES[fault[1]][0](rows, scores, queries)
         return np.where(scores > 0, rows, -1), scores
+
     return search
 
 
 def raising(error):
     def way(*found):
         raise error
+
     return way
 
 
@@ -60,22 +74,40 @@ def changed(array, value):
     return array
 
 
-SEARCHES = {     # name: (what the call does, what the run's one line says of it)
-    "ValueError": (raising(ValueError("the server\nsays \x1b[31mno\x1b[0m")), "raised ValueError: the server says"),
-    "ConnectionError": (raising(ConnectionResetError(104, "reset by peer")), "raised ConnectionResetError"),
+SEARCHES = {  # name: (what the call does, what the run's one line says of it)
+    "ValueError": (
+        raising(ValueError("the server\nsays \x1b[31mno\x1b[0m")),
+        "raised ValueError: the server says",
+    ),
+    "ConnectionError": (
+        raising(ConnectionResetError(104, "reset by peer")),
+        "raised ConnectionResetError",
+    ),
     "sys.exit": (lambda *found: sys.exit("bye"), "raised SystemExit: bye"),
     "None": (lambda *found: None, "must return two arrays"),
     "scores NaN": (lambda rows, scores, queries: (rows, changed(scores, np.nan)), "the score nan"),
-    "scores of 400 digits": (lambda rows, scores, queries: (rows, [[10 ** 400] * rows.shape[1]] * len(rows)), "raised|must return two arrays"),
+    "scores of 400 digits": (
+        lambda rows, scores, queries: (rows, [[10**400] * rows.shape[1]] * len(rows)),
+        "raised|must return two arrays",
+    ),
     "a query less": (lambda rows, scores, queries: (rows[1:], scores[1:]), r"returned rows \("),
-    "a row beyond": (lambda rows, scores, queries: (changed(rows, 10 ** 6), scores), "row 1000000, must be"),
+    "a row beyond": (
+        lambda rows, scores, queries: (changed(rows, 10**6), scores),
+        "row 1000000, must be",
+    ),
     "a row twice": (lambda rows, scores, queries: (rows * 0, scores), "a row twice"),
-    "takes the queries away": (lambda rows, scores, queries: queries.clear() or (rows[:0], scores[:0]), r"returned rows \("),
+    "takes the queries away": (
+        lambda rows, scores, queries: queries.clear() or (rows[:0], scores[:0]),
+        r"returned rows \(",
+    ),
     "sleeps": (lambda *found: time.sleep(86_400), "took longer than retriever.timeout"),
 }
 
 PARTS = {
-    "reward: ValueError": (raising(ValueError("the judge\nsays \x1b[2Jno")), "raised ValueError: the judge says"),
+    "reward: ValueError": (
+        raising(ValueError("the judge\nsays \x1b[2Jno")),
+        "raised ValueError: the judge says",
+    ),
     "reward: KeyError": (raising(KeyError("hits")), "raised KeyError: 'hits'"),
     "reward: no end of calls": (deep, "raised RecursionError"),
     "reward: cancelled": (raising(asyncio.CancelledError()), "raised CancelledError"),
@@ -86,9 +118,18 @@ PARTS = {
 }
 
 TASKS = {
-    "task: parse, LookupError": (raising(LookupError("no such\x1b[2J list")), "parse raised LookupError: no such"),
+    "task: parse, LookupError": (
+        raising(LookupError("no such\x1b[2J list")),
+        "parse raised LookupError: no such",
+    ),
     "task: parse, None": (lambda completion: None, "parse returned None, must be"),
-    "task: parse, no JSON": (lambda completion: ({completion}, None), "parse returned .*, which cannot be written as JSON"),
+    "task: parse, no JSON": (
+        lambda completion: ({completion}, None),
+        "parse returned .*, which cannot be written as JSON",
+    ),
     "task: rank, sys.exit": (lambda queries: sys.exit(0), "rank raised SystemExit: 0"),
-    "task: rank, one less": (lambda queries: [[] for _ in queries[1:]], "rank returned .*, must be a list of document ids for each"),
+    "task: rank, one less": (
+        lambda queries: [[] for _ in queries[1:]],
+        "rank returned .*, must be a list of document ids for each",
+    ),
 }

@@ -1,8 +1,11 @@
-"""python tests/faults/spawner.py: starts jobs of several ranks, one after the other, without each rank's seconds of imports.
+"""python tests/faults/spawner.py: starts jobs of several ranks, one after the other, without each
+rank's seconds of imports.
 
-Reads a job as a line of JSON on stdin, {"ranks": N, "argv": ["-m", "recr1.train", ...], "output": FILE}, and answers with the ranks' exit
-codes. A rank is forked from this process, which has imported everything, but ends as every Python program does: it comes back out of all
-calls to the last line of this file and leaves through the interpreter's own end. (jobs.py's ranks end by os._exit.)
+Reads a job as a line of JSON on stdin, {"ranks": N, "argv": ["-m", "recr1.train", ...], "output":
+FILE}, and answers with the ranks' exit codes. A rank is forked from this process, which has
+imported everything, but ends as every Python program does: it comes back out of all calls to the
+last line of this file and leaves through the interpreter's own end. (jobs.py's ranks end by
+os._exit.)
 """
 
 import json
@@ -15,8 +18,8 @@ import sys
 import nltk.stem.porter  # noqa: F401
 import torch.distributed.distributed_c10d  # noqa: F401
 import transformers.models.auto.tokenization_auto  # noqa: F401
-
 from jobs import dies_with_parent
+
 from recr1 import cli, train  # noqa: F401
 
 

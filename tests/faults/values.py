@@ -1,33 +1,70 @@
-"""Values that are none: losses, gradients, rewards and log-probs that are not finite, and a user's retriever and reward that fail. Each function makes n faults."""
+"""Values that are none: losses, gradients, rewards and log-probs that are not finite, and a user's
+retriever and reward that fail. Each function makes n faults.
+"""
+
 import dataclasses
 import json
 import math
 import re
 from collections.abc import Iterator
 
+import shaky
 import torch
 from safetensors import safe_open
-
-import shaky
-from recr1 import grpo, heartbeat, train
-from recr1.optim import Optimizer
 from stops import IN_A_ROW, judged, resumed
 from world import RANKS, STEPS, Outcome, World
 
+from recr1 import grpo, heartbeat, train
+from recr1.optim import Optimizer
+
 
 def nonfinite(world: World, n: int) -> Iterator[Outcome]:
-    """NaN or infinity on one rank: no weight moves on any, the batches of all are kept; stopped, the run goes on to the same bytes."""
-    cases = [(what, value, policy) for what in FAULTS for value in (math.nan, math.inf) for policy in ("stop", "skip")]
+    """NaN or infinity on one rank: no weight moves on any, the batches of all are kept; stopped,
+    the run goes on to the same bytes.
+    """
+    cases = [
+        (what, value, policy)
+        for what in FAULTS
+        for value in (math.nan, math.inf)
+        for policy in ("stop", "skip")
+    ]
     for what, value, policy in cases if n >= len(cases) else world.rng.sample(cases, n):
-        yield Outcome(f"{what} {value}, {policy}", *_spoilt(world, what, value, policy, world.rng.randrange(RANKS), world.rng.randrange(2, STEPS)))
+        yield Outcome(
+            f"{what} {value}, {policy}",
+            *_spoilt(
+                world,
+                what,
+                value,
+                policy,
+                world.rng.randrange(RANKS),
+                world.rng.randrange(2, STEPS),
+            ),
+        )
 
 
-def _spoilt(world: World, what: str, value: float, policy: str, rank: int, step: int) -> tuple[str, str]:
+def _spoilt(
+    world: World, what: str, value: float, policy: str, rank: int, step: int
+) -> tuple[str, str]:
     run = world.fresh()
-    job = world.start(run, f"optimizer.on_nonfinite={policy}", "save.keep=9", prepare=lambda r: r == rank and FAULTS[what](value, step))
+    job = world.start(
+        run,
+        f"optimizer.on_nonfinite={policy}",
+        "save.keep=9",
+        prepare=lambda r: r == rank and FAULTS[what](value, step),
+    )
     codes = job.wait(world.limit)
-    lines = [line for line in job.lines() if "no weight was changed" in line and f"step {step}: " in line and f"nonfinite/step_{step:06d}" in line]
-    if codes != [2 if policy == "stop" else 0] * RANKS or len(lines) != 1 or "Traceback" in job.said():
+    lines = [
+        line
+        for line in job.lines()
+        if "no weight was changed" in line
+        and f"step {step}: " in line
+        and f"nonfinite/step_{step:06d}" in line
+    ]
+    if (
+        codes != [2 if policy == "stop" else 0] * RANKS
+        or len(lines) != 1
+        or "Traceback" in job.said()
+    ):
         return "lost", f"exit codes {codes}: {job.said()[-1500:]}"
     if why := _not_kept(run, step):
         return "silent", why
@@ -48,6 +85,7 @@ def _patch(owner, name: str, step: int, change) -> None:
     def outer(*args, **kwargs):
         result = inner(*args, **kwargs)
         return change(result) if _here(step) else result
+
     setattr(owner, name, outer)
 
 
@@ -64,11 +102,21 @@ def _gradient(value: float, step: int) -> None:
         if _here(step):
             next(p.grad for p in self.names if p.grad is not None and p.numel())[0] = value
         return inner(self, *args)
+
     Optimizer.step = outer
 
 
 def _reward(value: float, step: int) -> None:
-    _patch(train, "explore", step, lambda found: (found[0], [dataclasses.replace(found[1][0], total=value), *found[1][1:]], *found[2:]))
+    _patch(
+        train,
+        "explore",
+        step,
+        lambda found: (
+            found[0],
+            [dataclasses.replace(found[1][0], total=value), *found[1][1:]],
+            *found[2:],
+        ),
+    )
 
 
 def _logp(value: float, step: int) -> None:
@@ -79,6 +127,7 @@ def _logp(value: float, step: int) -> None:
         if _here(step):
             logp = torch.cat([logp.new_full((1,), value), logp[1:]])
         return inner(logp, *args)
+
     grpo.pulled = outer
 
 
@@ -92,7 +141,12 @@ def _not_kept(run, step: int) -> str:
         kept = json.loads((folder / f"rank_{rank:05d}.json").read_text())
         with safe_open(folder / f"rank_{rank:05d}.safetensors", "pt") as file:
             names = set(file.keys())
-        if kept["step"] != step or not kept["texts"] or not {f"{i}.{name}" for i in range(len(kept["losses"])) for name in ("tokens", "adv")} <= names:
+        if (
+            kept["step"] != step
+            or not kept["texts"]
+            or not {f"{i}.{name}" for i in range(len(kept["losses"])) for name in ("tokens", "adv")}
+            <= names
+        ):
             return f"{folder} does not hold the batches of rank {rank}: {sorted(names)}"
     return ""
 
@@ -100,38 +154,73 @@ def _not_kept(run, step: int) -> str:
 def _moved(run, step: int) -> str:
     """Whether a skipped step has moved a weight or a moment, or was not counted."""
     for rank in range(RANKS):
-        before, after = ((run / f"checkpoints/step_{s:06d}/rank_{rank:05d}-of-{RANKS:05d}.safetensors").read_bytes() for s in (step - 1, step))
+        before, after = (
+            (
+                run / f"checkpoints/step_{s:06d}/rank_{rank:05d}-of-{RANKS:05d}.safetensors"
+            ).read_bytes()
+            for s in (step - 1, step)
+        )
         if before != after:
             return f"the weights of rank {rank} are others after step {step}"
-    counted = [json.loads(line)["skipped"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    counted = [
+        json.loads(line)["skipped"] for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
     want = [int(s >= step) for s in range(1, STEPS + 1)]
     return "" if counted == want else f"skipped steps are counted {counted}, not {want}"
 
 
-KINDS = ("retriever.kind=shaky:overlap", "reward.weights={ndcg: 1.0, 'shaky:part': 0.5}", "task=shaky:Task")
+KINDS = (
+    "retriever.kind=shaky:overlap",
+    "reward.weights={ndcg: 1.0, 'shaky:part': 0.5}",
+    "task=shaky:Task",
+)
 LINE = r"recr1: (retriever shaky:overlap: call \d+ \(|reward.weights: shaky:part |task: shaky:Task: ).*({})"
 
 
 def functions(world: World, n: int) -> Iterator[Outcome]:
-    """A user's retriever, reward or task fails in a step: one line names it, the state before the step is saved, and the run goes on to the same bytes."""
+    """A user's retriever, reward or task fails in a step: one line names it, the state before the
+    step is saved, and the run goes on to the same bytes.
+    """
     says = shaky.SEARCHES | shaky.PARTS | shaky.TASKS
-    ways, want = world.rng.sample(list(says), min(n, len(says))), world.undisturbed(*KINDS)
+    ways = world.rng.sample(list(says), min(n, len(says)))
+    want = world.undisturbed(*KINDS)
     while ways:
-        run, chain, after = world.fresh(), [], 0
+        run = world.fresh()
+        chain = []
+        after = 0
         while True:
-            way, rank, step = ways[0] if ways and len(chain) < IN_A_ROW else None, world.rng.randrange(RANKS), after + world.rng.randrange(1, 3)
+            way = ways[0] if ways and len(chain) < IN_A_ROW else None
+            rank = world.rng.randrange(RANKS)
+            step = after + world.rng.randrange(1, 3)
             limit = [f"retriever.timeout={world.slow:.1f}"] if way == "sleeps" else []
-            job = world.start(run, *KINDS, *limit, prepare=lambda r: way and r == rank and setattr(shaky, "fault", (step, way)))
+            job = world.start(
+                run,
+                *KINDS,
+                *limit,
+                prepare=lambda r: way and r == rank and setattr(shaky, "fault", (step, way)),
+            )
             codes = job.wait(world.limit)
             if chain and resumed(job) != after:
-                chain[-1].verdict, chain[-1].note = "lost", f"stopped after step {after}, it went on otherwise: {job.said()[-1500:]}"
-            if not way or codes == [0] * RANKS:              # also where the run was through before the next fault came: that is made in another
+                chain[-1].verdict = "lost"
+                chain[
+                    -1
+                ].note = f"stopped after step {after}, it went on otherwise: {job.said()[-1500:]}"
+            # also where the run was through before the next fault came: that is made in another
+            if not way or codes == [0] * RANKS:
                 break
             chain.append(Outcome(ways.pop(0)))
-            stopped = re.search(r"stopped after step (\d+); the same command goes on|there is nothing new to save", job.said())
-            lines = [line for line in job.lines() if line.isprintable() and re.match(LINE.format(says[way][1]), line)]
+            stopped = re.search(
+                r"stopped after step (\d+); the same command goes on|there is nothing new to save",
+                job.said(),
+            )
+            lines = [
+                line
+                for line in job.lines()
+                if line.isprintable() and re.match(LINE.format(says[way][1]), line)
+            ]
             if codes != [2] * RANKS or len(lines) != 1 or not stopped or "Traceback" in job.said():
-                chain[-1].verdict, chain[-1].note = "lost", f"exit codes {codes}: {job.said()[-1500:]}"
+                chain[-1].verdict = "lost"
+                chain[-1].note = f"exit codes {codes}: {job.said()[-1500:]}"
                 break
             after = int(stopped[1] or 0)
         if way and not chain:

@@ -1,4 +1,7 @@
-"""A run to be broken, what it comes to when nothing breaks it, and whether a broken one came to the same."""
+"""A run to be broken, what it comes to when nothing breaks it, and whether a broken one came to the
+same.
+"""
+
 import gzip
 import hashlib
 import json
@@ -11,36 +14,62 @@ from pathlib import Path
 import tiny
 from jobs import Job, at_events, forked
 
-STEPS, RANKS = 6, 2
-USUAL = 8.0            # seconds that the undisturbed run takes at most where nothing else runs: limits are longer by as much as it takes longer
-LIMIT, PATIENCE = 90.0, 30             # seconds for a job, and for a rank that waits: one that takes longer hangs, and its run is lost
-SETTINGS = {"train.steps": STEPS, "train.tokens_per_micro_batch": 100, "train.eval_every": 2, "save.every": 1, "save.keep": 3, "loss.kl": 0.01}
-OTHERWISE = ("seconds", "memory", "rollout_tokens_per_s", "tokens_per_s", "reward_wait", "wall_s")         # what two equal runs differ in
+STEPS = 6
+RANKS = 2
+# seconds that the undisturbed run takes at most where nothing else runs: limits are longer by as
+# much as it takes longer
+USUAL = 8.0
+# seconds for a job, and for a rank that waits: one that takes longer hangs, and its run is lost
+LIMIT = 90.0
+PATIENCE = 30
+SETTINGS = {
+    "train.steps": STEPS,
+    "train.tokens_per_micro_batch": 100,
+    "train.eval_every": 2,
+    "save.every": 1,
+    "save.keep": 3,
+    "loss.kl": 0.01,
+}
+# what two equal runs differ in
+OTHERWISE = ("seconds", "memory", "rollout_tokens_per_s", "tokens_per_s", "reward_wait", "wall_s")
 
 
 @dataclass
 class Outcome:
-    """One fault. lost: the run did not come to its end; silent: it did, but not to the result, or something broken was taken without a word."""
+    """One fault. lost: the run did not come to its end; silent: it did, but not to the result, or
+    something broken was taken without a word.
+    """
+
     where: str
     verdict: str = "survived"
     note: str = ""
-    seconds: float | None = None           # until every rank had ended, where that is the question
+    seconds: float | None = None  # until every rank had ended, where that is the question
 
 
 class World:
     """Config, policy and data in `folder`, and the result of an undisturbed run."""
 
     def __init__(self, folder: Path):
-        self.folder, self.rng, self.runs, self.slow, self.results = folder, random.Random(), 0, 50.0, {}
-        self.config, self.unfinished = str(folder / "config.yaml"), folder / "unfinished"     # the undisturbed run as it was after its last save
+        self.folder = folder
+        self.rng = random.Random()
+        self.runs = 0
+        self.slow = 50.0
+        self.results = {}
+        # the undisturbed run as it was after its last save
+        self.config = str(folder / "config.yaml")
+        self.unfinished = folder / "unfinished"
         forked(lambda: tiny.write_yaml(folder, **SETTINGS))
         start = time.monotonic()
         self.want = self.undisturbed()
         self.slow = max(1.0, (time.monotonic() - start) / USUAL)
 
     def events(self) -> dict[int, list[str]]:
-        """{rank: what a save forces onto the disk and renames, in this order}, from the undisturbed run."""
-        return {rank: (self.folder / f"events{rank}").read_text().splitlines() for rank in range(RANKS)}
+        """{rank: what a save forces onto the disk and renames, in this order}, from the undisturbed
+        run.
+        """
+        return {
+            rank: (self.folder / f"events{rank}").read_text().splitlines() for rank in range(RANKS)
+        }
 
     @property
     def limit(self) -> float:
@@ -52,10 +81,16 @@ class World:
             run = self.fresh()
             job = self.start(run, *more, prepare=self._trace)
             codes = job.wait(self.limit)
-            assert codes == [0] * RANKS, f"the undisturbed run {more} ends with {codes}:\n{job.said()}"
+            assert codes == [0] * RANKS, (
+                f"the undisturbed run {more} ends with {codes}:\n{job.said()}"
+            )
             self.results[more] = result(run)
             if not more:
-                shutil.copytree(run, self.unfinished, ignore=shutil.ignore_patterns("summary.json", "eval_after.jsonl"))
+                shutil.copytree(
+                    run,
+                    self.unfinished,
+                    ignore=shutil.ignore_patterns("summary.json", "eval_after.jsonl"),
+                )
                 shutil.rmtree(self.unfinished / "model")
         return self.results[more]
 
@@ -71,14 +106,21 @@ class World:
         return self.folder / f"run{self.runs}"
 
     def start(self, run: Path, *more: str, ranks: int = RANKS, prepare=None) -> Job:
-        return Job([self.config, f"run.patience={round(PATIENCE * self.slow)}", *more, f"run.dir={run}"], ranks, prepare, self.slow)
+        return Job(
+            [self.config, f"run.patience={round(PATIENCE * self.slow)}", *more, f"run.dir={run}"],
+            ranks,
+            prepare,
+            self.slow,
+        )
 
     def finish(self, run: Path, *more: str) -> tuple[Job, str, str]:
         """The same command again, left alone: (job, verdict, note)."""
         job = self.start(run, *more)
         return job, *self.judge(run, job, job.wait(self.limit))
 
-    def judge(self, run: Path, job: Job, codes: list[int] | None, want: dict | None = None) -> tuple[str, str]:
+    def judge(
+        self, run: Path, job: Job, codes: list[int] | None, want: dict | None = None
+    ) -> tuple[str, str]:
         """(verdict, note) of a job that was to finish the run; want: another than the world's."""
         want = want or self.want
         if codes != [0] * RANKS:
@@ -90,15 +132,27 @@ class World:
 
 def result(run: Path) -> dict:
     """All that a run is to come to, whatever happened on the way."""
+
     def plain(row: dict) -> dict:
         return {key: value for key, value in row.items() if key not in OTHERWISE}
 
     def rows(path: Path) -> list[dict]:
-        return [plain(json.loads(line)) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+        return (
+            [plain(json.loads(line)) for line in path.read_bytes().split(b"\n")[:-1]]
+            if path.exists()
+            else []
+        )
+
     weights = run / "model/model.safetensors"
-    return dict(weights=hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else None, metrics=rows(run / "metrics.jsonl"),
-                rollouts=gzip.decompress((run / "rollouts.jsonl.gz").read_bytes()) if (run / "rollouts.jsonl.gz").exists() else None,
-                scores=rows(run / "eval_before.jsonl") + rows(run / "eval_after.jsonl"), summary=plain(json.loads((run / "summary.json").read_text())))
+    return dict(
+        weights=hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else None,
+        metrics=rows(run / "metrics.jsonl"),
+        rollouts=gzip.decompress((run / "rollouts.jsonl.gz").read_bytes())
+        if (run / "rollouts.jsonl.gz").exists()
+        else None,
+        scores=rows(run / "eval_before.jsonl") + rows(run / "eval_after.jsonl"),
+        summary=plain(json.loads((run / "summary.json").read_text())),
+    )
 
 
 def checkpoints(run: Path) -> list[str]:
