@@ -35,7 +35,7 @@ def session():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # device() knows only inside the group
     # Its functions take the group of the moment of their import as a default and keep it alive for
     # good: to be imported before there is one
-    import torch.distributed.nn.functional  # noqa: F401
+    from torch.distributed.nn import functional  # noqa: F401
 
     try:
         store, me, ranks = store_of_this_start(SETUP_LIMIT)
