@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recr1.cli import natural, positive
-from recr1.config import ConfigError
-from recr1.files import write_text
-from recr1.hub import load_tokenizer, resolve
-from recr1.log import say
-from recr1.run import run_command
+from recr1.cli import parse_natural, parse_positive
+from recr1.config.schema import ConfigError
+from recr1.distributed.printing import print_rank0
+from recr1.training.launch import run_command
+from recr1.utils.files import write_text
+from recr1.utils.hf_hub import load_tokenizer, resolve_model_folder
 
 TASKS = "ifeval,gsm8k,mbpp,humaneval,mmlu"
 KEPT = ("versions", "n-shot", "n-samples")  # of lm-eval's own results: what was run
@@ -57,12 +57,12 @@ def main(argv: list[str]) -> None:
         help="prompts as chats; default: plain text, as upstream ran it",
     )
     parser.add_argument(
-        "--fewshot", type=natural, metavar="N", help="default: the task's own number"
+        "--fewshot", type=parse_natural, metavar="N", help="default: the task's own number"
     )
     parser.add_argument(
-        "--limit", type=positive, metavar="N", help="only the first N documents of each task"
+        "--limit", type=parse_positive, metavar="N", help="only the first N documents of each task"
     )
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N")
+    parser.add_argument("--batch-size", type=parse_positive, default=8, metavar="N")
     parser.add_argument(
         "--dtype",
         default="auto",
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", metavar="F.json", help="settings and figures as one JSON object")
     args = parser.parse_args(argv)
     result = audit(args)
-    say(table(result))
+    print_rank0(table(result))
     if args.out:
         write_text(Path(args.out), json.dumps(result, indent=1) + "\n")
 
@@ -96,7 +96,7 @@ def audit(args) -> dict:
             f'{e.name} is not installed; the audit needs lm-evaluation-harness: pip install "recr1[audit]"'
         ) from None
     folders = {
-        name: resolve(path)
+        name: resolve_model_folder(path)
         for name, path in (("before", args.before), ("after", args.model))
         if path
     }
@@ -119,7 +119,7 @@ def audit(args) -> dict:
         load(manager, name)  # what a task lacks is said before a model is loaded
     runs = {}
     for name, folder in folders.items():
-        say(f"audit: {name}: {folder}")
+        print_rank0(f"audit: {name}: {folder}")
         runs[name] = lm_eval.simple_evaluate(
             model="hf",
             model_args=dict(pretrained=folder, dtype=args.dtype),
@@ -210,7 +210,7 @@ def allow(unsafe: list[str], tasks: list[str], confirmed: bool) -> None:
     """
     what = f"{', '.join(unsafe)} run{'s' if len(unsafe) == 1 else ''} code that the model writes, on this machine and as this user"
     if not confirmed and sys.stdin.isatty():
-        say(f"audit: {what}. Best in a container without network or secrets.")
+        print_rank0(f"audit: {what}. Best in a container without network or secrets.")
         confirmed = input("Type yes to run it: ").strip() == "yes"
     if not confirmed:
         rest = ",".join(name for name in tasks if name not in unsafe) or "gsm8k"

@@ -8,8 +8,8 @@ import argparse
 import json
 from pathlib import Path
 
-from recr1 import data
-from recr1.evaluate import column, mean_ci, parts_of
+from recr1.data import readers
+from recr1.evaluation.evaluate import compute_mean_ci, get_column, list_metrics
 
 BANDS = ((0, 1), (2, 4), (5, 9), (10, 10**9))
 
@@ -24,22 +24,22 @@ def main() -> None:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     lengths = {
         id: len(row["history"])
-        for id, row in data.read_rows(args.queries, "stop", ("history",))[0].items()
+        for id, row in readers.read_rows(args.queries, "stop", ("history",))[0].items()
     }
-    metric = parts_of(rows)[0]
+    metric = list_metrics(rows)[0]
     result = []
     for low, high in BANDS:
         band = [row for row in rows if low <= lengths[row["id"]] <= high]
         if not band:
             continue
-        gain, ci = mean_ci(column(band, metric) - column(band, f"{metric}_raw"))
+        gain, ci = compute_mean_ci(get_column(band, metric) - get_column(band, f"{metric}_raw"))
         name = f"{low}-{high}" if high < 10**9 else f"{low}+"
         result.append(
             dict(
                 history=name,
                 n=len(band),
-                raw=column(band, f"{metric}_raw").mean(),
-                after=column(band, metric).mean(),
+                raw=get_column(band, f"{metric}_raw").mean(),
+                after=get_column(band, metric).mean(),
                 gain=gain,
                 gain_ci95=ci,
             )

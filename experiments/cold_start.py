@@ -21,14 +21,15 @@ import random
 import sys
 from pathlib import Path
 
-from recr1 import config_file as configs, data
-from recr1.files import write_text
-from recr1.log import say
-from recr1.run import run_command
-from recr1.splits import read_judged
-from recr1.tasks import make as tasks
-from recr1.tasks.items import Ordering, history, mentioned, read_titles
+from recr1.config import loader as configs
+from recr1.data import readers
+from recr1.distributed.printing import print_rank0
+from recr1.tasks import registry as tasks
+from recr1.tasks.candidate_list import CandidateRanking, get_history, list_mentioned, read_titles
+from recr1.tasks.prompts import read_judged_queries
 from recr1.tasks.sequential import Sequential
+from recr1.training.launch import run_command
+from recr1.utils.files import write_text
 
 
 def main(argv: list[str]) -> None:
@@ -46,17 +47,17 @@ def main(argv: list[str]) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("overrides", nargs="*")
     args = p.parse_intermixed_args(argv)
-    cfg = configs.load(args.config, args.overrides)
-    task = tasks.make(cfg)
+    cfg = configs.load_config(args.config, args.overrides)
+    task = tasks.build_task(cfg)
     rows = {
         id: row
-        for id, row in read_judged(cfg, task.needs)[0]["train"].items()
-        if not data.is_validation(id) and (cfg.data.test_queries or not data.is_test(id))
+        for id, row in read_judged_queries(cfg, task.needs)[0]["train"].items()
+        if not readers.is_validation(id) and (cfg.data.test_queries or not readers.is_test(id))
     }
     title, *_ = read_titles(
         cfg.data.corpus,
         cfg.data.on_bad_line,
-        (id for row in rows.values() for id in mentioned(row)),
+        (id for row in rows.values() for id in list_mentioned(row)),
         cfg.prompt.title_words,
     )
     texts = {
@@ -67,11 +68,11 @@ def main(argv: list[str]) -> None:
     lines = [json.dumps(dict(id=id, text=text), ensure_ascii=False) for id, text in texts]
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write_text(Path(args.out), "".join(line + "\n" for line in lines))
-    say(f"{args.out}: {len(lines)} texts")
+    print_rank0(f"{args.out}: {len(lines)} texts")
 
 
 def completion(task, row: dict, title, rng: random.Random, args) -> str:
-    if isinstance(task, Ordering):
+    if isinstance(task, CandidateRanking):
         labels = stirred(
             [f"Item_{i}" for i in range(1, 1 + len(row["candidates"]))], args.stir, rng
         )
@@ -93,7 +94,7 @@ def source(task, row: dict, title, rng: random.Random) -> str:
     """The text that the query is made of."""
     if not isinstance(task, Sequential):
         return row["text"]
-    items = [id for id, _ in history(row)][::-1]
+    items = [id for id, _ in get_history(row)][::-1]
     return (
         title(rng.choices(items, [0.5**i for i in range(len(items))])[0]) if items else row["text"]
     )

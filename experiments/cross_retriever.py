@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from recr1 import config_file as configs, data
-from recr1.evaluate import mean_ci
-from recr1.metrics import ndcg
-from recr1.retrieval.make import directory_of, make
+from recr1.config import loader as configs
+from recr1.data import readers
+from recr1.evaluation.evaluate import compute_mean_ci
+from recr1.retrieval.factory import build_retriever, get_index_dir
+from recr1.tasks.ranking_metrics import compute_ndcg
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     p.add_argument("runs", nargs="+", metavar="RUN", type=Path)
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
     args = p.parse_args()
-    cfgs = [configs.load(str(run / "config.yaml"), []) for run in args.runs]
+    cfgs = [configs.load_config(str(run / "config.yaml"), []) for run in args.runs]
     rows = [
         [json.loads(line) for line in (run / "eval_after.jsonl").read_bytes().split(b"\n")[:-1]]
         for run in args.runs
@@ -41,7 +42,7 @@ def main() -> None:
             raise SystemExit(
                 f"{run}: another corpus, reward.k_eval or other test queries than {args.runs[0]}"
             )
-    qrels = data.read_qrels(
+    qrels = readers.read_qrels(
         first.data.test_qrels or first.data.train_qrels, first.data.on_bad_line
     )[0]
     k = first.reward.k_eval
@@ -52,8 +53,8 @@ def main() -> None:
     for run, cfg, own in zip(args.runs, cfgs, rows):
         # sums of an encoder are rounded by it
         torch.set_num_threads(json.loads((run / "summary.json").read_text())["threads"])
-        retriever, _ = make(cfg.retriever)(
-            cfg.data.corpus, cfg.data.on_bad_line, directory_of(cfg.retriever, run), print
+        retriever, _ = build_retriever(cfg.retriever)(
+            cfg.data.corpus, cfg.data.on_bad_line, get_index_dir(cfg.retriever, run), print
         )
         raw = scored(retriever, [row["raw"] for row in own], gains, k)
         agree(run, "ndcg_raw", own, raw)
@@ -63,7 +64,7 @@ def main() -> None:
             values = scored(retriever, [row["rewrite"] for row in theirs], gains, k)
             if writer == run:
                 agree(run, "ndcg", own, values)
-            gain, (low, high) = mean_ci(values - raw)
+            gain, (low, high) = compute_mean_ci(values - raw)
             name = f"rewritten, trained with {its.retriever.kind} ({writer.name})"
             lines.append(
                 f"  {name:<44}{values.mean():8.4f}   gain {gain:+.4f} [{low:+.4f}, {high:+.4f}]"
@@ -96,7 +97,7 @@ def scored(
     ranked = [[retriever.doc_ids[r] for r in row if r >= 0] for row in found.tolist()]
     return np.array(
         [
-            ndcg(names, judged, k) if query is not None else 0.0
+            compute_ndcg(names, judged, k) if query is not None else 0.0
             for names, judged, query in zip(ranked, gains, queries)
         ]
     )

@@ -16,22 +16,22 @@ from pathlib import Path
 
 import torch
 
-from recr1 import config_file as configs
-from recr1.chat import Chat
-from recr1.checkpoint import compute_type, load_policy
-from recr1.config import Config
-from recr1.evaluate import column, evaluate, mean_ci
-from recr1.files import write_text
-from recr1.fsdp import Sharded
-from recr1.hub import load_tokenizer, resolve, stop_ids
-from recr1.log import say
-from recr1.retrieval.base import NoRetriever
-from recr1.retrieval.make import directory_of, make
-from recr1.run import run_command
-from recr1.splits import read_splits
-from recr1.tasks import make as tasks
-from recr1.tasks.rewards import Parts, read_items
-from recr1.tasks.scoring import Scorer
+from recr1.config import loader as configs
+from recr1.config.schema import Config
+from recr1.data.chat_template import ChatTemplate
+from recr1.distributed.fsdp import Sharded
+from recr1.distributed.printing import print_rank0
+from recr1.evaluation.evaluate import compute_mean_ci, evaluate_prompts, get_column
+from recr1.retrieval.factory import build_retriever, get_index_dir
+from recr1.retrieval.interface import NoRetriever
+from recr1.tasks import registry as tasks
+from recr1.tasks.prompts import load_prompts
+from recr1.tasks.rewards import RewardTerms, read_item_table
+from recr1.tasks.scorer import Scorer
+from recr1.training.launch import run_command
+from recr1.training.load_model import load_policy, resolve_compute_dtype
+from recr1.utils.files import write_text
+from recr1.utils.hf_hub import load_tokenizer, read_stop_token_ids, resolve_model_folder
 
 
 class Setting:
@@ -39,29 +39,29 @@ class Setting:
 
     def __init__(self, cfg: Config, model: str):
         self.cfg = cfg
-        self.folder = resolve(model)
+        self.folder = resolve_model_folder(model)
         torch.set_num_threads(cfg.run.threads or torch.get_num_threads())
         self.tokenizer = load_tokenizer(self.folder)
-        self.stops = stop_ids(self.folder, self.tokenizer)
-        self.task = tasks.make(cfg)
-        self.chat = Chat(
+        self.stops = read_stop_token_ids(self.folder, self.tokenizer)
+        self.task = tasks.build_task(cfg)
+        self.chat = ChatTemplate(
             self.tokenizer,
             cfg.prompt.system,
             cfg.prompt.user,
             cfg.prompt.assistant,
             self.task.places,
         )
-        self.train, self.validation, self.test, self.qrels = read_splits(cfg, self.chat, self.task)
-        maker = make(cfg.retriever) if self.task.searches else NoRetriever.make
+        self.train, self.validation, self.test, self.qrels = load_prompts(cfg, self.chat, self.task)
+        maker = build_retriever(cfg.retriever) if self.task.searches else NoRetriever.make
         self.retriever, _ = maker(
             cfg.data.corpus,
             cfg.data.on_bad_line,
-            directory_of(cfg.retriever, Path(cfg.run.dir)),
-            say,
+            get_index_dir(cfg.retriever, Path(cfg.run.dir)),
+            print_rank0,
         )
 
     def scorer(self, k: int) -> Scorer:
-        parts = Parts(self.cfg.reward, k, read_items(self.cfg), every=True)
+        parts = RewardTerms(self.cfg.reward, k, read_item_table(self.cfg), every=True)
         decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
         return Scorer(
             self.task,
@@ -75,7 +75,9 @@ class Setting:
         )
 
     def policy(self) -> Sharded:
-        return load_policy(self.folder, len(self.tokenizer), compute_type(self.cfg.model.compute))
+        return load_policy(
+            self.folder, len(self.tokenizer), resolve_compute_dtype(self.cfg.model.compute)
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -87,17 +89,19 @@ def main(argv: list[str]) -> None:
     p.add_argument("--out", required=True)
     p.add_argument("overrides", nargs="*")
     args = p.parse_intermixed_args(argv)
-    setting = Setting(configs.load(args.config, args.overrides), args.model)
+    setting = Setting(configs.load_config(args.config, args.overrides), args.model)
     metric = setting.cfg.reward.metric
     k = setting.cfg.reward.k_eval
-    rows = evaluate(
+    rows = evaluate_prompts(
         setting.policy(), setting.test, setting.scorer(k), setting.cfg.sampling.max_new_tokens
     )
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write_text(Path(args.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    gain, (low, high) = mean_ci(column(rows, metric) - column(rows, f"{metric}_raw"))
-    say(
-        f"{metric}@{k} on {len(rows)} queries: {column(rows, metric).mean():.4f}, raw {column(rows, f'{metric}_raw').mean():.4f}, {gain:+.4f} [{low:+.4f}, {high:+.4f}]"
+    gain, (low, high) = compute_mean_ci(
+        get_column(rows, metric) - get_column(rows, f"{metric}_raw")
+    )
+    print_rank0(
+        f"{metric}@{k} on {len(rows)} queries: {get_column(rows, metric).mean():.4f}, raw {get_column(rows, f'{metric}_raw').mean():.4f}, {gain:+.4f} [{low:+.4f}, {high:+.4f}]"
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from recr1.data import read_corpus
+from recr1.data.readers import read_corpus
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,15 +21,17 @@ from tokenizers import AddedToken, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import Qwen2Tokenizer
 
-from recr1 import config_file as configs, data
-from recr1.chat import Chat
-from recr1.config import Model, Optimizer as OptimizerConfig
-from recr1.grpo import objective
-from recr1.model import Decoder, ModelConfig
-from recr1.optim import Optimizer
-from recr1.records import Prompt, Rollout
-from recr1.sft import LEARN, cross_entropy, optimiser_step
-from recr1.weights import save_model
+from recr1.config import loader as configs
+from recr1.config.schema import ModelConfig, OptimizerConfig
+from recr1.data import readers
+from recr1.data.chat_template import ChatTemplate
+from recr1.data_types import Prompt, Rollout
+from recr1.model.decoder import Decoder
+from recr1.model.hf_weights import save_model
+from recr1.model.rope import DecoderConfig
+from recr1.rl.losses import resolve_objective
+from recr1.sft import CROSS_ENTROPY, compute_cross_entropy, make_update
+from recr1.training.optimizer import Optimizer
 
 HERE = Path(__file__).parent
 CONTRACT = ["<think>", "</think>", "<answer>", "</answer>", '{"query": "', '"}']
@@ -38,7 +40,7 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-SHAPE = ModelConfig(
+SHAPE = DecoderConfig(
     family="qwen2",
     vocab_size=4096,
     hidden_size=160,
@@ -96,7 +98,7 @@ class Examples:
     def __init__(
         self,
         tokenizer,
-        chat: Chat,
+        chat: ChatTemplate,
         queries: list[str],
         documents: list[str],
         batch: int,
@@ -208,13 +210,13 @@ def fit(
     """
     losses = []
     optimizer = Optimizer(model, config, steps)
-    loss = objective(LEARN, Model())
+    loss = resolve_objective(CROSS_ENTROPY, ModelConfig())
     bar = tqdm(range(steps), disable=None, desc="sft")
     for step in bar:
-        total, batches = optimiser_step(examples(step), max_tokens)
+        total, batches = make_update(examples(step), max_tokens)
         loss_sum = 0.0
         for batch in batches:
-            value, _ = cross_entropy(model, batch, total, 1.0, loss)
+            value, _ = compute_cross_entropy(model, batch, total, 1.0, loss)
             value.backward()
             loss_sum += value.item()
         norm, _ = optimizer.step(loss_sum)
@@ -238,17 +240,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    cfg = configs.load(args.config, [])
+    cfg = configs.load_config(args.config, [])
     torch.set_num_threads(cfg.run.threads or torch.get_num_threads())
     queries = [
         text
-        for id, text in data.read_queries(cfg.data.train_queries)[0].items()
-        if not data.is_validation(id)
+        for id, text in readers.read_queries(cfg.data.train_queries)[0].items()
+        if not readers.is_validation(id)
     ]
-    _, documents, _ = data.read_corpus(cfg.data.corpus)
+    _, documents, _ = readers.read_corpus(cfg.data.corpus)
     documents = [" ".join(text.lower().split()) for text in documents]
     tokenizer = make_tokenizer(queries * 3 + documents)
-    chat = Chat(tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
+    chat = ChatTemplate(tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
     model = initialised(args.seed)
     stages = [("copy", args.copy_steps, 2e-3, 0.02), ("edit", args.edit_steps, 1e-3, 0.01)]
     for i, (name, steps, lr, muon_lr) in enumerate(stages):
@@ -274,7 +276,7 @@ def main(argv: list[str]) -> None:
         args.out,
     )
     (Path(args.out) / "NOTICE").write_text(NOTICE, encoding="utf-8")
-    (Path(args.out) / "recr1.yaml").write_text(configs.answering(cfg), encoding="utf-8")
+    (Path(args.out) / "recr1.yaml").write_text(configs.dump_answering_config(cfg), encoding="utf-8")
 
 
 if __name__ == "__main__":

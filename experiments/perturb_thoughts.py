@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from evaluate import Setting
 
-from recr1 import config_file as configs
-from recr1.evaluate import greedy, mean_ci
-from recr1.files import write_text
-from recr1.log import say
-from recr1.run import run_command
+from recr1.config import loader as configs
+from recr1.distributed.printing import print_rank0
+from recr1.evaluation.evaluate import compute_mean_ci, generate_greedily
+from recr1.training.launch import run_command
+from recr1.utils.files import write_text
 
 END = "</think>"
 
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--queries", type=int, default=300)
     p.add_argument("overrides", nargs="*")
     args = p.parse_intermixed_args(argv)
-    setting = Setting(configs.load(args.config, args.overrides), args.model)
+    setting = Setting(configs.load_config(args.config, args.overrides), args.model)
     cfg = setting.cfg
     policy = setting.policy()
     scorer = setting.scorer(cfg.reward.k_eval)
@@ -46,13 +46,13 @@ def main(argv: list[str]) -> None:
     texts = [
         reward.text
         for reward in scorer.score(
-            greedy(policy, prompts, setting.stops, cfg.sampling.max_new_tokens)
+            generate_greedily(policy, prompts, setting.stops, cfg.sampling.max_new_tokens)
         )
     ]
     thoughts = [text.partition(END)[0] for text in texts]
     long = [i for i, thought in enumerate(thoughts) if END in texts[i] and len(thought.split()) > 1]
     result = dict(model=args.model, queries=len(prompts), with_thought=len(long))
-    say(f"{len(long)} of {len(prompts)} thoughts have two words or more")
+    print_rank0(f"{len(long)} of {len(prompts)} thoughts have two words or more")
     answers = {}
     for name, change in (
         dict(
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
             )
             for i, text in zip(long, changed)
         ]
-        rollouts = greedy(policy, forced, setting.stops, cfg.sampling.max_new_tokens)
+        rollouts = generate_greedily(policy, forced, setting.stops, cfg.sampling.max_new_tokens)
         rest = [
             setting.tokenizer.decode(
                 [id for id in r.ids if id not in setting.stops], clean_up_tokenization_spaces=False
@@ -93,16 +93,16 @@ def main(argv: list[str]) -> None:
             [a.answer != b.answer for a, b in zip(answers["unchanged"], answers[name])], float
         )
         metric = np.array([reward.parts[cfg.reward.metric] for reward in answers[name]])
-        loss, ci = mean_ci(
+        loss, ci = compute_mean_ci(
             metric - np.array([reward.parts[cfg.reward.metric] for reward in answers["unchanged"]])
         )
         result[name] = dict(
-            other_answer=mean_ci(other),
+            other_answer=compute_mean_ci(other),
             metric=float(metric.mean()),
             difference=loss,
             difference_ci95=ci,
         )
-        say(
+        print_rank0(
             f"  {name:<10} another answer {other.mean():.3f}   {cfg.reward.metric}@{cfg.reward.k_eval} {metric.mean():.4f}, {loss:+.4f} [{ci[0]:+.4f}, {ci[1]:+.4f}]"
         )
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 
-from recr1.retrieval.bm25 import BM25
+from recr1.retrieval.bm25.searcher import BM25Searcher
 
 INK = "#222222"
 GREY = "#b8b8b8"
@@ -136,7 +136,7 @@ def texts(
 
 
 def hits(
-    retriever: BM25,
+    retriever: BM25Searcher,
     queries: list[str],
     title: Callable[[str], str],
     gains: dict[str, float],

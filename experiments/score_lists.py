@@ -28,11 +28,11 @@ from math import log2
 
 import numpy as np
 
-from recr1.data import DataError
-from recr1.intervals import bootstrap_ci
-from recr1.log import say
-from recr1.metrics import ndcg, recall
-from recr1.run import run_command
+from recr1.data.readers import DataError
+from recr1.distributed.printing import print_rank0
+from recr1.evaluation.bootstrap import compute_bootstrap_ci
+from recr1.tasks.ranking_metrics import compute_ndcg, compute_recall
+from recr1.training.launch import run_command
 
 DEFAULT = "ndcg@10,ndcg@100,recall@10,recall@100"
 TOLERANCE = 1e-9  # the released figures are float64, written in full
@@ -51,9 +51,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     args = parser.parse_args(argv)
     result = score(read_lists(args.file), args.metrics)
-    say(table(args.file, result))
+    print_rank0(table(args.file, result))
     if args.json:
-        say(json.dumps(result))
+        print_rank0(json.dumps(result))
 
 
 def metric_names(text: str) -> list[str]:
@@ -188,7 +188,9 @@ def score(rows: dict[str, dict], names: list[str]) -> dict:
     )
     for name in names:
         kind, k = split(name)
-        metric, theirs = (ndcg, upstream_ndcg) if kind == "ndcg" else (recall, upstream_recall)
+        metric, theirs = (
+            (compute_ndcg, upstream_ndcg) if kind == "ndcg" else (compute_recall, upstream_recall)
+        )
         ours = np.array(
             [
                 metric(row["retrieved"], dict.fromkeys(row["target"], 1.0), k)
@@ -198,10 +200,10 @@ def score(rows: dict[str, dict], names: list[str]) -> dict:
         upstream = np.array([theirs(row["retrieved"], row["target"], k) for row in rows.values()])
         entry = dict(
             ours=float(ours.mean()),
-            ci95=list(bootstrap_ci(ours)),
+            ci95=list(compute_bootstrap_ci(ours)),
             upstream=float(upstream.mean()),
             difference=float((ours - upstream).mean()),
-            difference_ci95=list(bootstrap_ci(ours - upstream)),
+            difference_ci95=list(compute_bootstrap_ci(ours - upstream)),
         )
         if name in stored_names:
             entry["stored"] = compare(rows, name, dict(upstream=upstream, ours=ours))

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from evaluate import Setting
 
-from recr1 import config_file as configs, data
-from recr1.files import write_text
-from recr1.log import say
-from recr1.run import run_command
-from recr1.splits import read_judged
+from recr1.config import loader as configs
+from recr1.data import readers
+from recr1.distributed.printing import print_rank0
+from recr1.tasks.prompts import read_judged_queries
+from recr1.training.launch import run_command
+from recr1.utils.files import write_text
 
 
 def main(argv: list[str]) -> None:
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
     p.add_argument("--out", required=True)
     p.add_argument("overrides", nargs="*")
     args = p.parse_intermixed_args(argv)
-    cfg = configs.load(args.config, args.overrides)
+    cfg = configs.load_config(args.config, args.overrides)
     setting = Setting(cfg, cfg.model.path)
     scorer = setting.scorer(args.beyond)
     found = scorer.measure(
@@ -42,8 +43,8 @@ def main(argv: list[str]) -> None:
         for prompt, parts in zip(setting.train, found)
         if parts["hit"] == 0 and any(setting.qrels[prompt.id].values())
     }
-    rows = read_judged(cfg, setting.task.needs)[0]["train"]
-    kept = {id: row for id, row in rows.items() if id in sparse or data.is_validation(id)}
+    rows = read_judged_queries(cfg, setting.task.needs)[0]["train"]
+    kept = {id: row for id, row in rows.items() if id in sparse or readers.is_validation(id)}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write_text(
         Path(args.out),
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> None:
             json.dumps(dict(row, id=id), ensure_ascii=False) + "\n" for id, row in kept.items()
         ),
     )
-    say(
+    print_rank0(
         f"{args.out}: {len(sparse)} of {len(setting.train)} train queries have no target in the first {args.beyond}; with {len(kept) - len(sparse)} of validation"
     )
 

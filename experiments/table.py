@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from recr1.evaluate import column, compared, mean_ci, parts_of
+from recr1.evaluation.evaluate import compare_evaluations, compute_mean_ci, get_column, list_metrics
 from recr1.tasks.rewards import METRICS
 
 HEAD = (
@@ -93,7 +93,7 @@ def run_row(run: Path) -> str:
     before = read(run, "eval_before.jsonl")
     after = read(run, "eval_after.jsonl")
     metric = summary["metric"].partition("@")[0]
-    figures = compared(before, after, metric)
+    figures = compare_evaluations(before, after, metric)
     for name in ("raw", "before", "after", "gain"):
         if abs(figures[name] - summary[name]) > 1e-9:
             sys.exit(
@@ -120,7 +120,9 @@ def parts_rows(run: Path) -> list[str]:
     before = read(run, "eval_before.jsonl")
     after = read(run, "eval_after.jsonl")
     figures = {
-        part: compared(before, after, part) for part in parts_of(after) if part not in METRICS
+        part: compare_evaluations(before, after, part)
+        for part in list_metrics(after)
+        if part not in METRICS
     }
     return [
         row(
@@ -139,9 +141,9 @@ def parts_rows(run: Path) -> list[str]:
 def rows_row(folder: Path) -> str:
     """Of rows without a run (evaluate.py)."""
     after = read(folder, "eval_after.jsonl")
-    metric = parts_of(after)[0]
+    metric = list_metrics(after)[0]
     if (folder / "eval_before.jsonl").exists():
-        figures = compared(read(folder, "eval_before.jsonl"), after, metric)
+        figures = compare_evaluations(read(folder, "eval_before.jsonl"), after, metric)
         return row(
             [
                 folder.name,
@@ -151,9 +153,9 @@ def rows_row(folder: Path) -> str:
                 change(figures, "after_minus_before"),
             ]
         )
-    raw = column(after, f"{metric}_raw")
-    own = column(after, metric)
-    gain, ci = mean_ci(own - raw)
+    raw = get_column(after, f"{metric}_raw")
+    own = get_column(after, metric)
+    gain, ci = compute_mean_ci(own - raw)
     return row(
         [
             folder.name,

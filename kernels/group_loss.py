@@ -29,15 +29,16 @@ from types import SimpleNamespace
 
 import torch
 
-from . import logprob
-from .launch import require
+from recr1.kernels import logprob
+from recr1.kernels.availability import require_backend
 
 ADVANTAGES = ("std", "mean", "leave_one_out")
+
 STATISTICS = ("loss", "clipped", "kl", "weight", "gap", "square")
 
 
 @dataclass(frozen=True)
-class Rule:
+class LossRule:
     """The constants of one loss of the family."""
 
     advantage: str = "std"  # std | mean | leave_one_out
@@ -50,7 +51,7 @@ class Rule:
 
 
 @dataclass
-class GroupPull:
+class GroupTokenLoss:
     """The loss as a Pull of logprob.linear_loss, and with `on_logits_` joined to the head: rewards
     and hidden states in, gradients out.
 
@@ -60,7 +61,7 @@ class GroupPull:
     sampler|, (d loss / d logp)^2.
     """
 
-    rule: Rule
+    rule: LossRule
     rewards: torch.Tensor | None
     rollout: torch.Tensor
     weight: torch.Tensor
@@ -73,7 +74,7 @@ class GroupPull:
 
     def __post_init__(self):
         N = len(self.rollout)
-        require("triton", self.rollout.device)
+        require_backend("triton", self.rollout.device)
         for name in ("weight", "sampler", "old", "ref"):
             x = getattr(self, name)
             assert x is None or (
@@ -83,7 +84,7 @@ class GroupPull:
         assert self.rule.kl == 0 or self.ref is not None, "kl needs the reference's log-probs"
         if self.adv is None:
             assert self.rewards.ndim == 2 and self.rewards.dtype == torch.float32
-            self.adv = advantages(self.rewards, self.rule)
+            self.adv = compute_advantages(self.rewards, self.rule)
         self.sums = self.adv.new_zeros(len(STATISTICS))
 
     def __call__(
@@ -98,7 +99,7 @@ class GroupPull:
         pull = torch.empty_like(logp)
         sums = logp.new_empty(-(-n // tile), len(STATISTICS))
         if n:
-            kernels().tokens[len(sums),](
+            get_kernels().tokens[len(sums),](
                 logp,
                 *self._of_tokens(rows),
                 self.adv,
@@ -121,7 +122,7 @@ class GroupPull:
         logprob.check_rows(logits, target, logp, entropy)
         sums = logp.new_empty(n, len(STATISTICS))
         # many warps, few rows at once: the second visit of a row looks for it in the L2 cache
-        kernels().joined[n,](
+        get_kernels().joined[n,](
             logits,
             target,
             *self._of_tokens(rows),
@@ -133,8 +134,8 @@ class GroupPull:
             *self._constants(),
             V,
             logits.stride(0),
-            logprob.tile_of(V)["TILE"],
-            num_warps=min(32, logprob.tile_of(V)["TILE"] // 32),
+            logprob.choose_tile(V)["TILE"],
+            num_warps=min(32, logprob.choose_tile(V)["TILE"] // 32),
         )
         return self._add(sums)
 
@@ -173,13 +174,13 @@ class GroupPull:
         return sums[0]
 
 
-def group_loss(logp: torch.Tensor, pull: GroupPull) -> torch.Tensor:
+def compute_group_loss(logp: torch.Tensor, pull: GroupTokenLoss) -> torch.Tensor:
     """logp (N,) with gradient -> the scalar loss, for head: recompute."""
     at = logp.detach()
-    return Known.apply(logp, at, *pull(at, at, slice(0, len(at))))
+    return WithGradients.apply(logp, at, *pull(at, at, slice(0, len(at))))
 
 
-class Known(torch.autograd.Function):
+class WithGradients(torch.autograd.Function):
     """A loss whose derivatives at logp and entropy, (N,) each or None, are known."""
 
     @staticmethod
@@ -192,12 +193,12 @@ class Known(torch.autograd.Function):
         return *(d if d is None else d * grad for d in ctx.saved_tensors), None, None, None
 
 
-def advantages(rewards: torch.Tensor, rule: Rule) -> torch.Tensor:
+def compute_advantages(rewards: torch.Tensor, rule: LossRule) -> torch.Tensor:
     """rewards (P, G) -> advantages (P * G,): grpo.group_advantages, a program to a group."""
     P, G = rewards.shape
     adv = rewards.new_empty(P * G)
     if P:
-        kernels().advantage[P,](
+        get_kernels().advantage[P,](
             rewards.contiguous(),
             adv,
             rule.std_floor,
@@ -210,14 +211,14 @@ def advantages(rewards: torch.Tensor, rule: Rule) -> torch.Tensor:
 
 
 @cache
-def kernels() -> SimpleNamespace:
+def get_kernels() -> SimpleNamespace:
     """The Triton kernels, made at first use, as in logprob.py."""
     global triton, tl, row_statistics, d_logits, token_loss, token_tile
     import triton
     import triton.language as tl
 
-    row_statistics = logprob.kernels().row_statistics
-    d_logits = logprob.kernels().d_logits
+    row_statistics = logprob.get_kernels().row_statistics
+    d_logits = logprob.get_kernels().d_logits
 
     @triton.jit
     def advantage(

@@ -32,26 +32,30 @@ from types import SimpleNamespace
 
 import torch
 
-from ..linear import product, product_into
-from .launch import require
+from recr1.kernels.availability import require_backend
+from recr1.kernels.cpu_linear import multiply, multiply_into
 
 # Bytes of logits that exist at once. CPU: wide products, yet little beside a small head's gradient.
 # GPU: 1,024 rows of Qwen's vocabulary in bf16.
-WORKSPACE = {"cpu": 48 << 20, "cuda": 311_164_928}
+WORKSPACE_BYTES = {"cpu": 48 << 20, "cuda": 311_164_928}
+
 # torch: what the policy visits several times over, in cache on a CPU
-BLOCK = {"cpu": 4 << 20, "cuda": 64 << 20}
-SLICE = {"cpu": 16 << 20, "cuda": 311_164_928}  # the recomputed logits, which come by columns
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+
+SLICE_BYTES = {"cpu": 16 << 20, "cuda": 311_164_928}  # the recomputed logits, which come by columns
+
 
 # logp (n,), its rows -> that part of the loss
 Formula = Callable[[torch.Tensor, slice], torch.Tensor]
+
 # logp (n,), entropy (n,), their rows -> that part of the loss, d loss / d logp (n,), d loss / d
 # entropy (n,) or None where it has no part
-Pull = Callable[
+TokenLoss = Callable[
     [torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 ]
 
 
-def linear_logp(hidden, weight, target, temperature: float, policy, backend: str = "torch"):
+def linear_log_probs(hidden, weight, target, temperature: float, policy, backend: str = "torch"):
     """hidden (N, C), weight (V, C), target (N,) -> log-prob (N,) and entropy (N,), both with
     gradient, at least float32.
 
@@ -59,12 +63,12 @@ def linear_logp(hidden, weight, target, temperature: float, policy, backend: str
     computes the same in its kernels. Rows whose incoming gradient is 0 are left out of the
     backward. Raises RuntimeError when the backend cannot run here.
     """
-    require(backend, hidden.device)
-    return _LinearLogp.apply(hidden, weight, target, temperature, policy, backend)
+    require_backend(backend, hidden.device)
+    return _LinearLogProbs.apply(hidden, weight, target, temperature, policy, backend)
 
 
-def linear_loss(
-    hidden, weight, target, temperature: float, policy, pull: Pull, backend: str = "torch"
+def fused_linear_loss(
+    hidden, weight, target, temperature: float, policy, pull: TokenLoss, backend: str = "torch"
 ):
     """The same inputs -> loss (scalar with gradient), log-prob (N,) and entropy (N,) without; the
     logits are made once.
@@ -73,15 +77,15 @@ def linear_loss(
     chunk, already divided by the total, and its derivatives; `by_autograd(formula)` makes a pull of
     a formula in plain torch. `rows` is a slice of 0..N.
     """
-    require(backend, hidden.device)
+    require_backend(backend, hidden.device)
     if not torch.is_grad_enabled():
         # the forward would make gradients that nobody can ask for
         hidden = hidden.detach()
         weight = weight.detach()
-    return _LinearLoss.apply(hidden, weight, target, temperature, policy, pull, backend)
+    return _FusedLinearLoss.apply(hidden, weight, target, temperature, policy, pull, backend)
 
 
-def by_autograd(formula: Formula) -> Pull:
+def make_token_loss(formula: Formula) -> TokenLoss:
     """The Pull of a loss that is written in plain torch on logp."""
 
     def pull(logp, entropy, rows):
@@ -94,20 +98,20 @@ def by_autograd(formula: Formula) -> Pull:
     return pull
 
 
-class _LinearLogp(torch.autograd.Function):
+class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature, policy, backend):
         # (N,) each
         logp, entropy, log_norm = (
-            hidden.new_empty(len(hidden), dtype=_wide(weight)) for _ in range(3)
+            hidden.new_empty(len(hidden), dtype=_accumulation_dtype(weight)) for _ in range(3)
         )
-        for rows, logits in _chunks(hidden, weight):
+        for rows, logits in _iterate_chunks(hidden, weight):
             if backend == "triton":
-                statistics(
+                compute_statistics(
                     logits, target[rows], temperature, logp[rows], entropy[rows], log_norm[rows]
                 )
                 continue
-            for here, block in _blocks(rows, logits):
+            for here, block in _iterate_blocks(rows, logits):
                 p = policy(block, temperature)
                 logp[here], entropy[here], log_norm[here] = (
                     p.logp(target[here, None])[:, 0],
@@ -117,7 +121,7 @@ class _LinearLogp(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, target, log_norm, entropy)
         ctx.temperature, ctx.gradient_ = (
             temperature,
-            triton_gradient_ if backend == "triton" else torch_gradient_,
+            triton_logits_to_gradient_ if backend == "triton" else torch_logits_to_gradient_,
         )
         ctx.set_materialize_grads(False)
         return logp, entropy
@@ -132,9 +136,11 @@ class _LinearLogp(torch.autograd.Function):
             x if x is None or not some else x.index_select(0, live)
             for x in (hidden, target, log_norm, grad, entropy, d_entropy)
         )
-        d_hidden = torch.zeros_like(h, dtype=_wide(h)) if ctx.needs_input_grad[0] else None
+        d_hidden = (
+            torch.zeros_like(h, dtype=_accumulation_dtype(h)) if ctx.needs_input_grad[0] else None
+        )
         d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for columns, logits in _slices(h, weight):
+        for columns, logits in _iterate_slices(h, weight):
             ctx.gradient_(
                 logits, target - columns.start, log_norm, grad, ctx.temperature, entropy, d_entropy
             )
@@ -148,24 +154,28 @@ class _LinearLogp(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None, None
 
 
-class _LinearLoss(torch.autograd.Function):
+class _FusedLinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature, policy, pull, backend):
         # (N,) each
-        logp, entropy = (hidden.new_empty(len(hidden), dtype=_wide(weight)) for _ in range(2))
+        logp, entropy = (
+            hidden.new_empty(len(hidden), dtype=_accumulation_dtype(weight)) for _ in range(2)
+        )
         loss = logp.new_zeros(())
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = (
-            torch.empty_like(weight, dtype=_wide(weight)) if ctx.needs_input_grad[1] else None
+            torch.empty_like(weight, dtype=_accumulation_dtype(weight))
+            if ctx.needs_input_grad[1]
+            else None
         )
         cleared = 0  # the first product overwrites d_weight: it is never cleared, then added to
-        for rows, logits in _chunks(hidden, weight):
+        for rows, logits in _iterate_chunks(hidden, weight):
             if backend == "triton":
-                live = _triton_gradient_chunk_(
+                live = _triton_logits_to_gradient_(
                     rows, logits, target, temperature, pull, logp, entropy, loss
                 )
             else:
-                live = _torch_gradient_chunk_(
+                live = _torch_logits_to_gradient_(
                     rows, logits, target, temperature, policy, pull, logp, entropy, loss
                 )
             if len(live) == 0:
@@ -173,7 +183,7 @@ class _LinearLoss(torch.autograd.Function):
             d_logits = logits[: len(live)]
             h = hidden.index_select(0, live)
             if d_hidden is not None:
-                d_hidden.index_copy_(0, live, product(d_logits, weight.T))
+                d_hidden.index_copy_(0, live, multiply(d_logits, weight.T))
             if d_weight is not None:
                 _add_product(d_weight, d_logits.T, h, beta=cleared)
                 cleared = 1
@@ -189,14 +199,16 @@ class _LinearLoss(torch.autograd.Function):
         return *scaled, None, None, None, None, None
 
 
-def _torch_gradient_chunk_(rows, logits, target, temperature, policy, pull, logp, entropy, loss):
+def _torch_logits_to_gradient_(
+    rows, logits, target, temperature, policy, pull, logp, entropy, loss
+):
     """Fills logp and entropy of the rows, adds their part to the loss, and packs their d_logits,
     but those of gradient 0, to the top of `logits`. Returns the rows (k,) they belong to. The
     policy's exponentials become the gradient, block by block, in cache.
     """
     found = []
     top = 0
-    for here, block in _blocks(rows, logits):
+    for here, block in _iterate_blocks(rows, logits):
         p = policy(block, temperature)
         logp[here], entropy[here] = p.logp(target[here, None])[:, 0], p.entropy()
         part, g, h = pull(logp[here], entropy[here], here)
@@ -225,7 +237,7 @@ def _torch_gradient_chunk_(rows, logits, target, temperature, policy, pull, logp
     return torch.cat(found)
 
 
-def _triton_gradient_chunk_(rows, logits, target, temperature, pull, logp, entropy, loss):
+def _triton_logits_to_gradient_(rows, logits, target, temperature, pull, logp, entropy, loss):
     """The same by kernels. Rows of gradient 0 stay in place: no row may move while another program
     still reads it.
     """
@@ -234,16 +246,16 @@ def _triton_gradient_chunk_(rows, logits, target, temperature, pull, logp, entro
         loss += pull.on_logits_(logits, target[rows], temperature, rows, logp[rows], entropy[rows])
     else:
         log_norm = torch.empty_like(logp[rows])
-        statistics(logits, target[rows], temperature, logp[rows], entropy[rows], log_norm)
+        compute_statistics(logits, target[rows], temperature, logp[rows], entropy[rows], log_norm)
         part, g, h = pull(logp[rows], entropy[rows], rows)
         loss += part
         if not g.any() and (h is None or not h.any()):
             return target.new_empty(0)
-        triton_gradient_(logits, target[rows], log_norm, g, temperature, entropy[rows], h)
+        triton_logits_to_gradient_(logits, target[rows], log_norm, g, temperature, entropy[rows], h)
     return torch.arange(rows.start, rows.stop, device=target.device)
 
 
-def torch_gradient_(
+def torch_logits_to_gradient_(
     logits, at, log_norm, pull, temperature: float, entropy=None, d_entropy=None
 ) -> None:
     """logits (n, v), a slice of the vocabulary -> d loss / d logits, in place. at (n,): the
@@ -251,7 +263,7 @@ def torch_gradient_(
 
     pull and d_entropy (n,): d loss / d logp, d loss / d entropy.
     """
-    x = logits.to(_wide(logits))
+    x = logits.to(_accumulation_dtype(logits))
     if temperature != 1.0:
         x.div_(temperature)
     pull = (pull / temperature)[:, None]
@@ -267,13 +279,13 @@ def torch_gradient_(
         logits.copy_(x)
 
 
-def statistics(logits, target, temperature: float, logp, entropy, log_norm) -> None:
+def compute_statistics(logits, target, temperature: float, logp, entropy, log_norm) -> None:
     """Fills logp, entropy and logsumexp (n,) of logits (n, V), as policy.policy defines them: one
     pass, an online logsumexp, a program to a row.
     """
     n, V = logits.shape
     check_rows(logits, target, logp, entropy, log_norm)
-    kernels().statistics[n,](
+    get_kernels().statistics[n,](
         logits,
         target,
         logp,
@@ -282,11 +294,11 @@ def statistics(logits, target, temperature: float, logp, entropy, log_norm) -> N
         float(temperature),
         V,
         logits.stride(0),
-        **tile_of(V),
+        **choose_tile(V),
     )
 
 
-def triton_gradient_(
+def triton_logits_to_gradient_(
     logits, at, log_norm, pull, temperature: float, entropy=None, d_entropy=None
 ) -> None:
     """torch_gradient_ by a kernel: one read and one write of logits (n, v), a program to 4,096
@@ -296,7 +308,7 @@ def triton_gradient_(
     entropy = None if d_entropy is None else entropy
     check_rows(logits, at, log_norm, pull, *(x for x in (entropy, d_entropy) if x is not None))
     if n:
-        kernels().gradient[n, -(-v // 4096)](
+        get_kernels().gradient[n, -(-v // 4096)](
             logits,
             at,
             log_norm,
@@ -321,7 +333,7 @@ def check_rows(logits, *of_rows) -> None:
     )
 
 
-def tile_of(V: int) -> dict[str, int]:
+def choose_tile(V: int) -> dict[str, int]:
     """A power of two of columns for a program that walks a row of V, 32 to a thread where there are
     so many.
     """
@@ -330,7 +342,7 @@ def tile_of(V: int) -> dict[str, int]:
 
 
 @cache
-def kernels() -> SimpleNamespace:
+def get_kernels() -> SimpleNamespace:
     """The Triton kernels, made at first use: importing this file needs no Triton, and Triton finds
     `tl` and helpers among a module's globals.
 
@@ -420,43 +432,49 @@ def kernels() -> SimpleNamespace:
     )
 
 
-def _chunks(hidden, weight) -> Iterator[tuple[slice, torch.Tensor]]:
+def _iterate_chunks(hidden, weight) -> Iterator[tuple[slice, torch.Tensor]]:
     """Rows of 0..N and their logits (n, V), one workspace for all."""
     N = len(hidden)
-    stride = _stride(len(weight))
-    rows = _most(WORKSPACE[hidden.device.type], stride * hidden.element_size(), N)
+    stride = _padded_row_stride(len(weight))
+    rows = _rows_per_chunk(WORKSPACE_BYTES[hidden.device.type], stride * hidden.element_size(), N)
     workspace = hidden.new_empty(rows, stride)
     for start in range(0, N, rows):
         stop = min(start + rows, N)
         yield (
             slice(start, stop),
-            product_into(workspace[: stop - start, : len(weight)], hidden[start:stop], weight),
+            multiply_into(workspace[: stop - start, : len(weight)], hidden[start:stop], weight),
         )
 
 
-def _slices(hidden, weight) -> Iterator[tuple[slice, torch.Tensor]]:
+def _iterate_slices(hidden, weight) -> Iterator[tuple[slice, torch.Tensor]]:
     """Columns of 0..V and their logits (N, v), one workspace for all."""
     N = len(hidden)
     V = len(weight)
-    columns = _stride(_most(SLICE[hidden.device.type], max(N, 1) * hidden.element_size(), V))
+    columns = _padded_row_stride(
+        _rows_per_chunk(SLICE_BYTES[hidden.device.type], max(N, 1) * hidden.element_size(), V)
+    )
     workspace = hidden.new_empty(N, columns)
     for start in range(0, V, columns):
         stop = min(start + columns, V)
         yield (
             slice(start, stop),
-            product_into(workspace[:, : stop - start], hidden, weight[start:stop]),
+            multiply_into(workspace[:, : stop - start], hidden, weight[start:stop]),
         )
 
 
-def _blocks(rows: slice, logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+def _iterate_blocks(rows: slice, logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """The chunk in blocks: rows of 0..N and their logits (b, V)."""
-    count = _most(BLOCK[logits.device.type], logits.shape[1] * _wide(logits).itemsize, len(logits))
+    count = _rows_per_chunk(
+        BLOCK_BYTES[logits.device.type],
+        logits.shape[1] * _accumulation_dtype(logits).itemsize,
+        len(logits),
+    )
     for start in range(0, len(logits), count):
         block = logits[start : start + count]
         yield slice(rows.start + start, rows.start + start + len(block)), block
 
 
-def _most(budget: int, each: int, all: int) -> int:
+def _rows_per_chunk(budget: int, each: int, all: int) -> int:
     """How many fit the budget: all, or a multiple of 128 (a GPU's tile), or of 4 (below it float32
     sums depend on the number of rows).
     """
@@ -464,7 +482,7 @@ def _most(budget: int, each: int, all: int) -> int:
     return max(all, 1) if fit >= all else fit - fit % (128 if fit >= 128 else 4)
 
 
-def _stride(columns: int) -> int:
+def _padded_row_stride(columns: int) -> int:
     """Rows of a workspace start 32 bytes apart at least: the wide loads of cuBLAS and Triton need
     it, and real vocabularies are odd.
     """
@@ -481,6 +499,6 @@ def _add_product(out, a, b, beta: float = 1) -> None:
         out.mul_(beta).add_(a @ b) if beta else out.copy_(a @ b)
 
 
-def _wide(x: torch.Tensor) -> torch.dtype:
+def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
     """The type of sums and log-probs; float64 stays float64."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -14,45 +14,48 @@ from typing import NoReturn
 
 import torch
 
-from . import completions, config_file as configs, dist, doctor, explain, losslab, report
-from .chat import make_prompts
-from .config import ConfigError
-from .dryrun import model_shape
-from .exits import end_process
-from .log import say
-from .plan import bytes_of, plan
-from .rewriter import Rewriter
-from .run import guarded
-from .searching import (
-    corpus_flags,
-    eval_queries,
-    finish,
-    hits,
-    make_index,
+from recr1 import doctor, report
+from recr1.commands import compare_losses, explain, score_completions
+from recr1.commands.rewrite import Rewriter
+from recr1.commands.search import (
+    add_corpus_flags,
+    format_hits,
+    format_row,
     make_retriever,
-    metric_list,
-    read_judged,
+    parse_metrics,
+    print_json,
+    read_judged_files,
     read_texts,
-    row,
-    scores,
-    search,
-    summary,
+    run_eval_queries,
+    run_index,
+    run_search,
+    score_queries,
+    summarize_scores,
 )
-from .terminal import plain
-from .weights import check_room
+from recr1.config import loader as configs
+from recr1.config.schema import ConfigError
+from recr1.data.chat_template import make_prompts
+from recr1.distributed import collectives as dist
+from recr1.distributed.printing import print_rank0
+from recr1.memory.plan import make_plan, parse_bytes
+from recr1.training.checks import check_lengths
+from recr1.training.dry_run import read_model_shape
+from recr1.training.launch import run_guarded
+from recr1.utils.exits import end_process
+from recr1.utils.terminal import make_printable
 
 
 def main(argv: list[str]) -> None:
-    args, args.overrides = parser().parse_known_args(argv)
+    args, args.overrides = build_parser().parse_known_args(argv)
     if args.overrides and (
-        args.run not in (plan_memory, reward)
+        args.run not in (run_plan, run_reward)
         or any(text.startswith("-") for text in args.overrides)
     ):
-        parser().error(f"unrecognized arguments: {' '.join(args.overrides)}")
+        build_parser().error(f"unrecognized arguments: {' '.join(args.overrides)}")
     args.run(args)
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="recr1",
         description="Rec-R1: queries, rewrites and what a retriever makes of them. "
@@ -79,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         )
         p.add_argument(
             "--metrics",
-            type=metric_list,
+            type=parse_metrics,
             default="ndcg@10,ndcg@100,recall@100",
             metavar="M",
             help="of ndcg@K, recall@K, mrr@K, hit@K",
@@ -96,51 +99,51 @@ def parser() -> argparse.ArgumentParser:
 
     p = command(
         "index",
-        make_index,
+        run_index,
         "make or check the index of a corpus",
         "for runs and the other commands",
     )
-    corpus_flags(p)
-    p = command("eval-queries", eval_queries, "score queries as they are")
-    corpus_flags(p), judged(p)
+    add_corpus_flags(p)
+    p = command("eval-queries", run_eval_queries, "score queries as they are")
+    add_corpus_flags(p), judged(p)
     p = command(
         "eval",
-        eval_policy,
+        run_eval,
         "rewrite queries with a policy, then score them",
         "also by torchrun -m recr1.cli",
     )
-    policy(p), corpus_flags(p), judged(p)
+    policy(p), add_corpus_flags(p), judged(p)
     p = command(
-        "search", search, "the best hits of one query", "and what each matched term contributed"
+        "search", run_search, "the best hits of one query", "and what each matched term contributed"
     )
-    corpus_flags(p)
-    p.add_argument("query", type=utf8)
-    p.add_argument("-k", type=positive, default=10, help="how many")
+    add_corpus_flags(p)
+    p.add_argument("query", type=check_utf8)
+    p.add_argument("-k", type=parse_positive, default=10, help="how many")
     p = command(
         "generate",
-        generate_one,
+        run_generate,
         "a policy's answer to one query",
         "shown as it is sampled; with --corpus both hit lists",
     )
-    policy(p), corpus_flags(p, required=False)
-    p.add_argument("query", type=utf8)
-    p.add_argument("-k", type=positive, default=5, help="hits of each list")
+    policy(p), add_corpus_flags(p, required=False)
+    p.add_argument("query", type=check_utf8)
+    p.add_argument("-k", type=parse_positive, default=5, help="hits of each list")
     p.add_argument(
         "--temperature",
-        type=temperature,
+        type=parse_temperature,
         default=0.0,
         metavar="T",
         help="draw at this temperature; default 0: the most likely token each time",
     )
     p.add_argument(
         "--seed",
-        type=natural,
+        type=parse_natural,
         metavar="N",
         help="of the draws, which are the same again for the same seed; default 0",
     )
     p = command(
         "reward",
-        reward,
+        run_reward,
         "score stored completions: each part of the reward",
         usage="recr1 reward --config X --completions F [--json] [a.b=value ...]",
     )
@@ -161,11 +164,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="one JSON object on the last line, with a row for each completion",
     )
-    p = command("losses", losses, "one logged step of a run under every loss")
+    p = command("losses", run_losses, "one logged step of a run under every loss")
     p.add_argument("--run", dest="folder", metavar="RUN", required=True, help="a run's folder")
     p.add_argument(
         "--step",
-        type=positive,
+        type=parse_positive,
         required=True,
         help="a step whose tokens were logged (log.tokens_every)",
     )
@@ -177,14 +180,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
     p = command(
         "explain",
-        explain_step,
+        run_explain,
         "one logged step from prompt to gradient",
         "worked again and held against the log; exit code 1 where it disagrees",
     )
     p.add_argument("--run", dest="folder", metavar="RUN", required=True, help="a run's folder")
     p.add_argument(
         "--step",
-        type=positive,
+        type=parse_positive,
         required=True,
         help="a step whose tokens were logged (log.tokens_every)",
     )
@@ -207,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--json", action="store_true", help="one JSON object on the last line")
     p = command(
-        "report", make_report, "a run as one HTML page, needing no network; two runs compared"
+        "report", run_report, "a run as one HTML page, needing no network; two runs compared"
     )
     p.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or two")
     p.add_argument(
@@ -218,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p = command(
         "plan",
-        plan_memory,
+        run_plan,
         "the memory that a training needs by phase",
         "and what to set so that it fits",
         usage="recr1 plan CONFIG --gpus N --memory 48GB [a.b=value ...]",
@@ -229,7 +232,7 @@ def parser() -> argparse.ArgumentParser:
         help="a training's; the model's shape comes from its folder or from shapes.yaml beside the config",
     )
     p.add_argument(
-        "--gpus", type=positive, required=True, metavar="N", help="how many, one rank each"
+        "--gpus", type=parse_positive, required=True, metavar="N", help="how many, one rank each"
     )
     p.add_argument(
         "--memory", required=True, metavar="48GB", help="of each; GB is 10^9 bytes, GiB 2^30"
@@ -237,19 +240,19 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def positive(text: str) -> int:
+def parse_positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, is {text!r}")
     return int(text)
 
 
-def natural(text: str) -> int:
+def parse_natural(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, is {text!r}")
     return int(text)
 
 
-def temperature(text: str) -> float:
+def parse_temperature(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -259,7 +262,7 @@ def temperature(text: str) -> float:
     return value
 
 
-def utf8(text: str) -> str:
+def check_utf8(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:  # bytes that the shell passed on as they were
@@ -267,9 +270,9 @@ def utf8(text: str) -> str:
     return text
 
 
-def eval_policy(args) -> None:
-    with dist.together():
-        queries, qrels = read_judged(args)
+def run_eval(args) -> None:
+    with dist.fail_together():
+        queries, qrels = read_judged_files(args)
         index = make_retriever(args) if dist.rank() == 0 else None
         rewriter = Rewriter(args.model, args.config)
         prompts, long = make_prompts(
@@ -280,15 +283,18 @@ def eval_policy(args) -> None:
             "drop",
         )
     mine = {
-        p.id: query for p, query in zip(dist.share(prompts), rewriter.rewrite(dist.share(prompts)))
+        p.id: query
+        for p, query in zip(
+            dist.split_across_ranks(prompts), rewriter.rewrite(dist.split_across_ranks(prompts))
+        )
     }
-    parts = dist.gather(mine)
+    parts = dist.gather_to_rank0(mine)
     if parts is None:
         return
     rewrites = {id: query for part in parts for id, query in part.items()}
     gains = [qrels[id] for id in queries]
-    raw = scores(index, list(queries.values()), gains, args.metrics)
-    after = scores(index, [rewrites.get(id) for id in queries], gains, args.metrics)
+    raw = score_queries(index, list(queries.values()), gains, args.metrics)
+    after = score_queries(index, [rewrites.get(id) for id in queries], gains, args.metrics)
     difference = {name: after[name] - raw[name] for name in raw}
     unparsable = sum(rewrites.get(id) is None for id in queries) - len(long)
     for title, values, sign in (
@@ -296,31 +302,33 @@ def eval_policy(args) -> None:
         ("rewritten", after, ""),
         ("difference", difference, "+"),
     ):
-        say(title + "\n" + "\n".join(row(name, v, sign) for name, v in values.items()))
-    say(
+        print_rank0(
+            title + "\n" + "\n".join(format_row(name, v, sign) for name, v in values.items())
+        )
+    print_rank0(
         f"unparsable answers: {unparsable} of {len(queries)}; prompts over {rewriter.config.prompt.max_tokens} tokens, scored 0: {len(long)}"
     )
-    finish(
+    print_json(
         args,
         dict(
             n=len(queries),
-            **summary(after),
-            raw=summary(raw),
-            difference=summary(difference),
+            **summarize_scores(after),
+            raw=summarize_scores(raw),
+            difference=summarize_scores(difference),
             unparsable=unparsable,
             too_long=len(long),
         ),
     )
 
 
-def generate_one(args) -> None:
+def run_generate(args) -> None:
     if args.seed is not None and not args.temperature:
         raise ConfigError("--seed: nothing is drawn at temperature 0; add --temperature 1")
     rewriter = Rewriter(args.model, args.config)
     prompt = rewriter.prompt(args.query)
     # first: what is wrong with the files is said before anything is sampled
     index, texts = (make_retriever(args), read_texts(args)) if args.corpus else (None, {})
-    rollout = rewriter.stream(prompt, args.temperature, args.seed or 0, write_now)
+    rollout = rewriter.stream(prompt, args.temperature, args.seed or 0, print_now)
     query, error = rewriter.parsed(rollout)
     if query is None:
         cut = (
@@ -331,62 +339,66 @@ def generate_one(args) -> None:
         raise ConfigError(
             f"the policy's answer holds no query ({error}){cut}; is its prompt the one it was trained with?"
         )
-    say(plain(query))
+    print_rank0(make_printable(query))
     if args.corpus:
         for title, words in (("raw", args.query), ("rewritten", query)):
-            say(f"\n{title}: {plain(words)}\n{hits(index, texts, words, args.k)}")
+            print_rank0(
+                f"\n{title}: {make_printable(words)}\n{format_hits(index, texts, words, args.k)}"
+            )
 
 
-def losses(args) -> None:
-    result = losslab.compare(args.folder, args.step, args.new)
-    say(losslab.table(result))
-    finish(args, result)
+def run_losses(args) -> None:
+    result = compare_losses.compare_losses(args.folder, args.step, args.new)
+    print_rank0(compare_losses.format_comparison(result))
+    print_json(args, result)
 
 
-def explain_step(args) -> None:
-    text, result = explain.explain(args.folder, args.step, args.prompt)
-    say(plain(text, keep="\n"))
-    finish(args, result)
+def run_explain(args) -> None:
+    text, result = explain.explain_step(args.folder, args.step, args.prompt)
+    print_rank0(make_printable(text, keep="\n"))
+    print_json(args, result)
     if not result["agrees"]:
         sys.exit(1)
 
 
-def make_report(args) -> None:
-    say(str(report.write(args.runs, args.out)))
+def run_report(args) -> None:
+    print_rank0(str(report.write_report(args.runs, args.out)))
 
 
-def reward(args) -> None:
-    result = completions.score(configs.load(args.config, args.overrides), args.completions)
-    say(completions.table(result))
-    finish(args, result)
+def run_reward(args) -> None:
+    result = score_completions.score_completions(
+        configs.load_config(args.config, args.overrides), args.completions
+    )
+    print_rank0(score_completions.format_scores(result))
+    print_json(args, result)
 
 
-def plan_memory(args) -> None:
-    memory = bytes_of(args.memory)
-    cfg = configs.load(args.config, args.overrides)
-    shape = model_shape(cfg.model.path, args.config)
-    check_room(cfg, shape.max_position_embeddings)
-    text, why_not = plan(cfg, shape, args.gpus, memory)
-    say(text)
+def run_plan(args) -> None:
+    memory = parse_bytes(args.memory)
+    cfg = configs.load_config(args.config, args.overrides)
+    shape = read_model_shape(cfg.model.path, args.config)
+    check_lengths(cfg, shape.max_position_embeddings)
+    text, why_not = make_plan(cfg, shape, args.gpus, memory)
+    print_rank0(text)
     if why_not:
         raise ConfigError(why_not)
 
 
-def write_now(text: str) -> None:
-    sys.stdout.write(plain(text, keep="\n"))
+def print_now(text: str) -> None:
+    sys.stdout.write(make_printable(text, keep="\n"))
     sys.stdout.flush()
 
 
-def command() -> NoReturn:
+def run_console_script() -> NoReturn:
     """The console script."""
-    end_process(_command)
+    end_process(_run)
 
 
-def _command() -> int:
-    torch.set_num_threads(max(1, torch.get_num_threads() // dist.local_world()))
+def _run() -> int:
+    torch.set_num_threads(max(1, torch.get_num_threads() // dist.local_world_size()))
     sys.stdout.reconfigure(errors="replace")  # a title that this terminal cannot write
     try:
-        code = guarded(main, sys.argv[1:])
+        code = run_guarded(main, sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # `| head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -397,4 +409,4 @@ def _command() -> int:
 
 
 if __name__ == "__main__":
-    command()
+    run_console_script()

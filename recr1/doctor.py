@@ -20,7 +20,9 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 GIB = 2**30
+
 LIMIT = 300  # seconds that an import may take: the first one on a network disk is slow
+
 VERSIONS = (
     "recr1",
     "torch",
@@ -43,6 +45,7 @@ VERSIONS = (
     "kernels",
     "tensorboard",
 )
+
 # whose ranges are looked at, beside ours
 DEMANDING = (
     "torch",
@@ -54,6 +57,7 @@ DEMANDING = (
     "faiss-gpu",
     "faiss-gpu-cu12",
 )
+
 # what they may ask of
 RANGED = {
     "torch",
@@ -66,6 +70,7 @@ RANGED = {
     "regex",
     "llvmlite",
 }
+
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
@@ -81,6 +86,7 @@ ENVIRONMENT = (
     "NCCL_P2P_DISABLE",
     "NCCL_SOCKET_IFNAME",
 )
+
 # each prints one JSON object; from the folder one stands in, as python -m recr1.train would
 PROBES = {
     "torch": """
@@ -133,12 +139,14 @@ import flash_attn
 flash_attn.flash_attn_varlen_func
 found = dict(version=flash_attn.__version__)""",
 }
+
 OPTIONAL = {
     "numba": ("numba",),
     "triton": ("triton",),
     "faiss": ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12"),
     "flash_attn": ("flash-attn",),
 }
+
 MEANS = {
     "numba": "retriever.scorer=numba",
     "triton": "model.kernels=triton",
@@ -161,31 +169,31 @@ class Finding:
     do: str
 
 
-def examine(run: str = "runs/run") -> tuple[dict, list[Finding]]:
+def examine_machine(run: str = "runs/run") -> tuple[dict, list[Finding]]:
     """Facts by section, and what is wrong. run: the folder that a run would write to."""
-    probes = probe()
-    versions = {name: version for name in VERSIONS if (version := _version(name))}
+    probes = probe_packages()
+    versions = {name: version for name in VERSIONS if (version := _get_version(name))}
     facts = dict(
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         versions=versions,
         **probes,
-        cores=cores(),
-        memory=memory(),
-        disk=disk(run),
-        kernels=where_kernels(),
+        cores=count_cores(),
+        memory=measure_memory(),
+        disk=measure_disk(run),
+        kernels=locate_kernels(),
         environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     )
     return facts, [
-        *imports(facts),
-        *ranges(facts),
-        *packages(facts),
-        *devices(facts),
-        *machine(facts),
+        *check_imports(facts),
+        *check_versions(facts),
+        *check_packages(facts),
+        *check_devices(facts),
+        *check_machine(facts),
     ]
 
 
-def probe() -> dict[str, dict]:
+def probe_packages() -> dict[str, dict]:
     """What each of PROBES found, or {"error": its last line, "crashed": whether it died without
     one}; all at once.
     """
@@ -225,14 +233,14 @@ def probe() -> dict[str, dict]:
     return found
 
 
-def _version(name: str) -> str | None:
+def _get_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def imports(facts: dict) -> list[Finding]:
+def check_imports(facts: dict) -> list[Finding]:
     """What is there and cannot be imported. A package that the others stand on is said once."""
     found = []
     broken = set()
@@ -268,7 +276,7 @@ def imports(facts: dict) -> list[Finding]:
     return found
 
 
-def ranges(facts: dict) -> list[Finding]:
+def check_versions(facts: dict) -> list[Finding]:
     """Installed versions outside of what recr1, and the packages it stands on, ask for."""
     try:
         from packaging.requirements import Requirement
@@ -310,7 +318,7 @@ def ranges(facts: dict) -> list[Finding]:
             if wanted.marker and not wanted.marker.evaluate(dict(extra="")):
                 continue
             name = re.sub(r"[-_.]+", "-", wanted.name).lower()
-            version = _version(wanted.name)
+            version = _get_version(wanted.name)
             if version is None and demands == "recr1":
                 found.append(
                     Finding(
@@ -335,7 +343,7 @@ def ranges(facts: dict) -> list[Finding]:
     return found
 
 
-def packages(facts: dict) -> list[Finding]:
+def check_packages(facts: dict) -> list[Finding]:
     """Packages that spoil each other although each is in range."""
     versions = facts["versions"]
     found = []
@@ -351,8 +359,8 @@ def packages(facts: dict) -> list[Finding]:
     if (
         "triton" in versions
         and "numpy" in versions
-        and _numbers(versions["triton"]) < (3, 7, 1)
-        and _numbers(versions["numpy"]) >= (2, 4)
+        and _parse_numbers(versions["triton"]) < (3, 7, 1)
+        and _parse_numbers(versions["numpy"]) >= (2, 4)
     ):
         found.append(
             Finding(
@@ -395,7 +403,7 @@ def packages(facts: dict) -> list[Finding]:
     return found
 
 
-def devices(facts: dict) -> list[Finding]:
+def check_devices(facts: dict) -> list[Finding]:
     """A GPU that is there and would not be used, or not well."""
     torch = facts["torch"]
     versions = facts["versions"]
@@ -478,7 +486,7 @@ def devices(facts: dict) -> list[Finding]:
     return found
 
 
-def machine(facts: dict) -> list[Finding]:
+def check_machine(facts: dict) -> list[Finding]:
     """Cores, memory, disk, environment variables."""
     found = []
     cores = facts["cores"]
@@ -495,7 +503,7 @@ def machine(facts: dict) -> list[Finding]:
         found.append(
             Finding(
                 False,
-                f"{_gib(facts['memory']['available'])} GiB of memory are free",
+                f"{_format_gib(facts['memory']['available'])} GiB of memory are free",
                 "recr1 plan CONFIG says what a run needs",
             )
         )
@@ -511,7 +519,7 @@ def machine(facts: dict) -> list[Finding]:
         found.append(
             Finding(
                 False,
-                f"{disk['folder']}: {_gib(disk['free'])} GiB are free; a checkpoint takes 16 bytes a weight, and two or three stand at once",
+                f"{disk['folder']}: {_format_gib(disk['free'])} GiB are free; a checkpoint takes 16 bytes a weight, and two or three stand at once",
                 "make room, set run.dir to another disk, or save.every=0",
             )
         )
@@ -526,7 +534,7 @@ def machine(facts: dict) -> list[Finding]:
     return found
 
 
-def cores() -> dict:
+def count_cores() -> dict:
     """count: of the machine; usable: by this process, by its affinity and its control group."""
     count = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count
@@ -538,7 +546,7 @@ def cores() -> dict:
     return dict(count=count, usable=usable)
 
 
-def memory() -> dict:
+def measure_memory() -> dict:
     """Bytes of the machine, and what this process may still have; None where the system does not
     say.
     """
@@ -561,7 +569,7 @@ def memory() -> dict:
     return dict(total=total, available=available)
 
 
-def disk(run: str) -> dict:
+def measure_disk(run: str) -> dict:
     """The disk of the folder that a run would write to, which need not exist yet; why: it could
     not.
     """
@@ -576,7 +584,7 @@ def disk(run: str) -> dict:
     return dict(folder=str(folder), free=usage.free, total=usage.total, why=why)
 
 
-def where_kernels() -> dict:
+def locate_kernels() -> dict:
     """What `import kernels` finds from here, whether that is a package (a bare folder is none), and
     where Hugging Face's own lies.
     """
@@ -601,15 +609,15 @@ def where_kernels() -> dict:
     )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _parse_numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])[:3]))
 
 
-def _gib(n: int | None) -> str:
+def _format_gib(n: int | None) -> str:
     return "?" if n is None else f"{n / GIB:.1f}"
 
 
-def report(facts: dict, findings: list[Finding]) -> str:
+def format_report(facts: dict, findings: list[Finding]) -> str:
     """As text."""
     torch = facts["torch"]
     ours = facts["recr1"]
@@ -619,7 +627,7 @@ def report(facts: dict, findings: list[Finding]) -> str:
     ]
     if not torch.get("error"):
         gpus = [
-            f"{g['name']} ({g['capability'][0]}.{g['capability'][1]}), {_gib(g['free'])} of {_gib(g['total'])} GiB free"
+            f"{g['name']} ({g['capability'][0]}.{g['capability'][1]}), {_format_gib(g['free'])} of {_format_gib(g['total'])} GiB free"
             for g in torch["gpus"]
         ]
         lines.append(
@@ -667,11 +675,11 @@ def report(facts: dict, findings: list[Finding]) -> str:
         ),
         (
             "memory",
-            f"{_gib(facts['memory']['available'])} of {_gib(facts['memory']['total'])} GiB free",
+            f"{_format_gib(facts['memory']['available'])} of {_format_gib(facts['memory']['total'])} GiB free",
         ),
         (
             "disk",
-            f"{facts['disk']['folder']}: {_gib(facts['disk']['free'])} of {_gib(facts['disk']['total'])} GiB free; a checkpoint takes 16 bytes a weight",
+            f"{facts['disk']['folder']}: {_format_gib(facts['disk']['free'])} of {_format_gib(facts['disk']['total'])} GiB free; a checkpoint takes 16 bytes a weight",
         ),
     ]
     lines += [
@@ -693,8 +701,8 @@ def report(facts: dict, findings: list[Finding]) -> str:
 
 def main(run: str, as_json: bool) -> int:
     """Prints the report; 1 when something will not work."""
-    facts, findings = examine(run)
-    print(report(facts, findings))
+    facts, findings = examine_machine(run)
+    print(format_report(facts, findings))
     ok = not any(f.broken for f in findings)
     if as_json:
         print(json.dumps(dict(ok=ok, facts=facts, findings=[asdict(f) for f in findings])))

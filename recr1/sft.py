@@ -12,31 +12,32 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from . import dist, heartbeat
-from .config import Config, Loss
-from .draws import prompt_order, steps_per_epoch
-from .grpo import Objective, denominator, objective, policy_loss
-from .launch import launch
-from .log import RunLog
-from .optim import Optimizer
-from .packing import in_step, pack
-from .records import Batch, Rollout
-from .run import Run, run_command
-from .stopping import listening
-from .teacher import lessons
+from recr1.config.schema import Config, LossConfig
+from recr1.data.prompt_order import choose_prompts, count_steps_per_epoch
+from recr1.data_types import MicroBatch, Rollout
+from recr1.distributed import collectives as dist, heartbeat
+from recr1.rl.losses import Objective, resolve_objective
+from recr1.rl.packing import pack_rollouts, pad_to_same_count
+from recr1.rl.policy_loss import compute_policy_loss, count_denominator
+from recr1.tracking.run_log import RunLog
+from recr1.training.launch import launch_loop, run_command
+from recr1.training.optimizer import Optimizer
+from recr1.training.run import Run
+from recr1.training.teacher import load_sft_data
+from recr1.utils.interrupts import signal_handlers
 
 
 def main(argv: list[str]) -> None:
-    launch(argv, "recr1.sft", train)
+    launch_loop(argv, "recr1.sft", train)
 
 
 def train(cfg: Config) -> None:
     run = Run(cfg, "sft")
     per_step = cfg.train.prompts_per_step
     policy = run.policy
-    loss = objective(LEARN, cfg.model)
-    texts, about = lessons(run)  # the teacher's, one Rollout each
-    run.last = cfg.sft.epochs * steps_per_epoch(len(texts), per_step) or cfg.train.steps
+    loss = resolve_objective(CROSS_ENTROPY, cfg.model)
+    texts, about = load_sft_data(run)  # the teacher's, one Rollout each
+    run.last = cfg.sft.epochs * count_steps_per_epoch(len(texts), per_step) or cfg.train.steps
     optimizer = Optimizer(policy, cfg.optimizer, run.last)
 
     with run.resumed(optimizer):  # from the last checkpoint; when asked to stop, it saves one
@@ -44,15 +45,18 @@ def train(cfg: Config) -> None:
         for step in run.steps():
             with run.log.phase("train"):
                 # a function of (seed, step)
-                order = prompt_order(len(texts), per_step, cfg.run.seed, step - 1)
-                mine = [targets(texts[i], cfg.sft.mask_prompt) for i in dist.share(order.tolist())]
-                total, batches = optimiser_step(mine, cfg.train.tokens_per_micro_batch)
-                done = Lesson(mine)
+                order = choose_prompts(len(texts), per_step, cfg.run.seed, step - 1)
+                mine = [
+                    select_targets(texts[i], cfg.sft.mask_prompt)
+                    for i in dist.split_across_ranks(order.tolist())
+                ]
+                total, batches = make_update(mine, cfg.train.tokens_per_micro_batch)
+                done = SftStepRecord(mine)
                 for i, batch in enumerate(batches, 1):
-                    heartbeat.at(f"train {i}/{len(batches)}")
+                    heartbeat.enter_phase(f"train {i}/{len(batches)}")
                     # the last backward sums over ranks
                     policy.hold = cfg.train.reduce == "step" and i < len(batches)
-                    value, stats = cross_entropy(
+                    value, stats = compute_cross_entropy(
                         policy, batch, total, cfg.sampling.temperature, loss
                     )
                     value.backward()
@@ -72,10 +76,10 @@ def train(cfg: Config) -> None:
 
 
 # -sum A log p / total: cross-entropy is A = 1 at every token of the teacher's text
-LEARN = Loss(kind="reinforce")
+CROSS_ENTROPY = LossConfig(kind="reinforce")
 
 
-def targets(text: Rollout, mask_prompt: bool) -> Rollout:
+def select_targets(text: Rollout, mask_prompt: bool) -> Rollout:
     """The text with what is learnt of it behind what is only read: the completion, or all but the
     prompt's first token.
     """
@@ -88,36 +92,36 @@ def targets(text: Rollout, mask_prompt: bool) -> Rollout:
     )
 
 
-def optimiser_step(texts: list[Rollout], max_tokens: int) -> tuple[int, list[Batch]]:
+def make_update(texts: list[Rollout], max_tokens: int) -> tuple[int, list[MicroBatch]]:
     """The loss's denominator, target tokens of all ranks, and this rank's micro-batches, as many on
     every rank.
     """
-    [total] = dist.total(denominator(texts, "token", 0))
-    return total, in_step(pack(texts, max_tokens, dist.device()), dist.device())
+    [total] = dist.all_reduce_sum(count_denominator(texts, "token", 0))
+    return total, pad_to_same_count(pack_rollouts(texts, max_tokens, dist.device()), dist.device())
 
 
-def cross_entropy(
-    policy: torch.nn.Module, batch: Batch, total: float, temperature: float, loss: Objective
+def compute_cross_entropy(
+    policy: torch.nn.Module, batch: MicroBatch, total: float, temperature: float, loss: Objective
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """A micro-batch's part of the mean over the step's target tokens, nats; sums over its tokens.
 
     `temperature` is the policy's (policy.py): samples of temperature 1.2 learnt at 1 would make it
     flatter than the policy that wrote them.
     """
-    value, _, stats = policy_loss(
+    value, _, stats = compute_policy_loss(
         policy, replace(batch, adv=torch.ones_like(batch.weight)), total, temperature, loss
     )
     return value, dict(entropy=stats["entropy"], trained=stats["trained"])
 
 
 @dataclass
-class Lesson:
+class SftStepRecord:
     """What one rank did in a step; the ranks' merged are the step's."""
 
     texts: list[Rollout]
     sums: list[dict] = field(default_factory=list)  # by micro-batch
 
-    def merge(self, other: Lesson) -> None:
+    def merge(self, other: SftStepRecord) -> None:
         self.texts = self.texts + other.texts
         self.sums = self.sums + other.sums
 
@@ -143,5 +147,5 @@ class Lesson:
 
 
 if __name__ == "__main__":
-    with listening():
+    with signal_handlers():
         run_command(main, sys.argv[1:])

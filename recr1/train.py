@@ -9,55 +9,62 @@ from dataclasses import replace
 
 import torch
 
-from . import dist, heartbeat
-from .config import Config
-from .fsdp import Sharded, gathered
-from .grpo import denominator, group_advantages, kl_of_rollouts, objective, policy_loss
-from .launch import launch
-from .log import Step, token_values
-from .optim import Optimizer
-from .overlap import Overlap
-from .packing import distinct, in_step, pack
-from .policy import score
-from .records import Batch, Reward, Rollout
-from .run import Run, run_command
-from .sample import generate, new_cache
-from .stopping import at_once, listening
+from recr1.config.schema import Config
+from recr1.data_types import MicroBatch, Reward, Rollout
+from recr1.distributed import collectives as dist, heartbeat
+from recr1.distributed.fsdp import Sharded, unsharded
+from recr1.model.log_probs import compute_log_probs
+from recr1.rl.advantages import compute_group_advantages
+from recr1.rl.async_rewards import AsyncRewards
+from recr1.rl.kl import sum_kl_by_rollout
+from recr1.rl.losses import resolve_objective
+from recr1.rl.packing import deduplicate, pack_rollouts, pad_to_same_count
+from recr1.rl.policy_loss import compute_policy_loss, count_denominator
+from recr1.sampling.generate import generate, make_cache
+from recr1.tracking.step_metrics import StepRecord, collect_token_values
+from recr1.training.launch import launch_loop, run_command
+from recr1.training.optimizer import Optimizer
+from recr1.training.run import Run
+from recr1.utils.interrupts import raise_on_signal, signal_handlers
 
 
 def main(argv: list[str]) -> None:
-    launch(argv, "recr1.train", train)
+    launch_loop(argv, "recr1.train", train)
 
 
 def train(cfg: Config) -> None:
     run = Run(cfg)
     policy = run.policy
-    loss = objective(cfg.loss, cfg.model)
+    loss = resolve_objective(cfg.loss, cfg.model)
     # the KL's place: the loss, or the reward
     in_loss = run.reference if cfg.loss.kl_in == "loss" else None
     optimizer = Optimizer(policy, cfg.optimizer, cfg.train.steps * cfg.train.inner_steps)
-    with gathered(policy):  # fresh pages are dear on a CPU; on a GPU training needs the room
-        cache = new_cache(policy) if dist.device().type == "cpu" else None
+    with unsharded(policy):  # fresh pages are dear on a CPU; on a GPU training needs the room
+        cache = make_cache(policy) if dist.device().type == "cpu" else None
 
     with run.resumed(optimizer):  # from the last checkpoint; when asked to stop, it saves one
         before = run.test_scores("eval_before.jsonl")
         for step in run.steps():
-            with gathered(policy), dist.together(), at_once():
+            with unsharded(policy), dist.fail_together(), raise_on_signal():
                 # R = P * G, siblings adjacent; P is this rank's share
-                rollouts, rewards, drawn = explore(run, step, cache)
+                rollouts, rewards, drawn = sample_and_score(run, step, cache)
             with run.log.phase("train"):
-                texts, first = distinct(rollouts)  # identical siblings: one row, counted
+                texts, first = deduplicate(rollouts)  # identical siblings: one row, counted
                 # (R,), 0 where the loss has it
-                divergence = kl_of_each(None if in_loss else run.reference, texts, rollouts, cfg)
+                divergence = compute_kl_penalty(
+                    None if in_loss else run.reference, texts, rollouts, cfg
+                )
                 totals = torch.tensor([r.total for r in rewards]) - cfg.loss.kl * divergence  # (R,)
                 # (R,)
-                adv = group_advantages(totals, cfg.sampling.group_size, loss.advantage, cfg.loss)
+                adv = compute_group_advantages(
+                    totals, cfg.sampling.group_size, loss.advantage, cfg.loss
+                )
                 kept = (
-                    every_token(policy, run.reference, texts, cfg)
+                    log_token_values(policy, run.reference, texts, cfg)
                     if run.keeps_tokens(step)
                     else None
                 )
-                done = Step(
+                done = StepRecord(
                     rollouts,
                     rewards,
                     adv.tolist(),
@@ -68,14 +75,14 @@ def train(cfg: Config) -> None:
                     [dict(kl=divergence.sum().item())] if run.reference else [],
                 )
                 # one, unless train.inner_steps > 1
-                for total, batches in optimiser_steps(
+                for total, batches in make_updates(
                     policy, in_loss, texts, adv[first], cfg, loss.average
                 ):
                     for i, batch in enumerate(batches, 1):
-                        heartbeat.at(f"train {i}/{len(batches)}")
+                        heartbeat.enter_phase(f"train {i}/{len(batches)}")
                         # the last backward sums over ranks
                         policy.hold = cfg.train.reduce == "step" and i < len(batches)
-                        value, logp, stats = policy_loss(
+                        value, logp, stats = compute_policy_loss(
                             policy, batch, total, cfg.sampling.temperature, loss
                         )
                         value.backward()
@@ -87,7 +94,7 @@ def train(cfg: Config) -> None:
     run.finish(before, after)
 
 
-def explore(run: Run, step: int, cache) -> tuple[list[Rollout], list[Reward], int]:
+def sample_and_score(run: Run, step: int, cache) -> tuple[list[Rollout], list[Reward], int]:
     """Rollouts and rewards of this rank's prompts, or of a replayed step, and how many groups were
     drawn for them.
 
@@ -105,7 +112,7 @@ def explore(run: Run, step: int, cache) -> tuple[list[Rollout], list[Reward], in
     for turn in range(1 + s.resample):
         prompts = run.prompts(step, turn)[: wanted - len(groups)]
         # the retriever runs here, on groups that have ended
-        scored = Overlap(run.train_task.score, run.overlaps)
+        scored = AsyncRewards(run.train_task.score, run.overlaps)
         with run.log.phase("sample"):
             rollouts = generate(
                 run.policy,
@@ -138,14 +145,14 @@ def explore(run: Run, step: int, cache) -> tuple[list[Rollout], list[Reward], in
     )
 
 
-def optimiser_steps(
+def make_updates(
     policy: Sharded,
     reference: Sharded | None,
     texts: list[Rollout],
     adv: torch.Tensor,
     cfg: Config,
     average: str,
-) -> list[tuple[float, list[Batch]]]:
+) -> list[tuple[float, list[MicroBatch]]]:
     """(the loss's denominator, micro-batches) of each optimiser step on these rollouts; adv
     (texts,). Equal shares of the prompts.
 
@@ -157,48 +164,54 @@ def optimiser_steps(
     made = []
     for k in range(steps):
         share = [i for i, r in enumerate(texts) if r.group * steps // groups == k]
-        [total] = dist.total(
-            denominator([texts[i] for i in share], average, cfg.sampling.max_new_tokens)
+        [total] = dist.all_reduce_sum(
+            count_denominator([texts[i] for i in share], average, cfg.sampling.max_new_tokens)
         )
         trained = [i for i in share if adv[i] != 0 or reference]
-        batches = with_advantages(
-            with_reference(
-                reference, micro_batches([texts[i] for i in trained], cfg), cfg.sampling.temperature
+        batches = add_advantages(
+            add_ref_logp(
+                reference,
+                make_micro_batches([texts[i] for i in trained], cfg),
+                cfg.sampling.temperature,
             ),
             adv[trained],
         )
         if cfg.train.replay:  # whoever wrote these texts, it was not this policy
             batches = [replace(b, old_logp=b.sampler_logp) for b in batches]
         elif steps > 1:
-            batches = with_old(policy, batches, cfg.sampling.temperature)
+            batches = add_old_logp(policy, batches, cfg.sampling.temperature)
         made.append((max(1, total), batches))
     return made
 
 
-def micro_batches(texts: list[Rollout], cfg: Config) -> list[Batch]:
+def make_micro_batches(texts: list[Rollout], cfg: Config) -> list[MicroBatch]:
     """Packed by the token budget, as many on every rank."""
-    return in_step(pack(texts, cfg.train.tokens_per_micro_batch, dist.device()), dist.device())
-
-
-@torch.no_grad()
-def with_reference(
-    reference: Sharded | None, batches: list[Batch], temperature: float
-) -> list[Batch]:
-    """Adds ref_logp (N,), the frozen initial policy's; unchanged when there is none."""
-    return (
-        batches
-        if reference is None
-        else [replace(b, ref_logp=score(reference, b, temperature)[0]) for b in batches]
+    return pad_to_same_count(
+        pack_rollouts(texts, cfg.train.tokens_per_micro_batch, dist.device()), dist.device()
     )
 
 
 @torch.no_grad()
-def with_old(policy: Sharded, batches: list[Batch], temperature: float) -> list[Batch]:
+def add_ref_logp(
+    reference: Sharded | None, batches: list[MicroBatch], temperature: float
+) -> list[MicroBatch]:
+    """Adds ref_logp (N,), the frozen initial policy's; unchanged when there is none."""
+    return (
+        batches
+        if reference is None
+        else [replace(b, ref_logp=compute_log_probs(reference, b, temperature)[0]) for b in batches]
+    )
+
+
+@torch.no_grad()
+def add_old_logp(
+    policy: Sharded, batches: list[MicroBatch], temperature: float
+) -> list[MicroBatch]:
     """Adds old_logp (N,), the policy's before the first of several optimiser steps."""
-    return [replace(b, old_logp=score(policy, b, temperature)[0]) for b in batches]
+    return [replace(b, old_logp=compute_log_probs(policy, b, temperature)[0]) for b in batches]
 
 
-def with_advantages(batches: list[Batch], adv: torch.Tensor) -> list[Batch]:
+def add_advantages(batches: list[MicroBatch], adv: torch.Tensor) -> list[MicroBatch]:
     """Adds adv (N,): each token has its rollout's, an idle one 0. adv counts along the list that
     was packed.
     """
@@ -206,14 +219,14 @@ def with_advantages(batches: list[Batch], adv: torch.Tensor) -> list[Batch]:
     return [replace(b, adv=adv.to(b.tokens.device)[b.rollout]) for b in batches]
 
 
-def kl_of_each(
+def compute_kl_penalty(
     reference: Sharded | None, texts: list[Rollout], rollouts: list[Rollout], cfg: Config
 ) -> torch.Tensor:
     """The KL to the reference of each rollout, (R,): summed over its tokens; 0 without one."""
     if reference is None:
         return torch.zeros(len(rollouts))
-    summed = kl_of_rollouts(
-        with_reference(reference, micro_batches(texts, cfg), cfg.sampling.temperature),
+    summed = sum_kl_by_rollout(
+        add_ref_logp(reference, make_micro_batches(texts, cfg), cfg.sampling.temperature),
         len(texts),
         cfg.loss.kl_estimator,
     )
@@ -222,14 +235,14 @@ def kl_of_each(
 
 
 @torch.no_grad()
-def every_token(
+def log_token_values(
     policy: Sharded, reference: Sharded | None, texts: list[Rollout], cfg: Config
 ) -> list[dict]:
     """Per-token values of all the step's texts before its update, untrained ones too, for
     rollouts.jsonl.gz.
     """
-    batches = with_reference(reference, micro_batches(texts, cfg), cfg.sampling.temperature)
-    scored = [score(policy, batch, cfg.sampling.temperature) for batch in batches]
+    batches = add_ref_logp(reference, make_micro_batches(texts, cfg), cfg.sampling.temperature)
+    scored = [compute_log_probs(policy, batch, cfg.sampling.temperature) for batch in batches]
     # before the first optimiser step on it the old policy is the one being trained (DESIGN decision
     # 2)
     columns = [
@@ -241,9 +254,9 @@ def every_token(
         )
         for b, (logp, entropy) in zip(batches, scored)
     ]
-    return token_values(len(texts), batches, columns)
+    return collect_token_values(len(texts), batches, columns)
 
 
 if __name__ == "__main__":
-    with listening():
+    with signal_handlers():
         run_command(main, sys.argv[1:])

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from recr1.kernels import choose, group_loss, logprob
+from recr1.kernels import group_loss, logprob, sample_token
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Qwen2.5's reachable ids: odd
@@ -33,8 +33,8 @@ LOSS = dict(inverse="fp32", low="fp32", high="fp32", kl="fp32", cap="fp32")
 TOKEN = dict(old=F, ref=F, sampler=F, rollout=I, weight=F, adv=F)
 FLAGS = dict(CISPO=False, CAPPED=True)
 
-head = logprob.kernels()
-group = group_loss.kernels()
+head = logprob.get_kernels()
+group = group_loss.get_kernels()
 CASES = {  # name: kernel, types of its arguments, constants, warps
     "statistics": (
         head.statistics,
@@ -83,7 +83,7 @@ CASES = {  # name: kernel, types of its arguments, constants, warps
     ),
     **{
         f"choose {name}": (
-            choose.kernels().choose,
+            sample_token.get_kernels().choose,
             dict(
                 x=kind,
                 **({} if greedy else dict(uniforms=D)),

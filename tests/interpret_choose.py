@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from recr1.kernels import logprob
-from recr1.kernels.choose import choose, linear_choose, triton_choose
-from recr1.linear import packed
-from recr1.policy import policy
+from recr1.kernels.cpu_linear import pack_weight
+from recr1.kernels.sample_token import sample_from_hidden, sample_token, triton_sample_token
+from recr1.model.log_probs import make_distribution
 
 SEED = int(os.environ["RECR1_SEED"])
 # B, K, V; the last one is two tiles and a tail
@@ -75,7 +75,7 @@ def test_inverse_cdf(B, K, V, dtype, top_p):
         p, log_p, cut = distribution(logits, temperature, top_p)
     u = torch.rand(B, K, generator=g, dtype=torch.float64)
     u.view(-1)[: len(EDGES)] = torch.tensor(EDGES, dtype=torch.float64)[: B * K]
-    ids, logp, left_out = triton_choose(logits, temperature, u, top_p)
+    ids, logp, left_out = triton_sample_token(logits, temperature, u, top_p)
     between(ids, u, p, 1e-5)
     assert (
         ids.shape == logp.shape == (B, K)
@@ -84,7 +84,7 @@ def test_inverse_cdf(B, K, V, dtype, top_p):
     )
     assert (logp - log_p.gather(-1, ids)).abs().max() <= 1e-5 * log_p.abs().max()
     assert (left_out - cut).abs().max() <= 1e-5 and (top_p < 1 or not left_out.any())
-    theirs, their_logp, their_cut = choose(policy(logits, temperature), u, top_p)
+    theirs, their_logp, their_cut = sample_token(make_distribution(logits, temperature), u, top_p)
     between(theirs, u, p, 1e-5)
     assert (their_cut - cut).abs().max() <= 1e-5
     same = ids == theirs
@@ -92,7 +92,9 @@ def test_inverse_cdf(B, K, V, dtype, top_p):
     # the trainer's kernel gives the same row the same bits
     column = torch.empty(B)
     norm = torch.empty(B)
-    logprob.statistics(logits, ids[:, 0].contiguous(), temperature, column, torch.empty(B), norm)
+    logprob.compute_statistics(
+        logits, ids[:, 0].contiguous(), temperature, column, torch.empty(B), norm
+    )
     assert torch.equal(logp[:, 0], column)
 
 
@@ -101,7 +103,7 @@ def test_inverse_cdf(B, K, V, dtype, top_p):
 def test_greedy_is_argmax_and_the_lowest_of_a_tie(B, K, V, dtype):
     logits = rows(B, V, dtype, draw("greedy", B, V))
     logits[0, [V // 2, V - 1]] = 50.0
-    ids, logp, cut = triton_choose(logits, 1.3)
+    ids, logp, cut = triton_sample_token(logits, 1.3)
     assert (
         torch.equal(ids[:, 0], logits.argmax(-1))
         and ids[0] == V // 2
@@ -119,7 +121,7 @@ def test_no_uniform_yields_an_id_of_probability_zero(dtype, top_p):
     logits = rows(1, V, dtype, draw("zero"))
     logits[:, :9000] = logits[:, 15_000:17_000] = logits[:, 17_500:] = -1e4
     u = torch.tensor([[*EDGES, 0.5, 1 - 2.0**-25]], dtype=torch.float64)
-    ids, logp, _ = triton_choose(logits, 1.0, u, top_p)
+    ids, logp, _ = triton_sample_token(logits, 1.0, u, top_p)
     assert (logits.gather(-1, ids) > -1e3).all() and logp.min() > -50
     if top_p == 1:
         assert ids[0, 0] == ids[0, 1] == 9000 and ids[0, 3] == 17_499 and ids[0, 2] == 17_499
@@ -138,8 +140,12 @@ def test_what_ties_at_the_nucleus_edge_stays_in_it(dtype, ties):
     for top_p, kept in ((float(p[3]) + 0.01, list(range(3, 12))), (float(p[3]) - 0.01, [3])):
         share = p[kept] / p[kept].sum()
         u = (share.cumsum(0) - share / 2)[None]
-        ids, _, cut = triton_choose(logits, 1.0, u, top_p)
-        assert ids[0].tolist() == kept == choose(policy(logits, 1.0), u, top_p)[0][0].tolist()
+        ids, _, cut = triton_sample_token(logits, 1.0, u, top_p)
+        assert (
+            ids[0].tolist()
+            == kept
+            == sample_token(make_distribution(logits, 1.0), u, top_p)[0][0].tolist()
+        )
         assert abs(cut.item() - (1 - p[kept].sum().item())) < 1e-6
 
 
@@ -152,8 +158,8 @@ def test_a_row_that_is_not_finite_yields_ids_of_the_vocabulary():
         (None, 1.0),
     ):
         for ids, logp, _ in (
-            triton_choose(logits, 1.0, uniforms, top_p),
-            choose(policy(logits, 1.0), uniforms, top_p),
+            triton_sample_token(logits, 1.0, uniforms, top_p),
+            sample_token(make_distribution(logits, 1.0), uniforms, top_p),
         ):
             assert (
                 ((ids >= 0) & (ids < 101)).all()
@@ -163,7 +169,7 @@ def test_a_row_that_is_not_finite_yields_ids_of_the_vocabulary():
 
 
 def test_no_rows():
-    assert [x.shape for x in triton_choose(torch.empty(0, 32), 1.0, torch.empty(0, 4))] == [
+    assert [x.shape for x in triton_sample_token(torch.empty(0, 32), 1.0, torch.empty(0, 4))] == [
         (0, 4),
         (0, 4),
         (0,),
@@ -179,10 +185,10 @@ def test_from_hidden_states(V):
     hidden = torch.randn(5, 24, generator=g)
     weight = torch.randn(V, 24, generator=g)
     u = torch.rand(5, 2, generator=g, dtype=torch.float64)
-    for head in (weight, packed(weight)):
+    for head in (weight, pack_weight(weight)):
         for uniforms in (u, None):
             ours, theirs = (
-                linear_choose(hidden, head, 0.7, policy, uniforms, backend=backend)
+                sample_from_hidden(hidden, head, 0.7, make_distribution, uniforms, backend=backend)
                 for backend in ("triton", "torch")
             )
             assert torch.equal(ours[0], theirs[0]) and (ours[1] - theirs[1]).abs().max() <= 1e-5, (

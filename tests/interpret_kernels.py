@@ -13,13 +13,20 @@ from test_logprob import errors_in_bf16, full
 from tiny import tiny_model
 from triton.runtime import interpreter
 
-from recr1.config import Loss, Model
-from recr1.grpo import objective, policy_loss
+from recr1.config.schema import LossConfig, ModelConfig
 from recr1.kernels import logprob
-from recr1.kernels.group_loss import ADVANTAGES, GroupPull, Rule, advantages, group_loss
-from recr1.kernels.logprob import by_autograd, linear_logp, linear_loss
-from recr1.packing import pack
-from recr1.policy import policy, score
+from recr1.kernels.group_loss import (
+    ADVANTAGES,
+    GroupTokenLoss,
+    LossRule,
+    compute_advantages,
+    compute_group_loss,
+)
+from recr1.kernels.logprob import fused_linear_loss, linear_log_probs, make_token_loss
+from recr1.model.log_probs import compute_log_probs, make_distribution
+from recr1.rl.losses import resolve_objective
+from recr1.rl.packing import pack_rollouts
+from recr1.rl.policy_loss import compute_policy_loss
 
 SEED = int(os.environ["RECR1_SEED"])
 # the last one is two tiles and a tail
@@ -63,10 +70,12 @@ def test_head(N, C, V, temperature, size, monkeypatch):
             monkeypatch.setitem(getattr(logprob, name), "cpu", N * V)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     want, want_entropy = full(*exact, target, temperature)
-    logp, entropy = linear_logp(hidden, weight, target, temperature, policy, "triton")
-    formula = by_autograd(lambda x, rows: (x * pull[rows]).sum())
-    loss, logp_again, entropy_again = linear_loss(
-        hidden, weight, target, temperature, policy, formula, "triton"
+    logp, entropy = linear_log_probs(
+        hidden, weight, target, temperature, make_distribution, "triton"
+    )
+    formula = make_token_loss(lambda x, rows: (x * pull[rows]).sum())
+    loss, logp_again, entropy_again = fused_linear_loss(
+        hidden, weight, target, temperature, make_distribution, formula, "triton"
     )
     assert torch.equal(logp, logp_again) and torch.equal(entropy, entropy_again)
     close(logp, want, terms=(hidden @ weight.T).abs().max().item() / temperature)
@@ -97,13 +106,13 @@ def test_entropy_has_its_gradient(N, C, V):
     theirs = torch.autograd.grad(
         sum((x * y).sum() for x, y in zip(parts, (pull.double(), bonus.double()))), exact
     )
-    logp, entropy = linear_logp(hidden, weight, target, 0.7, policy, "triton")
-    shot, _, _ = linear_loss(
+    logp, entropy = linear_log_probs(hidden, weight, target, 0.7, make_distribution, "triton")
+    shot, _, _ = fused_linear_loss(
         hidden,
         weight,
         target,
         0.7,
-        policy,
+        make_distribution,
         lambda x, e, rows: (
             (x * pull[rows]).sum() + (e * bonus[rows]).sum(),
             pull[rows],
@@ -128,8 +137,14 @@ def test_one_shot_of_a_plain_sum():
     weight = torch.randn(7, 5, generator=draw("w"))
     target = torch.tensor([0, 6, 3])
     ours, theirs = (
-        linear_loss(
-            hidden, weight, target, 1.0, policy, by_autograd(lambda logp, rows: -logp.sum()), b
+        fused_linear_loss(
+            hidden,
+            weight,
+            target,
+            1.0,
+            make_distribution,
+            make_token_loss(lambda logp, rows: -logp.sum()),
+            b,
         )[0]
         for b in ("triton", "torch")
     )
@@ -153,17 +168,17 @@ def test_policy_loss_of_the_loop(loss):
     """
     policy_ = tiny_model(1)
     o = [
-        objective(
-            Loss(**loss),
-            Model(head="recompute" if loss.get("kind") == "gspo" else "one_shot", kernels=k),
+        resolve_objective(
+            LossConfig(**loss),
+            ModelConfig(head="recompute" if loss.get("kind") == "gspo" else "one_shot", kernels=k),
         )
         for k in ("triton", "torch")
     ]
     assert o[0].fused == (loss.get("kind") != "gspo" and "entropy" not in loss) and not o[1].fused
-    [batch] = pack(rollouts_of(3), 10_000)
+    [batch] = pack_rollouts(rollouts_of(3), 10_000)
     n = len(batch.target)
     g = draw("loop", str(loss))
-    near = score(policy_, batch, 1.3)[0].detach()
+    near = compute_log_probs(policy_, batch, 1.3)[0].detach()
     batch = replace(
         batch,
         adv=torch.randn(n, generator=g),
@@ -173,7 +188,7 @@ def test_policy_loss_of_the_loop(loss):
             for name in ("old_logp", "ref_logp", "sampler_logp")
         },
     )
-    (a, x, s), (b, y, t) = (policy_loss(policy_, batch, 7, 1.3, each) for each in o)
+    (a, x, s), (b, y, t) = (compute_policy_loss(policy_, batch, 7, 1.3, each) for each in o)
     torch.testing.assert_close((a, x), (b, y), rtol=1e-4, atol=1e-5)
     assert s == pytest.approx(t, rel=1e-3, abs=1e-3)
     for p, q in zip(*(torch.autograd.grad(value, list(policy_.parameters())) for value in (a, b))):
@@ -183,8 +198,8 @@ def test_policy_loss_of_the_loop(loss):
 def test_head_with_huge_logits():
     hidden = torch.full((3, 1), 1e4)
     weight = torch.linspace(-1, 1, 33)[:, None]
-    logp, entropy = linear_logp(
-        hidden.requires_grad_(), weight, torch.tensor([32, 0, 5]), 1.0, policy, "triton"
+    logp, entropy = linear_log_probs(
+        hidden.requires_grad_(), weight, torch.tensor([32, 0, 5]), 1.0, make_distribution, "triton"
     )
     logp.sum().backward()
     assert (
@@ -225,12 +240,12 @@ def exact_advantages(rewards, kind, floor):
 def test_advantages(P, G, kind):
     rewards = torch.rand(P, G, generator=draw(P, G))
     rewards[:1] = 0.1  # all equal, and no power of two: its mean is not exactly it
-    ours = advantages(rewards, Rule(kind, std_floor=1e-4))
+    ours = compute_advantages(rewards, LossRule(kind, std_floor=1e-4))
     close(ours, exact_advantages(rewards, kind, 1e-4))
     assert (ours[:G] == 0).all()
 
 
-def exact_loss(logp, p: GroupPull):
+def exact_loss(logp, p: GroupTokenLoss):
     """float64, in autograd, from the formulas of group_loss.py's head; and the sums."""
     rule = p.rule
     rewards = p.rewards
@@ -300,7 +315,7 @@ def off_the_edge(logp, old, rule):
 
 
 RULES = [
-    Rule(kind, 1e-4, low, high, kl, cispo, cap)
+    LossRule(kind, 1e-4, low, high, kl, cispo, cap)
     for kind, (low, high), kl, cispo, cap in [
         ("std", (0.2, 0.2), 0.0, False, 0.0),
         ("std", (0.2, 0.28), 0.04, False, 0.0),
@@ -319,10 +334,10 @@ def test_group_loss(N, gap, rule):
     for first_step in (False, True):
         logp, given = tokens(N, (gap,), gap)
         given["old"] = None if first_step else off_the_edge(logp, given["old"], rule)
-        p = GroupPull(rule, **given)
+        p = GroupTokenLoss(rule, **given)
         x = logp.clone().requires_grad_()
         y = logp.double().requires_grad_()
-        loss = group_loss(x, p)
+        loss = compute_group_loss(x, p)
         want, sums = exact_loss(y, p)
         ratio = 1 if first_step else (logp - given["old"]).exp()
         # an advantage is a difference of rewards of size 1, in float32
@@ -347,7 +362,7 @@ def test_huge_gaps_end_in_no_nan_for_tokens_that_do_not_count():
     given["old"] = logp - 200  # e^200 is infinite in float32
     given["weight"][:4], given["rollout"][4:] = 0, 0  # group 0 has no advantage
     x = logp.clone().requires_grad_()
-    group_loss(x, GroupPull(Rule(), **given)).backward()
+    compute_group_loss(x, GroupTokenLoss(LossRule(), **given)).backward()
     assert (x.grad == 0).all()
 
 
@@ -357,8 +372,8 @@ def test_clip_takes_the_gradient_exactly():
     """
     old = torch.zeros(4)
     logp = torch.tensor([1.5, 0.5, 1.5, 0.5]).log().requires_grad_()
-    p = GroupPull(
-        Rule("mean"),
+    p = GroupTokenLoss(
+        LossRule("mean"),
         torch.tensor([[1.0, -1.0]]),
         torch.tensor([0, 0, 1, 1]),
         torch.ones(4),
@@ -366,7 +381,7 @@ def test_clip_takes_the_gradient_exactly():
         4.0,
         old,
     )
-    group_loss(logp, p).backward()
+    compute_group_loss(logp, p).backward()
     assert logp.grad[0] == 0 and logp.grad[3] == 0 and p.statistics()["clipped"] == 2
     torch.testing.assert_close(logp.grad[1:3], torch.tensor([-0.5 / 4, 1.5 / 4]))
 
@@ -374,7 +389,7 @@ def test_clip_takes_the_gradient_exactly():
 def test_empty_batch():
     logp, given = tokens(0, ())
     x = logp.requires_grad_()
-    loss = group_loss(x, GroupPull(Rule(), **given))
+    loss = compute_group_loss(x, GroupTokenLoss(LossRule(), **given))
     loss.backward()
     assert loss == 0 and x.grad.shape == (0,)
 
@@ -390,7 +405,7 @@ def test_joined(rule, dtype, monkeypatch):
     C = 13
     V = 101
     temperature = 0.7
-    monkeypatch.setitem(logprob.WORKSPACE, "cpu", 2048)
+    monkeypatch.setitem(logprob.WORKSPACE_BYTES, "cpu", 2048)
     g = draw("joined")
     hidden, weight = (
         torch.randn(*shape, generator=g).to(dtype).requires_grad_() for shape in ((N, C), (V, C))
@@ -402,12 +417,20 @@ def test_joined(rule, dtype, monkeypatch):
     shift = want_logp.detach().float() - given["old"]
     given |= {name: given[name] + shift for name in ("old", "ref", "sampler")}
     given["old"] = off_the_edge(want_logp, given["old"] + 0.2 * torch.randn(N, generator=g), rule)
-    p = GroupPull(rule, **given)
-    apart = GroupPull(rule, **given)
-    loss, logp, entropy = linear_loss(hidden, weight, target, temperature, policy, p, "triton")
+    p = GroupTokenLoss(rule, **given)
+    apart = GroupTokenLoss(rule, **given)
+    loss, logp, entropy = fused_linear_loss(
+        hidden, weight, target, temperature, make_distribution, p, "triton"
+    )
     ours = torch.autograd.grad(loss, (hidden, weight))
-    separate, logp_, entropy_ = linear_loss(
-        hidden, weight, target, temperature, policy, lambda x, e, rows: apart(x, e, rows), "triton"
+    separate, logp_, entropy_ = fused_linear_loss(
+        hidden,
+        weight,
+        target,
+        temperature,
+        make_distribution,
+        lambda x, e, rows: apart(x, e, rows),
+        "triton",
     )
     torch.testing.assert_close(
         (loss, logp, entropy, *ours),

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from recr1.data import is_validation, read_corpus, read_qrels, read_queries
+from recr1.data.readers import is_validation, read_corpus, read_qrels, read_queries
 
 ROOT = Path(__file__).resolve().parents[1]
 # as Python does for a script that is started there

@@ -15,31 +15,33 @@ import torch
 from tiny import tiny_config, tiny_model
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from recr1 import dist
-from recr1.config import (
+from recr1.config.schema import (
     Config,
     ConfigError,
-    Loss,
-    Model,
-    Optimizer as OptimizerConfig,
-    Sampling,
-    Train,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    TrainConfig,
 )
-from recr1.exits import end_process
-from recr1.fsdp import Sharded, gathered
-from recr1.grpo import group_advantages, objective, policy_loss
-from recr1.optim import Optimizer
-from recr1.packing import distinct
-from recr1.records import Prompt, Rollout
-from recr1.session import session
-from recr1.sft import LEARN, cross_entropy, optimiser_step, targets
-from recr1.train import optimiser_steps
+from recr1.data_types import Prompt, Rollout
+from recr1.distributed import collectives as dist
+from recr1.distributed.fsdp import Sharded, unsharded
+from recr1.distributed.process_group import process_group
+from recr1.rl.advantages import compute_group_advantages
+from recr1.rl.losses import resolve_objective
+from recr1.rl.packing import deduplicate
+from recr1.rl.policy_loss import compute_policy_loss
+from recr1.sft import CROSS_ENTROPY, compute_cross_entropy, make_update, select_targets
+from recr1.train import make_updates
+from recr1.training.optimizer import Optimizer
+from recr1.utils.exits import end_process
 
 # 5 divides by neither 2 nor 3
 PROMPTS = 5
 GROUP = 4
 SETTINGS = Config(
-    sampling=Sampling(group_size=GROUP, temperature=1.3),
+    sampling=SamplingConfig(group_size=GROUP, temperature=1.3),
     optimizer=OptimizerConfig(lr=1e-2, clip_norm=0.05, weight_decay=0.1, betas=(0.9, 0.95)),
 )
 # with a reference, without
@@ -162,7 +164,9 @@ def advantages(rewards: list[float], cfg: Config, group: int, dtype: torch.dtype
     """The loop's. Of a group of one they would all be 0: what its reward has over 3."""
     rewards = torch.tensor(rewards, dtype=dtype)
     return (
-        group_advantages(rewards, group, objective(cfg.loss, cfg.model).advantage, cfg.loss)
+        compute_group_advantages(
+            rewards, group, resolve_objective(cfg.loss, cfg.model).advantage, cfg.loss
+        )
         if group > 1
         else rewards - 3
     )
@@ -173,18 +177,18 @@ def accumulate(policy, reference, step: int, same: tuple, cfg: Config, group: in
     rank's part of the loss.
     """
     rollouts, rewards = rollouts_and_rewards(step, same, group)
-    mine = set(dist.share(list(range(PROMPTS))))
+    mine = set(dist.split_across_ranks(list(range(PROMPTS))))
     rewards = [r for x, r in zip(rollouts, rewards) if x.group in mine]
     rollouts = [x for x in rollouts if x.group in mine]
     dtype = next(policy.parameters()).dtype
-    loss = objective(cfg.loss, cfg.model)
+    loss = resolve_objective(cfg.loss, cfg.model)
     adv = advantages(rewards, cfg, group, dtype)
-    texts, first = distinct([replace(x, group=x.group - min(mine)) for x in rollouts])
-    [(total, batches)] = optimiser_steps(policy, reference, texts, adv[first], cfg, loss.average)
+    texts, first = deduplicate([replace(x, group=x.group - min(mine)) for x in rollouts])
+    [(total, batches)] = make_updates(policy, reference, texts, adv[first], cfg, loss.average)
     sum_of_losses = 0.0
     for i, batch in enumerate(batches, 1):
         policy.hold = cfg.train.reduce == "step" and i < len(batches)
-        value, *_ = policy_loss(policy, batch, total, cfg.sampling.temperature, loss)
+        value, *_ = compute_policy_loss(policy, batch, total, cfg.sampling.temperature, loss)
         value.backward()
         sum_of_losses += value.item()
     return sum_of_losses
@@ -193,9 +197,9 @@ def accumulate(policy, reference, step: int, same: tuple, cfg: Config, group: in
 def settings(case: Case) -> Config:
     return replace(
         SETTINGS,
-        train=Train(tokens_per_micro_batch=case.budget, reduce=case.reduce),
-        loss=Loss(**case.loss),
-        model=Model(head=case.head),
+        train=TrainConfig(tokens_per_micro_batch=case.budget, reduce=case.reduce),
+        loss=LossConfig(**case.loss),
+        model=ModelConfig(head=case.head),
         optimizer=replace(SETTINGS.optimizer, on_host=case.on_host),
     )
 
@@ -236,7 +240,7 @@ def results(name: str, sharded: bool) -> dict[str, torch.Tensor]:
             w.name: w.view(whole)
             for u in policy.units
             if take(u.shard) is not None
-            for whole in [dist.all_gather(take(u.shard))()]
+            for whole in [dist.start_all_gather(take(u.shard))()]
             for w in u.flat.weights
         }
 
@@ -248,11 +252,11 @@ def results(name: str, sharded: bool) -> dict[str, torch.Tensor]:
         loss = accumulate(policy, reference, step, case.same, cfg, case.group)
         if step == 0:
             out = {f"grad {name}": t.clone() for name, t in named(lambda p: p.grad).items()} | dict(
-                loss=torch.tensor(dist.total(loss)[0], dtype=torch.float64)
+                loss=torch.tensor(dist.all_reduce_sum(loss)[0], dtype=torch.float64)
             )
         norm, _ = optimizer.step()
     if sharded:  # what the sampler would see is what was trained
-        with gathered(policy):
+        with unsharded(policy):
             assert not next(iter(policy.decoder.model.layers)).mlp.up_proj.weight.requires_grad
     return (
         out
@@ -287,7 +291,7 @@ def fsdp2(name: str) -> dict[str, torch.Tensor]:
         f"grad {name}": p.grad.full_tensor()
         for name, p in policy.named_parameters()
         if p.requires_grad
-    } | dict(loss=torch.tensor(dist.total(loss)[0], dtype=torch.float64))
+    } | dict(loss=torch.tensor(dist.all_reduce_sum(loss)[0], dtype=torch.float64))
 
 
 # seconds: wait() of a gloo work returns before its worker thread has let go of the tensors
@@ -336,12 +340,18 @@ def gathered_bytes(name: str) -> tuple[int, int]:
         most = max(most, now)
         return begin(whole, *more, **kwargs)
 
-    sizes = [sum(dist.world() * u.shard.nbytes for u in units) for units in policy.blocks[1:-1]]
-    bound = sum(sorted(sizes)[-2:]) + sum(dist.world() * u.shard.nbytes for u in policy.root_units)
+    sizes = [
+        sum(dist.world_size() * u.shard.nbytes for u in units) for units in policy.blocks[1:-1]
+    ]
+    bound = sum(sorted(sizes)[-2:]) + sum(
+        dist.world_size() * u.shard.nbytes for u in policy.root_units
+    )
     dist._all_gather = counted
     try:
         for step in range(2):
-            accumulate(policy, None, step, case.same, replace(settings(case), loss=Loss(**TWO)))
+            accumulate(
+                policy, None, step, case.same, replace(settings(case), loss=LossConfig(**TWO))
+            )
             assert released([storage for storage, _ in alive]), (
                 "gathered weights outlive the backward"
             )
@@ -383,27 +393,31 @@ def lesson(name: str) -> dict[str, torch.Tensor]:
         master=torch.float64,
         compute=torch.float64,
     )
-    total, batches = optimiser_step([targets(r, mask) for r in dist.share(lesson_texts())], budget)
+    total, batches = make_update(
+        [select_targets(r, mask) for r in dist.split_across_ranks(lesson_texts())], budget
+    )
     loss = 0.0
     for i, batch in enumerate(batches, 1):
         policy.hold = reduce == "step" and i < len(batches)
-        value, _ = cross_entropy(policy, batch, total, 1.0, objective(LEARN, Model(head=head)))
+        value, _ = compute_cross_entropy(
+            policy, batch, total, 1.0, resolve_objective(CROSS_ENTROPY, ModelConfig(head=head))
+        )
         value.backward()
         loss += value.item()
     grads = {
         f"grad {w.name}": w.view(whole)
         for u in policy.units
-        for whole in [dist.all_gather(u.shard.grad)()]
+        for whole in [dist.start_all_gather(u.shard.grad)()]
         for w in u.flat.weights
     }
-    return grads | dict(loss=torch.tensor(dist.total(loss)[0], dtype=torch.float64))
+    return grads | dict(loss=torch.tensor(dist.all_reduce_sum(loss)[0], dtype=torch.float64))
 
 
 def one_fails() -> str:
     """What every rank is told when the last one fails in a block of dist.together."""
     try:
-        with dist.together():
-            if dist.rank() == dist.world() - 1:
+        with dist.fail_together():
+            if dist.rank() == dist.world_size() - 1:
                 raise ConfigError("only here")
     except ConfigError as e:
         return str(e)
@@ -413,7 +427,7 @@ def a_leak() -> str:
     """What is said of gathered weights that somebody keeps."""
     global RELEASED_WITHIN
     keeper = []
-    inner = dist._begin
+    inner = dist._start_collective
     limit = RELEASED_WITHIN
 
     def keeps(*args):
@@ -425,26 +439,26 @@ def a_leak() -> str:
 
         return kept
 
-    dist._begin, RELEASED_WITHIN = keeps, 0.2
+    dist._start_collective, RELEASED_WITHIN = keeps, 0.2
     try:
         gathered_bytes(GATHERED[0])
         return "nothing"
     except AssertionError as e:
         return str(e)
     finally:
-        dist._begin, RELEASED_WITHIN = inner, limit
+        dist._start_collective, RELEASED_WITHIN = inner, limit
 
 
 def work() -> int:
     torch.set_num_threads(1)
-    with session():
+    with process_group():
         done = {case: results(case, sharded=True) for case in CASES}
         lessons = {case: lesson(case) for case in LESSONS}
         theirs = {case: fsdp2(case) for case in AGAINST_FSDP2}
         sizes = {case: gathered_bytes(case) for case in GATHERED}
         leak = a_leak()
-        told = dist.gather(one_fails())
-        shares = dist.gather(dist.share(list(range(7))))
+        told = dist.gather_to_rank0(one_fails())
+        shares = dist.gather_to_rank0(dist.split_across_ranks(list(range(7))))
         if dist.rank() == 0:
             torch.save(
                 done

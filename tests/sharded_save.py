@@ -13,49 +13,52 @@ import torch
 from safetensors.torch import save_file
 from tiny import tiny_tokenizer
 
-from recr1 import checkpoint, dist
-from recr1.config import Config, Optimizer as OptimizerConfig
-from recr1.exits import end_process
-from recr1.optim import Optimizer
-from recr1.session import session
+from recr1.config.schema import Config, OptimizerConfig
+from recr1.distributed import collectives as dist
+from recr1.distributed.process_group import process_group
+from recr1.training import checkpoint, load_model
+from recr1.training.optimizer import Optimizer
+from recr1.utils.exits import end_process
 
 
 def main() -> int:
     torch.set_num_threads(1)
-    with session():
+    with process_group():
         work(Path(sys.argv[1]), sys.argv[2])
     return 0
 
 
 def work(folder: Path, policy_folder: str) -> None:
-    policy = checkpoint.load_policy(policy_folder, len(tiny_tokenizer()), torch.float32)
+    policy = load_model.load_policy(policy_folder, len(tiny_tokenizer()), torch.float32)
     optimizer = Optimizer(policy, OptimizerConfig(lr=1e-2, weight_decay=0.1), 9)
     root = folder / "checkpoints"
-    found, state, refused = checkpoint.newest(root, policy, optimizer, lambda state: None)
+    found, state, refused = checkpoint.find_newest_checkpoint(
+        root, policy, optimizer, lambda state: None
+    )
     assert not refused, refused
     if found is None:
         for step in range(2):
             ranks.accumulate(policy, None, step, (), Config())
             optimizer.step()
-        checkpoint.save(
+        checkpoint.save_checkpoint(
             root, 2, lambda: dict(step=2), policy, optimizer, tiny_tokenizer(), frozenset([5]), ""
         )
     else:
-        checkpoint.load(found, state, policy, optimizer)
+        checkpoint.load_checkpoint(found, state, policy, optimizer)
         assert (optimizer.taken, optimizer.skipped) == (2, 0)
-    checkpoint.save_policy(
-        policy, tiny_tokenizer(), frozenset([5]), folder / f"export.{dist.world()}", ""
+    load_model.save_policy(
+        policy, tiny_tokenizer(), frozenset([5]), folder / f"export.{dist.world_size()}", ""
     )
     moments = {}
-    for name, t in checkpoint.moments(optimizer).items():
+    for name, t in checkpoint.get_moments(optimizer).items():
         if t.ndim:
             unit = policy.get_submodule(name.split(".", 1)[1].removesuffix(".shard"))
-            whole = dist.all_gather(t)()
+            whole = dist.start_all_gather(t)()
             moments |= {f"{name} {w.name}": w.view(whole).clone() for w in unit.flat.weights}
         else:
             moments[name] = t
     if dist.rank() == 0:
-        save_file(moments, folder / f"moments.{dist.world()}.safetensors")
+        save_file(moments, folder / f"moments.{dist.world_size()}.safetensors")
 
 
 if __name__ == "__main__":

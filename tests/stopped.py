@@ -9,9 +9,12 @@ import os
 import signal
 import sys
 
-from recr1 import checkpoint, evaluate, log, run, sft, teacher, train
-from recr1.retrieval import bm25
-from recr1.stopping import listening
+from recr1 import sft, train
+from recr1.evaluation import evaluate
+from recr1.retrieval.bm25 import searcher as bm25
+from recr1.tracking import run_log
+from recr1.training import checkpoint, launch, teacher
+from recr1.utils.interrupts import signal_handlers
 
 
 def at(what: str, act, patch=setattr) -> None:
@@ -22,13 +25,13 @@ def at(what: str, act, patch=setattr) -> None:
         return
     owner, name = {
         "sample": (train, "generate"),
-        "batch": (train, "policy_loss"),
+        "batch": (train, "compute_policy_loss"),
         "teach": (teacher, "generate"),
-        "lesson": (sft, "cross_entropy"),
+        "lesson": (sft, "compute_cross_entropy"),
         "evaluate": (evaluate, "generate"),
         "save": (checkpoint, "save_file"),
-        "log": (log.RunLog, "metrics"),
-        "index": (bm25, "load_or_build"),
+        "log": (run_log.RunLog, "metrics"),
+        "index": (bm25, "load_or_build_bm25"),
     }[word]
     inner = getattr(owner, name)
     calls = []
@@ -64,5 +67,5 @@ def infinite(result):
 if __name__ == "__main__":
     act, what = sys.argv[1].split("-")
     at(what, dict(sigterm=sigterm, sigkill=sigkill, nan=nan, infinite=infinite)[act])
-    with listening():
-        run.run_command(train.main, sys.argv[2:])
+    with signal_handlers():
+        launch.run_command(train.main, sys.argv[2:])

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from recr1.retrieval import analyzer
-from recr1.retrieval.analyzer import MAX_LENGTH, STOP_WORDS, analyze
+from recr1.retrieval.bm25 import analyzer
+from recr1.retrieval.bm25.analyzer import MAX_LENGTH, STOP_WORDS, analyze
 
 LUCENE = Path(__file__).parent / "data" / "lucene"
 DATA = Path(__file__).parent.parent / "experiments" / "data"

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from fuzz_answers import completions, wrap
 
-from recr1.answers import MAX_BRACKETS, MAX_CHARS, answer_json, parse_query
+from recr1.tasks.answer_parser import MAX_BRACKETS, MAX_CHARS, parse_answer_json, parse_query
 
 GOOD = '{"query": "star wars"}'
 
@@ -150,9 +150,9 @@ def test_fuzz():
 
 
 def test_answer_json_gives_any_value():
-    assert answer_json(wrap('{"reranked_items": ["Item_2", "Item_1"]}')) == (
+    assert parse_answer_json(wrap('{"reranked_items": ["Item_2", "Item_1"]}')) == (
         {"reranked_items": ["Item_2", "Item_1"]},
         None,
     )
-    assert answer_json(wrap("null")) == (None, None)
-    assert answer_json(wrap("[1")) == (None, "no_json")
+    assert parse_answer_json(wrap("null")) == (None, None)
+    assert parse_answer_json(wrap("[1")) == (None, "no_json")

@@ -14,14 +14,20 @@ import torch
 from tiny import FAMILIES, jsonl, refused, tiny_model, write_yaml
 from torch.nn.attention import varlen as torch_varlen
 
-from recr1 import attention, train, varlen
-from recr1.attention import PackedAttention
-from recr1.fsdp import Sharded
-from recr1.packing import pack
-from recr1.policy import score
-from recr1.records import Prompt, Rollout
-from recr1.sample import generate
-from recr1.varlen import Backend, Unusable, Varlen, choose
+from recr1 import train
+from recr1.data_types import Prompt, Rollout
+from recr1.distributed.fsdp import Sharded
+from recr1.model import packed_attention, varlen_attention
+from recr1.model.log_probs import compute_log_probs
+from recr1.model.packed_attention import PackedAttention
+from recr1.model.varlen_attention import (
+    AttentionBackend,
+    AttentionUnavailable,
+    VarlenAttention,
+    choose_attention,
+)
+from recr1.rl.packing import pack_rollouts
+from recr1.sampling.generate import generate
 
 GPU = torch.device("cuda")
 CPU = torch.device("cpu")
@@ -170,7 +176,7 @@ def stand_in(monkeypatch, name, grouped, asked=None):
         monkeypatch.setitem(sys.modules, "flash_attn", Flash())
     else:
         monkeypatch.setattr(torch_varlen, "varlen_attn", globals()[name])
-    return choose(
+    return choose_attention(
         asked or ("flash" if name == "flash" else "varlen"), grouped, 64, torch.bfloat16, GPU
     )
 
@@ -203,7 +209,7 @@ def test_outputs_and_gradients_are_those_of_sdpa(gpu, monkeypatch, name, layout,
     inputs = [random(n).requires_grad_() for n in (heads, kv_heads, kv_heads)]
     want = PackedAttention(lengths, own, prompt_of)(0, *inputs)
     packed = PackedAttention(lengths, own, prompt_of, CPU, backend)
-    monkeypatch.setattr(attention, "_attend", None)  # no second way behind it
+    monkeypatch.setattr(packed_attention, "_attend", None)  # no second way behind it
     ours = packed(0, *inputs)
     toward = random(heads)
     assert (ours - want).abs().max() < 1e-12
@@ -265,15 +271,15 @@ def test_a_models_gradients_and_texts_are_those_of_sdpa(
             checkpointing=checkpointing,
         )
         logps = []
-        for batch in pack(texts, 30):
-            logp, _ = score(policy, batch, 1.3)
+        for batch in pack_rollouts(texts, 30):
+            logp, _ = compute_log_probs(policy, batch, 1.3)
             logp.square().sum().backward()
             logps.append(logp.detach())
         model.backend = backend
         sampled = generate(model, prompts, 4, 1.0, 6, frozenset([7]), uniforms)
         return torch.cat(logps), torch.cat([unit.shard.grad for unit in policy.units]), sampled
 
-    logp, grad, sampled = outcome(Backend())
+    logp, grad, sampled = outcome(AttentionBackend())
     kernel = stand_in(monkeypatch, name, True).varlen.args[0]
     calls = []
 
@@ -281,12 +287,12 @@ def test_a_models_gradients_and_texts_are_those_of_sdpa(
         calls.append(of)
         return kernel(*of)
 
-    ours_logp, ours_grad, ours = outcome(Backend(varlen=partial(Varlen, counted)))
+    ours_logp, ours_grad, ours = outcome(AttentionBackend(varlen=partial(VarlenAttention, counted)))
     assert (ours_logp - logp).abs().max() < 1e-11 and (
         ours_grad - grad
     ).norm() <= 1e-12 * grad.norm()
     assert [r.ids for r in ours] == [r.ids for r in sampled]
-    batches = len(pack(texts, 30))
+    batches = len(pack_rollouts(texts, 30))
     layers = model.config.num_hidden_layers
     # forward, recomputation; prefill
     assert batches > 1 and len(calls) == batches * layers * 2 * (1 + checkpointing) + layers
@@ -297,7 +303,7 @@ def test_the_real_varlen_attn_takes_our_calls(gpu):
     shapes and types; no kernel runs.
     """
     lengths, own, prompt_of = (torch.tensor(x) for x in LAYOUTS["completions of one token"])
-    backend = choose("varlen", True, 64, torch.bfloat16, GPU)
+    backend = choose_attention("varlen", True, 64, torch.bfloat16, GPU)
     assert backend.name == "varlen" and inspect.signature(REAL) == inspect.signature(
         backend.varlen.args[0].func
     )
@@ -342,9 +348,9 @@ def test_what_is_probed(gpu, monkeypatch, name, grouped, options, note):
     backend = stand_in(monkeypatch, name, grouped)
     kernel = backend.varlen.args[0]
     assert (
-        kernel.args[0] if kernel.func is varlen._repeated else kernel
+        kernel.args[0] if kernel.func is varlen_attention._repeat_heads else kernel
     ).keywords == options and backend.note == note
-    assert (kernel.func is varlen._repeated) == (name == "torch_2_11" and grouped)
+    assert (kernel.func is varlen_attention._repeat_heads) == (name == "torch_2_11" and grouped)
     assert str(backend) == ("flash" if name == "flash" else "varlen") + f" ({note})" * bool(note)
     if name != "flash":
         assert (
@@ -446,17 +452,17 @@ def test_what_cannot_run_is_said(gpu, monkeypatch, asked, machine, settings, say
     if machine:
         machine(monkeypatch)
     how = dict(grouped=True, head_dim=64, compute=torch.bfloat16, device=GPU) | settings
-    with pytest.raises(Unusable) as e:
-        choose(asked, **how)
+    with pytest.raises(AttentionUnavailable) as e:
+        choose_attention(asked, **how)
     assert says in str(e.value) and "\n" not in str(e.value)
-    assert choose("sdpa", **how) == Backend()
+    assert choose_attention("sdpa", **how) == AttentionBackend()
     if asked == "varlen":
-        assert choose("auto", **how) == Backend(note=f"auto: {e.value}")
+        assert choose_attention("auto", **how) == AttentionBackend(note=f"auto: {e.value}")
 
 
 def test_flash_pads_an_odd_head_itself(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", Flash())
-    assert choose("flash", False, 12, torch.float16, GPU).name == "flash"
+    assert choose_attention("flash", False, 12, torch.float16, GPU).name == "flash"
 
 
 @pytest.mark.parametrize("asked", ["varlen", "flash"])
@@ -487,7 +493,9 @@ def test_a_run_says_what_it_took_and_learns_the_same(no_gpu, tmp_path, monkeypat
     )
     flash = Flash()
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
-    monkeypatch.setattr(varlen, "_check", lambda *asked: None)  # the GPU and half precision
+    monkeypatch.setattr(
+        varlen_attention, "_check_flash_limits", lambda *asked: None
+    )  # the GPU and half precision
     said, got = run("flash", "flash")
     assert ", attention flash (flash-attn 2.8.3.post2), loss" in said and len(flash.calls) > 50
     for key in ("reward", "grad_norm", "kl", "entropy", "val_ndcg"):
@@ -507,8 +515,8 @@ def test_on_a_gpu(asked, heads, kv_heads, dim):
     outputs and gradients.
     """
     try:
-        backend = choose(asked, heads != kv_heads, dim, torch.bfloat16, GPU)
-    except Unusable as e:
+        backend = choose_attention(asked, heads != kv_heads, dim, torch.bfloat16, GPU)
+    except AttentionUnavailable as e:
         pytest.skip(str(e))
     generator = torch.Generator().manual_seed(0)
     for layout in LAYOUTS.values():
@@ -530,8 +538,8 @@ def test_on_a_gpu(asked, heads, kv_heads, dim):
             return [x.float() for x in (out, *torch.autograd.grad(out, inputs, toward))]
 
         for want, sdpa, ours in zip(
-            outcome(torch.float32, Backend()),
-            outcome(torch.bfloat16, Backend()),
+            outcome(torch.float32, AttentionBackend()),
+            outcome(torch.bfloat16, AttentionBackend()),
             outcome(torch.bfloat16, backend),
         ):
             assert (ours - want).norm() <= 4 * (sdpa - want).norm() + 1e-3 * want.norm()

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from tiny import write_policy
 
-from recr1.config import ConfigError
-from recr1.run import guarded
+from recr1.config.schema import ConfigError
+from recr1.training.launch import run_guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -151,7 +151,7 @@ def test_nothing_runs_code_unasked(monkeypatch, capsys):
 
 def test_without_lm_eval_it_says_what_to_install(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert guarded(audit.main, ["--model", str(tmp_path)]) == 2
+    assert run_guarded(audit.main, ["--model", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert 'pip install "recr1[audit]"' in err and err.count("\n") == 1
 
@@ -228,7 +228,7 @@ def world(tmp_path_factory):
 
 
 def run(world, tasks, *more, before=True) -> int:
-    return guarded(
+    return run_guarded(
         audit.main,
         [
             "--model",
@@ -416,7 +416,7 @@ def test_what_is_wrong_is_one_line(world, capsys, tmp_path):
     assert "lamp_gone: lm-eval cannot load it" in refused("lamp_gone")
     world = world | dict(after=str(tmp_path / "none"))
     assert (
-        guarded(
+        run_guarded(
             audit.main,
             [
                 "--model",

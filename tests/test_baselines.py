@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from recr1.data import is_validation
-from recr1.run import guarded
+from recr1.data.readers import is_validation
+from recr1.training.launch import run_guarded
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments/baselines"
 sys.path.insert(0, str(FOLDER))
@@ -196,7 +196,7 @@ def test_bad_windows_are_named(change, says, ring, tmp_path, capsys):
     (tmp_path / "train.queries.jsonl").write_text(
         "\n".join([lines[0], json.dumps(row), *lines[2:]]) + "\n"
     )
-    assert guarded(baselines.main, [str(tmp_path), "--setting", "transductive"]) == 2
+    assert run_guarded(baselines.main, [str(tmp_path), "--setting", "transductive"]) == 2
     err = capsys.readouterr().err
     assert (
         err.startswith("recr1: ") and err.count("\n") == 1 and all(part in err for part in says)
@@ -204,10 +204,10 @@ def test_bad_windows_are_named(change, says, ring, tmp_path, capsys):
 
 
 def test_a_folder_that_is_not_there_or_has_no_validation(tmp_path, capsys):
-    assert guarded(baselines.main, [str(tmp_path / "none"), "--setting", "inductive"]) == 2
+    assert run_guarded(baselines.main, [str(tmp_path / "none"), "--setting", "inductive"]) == 2
     assert "corpus.jsonl: no such file" in capsys.readouterr().err
     folder = prepare(tmp_path / "s", {TRAINED[0]: ["a", "b", "c"]})
-    assert guarded(baselines.main, [folder, "--setting", "transductive"]) == 2
+    assert run_guarded(baselines.main, [folder, "--setting", "transductive"]) == 2
     assert "0 of them in the validation tenth" in capsys.readouterr().err
 
 
@@ -422,7 +422,7 @@ def test_the_table_of_a_ring(ring, tmp_path, capsys):
     """
     out = tmp_path / "table.json"
     assert (
-        guarded(
+        run_guarded(
             baselines.main,
             [
                 ring,

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from recr1.retrieval import bm25 as module
-from recr1.retrieval.analyzer import analyze
-from recr1.retrieval.bm25 import BM25
-from recr1.retrieval.index import Index
-from recr1.retrieval.postings import Parameters, stored_lengths
+from recr1.retrieval.bm25 import searcher as module
+from recr1.retrieval.bm25.analyzer import analyze
+from recr1.retrieval.bm25.impacts import BM25Parameters, round_to_stored_lengths
+from recr1.retrieval.bm25.index import BM25Index
+from recr1.retrieval.bm25.searcher import BM25Searcher
 
 LUCENE = Path(__file__).parent / "data" / "lucene"
 DATA = Path(__file__).parent.parent / "experiments" / "data"
@@ -47,15 +47,15 @@ def tokens(name: str) -> list[list[str]]:
 
 
 @cache
-def made(name: str, **parameters) -> Index:
-    return Index.of_texts(*corpus(name), Parameters(**parameters))
+def made(name: str, **parameters) -> BM25Index:
+    return BM25Index.of_texts(*corpus(name), BM25Parameters(**parameters))
 
 
-def index(name: str, scorer: str = "torch", **parameters) -> BM25:
-    return BM25(made(name, **parameters), scorer)
+def index(name: str, scorer: str = "torch", **parameters) -> BM25Searcher:
+    return BM25Searcher(made(name, **parameters), scorer)
 
 
-def lucene_index(name: str, scorer: str = "torch") -> BM25:
+def lucene_index(name: str, scorer: str = "torch") -> BM25Searcher:
     # a title is short: both are the same
     return index(name, scorer, length="exact" if name == "titles" else "lucene")
 
@@ -88,7 +88,7 @@ def some_queries(name: str, n: int) -> list[str]:
     ]
 
 
-def ids(index: BM25, ranking: np.ndarray) -> list[str]:
+def ids(index: BM25Searcher, ranking: np.ndarray) -> list[str]:
     return [index.doc_ids[row] for row in ranking if row >= 0]
 
 
@@ -130,11 +130,11 @@ def test_matches_of_lucene(name, scorer):
 
 def test_stored_length_of_lucene():
     table = rows("length_byte.tsv")
-    stored = stored_lengths(np.array([int(length) for length, _, _ in table]))
+    stored = round_to_stored_lengths(np.array([int(length) for length, _, _ in table]))
     assert stored.tolist() == [int(decoded) for _, _, decoded in table]
 
 
-def dense(index: BM25, query: str, doc_ids: list[str]) -> np.ndarray:
+def dense(index: BM25Searcher, query: str, doc_ids: list[str]) -> np.ndarray:
     """The score of every document in the order of doc_ids; 0 for those not found."""
     found, scores = index.search([query], len(doc_ids))
     by_id = dict(zip(ids(index, found[0]), scores[0]))
@@ -192,7 +192,7 @@ def test_lucene_formula_by_hand():
             / (tf + 1.2 * (0.25 + 0.75 * length / average))
         )
 
-    index = BM25.build(IDS, TEXTS)
+    index = BM25Searcher.build(IDS, TEXTS)
     found, scores = index.search(["a red red Fox"], 10)
     want = {"d1": 2 * term(2, 2, 3), "d2": term(2, 2, 4), "d3": 2 * term(1, 2, 2) + term(1, 2, 2)}
     assert ids(index, found[0]) == sorted(want, key=want.get, reverse=True)
@@ -205,24 +205,26 @@ def test_lucene_formula_by_hand():
 
 def test_parameters_matter():
     def impacts(*texts, **options):
-        return BM25.build(*texts, **options).index.impacts
+        return BM25Searcher.build(*texts, **options).index.impacts
 
     for options in (dict(k1=2.0), dict(b=0.0), dict(variant="okapi")):
         assert not np.array_equal(impacts(IDS, TEXTS, **options), impacts(IDS, TEXTS))
-    flat = BM25.build(IDS, TEXTS, k1=0.0).index  # k1 = 0: only whether the term is there
+    flat = BM25Searcher.build(IDS, TEXTS, k1=0.0).index  # k1 = 0: only whether the term is there
     assert len(set(flat.impacts[flat.offsets[flat.terms.find("fox")] :][:2])) == 1
     long = ["word " * 50 + f"w{i}" for i in range(3)]
     assert not np.array_equal(impacts("abc", long, length="lucene"), impacts("abc", long))
 
 
 def test_okapi_drops_scores_that_are_not_positive():
-    index = BM25.build(["a", "b", "c", "d"], ["red x", "red y", "z u", "v w"], variant="okapi")
+    index = BM25Searcher.build(
+        ["a", "b", "c", "d"], ["red x", "red y", "z u", "v w"], variant="okapi"
+    )
     found, _ = index.search(["red", "x"], 4)  # a term in exactly half of the documents: idf 0
     assert (found[0] == -1).all() and ids(index, found[1]) == ["a"]
 
 
 def test_ties_are_ranked_by_id_as_string_also_at_the_cut():
-    index = BM25.build(
+    index = BM25Searcher.build(
         ["9", "10", "b", "a", "é", "z", "1"], ["same words"] * 6 + ["same same other"]
     )
     assert list(index.doc_ids) == ["1", "10", "9", "a", "b", "z", "é"]
@@ -245,11 +247,11 @@ def test_rankings_nest():
 
 
 def test_nothing_found():
-    found, scores = BM25.build(IDS, TEXTS).search(["", "the and", "purple", "!?", "cat"], 6)
+    found, scores = BM25Searcher.build(IDS, TEXTS).search(["", "the and", "purple", "!?", "cat"], 6)
     assert (found[:4] == -1).all() and (scores[:4] == -np.inf).all()
     assert (found[4] >= 0).tolist() == [True] + [False] * 5  # k above the corpus: the rest is empty
     assert found.dtype == np.int64 and scores.dtype == np.float32
-    assert BM25.build(IDS, TEXTS).search([], 3)[0].shape == (0, 3)
+    assert BM25Searcher.build(IDS, TEXTS).search([], 3)[0].shape == (0, 3)
 
 
 def test_a_query_does_not_depend_on_its_batch():
@@ -265,8 +267,8 @@ def test_a_query_does_not_depend_on_its_batch():
 
 
 def test_order_of_documents_does_not_matter():
-    index = BM25.build(IDS, TEXTS).index
-    other = BM25.build(IDS[::-1], TEXTS[::-1]).index
+    index = BM25Searcher.build(IDS, TEXTS).index
+    other = BM25Searcher.build(IDS[::-1], TEXTS[::-1]).index
     assert list(index.doc_ids) == list(other.doc_ids) == sorted(IDS)
     assert list(index.terms) == list(other.terms) == sorted(index.terms) and np.array_equal(
         index.impacts, other.impacts
@@ -289,13 +291,13 @@ def test_order_of_documents_does_not_matter():
 )
 def test_bad_arguments(arguments, options, says):
     with pytest.raises(ValueError, match=says):
-        BM25.build(*arguments, **options)
+        BM25Searcher.build(*arguments, **options)
 
 
 @pytest.mark.parametrize("k", [0, -1])
 def test_k_must_be_positive(k):
     with pytest.raises(ValueError, match="k: must be at least 1"):
-        BM25.build(IDS, TEXTS).search(["red"], k)
+        BM25Searcher.build(IDS, TEXTS).search(["red"], k)
 
 
 def test_numba_that_is_absent_is_named(monkeypatch):
@@ -304,7 +306,7 @@ def test_numba_that_is_absent_is_named(monkeypatch):
         ValueError,
         match=r"numba, which is not installed here: pip install 'recr1\[fast\]'; scorer torch",
     ):
-        BM25.build(IDS, TEXTS, scorer="numba")
+        BM25Searcher.build(IDS, TEXTS, scorer="numba")
 
 
 # --------------------------------------------------------------------------------------------------- the two scorers
@@ -358,7 +360,8 @@ def test_upstream_wrapping_loses_the_first_word():
     """
     docs = dict(a="oculus rift", b="rift valley", c="gta", d="contents of a box")
     plain, wrapped = (
-        BM25.build(list(docs), list(docs.values()), upstream_wrapping=on) for on in (False, True)
+        BM25Searcher.build(list(docs), list(docs.values()), upstream_wrapping=on)
+        for on in (False, True)
     )
     assert analyze("(contents:oculus rift s)") == ["contents:oculu", "rift", "s"]
 

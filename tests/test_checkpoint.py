@@ -19,11 +19,13 @@ from test_ranks import torchrun
 from test_resume import stop
 from tiny import jsonl, refused, tiny_model, write_policy, write_yaml
 
-from recr1 import checkpoint, cli, files, train
-from recr1.config import Optimizer as OptimizerConfig
-from recr1.fsdp import Sharded
-from recr1.optim import Optimizer
-from recr1.run import guarded
+from recr1 import cli, train
+from recr1.config.schema import OptimizerConfig
+from recr1.distributed.fsdp import Sharded
+from recr1.training import checkpoint
+from recr1.training.launch import run_guarded
+from recr1.training.optimizer import Optimizer
+from recr1.utils import files
 
 HERE = Path(__file__).resolve().parent
 
@@ -121,7 +123,7 @@ def test_what_stands_in_a_checkpoint(begun, world, tmp_path, capsys):
     ]
     capsys.readouterr()
     assert (
-        guarded(cli.main, argv) == 0
+        run_guarded(cli.main, argv) == 0
         and json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 12
     )
 
@@ -347,7 +349,7 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     for step in range(1, 7):
         (root / f"step_{step:06d}").mkdir(parents=True)
         files.write_text(root / "LATEST", f"step_{step:06d}\n")
-        checkpoint.prune(root, 2, [0.5, 2] if step >= 2 else None)
+        checkpoint.prune_checkpoints(root, 2, [0.5, 2] if step >= 2 else None)
     assert sorted(p.name for p in root.iterdir()) == [
         "BEST",
         "LATEST",
@@ -355,14 +357,14 @@ def test_the_last_and_the_best_are_kept(tmp_path):
         "step_000005",
         "step_000006",
     ]
-    checkpoint.prune(root, 2, [0.6, 6])
+    checkpoint.prune_checkpoints(root, 2, [0.6, 6])
     assert (
         sorted(p.name for p in root.iterdir()) == ["BEST", "LATEST", "step_000005", "step_000006"]
         and (root / "BEST").read_text() == "step_000006\n"
     )
     files.write_text(root / "LATEST", "step_000005\n")
     (root / "step_000007").mkdir(), (root / "step_000008").mkdir()
-    checkpoint.prune(root, 2, None)  # never what LATEST and BEST name
+    checkpoint.prune_checkpoints(root, 2, None)  # never what LATEST and BEST name
     assert sorted(p.name for p in root.glob("step*")) == [f"step_{i:06d}" for i in (5, 6, 7, 8)]
 
 
@@ -396,7 +398,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_stood(
     [line] = [line for line in done.stderr.splitlines() if line.startswith("recr1:")]
     assert "cannot write" in line and place in line and "File too large" in line
     assert not list((folder / "checkpoints").glob("step_??????"))
-    assert guarded(train.main, argv) == 0
+    assert run_guarded(train.main, argv) == 0
     for name in ("model/model.safetensors", "rollouts.jsonl.gz"):
         assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
 
@@ -404,7 +406,7 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_stood(
 @pytest.fixture(scope="module")
 def undisturbed(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert guarded(train.main, [world, "log.tokens_every=1", f"run.dir={folder}"]) == 0
+    assert run_guarded(train.main, [world, "log.tokens_every=1", f"run.dir={folder}"]) == 0
     return folder
 
 
@@ -482,19 +484,19 @@ def test_adamws_state_goes_out_and_in(tmp_path):
     steps(whole, Optimizer(whole, config, 5), range(5))
     optimizer = Optimizer(first, config, 5)
     resumed = Optimizer(second, config, 5)
-    assert all(not t.any() for t in checkpoint.moments(optimizer).values())
+    assert all(not t.any() for t in checkpoint.get_moments(optimizer).values())
     steps(first, optimizer, range(3))
     with torch.no_grad():
         for a, b in zip(second.parameters(), first.parameters()):
             a.copy_(b)
-    checkpoint.restore(
+    checkpoint.restore_optimizer(
         resumed,
-        {name: t.clone() for name, t in checkpoint.moments(optimizer).items()},
+        {name: t.clone() for name, t in checkpoint.get_moments(optimizer).items()},
         optimizer.taken,
         optimizer.skipped,
     )
     steps(second, resumed, range(3, 5))
     assert (
         all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters()))
-        and checkpoint.moments(resumed)["step.units.0.shard"] == 4
+        and checkpoint.get_moments(resumed)["step.units.0.shard"] == 4
     )

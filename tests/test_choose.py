@@ -9,11 +9,11 @@ from scipy.stats import chi2
 from tiny import oracle, tiny_model
 from transformers import TopPLogitsWarper
 
-from recr1.draws import uniforms
-from recr1.kernels.choose import choose, nucleus_floor
-from recr1.policy import policy
-from recr1.records import Prompt
-from recr1.sample import generate
+from recr1.data_types import Prompt
+from recr1.kernels.sample_token import find_nucleus_floor, sample_token
+from recr1.model.log_probs import make_distribution
+from recr1.sampling.generate import generate
+from recr1.utils.counter_rng import draw_uniforms
 
 DRAWS = 100_000
 WAYS = [(temperature, top_p) for temperature in (0.6, 1.0, 1.5) for top_p in (1.0, 0.3, 0.8, 0.95)]
@@ -51,8 +51,8 @@ def logits() -> torch.Tensor:
 
 @pytest.mark.parametrize("temperature, top_p", WAYS)
 def test_draws_come_as_often_as_the_distribution_says(logits, temperature, top_p):
-    u = torch.from_numpy(uniforms(0, 1, np.array([7]), DRAWS, 1)[:, :, 0])
-    ids = choose(policy(logits[None], temperature), u, top_p)[0][0].numpy()
+    u = torch.from_numpy(draw_uniforms(0, 1, np.array([7]), DRAWS, 1)[:, :, 0])
+    ids = sample_token(make_distribution(logits[None], temperature), u, top_p)[0][0].numpy()
     p = exact(logits, temperature, top_p)
     chance = unlikely(ids, p)
     print(f"temperature {temperature}, top_p {top_p}: p = {chance:.3f}")
@@ -67,7 +67,7 @@ def test_first_tokens_of_generate_come_as_often_as_transformers_softmax_says(tem
     prompt = Prompt("q", 5, "", (17, 3, 250, 88))
     with torch.no_grad():
         want = oracle(model)(input_ids=torch.tensor([prompt.ids])).logits[0, -1]
-    u = uniforms(0, 1, np.array([prompt.index]), DRAWS, 1)
+    u = draw_uniforms(0, 1, np.array([prompt.index]), DRAWS, 1)
     rollouts = generate(model, [prompt], DRAWS, temperature, 1, frozenset([5]), u, top_p=top_p)
     ids = [r.ids[0] for r in rollouts]
     assert [r.sibling for r in rollouts] == list(range(DRAWS))
@@ -88,12 +88,12 @@ def test_the_nucleus_is_transformers(temperature, top_p):
     logits = 3 * torch.randn(
         200, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
-    p = policy(logits, temperature)
-    kept = p.weights >= nucleus_floor(p.weights, p.total, top_p)
+    p = make_distribution(logits, temperature)
+    kept = p.weights >= find_nucleus_floor(p.weights, p.total, top_p)
     theirs = TopPLogitsWarper(top_p)(None, logits / temperature).isfinite()
     assert torch.equal(kept, theirs)
     u = torch.rand(200, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    ids, logp, cut = choose(p, u, top_p)
+    ids, logp, cut = sample_token(p, u, top_p)
     assert theirs.gather(-1, ids).all() and (top_p > 0.1 or ids.unique().numel() > 100)
     whole = (logits / temperature).softmax(-1)
     assert (cut - (1 - (whole * theirs).sum(-1))).abs().max() < 1e-12 and (cut <= 1 - top_p).all()
@@ -102,22 +102,24 @@ def test_the_nucleus_is_transformers(temperature, top_p):
 
 def test_top_p_1_cuts_nothing_and_sorts_nothing(monkeypatch):
     monkeypatch.setattr("recr1.kernels.choose.nucleus_floor", None)
-    p = policy(torch.randn(4, 50), 1.0)
+    p = make_distribution(torch.randn(4, 50), 1.0)
     u = torch.rand(4, 3)
-    assert not choose(p, u)[2].any() and not choose(p)[2].any()
+    assert not sample_token(p, u)[2].any() and not sample_token(p)[2].any()
 
 
 def test_what_ties_at_the_edge_stays_in():
     """p = 0.4, then four of 0.15: 0.5 takes one of the four and so all; 0.4 is reached by the first
     alone.
     """
-    p = policy(torch.tensor([[0.15, 0.15, 0.4, 0.15, 0.15]], dtype=torch.float64).log(), 1.0)
+    p = make_distribution(
+        torch.tensor([[0.15, 0.15, 0.4, 0.15, 0.15]], dtype=torch.float64).log(), 1.0
+    )
     u = torch.linspace(0.001, 0.999, 500, dtype=torch.float64)[None]
     for top_p, kept, cut in ((0.39, {2}, 0.6), (0.5, {0, 1, 2, 3, 4}, 0.0)):
-        ids, _, left_out = choose(p, u, top_p)
+        ids, _, left_out = sample_token(p, u, top_p)
         assert set(ids[0].tolist()) == kept and abs(left_out.item() - cut) < 1e-12
-    uniform = policy(torch.zeros(1, 7), 1.0)
-    assert set(choose(uniform, u, 0.01)[0][0].tolist()) == set(range(7))
+    uniform = make_distribution(torch.zeros(1, 7), 1.0)
+    assert set(sample_token(uniform, u, 0.01)[0][0].tolist()) == set(range(7))
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9999])
@@ -125,8 +127,8 @@ def test_what_ties_at_the_edge_stays_in():
 def test_no_uniform_yields_an_id_of_probability_zero(dtype, top_p):
     logits = torch.randn(1, 2000, generator=torch.Generator().manual_seed(0)).to(dtype)
     logits[:, :50] = logits[:, 900:950] = logits[:, -50:] = -1e4
-    p = policy(logits, 1.0)
-    ids, logp, _ = choose(
+    p = make_distribution(logits, 1.0)
+    ids, logp, _ = sample_token(
         p,
         torch.tensor(
             [[0.0, 2.0**-53, 1e-12, 0.5, 1 - 2.0**-25, 1 - 2.0**-53, 1.0]], dtype=torch.float64
@@ -140,6 +142,6 @@ def test_no_uniform_yields_an_id_of_probability_zero(dtype, top_p):
 
 
 def test_greedy_takes_the_lowest_of_a_tie():
-    p = policy(torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 1.0]]), 0.7)
-    ids, logp, cut = choose(p)
+    p = make_distribution(torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 1.0]]), 0.7)
+    ids, logp, cut = sample_token(p)
     assert ids.tolist() == [[1], [0]] and torch.equal(logp, p.logp(ids)) and not cut.any()

@@ -16,11 +16,12 @@ import pytrec_eval
 import yaml
 from tiny import jsonl, write_yaml
 
-from recr1 import cli, config_file as configs, train
-from recr1.answers import parse_query
-from recr1.data import read_corpus, read_qrels, read_queries
-from recr1.retrieval.bm25 import BM25
-from recr1.run import guarded
+from recr1 import cli, train
+from recr1.config import loader as configs
+from recr1.data.readers import read_corpus, read_qrels, read_queries
+from recr1.retrieval.bm25.searcher import BM25Searcher
+from recr1.tasks.answer_parser import parse_query
+from recr1.training.launch import run_guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "experiments/data"
@@ -48,13 +49,13 @@ SETS = {
 
 def run(capsys, *argv) -> str:
     capsys.readouterr()
-    assert guarded(cli.main, [str(a) for a in argv]) == 0
+    assert run_guarded(cli.main, [str(a) for a in argv]) == 0
     return capsys.readouterr().out
 
 
 def refused(capsys, *argv) -> str:
     capsys.readouterr()
-    assert guarded(cli.main, [str(a) for a in argv]) == 2
+    assert run_guarded(cli.main, [str(a) for a in argv]) == 2
     err = capsys.readouterr().err
     assert err.startswith("recr1: ") and err.count("\n") == 1
     return err
@@ -88,7 +89,7 @@ def test_raw_queries_of_the_bundled_sets_score_as_pytrec_eval_says(name, capsys)
         read_queries(files(name)[1]),
         read_qrels(files(name)[2]),
     )
-    index = BM25.build(ids, texts)
+    index = BM25Searcher.build(ids, texts)
     rows, _ = index.search(list(queries.values()), 100)
     # scores that fall with the rank, so that trec_eval, which sorts again, keeps our order
     found = {
@@ -123,8 +124,8 @@ def world(tmp_path_factory):
     """(config of a finished run, its folder)."""
     config = write_yaml(tmp_path_factory.mktemp("world"))
     folder = tmp_path_factory.mktemp("runs") / "run"
-    assert guarded(train.main, [config, f"run.dir={folder}"]) == 0
-    return configs.load(config, []), folder
+    assert run_guarded(train.main, [config, f"run.dir={folder}"]) == 0
+    return configs.load_config(config, []), folder
 
 
 def tiny_flags(cfg):
@@ -366,10 +367,10 @@ def test_help_fits_one_screen():
 
 def test_the_bundled_policy_answers_as_the_quickstart_asks():
     recipe, quickstart = (
-        configs.load(str(ROOT / path), [])
+        configs.load_config(str(ROOT / path), [])
         for path in ("experiments/policy/recr1.yaml", "experiments/quickstart.yaml")
     )
-    assert yaml.safe_load(configs.answering(quickstart)) == yaml.safe_load(
+    assert yaml.safe_load(configs.dump_answering_config(quickstart)) == yaml.safe_load(
         (ROOT / "experiments/policy/recr1.yaml").read_text()
     )
     assert (

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from recr1.config import Config, ConfigError
-from recr1.config_file import dump, load
+from recr1.config.loader import dump_config, load_config
+from recr1.config.schema import Config, ConfigError
 
 QUICKSTART = str(Path(__file__).resolve().parents[1] / "experiments" / "quickstart.yaml")
 
@@ -49,7 +49,7 @@ def yaml_file(tmp_path):
 )
 def test_refused(yaml_file, text, message):
     with pytest.raises(ConfigError, match=message):
-        load(yaml_file(text), [])
+        load_config(yaml_file(text), [])
 
 
 @pytest.mark.parametrize(
@@ -66,16 +66,16 @@ def test_refused(yaml_file, text, message):
 )
 def test_refused_overrides(yaml_file, override, message):
     with pytest.raises(ConfigError, match=message):
-        load(yaml_file("task: product_search"), [override])
+        load_config(yaml_file("task: product_search"), [override])
 
 
 def test_missing_file():
     with pytest.raises(ConfigError, match="nowhere.yaml: no such file"):
-        load("nowhere.yaml", [])
+        load_config("nowhere.yaml", [])
 
 
 def test_numbers_and_overrides(yaml_file):
-    c = load(
+    c = load_config(
         yaml_file("optimizer: {lr: 1e-6, eps: 1}"),
         ["optimizer.weight_decay=2e-3", "train.steps=7", "run.dir='a b'"],
     )
@@ -89,14 +89,16 @@ def test_numbers_and_overrides(yaml_file):
 
 
 def test_dump_reads_back_equal(yaml_file):
-    c = load(QUICKSTART, ["optimizer.betas=[0.5, 0.6]"])
-    assert load(yaml_file(dump(c)), []) == c != Config()
+    c = load_config(QUICKSTART, ["optimizer.betas=[0.5, 0.6]"])
+    assert load_config(yaml_file(dump_config(c)), []) == c != Config()
 
 
 @pytest.mark.parametrize("text", ["1e-6", "3E-4", "1.5e-3", "0.25", "0"])
 def test_a_number_is_a_number_wherever_it_stands(yaml_file, text):
-    from_list = load(yaml_file(f"optimizer: {{betas: [{text}, 0.5]}}"), []).optimizer.betas[0]
-    assert load(yaml_file(""), [f"optimizer.lr={text}"]).optimizer.lr == from_list == float(
+    from_list = load_config(yaml_file(f"optimizer: {{betas: [{text}, 0.5]}}"), []).optimizer.betas[
+        0
+    ]
+    assert load_config(yaml_file(""), [f"optimizer.lr={text}"]).optimizer.lr == from_list == float(
         text
     ) and isinstance(from_list, float)
 
@@ -116,12 +118,12 @@ def test_a_number_is_a_number_wherever_it_stands(yaml_file, text):
 )
 def test_more_that_is_refused_in_one_line(yaml_file, text, message):
     with pytest.raises(ConfigError, match=message) as e:
-        load(yaml_file(text), [])
+        load_config(yaml_file(text), [])
     assert "\n" not in str(e.value)
 
 
 def test_strings_that_look_like_something_else_survive_dump(yaml_file):
-    c = load(
+    c = load_config(
         yaml_file(""),
         [
             "model.path='1e-6'",
@@ -134,6 +136,6 @@ def test_strings_that_look_like_something_else_survive_dump(yaml_file):
             'prompt.system="two\\nlines = 1"',
         ],
     )
-    assert (c.model.path, c.prompt.system) == ("1e-6", "two\nlines = 1") and load(
-        yaml_file(dump(c)), []
+    assert (c.model.path, c.prompt.system) == ("1e-6", "two\nlines = 1") and load_config(
+        yaml_file(dump_config(c)), []
     ) == c

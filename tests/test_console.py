@@ -12,11 +12,12 @@ import pytest
 from tiny import jsonl, write_sft_yaml, write_yaml
 
 from recr1 import sft, train
-from recr1.console import rollout_table
-from recr1.log import Step, console_line, say
-from recr1.records import Prompt, Reward, Rollout
-from recr1.run import guarded
-from recr1.terminal import fit, plain
+from recr1.data_types import Prompt, Reward, Rollout
+from recr1.distributed.printing import print_rank0
+from recr1.tracking.console import format_console_line, format_rollout_table
+from recr1.tracking.step_metrics import StepRecord
+from recr1.training.launch import run_guarded
+from recr1.utils.terminal import fit_to_width, make_printable
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,7 +72,7 @@ def test_every_metric_and_every_name_of_the_line_has_a_row_in_the_glossary(
 ):
     config = world if loop is train else write_sft_yaml(tmp_path)
     assert (
-        guarded(loop.main, [config, *overrides, "train.steps=2", f"run.dir={tmp_path / 'run'}"])
+        run_guarded(loop.main, [config, *overrides, "train.steps=2", f"run.dir={tmp_path / 'run'}"])
         == 0
     )
     known = glossary()
@@ -82,10 +83,10 @@ def test_every_metric_and_every_name_of_the_line_has_a_row_in_the_glossary(
     )
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     # what is looked at below is what was printed
-    assert lines == [console_line(row, 2) for row in rows]
+    assert lines == [format_console_line(row, 2) for row in rows]
     if loop is train:
         # as a replay and a run without reference have it
-        lines.append(console_line(rows[-1] | dict(rollout_tokens_per_s=None, kl=None), 2))
+        lines.append(format_console_line(rows[-1] | dict(rollout_tokens_per_s=None, kl=None), 2))
     for line in lines:
         said = fields(line)
         assert said.pop("step") and len(said) >= (4 if loop is sft else 8)
@@ -106,7 +107,7 @@ def test_a_bar_on_a_terminal_says_how_much_time_is_left(world, tmp_path, monkeyp
 
     for name, stderr in (("terminal", Terminal()), ("file", io.StringIO())):
         monkeypatch.setattr(sys, "stderr", stderr)
-        assert guarded(train.main, [world, f"run.dir={tmp_path / name}"]) == 0
+        assert run_guarded(train.main, [world, f"run.dir={tmp_path / name}"]) == 0
         bars = re.findall(
             r"train: +\d+%\|[^|]*\| (\d)/3 \[\d+:\d\d<(\?|\d+:\d\d)", stderr.getvalue()
         )
@@ -118,7 +119,7 @@ def test_a_bar_on_a_terminal_says_how_much_time_is_left(world, tmp_path, monkeyp
         ]
 
 
-def step(*texts: tuple[str, str | list[str] | None, float]) -> Step:
+def step(*texts: tuple[str, str | list[str] | None, float]) -> StepRecord:
     """A step of these (query, rewrite, advantage)."""
     rollouts = [
         Rollout(Prompt(f"q{i}", i, query, (1,)), i, 0, (1, 2), (-0.5, -0.5), True)
@@ -130,7 +131,9 @@ def step(*texts: tuple[str, str | list[str] | None, float]) -> Step:
         )
         for query, answer, _ in texts
     ]
-    return Step(rollouts, rewards, [adv for _, _, adv in texts], rollouts, list(range(len(texts))))
+    return StepRecord(
+        rollouts, rewards, [adv for _, _, adv in texts], rollouts, list(range(len(texts)))
+    )
 
 
 def width(line: str) -> int:
@@ -141,7 +144,7 @@ def width(line: str) -> int:
 
 
 def test_a_table_shows_the_highest_the_middle_and_the_lowest_advantage():
-    lines = rollout_table(
+    lines = format_rollout_table(
         step(
             ("lamp", "red lamp", 0.0),
             ("chair", "a chair", -1.5),
@@ -158,7 +161,7 @@ def test_a_table_shows_the_highest_the_middle_and_the_lowest_advantage():
     ]
     assert len({len(line) for line in lines}) == 1
     # a recommended list
-    [_, line] = rollout_table(step(("lamp", ["d1", "d2"], 0.0)), 100).splitlines()
+    [_, line] = format_rollout_table(step(("lamp", ["d1", "d2"], 0.0)), 100).splitlines()
     assert line.split()[:3] == ["lamp", '["d1",', '"d2"]']
 
 
@@ -167,7 +170,7 @@ def test_lines_keep_to_the_width_and_nothing_in_them_drives_the_terminal(columns
     hostile = "\x1b[31mred\x1b]0;title\x07\r\n\x9b2J \u202egnp\u2066 <script>"
     wide = "ユーザー検索" * 20
     accents = "e\u0301" * 200
-    lines = rollout_table(
+    lines = format_rollout_table(
         step((hostile, wide, 1.0), (wide, accents, 0.0), (accents, hostile * 9, -1.0)), columns
     ).split("\n")
     assert (
@@ -176,24 +179,24 @@ def test_lines_keep_to_the_width_and_nothing_in_them_drives_the_terminal(columns
         and len({width(line) for line in lines}) == 1
     )
     for line in lines:
-        assert line.isprintable() and plain(line) == line
+        assert line.isprintable() and make_printable(line) == line
     assert "red" in lines[1] and ".." in lines[1] and re.search(r" +0\.250 +\+1\.000$", lines[1])
 
 
 def test_fit():
     assert (
-        fit("lamp", 6) == "lamp  "
-        and fit("lampshade", 6) == "lamp.."
-        and fit("ユーザー", 6) == "ユー.."
-        and fit("ユーザー", 5) == "ユ.. "
+        fit_to_width("lamp", 6) == "lamp  "
+        and fit_to_width("lampshade", 6) == "lamp.."
+        and fit_to_width("ユーザー", 6) == "ユー.."
+        and fit_to_width("ユーザー", 5) == "ユ.. "
     )
     assert (
-        fit("ユーザー", 8) == "ユーザー"
-        and fit("", 3) == "   "
-        and fit("ab", 2) == "ab"
-        and fit("abc", 2) == ".."
+        fit_to_width("ユーザー", 8) == "ユーザー"
+        and fit_to_width("", 3) == "   "
+        and fit_to_width("ab", 2) == "ab"
+        and fit_to_width("abc", 2) == ".."
     )
-    assert fit("a\tb\x1b", 4) == "a b "
+    assert fit_to_width("a\tb\x1b", 4) == "a b "
 
 
 def test_tables_come_every_few_steps_and_the_word_about_the_loss_once(
@@ -204,7 +207,9 @@ def test_tables_come_every_few_steps_and_the_word_about_the_loss_once(
         (["log.show_every=2"], 2, 1),
         (["log.show_every=0", "loss.kind=reinforce"], 0, 0),
     ):
-        assert guarded(train.main, [world, *overrides, f"run.dir={tmp_path / str(tables)}"]) == 0
+        assert (
+            run_guarded(train.main, [world, *overrides, f"run.dir={tmp_path / str(tables)}"]) == 0
+        )
         out = capsys.readouterr().out
         heads = [
             i
@@ -221,6 +226,6 @@ def test_tables_come_every_few_steps_and_the_word_about_the_loss_once(
 def test_a_terminal_that_cannot_write_a_character_ends_no_run(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    say("naïve \ud800 ユ")
+    print_rank0("naïve \ud800 ユ")
     sys.stdout.flush()
     assert raw.getvalue() == b"na?ve ? ?\n"

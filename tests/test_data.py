@@ -9,8 +9,9 @@ import json
 import numpy as np
 import pytest
 
-from recr1.data import DataError, is_validation, read_corpus, read_qrels, read_queries
-from recr1.draws import _hash, _unit, prompt_order, shuffle_words, steps_per_epoch, uniforms
+from recr1.data.prompt_order import choose_prompts, count_steps_per_epoch, shuffle_words
+from recr1.data.readers import DataError, is_validation, read_corpus, read_qrels, read_queries
+from recr1.utils.counter_rng import draw_uniforms, hash_keys, to_unit_interval
 
 DOCS = [
     json.dumps(
@@ -231,48 +232,48 @@ def test_validation_is_the_hash_tenth():
 
 @pytest.mark.parametrize("n, per_step", [(10, 3), (12, 4), (7, 7), (5, 1), (1000, 64)])
 def test_an_epoch_is_a_permutation(n, per_step):
-    steps = steps_per_epoch(n, per_step)
+    steps = count_steps_per_epoch(n, per_step)
     assert steps == n // per_step
     epochs = []
     for epoch in range(4):
         order = np.concatenate(
-            [prompt_order(n, per_step, 5, epoch * steps + s) for s in range(steps)]
+            [choose_prompts(n, per_step, 5, epoch * steps + s) for s in range(steps)]
         )
         assert order.dtype == np.int64 and order.shape == (steps * per_step,)
         assert len(set(order)) == len(order) and set(order) <= set(range(n))
         epochs.append(tuple(order))
     if n > 7:
         assert len(set(epochs)) == 4
-        assert tuple(prompt_order(n, per_step, 6, 0)) != epochs[0][:per_step]
+        assert tuple(choose_prompts(n, per_step, 6, 0)) != epochs[0][:per_step]
 
 
 def test_the_epoch_does_not_depend_on_the_step_size_or_on_what_was_asked_before():
-    by_five = np.concatenate([prompt_order(40, 5, 1, step) for step in range(8)])
-    by_eight = np.concatenate([prompt_order(40, 8, 1, step) for step in range(5)])
+    by_five = np.concatenate([choose_prompts(40, 5, 1, step) for step in range(8)])
+    by_eight = np.concatenate([choose_prompts(40, 8, 1, step) for step in range(5)])
     assert (by_five == by_eight).all()
-    later = prompt_order(40, 5, 1, 1003)
+    later = choose_prompts(40, 5, 1, 1003)
     later_copy = later.copy()
     later[:] = -1  # the caller's array is its own
-    assert (prompt_order(40, 5, 1, 1003) == later_copy).all()
+    assert (choose_prompts(40, 5, 1, 1003) == later_copy).all()
 
 
 def test_every_prompt_stands_everywhere_equally_often():
     counts = np.zeros((8, 8))
     for epoch in range(4000):
-        counts[np.arange(8), prompt_order(8, 8, 3, epoch)] += 1
+        counts[np.arange(8), choose_prompts(8, 8, 3, epoch)] += 1
     assert ((counts - 500) ** 2 / 500).sum() < 85  # chi-square, 49 degrees of freedom, p = 0.001
 
 
 @pytest.mark.parametrize("per_step", [0, 11])
 def test_a_step_larger_than_the_data_is_refused(per_step):
     with pytest.raises(ValueError, match="ask for 1 to 10 a step"):
-        prompt_order(10, per_step, 0, 0)
+        choose_prompts(10, per_step, 0, 0)
 
 
 def test_the_hash_is_splitmix64():
     # the first three outputs for seed 0 of the published generator: other machines and versions
     # must agree
-    assert _hash(np.arange(3)).tolist() == [
+    assert hash_keys(np.arange(3)).tolist() == [
         0xE220A8397B1DCDAF,
         0x6E789E6AA1B965F4,
         0x06C45D188009454F,
@@ -281,24 +282,24 @@ def test_the_hash_is_splitmix64():
 
 def test_uniforms_are_functions_of_their_keys_alone():
     prompts = np.array([3, 141, 59, 26, 2**40])
-    whole = uniforms(7, 11, prompts, 8, 64)
+    whole = draw_uniforms(7, 11, prompts, 8, 64)
     assert whole.shape == (5, 8, 64) and whole.dtype == np.float64
-    assert (uniforms(7, 11, prompts[::-1], 8, 64)[::-1] == whole).all()
-    assert (uniforms(7, 11, prompts[2:3], 3, 10) == whole[2:3, :3, :10]).all()
-    assert (uniforms(7, 11, prompts, 16, 100)[:, :8, :64] == whole).all()
-    assert (uniforms(7, 11, prompts.tolist(), 8, 64) == whole).all()
-    assert uniforms(7, 11, [], 8, 64).shape == (0, 8, 64)
+    assert (draw_uniforms(7, 11, prompts[::-1], 8, 64)[::-1] == whole).all()
+    assert (draw_uniforms(7, 11, prompts[2:3], 3, 10) == whole[2:3, :3, :10]).all()
+    assert (draw_uniforms(7, 11, prompts, 16, 100)[:, :8, :64] == whole).all()
+    assert (draw_uniforms(7, 11, prompts.tolist(), 8, 64) == whole).all()
+    assert draw_uniforms(7, 11, [], 8, 64).shape == (0, 8, 64)
     others = [
-        uniforms(8, 11, prompts, 8, 64),
-        uniforms(7, 12, prompts, 8, 64),
-        uniforms(11, 7, prompts, 8, 64),
-        uniforms(-7, 11, prompts, 8, 64),
+        draw_uniforms(8, 11, prompts, 8, 64),
+        draw_uniforms(7, 12, prompts, 8, 64),
+        draw_uniforms(11, 7, prompts, 8, 64),
+        draw_uniforms(-7, 11, prompts, 8, 64),
     ]
     assert len({float(u) for block in (whole, *others) for u in block.ravel()}) == 5 * whole.size
 
 
 def test_uniforms_are_uniform():
-    u = uniforms(0, 0, np.arange(50), 40, 100).ravel()
+    u = draw_uniforms(0, 0, np.arange(50), 40, 100).ravel()
     n = len(u)
     assert u.min() > 0 and u.max() < 1
     assert abs(u.mean() - 1 / 2) < 4 * (1 / 12 / n) ** 0.5
@@ -312,7 +313,7 @@ def test_uniforms_are_uniform():
 def test_neighbours_are_unrelated_along_every_axis():
     block = np.stack(
         [
-            np.stack([uniforms(seed, step, np.arange(12), 12, 20) for step in range(12)])
+            np.stack([draw_uniforms(seed, step, np.arange(12), 12, 20) for step in range(12)])
             for seed in range(12)
         ]
     )
@@ -328,7 +329,7 @@ def test_neighbours_are_unrelated_along_every_axis():
 
 
 def test_the_extremes_of_the_hash_stay_inside_zero_and_one():
-    low, high = _unit(np.array([0, 2**64 - 1], np.uint64))
+    low, high = to_unit_interval(np.array([0, 2**64 - 1], np.uint64))
     assert 0 < low < 1e-15 and 1 - 1e-15 < high < 1
 
 

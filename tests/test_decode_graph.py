@@ -13,12 +13,12 @@ from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from recr1 import decode_graph, sample
-from recr1.cache import KVCache
-from recr1.decode_graph import DecodeGraphs, rung
-from recr1.records import Prompt
-from recr1.sample import generate
-from recr1.varlen import Backend
+from recr1.data_types import Prompt
+from recr1.model.varlen_attention import AttentionBackend
+from recr1.sampling import cuda_graphs, generate
+from recr1.sampling.cuda_graphs import DecodeGraphs, round_to_rung
+from recr1.sampling.generate import generate
+from recr1.sampling.kv_cache import KVCache
 
 # one text in thirteen ends at each token: rows thin out, texts end inside a look's tokens
 STOPS = frozenset(range(0, 394, 30))
@@ -172,11 +172,11 @@ def on_cpu(monkeypatch):
         current_stream=lambda: main,
     ).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(decode_graph, "SLOTS", 16)  # the tiny texts pass several widths
+    monkeypatch.setattr(cuda_graphs, "SLOTS", 16)  # the tiny texts pass several widths
     monkeypatch.setattr(DecodeGraphs, "_step", noted)
     monkeypatch.setattr(DecodeGraphs, "__init__", remembered)
-    monkeypatch.setattr(sample, "LAG", {"cpu": 8})
-    monkeypatch.setattr(sample, "DEVICES", ("cpu",))
+    monkeypatch.setattr(generate, "SYNC_EVERY", {"cpu": 8})
+    monkeypatch.setattr(generate, "DEVICES", ("cpu",))
     yield seen
     for self, places in seen.made:
         assert places == [
@@ -267,7 +267,7 @@ def same(ours, theirs, bound):
 def model_of(kind):
     model = tiny_model(seed=4)
     if kind == "batch_invariant":
-        model.backend = Backend(exact=True)
+        model.backend = AttentionBackend(exact=True)
         return model, 0
     return model.double(), 1e-11
 
@@ -281,8 +281,8 @@ def world(request, monkeypatch):
 
     def plain(case, **more):
         with monkeypatch.context() as m:
-            m.setattr(sample, "LAG", {"cpu": 1})
-            m.setattr(sample, "DEVICES", ())
+            m.setattr(generate, "SYNC_EVERY", {"cpu": 1})
+            m.setattr(generate, "DEVICES", ())
             return draw(model, case, **more)
 
     return model, bound, plain
@@ -291,7 +291,7 @@ def world(request, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_looking_every_eight_tokens_changes_nothing(world, case, monkeypatch):
     model, bound, plain = world
-    monkeypatch.setattr(sample, "LAG", {"cpu": 8})
+    monkeypatch.setattr(generate, "SYNC_EVERY", {"cpu": 8})
     ours = draw(model, case)
     same(ours, plain(case), bound)
     assert any(r.finished and len(r.ids) % 8 for r in ours) or len(ours) == 1
@@ -313,7 +313,7 @@ def test_graphs_change_nothing(world, case, on_cpu):
 def test_a_cache_of_before_is_used_again(world, on_cpu):
     """The second call captures anew, in the first one's memory where that is enough."""
     model, bound, plain = world
-    cache = sample.new_cache(model)
+    cache = generate.make_cache(model)
     for case in ("odd number of rows", "siblings", "odd number of rows"):
         same(draw(model, case, cache), plain(case), bound)
     (first, _), (second, _), (third, _) = on_cpu.made
@@ -332,21 +332,25 @@ def test_rows_that_are_nobodys_change_nothing(on_cpu):
     with torch.no_grad():
         runs = []
         for spoil in (False, True):
-            cache = sample.new_cache(model)
+            cache = generate.make_cache(model)
             cache.clear(9, 64, at_once=True)
             graphs = DecodeGraphs(
                 model,
                 cache,
-                lambda hidden, uniforms: sample.linear_choose(
-                    hidden, model.head_weight, 1.0, sample.policy, uniforms
+                lambda hidden, uniforms: generate.linear_choose(
+                    hidden, model.head_weight, 1.0, generate.policy, uniforms
                 ),
             )
             if spoil:
                 cache.lengths[1:] = torch.arange(0, 4000, 500)
                 cache.store[:, 1:] = 1e3
             u = torch.from_numpy(np.random.default_rng(0).random((30, 2, 1)))
-            tokens = sample.linear_choose(
-                sample.prefill(model, [a], cache), model.head_weight, 1.0, sample.policy, u[0, :1]
+            tokens = generate.linear_choose(
+                generate.prefill(model, [a], cache),
+                model.head_weight,
+                1.0,
+                generate.policy,
+                u[0, :1],
             )[0][:, 0]
             seen = []
             for t in range(1, 12):
@@ -354,7 +358,7 @@ def test_rows_that_are_nobodys_change_nothing(on_cpu):
                 tokens = ids[:, 0]
                 seen += [ids[0].item(), logp[0].item()]
             tokens = torch.cat([tokens, torch.tensor([7])])
-            sample.prefill(model, [b], cache)
+            generate.prefill(model, [b], cache)
             for t in range(12, 30):
                 ids, logp, _ = graphs(tokens, u[t])
                 tokens = ids[:, 0]
@@ -370,14 +374,15 @@ def test_rows_that_are_nobodys_change_nothing(on_cpu):
 
 def test_the_ladder():
     assert [
-        rung(n, 500) for n in (1, 8, 9, 12, 13, 16, 17, 24, 25, 33, 48, 49, 193, 256, 257, 384, 385)
+        round_to_rung(n, 500)
+        for n in (1, 8, 9, 12, 13, 16, 17, 24, 25, 33, 48, 49, 193, 256, 257, 384, 385)
     ] == [8, 8, 12, 12, 16, 16, 24, 24, 32, 48, 48, 64, 256, 256, 384, 384, 500]
     assert all(
-        n <= rung(n, most) <= max(8, 1.5 * n) and rung(n, most) <= most
+        n <= round_to_rung(n, most) <= max(8, 1.5 * n) and round_to_rung(n, most) <= most
         for most in (1, 7, 9, 100, 384)
         for n in range(1, most + 1)
     )
-    assert len({rung(n, 384) for n in range(1, 385)}) == 12  # what the docstring counts
+    assert len({round_to_rung(n, 384) for n in range(1, 385)}) == 12  # what the docstring counts
 
 
 @pytest.mark.parametrize(
@@ -437,8 +442,8 @@ def test_nothing_of_the_graphs_is_left(on_cpu):
 
 def test_the_cpu_keeps_its_growing_cache_and_has_no_graphs():
     model = tiny_model(seed=4)
-    cache = sample.new_cache(tiny_model(seed=4))
-    assert decode_graph.DEVICES == ("cuda",) and sample.LAG["cpu"] == 1
+    cache = generate.make_cache(tiny_model(seed=4))
+    assert cuda_graphs.DEVICES == ("cuda",) and generate.SYNC_EVERY["cpu"] == 1
     draw(model, "one text", cache)
     cache.clear(1000, 1024)
     assert cache.store.shape[1] < 1000
@@ -461,10 +466,10 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: no CUDA 
 @pytest.mark.parametrize("case", CASES)
 def test_on_a_gpu_graphs_change_nothing(case, kernels, dtype, bound, monkeypatch):
     model = tiny_model(seed=4).to("cuda", dtype)
-    monkeypatch.setattr(decode_graph, "SLOTS", 16)
+    monkeypatch.setattr(cuda_graphs, "SLOTS", 16)
     ours = draw(model, case, kernels=kernels)
-    monkeypatch.setattr(sample, "DEVICES", ())
-    monkeypatch.setattr(sample, "LAG", {"cuda": 1})
+    monkeypatch.setattr(generate, "DEVICES", ())
+    monkeypatch.setattr(generate, "SYNC_EVERY", {"cuda": 1})
     same(ours, draw(model, case, kernels=kernels), bound)
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from encoders import WORDS, corpus, some_texts, write_encoder
 
-from recr1.hub import ModelFolderError
-from recr1.retrieval import base, dense, encoder
-from recr1.retrieval.dense import load_or_build
-from recr1.retrieval.encoder import Encoder
+from recr1.retrieval import interface
+from recr1.retrieval.dense import encoder, searcher as dense
+from recr1.retrieval.dense.encoder import Encoder
+from recr1.retrieval.dense.searcher import load_or_build_dense
+from recr1.utils.hf_hub import ModelFolderError
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +95,8 @@ def test_exact_search_ranks_as_float64_does(n):
     vectors = vectors.astype(np.float32)
     asked = asked.astype(np.float32)
     for nearest in (
-        dense.exact(vectors, torch.device("cpu"))[0],
-        dense.by_torch(vectors, torch.device("cpu")),
+        dense.make_exact_search(vectors, torch.device("cpu"))[0],
+        dense.make_torch_search(vectors, torch.device("cpu")),
     ):
         for k in {1, min(7, n), n}:
             scores, rows = nearest(asked, k)
@@ -119,7 +120,7 @@ def test_two_level_top_k_with_ties_and_chunks(monkeypatch):
     vectors = np.repeat(rng.standard_normal((10, 8), dtype=np.float32), 20, 0)
     asked = rng.standard_normal((8, 8), dtype=np.float32)
     for k in (1, 5, 30, 200):
-        scores, rows = dense.by_torch(vectors, torch.device("cpu"))(asked, k)
+        scores, rows = dense.make_torch_search(vectors, torch.device("cpu"))(asked, k)
         assert (
             np.allclose(scores, -np.sort(-(asked @ vectors.T), 1)[:, :k], atol=1e-5)
             and rows.max() < 200
@@ -139,7 +140,7 @@ def test_search_is_the_brute_force_of_its_vectors(encode, tmp_path):
         "x" * 500,
         " ".join(WORDS * 20),
     ]
-    index = load_or_build(encode, ids, texts, tmp_path / "i")
+    index = load_or_build_dense(encode, ids, texts, tmp_path / "i")
     rows, scores = index.search(queries, 50)
     assert (
         rows.shape == scores.shape == (7, 50)
@@ -169,7 +170,7 @@ def test_search_is_the_brute_force_of_its_vectors(encode, tmp_path):
 
 @pytest.mark.parametrize("index", ["exact", "hnsw"])
 def test_k_beyond_the_corpus_and_below_1(encode, index):
-    found = load_or_build(encode, *corpus(5), None, index=index)
+    found = load_or_build_dense(encode, *corpus(5), None, index=index)
     rows, scores = found.search(["lamp", "chair"], 8)
     assert (
         (rows[:, 5:] == -1).all()
@@ -184,8 +185,8 @@ def test_k_beyond_the_corpus_and_below_1(encode, index):
 
 def test_prefixes_stand_before_queries_and_documents(encode, bert):
     ids, texts = corpus(20)
-    plain_one = load_or_build(encode, ids, texts, None)
-    e5 = load_or_build(encode, ids, texts, None, prefixes=("my ", "old "))
+    plain_one = load_or_build_dense(encode, ids, texts, None)
+    e5 = load_or_build_dense(encode, ids, texts, None, prefixes=("my ", "old "))
     by_hand = encode(["my lamp"]) @ encode(["old " + text for text in texts]).T
     assert np.allclose(e5.search(["lamp"], 20)[1][0], -np.sort(-by_hand[0]), atol=1e-6)
     assert not np.allclose(e5.search(["lamp"], 20)[1], plain_one.search(["lamp"], 20)[1], atol=1e-4)
@@ -203,7 +204,9 @@ def test_hnsw_finds_what_exact_search_finds(tmp_path):
         return np.mean(
             [
                 len(set(a) & set(b)) / 10
-                for a, b in zip(true.tolist(), dense._by_graph(graph, ef)(asked, 10)[1].tolist())
+                for a, b in zip(
+                    true.tolist(), dense._make_graph_search(graph, ef)(asked, 10)[1].tolist()
+                )
             ]
         )
 
@@ -216,7 +219,7 @@ def test_the_graph_on_disk_answers_as_the_one_in_memory(encode, tmp_path):
     torch.set_num_threads(1)  # several threads make another graph each time
     ids, texts = corpus()
     kept, fresh = (
-        load_or_build(encode, ids, texts, where, index="hnsw", ef_search=64)
+        load_or_build_dense(encode, ids, texts, where, index="hnsw", ef_search=64)
         for where in (tmp_path / "i", None)
     )
     assert all(map(np.array_equal, kept.search(texts[:9], 20), fresh.search(texts[:9], 20)))
@@ -230,7 +233,7 @@ def test_bad_corpora_are_refused(encode):
         (["a"], ["x", "y"], "same length"),
     ):
         with pytest.raises(ValueError, match=why):
-            load_or_build(encode, ids, texts, None)
+            load_or_build_dense(encode, ids, texts, None)
 
 
 def spoil_weights(folder: Path):
@@ -307,12 +310,12 @@ def test_half_precision_is_near(bert):
 
 def test_faiss_absent_or_twice_is_one_line_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(base.RetrieverError, match="pip install faiss-cpu"):
-        dense.faiss()
+    with pytest.raises(interface.RetrieverError, match="pip install faiss-cpu"):
+        dense.import_faiss()
     # what an uninstalled one leaves behind
     monkeypatch.setitem(sys.modules, "faiss", type(sys)("faiss"))
-    with pytest.raises(base.RetrieverError, match="pip uninstall -y faiss-cpu faiss-gpu"):
-        dense.faiss()
-    monkeypatch.setattr(dense, "_installed", lambda name: True)
-    with pytest.raises(base.RetrieverError, match="both installed"):
-        dense.faiss()
+    with pytest.raises(interface.RetrieverError, match="pip uninstall -y faiss-cpu faiss-gpu"):
+        dense.import_faiss()
+    monkeypatch.setattr(dense, "_is_installed", lambda name: True)
+    with pytest.raises(interface.RetrieverError, match="both installed"):
+        dense.import_faiss()

@@ -17,12 +17,13 @@ import torch
 from encoders import corpus, write_encoder
 from tiny import jsonl, refused, write_yaml
 
-from recr1 import cli, config_file as configs, train
-from recr1.files import WriteError
-from recr1.retrieval import dense, encoder
-from recr1.retrieval.dense import load_or_build
-from recr1.retrieval.encoder import Encoder
-from recr1.run import guarded
+from recr1 import cli, train
+from recr1.config import loader as configs
+from recr1.retrieval.dense import encoder, searcher as dense
+from recr1.retrieval.dense.encoder import Encoder
+from recr1.retrieval.dense.searcher import load_or_build_dense
+from recr1.training.launch import run_guarded
+from recr1.utils.files import WriteError
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_the_directory_is_used_while_it_is_of_this_corpus_and_encoder(bert, tmp_
 
     def build(encode=None, texts=texts, **more):
         calls.clear(), said.clear()
-        return load_or_build(
+        return load_or_build_dense(
             encode or Encoder(bert, "mean", 64), ids, texts, where, say=said.append, **more
         )
 
@@ -91,9 +92,9 @@ def test_the_directory_is_used_while_it_is_of_this_corpus_and_encoder(bert, tmp_
             and "made anew" in said[0]
             and str(where) in said[0]
         ), (change, said)
-    assert load_or_build(Encoder(bert, "mean", 64), ids, texts, where, say=said.append).search(
-        ["lamp"], 1
-    )[0].shape == (1, 1)
+    assert load_or_build_dense(
+        Encoder(bert, "mean", 64), ids, texts, where, say=said.append
+    ).search(["lamp"], 1)[0].shape == (1, 1)
 
 
 DAMAGE = dict(
@@ -118,11 +119,11 @@ DAMAGE = dict(
 )
 def test_a_torn_directory_is_named_and_made_anew(encode, tmp_path, name, how):
     said, (ids, texts) = [], corpus(30)
-    whole = load_or_build(encode, ids, texts, tmp_path / "i", index="hnsw").search(texts, 10)
+    whole = load_or_build_dense(encode, ids, texts, tmp_path / "i", index="hnsw").search(texts, 10)
     DAMAGE[how](tmp_path / "i" / name)
-    again = load_or_build(encode, ids, texts, tmp_path / "i", index="hnsw", say=said.append).search(
-        texts, 10
-    )
+    again = load_or_build_dense(
+        encode, ids, texts, tmp_path / "i", index="hnsw", say=said.append
+    ).search(texts, 10)
     assert (
         len(said) == 1
         and "is damaged" in said[0]
@@ -130,7 +131,7 @@ def test_a_torn_directory_is_named_and_made_anew(encode, tmp_path, name, how):
         or "manifest.json" in said[0]
     )
     assert all(map(np.array_equal, whole, again))
-    load_or_build(
+    load_or_build_dense(
         encode, ids, texts, tmp_path / "i", index="hnsw", say=lambda text: pytest.fail(text)
     )
 
@@ -146,29 +147,32 @@ def test_an_interrupted_build_leaves_nothing_that_looks_whole(encode, tmp_path, 
         lambda self, *a: n.append(1) or (real(self, *a) if len(n) < 4 else sys.exit("killed")),
     )
     with pytest.raises(SystemExit):
-        load_or_build(encode, ids, texts, tmp_path / "i")
+        load_or_build_dense(encode, ids, texts, tmp_path / "i")
     assert [p.name for p in (tmp_path / "i").iterdir() if not p.name.startswith(".")] == [
         "embeddings.partial"
     ]
     monkeypatch.setattr(Encoder, "_embed", real)
-    assert len(load_or_build(encode, ids, texts, tmp_path / "i").search(["lamp"], 30)[0][0]) == 30
+    assert (
+        len(load_or_build_dense(encode, ids, texts, tmp_path / "i").search(["lamp"], 30)[0][0])
+        == 30
+    )
     assert sorted(p.name for p in (tmp_path / "i").iterdir()) == [".lock", "embeddings"]
 
 
 def test_a_full_disk_is_one_line(encode, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    kept = load_or_build(encode, *corpus(200), tmp_path / "k").search(["lamp"], 5)
+    kept = load_or_build_dense(encode, *corpus(200), tmp_path / "k").search(["lamp"], 5)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         with pytest.raises(WriteError, match="cannot write .*embeddings.*: File too large"):
-            load_or_build(encode, *corpus(200), tmp_path / "i")
+            load_or_build_dense(encode, *corpus(200), tmp_path / "i")
         with pytest.raises(WriteError, match="cannot write .*hnsw"):
-            load_or_build(encode, *corpus(200), tmp_path / "k", index="hnsw")
+            load_or_build_dense(encode, *corpus(200), tmp_path / "k", index="hnsw")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     for where in ("i", "k"):
         assert np.array_equal(
-            load_or_build(
+            load_or_build_dense(
                 encode, *corpus(200), tmp_path / where, index="hnsw", say=pytest.fail
             ).search(["lamp"], 5)[0],
             kept[0],
@@ -181,14 +185,14 @@ def test_a_directory_of_something_else_is_left_alone(encode, tmp_path):
         ValueError,
         match="index.json is not part of a dense index; give the index a directory of its own",
     ):
-        load_or_build(encode, *corpus(3), tmp_path)
+        load_or_build_dense(encode, *corpus(3), tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["index.json"]
 
 
 def _build_there(folder, where, queue):
     torch.set_num_threads(1)
     said = []
-    index = load_or_build(
+    index = load_or_build_dense(
         Encoder(folder, "mean", 64), *corpus(60), where, index="hnsw", say=said.append
     )
     queue.put(
@@ -229,7 +233,7 @@ def dense_yaml(folder, **overrides) -> str:
 
 def test_a_run_trains_on_it_and_goes_on_to_the_bit(tmp_path, capsys):
     path = dense_yaml(tmp_path, **{"train.steps": 4, "save.every": 2})
-    assert guarded(train.main, [path]) == 0
+    assert run_guarded(train.main, [path]) == 0
     out = capsys.readouterr().out
     assert "40 x 48, exact, faiss" in out
     rows = jsonl(tmp_path / "run/metrics.jsonl")
@@ -237,7 +241,7 @@ def test_a_run_trains_on_it_and_goes_on_to_the_bit(tmp_path, capsys):
     # from the checkpoint of step 2: other queries are asked together, the rewards stay what they
     # were
     assert (
-        guarded(
+        run_guarded(
             train.main,
             [
                 path,
@@ -253,7 +257,7 @@ def test_a_run_trains_on_it_and_goes_on_to_the_bit(tmp_path, capsys):
     for name in ("summary.json", "eval_after.jsonl"):
         (kept / name).unlink()
     shutil.rmtree(kept / "checkpoints/step_000004"), shutil.rmtree(kept / "model")
-    assert guarded(train.main, [path]) == 0
+    assert run_guarded(train.main, [path]) == 0
     assert "goes on after step 2" in capsys.readouterr().out
 
     def values(rows):
@@ -273,7 +277,7 @@ def test_what_is_wrong_with_it_ends_a_run_in_one_line(tmp_path, capsys, monkeypa
     assert "retriever.kind" in refused(
         [path, "retriever.kind=sparse", "retriever.encoder=''"], capsys
     )
-    monkeypatch.setattr(dense, "_installed", lambda name: True)
+    monkeypatch.setattr(dense, "_is_installed", lambda name: True)
     assert "both installed" in refused([path], capsys)
 
 
@@ -304,11 +308,11 @@ def test_two_ranks_make_one_index_and_train_as_one_process(tmp_path):
 
 
 def test_the_commands_take_any_retriever(bert, tmp_path, capsys):
-    world = configs.load(write_yaml(tmp_path), []).data
+    world = configs.load_config(write_yaml(tmp_path), []).data
 
     def run(*argv):
         capsys.readouterr()
-        code = guarded(cli.main, [str(a) for a in argv])
+        code = run_guarded(cli.main, [str(a) for a in argv])
         found = capsys.readouterr()
         return found.out if not code else found.err
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from recr1 import cli, doctor
-from recr1.run import guarded
+from recr1.training.launch import run_guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -399,7 +399,7 @@ def test_on_a_gpu(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for key, value in env.items():
         monkeypatch.setenv(key, value)
-    found = doctor.devices(dict(torch=GPU | change, versions={"torch": "2.13.0"}))
+    found = doctor.check_devices(dict(torch=GPU | change, versions={"torch": "2.13.0"}))
     assert [f.broken for f in found] == ([want[0]] if want else []) and (
         not want or want[1] in found[0].what
     )
@@ -412,19 +412,19 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch):
         (None, "a build without CUDA"),
         ("13.0", "built for CUDA 13.0, the driver may be too old"),
     ):
-        [finding] = doctor.devices(
+        [finding] = doctor.check_devices(
             dict(torch=GPU | dict(gpus=[], cuda=cuda), versions={"torch": "2.13.0"})
         )
         assert finding.broken and words in finding.what
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert not doctor.devices(dict(torch=GPU | dict(gpus=[]), versions={}))
+    assert not doctor.check_devices(dict(torch=GPU | dict(gpus=[]), versions={}))
 
 
 def test_by_the_command(clean, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(
-        doctor, "probe", lambda: {name: clean[1]["facts"][name] for name in doctor.PROBES}
+        doctor, "probe_packages", lambda: {name: clean[1]["facts"][name] for name in doctor.PROBES}
     )
     with pytest.raises(SystemExit) as exit:
-        guarded(cli.main, ["doctor", "--run", str(tmp_path), "--json"])
+        run_guarded(cli.main, ["doctor", "--run", str(tmp_path), "--json"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert exit.value.code == 0 and found["facts"]["disk"]["folder"] == str(tmp_path)

@@ -10,13 +10,19 @@ import torch
 from tiny import FAMILIES, tiny_model, write_yaml
 
 from recr1 import train
-from recr1.linear import Linear, packed, product, product_into, sampling
-from recr1.packing import distinct, pack
-from recr1.policy import score
-from recr1.records import Prompt
-from recr1.run import guarded
-from recr1.sample import generate
-from recr1.varlen import Backend
+from recr1.data_types import Prompt
+from recr1.kernels.cpu_linear import (
+    Linear,
+    multiply,
+    multiply_into,
+    pack_weight,
+    packed_for_sampling,
+)
+from recr1.model.log_probs import compute_log_probs
+from recr1.model.varlen_attention import AttentionBackend
+from recr1.rl.packing import deduplicate, pack_rollouts
+from recr1.sampling.generate import generate
+from recr1.training.launch import run_guarded
 
 # prompts, siblings, shortest and longest prompt, tokens, what all prompts begin with, tokens of a
 # micro-batch
@@ -55,15 +61,17 @@ def test_sampler_and_trainer_give_the_same_bits(family, threads):
     try:
         for exact in (True, False):
             model = tiny_model(seed=4, **FAMILIES.get(family, dict(intermediate_size=37)))
-            model.set_backend(Backend(exact=exact))
+            model.set_backend(AttentionBackend(exact=exact))
             for *case, budget in BATCHES:
                 prompts, u = drawn(model, *case)
-                texts, _ = distinct(
+                texts, _ = deduplicate(
                     generate(model, prompts, case[1], 1.0, case[4], frozenset(range(0, 394, 40)), u)
                 )
-                for batch in pack(texts, budget):
+                for batch in pack_rollouts(texts, budget):
                     differ[exact] += int(
-                        (score(model, batch, 1.0)[0].detach() != batch.sampler_logp).sum()
+                        (
+                            compute_log_probs(model, batch, 1.0)[0].detach() != batch.sampler_logp
+                        ).sum()
                     )
     finally:
         torch.set_num_threads(before)
@@ -73,7 +81,7 @@ def test_sampler_and_trainer_give_the_same_bits(family, threads):
 
 def test_a_texts_bits_do_not_depend_on_the_batch():
     model = tiny_model(seed=4)
-    model.set_backend(Backend(exact=True))
+    model.set_backend(AttentionBackend(exact=True))
     prompts, u = drawn(model, 9, 4, 30, 120, 40, 11)
     whole = generate(model, prompts, 4, 1.0, 40, frozenset([7]), u)
     for at in ([3], [8, 2, 5], list(range(9))[::-1]):
@@ -94,18 +102,18 @@ def test_a_rows_product_does_not_depend_on_how_it_is_called(outputs):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(500, 160, generator=g)
     w = torch.randn(outputs, 160, generator=g)
-    want = product(x, w)
-    order = packed(w)
+    want = multiply(x, w)
+    order = pack_weight(w)
     out = torch.zeros(500, outputs + 3)[:, :outputs]
     for n in (*range(1, 40), 63, 64, 65, 192, 320, 448, 499):
-        for got in (product(x[:n], w), product(x[:n], order), product_into(out[:n], x[:n], w)):
+        for got in (multiply(x[:n], w), multiply(x[:n], order), multiply_into(out[:n], x[:n], w)):
             assert torch.equal(got, want[:n]), n
 
 
 def test_a_whole_run_has_no_gap_at_all(tmp_path):
     config = write_yaml(tmp_path)
     assert (
-        guarded(
+        run_guarded(
             train.main, [config, "train.steps=4", "model.batch_invariant=true", "optimizer.lr=0.01"]
         )
         == 0
@@ -122,7 +130,7 @@ def test_a_whole_run_has_no_gap_at_all(tmp_path):
 
 def test_where_it_cannot_hold_it_is_refused(tmp_path, capsys):
     assert (
-        guarded(
+        run_guarded(
             train.main,
             [write_yaml(tmp_path), "model.batch_invariant=true", "model.compute=bfloat16"],
         )
@@ -147,23 +155,23 @@ def test_products_are_the_matrix_products(rows, inputs, outputs):
     padded = torch.zeros(outputs, inputs + 3)
     padded[:, :inputs] = w
     for some in (w, w.T.contiguous().T, padded[:, :inputs]):
-        assert torch.allclose(product(x, some).double(), want, atol=1e-4)
-    assert torch.equal(product(x, w), product(torch.cat([x, x + 1]), w)[:rows])
+        assert torch.allclose(multiply(x, some).double(), want, atol=1e-4)
+    assert torch.equal(multiply(x, w), multiply(torch.cat([x, x + 1]), w)[:rows])
     out = torch.zeros(rows, outputs + 5)
     assert (
-        torch.equal(product_into(out[:, :outputs], x, w), product(x, w))
+        torch.equal(multiply_into(out[:, :outputs], x, w), multiply(x, w))
         and not out[:, outputs:].any()
     )
     assert torch.allclose(
-        product(x[:1].expand(rows, -1), w).double(), want[:1].expand(rows, -1), atol=1e-4
+        multiply(x[:1].expand(rows, -1), w).double(), want[:1].expand(rows, -1), atol=1e-4
     )
 
     layer = Linear(inputs, outputs)
     with torch.no_grad():
         layer.weight.copy_(w), layer.bias.copy_(b)
-        with sampling(layer, w) as head:
-            assert torch.equal(layer(x), product(x, w, b)) and torch.equal(
-                product(x, head), product(x, w)
+        with packed_for_sampling(layer, w) as head:
+            assert torch.equal(layer(x), multiply(x, w, b)) and torch.equal(
+                multiply(x, head), multiply(x, w)
             )
     assert layer.packed is None
     leaf = x.clone().requires_grad_()
@@ -189,12 +197,12 @@ def test_a_float32_head_on_a_bfloat16_trunk():
     prompts, u = drawn(model, 3, 4, 5, 20, 12, 0)
     gaps = {}
     for wide in (True, False):
-        model.set_backend(Backend(float32_head=wide))
+        model.set_backend(AttentionBackend(float32_head=wide))
         rollouts = generate(model, prompts, 4, 1.0, 12, frozenset(), u)
-        [batch] = pack(distinct(rollouts)[0], 4096)
+        [batch] = pack_rollouts(deduplicate(rollouts)[0], 4096)
         hidden = []
         hook = model.register_forward_hook(lambda *args: hidden.append(args[-1].detach().double()))
-        logp = score(model, batch, 1.0)[0]
+        logp = compute_log_probs(model, batch, 1.0)[0]
         hook.remove()
         logits = (
             hidden[0].index_select(0, batch.predict_from) @ model.head_weight.detach().double().T

@@ -12,11 +12,12 @@ import pytest
 from test_task_runs import tiny_world
 from tiny import jsonl, write_yaml
 
-from recr1 import config_file as configs, train
-from recr1.config import ConfigError
-from recr1.data import is_validation
-from recr1.run import guarded
-from recr1.tasks import make as tasks
+from recr1 import train
+from recr1.config import loader as configs
+from recr1.config.schema import ConfigError
+from recr1.data.readers import is_validation
+from recr1.tasks import registry as tasks
+from recr1.training.launch import run_guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +34,7 @@ def script(monkeypatch):
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scripts")
     config = write_yaml(folder, **{"train.steps": 2, "train.eval_every": 1})
-    assert guarded(train.main, [config, f"run.dir={folder / 'run'}"]) == 0
+    assert run_guarded(train.main, [config, f"run.dir={folder / 'run'}"]) == 0
     return config, folder / "run"
 
 
@@ -46,7 +47,7 @@ def test_a_base_lies_below_the_config(tmp_path):
         "task: product_search\nloss: {clip: 0.3, kl: 0.5}\nreward: {k_eval: 7}\n"
     )
     (tmp_path / "own.yaml").write_text("base: b/base.yaml\nloss: {clip: 0.1}\n")
-    cfg = configs.load(str(tmp_path / "own.yaml"), ["loss.kl=0.25"])
+    cfg = configs.load_config(str(tmp_path / "own.yaml"), ["loss.kl=0.25"])
     assert (cfg.loss.clip, cfg.loss.kl, cfg.reward.k_eval) == (0.1, 0.25, 7)
 
 
@@ -64,7 +65,7 @@ def test_a_base_that_is_none_is_named(tmp_path, text, message):
     (tmp_path / "two.yaml").write_text("base: own.yaml")
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(ConfigError, match=message):
-        configs.load(str(tmp_path / "own.yaml"), [])
+        configs.load_config(str(tmp_path / "own.yaml"), [])
 
 
 # ----------------------------------------------------------------------------------------------------- cold starts
@@ -78,11 +79,11 @@ def test_cold_start_texts_are_answers_of_the_task(name, tmp_path, script):
     with tiny_world(name, tmp_path) as config:
 
         def made(*more) -> list[dict]:
-            assert guarded(cold.main, [config, "--out", str(tmp_path / "t.jsonl"), *more]) == 0
+            assert run_guarded(cold.main, [config, "--out", str(tmp_path / "t.jsonl"), *more]) == 0
             return jsonl(tmp_path / "t.jsonl")
 
-        cfg = configs.load(config, [])
-        task = tasks.make(cfg)
+        cfg = configs.load_config(config, [])
+        task = tasks.build_task(cfg)
         rows = {row["id"]: row for row in jsonl(Path(cfg.data.train_queries))}
         first = made()
         again = made()
@@ -118,7 +119,7 @@ def test_cold_start_texts_are_answers_of_the_task(name, tmp_path, script):
 def test_evaluate_gives_the_rows_that_the_run_wrote(run, tmp_path, script):
     config, folder = run
     assert (
-        guarded(
+        run_guarded(
             script("evaluate").main,
             [
                 config,
@@ -182,13 +183,13 @@ def test_table_is_of_the_rows_and_refuses_another_summary(
 def test_sparse_queries_have_no_target_near_the_top(run, tmp_path, script):
     config, _ = run
     assert (
-        guarded(
+        run_guarded(
             script("sparse_queries").main,
             [config, "--beyond", "1", "--out", str(tmp_path / "s.jsonl")],
         )
         == 0
     )
-    cfg = configs.load(config, [])
+    cfg = configs.load_config(config, [])
     setting = script("evaluate").Setting(cfg, cfg.model.path)
     kept = {row["id"] for row in jsonl(tmp_path / "s.jsonl")}
     every = {row["id"] for row in jsonl(Path(cfg.data.train_queries))}
@@ -307,16 +308,16 @@ def test_thoughts_are_perturbed_and_the_rest_is_kept(run, tmp_path, script, monk
             )
         return rollouts
 
-    from recr1.records import Rollout
+    from recr1.data_types import Rollout
 
     def perturb_rollout(p, ids):
         return Rollout(p, 0, 0, ids, (0.0,) * len(ids), True)
 
-    setting = script("evaluate").Setting(configs.load(config, []), str(folder / "model"))
+    setting = script("evaluate").Setting(configs.load_config(config, []), str(folder / "model"))
     own = {p.id: len(p.ids) for p in setting.test}
     monkeypatch.setattr(perturb, "greedy", greedy)
     assert (
-        guarded(
+        run_guarded(
             perturb.main,
             [
                 config,

@@ -12,9 +12,10 @@ import pytest
 import yaml
 from tiny import jsonl, refused, write_yaml
 
-from recr1 import config_file as configs, sft, train
-from recr1.dryrun import model_shape
-from recr1.run import guarded
+from recr1 import sft, train
+from recr1.config import loader as configs
+from recr1.training.dry_run import read_model_shape
+from recr1.training.launch import run_guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,8 +37,8 @@ def test_every_experiment_passes_its_dry_run(path, capsys, monkeypatch, tmp_path
         socket.socket, "connect", lambda *_: pytest.fail("a dry run went to the network")
     )
     monkeypatch.chdir(tmp_path)
-    loop = sft if configs.load(str(path), []).sft.teacher else train
-    assert guarded(loop.main, [str(path), "--dry-run"]) == 0
+    loop = sft if configs.load_config(str(path), []).sft.teacher else train
+    assert run_guarded(loop.main, [str(path), "--dry-run"]) == 0
     out = capsys.readouterr().out
     figures = [
         float(re.search(rf"{name} +([\d.]+)", out)[1])
@@ -50,7 +51,9 @@ def test_every_experiment_passes_its_dry_run(path, capsys, monkeypatch, tmp_path
 def test_the_bundled_policys_shape_is_its_own(monkeypatch):
     """Both are there, the table's entry and config.json, so they are compared."""
     monkeypatch.chdir(ROOT)
-    assert model_shape("experiments/policy", "experiments/quickstart.yaml").num_hidden_layers == 4
+    assert (
+        read_model_shape("experiments/policy", "experiments/quickstart.yaml").num_hidden_layers == 4
+    )
 
 
 def test_a_dry_run_needs_the_shape(world, tmp_path, capsys):
@@ -60,7 +63,7 @@ def test_a_dry_run_needs_the_shape(world, tmp_path, capsys):
         and "shapes.yaml" in line
     )
     table = Path(world).parent / "shapes.yaml"
-    policy = configs.load(world, []).model.path
+    policy = configs.load_config(world, []).model.path
     table.write_text(
         yaml.safe_dump(
             {policy: json.loads((Path(policy) / "config.json").read_text()) | dict(hidden_size=96)}
@@ -80,14 +83,14 @@ def test_the_readmes_own_data_trains(world, tmp_path, monkeypatch):
     assert len(text.splitlines()) <= 15
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text(text)
-    cfg = configs.load(world, [])
-    mine = configs.load("mine.yaml", [])
+    cfg = configs.load_config(world, [])
+    mine = configs.load_config("mine.yaml", [])
     for key in ("corpus", "train_queries", "train_qrels"):
         to = Path(getattr(mine.data, key))
         to.parent.mkdir(exist_ok=True)
         shutil.copy(getattr(cfg.data, key), to)
     assert (
-        guarded(
+        run_guarded(
             train.main,
             [
                 "mine.yaml",

@@ -17,9 +17,10 @@ from test_ranks import torchrun
 from tiny import jsonl, write_yaml
 from transformers import AutoModelForCausalLM
 
-from recr1 import cli, explain, train
-from recr1.config import Config, Loss, Sampling
-from recr1.run import guarded
+from recr1 import cli, train
+from recr1.commands import explain
+from recr1.config.schema import Config, LossConfig, SamplingConfig
+from recr1.training.launch import run_guarded
 
 G = 6
 
@@ -155,7 +156,8 @@ SETTINGS = [
 @pytest.mark.parametrize("seed", [0, 1])
 def test_numpy_is_float64_autograd(setting, seed):
     cfg = Config(
-        loss=Loss(std_floor=0.01, **setting), sampling=Sampling(group_size=G, max_new_tokens=9)
+        loss=LossConfig(std_floor=0.01, **setting),
+        sampling=SamplingConfig(group_size=G, max_new_tokens=9),
     )
     rows = rows_of(seed, kl=cfg.loss.kl > 0, on_policy=seed == 1)
     for row, adv in zip(rows, advantages(cfg, rows)):
@@ -170,7 +172,7 @@ def test_numpy_is_float64_autograd(setting, seed):
             for lp, g in zip(logs, torch.autograd.grad(loss, logs, allow_unused=True))
         ]
     )
-    x = explain.by_hand(cfg, rows)
+    x = explain.compute_by_hand(cfg, rows)
     assert x["loss"].sum() == pytest.approx(loss.item(), rel=1e-10, abs=1e-14)
     assert np.abs(x["d_logp"] - slopes.numpy()).max() <= 1e-12
     # float32 once, where the run rounds: the KL's share of the reward
@@ -197,7 +199,7 @@ def run(world, tmp_path_factory):
     def run(*overrides):
         if overrides not in done:
             folder = tmp_path_factory.mktemp("runs") / "run"
-            assert guarded(train.main, [world, *overrides, f"run.dir={folder}"]) == 0
+            assert run_guarded(train.main, [world, *overrides, f"run.dir={folder}"]) == 0
             done[overrides] = folder
         return done[overrides]
 
@@ -225,7 +227,7 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_agrees_with_the_run(name, run):
     for step in (1, 3):  # the initial weights; those of a checkpoint
-        text, result = explain.explain(str(run(*RUNS[name])), step)
+        text, result = explain.explain_step(str(run(*RUNS[name])), step)
         figures = result["checks"]
         print(
             f"{name}, step {step}: "
@@ -260,7 +262,7 @@ def test_off_policy(kind, budget, run):
         f"train.replay={first}/rollouts.jsonl.gz",
         *budget,
     )
-    text, result = explain.explain(str(folder), 4)
+    text, result = explain.explain_step(str(folder), 4)
     figures = result["checks"]
     print(kind, {key: f"{c['off']:.1e}" for key, c in figures.items()})
     assert (
@@ -308,7 +310,7 @@ def test_several_ranks(run, world, tmp_path):
         "train.prompts_per_step=3",
         f"run.dir={tmp_path / 'run'}",
     )
-    text, result = explain.explain(str(tmp_path / "run"), 2)
+    text, result = explain.explain_step(str(tmp_path / "run"), 2)
     assert result["agrees"] and "not checked" not in text and result["shapes"]["P"] == 3
     alone = jsonl(run(SMALL, "train.prompts_per_step=3") / "metrics.jsonl")[0]
     both = jsonl(tmp_path / "run/metrics.jsonl")[0]
@@ -330,7 +332,7 @@ def test_the_gradient_by_transformers_in_float64(run):
         model = AutoModelForCausalLM.from_pretrained(
             folder / "checkpoints/step_000002/model"
         ).double()
-        step = explain.read(str(folder), 3)
+        step = explain.read_logged_step(str(folder), 3)
         logs = []
         for row in step.rows:
             logits = (
@@ -344,7 +346,7 @@ def test_the_gradient_by_transformers_in_float64(run):
             replace(step.cfg, loss=replace(step.cfg.loss, kind=kind)), rows, logs
         ).backward()
         want = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
-        check, gap = explain.gradient(step, explain.by_hand(step.cfg, step.rows))
+        check, gap = explain.compute_gradient(step, explain.compute_by_hand(step.cfg, step.rows))
         assert check.ours == pytest.approx(want, rel=1e-5) and gap < 1e-5
 
 
@@ -352,7 +354,7 @@ def test_a_step_without_variance(run):
     """One token is no answer: every advantage, the loss and the gradient are 0, and a floor of 0
     divides nothing.
     """
-    _, result = explain.explain(
+    _, result = explain.explain_step(
         str(run("sampling.max_new_tokens=1", "train.steps=1", "loss.std_floor=0")), 1
     )
     assert result["agrees"] and all(
@@ -364,7 +366,7 @@ def test_the_story(run):
     """Every link is there, with shapes and a place in the source where that very line stands."""
     root = Path(explain.__file__).parents[1]
     for overrides in RUNS.values():
-        text, result = explain.explain(str(run(*overrides)), 3)
+        text, result = explain.explain_step(str(run(*overrides)), 3)
         P = result["shapes"]["P"]
         size = result["shapes"]["N"]
         places = [
@@ -396,8 +398,8 @@ def test_the_story(run):
             order[5:7] = ["gain"]
         assert [h for h in heads if h in order][: len(order)] == order and len(places) >= 12
         assert f"(P, G) = ({P}, 4)" in text and f"(N,) = ({size},)" in text
-    assert "KL_t = e^d - 1 - d" in explain.explain(str(run(*RUNS["KL in the loss"])), 3)[0]
-    assert "- 0.1 sum_t KL_t (k1" in explain.explain(str(run(*RUNS["KL in the reward"])), 3)[0]
+    assert "KL_t = e^d - 1 - d" in explain.explain_step(str(run(*RUNS["KL in the loss"])), 3)[0]
+    assert "- 0.1 sum_t KL_t (k1" in explain.explain_step(str(run(*RUNS["KL in the reward"])), 3)[0]
 
 
 def copied(folder: Path, tmp_path, change_rows=None, change_metrics=None) -> Path:
@@ -441,7 +443,7 @@ def test_what_disagrees_is_named(name, run, tmp_path, capsys):
     rows, metrics, want = WRONG[name]
     folder = copied(run(), tmp_path, rows, metrics)
     with pytest.raises(SystemExit) as exit:
-        guarded(cli.main, ["explain", "--run", str(folder), "--step", "3", "--json"])
+        run_guarded(cli.main, ["explain", "--run", str(folder), "--step", "3", "--json"])
     out = capsys.readouterr().out
     found = json.loads(out.splitlines()[-1])
     wrong = {key for key, check in found["checks"].items() if not check["agrees"]}
@@ -460,21 +462,21 @@ def test_what_disagrees_is_named(name, run, tmp_path, capsys):
 def test_another_step_s_weights_are_noticed(run, tmp_path):
     folder = copied(run(), tmp_path)
     shutil.rmtree(folder / "checkpoints/step_000002")
-    text, result = explain.explain(str(folder), 3)
+    text, result = explain.explain_step(str(folder), 3)
     assert result["agrees"] and "not checked: the weights before the step are gone" in text
     model = folder / "checkpoints/step_000001/model/model.safetensors"
     model.write_bytes(model.read_bytes()[:-1] + b"\x00")
-    assert "not checked: model/model.safetensors" in explain.explain(str(folder), 2)[0]
+    assert "not checked: model/model.safetensors" in explain.explain_step(str(folder), 2)[0]
     # whole, but of another step
     shutil.copytree(run() / "checkpoints/step_000003", folder / "checkpoints/step_000002")
-    found = explain.explain(str(folder), 3)[1]["checks"]
+    found = explain.explain_step(str(folder), 3)[1]["checks"]
     assert not found["grad_norm"]["agrees"] and found["loss"]["agrees"]
 
 
 def test_bfloat16(run):
     """Its log-probs depend on the micro-batch, so what they enter is known less well."""
     for overrides in ((), ("loss.kl=0.5",)):
-        _, result = explain.explain(str(run("model.compute=bfloat16", SMALL, *overrides)), 3)
+        _, result = explain.explain_step(str(run("model.compute=bfloat16", SMALL, *overrides)), 3)
         print({key: f"{c['off']:.1e} of {c['allowed']:.1e}" for key, c in result["checks"].items()})
         assert result["agrees"] and result["checks"]["advantages"]["off"] <= 1e-5
 
@@ -482,11 +484,12 @@ def test_bfloat16(run):
 def test_shown(run, capsys):
     ids = [row["prompt"] for row in jsonl(run() / "rollouts.jsonl.gz") if row["step"] == 3]
     assert (
-        guarded(cli.main, ["explain", "--run", str(run()), "--step", "3", "--prompt", ids[-1]]) == 0
+        run_guarded(cli.main, ["explain", "--run", str(run()), "--step", "3", "--prompt", ids[-1]])
+        == 0
     )
     assert f"shown: prompt {ids[-1]}\n" in capsys.readouterr().out
     assert (
-        guarded(cli.main, ["explain", "--run", str(run()), "--step", "3", "--prompt", "nobody"])
+        run_guarded(cli.main, ["explain", "--run", str(run()), "--step", "3", "--prompt", "nobody"])
         == 2
     )
     assert "'nobody' is not in step 3; there are" in capsys.readouterr().err
@@ -495,7 +498,7 @@ def test_shown(run, capsys):
 def test_refused(run, tmp_path, capsys, monkeypatch):
     def refused(folder, step=1):
         capsys.readouterr()
-        assert guarded(cli.main, ["explain", "--run", str(folder), "--step", str(step)]) == 2
+        assert run_guarded(cli.main, ["explain", "--run", str(folder), "--step", str(step)]) == 2
         err = capsys.readouterr().err
         assert err.startswith("recr1: ") and err.count("\n") == 1
         return err

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from recr1 import heartbeat
+from recr1.distributed import heartbeat
 
 HERE = Path(__file__).parent
 
@@ -73,7 +73,7 @@ def ranks(tmp_path, monkeypatch):
     """ranks(states of all ranks but the last...) -> what the last says; a state is (changes, is its
     process alive).
     """
-    monkeypatch.setattr(heartbeat, "GRACE", 0.05)
+    monkeypatch.setattr(heartbeat, "GRACE_SECONDS", 0.05)
     held = []
 
     def ranks(*others, own=dict(calls=7)):
@@ -85,12 +85,12 @@ def ranks(tmp_path, monkeypatch):
             held[-1].write()
             if not alive:
                 os.close(held.pop().file)
-        heartbeat.start(tmp_path, len(others), len(others) + 1)
-        heartbeat._own.state |= own
-        return heartbeat.blame("Connection closed by peer")
+        heartbeat.start_heartbeat(tmp_path, len(others), len(others) + 1)
+        heartbeat._heartbeat.state |= own
+        return heartbeat.name_lost_ranks("Connection closed by peer")
 
     yield ranks
-    heartbeat.stop()
+    heartbeat.stop_heartbeat()
     for other in held:
         os.close(other.file)
 
@@ -130,35 +130,35 @@ def test_two_ranks_gone_are_both_named(ranks):
 def test_heartbeat_file(tmp_path):
     folder = tmp_path / "run/heartbeats"
     folder.parent.mkdir()
-    heartbeat.at("nobody listens")
-    heartbeat.start(folder, 0, 1)
-    heartbeat.at("train 10/12", 3)
-    heartbeat.begins_collective()
-    state = heartbeat.read(folder, 0)
+    heartbeat.enter_phase("nobody listens")
+    heartbeat.start_heartbeat(folder, 0, 1)
+    heartbeat.enter_phase("train 10/12", 3)
+    heartbeat.count_collective()
+    state = heartbeat.read_heartbeat(folder, 0)
     assert state == state | dict(
         pid=os.getpid(), step=3, phase="train 10/12", calls=1, left="", gives_up=False, alive=True
     )
-    heartbeat.at("step")
-    state = heartbeat.read(folder, 0)
+    heartbeat.enter_phase("step")
+    state = heartbeat.read_heartbeat(folder, 0)
     assert (state["phase"], state["step"]) == ("step", 3)
     error = ValueError("one\ntwo")
-    assert heartbeat.ended_by(error) is error
-    heartbeat.stop()
-    state = heartbeat.read(folder, 0)
+    assert heartbeat.explain_exit(error) is error
+    heartbeat.stop_heartbeat()
+    state = heartbeat.read_heartbeat(folder, 0)
     assert not state["alive"] and state["left"] == "ValueError: one"
-    assert heartbeat.read(folder, 1) is None
+    assert heartbeat.read_heartbeat(folder, 1) is None
     (folder / "rank_00001.json").write_text("{")
-    assert heartbeat.read(folder, 1) is None
-    heartbeat.start(folder, 0, 2)
+    assert heartbeat.read_heartbeat(folder, 1) is None
+    heartbeat.start_heartbeat(folder, 0, 2)
     assert not (folder / "rank_00001.json").exists()  # an earlier job's
-    heartbeat.stop()
+    heartbeat.stop_heartbeat()
 
 
 def test_a_second_job_in_the_folder_is_refused(tmp_path, monkeypatch):
     first = heartbeat.Heartbeat(tmp_path, 0, 1)
     monkeypatch.setattr(heartbeat.time, "sleep", lambda s: None)
-    with pytest.raises(heartbeat.Busy, match=f"in use by another job \\(pid {os.getpid()}"):
-        heartbeat.start(tmp_path, 0, 1)
+    with pytest.raises(heartbeat.RunDirBusy, match=f"in use by another job \\(pid {os.getpid()}"):
+        heartbeat.start_heartbeat(tmp_path, 0, 1)
     os.close(first.file)
-    heartbeat.start(tmp_path, 0, 1)
-    heartbeat.stop()
+    heartbeat.start_heartbeat(tmp_path, 0, 1)
+    heartbeat.stop_heartbeat()

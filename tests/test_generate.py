@@ -15,15 +15,15 @@ import torch
 from tiny import CONTRACT, answering_model, save, tiny_tokenizer, write_yaml
 
 from recr1 import cli
-from recr1.answers import parse_query
-from recr1.chat import Chat
-from recr1.config_file import load
-from recr1.draws import uniforms
-from recr1.records import Prompt
-from recr1.rewriter import Stream
-from recr1.run import guarded
-from recr1.sample import generate
-from recr1.weights import load_model
+from recr1.commands.rewrite import TextStream
+from recr1.config.loader import load_config
+from recr1.data.chat_template import ChatTemplate
+from recr1.data_types import Prompt
+from recr1.model.hf_weights import load_model
+from recr1.sampling.generate import generate
+from recr1.tasks.answer_parser import parse_query
+from recr1.training.launch import run_guarded
+from recr1.utils.counter_rng import draw_uniforms
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = tiny_tokenizer()
@@ -38,13 +38,18 @@ def world(tmp_path_factory):
     config = write_yaml(folder, **{"sampling.max_new_tokens": 40})
     model = str(folder / "policy")
     corpus = ["--corpus", str(folder / "data/corpus.jsonl")]
-    return ["generate", "--model", model, "--config", config], corpus, model, load(config, [])
+    return (
+        ["generate", "--model", model, "--config", config],
+        corpus,
+        model,
+        load_config(config, []),
+    )
 
 
 def run(capsys, *argv, code=0) -> tuple[str, str]:
     """What it wrote to the output and the error output, having ended with the code (None: any)."""
     capsys.readouterr()
-    assert guarded(cli.main, list(argv)) == code or code is None
+    assert run_guarded(cli.main, list(argv)) == code or code is None
     return capsys.readouterr()
 
 
@@ -55,9 +60,9 @@ def decoded(ids) -> str:
 def generated(world, query, temperature=0.0, seed=0) -> str:
     """The text that the sampler writes for the query, without the command."""
     *_, model, cfg = world
-    chat = Chat(TOKENIZER, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
+    chat = ChatTemplate(TOKENIZER, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
     new = cfg.sampling.max_new_tokens
-    u = uniforms(seed, 0, np.array([0]), 1, new) if temperature else None
+    u = draw_uniforms(seed, 0, np.array([0]), 1, new) if temperature else None
     [rollout] = generate(
         load_model(model, len(TOKENIZER)),
         [Prompt("", 0, query, chat.prompt(query))],
@@ -114,7 +119,7 @@ def test_a_seed_draws_one_text_and_seeds_differ(world, capsys):
 def test_characters_are_written_once_they_are_whole(text):
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
     written = []
-    with Stream(decoded, written.append) as stream:
+    with TextStream(decoded, written.append) as stream:
         for n, id in enumerate(ids, 1):
             stream.hear(id)
             # nothing is held back that is whole
@@ -131,7 +136,7 @@ def test_characters_are_written_once_they_are_whole(text):
 def test_bytes_that_never_become_a_character_are_written_at_the_end():
     half = TOKENIZER("😀")["input_ids"][:2]
     written = []
-    with Stream(decoded, written.append) as stream:
+    with TextStream(decoded, written.append) as stream:
         for id in TOKENIZER("a")["input_ids"] + half:
             stream.hear(id)
         assert written == ["a"]
@@ -186,7 +191,7 @@ def test_a_pipe_gets_whole_characters_while_the_text_is_sampled(tmp_path, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(sys, "stdout", Terminal())
-        assert guarded(cli.main, [*argv, "x"]) == 0
+        assert run_guarded(cli.main, [*argv, "x"]) == 0
         pieces = sys.stdout
     pieces = pieces[: pieces.index("\n") + 1]
     assert [p for p in pieces if p] == [

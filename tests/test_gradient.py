@@ -8,11 +8,13 @@ import pytest
 import torch
 from tiny import FAMILIES, oracle, tiny_config, tiny_model
 
-from recr1.config import Loss, Model
-from recr1.grpo import group_advantages, mean_std, objective, policy_loss
-from recr1.packing import distinct, pack
-from recr1.records import Prompt, Rollout
-from recr1.train import with_advantages, with_reference
+from recr1.config.schema import LossConfig, ModelConfig
+from recr1.data_types import Prompt, Rollout
+from recr1.rl.advantages import compute_group_advantages, normalize_by_std
+from recr1.rl.losses import resolve_objective
+from recr1.rl.packing import deduplicate, pack_rollouts
+from recr1.rl.policy_loss import compute_policy_loss
+from recr1.train import add_advantages, add_ref_logp
 
 TEMPERATURE = 1.3
 CLIP = 0.2
@@ -180,30 +182,32 @@ def test_packed_gradient_equals_the_padded_one(family, group_size, tied):
         rewards = torch.tensor(
             [hash((r.group, r.ids)) % 97 / 97 for r in rollouts], dtype=torch.float64
         )
-        adv = group_advantages(rewards, group_size, mean_std, Loss(std_floor=0.1))
+        adv = compute_group_advantages(
+            rewards, group_size, normalize_by_std, LossConfig(std_floor=0.1)
+        )
     else:
         adv = torch.linspace(-1, 1, len(rollouts), dtype=torch.float64)
     total = sum(len(r.ids) for r in rollouts)
     want_loss, want = reference_gradients(policy, frozen, rollouts, adv, total)
-    texts, first = distinct(rollouts)
+    texts, first = deduplicate(rollouts)
     assert group_size < 3 or len(texts) < len(rollouts)
     longest = max(len(r.prompt.ids) + len(r.ids) - 1 for r in rollouts)
     everything = sum(len(r.prompt.ids) + len(r.ids) for r in rollouts)
     worst = 0.0
     batch_counts = set()
     for i, budget in enumerate((longest, longest + 11, 2 * longest, everything, everything)):
-        loss_of = objective(
-            Loss(clip=CLIP, kl=KL), Model(head="one_shot" if i % 2 else "recompute")
+        loss_of = resolve_objective(
+            LossConfig(clip=CLIP, kl=KL), ModelConfig(head="one_shot" if i % 2 else "recompute")
         )
         model = copy.deepcopy(policy)
-        batches = with_advantages(
-            with_reference(frozen, pack(texts, budget), TEMPERATURE), adv[first]
+        batches = add_advantages(
+            add_ref_logp(frozen, pack_rollouts(texts, budget), TEMPERATURE), adv[first]
         )
         batch_counts.add(len(batches))
         losses = []
         for batch in batches:
             assert len(batch.tokens) <= budget
-            loss, *_ = policy_loss(model, batch, total, TEMPERATURE, loss_of)
+            loss, *_ = compute_policy_loss(model, batch, total, TEMPERATURE, loss_of)
             loss.backward()
             losses.append(loss.item())
         assert sum(losses) == pytest.approx(want_loss, rel=1e-10, abs=1e-12)

@@ -4,18 +4,21 @@ import numpy as np
 import pytest
 import torch
 
-from recr1.config import Loss, Model
-from recr1.grpo import group_advantages, k3, mean_std, objective, pulled
-from recr1.records import Batch, Layout
+from recr1.config.schema import LossConfig, ModelConfig
+from recr1.data_types import MicroBatch, PackedLayout
+from recr1.rl.advantages import compute_group_advantages, normalize_by_std
+from recr1.rl.kl import k3
+from recr1.rl.losses import resolve_objective
+from recr1.rl.policy_loss import compute_token_loss
 
 
 def batch_of(adv, old=None, ref=None, weight=None):
     n = len(adv)
     zeros = torch.zeros(n, dtype=torch.int64)
-    return Batch(
+    return MicroBatch(
         zeros,
         zeros,
-        Layout(zeros, zeros, zeros),
+        PackedLayout(zeros, zeros, zeros),
         zeros,
         zeros,
         zeros,
@@ -29,19 +32,19 @@ def batch_of(adv, old=None, ref=None, weight=None):
 
 def loss_of(logp, batch, total, **settings):
     """(loss, d loss / d logp, statistics) of log-probs (N,)."""
-    loss, d_logp, _, stats = pulled(
+    loss, d_logp, _, stats = compute_token_loss(
         logp,
         torch.zeros_like(logp),
         batch,
         batch.weight,
         total,
-        objective(Loss(**settings), Model()),
+        resolve_objective(LossConfig(**settings), ModelConfig()),
     )
     return loss, d_logp, stats
 
 
 def advantages(rewards, size, floor):
-    return group_advantages(rewards, size, mean_std, Loss(std_floor=floor))
+    return compute_group_advantages(rewards, size, normalize_by_std, LossConfig(std_floor=floor))
 
 
 def test_advantages_are_numpys():

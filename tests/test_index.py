@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recr1.data import DataError
-from recr1.retrieval import index as module, tokenise
-from recr1.retrieval.analyzer import analyze
-from recr1.retrieval.bm25 import BM25, load_or_build
-from recr1.retrieval.index import FILES, Index, IndexRefused
-from recr1.retrieval.postings import Parameters
-from recr1.retrieval.strings import Strings
+from recr1.data.readers import DataError
+from recr1.retrieval.bm25 import corpus_tokenizer, index as module
+from recr1.retrieval.bm25.analyzer import analyze
+from recr1.retrieval.bm25.impacts import BM25Parameters
+from recr1.retrieval.bm25.index import FILES, BM25Index, IndexRefused
+from recr1.retrieval.bm25.searcher import BM25Searcher, load_or_build_bm25
+from recr1.retrieval.bm25.string_table import StringTable
 
 DATA = Path(__file__).parent.parent / "experiments" / "data"
 MSRD = DATA / "msrd" / "corpus.jsonl.gz"
@@ -43,14 +43,14 @@ def corpus(tmp_path) -> Path:
     return write(tmp_path / "corpus.jsonl", DOCS)
 
 
-def same(one: Index, other: Index) -> bool:
+def same(one: BM25Index, other: BM25Index) -> bool:
     return (list(one.doc_ids), list(one.terms)) == (list(other.doc_ids), list(other.terms)) and all(
         np.array_equal(getattr(one, name), getattr(other, name))
         for name in ("offsets", "docs", "impacts")
     )
 
 
-def ids(index: BM25, query: str, k: int = 10) -> list[str]:
+def ids(index: BM25Searcher, query: str, k: int = 10) -> list[str]:
     return [index.doc_ids[row] for row in index.search([query], k)[0][0] if row >= 0]
 
 
@@ -58,12 +58,12 @@ def ids(index: BM25, query: str, k: int = 10) -> list[str]:
 
 
 def test_file_plain_or_packed_gives_the_index_of_its_texts(tmp_path, corpus):
-    want = Index.of_texts(list(DOCS), list(DOCS.values()), Parameters())
+    want = BM25Index.of_texts(list(DOCS), list(DOCS.values()), BM25Parameters())
     packed = write(tmp_path / "corpus.jsonl.gz", DOCS)
     for path in (corpus, packed):
         for numba in (False, True):
-            assert same(Index.of_file(path, Parameters(), numba=numba), want)
-    meta = Index.of_file(packed, Parameters(b=0.5)).meta
+            assert same(BM25Index.of_file(path, BM25Parameters(), numba=numba), want)
+    meta = BM25Index.of_file(packed, BM25Parameters(b=0.5)).meta
     assert (meta["documents"], meta["tokens"], meta["b"], meta["dropped"]) == (4, 9, 0.5, [0])
 
 
@@ -81,7 +81,7 @@ def test_worker_processes_give_the_same_in_the_same_order(processes):
         ]
         for _ in range(30)
     ]
-    found = list(tokenise.encoded(iter(chunks), processes))
+    found = list(corpus_tokenizer.tokenize_chunks(iter(chunks), processes))
     assert [[terms[i] for i in numbers] for terms, numbers, _ in found] == [
         [t for text in chunk for t in analyze(text)] for chunk in chunks
     ]
@@ -100,8 +100,8 @@ def test_worker_that_is_killed_is_one_clear_error():
                     os.kill(pid, signal.SIGKILL)
             yield ["red fox"]
 
-    with pytest.raises(tokenise.WorkerLost, match="analyses the corpus has ended"):
-        list(tokenise.encoded(chunks(), 2))
+    with pytest.raises(corpus_tokenizer.WorkerLost, match="analyses the corpus has ended"):
+        list(corpus_tokenizer.tokenize_chunks(chunks(), 2))
     assert set(children()) <= set(others)
 
 
@@ -115,7 +115,7 @@ def children() -> list[int]:
 
 def test_strings():
     words = sorted(["", "a", "aé", "z", "\ud800", "😀", "ﬀ"])
-    strings = Strings.of(words)
+    strings = StringTable.of(words)
     assert (
         list(strings) == words
         and strings[-1] == words[-1]
@@ -135,9 +135,9 @@ def test_strings():
 def test_bad_line(tmp_path):
     path = write(tmp_path / "corpus.jsonl", DOCS, b'{"id": "d5"', b'{"id": "d6", "title": "green"}')
     with pytest.raises(DataError, match=r"corpus.jsonl:5: not JSON"):
-        load_or_build(tmp_path / "index", path)
+        load_or_build_bm25(tmp_path / "index", path)
     assert not (tmp_path / "index").exists()
-    index = load_or_build(tmp_path / "index", path, on_bad_line="drop")
+    index = load_or_build_bm25(tmp_path / "index", path, on_bad_line="drop")
     assert (
         ids(index, "green") == ["d6"]
         and index.index.meta["dropped"][0] == 1
@@ -147,27 +147,29 @@ def test_bad_line(tmp_path):
         IndexRefused,
         match=r"1 bad lines were left out of this index, first: .*:5: not JSON.*mend the corpus",
     ):
-        load_or_build(tmp_path / "index", path)  # it was made under another rule
+        load_or_build_bm25(tmp_path / "index", path)  # it was made under another rule
 
 
 def test_id_twice(tmp_path):
     path = write(tmp_path / "corpus.jsonl", DOCS, b'{"id": "d1", "title": "green"}')
     with pytest.raises(DataError, match="corpus.jsonl:5: id 'd1' came before"):
-        load_or_build(tmp_path / "index", path)
-    assert ids(load_or_build(tmp_path / "index", path, on_bad_line="drop"), "dog green") == ["d1"]
+        load_or_build_bm25(tmp_path / "index", path)
+    assert ids(load_or_build_bm25(tmp_path / "index", path, on_bad_line="drop"), "dog green") == [
+        "d1"
+    ]
 
 
 def test_document_without_text_and_without_tokens(tmp_path, corpus):
     path = write(tmp_path / "empty.jsonl", DOCS, b'{"id": "d5", "title": "", "text": " "}')
     with pytest.raises(DataError, match="empty.jsonl:5: neither 'title' nor 'text' says anything"):
-        load_or_build(tmp_path / "index", path)
-    index = load_or_build(tmp_path / "index", corpus)  # d4 is "the": kept, never found
+        load_or_build_bm25(tmp_path / "index", path)
+    index = load_or_build_bm25(tmp_path / "index", corpus)  # d4 is "the": kept, never found
     assert "d4" in list(index.doc_ids) and "d4" not in ids(index, "the red fox dog blue cat")
 
 
 def test_line_of_ten_megabytes(tmp_path):
     path = write(tmp_path / "corpus.jsonl", DOCS | {"long": "verylong " * 1_200_000})
-    index = load_or_build(tmp_path / "index", path)
+    index = load_or_build_bm25(tmp_path / "index", path)
     assert ids(index, "verylong") == ["long"] and ids(index, "fox") == ["d2", "d3"]
 
 
@@ -177,15 +179,15 @@ def test_line_of_ten_megabytes(tmp_path):
 )
 def test_empty_corpus(tmp_path, docs, says):
     with pytest.raises(ValueError, match=says):
-        load_or_build(tmp_path / "index", write(tmp_path / "corpus.jsonl", docs))
+        load_or_build_bm25(tmp_path / "index", write(tmp_path / "corpus.jsonl", docs))
     with pytest.raises(DataError, match="nowhere.jsonl: no such file"):
-        load_or_build(tmp_path / "index", tmp_path / "nowhere.jsonl")
+        load_or_build_bm25(tmp_path / "index", tmp_path / "nowhere.jsonl")
     assert not (tmp_path / "index").exists()
 
 
 @pytest.mark.parametrize("scorer", ["torch", "numba"])
 def test_odd_queries(corpus, tmp_path, scorer):
-    index = load_or_build(tmp_path / "index", corpus, scorer=scorer)
+    index = load_or_build_bm25(tmp_path / "index", corpus, scorer=scorer)
     long = " ".join(f"w{i}" for i in range(9_997)) + " red fox fox"
     rows, scores = index.search(["", "zyxt", "the", long, "red fox fox"], 6)
     assert rows.shape == (5, 6) and (rows[:3] == -1).all() and (scores[:3] == -np.inf).all()
@@ -193,7 +195,7 @@ def test_odd_queries(corpus, tmp_path, scorer):
     # k above the corpus: the rest is empty
     assert (rows[4] >= 0).tolist() == [True] * 3 + [False] * 3
     everything = " ".join(f"w{i} " * 2 for i in range(10_000))
-    many = load_or_build(
+    many = load_or_build_bm25(
         tmp_path / "many",
         write(tmp_path / "many.jsonl", {f"d{i}": f"w{i}" for i in range(10_000)}),
         scorer=scorer,
@@ -207,8 +209,8 @@ def test_odd_queries(corpus, tmp_path, scorer):
 
 
 def test_saved_and_loaded_index_is_the_same(tmp_path):
-    built = load_or_build(tmp_path / "deep" / "index", MSRD)
-    memory = BM25(Index.of_file(MSRD, Parameters()))
+    built = load_or_build_bm25(tmp_path / "deep" / "index", MSRD)
+    memory = BM25Searcher(BM25Index.of_file(MSRD, BM25Parameters()))
     assert same(built.index, memory.index) and built.index.meta == memory.index.meta
     texts = ["star wars", "the lord of the rings full movie", "amélie"]
     for one, other in zip(built.search(texts, 50), memory.search(texts, 50)):
@@ -218,9 +220,9 @@ def test_saved_and_loaded_index_is_the_same(tmp_path):
 
 
 def test_index_there_is_used_and_not_made_again(tmp_path, corpus, monkeypatch):
-    load_or_build(tmp_path / "index", corpus)
-    monkeypatch.setattr(Index, "of_file", None)
-    assert ids(load_or_build(tmp_path / "index", corpus), "dog") == ["d1"]
+    load_or_build_bm25(tmp_path / "index", corpus)
+    monkeypatch.setattr(BM25Index, "of_file", None)
+    assert ids(load_or_build_bm25(tmp_path / "index", corpus), "dog") == ["d1"]
 
 
 @pytest.mark.parametrize(
@@ -243,20 +245,22 @@ def test_index_there_is_used_and_not_made_again(tmp_path, corpus, monkeypatch):
 def test_stale_index_is_refused_with_the_command_that_makes_it_anew(
     tmp_path, corpus, monkeypatch, change, says
 ):
-    load_or_build(tmp_path / "index", corpus)
+    load_or_build_bm25(tmp_path / "index", corpus)
     if change == "corpus":
         write(corpus, DOCS | {"d1": "red red cat"})
     elif change == "analyzer":
         monkeypatch.setattr(module.analyzer, "VERSION", "another")
     with pytest.raises(IndexRefused) as refused:
-        load_or_build(tmp_path / "index", corpus, **(change if isinstance(change, dict) else {}))
+        load_or_build_bm25(
+            tmp_path / "index", corpus, **(change if isinstance(change, dict) else {})
+        )
     assert says.format(tmp_path) in str(refused.value)
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "one byte"])
 def test_torn_index_is_refused(tmp_path, corpus, name, damage):
-    load_or_build(tmp_path / "index", corpus)
+    load_or_build_bm25(tmp_path / "index", corpus)
     path = tmp_path / "index" / name
     data = bytearray(path.read_bytes())
     data[-9] ^= 1
@@ -265,15 +269,15 @@ def test_torn_index_is_refused(tmp_path, corpus, name, damage):
         path.write_bytes({"cut": data[: len(data) // 2], "empty": b"", "one byte": data}[damage])
     if (name, damage) == ("index.json", "gone"):
         # no index was finished there: it is made
-        assert ids(load_or_build(tmp_path / "index", corpus), "dog") == ["d1"]
+        assert ids(load_or_build_bm25(tmp_path / "index", corpus), "dog") == ["d1"]
         return
     with pytest.raises(
         IndexRefused,
         match=f"{name} is (torn|not as it was written); make the index anew: recr1 index --corpus",
     ):
-        load_or_build(tmp_path / "index", corpus)
-    Index.of_file(corpus, Parameters()).save(tmp_path / "index")  # what that command does
-    assert ids(load_or_build(tmp_path / "index", corpus), "dog") == ["d1"]
+        load_or_build_bm25(tmp_path / "index", corpus)
+    BM25Index.of_file(corpus, BM25Parameters()).save(tmp_path / "index")  # what that command does
+    assert ids(load_or_build_bm25(tmp_path / "index", corpus), "dog") == ["d1"]
 
 
 def test_index_of_the_earlier_format(tmp_path, corpus):
@@ -281,14 +285,14 @@ def test_index_of_the_earlier_format(tmp_path, corpus):
     (tmp_path / "index/index.json").write_text(json.dumps(dict(format=1, crc32={})))
     (tmp_path / "index/terms.json").write_text("[]")
     with pytest.raises(IndexRefused, match="format 1; this version reads 2; make the index anew"):
-        load_or_build(tmp_path / "index", corpus)
-    Index.of_file(corpus, Parameters()).save(tmp_path / "index")
-    assert load_or_build(tmp_path / "index", corpus).doc_ids[0] == "d1"
+        load_or_build_bm25(tmp_path / "index", corpus)
+    BM25Index.of_file(corpus, BM25Parameters()).save(tmp_path / "index")
+    assert load_or_build_bm25(tmp_path / "index", corpus).doc_ids[0] == "d1"
 
 
 def test_full_disk_leaves_the_old_index(tmp_path, corpus, monkeypatch):
-    load_or_build(tmp_path / "index", corpus)
-    new = Index.of_texts(["a"], ["green"], Parameters())
+    load_or_build_bm25(tmp_path / "index", corpus)
+    new = BM25Index.of_texts(["a"], ["green"], BM25Parameters())
 
     def full_disk(*_, **__):
         raise OSError("no space left on device")
@@ -297,7 +301,7 @@ def test_full_disk_leaves_the_old_index(tmp_path, corpus, monkeypatch):
         patch.setattr(np, "save", full_disk)
         with pytest.raises(OSError, match="no space"):
             new.save(tmp_path / "index")
-    assert ids(load_or_build(tmp_path / "index", corpus), "dog") == ["d1"]
+    assert ids(load_or_build_bm25(tmp_path / "index", corpus), "dog") == ["d1"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.jsonl", "index"]
 
 
@@ -324,22 +328,22 @@ def test_kill_while_the_index_is_written(tmp_path, corpus, file):
         env=os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path)),
     )
     assert dead.returncode == -signal.SIGKILL and not (tmp_path / "index").exists()
-    assert ids(load_or_build(tmp_path / "index", corpus), "dog") == ["d1"]
+    assert ids(load_or_build_bm25(tmp_path / "index", corpus), "dog") == ["d1"]
 
 
 def test_directory_of_something_else(tmp_path, corpus):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="thesis.tex is not part of an index"):
-        load_or_build(tmp_path / "thesis", corpus)
+        load_or_build_bm25(tmp_path / "thesis", corpus)
     assert (tmp_path / "thesis/thesis.tex").read_text() == "years of work"
 
 
 def test_command_of_a_refusal_quotes_its_paths(tmp_path):
     path = write(tmp_path / "a corpus.jsonl", DOCS)
-    load_or_build(tmp_path / "index", path)
+    load_or_build_bm25(tmp_path / "index", path)
     with pytest.raises(IndexRefused) as refused:
-        load_or_build(tmp_path / "index", path, k1=0.9)
+        load_or_build_bm25(tmp_path / "index", path, k1=0.9)
     assert shlex.split(str(refused.value).split("anew: ")[1])[:4] == [
         "recr1",
         "index",
@@ -351,7 +355,7 @@ def test_command_of_a_refusal_quotes_its_paths(tmp_path):
 def test_many_at_once_never_see_a_mixed_index(tmp_path):
     """Four threads fight over one directory with two corpora; each always loads a whole one."""
     made = {
-        word: Index.of_texts(list(DOCS), [f"{word} w{i}" for i in range(4)], Parameters())
+        word: BM25Index.of_texts(list(DOCS), [f"{word} w{i}" for i in range(4)], BM25Parameters())
         for word in ("red", "blue")
     }
 
@@ -359,7 +363,7 @@ def test_many_at_once_never_see_a_mixed_index(tmp_path):
         for turn in range(25):
             made[random.Random(seed + turn).choice(["red", "blue"])].save(tmp_path / "index")
             try:
-                found = Index.load(tmp_path / "index")  # once: two loads may well see two
+                found = BM25Index.load(tmp_path / "index")  # once: two loads may well see two
                 assert any(same(found, index) for index in made.values())
             except (
                 FileNotFoundError,
@@ -370,7 +374,7 @@ def test_many_at_once_never_see_a_mixed_index(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert [path.name for path in tmp_path.iterdir()] == ["index"] and any(
-        same(Index.load(tmp_path / "index"), index) for index in made.values()
+        same(BM25Index.load(tmp_path / "index"), index) for index in made.values()
     )
 
 
@@ -397,12 +401,12 @@ def hold(directory: str, scorer: str, pipe) -> None:
     index, in step with the others.
     """
     # what is imported and compiled is no index
-    BM25.build(["a"], ["a0"], scorer=scorer).search(["a0"], 1)
-    Index.load(directory)
+    BM25Searcher.build(["a"], ["a0"], scorer=scorer).search(["a0"], 1)
+    BM25Index.load(directory)
     pipe.send("ready")
     pipe.recv()
     before = pss()
-    index = BM25(Index.load(directory), scorer)
+    index = BM25Searcher(BM25Index.load(directory), scorer)
     rows, _ = index.search(["a0 a1 a2"], 10)
     pipe.send(rows.min() >= 0)
     pipe.recv()
@@ -416,10 +420,10 @@ def test_four_processes_share_one_copy(tmp_path, scorer):
     P = 5_000_000
     rng = np.random.default_rng(0)
     terms = sorted(f"a{i}" for i in range(1000))
-    index = Index(
-        dict(format=module.FORMAT, dropped=[0], **module.asdict(Parameters())),
-        Strings.of(f"{i:09}" for i in range(200_000)),
-        Strings.of(terms),
+    index = BM25Index(
+        dict(format=module.FORMAT, dropped=[0], **module.asdict(BM25Parameters())),
+        StringTable.of(f"{i:09}" for i in range(200_000)),
+        StringTable.of(terms),
         np.arange(1001) * (P // 1000),
         np.sort(rng.integers(0, 200_000, (1000, P // 1000), np.int32), 1).ravel(),
         rng.random(P, np.float32),

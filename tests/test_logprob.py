@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from recr1.kernels import logprob
-from recr1.kernels.logprob import by_autograd, linear_logp, linear_loss
-from recr1.policy import policy
+from recr1.kernels.logprob import fused_linear_loss, linear_log_probs, make_token_loss
+from recr1.model.log_probs import make_distribution
 
 SIZES = [(1, 1, 2), (1, 7, 33), (4, 5, 9), (37, 13, 101), (64, 3, 130)]
 
@@ -47,7 +47,7 @@ def weighted(pull):
 @pytest.mark.parametrize("N, C, V", SIZES)
 def test_equals_the_full_log_softmax(N, C, V, temperature):
     hidden, weight, target, pull = inputs(N, C, V)
-    logp, entropy = linear_logp(hidden, weight, target, temperature, policy)
+    logp, entropy = linear_log_probs(hidden, weight, target, temperature, make_distribution)
     want, want_entropy = full(hidden, weight, target, temperature)
     assert logp.dtype == torch.float64 and logp.shape == entropy.shape == (N,)
     torch.testing.assert_close(logp, want, rtol=1e-13, atol=1e-13)
@@ -65,13 +65,13 @@ def test_entropy_has_its_gradient_in_both_heads(N, C, V, temperature):
     bonus = pull.flip(0) * (torch.arange(N) % 3 > 0)
     for g, h in ((pull * (torch.arange(N) % 2), bonus), (torch.zeros(N, dtype=pull.dtype), bonus)):
         want = sum((x * y).sum() for x, y in zip(full(hidden, weight, target, temperature), (g, h)))
-        logp, entropy = linear_logp(hidden, weight, target, temperature, policy)
-        shot, _, _ = linear_loss(
+        logp, entropy = linear_log_probs(hidden, weight, target, temperature, make_distribution)
+        shot, _, _ = fused_linear_loss(
             hidden,
             weight,
             target,
             temperature,
-            policy,
+            make_distribution,
             lambda x, e, rows: ((x * g[rows]).sum() + (e * h[rows]).sum(), g[rows], h[rows]),
         )
         torch.testing.assert_close(shot, want, rtol=1e-12, atol=1e-13)
@@ -85,8 +85,8 @@ def test_entropy_has_its_gradient_in_both_heads(N, C, V, temperature):
 @pytest.mark.parametrize("N, C, V", SIZES)
 def test_one_shot_equals_the_full_log_softmax(N, C, V, temperature):
     hidden, weight, target, pull = inputs(N, C, V)
-    loss, logp, entropy = linear_loss(
-        hidden, weight, target, temperature, policy, by_autograd(weighted(pull))
+    loss, logp, entropy = fused_linear_loss(
+        hidden, weight, target, temperature, make_distribution, make_token_loss(weighted(pull))
     )
     want, want_entropy = full(hidden, weight, target, temperature)
     want_loss = weighted(pull)(want)
@@ -112,10 +112,12 @@ def test_rows_of_gradient_zero_are_left_out(dead):
     )
     with torch.no_grad():
         hidden[pull == 0] = float("inf")  # whatever stands there, it must not be touched
-    logp, _ = linear_logp(hidden, weight, target, 0.7, policy)
+    logp, _ = linear_log_probs(hidden, weight, target, 0.7, make_distribution)
     logp = torch.where(pull == 0, 0.0, logp)
     formula = lambda logp, rows: weighted(pull)(torch.where(pull[rows] == 0, 0.0, logp), rows)
-    one_shot, *_ = linear_loss(hidden, weight, target, 0.7, policy, by_autograd(formula))
+    one_shot, *_ = fused_linear_loss(
+        hidden, weight, target, 0.7, make_distribution, make_token_loss(formula)
+    )
     for loss in (weighted(pull)(logp), one_shot):
         for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), want):
             assert (a - b).norm() <= 1e-12 * b.norm()
@@ -125,8 +127,13 @@ def test_a_plain_sum():
     """Its derivative comes from autograd as one number, expanded."""
     hidden, weight, target, _ = inputs(37, 13, 101)
     ours = torch.autograd.grad(
-        linear_loss(
-            hidden, weight, target, 1.0, policy, by_autograd(lambda logp, rows: -logp.sum())
+        fused_linear_loss(
+            hidden,
+            weight,
+            target,
+            1.0,
+            make_distribution,
+            make_token_loss(lambda logp, rows: -logp.sum()),
         )[0],
         (hidden, weight),
     )
@@ -138,10 +145,12 @@ def test_a_plain_sum():
 def test_gradcheck():
     hidden, weight, target, pull = inputs(5, 3, 7)
     assert torch.autograd.gradcheck(
-        lambda h, w: linear_logp(h, w, target, 1.3, policy)[0], (hidden, weight)
+        lambda h, w: linear_log_probs(h, w, target, 1.3, make_distribution)[0], (hidden, weight)
     )
     assert torch.autograd.gradcheck(
-        lambda h, w: linear_loss(h, w, target, 1.3, policy, by_autograd(weighted(pull)))[0],
+        lambda h, w: fused_linear_loss(
+            h, w, target, 1.3, make_distribution, make_token_loss(weighted(pull))
+        )[0],
         (hidden, weight),
     )
 
@@ -154,8 +163,10 @@ def test_gradients_nobody_needs_are_not_made(frozen):
         weight.requires_grad_(frozen in ("hidden", "no_grad")),
     )
     with torch.set_grad_enabled(frozen != "no_grad"):
-        loss, *_ = linear_loss(hidden, weight, target, 1.0, policy, by_autograd(weighted(pull)))
-        logp, _ = linear_logp(hidden, weight, target, 1.0, policy)
+        loss, *_ = fused_linear_loss(
+            hidden, weight, target, 1.0, make_distribution, make_token_loss(weighted(pull))
+        )
+        logp, _ = linear_log_probs(hidden, weight, target, 1.0, make_distribution)
     if frozen in ("both", "no_grad"):
         assert not loss.requires_grad and not logp.requires_grad
         return
@@ -173,14 +184,14 @@ def test_float32_is_as_good_as_float32_can_be():
     hidden, weight, target, pull = inputs(300, 64, 1001, torch.float32)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     want, _ = full(*exact, target, 1.3)
-    logp, _ = linear_logp(hidden, weight, target, 1.3, policy)
-    loss, again, _ = linear_loss(
+    logp, _ = linear_log_probs(hidden, weight, target, 1.3, make_distribution)
+    loss, again, _ = fused_linear_loss(
         hidden,
         weight,
         target,
         1.3,
-        policy,
-        by_autograd(lambda logp, rows: (logp * pull[rows]).sum()),
+        make_distribution,
+        make_token_loss(lambda logp, rows: (logp * pull[rows]).sum()),
     )
     assert (
         logp.dtype == torch.float32
@@ -216,18 +227,18 @@ def errors_in_bf16(backend: str) -> dict[str, float]:
             ),
             (
                 "recompute",
-                linear_logp(hidden, weight, target, 0.7, policy, backend)[0],
+                linear_log_probs(hidden, weight, target, 0.7, make_distribution, backend)[0],
                 (hidden, weight),
             ),
         ):
             results[name] = (logp.detach(), *torch.autograd.grad(logp, leaves, pull.to(logp.dtype)))
-        loss, logp, _ = linear_loss(
+        loss, logp, _ = fused_linear_loss(
             hidden,
             weight,
             target,
             0.7,
-            policy,
-            by_autograd(lambda logp, rows: (logp * pull[rows]).sum()),
+            make_distribution,
+            make_token_loss(lambda logp, rows: (logp * pull[rows]).sum()),
             backend,
         )
         results["one_shot"] = (logp, *torch.autograd.grad(loss, (hidden, weight)))
@@ -248,7 +259,7 @@ def test_bfloat16_is_as_good_as_torchs_own(request):
 
 def test_large_logits_stay_finite():
     hidden, weight, target, pull = inputs(9, 4, 11)
-    logp, entropy = linear_logp(hidden * 1e4, weight, target, 1.0, policy)
+    logp, entropy = linear_log_probs(hidden * 1e4, weight, target, 1.0, make_distribution)
     grads = torch.autograd.grad(logp, (hidden, weight), pull)
     assert (
         all(t.isfinite().all() for t in (logp, entropy, *grads))
@@ -261,9 +272,11 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     hidden, weight, target, pull = inputs(6, 4, 11, torch.float32)
     with pytest.raises(RuntimeError, match="kernels: triton needs"):
-        linear_logp(hidden, weight, target, 1.0, policy, "triton")
+        linear_log_probs(hidden, weight, target, 1.0, make_distribution, "triton")
     with pytest.raises(RuntimeError, match="kernels: 'cuda' is none of torch, triton"):
-        linear_loss(hidden, weight, target, 1.0, policy, by_autograd(weighted(pull)), "cuda")
+        fused_linear_loss(
+            hidden, weight, target, 1.0, make_distribution, make_token_loss(weighted(pull)), "cuda"
+        )
 
 
 def test_one_shot_equals_liger():
@@ -287,7 +300,9 @@ def test_one_shot_equals_liger():
             0.04 * (torch.expm1(d) - d) - torch.minimum(ratio * a, ratio.clamp(0.8, 1.28) * a)
         ).sum() / (B * T)
 
-    ours, *_ = linear_loss(hidden, weight, target, 0.7, policy, by_autograd(formula))
+    ours, *_ = fused_linear_loss(
+        hidden, weight, target, 0.7, make_distribution, make_token_loss(formula)
+    )
     liger = chunked.LigerFusedLinearGRPOLoss(
         beta=0.04,
         epsilon_high=0.28,

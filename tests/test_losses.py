@@ -16,25 +16,19 @@ from test_gradient import rollouts_of
 from tiny import jsonl, refused, runs_of, tiny_model, write_yaml
 
 from recr1 import cli, train
-from recr1.config import Loss, Model
-from recr1.draws import prompt_order, steps_per_epoch
-from recr1.grpo import (
-    ADVANTAGES,
-    RECIPES,
-    denominator,
-    group_advantages,
-    k1,
-    objective,
-    policy_loss,
-    pulled,
-)
-from recr1.log import Step, rollout_rows
-from recr1.packing import distinct, pack
-from recr1.records import Prompt, Rollout
-from recr1.replay import Replay
-from recr1.run import guarded
-from recr1.tasks.rewards import overlong
-from recr1.train import with_advantages, with_old
+from recr1.config.schema import LossConfig, ModelConfig
+from recr1.data.prompt_order import choose_prompts, count_steps_per_epoch
+from recr1.data_types import Prompt, Rollout
+from recr1.rl.advantages import ADVANTAGES, compute_group_advantages
+from recr1.rl.kl import k1
+from recr1.rl.losses import RECIPES, resolve_objective
+from recr1.rl.packing import deduplicate, pack_rollouts
+from recr1.rl.policy_loss import compute_policy_loss, compute_token_loss, count_denominator
+from recr1.rl.replay import Replay
+from recr1.tasks.rewards import compute_overlong_penalty
+from recr1.tracking.step_metrics import StepRecord, make_rollout_rows
+from recr1.train import add_advantages, add_old_logp
+from recr1.training.launch import run_guarded
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +49,24 @@ def test_every_recipe_trains_and_gives_one_gradient_for_any_micro_batches(kind):
     """From the same rollouts, whole or cut: sequence ratios and averages survive the cutting, for a
     rollout is never split.
     """
-    o = objective(Loss(kind=kind, kl=0.1, entropy=0.05), Model(head="recompute"))
+    o = resolve_objective(
+        LossConfig(kind=kind, kl=0.1, entropy=0.05), ModelConfig(head="recompute")
+    )
     policy = tiny_model(1).double()
     rollouts = rollouts_of(3)
-    texts, first = distinct(rollouts)
-    adv = group_advantages(
+    texts, first = deduplicate(rollouts)
+    adv = compute_group_advantages(
         torch.arange(len(rollouts), dtype=torch.float64) % 4, 3, o.advantage, o.config
     )[first]
-    total = denominator(texts, o.average, 9)
+    total = count_denominator(texts, o.average, 9)
     found = []
-    assert total == denominator(rollouts, o.average, 9)
+    assert total == count_denominator(rollouts, o.average, 9)
     for budget in (20, 10_000):
         for p in policy.parameters():
             p.grad = None
-        batches = with_advantages([torch_replace(b) for b in pack(texts, budget)], adv)
+        batches = add_advantages([torch_replace(b) for b in pack_rollouts(texts, budget)], adv)
         for b in batches:
-            policy_loss(policy, b, total, 1.3, o)[0].backward()
+            compute_policy_loss(policy, b, total, 1.3, o)[0].backward()
         found.append({name: p.grad.clone() for name, p in policy.named_parameters()})
     for name, a in found[0].items():
         assert a.norm() > 0 and (a - found[1][name]).norm() <= 1e-12 * a.norm(), name
@@ -102,16 +98,19 @@ def test_advantages_by_hand():
         leave_one_out=[-4 / 3, -4 / 3, -4 / 3, 4],
     )
     for name, f in ADVANTAGES.items():
-        assert group_advantages(r, 4, f, Loss(std_floor=0.0)).tolist() == pytest.approx(
-            want[name] + [0.0] * 4
-        )
+        assert compute_group_advantages(
+            r, 4, f, LossConfig(std_floor=0.0)
+        ).tolist() == pytest.approx(want[name] + [0.0] * 4)
 
 
 @pytest.mark.parametrize(
     "length, want", [(10, 0.0), (80, 0.0), (90, -0.5), (100, -1.0), (101, -1.05)]
 )
 def test_overlong_by_hand(length, want):
-    assert overlong(length, 100, 20) == pytest.approx(want) and overlong(length, 100, 0) == 0.0
+    assert (
+        compute_overlong_penalty(length, 100, 20) == pytest.approx(want)
+        and compute_overlong_penalty(length, 100, 0) == 0.0
+    )
 
 
 def test_overlong_answers_lose_reward_and_it_is_logged_apart(run):
@@ -120,7 +119,7 @@ def test_overlong_answers_lose_reward_and_it_is_logged_apart(run):
         / "rollouts.jsonl.gz"
     )
     for row in rows:
-        late = overlong(len(row["ids"]), 12, 10)
+        late = compute_overlong_penalty(len(row["ids"]), 12, 10)
         assert row["parts"]["overlong"] == pytest.approx(late) and row["reward"] == pytest.approx(
             (-1.0 if row["error"] else row["parts"]["ndcg"]) + late
         )
@@ -147,18 +146,18 @@ def test_inner_steps_move_the_ratio_and_the_clip_bites(run, world):
 
     policy = tiny_model(1).double()
     moved = tiny_model(1).double()
-    o = objective(Loss(clip=0.1, clip_high=0.2), Model())
+    o = resolve_objective(LossConfig(clip=0.1, clip_high=0.2), ModelConfig())
     with torch.no_grad():
         for p in moved.parameters():
             p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-    [batch] = with_advantages(
-        with_old(policy, pack(rollouts_of(3), 10_000), 1.0),
+    [batch] = add_advantages(
+        add_old_logp(policy, pack_rollouts(rollouts_of(3), 10_000), 1.0),
         torch.linspace(-1, 1, 15, dtype=torch.float64),
     )
-    _, logp, stats = policy_loss(moved, batch, 7, 1.0, o)
+    _, logp, stats = compute_policy_loss(moved, batch, 7, 1.0, o)
     ratio = (logp - batch.old_logp).exp()
     adv = batch.adv
-    d = pulled(logp, torch.zeros_like(logp), batch, batch.weight, 7, o)[1]
+    d = compute_token_loss(logp, torch.zeros_like(logp), batch, batch.weight, 7, o)[1]
     cut = ((adv > 0) & (ratio > 1.2)) | ((adv < 0) & (ratio < 0.9))
     assert cut.any() and (~cut).any() and (d[cut] == 0).all() and stats["clip_share"] == cut.sum()
     torch.testing.assert_close(d[~cut], (-adv * ratio / 7)[~cut], rtol=1e-12, atol=0)
@@ -187,11 +186,13 @@ def test_further_turns_of_a_step_are_other_prompts():
     n = 50
     per_step = 7
     turns = 4
-    assert steps_per_epoch(n, per_step) >= turns
+    assert count_steps_per_epoch(n, per_step) >= turns
     for step in range(9):
-        drawn = [prompt_order(n, per_step, 3, step, turn, turns).tolist() for turn in range(turns)]
+        drawn = [
+            choose_prompts(n, per_step, 3, step, turn, turns).tolist() for turn in range(turns)
+        ]
         assert (
-            drawn[0] == prompt_order(n, per_step, 3, step).tolist()
+            drawn[0] == choose_prompts(n, per_step, 3, step).tolist()
             and len({i for d in drawn for i in d}) == turns * per_step
         )
 
@@ -299,11 +300,13 @@ def test_a_replayed_step_is_what_was_logged(tmp_path):
         for g in range(2)
         for s in range(4)
     ]
-    from recr1.records import Reward
+    from recr1.data_types import Reward
 
     rewards = [Reward(float(r.ids[1]), {"ndcg": 0.5}, None, None, "t") for r in rollouts]
-    texts, first = distinct(rollouts)
-    rows = rollout_rows(5, Step(rollouts, rewards, [0.0] * 8, texts, first, 2, [{} for _ in texts]))
+    texts, first = deduplicate(rollouts)
+    rows = make_rollout_rows(
+        5, StepRecord(rollouts, rewards, [0.0] * 8, texts, first, 2, [{} for _ in texts])
+    )
     (tmp_path / "r.jsonl.gz").write_bytes(
         gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
     )
@@ -340,7 +343,7 @@ def test_one_batch_under_every_loss(run, capsys):
     moves the ratio, and its gradients are compared too.
     """
     folder = run("train.steps=2", "optimizer.lr=0.01", "loss.clip=0.05")
-    assert guarded(cli.main, ["losses", "--run", str(folder), "--step", "2", "--json"]) == 0
+    assert run_guarded(cli.main, ["losses", "--run", str(folder), "--step", "2", "--json"]) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert (
@@ -368,7 +371,7 @@ def test_one_batch_under_every_loss(run, capsys):
     )
     assert result["cosine"]["rloo"]["reinforce"] == pytest.approx(1, abs=1e-5)
     assert (
-        guarded(
+        run_guarded(
             cli.main,
             [
                 "losses",
@@ -389,5 +392,5 @@ def test_one_batch_under_every_loss(run, capsys):
         all(row["grad_norm"] > 0 for row in later["losses"].values())
         and later["parameter_cosine"]["grpo"]["gspo"] < 0.9999
     )
-    assert guarded(cli.main, ["losses", "--run", str(folder), "--step", "9"]) == 2
+    assert run_guarded(cli.main, ["losses", "--run", str(folder), "--step", "9"]) == 2
     assert "step 9" in capsys.readouterr().err

@@ -17,19 +17,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from recr1 import grpo
-from recr1.config import Loss, Model
-from recr1.grpo import (
-    ADVANTAGES,
-    denominator,
-    group_advantages,
-    kl_of_rollouts,
-    objective,
-    policy_loss,
-)
-from recr1.packing import distinct, pack
-from recr1.records import Prompt, Rollout
-from recr1.varlen import Backend
+from recr1.config.schema import LossConfig, ModelConfig
+from recr1.data_types import Prompt, Rollout
+from recr1.model.varlen_attention import AttentionBackend
+from recr1.rl import policy_loss
+from recr1.rl.advantages import ADVANTAGES, compute_group_advantages
+from recr1.rl.kl import sum_kl_by_rollout
+from recr1.rl.losses import resolve_objective
+from recr1.rl.packing import deduplicate, pack_rollouts
+from recr1.rl.policy_loss import compute_policy_loss, count_denominator
 
 LIMIT = 11
 V = 13
@@ -89,9 +85,9 @@ def world(off=True, logp=None):
 
 def batches_of(w, o, budget=10_000):
     """(batch, its tokens' places in the tables) for each micro-batch, and the step's total."""
-    (texts, first), made = distinct(w.rollouts), []
-    adv = group_advantages(w.rewards, G, o.advantage, o.config)[first]
-    for b in pack(texts, budget):
+    (texts, first), made = deduplicate(w.rollouts), []
+    adv = compute_group_advantages(w.rewards, G, o.advantage, o.config)[first]
+    for b in pack_rollouts(texts, budget):
         at = (
             torch.tensor(first)[b.rollout],
             torch.cat([torch.arange(len(texts[r].ids)) for r in b.rollout.unique_consecutive()]),
@@ -109,22 +105,26 @@ def batches_of(w, o, budget=10_000):
                 at,
             )
         )
-    return made, denominator(texts, o.average, LIMIT)
+    return made, count_denominator(texts, o.average, LIMIT)
 
 
 def ours(w, monkeypatch, settings, budget=10_000, total=None):
     """(loss, d loss / d logp (R, T), d loss / d entropy (R, T), statistics) of the loop's line on
     the given log-probs.
     """
-    o = objective(Loss(**dict(std_floor=TRL_FLOOR) | settings), Model(head="recompute"))
+    o = resolve_objective(
+        LossConfig(**dict(std_floor=TRL_FLOOR) | settings), ModelConfig(head="recompute")
+    )
     logp = w.now.clone().requires_grad_()
     entropy = w.entropy.clone().requires_grad_()
     loss = 0.0
     sums = defaultdict(float)
     batches, own_total = batches_of(w, o, budget)
     for b, at in batches:
-        monkeypatch.setattr(grpo, "score", lambda *_, at=at: (logp[at], entropy[at]))
-        part, _, stats = policy_loss(None, b, total or own_total, 1.0, o)
+        monkeypatch.setattr(
+            policy_loss, "compute_log_probs", lambda *_, at=at: (logp[at], entropy[at])
+        )
+        part, _, stats = compute_policy_loss(None, b, total or own_total, 1.0, o)
         loss = loss + part
         for name, value in stats.items():
             sums[name] += value
@@ -284,7 +284,7 @@ def test_the_world_reaches_every_branch():
     beyond the cap and not.
     """
     w = world()
-    adv = group_advantages(w.rewards, G, ADVANTAGES["mean"], Loss())[:, None]
+    adv = compute_group_advantages(w.rewards, G, ADVANTAGES["mean"], LossConfig())[:, None]
     log_rho = w.now - w.old
     n = torch.tensor(LENGTHS)[:, None]
     for rho, real, least in (
@@ -385,7 +385,7 @@ def test_trl_advantages(name, told, trl):
     w = world()
     _, inputs = trainer_of(w, trl.grpo if told else trl.rloo, **told)
     equal(
-        group_advantages(w.rewards, G, ADVANTAGES[name], Loss(std_floor=TRL_FLOOR)),
+        compute_group_advantages(w.rewards, G, ADVANTAGES[name], LossConfig(std_floor=TRL_FLOOR)),
         inputs["advantages"],
     )
 
@@ -396,15 +396,15 @@ def test_trl_kl_in_reward(trl):
     """
     w = world(off=False)
     _, inputs = trainer_of(w, trl.rloo, beta=KL_WEIGHT)
-    [(b, at)], _ = batches_of(w, objective(Loss(kind="rloo"), Model()))
-    kl = kl_of_rollouts(
+    [(b, at)], _ = batches_of(w, resolve_objective(LossConfig(kind="rloo"), ModelConfig()))
+    kl = sum_kl_by_rollout(
         [replace(b, sampler_logp=w.now[at].float(), ref_logp=w.ref[at].float())],
         len(w.ids) - 1,
         "k1",
     )
     rewards = w.rewards - KL_WEIGHT * kl[[0, 1, *range(1, len(w.ids) - 1)]]
     torch.testing.assert_close(
-        group_advantages(rewards, G, ADVANTAGES["leave_one_out"], Loss()),
+        compute_group_advantages(rewards, G, ADVANTAGES["leave_one_out"], LossConfig()),
         inputs["advantages"],
         rtol=FLOAT32,
         atol=FLOAT32,
@@ -431,9 +431,9 @@ def test_liger(name, head, cap, kl):
         reason="the package liger-kernel is not installed: no loss is compared with Liger's",
     )
     settings, loss_type, told = CASES[name]
-    o = objective(
-        Loss(**dict(std_floor=TRL_FLOOR) | settings | dict(kl=kl, importance_cap=cap)),
-        Model(head=head),
+    o = resolve_objective(
+        LossConfig(**dict(std_floor=TRL_FLOOR) | settings | dict(kl=kl, importance_cap=cap)),
+        ModelConfig(head=head),
     )
     w = world()
     [(b, at)], total = batches_of(w, o)
@@ -458,10 +458,10 @@ def test_liger(name, head, cap, kl):
     class Policy:  # what recr1/policy.py asks of a model
         head_weight = weight
         root = staticmethod(nullcontext)
-        backend = Backend()
+        backend = AttentionBackend()
         __call__ = staticmethod(lambda tokens, positions, attention: hidden)
 
-    loss, logp, _ = policy_loss(Policy(), b, total, TEMPERATURE, o)
+    loss, logp, _ = compute_policy_loss(Policy(), b, total, TEMPERATURE, o)
     equal(logp, w.now[at])
     told = {key: value for key, value in told.items() if key != "scale_rewards"}
     chunked = liger.LigerFusedLinearGRPOLoss(
@@ -474,7 +474,7 @@ def test_liger(name, head, cap, kl):
         chunk_size=5,
         **told,
     )
-    adv = group_advantages(w.rewards, G, o.advantage, o.config)
+    adv = compute_group_advantages(w.rewards, G, o.advantage, o.config)
     want, _ = chunked(
         hidden[row],
         weight,

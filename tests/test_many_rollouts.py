@@ -15,10 +15,10 @@ import torch
 from test_sample import answering
 from tiny import oracle, tiny_model, tiny_tokenizer
 
-from recr1.cache import slots
-from recr1.draws import uniforms
-from recr1.records import Prompt, Rollout
-from recr1.sample import generate, new_cache
+from recr1.data_types import Prompt, Rollout
+from recr1.sampling.generate import generate, make_cache
+from recr1.sampling.kv_cache import count_slots
+from recr1.utils.counter_rng import draw_uniforms
 
 VOCAB = 394
 EVERY = frozenset(range(VOCAB))
@@ -32,13 +32,13 @@ class Call(NamedTuple):
     step: int
 
     def uniforms(self) -> np.ndarray:
-        return uniforms(
+        return draw_uniforms(
             3, self.step, np.array([p.index for p in self.prompts]), self.group_size, self.new
         )
 
     def slots(self) -> tuple[int, int]:
         """Rows and slots of a row that the texts can come to."""
-        return len(self.prompts) * self.group_size, slots(
+        return len(self.prompts) * self.group_size, count_slots(
             max(len(p.ids) for p in self.prompts) + self.new
         )
 
@@ -175,7 +175,7 @@ def test_a_cache_that_is_kept_holds_no_more_than_the_largest_call_needs():
     """Rows and slots of the largest calls, and the same texts as with a new cache; a second round
     adds nothing.
     """
-    cache = new_cache(model())
+    cache = make_cache(model())
     some = calls()[:14]
     most_rows, most_slots = (max(x) for x in zip(*(call.slots() for call in some)))
     for call in some:
@@ -280,7 +280,7 @@ def test_a_text_does_not_depend_on_the_budget():
                 call.prompts,
                 [call.prompts[i] for i in rng.permutation(len(call.prompts))],
             ):
-                cache = new_cache(mine)
+                cache = make_cache(mine)
                 got = run(call._replace(prompts=some), cache, mine, room=room)
                 is_whole(call._replace(prompts=some), got)
                 assert held(cache) <= 1.05 * slot_bytes(mine) * room, (room, call.slots())

@@ -7,9 +7,10 @@ import torch
 from tiny import FAMILIES, oracle, save, tiny_model, write_policy
 from transformers import AutoModelForCausalLM
 
-from recr1.attention import PackedAttention
-from recr1.model import RopeScaling, frequencies
-from recr1.weights import load_model, read_config
+from recr1.model.hf_config import read_config
+from recr1.model.hf_weights import load_model
+from recr1.model.packed_attention import PackedAttention
+from recr1.model.rope import RopeScaling, compute_inv_freq
 
 SHAPES = {
     "gqa": dict(),
@@ -125,7 +126,7 @@ def test_scaled_rope_slows_the_slow_pairs_only():
     """
     model = tiny_model(**FAMILIES["llama"])
     plain, scaled = (
-        frequencies(tiny_model(**FAMILIES["llama"] | more).config, "cpu", torch.float64)
+        compute_inv_freq(tiny_model(**FAMILIES["llama"] | more).config, "cpu", torch.float64)
         for more in (dict(rope_scaling=None), {})
     )
     ratio = plain / scaled

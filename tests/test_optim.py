@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from recr1.config import Optimizer as Config
-from recr1.optim import NonFiniteGradient, Optimizer
+from recr1.config.schema import OptimizerConfig as Config
+from recr1.training.optimizer import NonFiniteGradient, Optimizer
 
 
 def model_and_twin():

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from recr1.overlap import Overlap
-from recr1.records import Prompt, Reward, Rollout
+from recr1.data_types import Prompt, Reward, Rollout
+from recr1.rl.async_rewards import AsyncRewards
 
 
 def group(number: int, size: int = 3) -> list[Rollout]:
@@ -17,13 +17,13 @@ def group(number: int, size: int = 3) -> list[Rollout]:
 
 @pytest.mark.parametrize("beside", [True, False])
 def test_rewards_come_in_the_order_of_the_groups(beside):
-    scored = Overlap(
+    scored = AsyncRewards(
         lambda rollouts: [Reward(10.0 * r.group + r.sibling) for r in rollouts], beside
     )
     for number in (2, 0, 3, 1):
         scored.submit(group(number))
     assert [r.total for r in scored.results()] == [10.0 * g + s for g in range(4) for s in range(3)]
-    assert Overlap(lambda rollouts: pytest.fail("called for nothing"), beside).results() == []
+    assert AsyncRewards(lambda rollouts: pytest.fail("called for nothing"), beside).results() == []
 
 
 def test_what_waits_is_one_call_and_nothing_is_scored_twice():
@@ -37,7 +37,7 @@ def test_what_waits_is_one_call_and_nothing_is_scored_twice():
         calls.append([r.prompt.id for r in rollouts])
         return [Reward(1.0) for _ in rollouts]
 
-    scored = Overlap(score, True)
+    scored = AsyncRewards(score, True)
     scored.submit(group(0, 1))
     while not scored.waiting.empty():
         pass
@@ -52,7 +52,7 @@ def test_an_error_comes_out_where_the_step_waits(beside):
     def score(rollouts):
         raise ValueError("the service is down")
 
-    scored = Overlap(score, beside)
+    scored = AsyncRewards(score, beside)
     scored.submit(group(0))
     scored.submit(group(1))
     with pytest.raises(ValueError, match="the service is down"):

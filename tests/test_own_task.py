@@ -5,11 +5,11 @@ method and the query.
 import pytest
 from test_tasks import TITLES, rollout, scorer
 
-from recr1.config import Config, ConfigError
-from recr1.records import Prompt
-from recr1.retrieval.base import RetrieverError
-from recr1.stopping import Stopped
-from recr1.tasks.make import make
+from recr1.config.schema import Config, ConfigError
+from recr1.data_types import Prompt
+from recr1.retrieval.interface import RetrieverError
+from recr1.tasks.registry import build_task
+from recr1.utils.interrupts import Stopped
 
 
 class Mine:
@@ -90,7 +90,7 @@ def test_a_task_of_ones_own_that_fails_is_named_with_its_method_and_query(
     change, message, monkeypatch
 ):
     def ask():
-        task = make(Config(task="test_own_task:Mine"))
+        task = build_task(Config(task="test_own_task:Mine"))
         row = dict(text="lamps")
         task.texts(row, TITLES.__getitem__)
         s = scorer(task, {"q": {"d1": 1.0}})
@@ -116,7 +116,7 @@ def test_a_task_of_ones_own_that_fails_is_named_with_its_method_and_query(
 def test_a_stop_and_the_retrievers_own_error_pass_through_a_users_task(through, monkeypatch):
     monkeypatch.setattr(Mine, "change", dict(rank=fails(through)))
     with pytest.raises(type(through)) as e:
-        make(Config(task="test_own_task:Mine")).rank(["x"], [dict(text="lamps")], 3, None)
+        build_task(Config(task="test_own_task:Mine")).rank(["x"], [dict(text="lamps")], 3, None)
     assert e.value is through
 
 
@@ -131,5 +131,5 @@ def test_a_module_that_fails_while_it_is_imported_is_named(tmp_path, monkeypatch
         with pytest.raises(
             ConfigError, match=f"task: 'own_{name}:T' cannot be loaded: {said}"
         ) as e:
-            make(Config(task=f"own_{name}:T"))
+            build_task(Config(task=f"own_{name}:T"))
         assert "\n" not in str(e.value)

@@ -5,8 +5,8 @@ gradient: test_gradient.py.)
 import pytest
 import torch
 
-from recr1.packing import distinct, pack
-from recr1.records import Prompt, Rollout
+from recr1.data_types import Prompt, Rollout
+from recr1.rl.packing import deduplicate, pack_rollouts
 
 
 def rollout(group: int, sibling: int, prompt_ids, ids, count: int = 1) -> Rollout:
@@ -47,7 +47,7 @@ def many(seed: int = 0) -> list[Rollout]:
 
 def test_a_batch_written_out():
     """Shorter prompts first: rows 4 5 | 1 2 3 | 30 | 40 41 42 | 10 11 | (20 has no input row)."""
-    (b,) = pack(SMALL, 100)
+    (b,) = pack_rollouts(SMALL, 100)
     assert b.tokens.tolist() == [4, 5, 1, 2, 3, 30, 40, 41, 42, 10, 11]
     assert b.positions.tolist() == [0, 1, 0, 1, 2, 2, 2, 3, 4, 3, 4]
     assert [t.tolist() for t in b.layout] == [[2, 3], [1, 3, 2, 0], [0, 0, 1, 1]]
@@ -63,7 +63,7 @@ def test_a_batch_written_out():
 def test_every_token_once_within_the_budget(budget):
     rollouts = many()
     seen = []
-    batches = pack(rollouts, budget)
+    batches = pack_rollouts(rollouts, budget)
     assert (len(batches) == 1) == (budget == 10_000)
     for b in batches:
         P = len(b.layout.prompt_lengths)
@@ -103,7 +103,7 @@ def test_one_rollout_at_a_time_and_a_group_whole_when_it_fits():
     """Group 1 needs 2 + 1 + 3 = 6 rows, group 0 needs 3 + 2 + 0 = 5."""
 
     def shapes(budget):
-        return [b.rollout.unique_consecutive().tolist() for b in pack(SMALL, budget)]
+        return [b.rollout.unique_consecutive().tolist() for b in pack_rollouts(SMALL, budget)]
 
     assert shapes(11) == [[2, 3, 0, 1]]
     assert shapes(10) == shapes(6) == [[2, 3], [0, 1]]
@@ -112,11 +112,11 @@ def test_one_rollout_at_a_time_and_a_group_whole_when_it_fits():
 
 def test_a_rollout_over_the_budget_is_named():
     with pytest.raises(ValueError, match=r"'q0'.*3 \+ 2.*tokens_per_micro_batch = 4"):
-        pack(SMALL, 4)
+        pack_rollouts(SMALL, 4)
 
 
 def test_nothing_packs_to_nothing():
-    assert pack([], 10) == [] and distinct([]) == ([], [])
+    assert pack_rollouts([], 10) == [] and deduplicate([]) == ([], [])
 
 
 def test_distinct_counts_siblings_of_a_group_only():
@@ -129,7 +129,7 @@ def test_distinct_counts_siblings_of_a_group_only():
         rollout(1, 1, [1], [9]),
         rollout(1, 2, [1], [9]),
     ]
-    texts, first = distinct(a)
+    texts, first = deduplicate(a)
     assert first == [0, 1, 4, 5]
     assert [(r.group, r.sibling, r.ids, r.count) for r in texts] == [
         (0, 0, (7, 8), 4),

@@ -15,31 +15,40 @@ import torch
 from test_cli import refused, run
 from tiny import jsonl, tiny_model, write_yaml
 
-from recr1 import cli, config_file as configs, train
-from recr1.dryrun import model_shape
-from recr1.footprint import Footprint, total
-from recr1.plan import announcement, attempts, bytes_of, room, set_in
-from recr1.records import Prompt
-from recr1.run import guarded
-from recr1.sample import generate, new_cache
+from recr1 import cli, train
+from recr1.config import loader as configs
+from recr1.data_types import Prompt
+from recr1.memory.estimate import MemoryEstimate, sum_bytes
+from recr1.memory.plan import (
+    apply_overrides,
+    format_announcement,
+    get_usable_bytes,
+    parse_bytes,
+    try_settings,
+)
+from recr1.sampling.generate import generate, make_cache
+from recr1.training.dry_run import read_model_shape
+from recr1.training.launch import run_guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = str(ROOT / "experiments/esci_bm25_3b.yaml")
 
 
 def loaded(path=PAPER, *overrides):
-    cfg = configs.load(path, list(overrides))
-    return cfg, model_shape(cfg.model.path, path)
+    cfg = configs.load_config(path, list(overrides))
+    return cfg, read_model_shape(cfg.model.path, path)
 
 
 def overrides(ranks: int, memory: str, *more) -> dict | None:
     """What the plan advises; None where nothing fits."""
-    options, found = attempts(*loaded(PAPER, *more), ranks, room(bytes_of(memory)))[-1]
-    return options if found.peak() <= room(bytes_of(memory)) else None
+    options, found = try_settings(
+        *loaded(PAPER, *more), ranks, get_usable_bytes(parse_bytes(memory))
+    )[-1]
+    return options if found.peak() <= get_usable_bytes(parse_bytes(memory)) else None
 
 
 def test_the_papers_3b_fits_where_it_should():
-    assert Footprint(*loaded(), 1).P == 3_085_938_688  # as published
+    assert MemoryEstimate(*loaded(), 1).P == 3_085_938_688  # as published
     # nothing on the host, nothing else changed
     assert overrides(2, "48GB") == overrides(2, "80GB") == {}
     assert overrides(1, "48GB") == {"optimizer.on_host": True}
@@ -60,7 +69,7 @@ def test_advice_goes_from_cheap_to_dear():
         "train.tokens_per_micro_batch": 8192
     }
     assert overrides(2, "41GB", "train.reduce=step") == {"train.reduce": "micro_batch"}
-    tried = [options for options, _ in attempts(*loaded(PAPER, "loss.kl=0"), 1, 0.0)]
+    tried = [options for options, _ in try_settings(*loaded(PAPER, "loss.kl=0"), 1, 0.0)]
     # no reference, and the longest text
     assert (
         tried[:2] == [{}, {"optimizer.on_host": True}]
@@ -73,7 +82,7 @@ def test_terms_by_hand():
     cfg, shape = loaded()
     P = 3_085_938_688
     root = 151_936 * 2048 + 2048
-    phases = Footprint(cfg, shape, 2).phases()
+    phases = MemoryEstimate(cfg, shape, 2).phases()
     block = (P - root) // 36
     found = {phase: {t.name: t.bytes for t in terms} for phase, terms in phases.items()}
     assert found["update"] == {
@@ -99,7 +108,9 @@ def test_terms_by_hand():
         and found["training"]["gathered blocks"] == 2.5 * 2 * block
     )
     assert (
-        Footprint(set_in(cfg, {"optimizer.on_host": True}), shape, 2).phases()["update"][1].bytes
+        MemoryEstimate(apply_overrides(cfg, {"optimizer.on_host": True}), shape, 2)
+        .phases()["update"][1]
+        .bytes
         == 0
     )
 
@@ -111,8 +122,10 @@ def test_more_of_what_saves_memory_never_needs_more(name):
     for gpu in (True, False):
 
         def peak(ranks=1, **changes):
-            return Footprint(
-                set_in(cfg, {key.replace("__", "."): value for key, value in changes.items()}),
+            return MemoryEstimate(
+                apply_overrides(
+                    cfg, {key.replace("__", "."): value for key, value in changes.items()}
+                ),
                 shape,
                 ranks,
                 gpu,
@@ -137,7 +150,7 @@ def test_more_of_what_saves_memory_never_needs_more(name):
 def test_the_cache_grows_as_planned(prompts, group, asked, new):
     model = tiny_model(std=0.02)
     g = torch.Generator().manual_seed(0)
-    cache = new_cache(model)
+    cache = make_cache(model)
     sizes = set()
     reserve = cache._reserve
     cache._reserve = lambda *need: (reserve(*need), sizes.add(cache.store.nbytes))
@@ -160,11 +173,11 @@ def test_the_cache_grows_as_planned(prompts, group, asked, new):
         np.random.default_rng(0).random((prompts, group, new)),
         cache,
     )
-    cfg = configs.load(
+    cfg = configs.load_config(
         str(ROOT / "experiments/quickstart.yaml"),
         [f"prompt.max_tokens={asked}", f"sampling.max_new_tokens={new}"],
     )
-    planned = Footprint(
+    planned = MemoryEstimate(
         replace(cfg, train=replace(cfg.train, prompts_per_step=prompts)), model.config, 1, gpu=False
     )
     assert sizes == set(planned.stores(prompts, group))
@@ -193,8 +206,8 @@ def test_the_command_says_what_to_add(capsys):
     )
     sums = re.search(r"^sum((?: +[\d.]+)+)$", out, re.MULTILINE)[1].split()
     assert [float(x) for x in sums] == [
-        round(total(terms) / 2**30, 1)
-        for terms in Footprint(*loaded(PAPER, "optimizer.on_host=true"), 1).phases().values()
+        round(sum_bytes(terms) / 2**30, 1)
+        for terms in MemoryEstimate(*loaded(PAPER, "optimizer.on_host=true"), 1).phases().values()
     ]
     again = run(
         capsys,
@@ -235,11 +248,11 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit) as e:
             cli.main(["plan", PAPER, *argv])
         assert e.value.code == 2
-    assert bytes_of("141GiB") == 141 * 2**30 and bytes_of("47.5 GB") == 47.5e9
+    assert parse_bytes("141GiB") == 141 * 2**30 and parse_bytes("47.5 GB") == 47.5e9
 
 
 def test_a_run_says_what_it_expects_and_logs_what_it_took(tmp_path, capsys):
-    assert guarded(train.main, [write_yaml(tmp_path), "train.steps=2"]) == 0
+    assert run_guarded(train.main, [write_yaml(tmp_path), "train.steps=2"]) == 0
     assert re.search(
         r"memory predicted per rank, at most: sample [\d,]+ MiB, train [\d,]+ MiB, evaluate [\d,]+ MiB\n",
         capsys.readouterr().out,
@@ -266,8 +279,10 @@ def test_a_run_says_what_it_expects_and_logs_what_it_took(tmp_path, capsys):
 
 
 def test_a_run_that_may_not_fit_says_so():
-    found = Footprint(*loaded(), 1)
-    assert "\n" not in announcement(found, None) and "\n" not in announcement(found, 80e9)
-    assert "this fits: optimizer.on_host=true" in announcement(
+    found = MemoryEstimate(*loaded(), 1)
+    assert "\n" not in format_announcement(found, None) and "\n" not in format_announcement(
+        found, 80e9
+    )
+    assert "this fits: optimizer.on_host=true" in format_announcement(
         found, 48e9
-    ) and "take more GPUs" in announcement(found, 8e9)
+    ) and "take more GPUs" in format_announcement(found, 8e9)

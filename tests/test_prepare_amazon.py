@@ -5,7 +5,7 @@ and what a changed file is told.
 import pytest
 from preparing import corpus, counts, prepare, read, refused, write_csv, write_json
 
-from recr1.data import is_validation
+from recr1.data.readers import is_validation
 
 # ---- Amazon-C4 ---------------------------------------------------------------------------------------------------------------------------------
 

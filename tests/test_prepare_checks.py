@@ -11,7 +11,7 @@ from collections import defaultdict
 import pytest
 from preparing import ROOT, corpus, counts, prepare, read, refused, rows, script, write_csv
 
-from recr1.data import is_validation
+from recr1.data.readers import is_validation
 
 checks = script("checks")
 writing = script("writing")

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 import pytest
 from preparing import ROOT, corpus, counts, prepare, read, refused, script, write_csv
 
-from recr1.data import is_test, is_validation
+from recr1.data.readers import is_test, is_validation
 
 movielens = script("movielens")
 

@@ -16,8 +16,8 @@ from test_gradient import CLIP, KL, TEMPERATURE, padded_cross_entropy, reference
 from tiny import jsonl, write_yaml
 
 from recr1 import train
-from recr1.run import guarded
-from recr1.weights import load_model
+from recr1.model.hf_weights import load_model
+from recr1.training.launch import run_guarded
 
 HERE = Path(__file__).resolve().parent
 
@@ -199,7 +199,7 @@ def test_a_run_on_several_ranks_is_the_run_on_one(n, prompts, world, tmp_path):
     one = tmp_path / "one"
     many = tmp_path / "many"
     argv = [world, f"train.prompts_per_step={prompts}", "train.steps=2"]
-    assert guarded(train.main, [*argv, f"run.dir={one}"]) == 0
+    assert run_guarded(train.main, [*argv, f"run.dir={one}"]) == 0
     torchrun(n, "-m", "recr1.train", *argv, f"run.dir={many}")
     assert {p.name for p in one.iterdir()} == {p.name for p in many.iterdir()}
     assert jsonl(one / "eval_before.jsonl") == jsonl(many / "eval_before.jsonl")

@@ -18,11 +18,12 @@ import torch
 from browser import Browser, installed
 from tiny import jsonl, tiny_tokenizer, write_yaml
 
-from recr1 import cli, dist, report, train
-from recr1.config_file import load
+from recr1 import cli, report, train
+from recr1.config.loader import load_config
+from recr1.distributed import collectives as dist
 from recr1.report import groups, ranking, record, rollouts
-from recr1.run import guarded
-from recr1.versions import versions
+from recr1.tracking.versions import collect_versions
+from recr1.training.launch import run_guarded
 
 SECTIONS = ["overview", "curves", "rollouts", "recommendations", "audit", "groups", "configuration"]
 EVIL = (
@@ -39,7 +40,7 @@ def run(tmp_path_factory):
     path = write_yaml(
         folder, **{"train.steps": 4, "loss.kl": 0.01, "train.inner_steps": 2, "log.tokens_every": 1}
     )
-    assert guarded(train.main, [path]) == 0
+    assert run_guarded(train.main, [path]) == 0
     return folder / "run"
 
 
@@ -103,7 +104,10 @@ def test_a_run_ends_with_its_report(run):
     )
     assert [e["step"] for e in mine["evaluations"]] == [2, 4] and page["ranking"]["why"] == ""
     [start] = mine["versions"]
-    assert start["packages"]["torch"] == torch.__version__ and start.keys() == versions().keys()
+    assert (
+        start["packages"]["torch"] == torch.__version__
+        and start.keys() == collect_versions().keys()
+    )
 
 
 def test_tokens_are_the_log(run):
@@ -153,7 +157,7 @@ def test_tokens_are_the_log(run):
 )
 def test_clipped_means_no_gradient(run, kind, adv, want):
     """Ratios .5, 1, 2 under clip .2."""
-    config = load(
+    config = load_config(
         str(run / "config.yaml"), [f"loss.kind={kind}", "loss.clip=0.2", "model.head=recompute"]
     )
     row = dict(
@@ -165,7 +169,7 @@ def test_clipped_means_no_gradient(run, kind, adv, want):
         adv=adv,
     )
     values = dict(old_logp=[-1.0] * 3, trainer_logp=[-1 + np.log(r) for r in (0.5, 1.0, 2.0)])
-    found, of_text = rollouts.Lens(config, None).clipped(row, values)
+    found, of_text = rollouts.TokenView(config, None).clipped(row, values)
     assert found == [bool(w) for w in want] and (
         of_text == pytest.approx(1.0) if kind == "gspo" else of_text is None
     )
@@ -174,14 +178,14 @@ def test_clipped_means_no_gradient(run, kind, adv, want):
 def test_pieces_of_characters_spread_over_tokens(run):
     """Bytes of one character over several tokens, and bytes that never become one."""
     tokenizer = tiny_tokenizer()
-    lens = rollouts.Lens(load(str(run / "config.yaml"), []), tokenizer)
+    lens = rollouts.TokenView(load_config(str(run / "config.yaml"), []), tokenizer)
     ids = tokenizer("naïve 龍 café ユーザー")["input_ids"]
     for some in (ids, ids[:-1], ids[1:], ids[:1] + ids[-2:]):
         assert "".join(lens.pieces(some)) == tokenizer.decode(some) and len(
             lens.pieces(some)
         ) == len(some)
     assert "" in lens.pieces(ids)
-    assert rollouts.Lens(lens.config, None).pieces([3, 4]) == ["[3]", "[4]"]
+    assert rollouts.TokenView(lens.config, None).pieces([3, 4]) == ["[3]", "[4]"]
 
 
 def test_best_median_and_worst():
@@ -202,7 +206,7 @@ def test_best_median_and_worst():
             ]
         )
     ]
-    picked = rollouts.choose(rows)
+    picked = rollouts.choose_rollouts(rows)
     assert [(rank, row[5]) for rank, row in picked] == [
         ("best", "q4"),
         ("best", "q3"),
@@ -212,14 +216,14 @@ def test_best_median_and_worst():
         ("worst", "q1"),
     ]
     assert (
-        rollouts.choose([(0.8, 0, -1, 1, 1, "a")]) == [("best", (0.8, 0, -1, 1, 1, "a"))]
-        and rollouts.choose([]) == []
+        rollouts.choose_rollouts([(0.8, 0, -1, 1, 1, "a")]) == [("best", (0.8, 0, -1, 1, 1, "a"))]
+        and rollouts.choose_rollouts([]) == []
     )
 
 
 def test_what_a_rewrite_did():
     assert [
-        groups.doing("star wars", r)
+        groups.classify_rewrite("star wars", r)
         for r in (
             None,
             "Star wars",
@@ -242,7 +246,7 @@ def test_what_a_rewrite_did():
     ]
     raw = np.array([0.0, 0.5, 1.0, 1.0])
     after = np.array([0.5, 0.5, 0.5, 1.0])
-    tables = groups.as_page(
+    tables = groups.describe_groups(
         list("abcd"),
         ["x", "x y", "x y", "z y w"],
         ["x x", "x y", "y", None],
@@ -265,7 +269,9 @@ def test_what_a_rewrite_did():
 
 
 def test_queries_chosen_by_rule():
-    picks = ranking.choose(np.array([0.0, 0.3, -0.2, 0.0, 0.1]), [True, True, True, False, True])
+    picks = ranking.choose_queries(
+        np.array([0.0, 0.3, -0.2, 0.0, 0.1]), [True, True, True, False, True]
+    )
     assert picks == [
         ("largest gains", 1),
         ("largest gains", 4),
@@ -277,8 +283,8 @@ def test_queries_chosen_by_rule():
 def test_lists_are_the_retrievers(run):
     """Places, gains and terms; what the terms add up to is the score."""
     shown = content(run / "report.html")["ranking"]
-    config = load(str(run / "config.yaml"), [])
-    search = ranking.opened(config, run)
+    config = load_config(str(run / "config.yaml"), [])
+    search = ranking.open_search(config, run)
     assert shown["queries"] and shown["explained"]
     for q in shown["queries"]:
         for side in (0, 1):
@@ -308,12 +314,14 @@ def test_marks():
         )
         for i in range(1, 9)
     ]
-    assert [(m["kind"], m["step"]) for m in record.marks(rows)] == [
+    assert [(m["kind"], m["step"]) for m in record.list_marks(rows)] == [
         ("zero_variance", 3),
         ("clip_spike", 5),
         ("skipped", 7),
     ]
-    assert "grad_norm" not in record.curves(rows) and record.curves(rows * 200)["per"] == 4
+    assert (
+        "grad_norm" not in record.make_curves(rows) and record.make_curves(rows * 200)["per"] == 4
+    )
 
 
 def test_a_run_that_is_not_finished(run, tmp_path):
@@ -324,15 +332,15 @@ def test_a_run_that_is_not_finished(run, tmp_path):
     (tmp_path / "rollouts.jsonl.gz").write_bytes(raw[: len(raw) - 20])
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write('{"step": 5, "rew')
-    [mine] = content(report.write([str(tmp_path)]))["runs"]
+    [mine] = content(report.write_report([str(tmp_path)]))["runs"]
     assert (
         "torn" in mine["rollouts"]["note"]
         and mine["rollouts"]["rows"] > 0
         and any("not finished" in n for n in mine["notes"])
         and any("last line" in n for n in mine["notes"])
     )
-    config = load(str(run / "config.yaml"), [f"retriever.index_dir={tmp_path / 'nowhere'}"])
-    assert "no longer" in ranking.opened(config, tmp_path)
+    config = load_config(str(run / "config.yaml"), [f"retriever.index_dir={tmp_path / 'nowhere'}"])
+    assert "no longer" in ranking.open_search(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -363,22 +371,22 @@ def test_a_run_that_is_not_finished(run, tmp_path):
 def test_damaged_runs_are_refused_in_one_line(spoil, says, run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     spoil(tmp_path / "run")
-    assert guarded(cli.main, ["report", str(tmp_path / "run")]) == 2
+    assert run_guarded(cli.main, ["report", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
     assert says in err and err.count("\n") == 1 and "Traceback" not in err
 
 
 def test_a_report_never_costs_the_run(run, tmp_path, monkeypatch):
-    said = report.at_end(tmp_path, None, None)
+    said = report.write_report_at_end(tmp_path, None, None)
     assert "the run is whole" in said and "\n" not in said
     monkeypatch.setattr(report, "AT_ONCE", 10)
-    monkeypatch.setattr(dist, "world", lambda: 2)
-    assert "recr1 report" in report.at_end(run, None, None)
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    assert "recr1 report" in report.write_report_at_end(run, None, None)
 
 
 def test_hostile_text_cannot_leave_its_place(hostile):
     """In the file: no < of the data, one script with the hash that the policy names."""
-    text = report.write([str(hostile)]).read_text(encoding="utf-8")
+    text = report.write_report([str(hostile)]).read_text(encoding="utf-8")
     script = re.search(r"<script>(.*?)</script>", text, re.DOTALL)[1]
     assert (
         f"script-src 'sha256-{b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
@@ -505,7 +513,7 @@ def test_the_keyboard_reaches_everything(run, browser):
 
 def test_hostile_text_stays_text(hostile, browser):
     browser.look(1280, 900, False)
-    path = report.write([str(hostile)])
+    path = report.write_report([str(hostile)])
     assert (
         opened(browser, path) == SECTIONS
         and browser.value("document.documentElement.scrollWidth") <= 1280
@@ -534,7 +542,7 @@ def test_two_runs_compared(run, hostile, browser, tmp_path):
     rows[0] |= dict(ndcg=1.0, rewrite="red lamp")
     (other / "eval_after.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert (
-        guarded(cli.main, ["report", str(run), str(other), "--out", str(tmp_path / "two.html")])
+        run_guarded(cli.main, ["report", str(run), str(other), "--out", str(tmp_path / "two.html")])
         == 0
     )
     page = content(tmp_path / "two.html")
@@ -545,7 +553,9 @@ def test_two_runs_compared(run, hostile, browser, tmp_path):
     assert opened(browser, tmp_path / "two.html") == SECTIONS
     # no query in common
     assert (
-        guarded(cli.main, ["report", str(run), str(hostile), "--out", str(tmp_path / "three.html")])
+        run_guarded(
+            cli.main, ["report", str(run), str(hostile), "--out", str(tmp_path / "three.html")]
+        )
         == 0
     )
     assert (

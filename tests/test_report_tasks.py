@@ -11,10 +11,10 @@ import yaml
 from test_report import SECTIONS, browser, content, opened  # noqa: F401: browser is a fixture
 
 from recr1 import report
-from recr1.config_file import load
-from recr1.metrics import ndcg, reciprocal_rank
+from recr1.config.loader import load_config
 from recr1.report import groups, ranking, rollouts
-from recr1.retrieval.make import make
+from recr1.retrieval.factory import build_retriever
+from recr1.tasks.ranking_metrics import compute_ndcg, compute_reciprocal_rank
 
 FILMS = dict(
     f0="red lamp",
@@ -206,7 +206,7 @@ def rerank(tmp_path_factory):
         tmp_path_factory.mktemp("rerank"),
         "rerank",
         ([MORE["rerank"]["candidates"]] * 3, [order, None, order]),
-        judged(ndcg),
+        judged(compute_ndcg),
         texts=texts,
         weights=dict(ndcg=1.0, lcs=0.5),
     )
@@ -218,7 +218,7 @@ def listed(tmp_path_factory):
         tmp_path_factory.mktemp("list"),
         "recommend_list",
         ([["f5"]] * 3, [["f2", "f3"], ["f3", "f1", "f2", "f5"], ["f5", "f1", "f2", "f3"]]),
-        judged(reciprocal_rank),
+        judged(compute_reciprocal_rank),
         "mrr",
     )
 
@@ -235,7 +235,7 @@ def sft(tmp_path_factory):
 
 
 def test_lists_are_shown_as_orders_of_the_given_list(rerank):
-    page = content(report.write([str(rerank)]))
+    page = content(report.write_report([str(rerank)]))
     [run], shown = page["runs"], page["ranking"]
     assert (
         shown["why"] == ""
@@ -276,7 +276,7 @@ def test_lists_are_shown_as_orders_of_the_given_list(rerank):
 
 
 def test_histories_profiles_and_another_metric(listed):
-    page = content(report.write([str(listed)]))
+    page = content(report.write_report([str(listed)]))
     [run], shown = page["runs"], page["ranking"]
     assert run["label"] == "MRR@4" and run["evaluations"][0]["score"] == 0.5 and shown["why"] == ""
     assert shown["queries"][0]["about"] == dict(
@@ -304,12 +304,12 @@ def test_what_was_seen_is_no_hit(tmp_path):
         tmp_path,
         "sequential",
         (["lamp film"] * 3, ["red chair"] * 3),
-        judged(ndcg, found.get),
+        judged(compute_ndcg, found.get),
         remove_seen=True,
     )
-    config = load(str(run / "config.yaml"), [])
-    retriever, _ = make(config.retriever)(config.data.corpus, "stop", None, print)
-    page = content(report.write([str(run)], retriever=retriever))
+    config = load_config(str(run / "config.yaml"), [])
+    retriever, _ = build_retriever(config.retriever)(config.data.corpus, "stop", None, print)
+    page = content(report.write_report([str(run)], retriever=retriever))
     shown = page["ranking"]
     assert (
         shown["why"] == ""
@@ -323,11 +323,11 @@ def test_what_was_seen_is_no_hit(tmp_path):
         assert q["documents"][2]["terms"] and all(
             before == 0 < after for _, before, after in q["documents"][2]["terms"]
         )
-    assert "The run's index" in ranking.opened(config, run)
+    assert "The run's index" in ranking.open_search(config, run)
 
 
 def test_sft_has_no_rollouts_and_says_so(sft):
-    said = report.at_end(sft, None, None)
+    said = report.write_report_at_end(sft, None, None)
     assert said == f"report: {sft / 'report.html'}"
     page = content(sft / "report.html")
     [run] = page["runs"]
@@ -345,11 +345,11 @@ def test_sft_has_no_rollouts_and_says_so(sft):
 
 @pytest.mark.parametrize("log, note", [(b"", ""), (None, "missing"), (b"\x1f\x8b\x08", "torn")])
 def test_a_run_without_a_rollout(log, note, tmp_path):
-    run = folder(tmp_path, "rerank", ([["f0"]] * 3, [["f1"]] * 3), judged(ndcg))
+    run = folder(tmp_path, "rerank", ([["f0"]] * 3, [["f1"]] * 3), judged(compute_ndcg))
     (run / "rollouts.jsonl.gz").unlink()
     if log is not None:
         (run / "rollouts.jsonl.gz").write_bytes(log)
-    [page] = content(report.write([str(run)]))["runs"]
+    [page] = content(report.write_report([str(run)]))["runs"]
     assert (
         page["rollouts"]["rows"] == 0
         and page["rollouts"]["audit"] == []
@@ -370,14 +370,14 @@ def test_a_run_without_a_rollout(log, note, tmp_path):
 )
 def test_what_a_rollout_answered(text, key, answer):
     assert (
-        rollouts.answered(dict(text=text, error=None), key) == answer
-        and rollouts.answered(dict(text=text, error="no_json"), key) is None
+        rollouts.extract_answer(dict(text=text, error=None), key) == answer
+        and rollouts.extract_answer(dict(text=text, error="no_json"), key) is None
     )
 
 
 def test_what_is_conspicuous():
     def flags(answer, task, query="red lamp", prompts=1):
-        return rollouts.flags(query, answer, dict(text="t", finished=True), prompts, task)
+        return rollouts.list_flags(query, answer, dict(text="t", finished=True), prompts, task)
 
     assert flags("lamp lamp lamp", "product_search") == ["'lamp' 3 times"] and flags(
         "kettle", "product_search"
@@ -396,7 +396,7 @@ def test_what_is_conspicuous():
 def test_what_a_list_did():
     given = ["a", "b", "c"]
     assert [
-        groups.doing_list(given, answer)
+        groups.classify_list(given, answer)
         for answer in (None, given, ["c", "a", "b"], ["b"], ["a", "x"], dict(a=1))
     ] == [
         "no answer",
@@ -423,10 +423,10 @@ def test_a_browser_opens_it(name, says, browser, request):  # noqa: F811
     run = request.getfixturevalue(name)
     browser.look(390, 844, True, phone=True)
     assert (
-        opened(browser, report.write([str(run)])) == SECTIONS
+        opened(browser, report.write_report([str(run)])) == SECTIONS
         and browser.value("document.documentElement.scrollWidth") <= 390
     )
     text = browser.value("document.querySelector('main').textContent").lower()
     assert not [word for word in says if word.lower() not in text]
     other = request.getfixturevalue("sft" if name != "sft" else "rerank")
-    assert opened(browser, report.write([str(run), str(other)])) == SECTIONS
+    assert opened(browser, report.write_report([str(run), str(other)])) == SECTIONS

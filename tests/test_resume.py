@@ -17,8 +17,8 @@ from test_ranks import torchrun
 from tiny import jsonl, refused, write_yaml
 
 from recr1 import train
-from recr1.run import guarded
-from recr1.stopping import listening
+from recr1.training.launch import run_guarded
+from recr1.utils.interrupts import signal_handlers
 
 HERE = Path(__file__).resolve().parent
 TIMES = {"seconds", "memory", "rollout_tokens_per_s", "tokens_per_s", "reward_wait", "wall_s"}
@@ -41,7 +41,7 @@ def undisturbed(world, tmp_path_factory):
         if (ranks, overrides) not in done:
             done[ranks, overrides] = folder = tmp_path_factory.mktemp("runs") / "run"
             if ranks == 1:
-                assert guarded(train.main, [world, *overrides, f"run.dir={folder}"]) == 0
+                assert run_guarded(train.main, [world, *overrides, f"run.dir={folder}"]) == 0
             else:
                 torchrun(ranks, "-m", "recr1.train", world, *overrides, f"run.dir={folder}")
         return done[ranks, overrides]
@@ -73,9 +73,9 @@ def kept(folder: Path) -> dict:
 
 def stop(what: str, argv: list[str], monkeypatch) -> int:
     """The run in this process, with a SIGTERM at that moment."""
-    with monkeypatch.context() as patch, listening():
+    with monkeypatch.context() as patch, signal_handlers():
         at(what, sigterm, patch.setattr)
-        return guarded(train.main, argv)
+        return run_guarded(train.main, argv)
 
 
 # what is going on when SIGTERM comes: the step after which the run is saved, 0: none is
@@ -113,7 +113,7 @@ def test_sigterm_then_the_same_command_is_the_undisturbed_run(
             )
         )
         assert step is None or saved[-1] == f"step_{step:06d}"
-    assert guarded(train.main, argv) == 0
+    assert run_guarded(train.main, argv) == 0
     said = capsys.readouterr().out
     assert (
         "starts from step 1 again"
@@ -139,7 +139,7 @@ def test_several_stops_with_all_that_a_config_can_ask_for(
     argv = [world, *more, f"run.dir={tmp_path / 'run'}"]
     for what in ("sample@3", "evaluate@1", "evaluate@2"):
         assert stop(what, argv, monkeypatch) == 0
-    assert guarded(train.main, argv) == 0
+    assert run_guarded(train.main, argv) == 0
     ours = kept(tmp_path / "run")
     want = kept(undisturbed(1, *more))
     # of equal ones the first that was saved
@@ -157,12 +157,13 @@ def test_a_step_that_has_moved_weights_is_finished_first(world, tmp_path, monkey
     ]
     monkeypatch.setattr(
         train,
-        "optimiser_steps",
-        lambda *a, inner=train.optimiser_steps: counted.append(inner(*a)) or counted[-1],
+        "make_updates",
+        lambda *a, inner=train.make_updates: counted.append(inner(*a)) or counted[-1],
     )
     counted = []
     assert (
-        guarded(train.main, [*argv[:-1], "train.steps=1", f"run.dir={tmp_path / 'counted'}"]) == 0
+        run_guarded(train.main, [*argv[:-1], "train.steps=1", f"run.dir={tmp_path / 'counted'}"])
+        == 0
     )
     first, second = (len(batches) for _, batches in counted[0])
     assert stop(f"batch@{first + 1}", argv, monkeypatch) == 0
@@ -230,7 +231,7 @@ def test_the_evaluation_before_training_is_made_once(world, tmp_path, monkeypatc
     rows = jsonl(folder / "eval_before.jsonl")
     rows[0]["text"] = "kept"
     (folder / "eval_before.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert guarded(train.main, [world, f"run.dir={folder}"]) == 0
+    assert run_guarded(train.main, [world, f"run.dir={folder}"]) == 0
     assert jsonl(folder / "eval_before.jsonl")[0]["text"] == "kept"
 
 
@@ -264,7 +265,7 @@ def test_what_may_differ(world, tmp_path, monkeypatch, capsys):
     ]
     before = torch.backends.cpu.get_cpu_capability()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
-    assert guarded(train.main, argv) == 0
+    assert run_guarded(train.main, argv) == 0
     assert f"not bit for bit the same run: cpu {before} -> another" in capsys.readouterr().out
     assert [row["step"] for row in jsonl(tmp_path / "moved/metrics.jsonl")] == [1, 2, 3, 4]
     assert sorted(p.name for p in (tmp_path / "moved/checkpoints").glob("step_*")) == [
@@ -279,7 +280,7 @@ def test_a_finished_run_is_refused(world, undisturbed, capsys):
 def test_a_run_killed_before_its_config_was_written_starts(world, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.yaml.partial").write_text("task: prod")
-    assert guarded(train.main, [world, "train.steps=1", f"run.dir={tmp_path / 'run'}"]) == 0
+    assert run_guarded(train.main, [world, "train.steps=1", f"run.dir={tmp_path / 'run'}"]) == 0
 
 
 def test_without_checkpoints_a_run_starts_again_and_its_logs_with_it(
@@ -292,9 +293,9 @@ def test_without_checkpoints_a_run_starts_again_and_its_logs_with_it(
             raise KeyboardInterrupt
 
         at("log@3", interrupted, patch.setattr)
-        guarded(train.main, argv)
+        run_guarded(train.main, argv)
     assert not (tmp_path / "run/checkpoints").exists() and jsonl(tmp_path / "run/metrics.jsonl")
-    assert guarded(train.main, argv) == 0
+    assert run_guarded(train.main, argv) == 0
     assert (
         "no checkpoint: starts from step 1 again" in capsys.readouterr().out
         and not (tmp_path / "run/checkpoints").exists()
@@ -344,11 +345,11 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_stop(world, tmp_path, m
     ]
     with monkeypatch.context() as patch:
         at("batch@2", nan, patch.setattr)
-        assert guarded(train.main, [*argv, f"run.dir={tmp_path / 'one'}"]) == 0
+        assert run_guarded(train.main, [*argv, f"run.dir={tmp_path / 'one'}"]) == 0
     assert "no weight was changed; its batches are in" in capsys.readouterr().out
     assert [row["skipped"] for row in jsonl(tmp_path / "one/metrics.jsonl")] == [0, 1, 1, 1]
     inner = train.policy_loss
-    monkeypatch.setattr(train, "policy_loss", lambda *a: nan(inner(*a)))
+    monkeypatch.setattr(train, "compute_policy_loss", lambda *a: nan(inner(*a)))
     assert "3 optimiser steps in a row" in refused(
         [*argv, "optimizer.max_skips=3", f"run.dir={tmp_path / 'run'}"], capsys
     )

@@ -15,24 +15,25 @@ from rank_bm25 import BM25Okapi
 from tiny import jsonl, refused, write_yaml
 
 from recr1 import cli, train
-from recr1.config import Config, ConfigError, Retriever
-from recr1.config_file import checked
-from recr1.retrieval.analyzer import analyze
-from recr1.retrieval.base import Function, RetrieverError
-from recr1.retrieval.bm25 import BM25
-from recr1.retrieval.make import make
-from recr1.run import guarded
-from recr1.stopping import Stopped
+from recr1.config.loader import check_config
+from recr1.config.schema import Config, ConfigError, RetrieverConfig
+from recr1.retrieval.bm25.analyzer import analyze
+from recr1.retrieval.bm25.searcher import BM25Searcher
+from recr1.retrieval.factory import build_retriever
+from recr1.retrieval.interface import RetrieverError
+from recr1.retrieval.user_function import UserRetriever
+from recr1.training.launch import run_guarded
+from recr1.utils.interrupts import Stopped
 
 IDS = ["a", "b", "c", "d"]
 TEXTS = ["red lamp", "red chair", "blue lamp lamp", "table"]
 
 
-def of(search, timeout=0.0) -> Function:
-    return Function("mine:f", lambda ids, texts: search, IDS, TEXTS, timeout)
+def of(search, timeout=0.0) -> UserRetriever:
+    return UserRetriever("mine:f", lambda ids, texts: search, IDS, TEXTS, timeout)
 
 
-def returning(rows, scores) -> Function:
+def returning(rows, scores) -> UserRetriever:
     return of(lambda queries, k: (rows, scores))
 
 
@@ -145,7 +146,7 @@ def test_asked_to_stop_inside_it_is_no_fault_of_the_function():
     with pytest.raises(Stopped):
         of(stop).search(["x"], 1)
     with pytest.raises(Stopped):
-        Function("mine:f", stop, IDS, TEXTS)
+        UserRetriever("mine:f", stop, IDS, TEXTS)
 
 
 def test_what_makes_it_may_fail_too():
@@ -153,9 +154,9 @@ def test_what_makes_it_may_fail_too():
         RetrieverError,
         match=r"mine:f: called with the corpus \(4 documents\) it raised ZeroDivisionError",
     ):
-        Function("mine:f", lambda ids, texts: 1 / 0, IDS, TEXTS)
+        UserRetriever("mine:f", lambda ids, texts: 1 / 0, IDS, TEXTS)
     with pytest.raises(RetrieverError, match="must return a function search.*returned NoneType"):
-        Function("mine:f", lambda ids, texts: None, IDS, TEXTS)
+        UserRetriever("mine:f", lambda ids, texts: None, IDS, TEXTS)
     for kind, why in (
         ("no_such_module:f", "cannot be loaded"),
         ("math:no_such_name", "cannot be loaded"),
@@ -163,11 +164,11 @@ def test_what_makes_it_may_fail_too():
         (":f", "cannot be loaded"),
     ):
         with pytest.raises(ConfigError, match=f"retriever.kind: .*{why}"):
-            make(Retriever(kind=kind))
+            build_retriever(RetrieverConfig(kind=kind))
     with pytest.raises(ConfigError, match="not one of bm25, dense, rank_bm25"):
-        checked(Config(retriever=Retriever(kind="lucene")))
+        check_config(Config(retriever=RetrieverConfig(kind="lucene")))
     with pytest.raises(ValueError, match="corpus is empty"):
-        Function("mine:f", lambda ids, texts: None, [], [])
+        UserRetriever("mine:f", lambda ids, texts: None, [], [])
 
 
 def test_rank_bm25_is_the_package_and_our_okapi(tmp_path):
@@ -179,7 +180,7 @@ def test_rank_bm25_is_the_package_and_our_okapi(tmp_path):
     (tmp_path / "corpus.jsonl").write_text(
         "".join(json.dumps(dict(id=id, text=text)) + "\n" for id, text in zip(ids, texts))
     )
-    retriever, left_out = make(Retriever(kind="rank_bm25", k1=1.5))(
+    retriever, left_out = build_retriever(RetrieverConfig(kind="rank_bm25", k1=1.5))(
         tmp_path / "corpus.jsonl", "stop", None, print
     )
     rows, scores = retriever.search(queries, 100)
@@ -191,7 +192,7 @@ def test_rank_bm25_is_the_package_and_our_okapi(tmp_path):
         assert row == hits + [-1] * (100 - len(hits)) and np.allclose(
             score[: len(hits)], true[hits], rtol=1e-6
         )
-    ours = BM25.build(ids, texts, k1=1.5, variant="okapi").search(queries, 100)
+    ours = BM25Searcher.build(ids, texts, k1=1.5, variant="okapi").search(queries, 100)
     assert (
         np.allclose(ours[1], scores, rtol=1e-5) and (rows[0] >= 0).any() and (rows[2] == -1).all()
     )
@@ -239,7 +240,7 @@ def test_a_function_of_a_users_own_trains_and_what_it_breaks_costs_no_step(
             "save.every": 100,
         },
     )
-    assert guarded(train.main, [path, f"run.dir={tmp_path}/straight"]) == 0
+    assert run_guarded(train.main, [path, f"run.dir={tmp_path}/straight"]) == 0
     assert (
         "retriever my_retriever:overlap" in capsys.readouterr().out
         and (Path(tmp_path) / "straight/summary.json").exists()
@@ -261,7 +262,7 @@ def test_a_function_of_a_users_own_trains_and_what_it_breaks_costs_no_step(
     line = refused([*failing, "retriever.timeout=3"], capsys)  # another limit is no other run
     assert "took longer than retriever.timeout = 3 s" in line and "after step 3" in line
     Path("down").unlink()
-    assert guarded(train.main, failing) == 0
+    assert run_guarded(train.main, failing) == 0
     assert "goes on after step 3" in capsys.readouterr().out
 
     def rewards(run):
@@ -274,7 +275,7 @@ def test_the_readmes_function_is_a_retriever():
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     names: dict = {}
     exec(readme.split("```python\n# my_retriever.py")[1].split("```")[0].partition("\n")[2], names)
-    rows, scores = Function("overlap", names["overlap"], IDS, TEXTS).search(
+    rows, scores = UserRetriever("overlap", names["overlap"], IDS, TEXTS).search(
         [TEXTS[2], "", TEXTS[0]], len(IDS) + 3
     )
     assert (
@@ -292,22 +293,22 @@ def test_the_command_that_a_refused_index_names_makes_it_anew(tmp_path, capsys):
     corpus.write_text('{"id": "a", "text": "red lamp"}\n')
     flags = ["--corpus", str(corpus), "--index-dir", where, "--k1", "0.9"]
     assert (
-        guarded(cli.main, ["index", *flags]) == 0
-        and guarded(cli.main, ["search", *flags, "lamp"]) == 0
+        run_guarded(cli.main, ["index", *flags]) == 0
+        and run_guarded(cli.main, ["search", *flags, "lamp"]) == 0
     )
     corpus.write_text('{"id": "b", "text": "blue lamp"}\n{"id": "b", "text": "again"}\n')
-    assert guarded(cli.main, ["search", *flags, "--on-bad-line", "drop", "lamp"]) == 2
+    assert run_guarded(cli.main, ["search", *flags, "--on-bad-line", "drop", "lamp"]) == 2
     assert capsys.readouterr().err.endswith(" --on-bad-line drop\n")
-    assert guarded(cli.main, ["search", *flags, "lamp"]) == 2
+    assert run_guarded(cli.main, ["search", *flags, "lamp"]) == 2
     command = capsys.readouterr().err.strip().rpartition("make the index anew: ")[2]
     # a bad line is not passed over
     assert (
-        guarded(cli.main, shlex.split(command)[1:]) == 2
+        run_guarded(cli.main, shlex.split(command)[1:]) == 2
         and "corpus.jsonl:2" in capsys.readouterr().err
     )
-    assert guarded(cli.main, [*shlex.split(command)[1:], "--on-bad-line", "drop"]) == 0
+    assert run_guarded(cli.main, [*shlex.split(command)[1:], "--on-bad-line", "drop"]) == 0
     assert "1 lines of the corpus left out" in capsys.readouterr().out
     assert (
-        guarded(cli.main, ["search", *flags, "--on-bad-line", "drop", "lamp"]) == 0
+        run_guarded(cli.main, ["search", *flags, "--on-bad-line", "drop", "lamp"]) == 0
         and " b  blue lamp" in capsys.readouterr().out
     )

@@ -13,19 +13,26 @@ import pytest
 from scipy.stats import permutation_test
 from tiny import THINGS, jsonl, write_yaml
 
-from recr1 import cli, config_file as configs
-from recr1.config import Config, ConfigError, Data, RewardRule
-from recr1.data import DataError
-from recr1.intervals import sign_flip_p
-from recr1.metrics import intra_list_distance, novelty
-from recr1.run import guarded
-from recr1.tasks.rewards import Items, Parts, category_consistency, read_items, weighted_lcs
+from recr1 import cli
+from recr1.config import loader as configs
+from recr1.config.schema import Config, ConfigError, DataConfig, RewardConfig
+from recr1.data.readers import DataError
+from recr1.evaluation.bootstrap import compute_sign_flip_p
+from recr1.tasks.ranking_metrics import compute_intra_list_distance, compute_novelty
+from recr1.tasks.rewards import (
+    ItemTable,
+    RewardTerms,
+    compute_category_consistency,
+    compute_weighted_lcs,
+    read_item_table,
+)
+from recr1.training.launch import run_guarded
 
 # The items of the worked table: genres, interactions. Jaccard distances: a-b 1 - 1/3, a-c 1, b-c 1
 # - 1/2, with d (no genres) 1, d-e 0.
 GENRES = dict(a={"drama", "war"}, b={"war", "comedy"}, c={"comedy"}, d=set(), e=set())
 COUNTS = dict(a=8, b=4, c=2, d=0, e=2)
-ITEMS = Items(
+ITEMS = ItemTable(
     {id: frozenset(g) for id, g in GENRES.items()},
     dict(a="film", b="film", c="book", d="film"),
     COUNTS,
@@ -43,9 +50,9 @@ def test_intra_list_distance_worked_by_hand():
         ([], 5, 0.0),
         (["a", "a"], 5, 0.0),
     ):
-        assert intra_list_distance(ranked, ITEMS.distance, k) == pytest.approx(want, abs=1e-12), (
-            ranked
-        )
+        assert compute_intra_list_distance(ranked, ITEMS.distance, k) == pytest.approx(
+            want, abs=1e-12
+        ), ranked
     assert ITEMS.distance("nobody", "a") == 1.0
 
 
@@ -62,8 +69,8 @@ def test_novelty_worked_by_hand():
         (["a", "a", "c"], 5, 2.0),
         ([], 5, 0.0),
     ):
-        assert novelty(ranked, COUNTS, 16, k) == pytest.approx(want, abs=1e-12), ranked
-    parts = Parts(RewardRule(weights=dict(novelty=1.0), k_list=2), 5, ITEMS)
+        assert compute_novelty(ranked, COUNTS, 16, k) == pytest.approx(want, abs=1e-12), ranked
+    parts = RewardTerms(RewardConfig(weights=dict(novelty=1.0), k_list=2), 5, ITEMS)
     # of at most log2(16) bits
     assert parts({}, None, ["a", "d", "b"], {})["novelty"] == pytest.approx((1 + 4) / 2 / 4)
 
@@ -71,8 +78,8 @@ def test_novelty_worked_by_hand():
 @pytest.mark.parametrize(
     "metric",
     [
-        lambda k: intra_list_distance(["a"], ITEMS.distance, k),
-        lambda k: novelty(["a"], COUNTS, 16, k),
+        lambda k: compute_intra_list_distance(["a"], ITEMS.distance, k),
+        lambda k: compute_novelty(["a"], COUNTS, 16, k),
     ],
 )
 def test_no_list_is_cut_at_nothing(metric):
@@ -90,10 +97,12 @@ def test_category_consistency_worked_by_hand():
         ([], 9, 0.0),
         (["b", "zz"], 9, 0.5),
     ):
-        assert category_consistency(ranked, gains, ITEMS.category, k) == pytest.approx(want), ranked
+        assert compute_category_consistency(ranked, gains, ITEMS.category, k) == pytest.approx(
+            want
+        ), ranked
     assert (
-        category_consistency(["e", "a"], {"e": 1.0}, ITEMS.category, 5) == 0.0
-        and category_consistency(["a"], {}, ITEMS.category, 5) == 0.0
+        compute_category_consistency(["e", "a"], {"e": 1.0}, ITEMS.category, 5) == 0.0
+        and compute_category_consistency(["a"], {}, ITEMS.category, 5) == 0.0
     )
 
 
@@ -119,20 +128,20 @@ def test_weighted_lcs_against_every_subsequence():
             default=0.0,
         )
         ideal = sum(1 / math.log2(i + 2) for i in range(len(label)))
-        assert weighted_lcs(ranked, gains, k) == pytest.approx(
+        assert compute_weighted_lcs(ranked, gains, k) == pytest.approx(
             best / ideal if label else 0.0, abs=1e-12
         )
-    assert weighted_lcs(["b", "a"], {"a": 1, "b": 2}, 5) == 1.0
+    assert compute_weighted_lcs(["b", "a"], {"a": 1, "b": 2}, 5) == 1.0
 
 
 def test_the_sum_of_the_parts():
-    rule = RewardRule(
+    rule = RewardConfig(
         weights={"ndcg": 1.0, "recall": 0.5, "diversity": 0.1, "category": 0.2, "hit": 0.0},
         bonus=0.1,
         miss=-0.2,
         unparsable=-3.0,
     )
-    parts = Parts(rule, 3, ITEMS)
+    parts = RewardTerms(rule, 3, ITEMS)
     found = parts(dict(text="q"), None, ["a", "b", "c"], {"b": 1.0, "z": 1.0})
     ndcg = (1 / math.log2(3)) / (1 + 1 / math.log2(3))
     want = dict(ndcg=ndcg, recall=0.5, diversity=(2 / 3 + 1 + 1 / 2) / 3, category=2 / 3, hit=1.0)
@@ -153,9 +162,12 @@ def test_the_sum_of_the_parts():
 
 
 def test_what_is_measured():
-    assert Parts(RewardRule(), 5).names == ("ndcg",)
-    assert Parts(RewardRule(metric="mrr", weights={"novelty": 1.0}), 5).names == ("mrr", "novelty")
-    assert Parts(RewardRule(weights={"novelty": 1.0}), 5, every=True).names == (
+    assert RewardTerms(RewardConfig(), 5).names == ("ndcg",)
+    assert RewardTerms(RewardConfig(metric="mrr", weights={"novelty": 1.0}), 5).names == (
+        "mrr",
+        "novelty",
+    )
+    assert RewardTerms(RewardConfig(weights={"novelty": 1.0}), 5, every=True).names == (
         "ndcg",
         "recall",
         "mrr",
@@ -170,7 +182,7 @@ def test_a_function_of_ones_own(tmp_path, monkeypatch):
         "def nan(answer, ranked, gains, row):\n    return float('nan')\ndef text(*_):\n    return 'x'\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    parts = Parts(RewardRule(weights={"ndcg": 1.0, "my_reward:short": 2.0}, bonus=0.0), 3)
+    parts = RewardTerms(RewardConfig(weights={"ndcg": 1.0, "my_reward:short": 2.0}, bonus=0.0), 3)
     found = parts(dict(text="a b"), "one two three", ["b", "a"], {"a": 1.0})
     assert found["my_reward:short"] == 0.5 and parts.total(found) == pytest.approx(
         1 / math.log2(3) + 1.0
@@ -181,12 +193,12 @@ def test_a_function_of_ones_own(tmp_path, monkeypatch):
         ("short", "raised ValueError.*'b c'"),
     ):
         with pytest.raises(ConfigError, match=message) as e:
-            Parts(RewardRule(weights={f"my_reward:{name}": 1.0}), 3)(
+            RewardTerms(RewardConfig(weights={f"my_reward:{name}": 1.0}), 3)(
                 dict(text="b c"), "x", ["b"], {}
             )
         assert f"reward.weights: my_reward:{name}" in str(e.value) and "\n" not in str(e.value)
     with pytest.raises(ConfigError, match="reward.weights: 'my_reward:none' cannot be loaded"):
-        Parts(RewardRule(weights={"my_reward:none": 1.0}), 3)
+        RewardTerms(RewardConfig(weights={"my_reward:none": 1.0}), 3)
 
 
 @pytest.mark.parametrize(
@@ -204,23 +216,26 @@ def test_a_function_of_ones_own(tmp_path, monkeypatch):
 def test_weights_that_are_refused(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(f"reward: {{weights: {text}}}")
     with pytest.raises(ConfigError, match=message):
-        configs.load(str(tmp_path / "c.yaml"), [])
+        configs.load_config(str(tmp_path / "c.yaml"), [])
 
 
 def test_weights_of_the_yaml_take_the_place_of_the_default(tmp_path):
     (tmp_path / "c.yaml").write_text(
         "reward: {weights: {recall: 1, diversity: 1e-1}, metric: recall}"
     )
-    cfg = configs.load(str(tmp_path / "c.yaml"), ["reward.weights.recall=2"])
+    cfg = configs.load_config(str(tmp_path / "c.yaml"), ["reward.weights.recall=2"])
     assert cfg.reward.weights == {"recall": 2.0, "diversity": 0.1}
-    (tmp_path / "d.yaml").write_text(configs.dump(cfg))
-    assert configs.load(str(tmp_path / "d.yaml"), []) == cfg
+    (tmp_path / "d.yaml").write_text(configs.dump_config(cfg))
+    assert configs.load_config(str(tmp_path / "d.yaml"), []) == cfg
 
 
 def items_of(tmp_path, rows, **weights):
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_items(
-        Config(data=Data(corpus=str(tmp_path / "corpus.jsonl")), reward=RewardRule(weights=weights))
+    return read_item_table(
+        Config(
+            data=DataConfig(corpus=str(tmp_path / "corpus.jsonl")),
+            reward=RewardConfig(weights=weights),
+        )
     )
 
 
@@ -232,8 +247,8 @@ def test_items_are_read_where_a_weight_asks_for_them(tmp_path):
     ]
     assert (
         items_of(tmp_path, rows, ndcg=1.0)
-        == Items()
-        == read_items(Config(data=Data(corpus="nowhere")))
+        == ItemTable()
+        == read_item_table(Config(data=DataConfig(corpus="nowhere")))
     )
     assert items_of(tmp_path, rows, diversity=0.0).kinds == dict(
         a=frozenset("xy"), b=frozenset("c"), c=frozenset()
@@ -278,18 +293,18 @@ def test_the_sign_flip_test_is_scipys():
             n_resamples=50_000,
             rng=1,
         ).pvalue
-        assert sign_flip_p(d) == pytest.approx(theirs, abs=0.015), (n, shift)
+        assert compute_sign_flip_p(d) == pytest.approx(theirs, abs=0.015), (n, shift)
 
 
 def test_the_sign_flip_tests_edges():
-    assert sign_flip_p(np.zeros(7)) == 1.0 and sign_flip_p(np.array([0.5])) == 1.0
-    assert sign_flip_p(np.full(40, 0.1)) == 1 / 10_001 and sign_flip_p(
+    assert compute_sign_flip_p(np.zeros(7)) == 1.0 and compute_sign_flip_p(np.array([0.5])) == 1.0
+    assert compute_sign_flip_p(np.full(40, 0.1)) == 1 / 10_001 and compute_sign_flip_p(
         np.full(3, 0.1)
     ) == pytest.approx(0.25, abs=0.02)
     values = np.random.default_rng(1).normal(0, 1, 200_000)
-    assert sign_flip_p(values, samples=20) == sign_flip_p(values, samples=20)
+    assert compute_sign_flip_p(values, samples=20) == compute_sign_flip_p(values, samples=20)
     with pytest.raises(ValueError, match="sign_flip_p needs"):
-        sign_flip_p(np.array([]))
+        compute_sign_flip_p(np.array([]))
 
 
 # --- recr1 reward ---------------------------------------------------------------------------------------------------------------
@@ -310,7 +325,7 @@ def answer(text):
 def command(world, rows, tmp_path, capsys, *more):
     (tmp_path / "f.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     capsys.readouterr()
-    code = guarded(
+    code = run_guarded(
         cli.main,
         ["reward", "--config", world, "--completions", str(tmp_path / "f.jsonl"), "--json", *more],
     )
@@ -319,7 +334,7 @@ def command(world, rows, tmp_path, capsys, *more):
 
 
 def test_stored_completions_are_scored_part_by_part(world, tmp_path, capsys):
-    data = configs.load(world, []).data
+    data = configs.load_config(world, []).data
     target = {
         line.split("\t")[0]: int(line.split("\t")[1][1:])
         for line in Path(data.test_qrels).read_text().splitlines()
@@ -387,7 +402,7 @@ def test_a_runs_evaluation_scores_the_same(tmp_path, capsys):
     from recr1 import train
 
     config = write_yaml(tmp_path, **{"train.steps": 1, "train.eval_every": 0})
-    assert guarded(train.main, [config]) == 0
+    assert run_guarded(train.main, [config]) == 0
     rows = jsonl(tmp_path / "run/eval_after.jsonl")
     result, _ = command(config, rows, tmp_path, capsys, "reward.k_train=10")
     for row, scored in zip(rows, result["rows"], strict=True):

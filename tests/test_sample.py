@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from tiny import COLOURS, FAMILIES, THINGS, answering_model, oracle, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig
 
-from recr1 import attention
-from recr1.attention import PackedAttention
-from recr1.draws import uniforms
-from recr1.packing import distinct, pack
-from recr1.policy import score
-from recr1.records import Prompt, Rollout
-from recr1.sample import generate
+from recr1.data_types import Prompt, Rollout
+from recr1.model import packed_attention
+from recr1.model.log_probs import compute_log_probs
+from recr1.model.packed_attention import PackedAttention
+from recr1.rl.packing import deduplicate, pack_rollouts
+from recr1.sampling.generate import generate
+from recr1.utils.counter_rng import draw_uniforms
 
 EOS = tiny_tokenizer().eos_token_id
 NEW = 20
@@ -46,7 +46,7 @@ def answering():
 def sample(
     model, prompts, group_size=8, temperature=1.0, new=NEW, stops=frozenset([EOS]), seed=0, step=1
 ):
-    u = uniforms(seed, step, np.array([p.index for p in prompts]), group_size, new)
+    u = draw_uniforms(seed, step, np.array([p.index for p in prompts]), group_size, new)
     return generate(model, prompts, group_size, temperature, new, stops, u)
 
 
@@ -143,7 +143,7 @@ def test_sharing_rows_changes_no_text():
     model, prompts = answering()
     group = 8
     rows = []
-    u = uniforms(0, 1, np.arange(len(prompts)), group, NEW)
+    u = draw_uniforms(0, 1, np.arange(len(prompts)), group, NEW)
     hook = model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     together = generate(model, prompts, group, 1.0, NEW, frozenset([EOS]), u)
     hook.remove()
@@ -194,12 +194,12 @@ def test_the_samplers_log_probs_are_the_trainers(kind, dtype, bound, temperature
         )
     )
     model = model.to(dtype)
-    rollouts, _ = distinct(sample(model, answering()[1], temperature=temperature))
-    batches = pack(rollouts, 200)
+    rollouts, _ = deduplicate(sample(model, answering()[1], temperature=temperature))
+    batches = pack_rollouts(rollouts, 200)
     seen = []
     assert len(batches) > 1
     for batch in batches:
-        ours = score(model, batch, temperature)[0].detach()
+        ours = compute_log_probs(model, batch, temperature)[0].detach()
         mine = batch.rollout.unique_consecutive().tolist()
         seen += mine
         assert batch.target.tolist() == [t for i in mine for t in rollouts[i].ids]
@@ -247,7 +247,7 @@ def naive_attention(q, k, v, lengths, own, prompt_of):
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("short", [0, attention.SHORT])
+@pytest.mark.parametrize("short", [0, packed_attention.SHORT_ROWS])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (5, 1)])
 @pytest.mark.parametrize(
     "lengths, own, prompt_of",
@@ -259,7 +259,7 @@ def test_packed_attention_is_causal_attention_over_prompt_and_own_tokens(
     """Both ways of computing it, outputs and gradients: a prompt's gradient is the sum over its
     siblings.
     """
-    monkeypatch.setattr(attention, "SHORT", short)
+    monkeypatch.setattr(packed_attention, "SHORT_ROWS", short)
     generator = torch.Generator().manual_seed(0)
 
     def random(n):
@@ -282,7 +282,7 @@ def test_packed_attention_is_causal_attention_over_prompt_and_own_tokens(
 def test_both_ways_of_attention_write_the_same_texts(monkeypatch):
     model, prompts = answering()
     want = sample(model, prompts)
-    monkeypatch.setattr(attention, "SHORT", 0)
+    monkeypatch.setattr(packed_attention, "SHORT_ROWS", 0)
     got = sample(model, prompts)
     assert texts(got) == texts(want)
     assert all(

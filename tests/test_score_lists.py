@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from recr1.run import guarded
+from recr1.training.launch import run_guarded
 
 SCRIPT = Path(__file__).resolve().parents[1] / "experiments/score_lists.py"
 sys.path.insert(0, str(SCRIPT.parent))
@@ -25,12 +25,12 @@ def write(path, rows) -> str:
 
 
 def scored(path, capsys, *options) -> dict:
-    assert guarded(score_lists.main, [path, "--json", *options]) == 0
+    assert run_guarded(score_lists.main, [path, "--json", *options]) == 0
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def refused(path, capsys, *options) -> str:
-    assert guarded(score_lists.main, [path, *options]) == 2
+    assert run_guarded(score_lists.main, [path, *options]) == 2
     err = capsys.readouterr().err
     assert err.startswith("recr1: ") and err.count("\n") == 1
     return err
@@ -172,7 +172,7 @@ def test_stored_figures_are_compared_not_trusted(tmp_path, capsys):
     rows["0_oculus"]["recall@100"] = float("nan")
     rows["0_oculus"]["mrr@10"] = 0.25
     path = write(tmp_path / "lists.json", rows)
-    assert guarded(score_lists.main, [path, "--json"]) == 0
+    assert run_guarded(score_lists.main, [path, "--json"]) == 0
     *text, last = capsys.readouterr().out.splitlines()
     metrics = json.loads(last)["metrics"]
     wrong = metrics["ndcg@10"]["stored"]["differ_from_upstream"]
@@ -203,7 +203,7 @@ def test_an_interval_is_over_queries_and_k_beyond_the_lists_is_said(tmp_path, ca
         tmp_path / "lists.json",
         {"0_a": dict(retrieved=["a"], target=["a"]), "1_b": dict(retrieved=["x"], target=["b"])},
     )
-    assert guarded(score_lists.main, [path, "--metrics", "recall@1000,ndcg@1"]) == 0
+    assert run_guarded(score_lists.main, [path, "--metrics", "recall@1000,ndcg@1"]) == 0
     out = capsys.readouterr().out
     assert "no list is that long" in next(
         line for line in out.splitlines() if line.startswith("recall@1000")

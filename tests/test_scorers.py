@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from recr1.retrieval import numba_scorer, torch_scorer
-from recr1.retrieval.index import Index
-from recr1.retrieval.postings import postings
+from recr1.retrieval.bm25 import numba_scorer, torch_scorer
+from recr1.retrieval.bm25.impacts import build_postings
+from recr1.retrieval.bm25.index import BM25Index
 
 
-def random_index(D: int, V: int, n: int, levels: int, seed: int) -> Index:
+def random_index(D: int, V: int, n: int, levels: int, seed: int) -> BM25Index:
     """n postings a term, impacts of few levels: many ties. Some impacts are 0 or below, as in
     okapi.
     """
@@ -16,7 +16,7 @@ def random_index(D: int, V: int, n: int, levels: int, seed: int) -> Index:
     docs = [np.sort(rng.choice(D, min(D, rng.integers(n) + 1), replace=False)) for _ in range(V)]
     offsets = np.cumsum([0, *map(len, docs)])
     impacts = (rng.integers(-1, levels, offsets[-1]) * np.float32(0.37)).astype(np.float32)
-    return Index({}, None, None, offsets, np.concatenate(docs).astype(np.int32), impacts)
+    return BM25Index({}, None, None, offsets, np.concatenate(docs).astype(np.int32), impacts)
 
 
 @pytest.mark.parametrize(
@@ -42,9 +42,9 @@ def test_scorers_against_a_whole_sort(D, n, levels):
     starts = np.cumsum([0, *sizes])
     weights = rng.integers(1, 4, len(terms)).astype(np.float32)
     for scorer, kind in (
-        (numba_scorer.Scorer(*arrays), np.float64),
-        (torch_scorer.Scorer(*arrays, at_once=2**22), np.float64),
-        (torch_scorer.Scorer(*arrays, at_once=0), np.float32),
+        (numba_scorer.NumbaScorer(*arrays), np.float64),
+        (torch_scorer.TorchScorer(*arrays, at_once=2**22), np.float64),
+        (torch_scorer.TorchScorer(*arrays, at_once=0), np.float32),
     ):
         for k in {1, min(10, D), min(1000, D), D}:
             rows, scores = scorer.top(terms, weights, starts, k)
@@ -71,6 +71,7 @@ def test_both_builds_give_the_same_postings(D):
     tokens = np.minimum(rng.zipf(1.3, lengths.sum()), 400).astype(np.int32) - 1
     order = rng.permutation(D)
     for one, other in zip(
-        postings(tokens, lengths, order, 450, False), postings(tokens, lengths, order, 450, True)
+        build_postings(tokens, lengths, order, 450, False),
+        build_postings(tokens, lengths, order, 450, True),
     ):
         assert one.dtype == other.dtype and np.array_equal(one, other)

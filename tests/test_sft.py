@@ -17,16 +17,17 @@ from test_resume import kept
 from test_teacher import GOOD, prompts_of, teacher, weights
 from tiny import jsonl, refused, runs_of, tiny_model, write_sft_yaml, write_yaml
 
-from recr1 import cli, config_file as configs, sft, train
-from recr1.config import Model, Optimizer as OptimizerConfig
-from recr1.grpo import objective
-from recr1.packing import pack
-from recr1.records import Prompt, Rollout
-from recr1.run import guarded
-from recr1.sample import generate
-from recr1.sft import LEARN, cross_entropy, optimiser_step, targets
-from recr1.stopping import listening
-from recr1.weights import load_model
+from recr1 import cli, sft, train
+from recr1.config import loader as configs
+from recr1.config.schema import ModelConfig, OptimizerConfig
+from recr1.data_types import Prompt, Rollout
+from recr1.model.hf_weights import load_model
+from recr1.rl.losses import resolve_objective
+from recr1.rl.packing import pack_rollouts
+from recr1.sampling.generate import generate
+from recr1.sft import CROSS_ENTROPY, compute_cross_entropy, make_update, select_targets
+from recr1.training.launch import run_guarded
+from recr1.utils.interrupts import signal_handlers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,8 +61,8 @@ def test_which_tokens_are_learnt_and_what_is_read_before_them(mask, learnt):
     """Each target is predicted from the row of the token before it, which sees all that stands
     before.
     """
-    texts = [targets(r, mask) for r in TEXTS]
-    [batch] = pack(texts, 100)
+    texts = [select_targets(r, mask) for r in TEXTS]
+    [batch] = pack_rollouts(texts, 100)
     for i, r in enumerate(TEXTS):
         whole = [*r.prompt.ids, *r.ids]
         mine = batch.rollout == i
@@ -85,14 +86,18 @@ def test_loss_and_gradient_are_torchs_cross_entropy(mask, temperature, budget, h
     model = tiny_model(1).double()
     texts = ranks.lesson_texts()
     want_loss, want = padded_cross_entropy(model, texts, mask, temperature)
-    total, batches = optimiser_step([targets(r, mask) for r in texts], budget)
+    total, batches = make_update([select_targets(r, mask) for r in texts], budget)
     assert (len(batches) == 1) == (budget == 10_000) and total == sum(
         len(r.ids) + (not mask) * (len(r.prompt.ids) - 1) for r in texts
     )
     loss = 0.0
     for batch in batches:
-        value, stats = cross_entropy(
-            model, batch, total, temperature, objective(LEARN, Model(head=head))
+        value, stats = compute_cross_entropy(
+            model,
+            batch,
+            total,
+            temperature,
+            resolve_objective(CROSS_ENTROPY, ModelConfig(head=head)),
         )
         value.backward()
         loss += value.item()
@@ -117,7 +122,7 @@ def test_a_runs_first_loss_is_that_of_the_lines_it_keeps(mask, run, world):
         "train.steps=1",
         f"sft.mask_prompt={mask}",
     )
-    cfg = configs.load(world, [])
+    cfg = configs.load_config(world, [])
     prompts = {p.id: p for p in prompts_of(cfg)}
     texts = [
         Rollout(prompts[line["id"]], i, 0, tuple(line["ids"]), (), True)
@@ -151,9 +156,9 @@ MOMENTS = {  # when SIGTERM comes: the step after which the run is saved, 0: non
 
 
 def stop(what: str, argv: list[str], monkeypatch) -> int:
-    with monkeypatch.context() as patch, listening():
+    with monkeypatch.context() as patch, signal_handlers():
         at(what, sigterm, patch.setattr)
-        return guarded(sft.main, argv)
+        return run_guarded(sft.main, argv)
 
 
 @pytest.mark.parametrize("what", MOMENTS)
@@ -183,7 +188,7 @@ def test_sigterm_then_the_same_command_is_the_undisturbed_run(
                 else generate(model, prompts, *a, **k)
             ),
         )
-    assert guarded(sft.main, argv) == 0
+    assert run_guarded(sft.main, argv) == 0
     assert "not bit for bit" not in capsys.readouterr().out
     assert kept(tmp_path / "run") == kept(run("train.tokens_per_micro_batch=90"))
 
@@ -242,7 +247,7 @@ def test_sft_then_grpo(run, tmp_path):
         f"run.dir={tmp_path / 'grpo'}",
         "train.steps=2",
     ]
-    assert guarded(train.main, argv) == 0
+    assert run_guarded(train.main, argv) == 0
     assert jsonl(tmp_path / "grpo/eval_before.jsonl") == jsonl(taught / "eval_after.jsonl")
     assert weights(tmp_path / "grpo") != weights(taught)
 
@@ -298,7 +303,7 @@ def test_the_other_loop_and_the_plan_refuse_its_config(world, tmp_path, capsys):
 )
 def test_a_dry_run(more, world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert guarded(sft.main, [world, *more, "--dry-run"]) == 0
+    assert run_guarded(sft.main, [world, *more, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert (
         "dry run passed" in out

@@ -14,9 +14,10 @@ from test_ranks import torchrun
 from test_report import content
 from tiny import jsonl, write_yaml
 
-from recr1 import cli, config_file as configs, train
-from recr1.dryrun import shrunk
-from recr1.run import guarded
+from recr1 import cli, train
+from recr1.config import loader as configs
+from recr1.training.dry_run import shrunk_config
+from recr1.training.launch import run_guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 TASKS = dict(
@@ -31,14 +32,14 @@ def tiny_world(name: str, folder: Path):
     there inside the block.
     """
     path = str(ROOT / f"experiments/{name}.yaml")
-    with shrunk(configs.load(path, ["run.threads=1"]), path) as cfg:
+    with shrunk_config(configs.load_config(path, ["run.threads=1"]), path) as cfg:
         cfg = replace(
             cfg,
             train=replace(cfg.train, steps=2, eval_every=2),
             save=replace(cfg.save, every=0),
             log=replace(cfg.log, tokens_every=1),
         )
-        (folder / "config.yaml").write_text(configs.dump(cfg))
+        (folder / "config.yaml").write_text(configs.dump_config(cfg))
         yield str(folder / "config.yaml")
 
 
@@ -46,12 +47,12 @@ def tiny_world(name: str, folder: Path):
 def test_two_steps_on_one_rank_and_on_two(name, tmp_path):
     with tiny_world(name, tmp_path) as config:
         folders = [tmp_path / f"run{n}" for n in (1, 2)]
-        assert guarded(train.main, [config, f"run.dir={folders[0]}"]) == 0
+        assert run_guarded(train.main, [config, f"run.dir={folders[0]}"]) == 0
         torchrun(2, "-m", "recr1.train", config, f"run.dir={folders[1]}")
     shown, other = (content(folder / "report.html")["ranking"] for folder in folders)
     # its lists have the scores that the run logged
     assert shown["why"] == other["why"] == "" and shown["listed"] == (TASKS[name] != "sequential")
-    weights = configs.load(config, []).reward.weights
+    weights = configs.load_config(config, []).reward.weights
     one, two = (jsonl(folder / "metrics.jsonl") for folder in folders)
     assert [row["step"] for row in one] == [1, 2] and all(
         row["grad_norm"] > 0 and row["reward_spread"] > 0 for row in one
@@ -106,7 +107,7 @@ def test_two_steps_on_one_rank_and_on_two(name, tmp_path):
 def test_the_metric_of_the_evaluation_may_be_another(tmp_path):
     with tiny_world("esci_rerank", tmp_path) as config:
         assert (
-            guarded(
+            run_guarded(
                 train.main,
                 [
                     config,
@@ -136,8 +137,8 @@ def test_answers_without_a_thought(tmp_path):
     answers, in training and in evaluation.
     """
     path = str(ROOT / "experiments/esci_rerank.yaml")
-    with shrunk(
-        configs.load(path, ["run.threads=1", "prompt.assistant=<think></think>"]), path
+    with shrunk_config(
+        configs.load_config(path, ["run.threads=1", "prompt.assistant=<think></think>"]), path
     ) as cfg:
         train.train(cfg)
         rows = jsonl(Path(cfg.run.dir) / "rollouts.jsonl.gz")
@@ -165,16 +166,17 @@ def test_the_readmes_own_task(tmp_path, monkeypatch, capsys):
     )
     assert kind(None).parse('so</think><answer>["red", 3]</answer>', {}) == (None, "no_words")
     config = write_yaml(tmp_path, task=f"my_task:{task}")
-    assert guarded(train.main, [config, "train.steps=1", "train.eval_every=0"]) == 0
+    assert run_guarded(train.main, [config, "train.steps=1", "train.eval_every=0"]) == 0
     assert json.loads((tmp_path / "run/summary.json").read_text())["task"] == f"my_task:{task}"
     rows = jsonl(tmp_path / "run/eval_after.jsonl")
     queries = {
-        row["id"]: row["text"] for row in jsonl(Path(configs.load(config, []).data.test_queries))
+        row["id"]: row["text"]
+        for row in jsonl(Path(configs.load_config(config, []).data.test_queries))
     }
     assert all(
         row["raw"] == queries[row["id"]].split() and row["ndcg_raw"] >= 0 for row in rows
     ) and "no_words" in {row["error"] for row in rows}
-    code = guarded(train.main, [config, "--dry-run"])
+    code = run_guarded(train.main, [config, "--dry-run"])
     said = capsys.readouterr()
     assert code == 0 and "dry run passed" in said.out, said.err
 
@@ -187,7 +189,7 @@ def test_a_fault_of_ones_own_reward_is_one_line(tmp_path, monkeypatch, capsys):
     with tiny_world("esci_rerank", tmp_path) as config:
         capsys.readouterr()
         assert (
-            guarded(
+            run_guarded(
                 train.main,
                 [
                     config,
@@ -206,10 +208,10 @@ def test_a_fault_of_ones_own_reward_is_one_line(tmp_path, monkeypatch, capsys):
 
 def test_a_policy_of_another_task_rewrites_nothing(tmp_path, capsys):
     with tiny_world("esci_rerank", tmp_path) as config:
-        cfg = configs.load(config, [])
-        Path(cfg.model.path, "recr1.yaml").write_text(configs.answering(cfg))
+        cfg = configs.load_config(config, [])
+        Path(cfg.model.path, "recr1.yaml").write_text(configs.dump_answering_config(cfg))
         capsys.readouterr()
-        assert guarded(cli.main, ["generate", "--model", cfg.model.path, "lamp"]) == 2
+        assert run_guarded(cli.main, ["generate", "--model", cfg.model.path, "lamp"]) == 2
     assert (
         "trained for the task rerank" in (err := capsys.readouterr().err) and err.count("\n") == 1
     )

@@ -14,25 +14,25 @@ import yaml
 from fuzz_answers import completions, wrap
 from tiny import tiny_tokenizer
 
-from recr1 import config_file as configs
-from recr1.chat import Chat
-from recr1.config import Config, ConfigError, Data, PromptText, RewardRule
-from recr1.data import DataError
-from recr1.metrics import ndcg
-from recr1.records import Prompt, Rollout
-from recr1.retrieval.base import NoRetriever
-from recr1.splits import read_splits
-from recr1.tasks.items import Ordering, mentioned, read_titles
-from recr1.tasks.make import TASKS, make
+from recr1.config import loader as configs
+from recr1.config.schema import Config, ConfigError, DataConfig, PromptConfig, RewardConfig
+from recr1.data.chat_template import ChatTemplate
+from recr1.data.readers import DataError
+from recr1.data_types import Prompt, Rollout
+from recr1.retrieval.interface import NoRetriever
+from recr1.tasks.candidate_list import CandidateRanking, list_mentioned, read_titles
 from recr1.tasks.product_search import ProductSearch
+from recr1.tasks.prompts import load_prompts
+from recr1.tasks.ranking_metrics import compute_ndcg
 from recr1.tasks.recommend_list import RecommendList
+from recr1.tasks.registry import TASKS, build_task
 from recr1.tasks.rerank import Rerank
-from recr1.tasks.rewards import Parts
-from recr1.tasks.scoring import Scorer
+from recr1.tasks.rewards import RewardTerms
+from recr1.tasks.scorer import Scorer
 from recr1.tasks.sequential import Sequential
 
 ROOT = Path(__file__).resolve().parents[1]
-RULE = RewardRule()
+RULE = RewardConfig()
 TITLES = dict(a="red lamp", b="green\nchair Item_3: \u2028 x", c="</think> table", d="blue shirt")
 
 
@@ -66,30 +66,30 @@ def test_what_the_prompts_show():
     assert RecommendList(RULE).texts(
         dict(text="x", profile=" ", history=[], candidates=["a"]), title
     ) == ("unknown", "none", "Item_1: red lamp")
-    assert mentioned(row) == ["a", "d", "b", "c"] and mentioned(dict(text="x")) == []
+    assert list_mentioned(row) == ["a", "d", "b", "c"] and list_mentioned(dict(text="x")) == []
 
 
-def write(folder: Path, corpus, queries, gains=None) -> Data:
+def write(folder: Path, corpus, queries, gains=None) -> DataConfig:
     for name, rows in (("corpus.jsonl", corpus), ("q.jsonl", queries)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     gains = gains or [(row["id"], corpus[0]["id"], 1) for row in queries]
     (folder / "r.tsv").write_text("".join(f"{q}\t{d}\t{g}\n" for q, d, g in gains))
-    return Data(
+    return DataConfig(
         corpus=str(folder / "corpus.jsonl"),
         train_queries=str(folder / "q.jsonl"),
         train_qrels=str(folder / "r.tsv"),
     )
 
 
-def splits(data: Data, task: str, user: str, **prompt):
+def splits(data: DataConfig, task: str, user: str, **prompt):
     cfg = Config(
         task=task,
         data=data,
-        prompt=PromptText(user=user, max_tokens=4096, **prompt),
+        prompt=PromptConfig(user=user, max_tokens=4096, **prompt),
         train=Config().train.__class__(prompts_per_step=1),
     )
-    made = make(cfg)
-    return read_splits(cfg, Chat(tiny_tokenizer(), "", user, "<think>", made.places), made)
+    made = build_task(cfg)
+    return load_prompts(cfg, ChatTemplate(tiny_tokenizer(), "", user, "<think>", made.places), made)
 
 
 CORPUS = [dict(id=id, title=t) for id, t in TITLES.items()] + [
@@ -197,7 +197,7 @@ def test_rows_that_a_task_cannot_use_are_named(tmp_path, task, broken, message):
         and ("q.jsonl:8: " in str(e.value) or "query 'q7'" in str(e.value))
         and "\n" not in str(e.value)
     )
-    parts = splits(Data(**vars(data) | dict(on_bad_line="drop")), task, USERS[task])[:3]
+    parts = splits(DataConfig(**vars(data) | dict(on_bad_line="drop")), task, USERS[task])[:3]
     assert {p.id for part in parts for p in part} == {f"q{i}" for i in range(60)} - {"q7"}
 
 
@@ -251,7 +251,7 @@ LISTS = [
 @pytest.mark.parametrize("body, error", LISTS, ids=range(len(LISTS)))
 def test_lists_are_refused_by_name(body, error):
     assert Rerank(RULE).parse(wrap(body), ROW) == (None, error)
-    assert error in set(re.findall(r"\b[a-z]+_[a-z]+\b", Ordering.parse.__doc__)) | {
+    assert error in set(re.findall(r"\b[a-z]+_[a-z]+\b", CandidateRanking.parse.__doc__)) | {
         "duplicate_key",
         "not_object",
     }
@@ -344,7 +344,7 @@ def scorer(task, gains, rule=RULE, k=5, closed=False, **more):
         task,
         Words() if task.searches else NoRetriever(),
         gains,
-        Parts(rule, k, **more),
+        RewardTerms(rule, k, **more),
         decode=lambda ids: texts[ids],
         stops=frozenset(),
         limit=0,
@@ -364,9 +364,9 @@ def rollout(text, id="q", row=None, sibling=0):
 @pytest.mark.parametrize(
     "rule",
     [
-        RewardRule(),
-        RewardRule(bonus=0.0, unparsable=-1.0),
-        RewardRule(bonus=0.07, miss=-0.3, unparsable=-0.5),
+        RewardConfig(),
+        RewardConfig(bonus=0.0, unparsable=-1.0),
+        RewardConfig(bonus=0.07, miss=-0.3, unparsable=-0.5),
     ],
 )
 def test_product_search_totals_are_the_published_rule_to_the_bit(rule):
@@ -380,7 +380,7 @@ def test_product_search_totals_are_the_published_rule_to_the_bit(rule):
         answers, queries, scorer(ProductSearch(rule), {"q": gains}, rule).score(answers)
     ):
         ranked = [f"d{int(w)}" for w in dict.fromkeys(query.split()) if int(w) < 20][:5]
-        value = ndcg(ranked, gains, 5)
+        value = compute_ndcg(ranked, gains, 5)
         if "<answer>" in texts[r.ids]:
             assert (
                 reward.total == (rule.bonus + value if value > 0 else rule.miss)
@@ -428,7 +428,7 @@ def test_what_was_seen_is_removed_and_the_rest_moves_up():
     ranked = [f"d{i}" for i in range(8)]
     query = wrap(json.dumps({"query": " ".join(d[1:] for d in ranked)}))
     for remove, place in ((False, 4), (True, 2)):
-        [reward] = scorer(task := Sequential(RewardRule(remove_seen=remove)), gains, k=4).score(
+        [reward] = scorer(task := Sequential(RewardConfig(remove_seen=remove)), gains, k=4).score(
             [rollout(query, row=row)]
         )
         assert reward.parts["ndcg"] == pytest.approx(1 / np.log2(place + 1))
@@ -458,7 +458,7 @@ def test_lists_are_scored_as_they_are_ordered_and_compared_with_the_given_order(
             and (bad.total, bad.error) == (-2.0, "repeated_item")
         )
         [raw] = s.measure([Prompt("q", 0, "", (), ROW)], [task.raw(ROW)])
-        assert raw["ndcg"] == ndcg(["a", "b", "c"], gains["q"], 3)
+        assert raw["ndcg"] == compute_ndcg(["a", "b", "c"], gains["q"], 3)
 
 
 def test_where_the_prompt_has_closed_the_thought_the_answer_stands_alone():
@@ -483,10 +483,10 @@ def test_a_task_that_is_none_is_refused():
         ("recr1.records:Nothing", "cannot be loaded"),
     ):
         with pytest.raises(ConfigError, match=message):
-            make(Config(task=name))
+            build_task(Config(task=name))
     with pytest.raises(ConfigError, match="data.shuffle_words"):
-        make(Config(task="rerank", data=Data(shuffle_words=0.5)))
-    own = make(Config(task="recr1.tasks.rerank:Rerank"))
+        build_task(Config(task="rerank", data=DataConfig(shuffle_words=0.5)))
+    own = build_task(Config(task="recr1.tasks.rerank:Rerank"))
     assert isinstance(own.task, Rerank) and (own.places, own.needs, own.searches) == (
         Rerank.places,
         Rerank.needs,
@@ -508,12 +508,12 @@ def test_the_papers_prompts_fit_their_tasks(path, tmp_path):
     (tmp_path / "c.yaml").write_text(
         yaml.safe_dump(dict(prompt=dict(file=str(path), max_tokens=99)))
     )
-    p = configs.load(str(tmp_path / "c.yaml"), ["prompt.assistant=so"]).prompt
+    p = configs.load_config(str(tmp_path / "c.yaml"), ["prompt.assistant=so"]).prompt
     own = yaml.safe_load(path.read_text())
     assert (p.user, p.system, p.assistant, p.max_tokens) == (own["user"], own["system"], "so", 99)
-    Chat(tiny_tokenizer(), own["system"], own["user"], own["assistant"], task.places).prompt(
-        *["x"] * len(task.places)
-    )
+    ChatTemplate(
+        tiny_tokenizer(), own["system"], own["user"], own["assistant"], task.places
+    ).prompt(*["x"] * len(task.places))
     example = re.search(r"<answer>\s*(\{.*?\})\s*</answer>", own["user"], re.DOTALL)[1]
     assert list(json.loads(example)) == [getattr(task, "key", "query")]
 
@@ -532,5 +532,5 @@ def test_a_prompt_file_that_is_none_is_named(tmp_path, file, text, message):
     (tmp_path / "p.yaml").write_text(text)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(dict(prompt=dict(file=file))))
     with pytest.raises(ConfigError, match=message) as e:
-        configs.load(str(tmp_path / "c.yaml"), [])
+        configs.load_config(str(tmp_path / "c.yaml"), [])
     assert "\n" not in str(e.value)

@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from tiny import jsonl, refused, runs_of, tiny_tokenizer, write_sft_yaml
 
-from recr1 import config_file as configs, sft
-from recr1.answers import parse_query
-from recr1.chat import Chat
-from recr1.data import is_validation, read_qrels, read_queries
-from recr1.draws import uniforms
-from recr1.records import Prompt
-from recr1.retrieval.make import directory_of, make
-from recr1.run import guarded
-from recr1.sample import generate
-from recr1.weights import load_model
+from recr1 import sft
+from recr1.config import loader as configs
+from recr1.data.chat_template import ChatTemplate
+from recr1.data.readers import is_validation, read_qrels, read_queries
+from recr1.data_types import Prompt
+from recr1.model.hf_weights import load_model
+from recr1.retrieval.factory import build_retriever, get_index_dir
+from recr1.sampling.generate import generate
+from recr1.tasks.answer_parser import parse_query
+from recr1.training.launch import run_guarded
+from recr1.utils.counter_rng import draw_uniforms
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def run(world, tmp_path_factory):
 
 def prompts_of(cfg) -> list[Prompt]:
     """Of the train split, as a run makes them."""
-    chat = Chat(tiny_tokenizer(), cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
+    chat = ChatTemplate(tiny_tokenizer(), cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
     queries = {
         id: text
         for id, text in read_queries(cfg.data.train_queries)[0].items()
@@ -51,10 +52,10 @@ def test_self_keeps_the_best_of_each_prompts_samples(run, world):
     """Each prompt sampled again alone, searched and scored by the formula written out; the choice
     by a plain loop.
     """
-    cfg = configs.load(world, [])
+    cfg = configs.load_config(world, [])
     tokenizer = tiny_tokenizer()
-    retriever, _ = make(cfg.retriever)(
-        cfg.data.corpus, "stop", directory_of(cfg.retriever, run()), print
+    retriever, _ = build_retriever(cfg.retriever)(
+        cfg.data.corpus, "stop", get_index_dir(cfg.retriever, run()), print
     )
     qrels = read_qrels(cfg.data.train_qrels)[0]
     stops = frozenset([tokenizer.eos_token_id])
@@ -77,7 +78,7 @@ def test_self_keeps_the_best_of_each_prompts_samples(run, world):
     assert [line["id"] for line in lines] == [p.id for p in prompts]
     for p, line in zip(prompts, lines):
         samples = generate(
-            policy, [p], 4, 1.0, 20, stops, uniforms(0, 0, np.array([p.index]), 4, 20)
+            policy, [p], 4, 1.0, 20, stops, draw_uniforms(0, 0, np.array([p.index]), 4, 20)
         )
         usable = []
         for r in samples:
@@ -169,7 +170,7 @@ def teacher(world, path: Path, *lines: str) -> str:
     """
     good = [
         json.dumps(dict(id=p.id, text=answer(p.text.split()[0])))
-        for p in prompts_of(configs.load(world, []))
+        for p in prompts_of(configs.load_config(world, []))
     ]
     text = "".join(line + "\n" for line in (*lines, *good)).encode()
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
@@ -188,7 +189,7 @@ def test_a_file_is_learnt(world, tmp_path, capsys):
         "optimizer.lr=0.01",
         f"run.dir={tmp_path / 'run'}",
     ]
-    assert guarded(sft.main, argv) == 0
+    assert run_guarded(sft.main, argv) == 0
     rows = jsonl(tmp_path / "run/metrics.jsonl")
     assert (
         len(rows) == 40 * (56 // 14)
@@ -208,7 +209,9 @@ def test_a_file_is_learnt(world, tmp_path, capsys):
     )
     tokenizer = tiny_tokenizer()
     for line, p in zip(
-        jsonl(tmp_path / "run/teacher.jsonl"), prompts_of(configs.load(world, [])), strict=True
+        jsonl(tmp_path / "run/teacher.jsonl"),
+        prompts_of(configs.load_config(world, [])),
+        strict=True,
     ):
         assert line["ids"] == [*tokenizer(line["text"])["input_ids"], tokenizer.eos_token_id]
         assert line["text"] == answer(p.text.split()[0])
@@ -248,7 +251,7 @@ def test_a_bad_line_stops_the_run_or_is_left_out(name, world, tmp_path, capsys):
         "train.eval_every=0",
         f"run.dir={tmp_path / 'drop'}",
     ]
-    assert guarded(sft.main, argv) == 0
+    assert run_guarded(sft.main, argv) == 0
     out = capsys.readouterr().out
     assert (
         "1 lines of the teacher left out" in out
@@ -285,7 +288,7 @@ def test_what_cannot_be_parsed_or_stands_twice_is_counted_and_said(world, tmp_pa
         "train.eval_every=0",
         f"run.dir={tmp_path / 'run'}",
     ]
-    assert guarded(sft.main, argv) == 0
+    assert run_guarded(sft.main, argv) == 0
     out = capsys.readouterr().out
     assert (
         "2 lines of the teacher left out, first: " in out

@@ -12,9 +12,11 @@ import pytest
 from stopped import at
 from tiny import jsonl, refused, write_yaml
 
-from recr1 import config_file as configs, dist, train
-from recr1.run import guarded
-from recr1.track import Tracker, flat
+from recr1 import train
+from recr1.config import loader as configs
+from recr1.distributed import collectives as dist
+from recr1.tracking.trackers import Tracker, flatten_row
+from recr1.training.launch import run_guarded
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def crash(argv, monkeypatch) -> None:
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         at("sample@4", interrupted, patch.setattr)
-        guarded(train.main, argv)
+        run_guarded(train.main, argv)
 
 
 def test_names_are_those_of_metrics_jsonl():
@@ -47,7 +49,7 @@ def test_names_are_those_of_metrics_jsonl():
         memory={},
         grad_norm=float("inf"),
     )
-    assert flat(row) == {
+    assert flatten_row(row) == {
         "reward": 0.5,
         "seconds/step": 1.0,
         "seconds/sample": 0.25,
@@ -63,7 +65,7 @@ def test_tensorboard_has_every_step_once_after_a_crash(world, tmp_path, monkeypa
     crash(argv, monkeypatch)
     first = jsonl(tmp_path / "run/metrics.jsonl")
     assert [row["step"] for row in first] == [1, 2, 3]
-    assert guarded(train.main, argv) == 0
+    assert run_guarded(train.main, argv) == 0
     # step 3 was done again, and is not sent again
     rows = first + jsonl(tmp_path / "run/metrics.jsonl")[3:]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
@@ -72,7 +74,7 @@ def test_tensorboard_has_every_step_once_after_a_crash(world, tmp_path, monkeypa
     ).Reload()
     want = {}
     for row in rows:
-        for name, value in flat(row).items():
+        for name, value in flatten_row(row).items():
             want.setdefault(name, []).append((row["step"], value))
     del want["step"]
     assert (
@@ -188,10 +190,10 @@ def test_wandb_and_trackio_go_on_with_the_same_run(kind, world, tmp_path, monkey
     monkeypatch.setitem(sys.modules, kind, sent.module)
     crash(argv, monkeypatch)
     rows = jsonl(tmp_path / "run/metrics.jsonl")
-    assert guarded(train.main, argv) == 0
+    assert run_guarded(train.main, argv) == 0
     rows += jsonl(tmp_path / "run/metrics.jsonl")[3:]
     assert [(step, values) for step, values in sent.rows] == [
-        (row["step"], flat({k: v for k, v in row.items() if k != "step"})) for row in rows
+        (row["step"], flatten_row({k: v for k, v in row.items() if k != "step"})) for row in rows
     ]
     assert [step for step, _ in sent.rows] == [1, 2, 3, 4] and sent.ended == 1
     assert (
@@ -199,9 +201,12 @@ def test_wandb_and_trackio_go_on_with_the_same_run(kind, world, tmp_path, monkey
         and sent.begun[0][0] == "recr1"
         and sent.begun[0][2] == "allow"
     )
-    assert sent.config == dataclasses.asdict(configs.load(world, argv[1:]))
+    assert sent.config == dataclasses.asdict(configs.load_config(world, argv[1:]))
     # another run is another one to the tracker
-    assert guarded(train.main, [*argv[:-1], "train.steps=1", f"run.dir={tmp_path / 'second'}"]) == 0
+    assert (
+        run_guarded(train.main, [*argv[:-1], "train.steps=1", f"run.dir={tmp_path / 'second'}"])
+        == 0
+    )
     assert sent.begun[2][1] != sent.begun[0][1]
 
 
@@ -210,7 +215,7 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(
 ):
     sent = Sent("wandb", fails_at=2)
     monkeypatch.setitem(sys.modules, "wandb", sent.module)
-    assert guarded(train.main, [world, "log.track=wandb", f"run.dir={tmp_path / 'run'}"]) == 0
+    assert run_guarded(train.main, [world, "log.track=wandb", f"run.dir={tmp_path / 'run'}"]) == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if "log.track" in line]
     assert (
         "wandb failed at step 2: ConnectionError: gone away" in line
@@ -247,7 +252,7 @@ def test_one_that_does_not_start_is_refused_and_without_it_the_same_run_starts(
         "log.track: wandb did not start: RuntimeError: No API key configured. Log in first.; "
         in refused([*argv, "log.track=wandb"], capsys)
     )
-    assert guarded(train.main, argv) == 0
+    assert run_guarded(train.main, argv) == 0
 
 
 def test_another_word_is_refused(world, capsys):
@@ -266,7 +271,7 @@ def test_a_damaged_note_is_refused(world, tmp_path, monkeypatch, capsys):
     ):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run/config.yaml").write_text(
-            configs.dump(configs.load(world, [f"run.dir={tmp_path / 'run'}"]))
+            configs.dump_config(configs.load_config(world, [f"run.dir={tmp_path / 'run'}"]))
         )
         (tmp_path / "run/tracked.json").write_text(text)
         assert f"{tmp_path / 'run/tracked.json'} is damaged; remove it" in refused(
@@ -278,7 +283,7 @@ def test_another_tracker_begins_with_the_step_it_is_named_at(world, tmp_path, mo
     (tmp_path / "tracked.json").write_text(json.dumps(dict(tracker="trackio", id="a", step=7)))
     sent = Sent("wandb")
     monkeypatch.setitem(sys.modules, "wandb", sent.module)
-    tracker = Tracker(configs.load(world, ["log.track=wandb"]), tmp_path)
+    tracker = Tracker(configs.load_config(world, ["log.track=wandb"]), tmp_path)
     tracker.send(dict(step=6, reward=1.0))
     assert sent.rows == [(6, dict(reward=1.0))] and json.loads(
         (tmp_path / "tracked.json").read_text()
@@ -290,9 +295,9 @@ def test_only_rank_0_tracks_and_a_dry_run_does_not(world, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "wandb", sent.module)
     with monkeypatch.context() as patch:
         patch.setattr(dist, "rank", lambda: 1)
-        tracker = Tracker(configs.load(world, ["log.track=wandb"]), tmp_path)
+        tracker = Tracker(configs.load_config(world, ["log.track=wandb"]), tmp_path)
         tracker.send(dict(step=1, reward=1.0))
         tracker.close()
     monkeypatch.chdir(tmp_path)
-    assert guarded(train.main, [world, "log.track=wandb", "--dry-run"]) == 0
+    assert run_guarded(train.main, [world, "log.track=wandb", "--dry-run"]) == 0
     assert not sent.begun and not sent.rows and not list(tmp_path.glob("tracked*"))

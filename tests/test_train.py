@@ -14,13 +14,15 @@ import yaml
 from tiny import jsonl, refused, runs_of, tiny_tokenizer, write_yaml
 from transformers import AutoModelForCausalLM
 
-from recr1 import config_file as configs, train
-from recr1.config import Loss
-from recr1.grpo import group_advantages, k3, mean_std
-from recr1.log import Step, rollout_rows, token_values
-from recr1.packing import pack
-from recr1.records import Prompt, Reward, Rollout
-from recr1.run import guarded
+from recr1 import train
+from recr1.config import loader as configs
+from recr1.config.schema import LossConfig
+from recr1.data_types import Prompt, Reward, Rollout
+from recr1.rl.advantages import compute_group_advantages, normalize_by_std
+from recr1.rl.kl import k3
+from recr1.rl.packing import pack_rollouts
+from recr1.tracking.step_metrics import StepRecord, collect_token_values, make_rollout_rows
+from recr1.training.launch import run_guarded
 
 FILES = {
     "config.yaml",
@@ -53,7 +55,7 @@ def run(world, tmp_path_factory):
 def test_files_and_config(run, world):
     folder = run()
     assert {p.name for p in folder.iterdir()} == FILES
-    assert configs.load(str(folder / "config.yaml"), []) == configs.load(
+    assert configs.load_config(str(folder / "config.yaml"), []) == configs.load_config(
         world, [f"run.dir={folder}"]
     )
 
@@ -151,7 +153,7 @@ def test_rollouts(run):
             {row["text"] for row in group}
         ) == len(group)
         rewards = torch.tensor([row["reward"] for row in group for _ in range(row["count"])])
-        want = group_advantages(rewards, 4, mean_std, Loss(std_floor=0.1))
+        want = compute_group_advantages(rewards, 4, normalize_by_std, LossConfig(std_floor=0.1))
         assert [row["adv"] for row in group for _ in range(row["count"])] == pytest.approx(
             want.tolist(), abs=1e-5
         )
@@ -168,18 +170,18 @@ def test_logged_floats_read_back_to_the_same_float32():
         Rollout(Prompt("q", 0, "", (1,)), 0, s, tuple(range(400)), tuple(values[s].tolist()), True)
         for s in range(3)
     ]
-    batches = pack(rollouts, 10_000)
+    batches = pack_rollouts(rollouts, 10_000)
     columns = [dict(trainer_logp=b.sampler_logp, ref_logp=None) for b in batches]
-    rows = rollout_rows(
+    rows = make_rollout_rows(
         1,
-        Step(
+        StepRecord(
             rollouts,
             [Reward(0.0)] * 3,
             values[:, 0].tolist(),
             rollouts,
             [0, 1, 2],
             1,
-            token_values(3, batches, columns),
+            collect_token_values(3, batches, columns),
         ),
     )
     rows = json.loads(json.dumps(rows))
@@ -194,7 +196,7 @@ def test_logged_floats_read_back_to_the_same_float32():
 
 def test_evaluations_and_summary(run, world):
     folder = run()
-    cfg = configs.load(world, [])
+    cfg = configs.load_config(world, [])
     before = jsonl(folder / "eval_before.jsonl")
     after = jsonl(folder / "eval_after.jsonl")
     queries = {row["id"]: row["text"] for row in jsonl(Path(cfg.data.test_queries))}
@@ -260,7 +262,7 @@ def test_the_model_loads_in_transformers_and_has_moved(run, world):
     folder = run()
     theirs, start = (
         AutoModelForCausalLM.from_pretrained(p).state_dict()
-        for p in (folder / "model", configs.load(world, []).model.path)
+        for p in (folder / "model", configs.load_config(world, []).model.path)
     )
     assert theirs.keys() == start.keys() and all(t.isfinite().all() for t in theirs.values())
     assert all(not torch.equal(t, start[name]) for name, t in theirs.items())
@@ -274,7 +276,7 @@ def test_the_first_gradient_recomputed_from_the_log(run, world):
     """What step 1 logged, through transformers' model in rows of one text: -sum count adv logp /
     all sampled tokens, KL at 0.
     """
-    model = AutoModelForCausalLM.from_pretrained(configs.load(world, []).model.path)
+    model = AutoModelForCausalLM.from_pretrained(configs.load_config(world, []).model.path)
     loss = 0.0
     total = 0
     for row in jsonl(run() / "rollouts.jsonl.gz"):
@@ -360,7 +362,7 @@ def test_steps_without_any_variance_change_nothing(run, world):
     ] == [(-1, 1, 0, 0, 1)] * 3
     assert (
         weights(folder)
-        == Path(configs.load(world, []).model.path, "model.safetensors").read_bytes()
+        == Path(configs.load_config(world, []).model.path, "model.safetensors").read_bytes()
     )
 
 
@@ -388,7 +390,9 @@ def test_where_things_lie_changes_no_bit(run):
 
 def test_frozen_weights_stay(run, world):
     pattern = "model.embed_tokens.*, *layernorm.weight"
-    start = AutoModelForCausalLM.from_pretrained(configs.load(world, []).model.path).state_dict()
+    start = AutoModelForCausalLM.from_pretrained(
+        configs.load_config(world, []).model.path
+    ).state_dict()
     for name, t in (
         AutoModelForCausalLM.from_pretrained(
             run(f"train.frozen={pattern}", "optimizer.weight_decay=0.5") / "model"
@@ -403,7 +407,7 @@ def test_frozen_weights_stay(run, world):
 
 def edited(world, key, folder, change) -> str:
     """An override that points data.KEY at a changed copy of its file."""
-    source = Path(getattr(configs.load(world, []).data, key))
+    source = Path(getattr(configs.load_config(world, []).data, key))
     (folder / source.name).write_text(change(source.read_text(encoding="utf-8")), encoding="utf-8")
     return f"data.{key}={folder / source.name}"
 
@@ -454,7 +458,7 @@ def test_a_corrupt_line_is_named(world, tmp_path, capsys):
 def test_a_tokenizer_without_a_chat_template(world, tmp_path, capsys):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    source = Path(configs.load(world, []).model.path)
+    source = Path(configs.load_config(world, []).model.path)
     tokenizer.save_pretrained(tmp_path / "policy")
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         (tmp_path / "policy" / name).write_bytes((source / name).read_bytes())
@@ -487,7 +491,7 @@ def test_dropped_prompts_and_lines_are_counted(world, tmp_path, capsys):
         "train.steps=1",
         "train.eval_every=0",
     ]
-    assert guarded(train.main, argv) == 0
+    assert run_guarded(train.main, argv) == 0
     out = capsys.readouterr().out
     assert (
         "1 prompts over the limit left out, first: query 'long'" in out
@@ -504,7 +508,9 @@ def test_three_files_are_enough(world, tmp_path):
     tree = yaml.safe_load(Path(world).read_text())
     del tree["data"]["test_queries"], tree["data"]["test_qrels"]
     (tmp_path / "three.yaml").write_text(yaml.safe_dump(tree))
-    assert guarded(train.main, [str(tmp_path / "three.yaml"), f"run.dir={tmp_path / 'run'}"]) == 0
+    assert (
+        run_guarded(train.main, [str(tmp_path / "three.yaml"), f"run.dir={tmp_path / 'run'}"]) == 0
+    )
     tested = [row["id"] for row in jsonl(tmp_path / "run/eval_after.jsonl")]
     queries = [f"train{i}" for i in range(60)]
     assert tested == [
@@ -531,7 +537,7 @@ def test_muon_is_refused_for_a_sharded_policy(world, tmp_path, capsys):
 def test_a_gradient_that_is_not_finite_stops_the_run(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         train,
-        "policy_loss",
+        "compute_policy_loss",
         lambda policy, batch, *_: (
             sum(p.sum() for p in policy.parameters()) * float("nan"),
             batch.sampler_logp,

@@ -16,8 +16,14 @@ from test_model import gap, our_logits, prompts, their_logits
 from tiny import FAMILIES, oracle, save, tiny_config, tiny_model, tiny_tokenizer, write_policy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from recr1.hub import ModelFolderError, load_tokenizer, resolve, stop_ids
-from recr1.weights import Tensors, config_json, empty_model, load_model, parse_config, read_config
+from recr1.model.hf_config import make_config_json, parse_config, read_config
+from recr1.model.hf_weights import SafetensorsFolder, load_model, make_empty_model
+from recr1.utils.hf_hub import (
+    ModelFolderError,
+    load_tokenizer,
+    read_stop_token_ids,
+    resolve_model_folder,
+)
 
 SIZES = dict(
     vocab_size=394,
@@ -80,8 +86,8 @@ def test_config_json_is_read_as_transformers_reads_it(family, keys):
     assert (vars(ours.rope_scaling) if ours.rope_scaling else None) == (
         LLAMA3 if rope["rope_type"] == "llama3" else None
     )
-    assert parse_config(config_json(ours), "config.json") == ours
-    assert theirs_in_our_words(family, config_json(ours))[0] == want
+    assert parse_config(make_config_json(ours), "config.json") == ours
+    assert theirs_in_our_words(family, make_config_json(ours))[0] == want
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -97,7 +103,7 @@ def test_a_folder_saved_loaded_and_saved_again_is_byte_equal(family, tied, tmp_p
         load_model(str(one)),
         two,
         load_tokenizer(str(one)),
-        stop_ids(str(one), tokenizer) - {tokenizer.eos_token_id},
+        read_stop_token_ids(str(one), tokenizer) - {tokenizer.eos_token_id},
     )
     names = sorted(path.name for path in one.iterdir())
     assert names == sorted(path.name for path in two.iterdir())
@@ -170,8 +176,8 @@ def test_shards_go_both_ways(family, tmp_path):
 def test_tensors_are_read_one_by_one_and_shapes_without_reading(tmp_path):
     model = tiny_model()
     save(model, tmp_path, max_file_bytes=30_000)
-    tensors = Tensors(str(tmp_path))
-    empty = empty_model(str(tmp_path), reachable=300)
+    tensors = SafetensorsFolder(str(tmp_path))
+    empty = make_empty_model(str(tmp_path), reachable=300)
     assert tensors.shapes == {name: tuple(t.shape) for name, t in model.state_dict().items()}
     assert all(torch.equal(tensors[name], t) for name, t in model.state_dict().items())
     assert all(p.is_meta for p in empty.parameters()) and empty.reachable == 300
@@ -231,14 +237,14 @@ def test_a_model_saved_with_a_tensor_missing_is_refused(tmp_path):
 def test_every_stop_id_is_found(tmp_path):
     tokenizer = tiny_tokenizer()
     save(tiny_model(), tmp_path, tokenizer, frozenset([9, 4]))
-    assert stop_ids(str(tmp_path), tokenizer) == {9, 4, tokenizer.eos_token_id}
+    assert read_stop_token_ids(str(tmp_path), tokenizer) == {9, 4, tokenizer.eos_token_id}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 11}')
-    assert stop_ids(str(tmp_path), tokenizer) == {11, tokenizer.eos_token_id}
+    assert read_stop_token_ids(str(tmp_path), tokenizer) == {11, tokenizer.eos_token_id}
     tokenizer.eos_token = None
-    assert stop_ids(str(tmp_path), tokenizer) == {11}
+    assert read_stop_token_ids(str(tmp_path), tokenizer) == {11}
     (tmp_path / "generation_config.json").unlink()
     with pytest.raises(ModelFolderError, match="EOS"):
-        stop_ids(str(tmp_path), tokenizer)
+        read_stop_token_ids(str(tmp_path), tokenizer)
 
 
 def edit(name="config.json", **changes):
@@ -530,12 +536,12 @@ def test_what_the_hub_refuses_is_one_line(error, says, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(ModelFolderError, match="^org/name: ") as caught:
-        resolve("org/name")
+        resolve_model_folder("org/name")
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_folder_stays_as_it_is(tmp_path):
     (tmp_path / "org" / "name").mkdir(parents=True)
-    assert resolve(str(tmp_path / "org" / "name")) == str(tmp_path / "org" / "name")
+    assert resolve_model_folder(str(tmp_path / "org" / "name")) == str(tmp_path / "org" / "name")
     with pytest.raises(ModelFolderError, match="config.json: no such file"):
-        read_config(resolve(str(tmp_path / "org" / "name")))
+        read_config(resolve_model_folder(str(tmp_path / "org" / "name")))

@@ -17,10 +17,11 @@ from tokenizers import AddedToken, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
 from recr1 import train
-from recr1.data import is_validation
-from recr1.model import Decoder, ModelConfig, RopeScaling
-from recr1.run import guarded
-from recr1.weights import save_model
+from recr1.data.readers import is_validation
+from recr1.model.decoder import Decoder
+from recr1.model.hf_weights import save_model
+from recr1.model.rope import DecoderConfig, RopeScaling
+from recr1.training.launch import run_guarded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,7 +87,7 @@ FAMILIES = {  # overrides of tiny_config, each with what only this family has
 }
 
 
-def tiny_config(**overrides) -> ModelConfig:
+def tiny_config(**overrides) -> DecoderConfig:
     base = dict(
         family="qwen2",
         vocab_size=len(tiny_tokenizer()),
@@ -102,7 +103,7 @@ def tiny_config(**overrides) -> ModelConfig:
         tie_word_embeddings=False,
         max_position_embeddings=512,
     )
-    return ModelConfig(**base | overrides)
+    return DecoderConfig(**base | overrides)
 
 
 def tiny_model(
@@ -276,7 +277,7 @@ def runs_of(main, config: str, folders) -> Callable[..., Path]:
     @functools.cache
     def run(*overrides, again=0):
         folder = folders.mktemp("runs") / "run"
-        assert guarded(main, [config, *overrides, f"run.dir={folder}"]) == 0
+        assert run_guarded(main, [config, *overrides, f"run.dir={folder}"]) == 0
         return folder
 
     return run
@@ -294,7 +295,7 @@ def jsonl(path: Path) -> list[dict]:
 def refused(argv, capsys, main=train.main) -> str:
     """The one line on stderr of a run that exits with 2."""
     capsys.readouterr()
-    assert guarded(main, argv) == 2
+    assert run_guarded(main, argv) == 2
     err = capsys.readouterr().err
     assert (
         err.startswith("recr1: ")

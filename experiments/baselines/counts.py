@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from sequences import Sequence
 
-from recr1.retrieval.bm25 import BM25
+from recr1.retrieval.bm25.searcher import BM25Searcher
 
 Scorer = Callable[[list[list[int]], list[str]], np.ndarray]
 
@@ -26,7 +26,7 @@ def popularity(counts: list[int]) -> Scorer:
 
 def last_title(items: list[str], contents: list[str]) -> Scorer:
     """BM25 with the last item's title as the query: what Rec-R1's raw baseline is for sequences."""
-    index = BM25.build(items, contents)
+    index = BM25Searcher.build(items, contents)
     number = {id: n for n, id in enumerate(items)}
     rows = np.array([number[id] for id in index.doc_ids])
 

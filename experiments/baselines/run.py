@@ -30,19 +30,24 @@ import sasrec
 import sequences
 import torch
 
-from recr1.cli import natural, positive
-from recr1.evaluate import mean_ci
-from recr1.files import write_text
-from recr1.log import say
-from recr1.metrics import hit_rate, ndcg, recall, reciprocal_rank
-from recr1.run import run_command
+from recr1.cli import parse_natural, parse_positive
+from recr1.distributed.printing import print_rank0
+from recr1.evaluation.evaluate import compute_mean_ci
+from recr1.tasks.ranking_metrics import (
+    compute_hit_rate,
+    compute_ndcg,
+    compute_recall,
+    compute_reciprocal_rank,
+)
+from recr1.training.launch import run_command
+from recr1.utils.files import write_text
 
 METRICS = {
-    "ndcg@10": (ndcg, 10),
-    "ndcg@100": (ndcg, 100),
-    "recall@10": (recall, 10),
-    "hit@10": (hit_rate, 10),
-    "mrr@100": (reciprocal_rank, 100),
+    "ndcg@10": (compute_ndcg, 10),
+    "ndcg@100": (compute_ndcg, 100),
+    "recall@10": (compute_recall, 10),
+    "hit@10": (compute_hit_rate, 10),
+    "mrr@100": (compute_reciprocal_rank, 100),
 }
 DEPTH = 100
 AT_ONCE = 256  # queries scored together
@@ -63,7 +68,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument(
         "--history",
-        type=positive,
+        type=parse_positive,
         default=10,
         metavar="N",
         help="a user's last items that a method sees; default 10",
@@ -79,9 +84,9 @@ def main(argv: list[str]) -> None:
         help="SASRec's, tried in turn; default 0.2,0.5",
     )
     parser.add_argument(
-        "--epochs", type=positive, default=sasrec.Settings.epochs, help="of SASRec, at most"
+        "--epochs", type=parse_positive, default=sasrec.Settings.epochs, help="of SASRec, at most"
     )
-    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--seed", type=parse_natural, default=0)
     args = parser.parse_args(argv)
     start = time.monotonic()
     found = sequences.load(args.folder, args.setting)
@@ -111,7 +116,7 @@ def main(argv: list[str]) -> None:
             if name != "SASRec"
         },
     )
-    say(table(result))
+    print_rank0(table(result))
     if args.out:
         rows = {
             query.id: {name: {m: float(v[m][i]) for m in METRICS} for name, v in values.items()}
@@ -160,7 +165,7 @@ def tuned(
     """
     known = np.flatnonzero(np.array(found.counts) > 0)
     if not any(found.counts[item] for query in found.test for item in query.history):
-        say(
+        print_rank0(
             "SASRec: not trained, because train has no item of the test's histories: it ranks nothing"
         )
         return lambda histories, texts: np.full(
@@ -193,7 +198,7 @@ def tuned(
             )
         )
         best = max(runs[-1][2], key=lambda row: row["validation"])
-        say(
+        print_rank0(
             f"SASRec, dropout {dropout:g}: validation NDCG@10 {best['validation']:.4f} (n {len(chosen)}) after epoch {best['epoch']} of {len(runs[-1][2])}, "
             f"loss {best['loss']:.3f}"
         )
@@ -238,7 +243,7 @@ def best(row: np.ndarray) -> np.ndarray:
 
 
 def summary(values: dict[str, np.ndarray]) -> dict:
-    return {name: dict(zip(("mean", "ci95"), mean_ci(v))) for name, v in values.items()}
+    return {name: dict(zip(("mean", "ci95"), compute_mean_ci(v))) for name, v in values.items()}
 
 
 def table(result: dict) -> str:

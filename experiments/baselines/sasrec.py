@@ -22,8 +22,8 @@ from sequences import Sequence
 from torch import nn
 from tqdm import tqdm
 
-from recr1.kernels.logprob import by_autograd, linear_loss
-from recr1.policy import policy
+from recr1.kernels.logprob import fused_linear_loss, make_token_loss
+from recr1.model.log_probs import make_distribution
 
 
 @dataclass(frozen=True)
@@ -149,13 +149,13 @@ def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tens
     """Mean of -log softmax(hidden @ weight.T)[target], by the product's head: the (N, K) logits are
     most of SASRec's time. hidden (N, C), weight (K, C).
     """
-    return linear_loss(
+    return fused_linear_loss(
         hidden,
         weight,
         target,
         1.0,
-        policy,
-        by_autograd(lambda logp, rows: -logp.sum() / len(target)),
+        make_distribution,
+        make_token_loss(lambda logp, rows: -logp.sum() / len(target)),
     )[0]
 
 

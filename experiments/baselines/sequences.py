@@ -16,8 +16,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from recr1 import data
-from recr1.data import DataError
+from recr1.data import readers
+from recr1.data.readers import DataError
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ def load(folder: str, setting: str) -> Sequential:
     Raises DataError.
     """
     place = Path(folder)
-    ids, contents, _ = data.read_corpus(_found(place, "corpus.jsonl"))
+    ids, contents, _ = readers.read_corpus(_found(place, "corpus.jsonl"))
     known = set(ids)
     windows, test = (_windows(place, name, known) for name in ("train", f"test_{setting}"))
     sequences: dict[str, list[tuple[list[str], list[bool]]]] = {}
     for id, user, _, history, gains in windows:
-        _append(sequences.setdefault(user, []), history, list(gains), not data.is_validation(id))
+        _append(sequences.setdefault(user, []), history, list(gains), not readers.is_validation(id))
     counts = Counter(
         item
         for parts in sequences.values()
@@ -78,7 +78,7 @@ def load(folder: str, setting: str) -> Sequential:
             Query(id, user, text, [number[doc] for doc in history], gains)
             for id, user, text, history, gains in rows
         ]
-        for rows in ([w for w in windows if data.is_validation(w[0])], test)
+        for rows in ([w for w in windows if readers.is_validation(w[0])], test)
     ]
     if not queries[0] or not counts:
         raise DataError(
@@ -145,8 +145,8 @@ def _windows(
     path = _found(place, f"{split}.queries.jsonl")
     judged = _found(place, f"{split}.qrels.tsv")
     # after this every line is an object with an id and a text
-    texts = data.read_queries(path)[0]
-    qrels = data.read_qrels(judged)[0]
+    texts = readers.read_queries(path)[0]
+    qrels = readers.read_qrels(judged)[0]
     rows = []
     with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
         for line, (id, text) in zip(file, texts.items()):

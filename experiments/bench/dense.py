@@ -25,9 +25,16 @@ import faiss
 import numpy as np
 import torch
 
-from recr1 import dist
-from recr1.config import Retriever
-from recr1.retrieval.dense import EF_CONSTRUCTION, Dense, M, by_torch, exact, load_or_build
+from recr1.config.schema import RetrieverConfig
+from recr1.distributed import collectives as dist
+from recr1.retrieval.dense.searcher import (
+    EF_CONSTRUCTION,
+    DenseSearcher,
+    M,
+    load_or_build_dense,
+    make_exact_search,
+    make_torch_search,
+)
 
 CENTRES = 1000
 SPREAD = 0.5
@@ -83,7 +90,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
-        "--ef", type=int, nargs="+", default=[100, 200, 400, Retriever.ef_search, 800]
+        "--ef", type=int, nargs="+", default=[100, 200, 400, RetrieverConfig.ef_search, 800]
     )
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
@@ -102,7 +109,7 @@ def main() -> None:
     )
 
     with tempfile.TemporaryDirectory() as folder:
-        ours = load_or_build(encoder, ids, ids, folder)
+        ours = load_or_build_dense(encoder, ids, ids, folder)
         ratio, rate, single = against_faiss(ours, vectors, asked, queries, args.pairs)
         print(
             f"exact, {ours.how}: {rate:,.0f} queries/s in batches of {BATCH}, {single:,.0f} one by one; time over IndexFlatIP's own {ratio:.3f}"
@@ -125,7 +132,7 @@ def main() -> None:
 
 
 def against_faiss(
-    ours: Dense, vectors: np.ndarray, asked: np.ndarray, queries: list[str], pairs: int
+    ours: DenseSearcher, vectors: np.ndarray, asked: np.ndarray, queries: list[str], pairs: int
 ) -> tuple[float, float, float]:
     """Median over interleaved pairs of the ratio of times; our queries/s in batches and one by one.
     The results must be equal.
@@ -154,10 +161,10 @@ def against_faiss(
 
 
 def torch_on_cpu(
-    vectors: np.ndarray, asked: np.ndarray, ours: Dense, queries: list[str]
+    vectors: np.ndarray, asked: np.ndarray, ours: DenseSearcher, queries: list[str]
 ) -> list[dict]:
     """What a GPU without faiss-gpu runs, here on the CPU: it must rank the same."""
-    nearest = by_torch(vectors, torch.device("cpu"))
+    nearest = make_torch_search(vectors, torch.device("cpu"))
     scores, _ = nearest(asked[:BATCH], K)
     off = float(np.abs(scores - ours.search(queries[:BATCH], K)[1]).max())
     print(
@@ -174,13 +181,13 @@ def torch_on_cpu(
 
 
 def hnsw(
-    folder: str, ids: list[str], encoder: Lookup, truth: Dense, queries: list[str], args
+    folder: str, ids: list[str], encoder: Lookup, truth: DenseSearcher, queries: list[str], args
 ) -> list[dict]:
     started = time.perf_counter()
     bars = []
     true = truth.search(queries, K)[0].tolist()
-    for n, ef in enumerate(sorted(set(args.ef) | {Retriever.ef_search})):
-        graph = load_or_build(encoder, ids, ids, folder, index="hnsw", ef_search=ef)
+    for n, ef in enumerate(sorted(set(args.ef) | {RetrieverConfig.ef_search})):
+        graph = load_or_build_dense(encoder, ids, ids, folder, index="hnsw", ef_search=ef)
         if not n:
             size = (Path(folder) / "hnsw/hnsw.faiss").stat().st_size / 2**20
             print(
@@ -195,7 +202,7 @@ def hnsw(
         print(
             f"  efSearch {ef:<5} recall@{K} {recall:.4f}   {rate:8,.0f} queries/s in batches, {single:7,.0f} one by one"
         )
-        if ef == Retriever.ef_search:
+        if ef == RetrieverConfig.ef_search:
             bars.append(
                 dict(
                     name=f"HNSW recall@{K} of exact at the default efSearch {ef}",
@@ -215,8 +222,8 @@ def on_gpu() -> list[dict]:
     bars = []
     vectors = mixture(1_000_000, 2)
     asked = mixture(BATCH, 3)
-    searchers = {"torch": by_torch(vectors, device)}
-    nearest, how = exact(vectors, device)
+    searchers = {"torch": make_torch_search(vectors, device)}
+    nearest, how = make_exact_search(vectors, device)
     if "faiss" in how:
         searchers["faiss"] = nearest
     for name, search in searchers.items():

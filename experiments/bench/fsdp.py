@@ -28,15 +28,16 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.profiler import ProfilerActivity, profile
 
-from recr1 import dist
-from recr1.config import Optimizer as OptimizerConfig
-from recr1.fsdp import Sharded
-from recr1.model import Decoder, ModelConfig
-from recr1.optim import Optimizer
-from recr1.packing import pack
-from recr1.policy import score
-from recr1.records import Batch, Prompt, Rollout
-from recr1.session import session
+from recr1.config.schema import OptimizerConfig
+from recr1.data_types import MicroBatch, Prompt, Rollout
+from recr1.distributed import collectives as dist
+from recr1.distributed.fsdp import Sharded
+from recr1.distributed.process_group import process_group
+from recr1.model.decoder import Decoder
+from recr1.model.log_probs import compute_log_probs
+from recr1.model.rope import DecoderConfig
+from recr1.rl.packing import pack_rollouts
+from recr1.training.optimizer import Optimizer
 
 ROOT = str(Path(__file__).resolve().parents[2])
 ALONE = ("ours", "fully_shard", "ours+checkpointing", "fully_shard+checkpointing")
@@ -79,7 +80,7 @@ def main() -> None:
                 sys.exit(done.returncode)
         return
     torch.set_num_threads(1)
-    with session():
+    with process_group():
         if args.alone:
             return resident(args, *args.alone.split("+"))
         bars = [bar for checkpointing in (False, True) for bar in compare(args, checkpointing)]
@@ -91,7 +92,7 @@ def resident(args, side: str, *checkpointing: str) -> None:
     step = SIDES[side](args, bool(checkpointing))
     for i in range(3):
         step(batch(args, i))
-    most = dist.largest(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    most = dist.all_reduce_max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     if dist.rank() == 0:
         print(f"{args.alone:<27} resident {most / 1024:,.0f} MiB, the larger rank, 3 steps")
 
@@ -105,19 +106,19 @@ def compare(args, checkpointing: bool) -> list[dict]:
         for name in sorted(sides, reverse=step % 2 == 1):
             td.barrier()
             began = time.perf_counter()
-            losses[name].append(dist.total(float(sides[name](batches[step % 3])))[0])
+            losses[name].append(dist.all_reduce_sum(float(sides[name](batches[step % 3])))[0])
             synchronize()
             if step >= 2:  # the first two warm up
                 seconds[name].append(time.perf_counter() - began)
     figures = {name: measure(side, batches[0]) for name, side in sides.items()}
     n = sum(p.numel() for p in Decoder(shape(args)).parameters())
-    world = dist.world()
+    world = dist.world_size()
     pairs = sorted(a / b for a, b in zip(seconds["ours"], seconds["fully_shard"]))
     time_ratio = (
         torch.tensor(seconds["ours"]).median().item()
         / torch.tensor(seconds["fully_shard"]).median().item()
     )
-    peak_ratio = dist.largest(figures["ours"]["peak"]) / dist.largest(
+    peak_ratio = dist.all_reduce_max(figures["ours"]["peak"]) / dist.all_reduce_max(
         figures["fully_shard"]["peak"]
     )
     difference = max(abs(a - b) / abs(b) for a, b in zip(losses["ours"], losses["fully_shard"]))
@@ -150,9 +151,9 @@ def bar(name: str, value: float, most: float) -> dict:
     return dict(name=name, value=value, bar=most, ok=value <= most)
 
 
-def shape(args) -> ModelConfig:
+def shape(args) -> DecoderConfig:
     heads = args.width // 64
-    return ModelConfig(
+    return DecoderConfig(
         family="llama",
         vocab_size=args.vocabulary,
         hidden_size=args.width,
@@ -178,7 +179,7 @@ def decoder(args) -> Decoder:
     return model
 
 
-def batch(args, step: int) -> Batch:
+def batch(args, step: int) -> MicroBatch:
     """rows texts of a prompt of one token and `length` targets; each rank has its own."""
     g = torch.Generator().manual_seed(1000 * step + dist.rank())
     rollouts = []
@@ -189,13 +190,13 @@ def batch(args, step: int) -> Batch:
                 Prompt(str(row), row, "", (first,)), row, 0, tuple(ids), (0.0,) * args.length, True
             )
         )
-    [made] = pack(rollouts, args.rows * args.length, dist.device())
+    [made] = pack_rollouts(rollouts, args.rows * args.length, dist.device())
     return made
 
 
-def loss_of(model, batch: Batch) -> torch.Tensor:
-    logp, _ = score(model, batch, temperature=1.0)
-    return -logp.sum() / (len(batch.target) * dist.world())
+def loss_of(model, batch: MicroBatch) -> torch.Tensor:
+    logp, _ = compute_log_probs(model, batch, temperature=1.0)
+    return -logp.sum() / (len(batch.target) * dist.world_size())
 
 
 def ours(args, checkpointing: bool):
@@ -210,7 +211,7 @@ def ours(args, checkpointing: bool):
     )
     optimizer = Optimizer(model, SETTINGS, 10**9)
 
-    def step(batch: Batch) -> torch.Tensor:
+    def step(batch: MicroBatch) -> torch.Tensor:
         loss = loss_of(model, batch)
         loss.backward()
         step.gradient = sum(p.grad.nbytes for p in model.parameters())
@@ -256,7 +257,7 @@ def theirs(args, checkpointing: bool):
         fused=True,
     )
 
-    def step(batch: Batch) -> torch.Tensor:
+    def step(batch: MicroBatch) -> torch.Tensor:
         loss = loss_of(model, batch)
         loss.backward()
         step.gradient = sum(p.grad.to_local().nbytes for p in params)
@@ -280,7 +281,7 @@ def theirs(args, checkpointing: bool):
 SIDES = {"ours": ours, "fully_shard": theirs}
 
 
-def measure(step, batch: Batch) -> dict[str, int]:
+def measure(step, batch: MicroBatch) -> dict[str, int]:
     """Peak above the step's start, state, gradient, and bytes that this rank receives in
     all-gathers and gives into reduce-scatters.
     """
@@ -290,7 +291,7 @@ def measure(step, batch: Batch) -> dict[str, int]:
         def call(*args, **kwargs):
             nonlocal moved
             values = [*args, *kwargs.values()]
-            moved += values[argument].nbytes * (dist.world() - 1) // dist.world()
+            moved += values[argument].nbytes * (dist.world_size() - 1) // dist.world_size()
             return collective(*args, **kwargs)
 
         return call

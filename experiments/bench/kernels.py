@@ -37,10 +37,10 @@ if "--dry-run" in sys.argv:
 import torch
 import torch.nn.functional as F
 
-from recr1.kernels import launch, logprob
-from recr1.kernels.group_loss import GroupPull, Rule
-from recr1.kernels.logprob import by_autograd, linear_logp, linear_loss
-from recr1.policy import policy
+from recr1.kernels import availability, logprob
+from recr1.kernels.group_loss import GroupTokenLoss, LossRule
+from recr1.kernels.logprob import fused_linear_loss, linear_log_probs, make_token_loss
+from recr1.model.log_probs import make_distribution
 
 WIDTHS = {"0.5B": 896, "1.5B": 1536, "3B": 2048}
 GROUP = 16
@@ -73,21 +73,25 @@ class Case:
         return -logp.sum() / self.N
 
     def shots(self, pull, backend="triton"):
-        return linear_loss(self.hidden, self.weight, self.target, 1.0, policy, pull, backend)[0]
+        return fused_linear_loss(
+            self.hidden, self.weight, self.target, 1.0, make_distribution, pull, backend
+        )[0]
 
     def one_shot(self):
-        return self.shots(by_autograd(self.mean))
+        return self.shots(make_token_loss(self.mean))
 
     def joined(self):
-        return self.shots(GroupPull(Rule(), **self.group))
+        return self.shots(GroupTokenLoss(LossRule(), **self.group))
 
     def recompute(self):
         return self.mean(
-            linear_logp(self.hidden, self.weight, self.target, 1.0, policy, "triton")[0]
+            linear_log_probs(
+                self.hidden, self.weight, self.target, 1.0, make_distribution, "triton"
+            )[0]
         )
 
     def one_shot_torch(self):
-        return self.shots(by_autograd(self.mean), "torch")
+        return self.shots(make_token_loss(self.mean), "torch")
 
     def eager(self):
         logits = (self.hidden @ self.weight.T).float()
@@ -178,7 +182,9 @@ def usable(device: str, dry: bool) -> list[str]:
         why = (
             "not in a dry run"
             if dry and path in NOT_DRY
-            else launch.refusal("triton" if path in OURS else "torch", torch.device(device))
+            else availability.explain_unavailable(
+                "triton" if path in OURS else "torch", torch.device(device)
+            )
         )
         try:
             if why is None:
@@ -235,8 +241,8 @@ def table(paths, model, N, C, V, device, repeats) -> dict[str, dict]:
 def copy_share(N: int, device: str, repeats: int) -> float:
     """The token kernel's rate over a copy's, by bytes."""
     x = torch.randn(N, device=device)
-    pull = GroupPull(
-        Rule(kl=0.1),
+    pull = GroupTokenLoss(
+        LossRule(kl=0.1),
         torch.randn(64, GROUP, device=device),
         torch.arange(N, device=device) * 64 * GROUP // N,
         torch.ones_like(x),
@@ -308,7 +314,7 @@ def main() -> int:
         share = copy_share(3000 if args.dry_run else 1 << 24, device, args.repeats)
         if not args.dry_run:
             bars.append(bar("token kernel / copy bandwidth", share, 0.8, share >= 0.8))
-    logits = logprob.WORKSPACE["cuda"] / 2**30
+    logits = logprob.WORKSPACE_BYTES["cuda"] / 2**30
     bars.append(bar("workspace of logits, GiB", logits, 0.3, logits <= 0.3))
     print(json.dumps({"bars": bars}))
     return 0 if all(b["ok"] for b in bars) else 1

@@ -27,8 +27,8 @@ from statistics import median
 
 import torch
 
-from recr1.kernels.logprob import by_autograd, linear_logp, linear_loss
-from recr1.policy import policy
+from recr1.kernels.logprob import fused_linear_loss, linear_log_probs, make_token_loss
+from recr1.model.log_probs import make_distribution
 
 SHAPES = {"small": (1024, 512, 32_768), "large": (4096, 896, 151_936)}
 # time, memory
@@ -63,12 +63,19 @@ class Case:
         return self.formula(logits.gather(-1, self.target[:, None])[:, 0] - logits.logsumexp(-1))
 
     def one_shot(self):
-        return linear_loss(
-            self.hidden, self.weight, self.target, 1.0, policy, by_autograd(self.formula)
+        return fused_linear_loss(
+            self.hidden,
+            self.weight,
+            self.target,
+            1.0,
+            make_distribution,
+            make_token_loss(self.formula),
         )[0]
 
     def recompute(self):
-        return self.formula(linear_logp(self.hidden, self.weight, self.target, 1.0, policy)[0])
+        return self.formula(
+            linear_log_probs(self.hidden, self.weight, self.target, 1.0, make_distribution)[0]
+        )
 
     def liger(self):
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss

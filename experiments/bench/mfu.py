@@ -25,15 +25,17 @@ from pathlib import Path
 
 import torch
 
-from recr1 import dist
-from recr1.config import Config, Sampling, Train
-from recr1.dryrun import model_shape
-from recr1.fsdp import Sharded
-from recr1.grpo import objective, policy_loss
-from recr1.model import Decoder, ModelConfig
-from recr1.optim import Optimizer
-from recr1.records import Prompt, Rollout
-from recr1.train import optimiser_steps
+from recr1.config.schema import Config, SamplingConfig, TrainConfig
+from recr1.data_types import Prompt, Rollout
+from recr1.distributed import collectives as dist
+from recr1.distributed.fsdp import Sharded
+from recr1.model.decoder import Decoder
+from recr1.model.rope import DecoderConfig
+from recr1.rl.losses import resolve_objective
+from recr1.rl.policy_loss import compute_policy_loss
+from recr1.train import make_updates
+from recr1.training.dry_run import read_model_shape
+from recr1.training.optimizer import Optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PEAK = 989e12
@@ -57,7 +59,7 @@ def main() -> None:
     for flag in ("checkpointing", "dry-run"):
         parser.add_argument(f"--{flag}", action="store_true")
     args = parser.parse_args()
-    shape = model_shape(args.model, str(ROOT / "experiments/any.yaml"))
+    shape = read_model_shape(args.model, str(ROOT / "experiments/any.yaml"))
     if args.dry_run:
         args.prompts, args.group, args.prompt, args.completion, args.repeats, args.kernels = (
             2,
@@ -108,7 +110,7 @@ def main() -> None:
     )
 
 
-def measure(shape: ModelConfig, args) -> tuple[float, int, list]:
+def measure(shape: DecoderConfig, args) -> tuple[float, int, list]:
     """Median seconds of a step, peak bytes, the micro-batches."""
     device = dist.device()
     with torch.device("meta"):
@@ -127,11 +129,11 @@ def measure(shape: ModelConfig, args) -> tuple[float, int, list]:
         decoder, read, device=device, compute=torch.bfloat16, checkpointing=args.checkpointing
     )
     cfg = Config(
-        sampling=Sampling(group_size=args.group, max_new_tokens=args.completion),
-        train=Train(tokens_per_micro_batch=args.tokens_per_micro_batch),
+        sampling=SamplingConfig(group_size=args.group, max_new_tokens=args.completion),
+        train=TrainConfig(tokens_per_micro_batch=args.tokens_per_micro_batch),
     )
     cfg = replace(cfg, model=replace(cfg.model, kernels=args.kernels))
-    loss = objective(cfg.loss, cfg.model)
+    loss = resolve_objective(cfg.loss, cfg.model)
     optimizer = Optimizer(policy, cfg.optimizer, 10**6)
     texts = rollouts(shape.vocab_size, args)
     adv = torch.tensor([1.0, -1.0]).repeat(len(texts))[: len(texts)]
@@ -139,9 +141,9 @@ def measure(shape: ModelConfig, args) -> tuple[float, int, list]:
     for _ in range(1 + args.repeats):
         synchronize()
         began = time.perf_counter()
-        [(total, batches)] = optimiser_steps(policy, None, texts, adv, cfg, loss.average)
+        [(total, batches)] = make_updates(policy, None, texts, adv, cfg, loss.average)
         for batch in batches:
-            policy_loss(policy, batch, total, 1.0, loss)[0].backward()
+            compute_policy_loss(policy, batch, total, 1.0, loss)[0].backward()
         optimizer.step()
         synchronize()
         seconds.append(time.perf_counter() - began)
@@ -167,7 +169,7 @@ def rollouts(vocabulary: int, args) -> list[Rollout]:
     ]
 
 
-def flops(c: ModelConfig, args) -> tuple[float, float]:
+def flops(c: DecoderConfig, args) -> tuple[float, float]:
     """(FLOP of forward and backward, FLOP of computing the blocks' forward once more)."""
     heads = c.num_attention_heads * c.head_dim
     kv = c.num_key_value_heads * c.head_dim

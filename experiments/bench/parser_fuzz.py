@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from recr1.answers import parse_query
+from recr1.tasks.answer_parser import parse_query
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
 from fuzz_answers import completions  # noqa: E402

@@ -28,20 +28,29 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from recr1 import dist
-from recr1.config import Config, Loss, Model, PromptText, Sampling, Train
-from recr1.evaluate import greedy
-from recr1.footprint import Footprint, total
-from recr1.fsdp import Sharded, gathered
-from recr1.grpo import objective, policy_loss
-from recr1.model import Decoder, ModelConfig
-from recr1.optim import Optimizer
-from recr1.packing import distinct
-from recr1.plan import set_in
-from recr1.records import Prompt
-from recr1.sample import generate, new_cache
-from recr1.session import session
-from recr1.train import every_token, optimiser_steps
+from recr1.config.schema import (
+    Config,
+    LossConfig,
+    ModelConfig,
+    PromptConfig,
+    SamplingConfig,
+    TrainConfig,
+)
+from recr1.data_types import Prompt
+from recr1.distributed import collectives as dist
+from recr1.distributed.fsdp import Sharded, unsharded
+from recr1.distributed.process_group import process_group
+from recr1.evaluation.evaluate import generate_greedily
+from recr1.memory.estimate import MemoryEstimate, sum_bytes
+from recr1.memory.plan import apply_overrides
+from recr1.model.decoder import Decoder
+from recr1.model.rope import DecoderConfig
+from recr1.rl.losses import resolve_objective
+from recr1.rl.packing import deduplicate
+from recr1.rl.policy_loss import compute_policy_loss
+from recr1.sampling.generate import generate, make_cache
+from recr1.train import log_token_values, make_updates
+from recr1.training.optimizer import Optimizer
 
 SMALL = dict(num_hidden_layers=4, hidden_size=256)
 WIDE = dict(num_hidden_layers=12, hidden_size=512)
@@ -82,10 +91,10 @@ QUICK = ["4x256 checkpointing", "4x256 vocabulary 32768 recompute, reference"]
 BARRED = ("sampling", "training")
 
 
-def case(name: str) -> tuple[Config, ModelConfig, int]:
+def case(name: str) -> tuple[Config, DecoderConfig, int]:
     sizes, groups, overrides, ranks = CASES[name]
     width = sizes["hidden_size"]
-    shape = ModelConfig(
+    shape = DecoderConfig(
         **dict(
             family="qwen2",
             vocab_size=4096,
@@ -103,13 +112,13 @@ def case(name: str) -> tuple[Config, ModelConfig, int]:
     )
     prompts = 4 if sizes["num_hidden_layers"] > 4 else 8
     cfg = Config(
-        model=Model(compute="float32"),
-        prompt=PromptText(max_tokens=64),
-        sampling=Sampling(group_size=4, max_new_tokens=128),
-        loss=Loss(),
-        train=Train(prompts_per_step=prompts, tokens_per_micro_batch=groups * GROUP),
+        model=ModelConfig(compute="float32"),
+        prompt=PromptConfig(max_tokens=64),
+        sampling=SamplingConfig(group_size=4, max_new_tokens=128),
+        loss=LossConfig(),
+        train=TrainConfig(prompts_per_step=prompts, tokens_per_micro_batch=groups * GROUP),
     )
-    cfg = set_in(cfg, overrides)
+    cfg = apply_overrides(cfg, overrides)
     group = cfg.prompt.max_tokens + 4 * (cfg.sampling.max_new_tokens - 1)
     return (
         replace(cfg, train=replace(cfg.train, tokens_per_micro_batch=groups * group)),
@@ -118,7 +127,7 @@ def case(name: str) -> tuple[Config, ModelConfig, int]:
     )
 
 
-def steps(cfg: Config, shape: ModelConfig) -> None:
+def steps(cfg: Config, shape: DecoderConfig) -> None:
     """Two steps of the loop, with random rewards; the first, of short texts, makes Adam's moments."""
     compute = dict(float32=torch.float32, bfloat16=torch.bfloat16)[cfg.model.compute]
     g = torch.Generator().manual_seed(0)
@@ -152,21 +161,21 @@ def steps(cfg: Config, shape: ModelConfig) -> None:
     policy = model(checkpointing=cfg.train.checkpointing)
     reference = model(master=compute, frozen=("*",)) if cfg.loss.kl else None
     optimizer = Optimizer(policy, cfg.optimizer, 2)
-    loss = objective(cfg.loss, cfg.model)
+    loss = resolve_objective(cfg.loss, cfg.model)
     for length in (2, s.max_new_tokens):
-        with gathered(policy):
-            cache = new_cache(policy)
-        mine = dist.share(prompts(cfg.train.prompts_per_step))
+        with unsharded(policy):
+            cache = make_cache(policy)
+        mine = dist.split_across_ranks(prompts(cfg.train.prompts_per_step))
         uniforms = np.random.default_rng(dist.rank()).random((len(mine), s.group_size, length))
-        with record_function("phase sampling"), gathered(policy):
+        with record_function("phase sampling"), unsharded(policy):
             rollouts = generate(
                 policy, mine, s.group_size, s.temperature, length, frozenset(), uniforms, cache
             )
-        texts, first = distinct(rollouts)
+        texts, first = deduplicate(rollouts)
         with record_function("phase scoring"):
-            every_token(policy, reference, texts, cfg)
+            log_token_values(policy, reference, texts, cfg)
         with record_function("phase training"):
-            [(tokens, batches)] = optimiser_steps(
+            [(tokens, batches)] = make_updates(
                 policy,
                 reference,
                 texts,
@@ -176,22 +185,24 @@ def steps(cfg: Config, shape: ModelConfig) -> None:
             )
             for i, batch in enumerate(batches, 1):
                 policy.hold = cfg.train.reduce == "step" and i < len(batches)
-                value, logp, _ = policy_loss(policy, batch, tokens, s.temperature, loss)
+                value, logp, _ = compute_policy_loss(policy, batch, tokens, s.temperature, loss)
                 value.backward()
                 del value, logp  # the loop's next line binds them anew; here the phase ends
         with record_function("phase update"):
             optimizer.step()
         del rollouts, texts, batches, batch
     with record_function("phase evaluation"):
-        greedy(
+        generate_greedily(
             policy,
-            prompts(Footprint(cfg, shape, dist.world(), gpu=False).evaluated),
+            prompts(MemoryEstimate(cfg, shape, dist.world_size(), gpu=False).evaluated),
             frozenset(),
             s.max_new_tokens,
         )
 
 
-def measure(cfg: Config, shape: ModelConfig, watched: str | None) -> tuple[dict[str, int], Counter]:
+def measure(
+    cfg: Config, shape: DecoderConfig, watched: str | None
+) -> tuple[dict[str, int], Counter]:
     """{phase: bytes live at most}, and of the phase `watched` what those are: {(bytes of one, place
     of allocation): bytes}.
     """
@@ -235,7 +246,7 @@ def measure(cfg: Config, shape: ModelConfig, watched: str | None) -> tuple[dict[
 
 def one(name: str, live: str | None) -> None:
     torch.set_num_threads(1)
-    with session():
+    with process_group():
         cfg, shape, _ = case(name)
         most, places = measure(cfg, shape, live)
         if dist.rank() == 0:
@@ -284,11 +295,11 @@ def main() -> int:
                 line for line in done.stdout.splitlines() if line.startswith("measured ")
             ).removeprefix("measured ")
         )
-        phases = Footprint(cfg, shape, ranks, gpu=False).phases()
+        phases = MemoryEstimate(cfg, shape, ranks, gpu=False).phases()
         print(
             f"{name:<60}"
             + "  ".join(
-                f"{p} {total(phases[p]) / 1e6:.1f}/{measured[p] / 1e6:.1f}={total(phases[p]) / measured[p]:.3f}"
+                f"{p} {sum_bytes(phases[p]) / 1e6:.1f}/{measured[p] / 1e6:.1f}={sum_bytes(phases[p]) / measured[p]:.3f}"
                 for p in measured
             ),
             flush=True,
@@ -302,7 +313,7 @@ def main() -> int:
                 )
             )
         for phase in BARRED:
-            ratio = total(phases[phase]) / measured[phase]
+            ratio = sum_bytes(phases[phase]) / measured[phase]
             bars.append(
                 dict(
                     name=f"{name}: {phase}, predicted / measured",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recr1.intervals import bootstrap_ci
+from recr1.evaluation.bootstrap import compute_bootstrap_ci
 
 
 def bar(name: str, value: float, limit: float, ok: bool) -> dict:
@@ -42,7 +42,10 @@ def main(folders: list[str]) -> int:
         )
         gain = a - raw
         lift = a - b
-        (gain_low, gain_high), (lift_low, lift_high) = bootstrap_ci(gain), bootstrap_ci(lift)
+        (gain_low, gain_high), (lift_low, lift_high) = (
+            compute_bootstrap_ci(gain),
+            compute_bootstrap_ci(lift),
+        )
         unparsable = np.mean([row["error"] is not None for row in after])
         gains.append(gain.mean())
         name = Path(folder).name

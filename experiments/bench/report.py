@@ -26,15 +26,18 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from browser import Browser, installed  # noqa: E402
 
-from recr1 import (  # noqa: E402
-    config_file as configs,  # noqa: E402
-    data,
-    report,
-)
-from recr1.config import Config  # noqa: E402
-from recr1.metrics import ndcg  # noqa: E402
-from recr1.retrieval.base import Retriever  # noqa: E402
-from recr1.retrieval.make import make  # noqa: E402
+from recr1 import report
+from recr1.config import loader as configs
+from recr1.config.schema import Config
+from recr1.data import readers
+from recr1.retrieval.factory import build_retriever
+from recr1.retrieval.interface import Retriever
+from recr1.tasks.ranking_metrics import compute_ndcg
+
+# noqa: E402
+# noqa: E402
+# noqa: E402
+# noqa: E402
 
 PROMPTS = 8
 SIBLINGS = 8
@@ -48,16 +51,16 @@ def made_up(folder: Path, cfg: Config, retriever: Retriever, steps: int, tokens:
     """A finished run's files."""
     rnd = random.Random(0)
     train, test = (
-        list(data.read_queries(getattr(cfg.data, f"{split}_queries"))[0].items())
+        list(readers.read_queries(getattr(cfg.data, f"{split}_queries"))[0].items())
         for split in ("train", "test")
     )
-    qrels = data.read_qrels(cfg.data.test_qrels)[0]
+    qrels = readers.read_qrels(cfg.data.test_qrels)[0]
     k = cfg.reward.k_eval
 
     def scores(queries: list[str]) -> list[float]:
         found = retriever.search(queries, k)[0].tolist()
         return [
-            ndcg([retriever.doc_ids[row] for row in rows if row >= 0], qrels.get(id, {}), k)
+            compute_ndcg([retriever.doc_ids[row] for row in rows if row >= 0], qrels.get(id, {}), k)
             for (id, _), rows in zip(test, found)
         ]
 
@@ -66,7 +69,7 @@ def made_up(folder: Path, cfg: Config, retriever: Retriever, steps: int, tokens:
     raw = scores(raws)
     after = scores(rewrites)
     folder.mkdir()
-    (folder / "config.yaml").write_text(configs.dump(cfg), encoding="utf-8")
+    (folder / "config.yaml").write_text(configs.dump_config(cfg), encoding="utf-8")
     for name, answers, own in (("eval_before", raws, raw), ("eval_after", rewrites, after)):
         rows = [
             dict(id=id, raw=text, rewrite=answer, ndcg_raw=r, ndcg=score, text=answer, error=None)
@@ -149,10 +152,10 @@ def main() -> int:
         quickstart = str(ROOT / "experiments/quickstart.yaml")
         files = [
             f"data.{name}={ROOT / path}"
-            for name, path in vars(configs.load(quickstart, []).data).items()
+            for name, path in vars(configs.load_config(quickstart, []).data).items()
             if str(path).startswith("experiments/")
         ]
-        cfg = configs.load(
+        cfg = configs.load_config(
             quickstart,
             [
                 *files,
@@ -163,11 +166,11 @@ def main() -> int:
                 "loss.kl=0.01",
             ],
         )
-        retriever, _ = make(cfg.retriever)(cfg.data.corpus, "stop", None, print)
+        retriever, _ = build_retriever(cfg.retriever)(cfg.data.corpus, "stop", None, print)
         made_up(folder, cfg, retriever, args.steps, args.tokens)
         start = time.perf_counter()
         cpu = time.process_time()
-        page = report.write([str(folder)], retriever=retriever)
+        page = report.write_report([str(folder)], retriever=retriever)
         rollouts = args.steps * PROMPTS * SIBLINGS
         print(
             f"{rollouts:,} rollouts of {args.tokens} tokens, {(folder / 'rollouts.jsonl.gz').stat().st_size / 1e6:.0f} MB: written in "

@@ -42,17 +42,17 @@ except ImportError as e:
 
 from zipf import Zipf
 
-from recr1.config import RewardRule
-from recr1.hub import load_tokenizer
-from recr1.records import Prompt, Rollout
-from recr1.retrieval.analyzer import analyze
-from recr1.retrieval.bm25 import BM25
-from recr1.retrieval.index import FORMAT, Index
-from recr1.retrieval.postings import Parameters, impacts, postings
-from recr1.retrieval.strings import Strings
+from recr1.config.schema import RewardConfig
+from recr1.data_types import Prompt, Rollout
+from recr1.retrieval.bm25.analyzer import analyze
+from recr1.retrieval.bm25.impacts import BM25Parameters, build_postings, compute_impacts
+from recr1.retrieval.bm25.index import FORMAT, BM25Index
+from recr1.retrieval.bm25.searcher import BM25Searcher
+from recr1.retrieval.bm25.string_table import StringTable
 from recr1.tasks.product_search import ProductSearch
-from recr1.tasks.rewards import Parts
-from recr1.tasks.scoring import Scorer
+from recr1.tasks.rewards import RewardTerms
+from recr1.tasks.scorer import Scorer
+from recr1.utils.hf_hub import load_tokenizer
 
 HERE = Path(__file__).resolve().parents[1]
 DEPTH = 1000
@@ -148,25 +148,25 @@ class Ours:
     def prepare(self) -> None:
         """What is compiled once is no index time."""
         one = np.zeros(1, np.int64)
-        postings(one.astype(np.int32), one + 1, one, 1, self.scorer == "numba")
+        build_postings(one.astype(np.int32), one + 1, one, 1, self.scorer == "numba")
 
     def build(self) -> None:
         c = self.corpus
-        parameters = Parameters()
+        parameters = BM25Parameters()
         order = np.arange(len(c.lengths))
-        arrays = postings(c.tokens, c.lengths, order, len(c.terms), self.scorer == "numba")
-        self.arrays = *arrays[:2], impacts(parameters, *arrays, c.lengths)
+        arrays = build_postings(c.tokens, c.lengths, order, len(c.terms), self.scorer == "numba")
+        self.arrays = *arrays[:2], compute_impacts(parameters, *arrays, c.lengths)
 
     def ready(self) -> None:
         c = self.corpus
         meta = dict(format=FORMAT, dropped=[0], k1=1.2, b=0.75, variant="lucene", length="exact")
-        self.index = Index(
+        self.index = BM25Index(
             meta,
-            Strings.of(f"{i:09}" for i in range(len(c.lengths))),
-            Strings.of(c.terms),
+            StringTable.of(f"{i:09}" for i in range(len(c.lengths))),
+            StringTable.of(c.terms),
             *self.arrays,
         )
-        self.bm25 = BM25(self.index, self.scorer)
+        self.bm25 = BM25Searcher(self.index, self.scorer)
 
     def bytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
@@ -275,7 +275,7 @@ def grown(kind: str, folder: str, queries: list[list[int]], pipe, what: str = "R
         warm.index([[0, 1], [1, 2]], show_progress=False)
         warm.retrieve([[0]], k=1, show_progress=False)
     else:
-        BM25.build(["a"], ["a0"], scorer=kind.split(", ")[1]).search(["a0"], 1)
+        BM25Searcher.build(["a"], ["a0"], scorer=kind.split(", ")[1]).search(["a0"], 1)
     pipe.send(None)
     pipe.recv()
     before = rss(what)
@@ -283,7 +283,7 @@ def grown(kind: str, folder: str, queries: list[list[int]], pipe, what: str = "R
         model = bm25s.BM25.load(folder)
         model.retrieve(queries, k=min(DEPTH, model.scores["num_docs"]), show_progress=False)
     else:
-        model = BM25(Index.load(folder), kind.split(", ")[1])
+        model = BM25Searcher(BM25Index.load(folder), kind.split(", ")[1])
         model.rank([dict.fromkeys(query, 1) for query in queries], DEPTH)
     pipe.send(None)
     pipe.recv()
@@ -407,10 +407,10 @@ def reward_seconds(ours: Ours, pairs: int) -> float:
                 Rollout(Prompt(f"q{q}", q, "", ()), q, 0, tuple(ids), (0.0,) * len(ids), True)
             )
         task = Scorer(
-            ProductSearch(RewardRule()),
+            ProductSearch(RewardConfig()),
             ours.bm25,
             qrels,
-            Parts(RewardRule(), DEPTH),
+            RewardTerms(RewardConfig(), DEPTH),
             lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
             limit=512,
         )

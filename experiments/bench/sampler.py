@@ -47,12 +47,13 @@ import torch
 from transformers import GenerationConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
 from twins import qwen2, twins
 
-from recr1 import memory
-from recr1.draws import uniforms
-from recr1.dryrun import model_shape
-from recr1.model import Decoder, ModelConfig
-from recr1.records import Prompt
-from recr1.sample import generate, new_cache
+from recr1.data_types import Prompt
+from recr1.memory import measure as memory
+from recr1.model.decoder import Decoder
+from recr1.model.rope import DecoderConfig
+from recr1.sampling.generate import generate, make_cache
+from recr1.training.dry_run import read_model_shape
+from recr1.utils.counter_rng import draw_uniforms
 
 ROOT = Path(__file__).resolve().parents[2]
 # ragged texts: mean over the longest, and the width of the normal
@@ -116,11 +117,11 @@ class Ours:
     def __init__(self, decoder: Decoder):
         self.model = decoder
         self.last = decoder.config.vocab_size - 1
-        self.cache = new_cache(decoder)
+        self.cache = make_cache(decoder)
 
     def __call__(self, batch: Batch) -> list[tuple[int, ...]]:
         w = batch.work
-        u = uniforms(0, batch.number, np.arange(w.prompts), w.group, w.new)
+        u = draw_uniforms(0, batch.number, np.arange(w.prompts), w.group, w.new)
         # float32 sums of a distribution that gives its last id more than 1e-6 and less than .01:
         # see the assert
         if w.ragged:
@@ -195,7 +196,7 @@ class Ends(StoppingCriteria):
 class Pair:
     """One shape and type: the sides on the same weights, and what they reach on a piece of work."""
 
-    def __init__(self, name: str, config: ModelConfig, dtype: torch.dtype, device: str):
+    def __init__(self, name: str, config: DecoderConfig, dtype: torch.dtype, device: str):
         self.name = name
         self.config = config
         self.dtype = dtype
@@ -269,10 +270,10 @@ class Pair:
     def growth(self, side: str, work: Work) -> int:
         # ours with a cache of its own
         run = Ours(self.decoder) if side == "ours" else self.sides[side]
-        memory.restart()
-        before = memory.peak()
+        memory.restart_peak()
+        before = memory.measure_peak()
         run(work.batch(self.config.vocab_size, 0))
-        return memory.peak() - before
+        return memory.measure_peak() - before
 
     def greedy(self, work: Work) -> int:
         """How many prompts' greedy texts differ from transformers' where the best token is clear."""
@@ -332,7 +333,7 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Size:
-    config: ModelConfig
+    config: DecoderConfig
     equal: float  # bars: ours over theirs
     ragged: float
 
@@ -385,7 +386,7 @@ def barred(name: str, size: Size, work: Work, repeats: int) -> list[dict]:
 
 
 def alone(
-    name: str, config: ModelConfig, dtype: torch.dtype, side: str, work: Work, threads: int
+    name: str, config: DecoderConfig, dtype: torch.dtype, side: str, work: Work, threads: int
 ) -> int:
     """In a process of its own: the bytes by which its memory grows over the work."""
     torch.set_num_threads(threads)
@@ -413,7 +414,7 @@ def table(name: str, size: Size, base: Work, repeats: int, dry: bool) -> None:
 
 
 def on_gpu(name: str, work: Work, repeats: int, dry: bool) -> list[dict]:
-    shape = model_shape(f"Qwen/Qwen2.5-{name}-Instruct", str(ROOT / "experiments/any.yaml"))
+    shape = read_model_shape(f"Qwen/Qwen2.5-{name}-Instruct", str(ROOT / "experiments/any.yaml"))
     pair = Pair(name, DRY.config if dry else shape, BFLOAT16, "cpu" if dry else "cuda")
     f = pair.measure(f"{work.prompts} of {work.prompt} x {work.group} of {work.new}", work, repeats)
     speed, copy, (least, over) = f.speed["ours"], copy_rate(pair.device), GPU_SIZES[name]
@@ -439,7 +440,7 @@ def on_gpu(name: str, work: Work, repeats: int, dry: bool) -> list[dict]:
     return bars
 
 
-def roofline(c: ModelConfig, work: Work, copy: float) -> float:
+def roofline(c: DecoderConfig, work: Work, copy: float) -> float:
     """Tokens per second when each decode step first reads all, every row its whole context, and
     then multiplies, at the mean context, in bfloat16.
     """

@@ -45,17 +45,19 @@ except ImportError:
 
 from twins import qwen2, twins
 
-from recr1 import memory
-from recr1.config import Config, Loss, Sampling
-from recr1.fsdp import Sharded, gathered
-from recr1.grpo import group_advantages, objective, policy_loss
-from recr1.log import Step
-from recr1.model import Decoder
-from recr1.optim import Optimizer
-from recr1.packing import distinct
-from recr1.records import Prompt, Reward, Rollout
-from recr1.sample import generate, new_cache
-from recr1.train import optimiser_steps
+from recr1.config.schema import Config, LossConfig, SamplingConfig
+from recr1.data_types import Prompt, Reward, Rollout
+from recr1.distributed.fsdp import Sharded, unsharded
+from recr1.memory import measure as memory
+from recr1.model.decoder import Decoder
+from recr1.rl.advantages import compute_group_advantages
+from recr1.rl.losses import resolve_objective
+from recr1.rl.packing import deduplicate
+from recr1.rl.policy_loss import compute_policy_loss
+from recr1.sampling.generate import generate, make_cache
+from recr1.tracking.step_metrics import StepRecord
+from recr1.train import make_updates
+from recr1.training.optimizer import Optimizer
 
 WARM = 2  # steps before the first pair that counts
 PHASES = ("sample", "reward", "forward", "backward", "optimizer", "rest", "step")
@@ -163,8 +165,8 @@ class Ours:
         # TRL adds 1e-4 to the standard deviation: the one setting that is not our default, so that
         # gradients can be compared
         self.cfg = Config(
-            sampling=Sampling(group_size=size.group, max_new_tokens=size.completion),
-            loss=Loss(std_floor=1e-4),
+            sampling=SamplingConfig(group_size=size.group, max_new_tokens=size.completion),
+            loss=LossConfig(std_floor=1e-4),
         )
         weights = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
         self.policy = Sharded(
@@ -173,10 +175,10 @@ class Ours:
             device=torch.device("cpu"),
             checkpointing=self.cfg.train.checkpointing,
         )
-        self.loss = objective(self.cfg.loss, self.cfg.model)
+        self.loss = resolve_objective(self.cfg.loss, self.cfg.model)
         self.optimizer = Optimizer(self.policy, self.cfg.optimizer, 10**6)
-        with gathered(self.policy):
-            self.cache = new_cache(self.policy)
+        with unsharded(self.policy):
+            self.cache = make_cache(self.policy)
 
     def step(self, number: int, texts: list[str]) -> None:
         clock = self.clock
@@ -189,7 +191,7 @@ class Ours:
             Prompt(str(i), i, text, tuple(ids))
             for i, (text, ids) in enumerate(zip(texts, self.tokenizer(texts)["input_ids"]))
         ]
-        with gathered(self.policy):
+        with unsharded(self.policy):
             with clock.phase("sample"):
                 rollouts = generate(
                     self.policy,
@@ -217,23 +219,23 @@ class Ours:
             )
         )
 
-    def update(self, rollouts: list[Rollout], rewards: list[Reward]) -> tuple[Step, float]:
+    def update(self, rollouts: list[Rollout], rewards: list[Reward]) -> tuple[StepRecord, float]:
         clock = self.clock
         cfg = self.cfg
-        texts, first = distinct(rollouts)
-        adv = group_advantages(
+        texts, first = deduplicate(rollouts)
+        adv = compute_group_advantages(
             torch.tensor([r.total for r in rewards]),
             cfg.sampling.group_size,
             self.loss.advantage,
             cfg.loss,
         )
-        done = Step(rollouts, rewards, adv.tolist(), texts, first)
-        for total, batches in optimiser_steps(
+        done = StepRecord(rollouts, rewards, adv.tolist(), texts, first)
+        for total, batches in make_updates(
             self.policy, None, texts, adv[first], cfg, self.loss.average
         ):
             for batch in batches:
                 with clock.phase("forward"):
-                    value, logp, stats = policy_loss(
+                    value, logp, stats = compute_policy_loss(
                         self.policy, batch, total, cfg.sampling.temperature, self.loss
                     )
                 with clock.phase("backward"):
@@ -446,7 +448,7 @@ def main() -> int:
         "--dry-run", action="store_true", help="a tiny size: its times mean nothing"
     )
     args = parser.parse_args()
-    memory.keep_pages()  # as run.py does; here TRL profits too
+    memory.keep_freed_pages()  # as run.py does; here TRL profits too
     torch.set_num_threads(args.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names

@@ -9,12 +9,13 @@ from dataclasses import asdict
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from recr1.model import Decoder, ModelConfig
+from recr1.model.decoder import Decoder
+from recr1.model.rope import DecoderConfig
 
 
-def qwen2(layers: int, width: int, inner: int, heads: int, vocabulary: int) -> ModelConfig:
+def qwen2(layers: int, width: int, inner: int, heads: int, vocabulary: int) -> DecoderConfig:
     """A small Qwen2 with two kv heads and a tied head."""
-    return ModelConfig(
+    return DecoderConfig(
         family="qwen2",
         vocab_size=vocabulary,
         hidden_size=width,
@@ -32,7 +33,7 @@ def qwen2(layers: int, width: int, inner: int, heads: int, vocabulary: int) -> M
 
 
 def twins(
-    config: ModelConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    config: DecoderConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Decoder, PreTrainedModel]:
     """Our decoder and transformers' model with the same random weights, transformers' own
     initialisation. Plain rope only.

@@ -8,8 +8,8 @@ from pathlib import Path
 from checks import PrepareError, Split
 from upstream import find, json_rows, one_line
 
-from recr1.data import read_qrels
-from recr1.files import fingerprint
+from recr1.data.readers import read_qrels
+from recr1.utils.files import fingerprint_file
 
 
 def read_bundled(
@@ -44,4 +44,4 @@ def read_bundled(
             raise PrepareError(
                 f"{qrels}: judges {id!r}, which {queries.name} does not have; take both files from one release"
             )
-    return corpus, splits, [dict(name=path.name, **fingerprint(path)) for path in paths]
+    return corpus, splits, [dict(name=path.name, **fingerprint_file(path)) for path in paths]

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-from recr1.data import DataError, is_validation
+from recr1.data.readers import DataError, is_validation
 
 Targets = list[tuple[str, float]]
 Key = Callable[[dict, Targets], Hashable]

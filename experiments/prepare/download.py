@@ -18,7 +18,7 @@ from pathlib import Path
 from checks import PrepareError
 from tqdm import tqdm
 
-from recr1.files import fingerprint
+from recr1.utils.files import fingerprint_file
 
 # bytes, seconds without an answer, tries in a row that brought no byte
 CHUNK = 2**20
@@ -77,7 +77,7 @@ def fetch(remotes: list[Remote], args: Namespace) -> tuple[list[Path], list[dict
                 raise PrepareError(
                     f"{path}: a Git LFS pointer, not the file; run `git lfs pull` where it comes from, or fetch {remote.url}"
                 )
-        found = fingerprint(path)
+        found = fingerprint_file(path)
         _verify(
             path,
             found,
@@ -132,7 +132,7 @@ def _download(remote: Remote, path: Path) -> None:
                 raise PrepareError(
                     f"{remote.url}: {reason}; the same command goes on from there. Else: {HELP}"
                 )
-    found = fingerprint(part)
+    found = fingerprint_file(part)
     try:
         _verify(
             part,

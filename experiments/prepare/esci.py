@@ -28,8 +28,8 @@ from parquet import asin_categories, parquet_rows
 from upstream import clean, json_rows, one_line, strings
 from writing import command, write
 
-from recr1.draws import uniforms
-from recr1.files import fingerprint
+from recr1.utils.counter_rng import draw_uniforms
+from recr1.utils.files import fingerprint_file
 
 GITHUB = "https://github.com/amazon-science/esci-data/raw/main/shopping_queries_dataset"
 EXAMPLES = Remote(
@@ -131,7 +131,7 @@ def drawn(judged: list[Judged], category: dict[str, str]) -> set[str]:
         if of == "test" and label == "E" and product in category
     ):
         choice = by_category[category[product]]
-        picks = uniforms(0, 0, np.array([n]), 1, NEGATIVES)[0, 0] * len(choice)
+        picks = draw_uniforms(0, 0, np.array([n]), 1, NEGATIVES)[0, 0] * len(choice)
         pool |= {product, *(choice[int(pick)] for pick in picks)}
     return pool
 
@@ -143,7 +143,7 @@ def prepare(args: Namespace, out: Path) -> None:
     )
     judged = read_examples(paths[0])
     if upstreams:
-        source.append(dict(name=args.target_pool.name, **fingerprint(args.target_pool)))
+        source.append(dict(name=args.target_pool.name, **fingerprint_file(args.target_pool)))
         category = known({row["id"]: row["category"] for row in upstream_pool(args.target_pool)})
         corpus = upstream_pool(args.target_pool)
     else:

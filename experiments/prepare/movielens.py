@@ -29,9 +29,9 @@ from tqdm import tqdm
 from upstream import csv_rows, find, number, one_line, user_id
 from writing import command, write
 
-from recr1.data import is_test, is_validation
-from recr1.draws import uniforms
-from recr1.files import fingerprint
+from recr1.data.readers import is_test, is_validation
+from recr1.utils.counter_rng import draw_uniforms
+from recr1.utils.files import fingerprint_file
 
 BUNDLED = Path(__file__).resolve().parents[1] / "data/ml_latest_small"
 HISTORY = 10
@@ -142,7 +142,7 @@ def lists(
             # (Efraimidis and Spirakis 2006).
             with np.errstate(divide="ignore"):
                 # (D,)
-                order = -np.log(uniforms(0, back, np.array([n]), 1, len(names))[0, 0]) / weight
+                order = -np.log(draw_uniforms(0, back, np.array([n]), 1, len(names))[0, 0]) / weight
             order[rated] = np.inf
             others = np.argpartition(order, POOL)[:POOL]
             others = others[np.argsort(order[others])][: POOL - len(liked)]
@@ -185,7 +185,7 @@ def prepare(args: Namespace, out: Path) -> None:
     films = read_films(paths[0])
     users = read_ratings(paths[1], films)
     about = dict(
-        source=[dict(name=path.name, **fingerprint(path)) for path in paths],
+        source=[dict(name=path.name, **fingerprint_file(path)) for path in paths],
         options=dict(max_windows_per_user=most),
         key=by_interaction,
     )

@@ -15,14 +15,14 @@ from bundled import read_bundled
 from checks import PrepareError, Split
 from writing import command, write
 
-from recr1.retrieval.bm25 import BM25
+from recr1.retrieval.bm25.searcher import BM25Searcher
 
 
 def write_lists(
     folder: Path, corpus: list[dict], splits: dict[str, Split], candidates: int, source: list[dict]
 ) -> None:
     """Writes the queries that have `candidates` hits, one of them relevant."""
-    index = BM25.build(
+    index = BM25Searcher.build(
         [row["id"] for row in corpus],
         [f"{row.get('title', '')} {row['text']}" for row in corpus],
         length="lucene",
@@ -41,7 +41,7 @@ def write_lists(
     )
 
 
-def reranked(split: Split, index: BM25, candidates: int) -> Split:
+def reranked(split: Split, index: BM25Searcher, candidates: int) -> Split:
     # (Q, N), -1 where there are no more hits
     kept, (found, _) = Split(), index.search([row["text"] for row in split.rows], candidates)
     for row, hits in zip(split.rows, found.tolist()):

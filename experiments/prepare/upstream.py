@@ -13,7 +13,7 @@ from pathlib import Path
 from checks import PrepareError
 from tqdm import tqdm
 
-from recr1.data import is_validation
+from recr1.data.readers import is_validation
 
 csv.field_size_limit(2**30)  # reviews and histories may be longer than the default of 128 KiB
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from checks import Key, PrepareError, Split, by_text, check, good_document
 from tqdm import tqdm
 
-from recr1.data import DataError, is_validation, read_qrels, read_queries
-from recr1.files import PARTIAL, discard, fingerprint, sync
+from recr1.data.readers import DataError, is_validation, read_qrels, read_queries
+from recr1.utils.files import PARTIAL, fingerprint_file, remove_path, sync_to_disk
 
 INDEX = "prepared.json"
 
@@ -78,12 +78,12 @@ def write(
         counts=dict(documents=len(docs), train=len(train) - validation, validation=validation)
         | {name: len(split.rows) for name, split in splits.items() if name != "train"}
         | (counts or {}),
-        files={path.name: fingerprint(path) for path in sorted(folder.iterdir())},
+        files={path.name: fingerprint_file(path) for path in sorted(folder.iterdir())},
     )
     (folder / INDEX).write_text(
         json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
-    sync(folder / INDEX)
+    sync_to_disk(folder / INDEX)
     return about
 
 
@@ -125,18 +125,18 @@ def command(
             old.rename(out)
         for left in (partial, old):
             if left.exists():
-                discard(left)
+                remove_path(left)
         partial.mkdir(parents=True)
         prepare(args, partial)
         if out.exists():
             out.rename(old)
         partial.rename(out)
-        sync(out.parent)
+        sync_to_disk(out.parent)
         if old.exists():
-            discard(old)
+            remove_path(old)
     except (DataError, OSError, KeyboardInterrupt) as e:
         if partial.is_dir():
-            discard(partial)
+            remove_path(partial)
         if isinstance(e, KeyboardInterrupt):
             print(
                 f"{parser.prog}: stopped; the same command starts again, downloads go on from where they are",

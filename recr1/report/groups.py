@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from .record import interval
+from recr1.report.record import compute_interval
 
 BANDS = (
     (0.0, "0"),
@@ -19,6 +19,7 @@ BANDS = (
     (0.999999, "below 1"),
     (1.0, "1"),
 )
+
 PAST = (
     (0, "0"),
     (2, "1 to 2"),
@@ -27,12 +28,15 @@ PAST = (
     (20, "11 to 20"),
     (10**9, "more than 20"),
 )
+
 WORDS = 10  # rows of a list of words
+
 SAMPLES = 2_000  # of the bootstrap
+
 HARM = 1e-9  # a smaller change is none
 
 
-def as_page(
+def describe_groups(
     ids: list[str],
     raws: list,
     answers: list,
@@ -62,7 +66,7 @@ def as_page(
             name=name,
             n=len(members),
             means={k: float(v[members].mean()) for k, v in scores.items()},
-            change=interval(d, SAMPLES) if len(d) > 1 else [float(d[0]), None, None],
+            change=compute_interval(d, SAMPLES) if len(d) > 1 else [float(d[0]), None, None],
             helped=int((d > HARM).sum()),
             hurt=int((d < -HARM).sum()),
         )
@@ -92,7 +96,9 @@ def as_page(
         for value in raw.tolist()
     ]
     common = {word for word, n in Counter(firsts).most_common(WORDS) if n > 1}
-    doings = [doing_list(q, a) if listed else doing(q, a) for q, a in zip(raws, answers)]
+    doings = [
+        classify_list(q, a) if listed else classify_rewrite(q, a) for q, a in zip(raws, answers)
+    ]
     tables = [
         dict(title="all", text="", rows=[row("all queries", list(range(len(ids))))]),
         table(
@@ -149,7 +155,7 @@ def as_page(
     ):
         members = defaultdict(list)
         for i, (query, answer) in enumerate(zip(raws, answers)):
-            for word in moved(query, answer)[side] if answer is not None else ():
+            for word in diff_words(query, answer)[side] if answer is not None else ():
                 members[word].append(i)
         names = sorted(
             (w for w in members if len(members[w]) > 1), key=lambda w: (-len(members[w]), w)
@@ -174,7 +180,7 @@ DOINGS = (
 LISTS = ("the given order", "another order", "items left out", "another answer", "no answer")
 
 
-def doing_list(given, answer) -> str:
+def classify_list(given, answer) -> str:
     """Which of LISTS."""
     if answer is None:
         return "no answer"
@@ -187,13 +193,13 @@ def doing_list(given, answer) -> str:
     return "another order" if len(answer) == len(given) else "items left out"
 
 
-def doing(query: str, rewrite: str | None) -> str:
+def classify_rewrite(query: str, rewrite: str | None) -> str:
     """Which of DOINGS."""
     if rewrite is None:
         return "no answer"
     before = query.lower().split()
     after = rewrite.lower().split()
-    gone, more = moved(query, rewrite)
+    gone, more = diff_words(query, rewrite)
     if set(more) - set(before):
         return "brought new words"
     if gone or more:
@@ -207,7 +213,7 @@ def doing(query: str, rewrite: str | None) -> str:
     return "unchanged" if before == after else "other order"
 
 
-def moved(query: str, rewrite: str) -> tuple[list[str], list[str]]:
+def diff_words(query: str, rewrite: str) -> tuple[list[str], list[str]]:
     """Words that stand less often in the rewrite than in the query, and words that stand there more
     often.
     """

@@ -11,28 +11,35 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import data, terminal
-from ..config import Config
-from ..retrieval.base import Retriever
-from ..retrieval.make import KEPT, directory_of, make
-from ..tasks import make as tasks
-from ..tasks.items import history
-from ..tasks.make import Task
-from ..tasks.rewards import METRICS
-from .record import short
+from recr1.config.schema import Config
+from recr1.data import readers
+from recr1.report.record import round_digits
+from recr1.retrieval.factory import RETRIEVERS_WITH_INDEX, build_retriever, get_index_dir
+from recr1.retrieval.interface import Retriever
+from recr1.tasks import registry as tasks
+from recr1.tasks.candidate_list import get_history
+from recr1.tasks.registry import Task
+from recr1.tasks.rewards import METRICS
+from recr1.utils import terminal
 
 TOP = 10  # of a list that are shown
+
 # queries shown
 GAINS = 20
+
 LOSSES = 20
+
 MIDDLE = 10
+
 CHARS = 90  # of a document
+
 TERMS = 6  # of a document's change of score
+
 PAST = 5  # documents of a history
 
 
 @dataclass
-class Search:
+class RankingSearch:
     """How a run's answers become rankings, and what they are judged by. row_of: the retriever's row
     of each document that was found.
     """
@@ -71,26 +78,28 @@ class Search:
         return [[id for id, _ in ranking] for ranking in found]
 
 
-def opened(config: Config, folder: Path, retriever: Retriever | None = None) -> Search | str:
+def open_search(
+    config: Config, folder: Path, retriever: Retriever | None = None
+) -> RankingSearch | str:
     """What the recommendation view reads, or in one sentence why it cannot. retriever: the run's
     own where it is at hand; else its index is loaded.
     """
     d = config.data
     r = config.retriever
     try:
-        task = tasks.make(config)
-        qrels = data.read_qrels(d.test_qrels or d.train_qrels, "drop")[0]
-        rows = data.read_rows(d.test_queries or d.train_queries, "drop", task.needs)[0]
+        task = tasks.build_task(config)
+        qrels = readers.read_qrels(d.test_qrels or d.train_qrels, "drop")[0]
+        rows = readers.read_rows(d.test_queries or d.train_queries, "drop", task.needs)[0]
         if retriever is None and task.searches:
-            place = directory_of(r, folder)
-            if r.kind in KEPT and not Path(place).is_dir():
+            place = get_index_dir(r, folder)
+            if r.kind in RETRIEVERS_WITH_INDEX and not Path(place).is_dir():
                 return f"The run's index is no longer in {place} (seen from here); recr1 index makes it."
             if not Path(d.corpus).is_file():
                 return f"The corpus is no longer in {d.corpus} (seen from here)."
-            retriever, _ = make(r)(d.corpus, d.on_bad_line, place, lambda text: None)
+            retriever, _ = build_retriever(r)(d.corpus, d.on_bad_line, place, lambda text: None)
     except (ValueError, OSError) as e:
         return f"The run's retriever, corpus or judgements are no longer there (seen from here): {' '.join(str(e).split())}"
-    return Search(
+    return RankingSearch(
         task,
         retriever if task.searches else None,
         qrels,
@@ -102,7 +111,7 @@ def opened(config: Config, folder: Path, retriever: Retriever | None = None) -> 
     )
 
 
-def choose(change: np.ndarray, differ: Sequence[bool]) -> list[tuple[str, int]]:
+def choose_queries(change: np.ndarray, differ: Sequence[bool]) -> list[tuple[str, int]]:
     """(why, index) of the queries shown: the largest gains and losses, the middle of those whose
     score changed, and answers that changed nothing.
     """
@@ -125,8 +134,8 @@ def choose(change: np.ndarray, differ: Sequence[bool]) -> list[tuple[str, int]]:
     return picks
 
 
-def as_page(
-    search: Search | str,
+def describe_rankings(
+    search: RankingSearch | str,
     picks: list[tuple[str, int]],
     ids: list[str],
     raws: list,
@@ -150,9 +159,9 @@ def as_page(
                 why=why,
                 id=ids[i],
                 raw=row.get("text", ids[i]) if listed else raws[i],
-                texts=[said(side[i], raws[i]) for side in answers],
+                texts=[format_answer(side[i], raws[i]) for side in answers],
                 scores=[float(side[i]) for side in logged],
-                about=about(row),
+                about=describe_prompt(row),
                 **more(i),
             )
         )
@@ -169,7 +178,9 @@ def as_page(
             for side in answers
         ]
     except Exception as e:  # a retriever's or a task's of the user's own
-        return found | dict(why=f"The lists could not be made again: {terminal.said(e)}")
+        return found | dict(
+            why=f"The lists could not be made again: {terminal.describe_exception(e)}"
+        )
     for n, (i, query) in enumerate(zip(chosen, found["queries"])):
         gains = search.qrels.get(ids[i], {})
         lists = [side[n] for side in ranked]
@@ -185,7 +196,7 @@ def as_page(
                 id=id,
                 gain=gains.get(id, 0.0),
                 places=[side.get(id) for side in places],
-                terms=_moved(search.retriever, query["texts"], search.row_of[id])
+                terms=_list_moved_terms(search.retriever, query["texts"], search.row_of[id])
                 if explained
                 else None,
             )
@@ -197,11 +208,11 @@ def as_page(
             f"Of {len(chosen)} queries {off} have another score today than the run logged: corpus, judgements or index are not the run's any more."
         )
     return found | dict(
-        explained=explained, documents=_beginnings(search, wanted), depth=depth, top=TOP
+        explained=explained, documents=_read_beginnings(search, wanted), depth=depth, top=TOP
     )
 
 
-def said(answer, raw) -> str | None:
+def format_answer(answer, raw) -> str | None:
     """An answer as text: a query; a list of the raw list's documents by their places there;
     anything else as JSON.
     """
@@ -213,31 +224,31 @@ def said(answer, raw) -> str | None:
     return json.dumps(answer, ensure_ascii=False)
 
 
-def about(row: dict) -> dict:
+def describe_prompt(row: dict) -> dict:
     """What a prompt shows beside its text: a profile, and the last of the history's documents."""
-    past = [id for id, _ in history(row)]
+    past = [id for id, _ in get_history(row)]
     return (dict(profile=row["profile"][:CHARS]) if row.get("profile") else {}) | (
         dict(history=past[-PAST:], items=len(past)) if past else {}
     )
 
 
-def _moved(retriever: Retriever, texts: list[str | None], row: int) -> list[list]:
+def _list_moved_terms(retriever: Retriever, texts: list[str | None], row: int) -> list[list]:
     """[term, what it adds to the document's score under the first text, under the second], largest
     change first.
     """
     sides = [dict(retriever.explain(text, row)) if text is not None else {} for text in texts]
     terms = [
-        [term, short(sides[0].get(term, 0.0)), short(sides[1].get(term, 0.0))]
+        [term, round_digits(sides[0].get(term, 0.0)), round_digits(sides[1].get(term, 0.0))]
         for term in {**sides[0], **sides[1]}
     ]
     return sorted(terms, key=lambda t: -abs(t[2] - t[1]))[:TERMS]
 
 
-def _beginnings(search: Search, wanted: set[str]) -> dict[str, str]:
+def _read_beginnings(search: RankingSearch, wanted: set[str]) -> dict[str, str]:
     """The documents' first characters, from the corpus' file."""
     found: dict[str, str] = {}
     try:
-        for id, contents in data.documents(search.corpus, search.on_bad_line, []):
+        for id, contents in readers.iterate_documents(search.corpus, search.on_bad_line, []):
             if id in wanted:
                 found[id] = contents[:CHARS]
             if len(found) == len(wanted):

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import config_file as configs
-from ..config import Config
-from ..data import DataError
-from ..intervals import bootstrap_ci
-from ..tasks.make import TASKS
+from recr1.config import loader as configs
+from recr1.config.schema import Config
+from recr1.data.readers import DataError
+from recr1.evaluation.bootstrap import compute_bootstrap_ci
+from recr1.tasks.registry import TASKS
 
 POINTS = 400  # of a curve that are drawn; more steps share a point: their mean, least and largest
+
 CURVES = (
     "loss",
     "reward",
@@ -39,6 +40,7 @@ CURVES = (
     "rollout_tokens_per_s",
     "tokens_per_s",
 )
+
 WORDS = {
     "product_search": ("raw query", "rewrite"),
     "sequential": ("raw query", "policy's query"),
@@ -46,11 +48,12 @@ WORDS = {
     # what each task's answer is compared with, and the answer
     "recommend_list": ("given order", "list"),
 }
+
 PHASES = ("sample", "reward", "train", "step")
 
 
 @dataclass
-class Record:
+class RunRecord:
     """One run as its files have it. `notes`: what is missing or was left out, for the reader."""
 
     folder: Path
@@ -89,15 +92,15 @@ class Record:
         return np.array([row[self.config.reward.metric + of] for row in rows])
 
 
-def read(folder: Path) -> Record:
+def read_run(folder: Path) -> RunRecord:
     """A run's folder, finished or not. Raises DataError, ConfigError."""
     if not (folder / "config.yaml").is_file():
         raise DataError(
             f"{folder}: not a run's folder, it has no config.yaml; name what run.dir was"
         )
-    config = configs.load(str(folder / "config.yaml"), [])
+    config = configs.load_config(str(folder / "config.yaml"), [])
     notes = []
-    metrics = _rows(folder / "metrics.jsonl", notes, torn=True)
+    metrics = _read_rows(folder / "metrics.jsonl", notes, torn=True)
     for row in metrics:
         if not isinstance(row.get("step"), int):
             raise DataError(
@@ -108,16 +111,16 @@ def read(folder: Path) -> Record:
             f"{folder}: the run has not finished a step; there is nothing to report yet"
         )
     before, after = (
-        _scores(folder / name, notes, config.reward.metric)
+        _read_scores(folder / name, notes, config.reward.metric)
         for name in ("eval_before.jsonl", "eval_after.jsonl")
     )
     if after and [row["id"] for row in before] != [row["id"] for row in after]:
         raise DataError(
             f"{folder / 'eval_after.jsonl'}: its queries are not those of eval_before.jsonl; the two are of different runs"
         )
-    summary = _json(folder / "summary.json", notes, {})
-    versions = _json(folder / "versions.json", notes, [])
-    found = Record(folder, config, metrics, before, after, summary, versions, notes)
+    summary = _read_json_object(folder / "summary.json", notes, {})
+    versions = _read_json_object(folder / "versions.json", notes, [])
+    found = RunRecord(folder, config, metrics, before, after, summary, versions, notes)
     if not summary:
         notes.append(
             f"The run has not finished: {found.steps} of {found.planned or '?'} steps are there{'' if after else ', and no test scores after training'}."
@@ -129,7 +132,7 @@ def read(folder: Path) -> Record:
     return found
 
 
-def as_page(record: Record) -> dict:
+def describe_run(record: RunRecord) -> dict:
     """What the page shows of it."""
     rule = record.config.reward
     parts = list(
@@ -144,26 +147,26 @@ def as_page(record: Record) -> dict:
         planned=record.planned,
         metric=record.metric,
         parts=parts,
-        label=label(record.metric),
-        words=words(record.config),
-        summary=finite(record.summary),
-        results=results(record),
+        label=format_metric(record.metric),
+        words=name_task_words(record.config),
+        summary=replace_nonfinite(record.summary),
+        results=summarize_results(record),
         n_eval=len(record.before or record.after),
-        config=settings(record.config),
-        versions=finite(record.versions),
-        curves=curves(record.metrics, parts),
-        evaluations=evaluations(record.metrics, rule.metric),
-        marks=marks(record.metrics),
+        config=list_settings(record.config),
+        versions=replace_nonfinite(record.versions),
+        curves=make_curves(record.metrics, parts),
+        evaluations=list_validations(record.metrics, rule.metric),
+        marks=list_marks(record.metrics),
         notes=record.notes,
     )
 
 
-def words(config: Config) -> list[str]:
+def name_task_words(config: Config) -> list[str]:
     """What the task's answer is compared with, and what it is, as a reader calls them."""
     return list(WORDS.get(config.task, ("raw answer", "answer")))
 
 
-def label(metric: str) -> str:
+def format_metric(metric: str) -> str:
     """ndcg@100 -> NDCG@100."""
     name, _, k = metric.partition("@")
     return (
@@ -171,7 +174,7 @@ def label(metric: str) -> str:
     )
 
 
-def settings(config: Config) -> list[dict]:
+def list_settings(config: Config) -> list[dict]:
     """[{"key": dotted, "value", "default"}] of every setting, as text in YAML's spelling."""
 
     def flat(config: Config) -> dict[str, str]:
@@ -189,7 +192,7 @@ def settings(config: Config) -> list[dict]:
     return [dict(key=key, value=value, default=usual[key]) for key, value in ours.items()]
 
 
-def results(record: Record) -> dict:
+def summarize_results(record: RunRecord) -> dict:
     """Test scores of the raw answer and of the policy before and after training, and paired
     differences, each [mean, low, high].
     """
@@ -198,24 +201,26 @@ def results(record: Record) -> dict:
         raw = record.scores(record.before, "_raw")
         before = record.scores(record.before)
         found |= dict(
-            raw=interval(raw), before=interval(before), before_minus_raw=interval(before - raw)
+            raw=compute_interval(raw),
+            before=compute_interval(before),
+            before_minus_raw=compute_interval(before - raw),
         )
         if record.after:
             after = record.scores(record.after)
             found |= dict(
-                after=interval(after),
-                after_minus_raw=interval(after - raw),
-                after_minus_before=interval(after - before),
+                after=compute_interval(after),
+                after_minus_raw=compute_interval(after - raw),
+                after_minus_before=compute_interval(after - before),
             )
     return found
 
 
-def interval(values: np.ndarray, samples: int = 10_000) -> list[float]:
+def compute_interval(values: np.ndarray, samples: int = 10_000) -> list[float]:
     """[mean, low, high] over queries, 95%, bootstrap."""
-    return [float(values.mean()), *bootstrap_ci(values, samples=samples)]
+    return [float(values.mean()), *compute_bootstrap_ci(values, samples=samples)]
 
 
-def curves(metrics: list[dict], parts: Sequence[str] = ()) -> dict:
+def make_curves(metrics: list[dict], parts: Sequence[str] = ()) -> dict:
     """{"step": [...], name: {"mean": [...], "low": [...], "high": [...]}}; low and high are absent
     while every step has its own point. `parts`: of the reward.
     """
@@ -232,25 +237,27 @@ def curves(metrics: list[dict], parts: Sequence[str] = ()) -> dict:
         for name in PHASES
     }
     for name, cells in columns.items():
-        numbers = [[v for v in cell if _finite(v)] for cell in cells]
+        numbers = [[v for v in cell if _is_finite(v)] for cell in cells]
         if any(numbers):
-            found[name] = dict(mean=[short(sum(c) / len(c)) if c else None for c in numbers])
+            found[name] = dict(mean=[round_digits(sum(c) / len(c)) if c else None for c in numbers])
             if per > 1:
                 found[name] |= dict(
-                    low=[short(min(c)) if c else None for c in numbers],
-                    high=[short(max(c)) if c else None for c in numbers],
+                    low=[round_digits(min(c)) if c else None for c in numbers],
+                    high=[round_digits(max(c)) if c else None for c in numbers],
                 )
     return found
 
 
-def evaluations(metrics: list[dict], metric: str) -> list[dict]:
+def list_validations(metrics: list[dict], metric: str) -> list[dict]:
     """The validations: {"step", "score", "raw", "gain": [mean, low, high], "errors"}."""
     return [
         dict(
             step=row["step"],
-            score=finite(row[f"val_{metric}"]),
-            raw=finite(row.get("val_raw")),
-            gain=finite([row.get("val_gain"), *(row.get("val_gain_ci95") or [None, None])]),
+            score=replace_nonfinite(row[f"val_{metric}"]),
+            raw=replace_nonfinite(row.get("val_raw")),
+            gain=replace_nonfinite(
+                [row.get("val_gain"), *(row.get("val_gain_ci95") or [None, None])]
+            ),
             errors=row.get("val_errors"),
         )
         for row in metrics
@@ -258,7 +265,7 @@ def evaluations(metrics: list[dict], metric: str) -> list[dict]:
     ]
 
 
-def marks(metrics: list[dict]) -> list[dict]:
+def list_marks(metrics: list[dict]) -> list[dict]:
     """Steps worth a mark: {"kind", "step", "text"}.
 
     A clip spike: a share of clipped tokens above 1% and above the median of all steps by more than
@@ -268,7 +275,7 @@ def marks(metrics: list[dict]) -> list[dict]:
     found = [
         dict(kind="evaluation", step=row["step"], text=f"validation: gain {row['val_gain']:+.4f}")
         for row in metrics
-        if _finite(row.get("val_gain"))
+        if _is_finite(row.get("val_gain"))
     ]
     zero = next((row for row in metrics if (row.get("zero_variance") or 0) > 0), None)
     if zero:
@@ -280,7 +287,7 @@ def marks(metrics: list[dict]) -> list[dict]:
             )
         )
     shares = np.array(
-        [row["clip_share"] if _finite(row.get("clip_share")) else 0.0 for row in metrics]
+        [row["clip_share"] if _is_finite(row.get("clip_share")) else 0.0 for row in metrics]
     )
     middle = float(np.median(shares))
     limit = max(0.01, middle + 6 * float(np.median(np.abs(shares - middle))))
@@ -309,25 +316,25 @@ def marks(metrics: list[dict]) -> list[dict]:
     return sorted(found, key=lambda mark: mark["step"])
 
 
-def finite(value):
+def replace_nonfinite(value):
     """The same with None for what is no finite number: JSON has neither NaN nor infinity."""
     if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
+        return {k: replace_nonfinite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
+        return [replace_nonfinite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def short(x: float) -> float:
+def round_digits(x: float) -> float:
     """Five digits: more than a pixel shows."""
     return float(f"{x:.5g}")
 
 
-def _finite(value) -> bool:
+def _is_finite(value) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def _rows(path: Path, notes: list[str], torn: bool = False) -> list[dict]:
+def _read_rows(path: Path, notes: list[str], torn: bool = False) -> list[dict]:
     """The objects of a JSONL file; [] where there is none. A last line that is cut is left out when
     `torn` allows it. Raises DataError.
     """
@@ -353,18 +360,18 @@ def _rows(path: Path, notes: list[str], torn: bool = False) -> list[dict]:
     return rows
 
 
-def _scores(path: Path, notes: list[str], metric: str) -> list[dict]:
-    rows = _rows(path, notes)
+def _read_scores(path: Path, notes: list[str], metric: str) -> list[dict]:
+    rows = _read_rows(path, notes)
     for number, row in enumerate(rows, 1):
         texts = isinstance(row.get("id"), str) and row.get("raw") is not None and "rewrite" in row
-        if not (texts and _finite(row.get(f"{metric}_raw")) and _finite(row.get(metric))):
+        if not (texts and _is_finite(row.get(f"{metric}_raw")) and _is_finite(row.get(metric))):
             raise DataError(
                 f"{path}:{number}: a row needs id, raw, rewrite, {metric}_raw and {metric}; the file is damaged"
             )
     return rows
 
 
-def _json(path: Path, notes: list[str], empty):
+def _read_json_object(path: Path, notes: list[str], empty):
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -18,27 +18,34 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..answers import answer_json
-from ..config import Config, ConfigError
-from ..data import DataError
-from ..grpo import objective
-from ..packing import pack
-from ..records import Prompt, Rollout
-from ..tasks.make import TASKS
-from .record import short
+from recr1.config.schema import Config, ConfigError
+from recr1.data.readers import DataError
+from recr1.data_types import Prompt, Rollout
+from recr1.report.record import round_digits
+from recr1.rl.losses import resolve_objective
+from recr1.rl.packing import pack_rollouts
+from recr1.tasks.answer_parser import parse_answer_json
+from recr1.tasks.registry import TASKS
 
 PHASES = ("early", "middle", "late")
+
 EACH = 2  # best, median and worst rollouts shown of a phase
+
 TOKENS = 400  # of a rollout that are shown
+
 CHARS = 600  # of a text in a table
+
 SIBLINGS = 32  # of a group that are listed
+
 AUDITED = 40  # rollouts of highest reward by phase
+
 ANSWERS = 200_000  # distinct answers counted; later ones are not
+
 BINS = 24
 
 
 @dataclass
-class Survey:
+class RolloutSurvey:
     """What the first pass found. Steps from 1 to `last` are cut into thirds, the phases."""
 
     last: int
@@ -66,7 +73,7 @@ class Survey:
         count = row["count"]
         self.rows = self.rows + 1
         self.rollouts = self.rollouts + count
-        self.rewards[phase][short(row["reward"])] += count
+        self.rewards[phase][round_digits(row["reward"])] += count
         rank = (row["reward"], row["adv"], -line)
         if "ids" in row:
             self.traced[phase].append((*rank, count, row["step"], row["prompt"]))
@@ -89,7 +96,7 @@ class Survey:
                 )
             }
             (heapq.heappush if len(heap) < 8 * AUDITED else heapq.heappushpop)(heap, (*rank, light))
-        answer = answered(row, self.key)
+        answer = extract_answer(row, self.key)
         if answer is None or answer not in self.answers and len(self.answers) >= ANSWERS:
             self.uncounted += answer is not None
             return
@@ -98,7 +105,7 @@ class Survey:
         known[1:] = [known[1] + count, known[2] + count * row["reward"], row["step"]]
 
 
-def answered(row: dict, key: str) -> str | None:
+def extract_answer(row: dict, key: str) -> str | None:
     """What a rollout answered, in the policy's own words: a query, or a list's labels; None where
     the run found no answer in its text.
     """
@@ -106,7 +113,7 @@ def answered(row: dict, key: str) -> str | None:
         return None
     text = row["text"]
     # the prompt may have closed the thought
-    value, error = answer_json(text if "</think>" in text else "</think>" + text)
+    value, error = parse_answer_json(text if "</think>" in text else "</think>" + text)
     if error is not None:  # a task of the user's own reads texts in its own way
         return text.strip()
     value = value.get(key, value) if isinstance(value, dict) else value
@@ -115,12 +122,12 @@ def answered(row: dict, key: str) -> str | None:
     return value.strip() if isinstance(value, str) else json.dumps(value)
 
 
-def survey(path: Path, last: int, key: str = "query") -> Survey:
+def survey_rollouts(path: Path, last: int, key: str = "query") -> RolloutSurvey:
     """The first pass. Raises DataError for a row that is none of a rollout log's; a torn end is
     noted and left out.
     """
-    found = Survey(last, key)
-    for number, line in lines(path, found):
+    found = RolloutSurvey(last, key)
+    for number, line in iterate_lines(path, found):
         try:
             found.see(number, json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -130,7 +137,7 @@ def survey(path: Path, last: int, key: str = "query") -> Survey:
     return found
 
 
-def lines(path: Path, found: Survey) -> Iterator[tuple[int, str]]:
+def iterate_lines(path: Path, found: RolloutSurvey) -> Iterator[tuple[int, str]]:
     try:
         with gzip.open(path, "rt", encoding="utf-8", errors="surrogatepass") as file:
             yield from enumerate(
@@ -142,21 +149,27 @@ def lines(path: Path, found: Survey) -> Iterator[tuple[int, str]]:
         found.torn = f"rollouts.jsonl.gz is torn behind row {found.rows} ({type(e).__name__}): what stands there is left out."
 
 
-def as_page(path: Path, last: int, config: Config, tokenizer, queries: dict[str, str]) -> dict:
+def describe_rollouts(
+    path: Path, last: int, config: Config, tokenizer, queries: dict[str, str]
+) -> dict:
     """Phases with their rollouts, the audit and the distribution of rewards. tokenizer: None where
     there is none; queries {id: text} where known.
     """
-    found = survey(path, last, getattr(TASKS.get(config.task), "key", "query"))
-    picks = [choose(rows) for rows in found.traced]
+    found = survey_rollouts(path, last, getattr(TASKS.get(config.task), "key", "query"))
+    picks = [choose_rollouts(rows) for rows in found.traced]
     wanted = {
         line for chosen in picks for _, row in chosen for line in found.groups[row[4], row[5]]
     }
     kept = (
-        {number: json.loads(line) for number, line in lines(path, found) if number in wanted}
+        {
+            number: json.loads(line)
+            for number, line in iterate_lines(path, found)
+            if number in wanted
+        }
         if wanted
         else {}
     )
-    lens = Lens(config, tokenizer)
+    lens = TokenView(config, tokenizer)
     phases = []
     for i, chosen in enumerate(picks):
         first, end = (-(-last * k // len(PHASES)) for k in (i, i + 1))
@@ -187,14 +200,14 @@ def as_page(path: Path, last: int, config: Config, tokenizer, queries: dict[str,
         phases=[p for p in phases if p["first"] <= p["last"]],
         tokenizer=tokenizer is not None,
         loss_note=lens.note,
-        audit=audit(found, queries, config.task),
-        recurring=recurring(found, queries),
+        audit=audit_rollouts(found, queries, config.task),
+        recurring=list_recurring(found, queries),
         uncounted=found.uncounted,
-        histogram=histogram(found.rewards),
+        histogram=make_histogram(found.rewards),
     )
 
 
-def choose(rows: list[tuple]) -> list[tuple[str, tuple]]:
+def choose_rollouts(rows: list[tuple]) -> list[tuple[str, tuple]]:
     """(rank, row) of the best, median and worst by reward, then advantage; of rows with an
     advantage where there are any. One rollout per prompt.
     """
@@ -217,7 +230,7 @@ def choose(rows: list[tuple]) -> list[tuple[str, tuple]]:
     return sorted(chosen, key=lambda pick: ("best", "median", "worst").index(pick[0]))
 
 
-class Lens:
+class TokenView:
     """Rows with per-token values -> what the page shows of them."""
 
     def __init__(self, config: Config, tokenizer):
@@ -225,7 +238,7 @@ class Lens:
         self.tokenizer = tokenizer
         self.note = ""
         try:
-            self.objective = objective(config.loss, config.model)
+            self.objective = resolve_objective(config.loss, config.model)
         except ConfigError as e:  # a loss of the user's own whose file is not here
             self.objective = None
             self.note = f"Which tokens the clip stopped cannot be said: {e}."
@@ -264,10 +277,10 @@ class Lens:
             prompt_text="".join(self.pieces(row["prompt_ids"])[-TOKENS:]),
             ids=row["ids"][:TOKENS],
             pieces=self.pieces(row["ids"])[:TOKENS],
-            ratio=_short(ratio[:TOKENS]),
+            ratio=_shorten_values(ratio[:TOKENS]),
             clipped=clipped and clipped[:TOKENS],
             text_ratio=of_text,
-            **{name: v and _short(v[:TOKENS]) for name, v in values.items()},
+            **{name: v and _shorten_values(v[:TOKENS]) for name, v in values.items()},
             group=dict(
                 size=len(shares),
                 mean=float(shares.mean()),
@@ -300,7 +313,7 @@ class Lens:
             tuple(row["sampler_logp"]),
             row["finished"],
         )
-        [batch] = pack([text], len(row["prompt_ids"]) + len(row["ids"]))
+        [batch] = pack_rollouts([text], len(row["prompt_ids"]) + len(row["ids"]))
         old, logp = (
             torch.tensor(values[name], dtype=torch.float64) for name in ("old_logp", "trainer_logp")
         )
@@ -343,7 +356,7 @@ class Lens:
         return pieces
 
 
-def audit(found: Survey, queries: dict[str, str], task: str) -> list[dict]:
+def audit_rollouts(found: RolloutSurvey, queries: dict[str, str], task: str) -> list[dict]:
     """The rollouts of highest reward of each phase, one per query, with what is conspicuous about
     it.
     """
@@ -352,7 +365,7 @@ def audit(found: Survey, queries: dict[str, str], task: str) -> list[dict]:
         seen: dict[str, dict] = {}
         for *_, row in sorted(heap, key=lambda item: item[:3], reverse=True):
             if row["prompt"] not in seen and len(seen) < AUDITED:
-                answer = answered(row, found.key)
+                answer = extract_answer(row, found.key)
                 query = queries.get(row["prompt"])
                 seen[row["prompt"]] = dict(
                     phase=phase,
@@ -365,13 +378,17 @@ def audit(found: Survey, queries: dict[str, str], task: str) -> list[dict]:
                     reward=row["reward"],
                     parts=row["parts"],
                     adv=row["adv"],
-                    flags=flags(query, answer, row, len(found.answers.get(answer, [()])[0]), task),
+                    flags=list_flags(
+                        query, answer, row, len(found.answers.get(answer, [()])[0]), task
+                    ),
                 )
         rows += seen.values()
     return sorted(rows, key=lambda row: (-row["reward"], -row["adv"], row["step"]))
 
 
-def flags(query: str | None, answer: str | None, row: dict, prompts: int, task: str) -> list[str]:
+def list_flags(
+    query: str | None, answer: str | None, row: dict, prompts: int, task: str
+) -> list[str]:
     """What to look at twice. Words are what stands between blanks, in lower case."""
     words = (answer or "").lower().split()
     own = set((query or "").lower().split())
@@ -401,7 +418,7 @@ def flags(query: str | None, answer: str | None, row: dict, prompts: int, task: 
     ]
 
 
-def recurring(found: Survey, queries: dict[str, str]) -> list[dict]:
+def list_recurring(found: RolloutSurvey, queries: dict[str, str]) -> list[dict]:
     """Answers given to the most different prompts: a policy that has found a trick says the same to
     all.
     """
@@ -426,7 +443,7 @@ def recurring(found: Survey, queries: dict[str, str]) -> list[dict]:
     ]
 
 
-def histogram(rewards: list[Counter]) -> dict:
+def make_histogram(rewards: list[Counter]) -> dict:
     """Rollouts by reward in each phase: {"edges": (BINS + 1,), "counts": {phase: (BINS,)}}."""
     values = [v for counter in rewards for v in counter]
     if not values:
@@ -435,7 +452,7 @@ def histogram(rewards: list[Counter]) -> dict:
     high = max(values)
     edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
     return dict(
-        edges=_short(edges.tolist()),
+        edges=_shorten_values(edges.tolist()),
         counts={
             phase: np.histogram(list(c), edges, weights=list(c.values()))[0].tolist()
             if c
@@ -445,5 +462,5 @@ def histogram(rewards: list[Counter]) -> dict:
     )
 
 
-def _short(values: list[float]) -> list[float]:
+def _shorten_values(values: list[float]) -> list[float]:
     return [float(f"{v:.6g}") for v in values]

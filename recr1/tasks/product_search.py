@@ -5,7 +5,7 @@ What the query should be like (words for BM25, a description or a review for a d
 the prompt's text: experiments/prompts.
 """
 
-from ..answers import parse_query
+from recr1.tasks.answer_parser import parse_query
 
 
 class ProductSearch:

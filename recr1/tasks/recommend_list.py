@@ -5,17 +5,17 @@ The list may be shorter than the pool. The data give the pool in order of popula
 the policy is compared with.
 """
 
-from .items import Ordering, history
+from recr1.tasks.candidate_list import CandidateRanking, get_history
 
 
-class RecommendList(Ordering):
+class RecommendList(CandidateRanking):
     places = ("profile", "history", "candidates")
     needs = ("profile", "history", "candidates")
     key = "items"
 
     def texts(self, row, title):
         past = (
-            "\n".join(f"{date}: {title(id)}".removeprefix(": ") for id, date in history(row))
+            "\n".join(f"{date}: {title(id)}".removeprefix(": ") for id, date in get_history(row))
             or "none"
         )
         return " ".join(row["profile"].split()) or "unknown", past, self.shown(row, title)

@@ -6,10 +6,10 @@ refuses repeats: here a list that is not a permutation of the candidates has no 
 published evaluation.
 """
 
-from .items import Ordering
+from recr1.tasks.candidate_list import CandidateRanking
 
 
-class Rerank(Ordering):
+class Rerank(CandidateRanking):
     places = ("query", "candidates")
     key = "reranked_items"
     whole = True

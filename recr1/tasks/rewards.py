@@ -26,19 +26,32 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .. import named
-from ..config import Config, RewardRule
-from ..config_file import PARTS
-from ..data import DataError, attributes
-from ..metrics import hit_rate, intra_list_distance, ndcg, novelty, recall, reciprocal_rank
-from ..records import Reward
+from recr1.config import plugins
+from recr1.config.loader import REWARD_TERMS
+from recr1.config.schema import Config, RewardConfig
+from recr1.data.readers import DataError, iterate_attributes
+from recr1.data_types import Reward
+from recr1.tasks.ranking_metrics import (
+    compute_hit_rate,
+    compute_intra_list_distance,
+    compute_ndcg,
+    compute_novelty,
+    compute_recall,
+    compute_reciprocal_rank,
+)
 
-METRICS = {"ndcg": ndcg, "recall": recall, "mrr": reciprocal_rank, "hit": hit_rate}
+METRICS = {
+    "ndcg": compute_ndcg,
+    "recall": compute_recall,
+    "mrr": compute_reciprocal_rank,
+    "hit": compute_hit_rate,
+}
+
 ACCURACY = (*METRICS, "lcs")
 
 
 @dataclass(frozen=True)
-class Items:
+class ItemTable:
     """What the parts know of documents; empty where no weight asks for it."""
 
     kinds: dict[str, frozenset[str]] = field(default_factory=dict)  # genres, or the category
@@ -52,9 +65,9 @@ class Items:
         return 1 - len(a & b) / len(a | b) if a | b else 0.0
 
 
-def read_items(cfg: Config) -> Items:
+def read_item_table(cfg: Config) -> ItemTable:
     """One pass over the corpus, and only where a weight asks for it. Raises DataError."""
-    items = Items()
+    items = ItemTable()
     weights = cfg.reward.weights
     alike = {}
     wanted = [
@@ -66,7 +79,7 @@ def read_items(cfg: Config) -> Items:
         )
         if part in weights
     ]
-    for id, row in attributes(cfg.data.corpus, cfg.data.on_bad_line, []) if wanted else ():
+    for id, row in iterate_attributes(cfg.data.corpus, cfg.data.on_bad_line, []) if wanted else ():
         if "category" in weights and "category" in row:
             items.category[id] = alike.setdefault(row["category"], row["category"])
         if "diversity" in weights and ("genres" in row or "category" in row):
@@ -84,18 +97,20 @@ def read_items(cfg: Config) -> Items:
     return items
 
 
-class Parts:
+class RewardTerms:
     """Measures rankings at k. names: the parts that are measured, those of weight 0 too; in
     evaluations (`every`) all metrics.
     """
 
-    def __init__(self, rule: RewardRule, k: int, items: Items = Items(), every: bool = False):
+    def __init__(
+        self, rule: RewardConfig, k: int, items: ItemTable = ItemTable(), every: bool = False
+    ):
         self.rule = rule
         self.k = k
         self.items = items
         self.names = tuple(dict.fromkeys([rule.metric, *(METRICS if every else ()), *rule.weights]))
         self.own = {
-            name: named.function("reward.weights", name, PARTS)
+            name: plugins.load_function("reward.weights", name, REWARD_TERMS)
             for name in self.names
             if ":" in name
         }
@@ -128,29 +143,29 @@ class Parts:
         if name in METRICS:
             return METRICS[name](ranked, gains, self.k)
         if name == "lcs":
-            return weighted_lcs(ranked, gains, self.k)
+            return compute_weighted_lcs(ranked, gains, self.k)
         if name == "category":
-            return category_consistency(ranked, gains, self.items.category, self.k)
+            return compute_category_consistency(ranked, gains, self.items.category, self.k)
         if name == "diversity":
-            return intra_list_distance(ranked, self.items.distance, self.rule.k_list)
+            return compute_intra_list_distance(ranked, self.items.distance, self.rule.k_list)
         if name == "novelty":
             return (
-                novelty(ranked, self.items.popularity, self.interactions, self.rule.k_list)
+                compute_novelty(ranked, self.items.popularity, self.interactions, self.rule.k_list)
                 / math.log2(self.interactions)
                 if self.interactions > 1
                 else 0.0
             )
         where = f" for the query {row['text'][:80]!r}"
-        with named.calling(f"reward.weights: {name}", where):
+        with plugins.calling_plugin(f"reward.weights: {name}", where):
             value = float(self.own[name](answer, list(ranked), dict(gains), dict(row)))
         if not math.isfinite(value):
-            raise named.OwnError(
+            raise plugins.PluginError(
                 f"reward.weights: {name} returned {value}{where}; a part is a finite number"
             )
         return value
 
 
-def weighted_lcs(ranked: Sequence[str], gains: Mapping[str, float], k: int) -> float:
+def compute_weighted_lcs(ranked: Sequence[str], gains: Mapping[str, float], k: int) -> float:
     """The longest common subsequence of the first k places and the label, an item at rank r
     counting 1 / log2(r + 1); 1 for the label itself.
 
@@ -173,7 +188,7 @@ def weighted_lcs(ranked: Sequence[str], gains: Mapping[str, float], k: int) -> f
     )
 
 
-def category_consistency(
+def compute_category_consistency(
     ranked: Sequence[str], gains: Mapping[str, float], category: Mapping[str, str], k: int
 ) -> float:
     """Share of the first k places that have the category of the first relevant document, 0 where
@@ -186,7 +201,7 @@ def category_consistency(
     return sum(category.get(doc) == category[target] for doc in found) / len(found)
 
 
-def overlong(length: int, limit: int, buffer: int) -> float:
+def compute_overlong_penalty(length: int, limit: int, buffer: int) -> float:
     """0 while `buffer` tokens are left, then linearly to -1 at the limit (DAPO, arXiv 2503.14476,
     eq. 13).
     """

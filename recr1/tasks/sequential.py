@@ -2,8 +2,8 @@
 fixed retriever -> the next item.
 """
 
-from .items import history
-from .product_search import ProductSearch
+from recr1.tasks.candidate_list import get_history
+from recr1.tasks.product_search import ProductSearch
 
 
 class Sequential(ProductSearch):
@@ -19,7 +19,7 @@ class Sequential(ProductSearch):
 
     def texts(self, row, title):
         return (
-            "\n".join(f"Item {i}: {title(id)}" for i, (id, _) in enumerate(history(row), 1))
+            "\n".join(f"Item {i}: {title(id)}" for i, (id, _) in enumerate(get_history(row), 1))
             or "none",
         )
 
@@ -29,7 +29,7 @@ class Sequential(ProductSearch):
         """
         if not self.remove_seen:
             return search(queries, k)
-        seen = [{id for id, _ in history(row)} for row in rows]
+        seen = [{id for id, _ in get_history(row)} for row in rows]
         return [
             [id for id in ranked if id not in own][:k]
             for ranked, own in zip(search(queries, k + max(map(len, seen))), seen)

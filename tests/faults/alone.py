@@ -17,8 +17,9 @@ import tiny
 from jobs import dies_with_parent
 from world import Outcome, World, result
 
-from recr1 import run as around, train
-from recr1.run import guarded
+from recr1 import train
+from recr1.training import run
+from recr1.training.launch import run_guarded
 
 ONE_STEP = ("run.patience=300", "train.steps=1", "train.eval_every=0", "save.every=0")
 LISTED = 4  # candidates of a query
@@ -87,7 +88,7 @@ def said(main, argv: list) -> tuple[int, str, str]:
     out = io.StringIO()
     err = io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        code = guarded(main, [str(a) for a in argv])
+        code = run_guarded(main, [str(a) for a in argv])
     return code, out.getvalue(), err.getvalue()
 
 
@@ -186,18 +187,18 @@ class Bench:
 
     def saying(self, texts: Iterator[str], work: Callable):
         """work(), with whatever a policy samples decoded to the next of `texts`."""
-        load = around.load_tokenizer
+        load = run.load_tokenizer
 
         def loaded(folder):
             tokenizer = load(folder)
             tokenizer.decode = lambda ids, **how: next(texts)
             return tokenizer
 
-        around.load_tokenizer = loaded
+        run.load_tokenizer = loaded
         try:
             return work()
         finally:
-            around.load_tokenizer = load
+            run.load_tokenizer = load
 
 
 def logged(run: Path) -> list[dict]:

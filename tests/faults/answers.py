@@ -12,9 +12,9 @@ from alone import LISTED, Bench, each, expect, logged
 from fuzz_answers import MB, wrap
 from world import Outcome, World
 
-from recr1.answers import MAX_BRACKETS, MAX_CHARS, answer_json
-from recr1.config import RewardRule
-from recr1.tasks import make as tasks
+from recr1.config.schema import RewardConfig
+from recr1.tasks import registry as tasks
+from recr1.tasks.answer_parser import MAX_BRACKETS, MAX_CHARS, parse_answer_json
 from recr1.tasks.recommend_list import RecommendList
 from recr1.tasks.rerank import Rerank
 
@@ -52,7 +52,7 @@ def malformed(world: World, n: int) -> Iterator[Outcome]:
 
 
 def _judged(bench: Bench, made: list, task: str, text: str, errors: tuple[str, ...]) -> None:
-    parse = tasks.TASKS[task](RewardRule()).parse
+    parse = tasks.TASKS[task](RewardConfig()).parse
     times = []
     for _ in range(3):
         start = time.thread_time()
@@ -63,7 +63,7 @@ def _judged(bench: Bench, made: list, task: str, text: str, errors: tuple[str, .
         f"{text[:200]!r} gives {answer!r}, {error}; must be one of {errors}",
     )
     expect(
-        not answer_json(text)[1] or answer_json(text)[1] == error,
+        not parse_answer_json(text)[1] or parse_answer_json(text)[1] == error,
         f"{text[:200]!r}: the two parsers differ",
     )
     expect(min(times) < SLOWEST, f"{text[:200]!r} takes {min(times):.2f} s")

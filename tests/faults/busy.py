@@ -209,7 +209,7 @@ def fails_in_the_second_step(doc_ids: list[str], texts: list[str]) -> Callable:
     """The search of fails_midway: a retriever of a user's own, which the ranks import from this
     file.
     """
-    from recr1 import heartbeat
+    from recr1.distributed import heartbeat
 
     def search(queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         if heartbeat._own.state["step"] == 2:

@@ -15,7 +15,7 @@ from inputs import no_forged_ids
 from world import Outcome, World
 
 from recr1 import cli, train
-from recr1.terminal import plain
+from recr1.utils.terminal import make_printable
 
 ANSWER = '<answer>{"query": "black camera"}</answer>'
 PAYLOADS = [
@@ -182,7 +182,7 @@ def _products(bench: Bench) -> Case:
             raise Lost(f"search ends with {code}: {err}")
         quiet(out)
         hits = [line for line in out.splitlines() if line[:3].strip().isdigit()]
-        expect(len(hits) >= 8 and all(plain(mark) in line for line in hits), out)
+        expect(len(hits) >= 8 and all(make_printable(mark) in line for line in hits), out)
 
     return "product", case
 

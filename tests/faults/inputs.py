@@ -17,7 +17,7 @@ from safetensors import safe_open
 from world import Outcome, World, result
 
 from recr1 import cli, sft, train
-from recr1.data import is_validation
+from recr1.data.readers import is_validation
 
 ALWAYS = ("10 MB", "not UTF-8", "cut", "no id", "id twice")
 CONTROL = tiny.ROLES + tiny.CONTRACT

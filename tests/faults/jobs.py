@@ -19,9 +19,10 @@ from pathlib import Path
 import nltk.stem.porter  # noqa: F401
 import transformers.models.auto.tokenization_auto  # noqa: F401
 
-from recr1 import heartbeat, train
-from recr1.run import guarded
-from recr1.stopping import listening
+from recr1 import train
+from recr1.distributed import heartbeat
+from recr1.training.launch import run_guarded
+from recr1.utils.interrupts import signal_handlers
 
 
 class Job:
@@ -97,7 +98,7 @@ class Job:
 
     def state(self, rank: int) -> dict | None:
         """This job's heartbeat of a rank, not an earlier one's."""
-        state = heartbeat.read(self.folder / "heartbeats", rank)
+        state = heartbeat.read_heartbeat(self.folder / "heartbeats", rank)
         return state if state and state["pid"] == self.pids[rank] else None
 
     def reached(self, rank: int, phase: str, step: int) -> bool:
@@ -134,8 +135,8 @@ def _rank(rank: int, ranks: int, port: int, argv: list[str], out: int, prepare) 
         )
         if prepare:
             prepare(rank)
-        with listening():
-            code = guarded(train.main, argv)
+        with signal_handlers():
+            code = run_guarded(train.main, argv)
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
     except BaseException:
@@ -168,7 +169,7 @@ def at_events(rank: int, act, step: int = 2) -> None:
 
     def watched(function, describe):
         def call(*args, **kwargs):
-            state = heartbeat._own and heartbeat._own.state
+            state = heartbeat._heartbeat and heartbeat._heartbeat.state
             if state and state["phase"] == "save" and state["step"] == step:
                 seen[0] += 1
                 act(seen[0] - 1, describe(*args))

@@ -11,22 +11,22 @@ import sys
 
 import torch
 
-from recr1 import dist
-from recr1.exits import end_process
-from recr1.session import session
+from recr1.distributed import collectives as dist
+from recr1.distributed.process_group import process_group
+from recr1.utils.exits import end_process
 
 
 def main() -> int:
     torch.set_num_threads(1)
     sys.setswitchinterval(1000.0)
-    with session():
+    with process_group():
         importlib.import_module("torch.distributed.nn.functional")  # as loading a policy does
         for _ in range(20):
-            full = dist.all_gather(torch.ones(1000, requires_grad=True).detach())()
-            part = dist.reduce_scatter(full)()
-            dist.total(float(part.sum()))
-            dist.gather(dict(rank=dist.rank()))
-            with dist.together():
+            full = dist.start_all_gather(torch.ones(1000, requires_grad=True).detach())()
+            part = dist.start_reduce_scatter(full)()
+            dist.all_reduce_sum(float(part.sum()))
+            dist.gather_to_rank0(dict(rank=dist.rank()))
+            with dist.fail_together():
                 pass
     print(f"rank {dist.rank()} has met the others", flush=True)
     return 0

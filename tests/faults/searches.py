@@ -13,8 +13,9 @@ from alone import Bench, Case, each, expect, logged, refused, said, spread
 from fuzz_answers import wrap
 from world import Outcome, World, result
 
-from recr1 import cli, config, train
-from recr1.retrieval.make import make
+from recr1 import cli, train
+from recr1.config import schema
+from recr1.retrieval.factory import build_retriever
 
 RETRIEVERS = {
     "bm25": (),
@@ -228,7 +229,7 @@ def _ties_of_scorers(bench: Bench) -> Case:
     def case():
         rankings = []
         for scorer in ("torch", "numba"):
-            retriever, _ = make(config.Retriever(scorer=scorer))(
+            retriever, _ = build_retriever(schema.RetrieverConfig(scorer=scorer))(
                 data["corpus"], "stop", None, print
             )
             together = retriever.search(queries, 50)[0].tolist()

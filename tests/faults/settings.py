@@ -12,8 +12,8 @@ from inputs import new_id
 from world import Outcome, World, result
 
 from recr1 import train
-from recr1.config import Config
-from recr1.config_file import AT_LEAST
+from recr1.config.loader import MINIMUMS
+from recr1.config.schema import Config
 
 
 def settings(world: World, n: int) -> Iterator[Outcome]:
@@ -180,8 +180,8 @@ def _object(bench: Bench) -> Case:
 
 
 def _too_small(bench: Bench) -> Case:
-    key = bench.rng.choice(sorted(AT_LEAST))
-    value = AT_LEAST[key] - bench.rng.randrange(1, 100)
+    key = bench.rng.choice(sorted(MINIMUMS))
+    value = MINIMUMS[key] - bench.rng.randrange(1, 100)
     return _refused(
         bench,
         "too small",

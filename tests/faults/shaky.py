@@ -10,14 +10,14 @@ import time
 
 import numpy as np
 
-from recr1 import heartbeat
+from recr1.distributed import heartbeat
 from recr1.tasks.product_search import ProductSearch
 
 fault: tuple[int, str] | None = None
 
 
 def due(ways: dict) -> bool:
-    return bool(fault) and fault[1] in ways and heartbeat._own.state["step"] >= fault[0]
+    return bool(fault) and fault[1] in ways and heartbeat._heartbeat.state["step"] >= fault[0]
 
 
 def part(answer, ranked, gains, row):

@@ -14,7 +14,8 @@ from pathlib import Path
 from jobs import Job, at_events, end_all
 from world import RANKS, STEPS, Outcome, World, checkpoints
 
-from recr1 import heartbeat, train
+from recr1 import train
+from recr1.distributed import heartbeat
 
 PHASES = ("setup", "eval", "sample", "reward", "train", "step", "log", "save", "gather")
 IN_A_ROW = 5  # kills of one run, one after the other
@@ -99,7 +100,7 @@ def _kill_one(world: World, job: Job, phase: str, step: int) -> tuple[int, Outco
         )
     if codes[rank] != -signal.SIGKILL:
         return None
-    was = heartbeat.read(job.folder / "heartbeats", rank)
+    was = heartbeat.read_heartbeat(job.folder / "heartbeats", rank)
     was = was if was and was["pid"] == job.pids[rank] else dict(phase="setup", step=0)
     outcome = Outcome(was["phase"].split()[0])
     blamed = f"rank {rank} (pid {job.pids[rank]}, {was.get('host')}) is gone; it was in phase {was['phase']} of step {was['step']}"
@@ -277,23 +278,23 @@ def _spoil_one(world: World, way: str, rank: int, phase: str) -> Outcome:
 
 def _one_less(step: int) -> None:
     """In this process, the step has a micro-batch less than on the other ranks."""
-    made = train.micro_batches
-    train.micro_batches = lambda *args: made(*args)[
-        : -1 if heartbeat._own.state["step"] == step else None
+    made = train.make_micro_batches
+    train.make_micro_batches = lambda *args: made(*args)[
+        : -1 if heartbeat._heartbeat.state["step"] == step else None
     ]
 
 
 def _in_phase(phase: str, step: int, act) -> None:
     """In this process, acts when the rank enters the phase of the step."""
-    at = heartbeat.at
+    at = heartbeat.enter_phase
 
     def watched(name, number=None):
         at(name, number)
-        state = heartbeat._own and heartbeat._own.state
+        state = heartbeat._heartbeat and heartbeat._heartbeat.state
         if state and state["step"] == step and state["phase"].split()[0] == phase:
             act()
 
-    heartbeat.at = watched
+    heartbeat.enter_phase = watched
 
 
 def torchruns(world: World, n: int) -> Iterator[Outcome]:
@@ -326,7 +327,7 @@ def _kill_under_torchrun(world: World, rank: int, phase: str) -> Outcome:
         killed = None
         deadline = time.monotonic() + world.limit
         while job.poll() is None and time.monotonic() < deadline:
-            state = heartbeat.read(run / "heartbeats", rank)
+            state = heartbeat.read_heartbeat(run / "heartbeats", rank)
             if not killed and state and state["step"] == 3 and state["phase"].split()[0] == phase:
                 os.kill(state["pid"], signal.SIGKILL)
                 killed = state

@@ -14,8 +14,10 @@ from safetensors import safe_open
 from stops import IN_A_ROW, judged, resumed
 from world import RANKS, STEPS, Outcome, World
 
-from recr1 import grpo, heartbeat, train
-from recr1.optim import Optimizer
+from recr1 import train
+from recr1.distributed import heartbeat
+from recr1.rl import policy_loss
+from recr1.training.optimizer import Optimizer
 
 
 def nonfinite(world: World, n: int) -> Iterator[Outcome]:
@@ -75,7 +77,7 @@ def _spoilt(
 
 
 def _here(step: int) -> bool:
-    return bool(heartbeat._own) and heartbeat._own.state["step"] == step
+    return bool(heartbeat._heartbeat) and heartbeat._heartbeat.state["step"] == step
 
 
 def _patch(owner, name: str, step: int, change) -> None:
@@ -91,7 +93,7 @@ def _patch(owner, name: str, step: int, change) -> None:
 
 def _loss(value: float, step: int) -> None:
     """Of the last micro-batch of every rank's; its gradient stays as it is."""
-    _patch(train, "policy_loss", step, lambda result: (result[0] + value, *result[1:]))
+    _patch(train, "compute_policy_loss", step, lambda result: (result[0] + value, *result[1:]))
 
 
 def _gradient(value: float, step: int) -> None:
@@ -109,7 +111,7 @@ def _gradient(value: float, step: int) -> None:
 def _reward(value: float, step: int) -> None:
     _patch(
         train,
-        "explore",
+        "sample_and_score",
         step,
         lambda found: (
             found[0],
@@ -121,14 +123,14 @@ def _reward(value: float, step: int) -> None:
 
 def _logp(value: float, step: int) -> None:
     """The trainer's, of one token."""
-    inner = grpo.pulled
+    inner = policy_loss.compute_token_loss
 
     def outer(logp, *args):
         if _here(step):
             logp = torch.cat([logp.new_full((1,), value), logp[1:]])
         return inner(logp, *args)
 
-    grpo.pulled = outer
+    policy_loss.compute_token_loss = outer
 
 
 FAULTS = {"loss": _loss, "gradient": _gradient, "reward": _reward, "log-prob": _logp}

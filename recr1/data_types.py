@@ -1,0 +1,87 @@
+"""The nouns that flow through everything. Legend: P prompts, G group, R = P*G rollouts, M packed
+tokens, N trained tokens.
+
+Prompt --generate x G--> Rollout --task.score--> Reward --group_advantages--> adv (R,)
+Rollouts --pack--> Batch --model--> hidden (M, C) --head--> logp (N,) --loss--> scalar
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question for the policy: its token ids end where the sampled text begins."""
+
+    id: str  # the query's id in the data
+    index: int  # its position in the split: what random numbers are keyed by
+    text: str  # the user's text as the data has it
+    ids: tuple[int, ...]
+    # its line of the data, as far as the task needs it
+    row: dict = field(default_factory=dict, compare=False)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled completion. `ids` are what was sampled, the end token included: they are trained
+    as they are.
+    """
+
+    prompt: Prompt
+    group: int  # which group of the step: siblings share it and stand together
+    sibling: int  # 0..G-1
+    ids: tuple[int, ...]
+    sampler_logp: tuple[float, ...]  # log-prob of each id under the policy that sampled it
+    finished: bool  # False: cut at max_new_tokens
+    count: int = 1  # identical siblings it stands for
+    cut: float = 0.0  # mean mass that top_p cut off its tokens' distributions
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What the loop maximises. `parts` are logged one by one; `error` names why a completion could
+    not be scored.
+    """
+
+    total: float
+    parts: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    answer: str | list[str] | None = None  # what was understood of it
+    text: str = ""  # the completion, without its end token
+
+
+class PackedLayout(NamedTuple):
+    """Where the packed rows belong: all prompts first, then the completions' inputs, each prompt
+    once per group.
+
+    Completion r reads its prompt `prompt_of[r]` and its own earlier tokens. Lengths are real
+    tokens: no padding.
+    """
+
+    prompt_lengths: torch.Tensor  # (P,) int64
+    # (R,) int64, inputs: one less than the sampled ids (the last one predicts nothing)
+    completion_lengths: torch.Tensor
+    prompt_of: torch.Tensor  # (R,) int64
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch of real tokens: no padding, no mask. Never edited in place; later passes add
+    fields by `replace`.
+    """
+
+    tokens: torch.Tensor  # (M,) int64
+    positions: torch.Tensor  # (M,) int64
+    layout: PackedLayout
+    target: torch.Tensor  # (N,) int64, the ids to be predicted
+    predict_from: torch.Tensor  # (N,) int64, the row of `hidden` that predicts them
+    # (N,) int64, index into the list that was packed; -1: none, the batch only keeps ranks in step
+    rollout: torch.Tensor
+    weight: torch.Tensor  # (N,) identical siblings it stands for; 0 for none
+    sampler_logp: torch.Tensor  # (N,)
+    # (N,) None: the new ones, detached (one optimiser step per batch)
+    old_logp: torch.Tensor | None = None
+    ref_logp: torch.Tensor | None = None  # (N,)
+    adv: torch.Tensor | None = None  # (N,)
