@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     task = tasks.build_task(cfg)
     rows = {
         id: row
-        for id, row in read_judged_queries(cfg, task.needs)[0]["train"].items()
+        for id, row in read_judged_queries(cfg, task.required_fields)[0]["train"].items()
         if not readers.is_validation(id) and (cfg.data.test_queries or not readers.is_test(id))
     }
     title, *_ = read_titles(

@@ -58,7 +58,7 @@ def main() -> None:
         )
         raw = scored(retriever, [row["raw"] for row in own], gains, k)
         agree(run, "ndcg_raw", own, raw)
-        lines.append(f"\nsearched with {retriever.how}{origin(cfg.retriever.encoder)}")
+        lines.append(f"\nsearched with {retriever.description}{origin(cfg.retriever.encoder)}")
         lines.append(f"  {'raw query':<44}{raw.mean():8.4f}")
         for writer, its, theirs in zip(args.runs, cfgs, rows):
             values = scored(retriever, [row["rewrite"] for row in theirs], gains, k)

@@ -49,10 +49,10 @@ class Setting:
             cfg.prompt.system,
             cfg.prompt.user,
             cfg.prompt.assistant,
-            self.task.places,
+            self.task.placeholders,
         )
         self.train, self.validation, self.test, self.qrels = load_prompts(cfg, self.chat, self.task)
-        maker = build_retriever(cfg.retriever) if self.task.searches else NoRetriever.make
+        maker = build_retriever(cfg.retriever) if self.task.uses_retriever else NoRetriever.make
         self.retriever, _ = maker(
             cfg.data.corpus,
             cfg.data.on_bad_line,

@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
             )
             for r in rollouts
         ]
-        answers[name] = scorer.judge(
+        answers[name] = scorer.score_texts(
             [prompts[i] for i in long],
             [text + more for text, more in zip(changed, rest)],
             [0.0] * len(long),
@@ -92,9 +92,9 @@ def main(argv: list[str]) -> None:
         other = np.array(
             [a.answer != b.answer for a, b in zip(answers["unchanged"], answers[name])], float
         )
-        metric = np.array([reward.parts[cfg.reward.metric] for reward in answers[name]])
+        metric = np.array([reward.terms[cfg.reward.metric] for reward in answers[name]])
         loss, ci = compute_mean_ci(
-            metric - np.array([reward.parts[cfg.reward.metric] for reward in answers["unchanged"]])
+            metric - np.array([reward.terms[cfg.reward.metric] for reward in answers["unchanged"]])
         )
         result[name] = dict(
             other_answer=compute_mean_ci(other),

@@ -35,15 +35,15 @@ def main(argv: list[str]) -> None:
     cfg = configs.load_config(args.config, args.overrides)
     setting = Setting(cfg, cfg.model.path)
     scorer = setting.scorer(args.beyond)
-    found = scorer.measure(
-        setting.train, [setting.task.raw(prompt.row) for prompt in setting.train]
+    found = scorer.score_answers(
+        setting.train, [setting.task.baseline_answer(prompt.row) for prompt in setting.train]
     )
     sparse = {
         prompt.id
         for prompt, parts in zip(setting.train, found)
         if parts["hit"] == 0 and any(setting.qrels[prompt.id].values())
     }
-    rows = read_judged_queries(cfg, setting.task.needs)[0]["train"]
+    rows = read_judged_queries(cfg, setting.task.required_fields)[0]["train"]
     kept = {id: row for id, row in rows.items() if id in sparse or readers.is_validation(id)}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write_text(

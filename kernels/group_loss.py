@@ -1,6 +1,6 @@
 """The group-advantage loss on log-probs, by Triton: rewards (P, G) to advantages, then one pass
 over the N tokens for loss, statistics and d loss / d logp. In torch the same formulas stand in
-recr1/grpo.py (group_advantages, policy_loss, k3), which the tests hold this against.
+recr1/rl/policy_loss.py (group_advantages, policy_loss, k3), which the tests hold this against.
 
     A_i = (r_i - mean) / (std + floor) | r_i - mean | r_i - mean of the others;  exactly 0 where a
     group's rewards are equal gain = min(rho A, clip(rho, 1 - low, 1 + high) A),  rho = exp(logp -
@@ -12,9 +12,9 @@ into the weights. Lengths are run-time values. DeepSeekMath (arXiv 2402.03300) e
 (2503.14476), Dr.GRPO (2503.20783), RLOO (2402.14740), CISPO (2506.13585).
 
 A token takes 28 bytes read and 4 written: 65,536 tokens are 2.1 MB, 0.7 us at 3.0 TB/s, less than a
-launch (arithmetic, not measured). Joined with the head (`on_logits_`, through logprob.linear_loss)
+launch (arithmetic, not measured). Joined with the head (`on_logits_`, through logprob.fused_linear_loss)
 the loss stands between two visits of a row of logits in one program. If the second visit finds the
-row in the L2 cache, 4 bytes a logit move instead of 6, and logprob.py's count becomes 474 / 507
+row in the L2 cache, 4 bytes a logit move instead of 6, and kernels/logprob.py's count becomes 474 / 507
 TF/s; two programs of 32 registers and 1,024 threads share a multiprocessor, 264 rows of 304 KB are
 80 MB and H100's L2 holds 50, so expect a part of that.
 
@@ -52,7 +52,7 @@ class LossRule:
 
 @dataclass
 class GroupTokenLoss:
-    """The loss as a Pull of logprob.linear_loss, and with `on_logits_` joined to the head: rewards
+    """The loss as a Pull of logprob.fused_linear_loss, and with `on_logits_` joined to the head: rewards
     and hidden states in, gradients out.
 
     rewards (P, G), or None where `adv` (P * G,) is given; of each token: rollout (N,) = p * G + g,
@@ -144,7 +144,7 @@ class GroupTokenLoss:
         return dict(zip(STATISTICS, self.sums.tolist()))
 
     def logged(self) -> dict[str, float]:
-        """Those of them that grpo.pulled gives too, by its names."""
+        """Those of them that policy_loss.compute_token_loss gives too, by its names."""
         found = self.statistics()
         return dict(
             clip_share=0.0 if self.rule.cispo else found["clipped"], dlogp_square=found["square"]
@@ -194,7 +194,7 @@ class WithGradients(torch.autograd.Function):
 
 
 def compute_advantages(rewards: torch.Tensor, rule: LossRule) -> torch.Tensor:
-    """rewards (P, G) -> advantages (P * G,): grpo.group_advantages, a program to a group."""
+    """rewards (P, G) -> advantages (P * G,): advantages.compute_group_advantages, a program to a group."""
     P, G = rewards.shape
     adv = rewards.new_empty(P * G)
     if P:
@@ -212,7 +212,7 @@ def compute_advantages(rewards: torch.Tensor, rule: LossRule) -> torch.Tensor:
 
 @cache
 def get_kernels() -> SimpleNamespace:
-    """The Triton kernels, made at first use, as in logprob.py."""
+    """The Triton kernels, made at first use, as in kernels/logprob.py."""
     global triton, tl, row_statistics, d_logits, token_loss, token_tile
     import triton
     import triton.language as tl

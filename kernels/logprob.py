@@ -59,7 +59,7 @@ def linear_log_probs(hidden, weight, target, temperature: float, policy, backend
     """hidden (N, C), weight (V, C), target (N,) -> log-prob (N,) and entropy (N,), both with
     gradient, at least float32.
 
-    `policy(logits (b, V), temperature) -> Policy` is the definition (policy.py); backend "triton"
+    `policy(logits (b, V), temperature) -> Policy` is the definition (model/log_probs.py); backend "triton"
     computes the same in its kernels. Rows whose incoming gradient is 0 are left out of the
     backward. Raises RuntimeError when the backend cannot run here.
     """
@@ -241,7 +241,7 @@ def _triton_logits_to_gradient_(rows, logits, target, temperature, pull, logp, e
     """The same by kernels. Rows of gradient 0 stay in place: no row may move while another program
     still reads it.
     """
-    # a loss with a kernel of its own: one pass (group_loss.GroupPull)
+    # a loss with a kernel of its own: one pass (group_loss.GroupTokenLoss)
     if hasattr(pull, "on_logits_"):
         loss += pull.on_logits_(logits, target[rows], temperature, rows, logp[rows], entropy[rows])
     else:
@@ -280,7 +280,7 @@ def torch_logits_to_gradient_(
 
 
 def compute_statistics(logits, target, temperature: float, logp, entropy, log_norm) -> None:
-    """Fills logp, entropy and logsumexp (n,) of logits (n, V), as policy.policy defines them: one
+    """Fills logp, entropy and logsumexp (n,) of logits (n, V), as log_probs.make_distribution defines them: one
     pass, an online logsumexp, a program to a row.
     """
     n, V = logits.shape

@@ -12,7 +12,7 @@ whole policy's, not renormalised over it.
 once more, and writes 12 bytes: 384 rows of 151,936 in bf16 are 117 MB a visit, 0.08 ms at 3.0 TB/s
 where torch's half a dozen passes over float32 take 0.5 (arithmetic, not measured). The nucleus
 costs it a visit per bit of a logit, 16 or 32, and no sort. Its log-prob comes from the function and
-the tiles of logprob.py's `statistics` kernel: from equal logits equal bits, in the interpreter; on
+the tiles of kernels/logprob.py's `statistics` kernel: from equal logits equal bits, in the interpreter; on
 a GPU not yet compared.
 
 Legend: B rows, K siblings that share a row, V vocabulary.
@@ -39,10 +39,10 @@ def sample_from_hidden(
     top_p: float = 1.0,
     backend: str = "torch",
 ):
-    """`choose` from hidden (B, C) and the head's weight (V, C) or what linear.py's `packed` made of
+    """`choose` from hidden (B, C) and the head's weight (V, C) or what kernels/cpu_linear.py's `packed` made of
     it: the logits are made on the way.
 
-    `policy(logits (B, V), temperature) -> Policy` is the definition (policy.py); backend "triton"
+    `policy(logits (B, V), temperature) -> Policy` is the definition (model/log_probs.py); backend "triton"
     chooses by `triton_choose`. Raises RuntimeError when the backend cannot run here.
     """
     require_backend(backend, hidden.device)
@@ -58,7 +58,7 @@ def sample_from_hidden(
 def sample_token(
     policy, uniforms: torch.Tensor | None = None, top_p: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A Policy (policy.py) of B rows, uniforms (B, K) in [0, 1] -> ids (B, K), their log-probs (B,
+    """A Policy (model/log_probs.py) of B rows, uniforms (B, K) in [0, 1] -> ids (B, K), their log-probs (B,
     K), the mass that top_p cut off (B,).
 
     None is greedy, K = 1: the lowest of the most likely ids. An id of probability 0 is never
@@ -135,7 +135,7 @@ def triton_sample_token(
 
 @cache
 def get_kernels() -> SimpleNamespace:
-    """The Triton kernels, made at first use, as in logprob.py."""
+    """The Triton kernels, made at first use, as in kernels/logprob.py."""
     global triton, tl, row_statistics, order, likely, walk, nucleus
     import triton
     import triton.language as tl

@@ -1,7 +1,7 @@
 """The `recr1` command: score queries as they are or rewritten by a policy, look at a search, a
 rewrite, a logged step.
 
-Files, plain or .gz, as data.py reads them. With --json the last line of the output is one JSON
+Files, plain or .gz, as data/readers.py reads them. With --json the last line of the output is one JSON
 object. `recr1 eval` also runs under torchrun.
 """
 

@@ -46,7 +46,7 @@ class Reward:
     """
 
     total: float
-    parts: dict[str, float] = field(default_factory=dict)
+    terms: dict[str, float] = field(default_factory=dict)
     error: str | None = None
     answer: str | list[str] | None = None  # what was understood of it
     text: str = ""  # the completion, without its end token
@@ -84,4 +84,4 @@ class MicroBatch:
     # (N,) None: the new ones, detached (one optimiser step per batch)
     old_logp: torch.Tensor | None = None
     ref_logp: torch.Tensor | None = None  # (N,)
-    adv: torch.Tensor | None = None  # (N,)
+    advantages: torch.Tensor | None = None  # (N,)

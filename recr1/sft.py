@@ -1,7 +1,7 @@
 """Supervised fine-tuning: python -m recr1.sft experiments/msrd_sft.yaml [a.b=value ...]
 
 The cold start before GRPO (RecLLM-R1, arXiv 2506.19235, section 3.2) and Rec-R1's SFT baseline:
-cross-entropy of a teacher's completions (teacher.py). What GRPO goes on from is RUN/model: python
+cross-entropy of a teacher's completions (training/teacher.py). What GRPO goes on from is RUN/model: python
 -m recr1.train CONFIG.yaml model.path=RUN/model
 """
 
@@ -37,13 +37,15 @@ def train(cfg: Config) -> None:
     policy = run.policy
     loss = resolve_objective(CROSS_ENTROPY, cfg.model)
     texts, about = load_sft_data(run)  # the teacher's, one Rollout each
-    run.last = cfg.sft.epochs * count_steps_per_epoch(len(texts), per_step) or cfg.train.steps
-    optimizer = Optimizer(policy, cfg.optimizer, run.last)
+    run.num_steps = cfg.sft.epochs * count_steps_per_epoch(len(texts), per_step) or cfg.train.steps
+    optimizer = Optimizer(policy, cfg.optimizer, run.num_steps)
 
-    with run.resumed(optimizer):  # from the last checkpoint; when asked to stop, it saves one
-        before = run.test_scores("eval_before.jsonl")
+    with run.resume_or_start(
+        optimizer
+    ):  # from the last checkpoint; when asked to stop, it saves one
+        before = run.evaluate_test("eval_before.jsonl")
         for step in run.steps():
-            with run.log.phase("train"):
+            with run.log.time_phase("train"):
                 # a function of (seed, step)
                 order = choose_prompts(len(texts), per_step, cfg.run.seed, step - 1)
                 mine = [
@@ -61,18 +63,18 @@ def train(cfg: Config) -> None:
                     )
                     value.backward()
                     done.sums.append(dict(loss=value.item(), **stats))
-                    run.meet()
-                grad_norm, lr = run.update(step, batches, done)
-            run.record(
+                    run.stop_if_asked()
+                grad_norm, lr = run.optimizer_step(step, batches, done)
+            run.finish_step(
                 step,
                 done,
                 epoch=step * per_step / len(texts),
                 grad_norm=grad_norm,
                 lr=lr,
-                skipped=optimizer.skipped,
+                skipped=optimizer.num_skipped,
             )
-        after = run.test_scores("eval_after.jsonl")
-    run.finish(before, after, loop="sft", teacher=about)
+        after = run.evaluate_test("eval_after.jsonl")
+    run.write_results(before, after, loop="sft", teacher=about)
 
 
 # -sum A log p / total: cross-entropy is A = 1 at every token of the teacher's text
@@ -105,11 +107,11 @@ def compute_cross_entropy(
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """A micro-batch's part of the mean over the step's target tokens, nats; sums over its tokens.
 
-    `temperature` is the policy's (policy.py): samples of temperature 1.2 learnt at 1 would make it
+    `temperature` is the policy's (model/log_probs.py): samples of temperature 1.2 learnt at 1 would make it
     flatter than the policy that wrote them.
     """
     value, _, stats = compute_policy_loss(
-        policy, replace(batch, adv=torch.ones_like(batch.weight)), total, temperature, loss
+        policy, replace(batch, advantages=torch.ones_like(batch.weight)), total, temperature, loss
     )
     return value, dict(entropy=stats["entropy"], trained=stats["trained"])
 
@@ -130,7 +132,7 @@ class SftStepRecord:
         loss, entropy, tokens = (
             sum(s[name] for s in self.sums) for name in ("loss", "entropy", "trained")
         )
-        return log.timed(
+        return log.add_timings(
             dict(
                 step=step,
                 loss=loss,

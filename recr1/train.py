@@ -42,13 +42,15 @@ def train(cfg: Config) -> None:
     with unsharded(policy):  # fresh pages are dear on a CPU; on a GPU training needs the room
         cache = make_cache(policy) if dist.device().type == "cpu" else None
 
-    with run.resumed(optimizer):  # from the last checkpoint; when asked to stop, it saves one
-        before = run.test_scores("eval_before.jsonl")
+    with run.resume_or_start(
+        optimizer
+    ):  # from the last checkpoint; when asked to stop, it saves one
+        before = run.evaluate_test("eval_before.jsonl")
         for step in run.steps():
             with unsharded(policy), dist.fail_together(), raise_on_signal():
                 # R = P * G, siblings adjacent; P is this rank's share
                 rollouts, rewards, drawn = sample_and_score(run, step, cache)
-            with run.log.phase("train"):
+            with run.log.time_phase("train"):
                 texts, first = deduplicate(rollouts)  # identical siblings: one row, counted
                 # (R,), 0 where the loss has it
                 divergence = compute_kl_penalty(
@@ -61,7 +63,7 @@ def train(cfg: Config) -> None:
                 )
                 kept = (
                     log_token_values(policy, run.reference, texts, cfg)
-                    if run.keeps_tokens(step)
+                    if run.logs_tokens(step)
                     else None
                 )
                 done = StepRecord(
@@ -76,7 +78,7 @@ def train(cfg: Config) -> None:
                 )
                 # one, unless train.inner_steps > 1
                 for total, batches in make_updates(
-                    policy, in_loss, texts, adv[first], cfg, loss.average
+                    policy, in_loss, texts, adv[first], cfg, loss.agg_mode
                 ):
                     for i, batch in enumerate(batches, 1):
                         heartbeat.enter_phase(f"train {i}/{len(batches)}")
@@ -87,11 +89,11 @@ def train(cfg: Config) -> None:
                         )
                         value.backward()
                         done.add(value, logp, batch, stats)
-                        run.meet()
-                    grad_norm, lr = run.update(step, batches, done)
-            run.record(step, done, grad_norm=grad_norm, lr=lr, skipped=optimizer.skipped)
-        after = run.test_scores("eval_after.jsonl")
-    run.finish(before, after)
+                        run.stop_if_asked()
+                    grad_norm, lr = run.optimizer_step(step, batches, done)
+            run.finish_step(step, done, grad_norm=grad_norm, lr=lr, skipped=optimizer.num_skipped)
+        after = run.evaluate_test("eval_after.jsonl")
+    run.write_results(before, after)
 
 
 def sample_and_score(run: Run, step: int, cache) -> tuple[list[Rollout], list[Reward], int]:
@@ -112,8 +114,8 @@ def sample_and_score(run: Run, step: int, cache) -> tuple[list[Rollout], list[Re
     for turn in range(1 + s.resample):
         prompts = run.prompts(step, turn)[: wanted - len(groups)]
         # the retriever runs here, on groups that have ended
-        scored = AsyncRewards(run.train_task.score, run.overlaps)
-        with run.log.phase("sample"):
+        scored = AsyncRewards(run.train_scorer.score, run.scores_async)
+        with run.log.time_phase("sample"):
             rollouts = generate(
                 run.policy,
                 prompts,
@@ -121,14 +123,14 @@ def sample_and_score(run: Run, step: int, cache) -> tuple[list[Rollout], list[Re
                 s.temperature,
                 s.max_new_tokens,
                 run.stops,
-                run.uniforms(step, prompts),
+                run.draw_uniforms(step, prompts),
                 cache,
                 top_p=s.top_p,
-                room=run.room(),
+                room=run.get_kv_cache_budget(),
                 kernels=run.cfg.model.kernels,
                 done=scored.submit,
             )
-        with run.log.phase("reward"):
+        with run.log.time_phase("reward"):
             rewards = scored.results()  # what is still to be done: the step waits for it
         drawn += len(prompts)
         for i in range(0, len(rollouts), s.group_size):
@@ -216,7 +218,7 @@ def add_advantages(batches: list[MicroBatch], adv: torch.Tensor) -> list[MicroBa
     was packed.
     """
     adv = torch.cat([adv, adv.new_zeros(1)])  # rollout -1
-    return [replace(b, adv=adv.to(b.tokens.device)[b.rollout]) for b in batches]
+    return [replace(b, advantages=adv.to(b.tokens.device)[b.rollout]) for b in batches]
 
 
 def compute_kl_penalty(

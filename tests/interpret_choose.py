@@ -1,4 +1,4 @@
-"""The kernel of kernels/choose.py against float64 in Triton's interpreter. Run by test_kernels.py,
+"""The kernel of kernels/sample_token.py against float64 in Triton's interpreter. Run by test_kernels.py,
 as interpret_kernels.py is.
 """
 

@@ -163,7 +163,7 @@ def test_one_shot_of_a_plain_sum():
     ids=str,
 )
 def test_policy_loss_of_the_loop(loss):
-    """kernels: triton against kernels: torch on a packed batch, fused where group_loss.py has the
+    """kernels: triton against kernels: torch on a packed batch, fused where kernels/group_loss.py has the
     loss, else its head under the torch loss.
     """
     policy_ = tiny_model(1)
@@ -224,7 +224,7 @@ def test_bfloat16_is_as_good_as_torchs_own(monkeypatch):
 
 
 def exact_advantages(rewards, kind, floor):
-    """float64, written from the formulas of group_loss.py's head."""
+    """float64, written from the formulas of kernels/group_loss.py's head."""
     r = rewards.double()
     G = rewards.shape[1]
     a = r - r.mean(1, keepdim=True)
@@ -246,7 +246,7 @@ def test_advantages(P, G, kind):
 
 
 def exact_loss(logp, p: GroupTokenLoss):
-    """float64, in autograd, from the formulas of group_loss.py's head; and the sums."""
+    """float64, in autograd, from the formulas of kernels/group_loss.py's head; and the sums."""
     rule = p.rule
     rewards = p.rewards
     sampler, old, ref, weight = (

@@ -184,7 +184,7 @@ def accumulate(policy, reference, step: int, same: tuple, cfg: Config, group: in
     loss = resolve_objective(cfg.loss, cfg.model)
     adv = advantages(rewards, cfg, group, dtype)
     texts, first = deduplicate([replace(x, group=x.group - min(mine)) for x in rollouts])
-    [(total, batches)] = make_updates(policy, reference, texts, adv[first], cfg, loss.average)
+    [(total, batches)] = make_updates(policy, reference, texts, adv[first], cfg, loss.agg_mode)
     sum_of_losses = 0.0
     for i, batch in enumerate(batches, 1):
         policy.hold = cfg.train.reduce == "step" and i < len(batches)
@@ -414,7 +414,7 @@ def lesson(name: str) -> dict[str, torch.Tensor]:
 
 
 def one_fails() -> str:
-    """What every rank is told when the last one fails in a block of dist.together."""
+    """What every rank is told when the last one fails in a block of dist.fail_together."""
     try:
         with dist.fail_together():
             if dist.rank() == dist.world_size() - 1:

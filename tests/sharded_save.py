@@ -45,7 +45,7 @@ def work(folder: Path, policy_folder: str) -> None:
         )
     else:
         checkpoint.load_checkpoint(found, state, policy, optimizer)
-        assert (optimizer.taken, optimizer.skipped) == (2, 0)
+        assert (optimizer.num_steps, optimizer.num_skipped) == (2, 0)
     load_model.save_policy(
         policy, tiny_tokenizer(), frozenset([5]), folder / f"export.{dist.world_size()}", ""
     )

@@ -30,7 +30,7 @@ def at(what: str, act, patch=setattr) -> None:
         "lesson": (sft, "compute_cross_entropy"),
         "evaluate": (evaluate, "generate"),
         "save": (checkpoint, "save_file"),
-        "log": (run_log.RunLog, "metrics"),
+        "log": (run_log.RunLog, "write_metrics"),
         "index": (bm25, "load_or_build_bm25"),
     }[word]
     inner = getattr(owner, name)

@@ -376,4 +376,4 @@ def test_upstream_wrapping_loses_the_first_word():
     assert [part[0] for part in wrapped.explain("oculus rift", 0)] == ["rift"]  # `oculus` is gone
     assert found(wrapped, "gta") == set()  # a query of one word has no hit
     assert found(wrapped, '"gta"') == {"c", "d"}  # kept, and `content` comes in
-    assert "upstream wrapping" in wrapped.how and "wrapping" not in plain.how
+    assert "upstream wrapping" in wrapped.description and "wrapping" not in plain.description

@@ -22,7 +22,7 @@ from tiny import jsonl, refused, tiny_model, write_policy, write_yaml
 from recr1 import cli, train
 from recr1.config.schema import OptimizerConfig
 from recr1.distributed.fsdp import Sharded
-from recr1.training import checkpoint
+from recr1.training import checkpoint, load_model
 from recr1.training.launch import run_guarded
 from recr1.training.optimizer import Optimizer
 from recr1.utils import files
@@ -413,9 +413,9 @@ def undisturbed(world, tmp_path_factory):
 def test_a_failing_disk_is_found_by_reading_back(begun, world, tmp_path, monkeypatch, capsys):
     shutil.copytree(begun, folder := tmp_path / "run")
     monkeypatch.setattr(
-        checkpoint,
+        load_model,
         "save_model",
-        lambda *a, write=checkpoint.save_model: (
+        lambda *a, write=load_model.save_model: (
             write(*a),
             flip(Path(a[-1]) / "model.safetensors", -1),
         ),
@@ -492,8 +492,8 @@ def test_adamws_state_goes_out_and_in(tmp_path):
     checkpoint.restore_optimizer(
         resumed,
         {name: t.clone() for name, t in checkpoint.get_moments(optimizer).items()},
-        optimizer.taken,
-        optimizer.skipped,
+        optimizer.num_steps,
+        optimizer.num_skipped,
     )
     steps(second, resumed, range(3, 5))
     assert (

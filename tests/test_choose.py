@@ -101,7 +101,7 @@ def test_the_nucleus_is_transformers(temperature, top_p):
 
 
 def test_top_p_1_cuts_nothing_and_sorts_nothing(monkeypatch):
-    monkeypatch.setattr("recr1.kernels.choose.nucleus_floor", None)
+    monkeypatch.setattr("recr1.kernels.sample_token.find_nucleus_floor", None)
     p = make_distribution(torch.randn(4, 50), 1.0)
     u = torch.rand(4, 3)
     assert not sample_token(p, u)[2].any() and not sample_token(p)[2].any()

@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs (decode_graph.py) against the eager steps. Without a GPU by a
+"""Decode steps as CUDA graphs (sampling/cuda_graphs.py) against the eager steps. Without a GPU by a
 stand-in that keeps CUDA's rules on the CPU.
 """
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from recr1.data_types import Prompt
 from recr1.model.varlen_attention import AttentionBackend
-from recr1.sampling import cuda_graphs, generate
+from recr1.sampling import cuda_graphs, generate as sampler
 from recr1.sampling.cuda_graphs import DecodeGraphs, round_to_rung
 from recr1.sampling.generate import generate
 from recr1.sampling.kv_cache import KVCache
@@ -175,8 +175,8 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(cuda_graphs, "SLOTS", 16)  # the tiny texts pass several widths
     monkeypatch.setattr(DecodeGraphs, "_step", noted)
     monkeypatch.setattr(DecodeGraphs, "__init__", remembered)
-    monkeypatch.setattr(generate, "SYNC_EVERY", {"cpu": 8})
-    monkeypatch.setattr(generate, "DEVICES", ("cpu",))
+    monkeypatch.setattr(sampler, "SYNC_EVERY", {"cpu": 8})
+    monkeypatch.setattr(sampler, "DEVICES", ("cpu",))
     yield seen
     for self, places in seen.made:
         assert places == [
@@ -281,8 +281,8 @@ def world(request, monkeypatch):
 
     def plain(case, **more):
         with monkeypatch.context() as m:
-            m.setattr(generate, "SYNC_EVERY", {"cpu": 1})
-            m.setattr(generate, "DEVICES", ())
+            m.setattr(sampler, "SYNC_EVERY", {"cpu": 1})
+            m.setattr(sampler, "DEVICES", ())
             return draw(model, case, **more)
 
     return model, bound, plain
@@ -291,7 +291,7 @@ def world(request, monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_looking_every_eight_tokens_changes_nothing(world, case, monkeypatch):
     model, bound, plain = world
-    monkeypatch.setattr(generate, "SYNC_EVERY", {"cpu": 8})
+    monkeypatch.setattr(sampler, "SYNC_EVERY", {"cpu": 8})
     ours = draw(model, case)
     same(ours, plain(case), bound)
     assert any(r.finished and len(r.ids) % 8 for r in ours) or len(ours) == 1
@@ -313,7 +313,7 @@ def test_graphs_change_nothing(world, case, on_cpu):
 def test_a_cache_of_before_is_used_again(world, on_cpu):
     """The second call captures anew, in the first one's memory where that is enough."""
     model, bound, plain = world
-    cache = generate.make_cache(model)
+    cache = sampler.make_cache(model)
     for case in ("odd number of rows", "siblings", "odd number of rows"):
         same(draw(model, case, cache), plain(case), bound)
     (first, _), (second, _), (third, _) = on_cpu.made
@@ -332,24 +332,24 @@ def test_rows_that_are_nobodys_change_nothing(on_cpu):
     with torch.no_grad():
         runs = []
         for spoil in (False, True):
-            cache = generate.make_cache(model)
+            cache = sampler.make_cache(model)
             cache.clear(9, 64, at_once=True)
             graphs = DecodeGraphs(
                 model,
                 cache,
-                lambda hidden, uniforms: generate.linear_choose(
-                    hidden, model.head_weight, 1.0, generate.policy, uniforms
+                lambda hidden, uniforms: sampler.sample_from_hidden(
+                    hidden, model.head_weight, 1.0, sampler.make_distribution, uniforms
                 ),
             )
             if spoil:
                 cache.lengths[1:] = torch.arange(0, 4000, 500)
                 cache.store[:, 1:] = 1e3
             u = torch.from_numpy(np.random.default_rng(0).random((30, 2, 1)))
-            tokens = generate.linear_choose(
-                generate.prefill(model, [a], cache),
+            tokens = sampler.sample_from_hidden(
+                sampler.prefill(model, [a], cache),
                 model.head_weight,
                 1.0,
-                generate.policy,
+                sampler.make_distribution,
                 u[0, :1],
             )[0][:, 0]
             seen = []
@@ -358,7 +358,7 @@ def test_rows_that_are_nobodys_change_nothing(on_cpu):
                 tokens = ids[:, 0]
                 seen += [ids[0].item(), logp[0].item()]
             tokens = torch.cat([tokens, torch.tensor([7])])
-            generate.prefill(model, [b], cache)
+            sampler.prefill(model, [b], cache)
             for t in range(12, 30):
                 ids, logp, _ = graphs(tokens, u[t])
                 tokens = ids[:, 0]
@@ -442,8 +442,8 @@ def test_nothing_of_the_graphs_is_left(on_cpu):
 
 def test_the_cpu_keeps_its_growing_cache_and_has_no_graphs():
     model = tiny_model(seed=4)
-    cache = generate.make_cache(tiny_model(seed=4))
-    assert cuda_graphs.DEVICES == ("cuda",) and generate.SYNC_EVERY["cpu"] == 1
+    cache = sampler.make_cache(tiny_model(seed=4))
+    assert cuda_graphs.DEVICES == ("cuda",) and sampler.SYNC_EVERY["cpu"] == 1
     draw(model, "one text", cache)
     cache.clear(1000, 1024)
     assert cache.store.shape[1] < 1000
@@ -468,8 +468,8 @@ def test_on_a_gpu_graphs_change_nothing(case, kernels, dtype, bound, monkeypatch
     model = tiny_model(seed=4).to("cuda", dtype)
     monkeypatch.setattr(cuda_graphs, "SLOTS", 16)
     ours = draw(model, case, kernels=kernels)
-    monkeypatch.setattr(generate, "DEVICES", ())
-    monkeypatch.setattr(generate, "SYNC_EVERY", {"cuda": 1})
+    monkeypatch.setattr(sampler, "DEVICES", ())
+    monkeypatch.setattr(sampler, "SYNC_EVERY", {"cuda": 1})
     same(ours, draw(model, case, kernels=kernels), bound)
 
 

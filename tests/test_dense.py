@@ -223,7 +223,11 @@ def test_the_graph_on_disk_answers_as_the_one_in_memory(encode, tmp_path):
         for where in (tmp_path / "i", None)
     )
     assert all(map(np.array_equal, kept.search(texts[:9], 20), fresh.search(texts[:9], 20)))
-    assert "efSearch 64" in kept.how and "efConstruction 200" in kept.how and "M 32" in kept.how
+    assert (
+        "efSearch 64" in kept.description
+        and "efConstruction 200" in kept.description
+        and "M 32" in kept.description
+    )
 
 
 def test_bad_corpora_are_refused(encode):

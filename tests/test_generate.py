@@ -109,7 +109,7 @@ def test_a_seed_draws_one_text_and_seeds_differ(world, capsys):
     assert texts[""] == texts["0"] and len(set(texts.values())) == 3
     assert all(
         texts[str(seed)].startswith(
-            cli.plain(generated(world, "lamp", 1.0, seed), keep="\n") + "\n"
+            cli.make_printable(generated(world, "lamp", 1.0, seed), keep="\n") + "\n"
         )
         for seed in range(3)
     )

@@ -249,7 +249,7 @@ def test_stale_index_is_refused_with_the_command_that_makes_it_anew(
     if change == "corpus":
         write(corpus, DOCS | {"d1": "red red cat"})
     elif change == "analyzer":
-        monkeypatch.setattr(module.analyzer, "VERSION", "another")
+        monkeypatch.setattr(module.analyzer, "ANALYZER_VERSION", "another")
     with pytest.raises(IndexRefused) as refused:
         load_or_build_bm25(
             tmp_path / "index", corpus, **(change if isinstance(change, dict) else {})

@@ -18,7 +18,7 @@ def pieces(request, monkeypatch):
     of 4 and slices of 16 columns.
     """
     if request.param == "in pieces":
-        for name, size in dict(WORKSPACE=4096, BLOCK=512, SLICE=2048).items():
+        for name, size in dict(WORKSPACE_BYTES=4096, BLOCK_BYTES=512, SLICE_BYTES=2048).items():
             monkeypatch.setitem(getattr(logprob, name), "cpu", size)
 
 

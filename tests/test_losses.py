@@ -58,9 +58,9 @@ def test_every_recipe_trains_and_gives_one_gradient_for_any_micro_batches(kind):
     adv = compute_group_advantages(
         torch.arange(len(rollouts), dtype=torch.float64) % 4, 3, o.advantage, o.config
     )[first]
-    total = count_denominator(texts, o.average, 9)
+    total = count_denominator(texts, o.agg_mode, 9)
     found = []
-    assert total == count_denominator(rollouts, o.average, 9)
+    assert total == count_denominator(rollouts, o.agg_mode, 9)
     for budget in (20, 10_000):
         for p in policy.parameters():
             p.grad = None
@@ -156,7 +156,7 @@ def test_inner_steps_move_the_ratio_and_the_clip_bites(run, world):
     )
     _, logp, stats = compute_policy_loss(moved, batch, 7, 1.0, o)
     ratio = (logp - batch.old_logp).exp()
-    adv = batch.adv
+    adv = batch.advantages
     d = compute_token_loss(logp, torch.zeros_like(logp), batch, batch.weight, 7, o)[1]
     cut = ((adv > 0) & (ratio > 1.2)) | ((adv < 0) & (ratio < 0.9))
     assert cut.any() and (~cut).any() and (d[cut] == 0).all() and stats["clip_share"] == cut.sum()

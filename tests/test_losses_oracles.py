@@ -98,14 +98,14 @@ def batches_of(w, o, budget=10_000):
                     b,
                     weight=b.weight.double(),
                     sampler_logp=b.sampler_logp.double(),
-                    adv=adv[b.rollout],
+                    advantages=adv[b.rollout],
                     old_logp=w.old[at] if w.off else None,
                     ref_logp=w.ref[at] if o.config.kl else None,
                 ),
                 at,
             )
         )
-    return made, count_denominator(texts, o.average, LIMIT)
+    return made, count_denominator(texts, o.agg_mode, LIMIT)
 
 
 def ours(w, monkeypatch, settings, budget=10_000, total=None):
@@ -455,7 +455,7 @@ def test_liger(name, head, cap, kl):
 
     [(b, at)], _ = batches_of(w, o)
 
-    class Policy:  # what recr1/policy.py asks of a model
+    class Policy:  # what recr1/model/log_probs.py asks of a model
         head_weight = weight
         root = staticmethod(nullcontext)
         backend = AttentionBackend()

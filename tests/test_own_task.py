@@ -15,9 +15,9 @@ from recr1.utils.interrupts import Stopped
 class Mine:
     """A task of a user's own; `change` makes a method do something else."""
 
-    places = ("query",)
-    needs = ()
-    searches = True
+    placeholders = ("query",)
+    required_fields = ()
+    uses_retriever = True
     change = {}
 
     def __init__(self, rule):
@@ -27,13 +27,13 @@ class Mine:
         change = object.__getattribute__(self, "change")
         return change[name] if name in change else object.__getattribute__(self, name)
 
-    def texts(self, row, title):
+    def render(self, row, title):
         return (row["text"],)
 
     def parse(self, completion, row):
         return ([completion], None) if completion else (None, "empty")
 
-    def raw(self, row):
+    def baseline_answer(self, row):
         return [row["text"]]
 
     def rank(self, answers, rows, k, search):
@@ -50,14 +50,17 @@ def fails(error):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(texts=fails(KeyError("day"))), "texts raised KeyError: 'day' for the query 'lamps'"),
         (
-            dict(texts=lambda *_: "lamps"),
-            "texts returned 'lamps', must be 1 strings, one for each of query,",
+            dict(render=fails(KeyError("day"))),
+            "render raised KeyError: 'day' for the query 'lamps'",
         ),
-        (dict(texts=lambda *_: ("a", "b")), "must be 1 strings"),
-        (dict(texts=lambda *_: ("\ud800",)), "which cannot be written as JSON in UTF-8"),
-        (dict(texts=lambda row, title: (title("nowhere"),)), "texts raised KeyError: 'nowhere'"),
+        (
+            dict(render=lambda *_: "lamps"),
+            "render returned 'lamps', must be 1 strings, one for each of query,",
+        ),
+        (dict(render=lambda *_: ("a", "b")), "must be 1 strings"),
+        (dict(render=lambda *_: ("\ud800",)), "which cannot be written as JSON in UTF-8"),
+        (dict(render=lambda row, title: (title("nowhere"),)), "render raised KeyError: 'nowhere'"),
         (
             dict(parse=fails(ValueError("no\n\x1b[2Jlist"))),
             r"parse raised ValueError: no \[2Jlist for the query 'lamps'",
@@ -72,8 +75,8 @@ def fails(error):
             r"parse returned \({1, 2}, None\), which cannot be written",
         ),
         (dict(parse=lambda *_: (float("nan"), None)), "which cannot be written as JSON"),
-        (dict(raw=fails(IndexError("x"))), "raw raised IndexError"),
-        (dict(raw=lambda *_: b"x"), "raw returned b'x', which cannot"),
+        (dict(baseline_answer=fails(IndexError("x"))), "baseline_answer raised IndexError"),
+        (dict(baseline_answer=lambda *_: b"x"), "baseline_answer returned b'x', which cannot"),
         (
             dict(rank=fails(RecursionError("deep"))),
             "rank raised RecursionError: deep for 1 queries, the first 'lamps'",
@@ -82,8 +85,8 @@ def fails(error):
         (dict(rank=lambda *_: [[3]]), "a list of document ids for each"),
         (dict(rank=lambda *_: None), "rank returned None"),
         (dict(rank=lambda answers, rows, k, search: search([3], k)), "rank raised AttributeError"),
-        (dict(places="query"), "places must be a tuple of strings, is 'query'"),
-        (dict(needs=None), "needs must be a tuple"),
+        (dict(placeholders="query"), "placeholders must be a tuple of strings, is 'query'"),
+        (dict(required_fields=None), "required_fields must be a tuple"),
     ],
 )
 def test_a_task_of_ones_own_that_fails_is_named_with_its_method_and_query(
@@ -92,9 +95,9 @@ def test_a_task_of_ones_own_that_fails_is_named_with_its_method_and_query(
     def ask():
         task = build_task(Config(task="test_own_task:Mine"))
         row = dict(text="lamps")
-        task.texts(row, TITLES.__getitem__)
+        task.render(row, TITLES.__getitem__)
         s = scorer(task, {"q": {"d1": 1.0}})
-        return s.measure([Prompt("q", 0, "", (), row)], [task.raw(row)]), s.score(
+        return s.score_answers([Prompt("q", 0, "", (), row)], [task.baseline_answer(row)]), s.score(
             [rollout("1", row=row), rollout("", row=row)]
         )
 
@@ -102,7 +105,7 @@ def test_a_task_of_ones_own_that_fails_is_named_with_its_method_and_query(
     assert (
         raw["ndcg"] == 0
         and [(r.answer, r.error) for r in rewards] == [(["1"], None), (None, "empty")]
-        and rewards[0].parts["ndcg"] > 0
+        and rewards[0].terms["ndcg"] > 0
     )
     monkeypatch.setattr(Mine, "change", change)
     with pytest.raises(ConfigError, match=message) as e:

@@ -56,7 +56,7 @@ def test_a_batch_written_out():
     assert b.rollout.tolist() == [2, 2, 3, 3, 3, 3, 0, 0, 0, 1]
     assert b.weight.tolist() == [1, 1, 3, 3, 3, 3, 1, 1, 1, 1]
     assert torch.equal(b.sampler_logp, -0.25 * b.target.float())
-    assert b.old_logp is None and b.ref_logp is None and b.adv is None
+    assert b.old_logp is None and b.ref_logp is None and b.advantages is None
 
 
 @pytest.mark.parametrize("budget", [20, 21, 40, 100, 10_000])

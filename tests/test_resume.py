@@ -348,7 +348,7 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_stop(world, tmp_path, m
         assert run_guarded(train.main, [*argv, f"run.dir={tmp_path / 'one'}"]) == 0
     assert "no weight was changed; its batches are in" in capsys.readouterr().out
     assert [row["skipped"] for row in jsonl(tmp_path / "one/metrics.jsonl")] == [0, 1, 1, 1]
-    inner = train.policy_loss
+    inner = train.compute_policy_loss
     monkeypatch.setattr(train, "compute_policy_loss", lambda *a: nan(inner(*a)))
     assert "3 optimiser steps in a row" in refused(
         [*argv, "optimizer.max_skips=3", f"run.dir={tmp_path / 'run'}"], capsys

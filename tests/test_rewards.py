@@ -150,7 +150,7 @@ def test_the_sum_of_the_parts():
     assert (
         reward.total
         == pytest.approx(0.1 + ndcg + 0.25 + 0.1 * want["diversity"] + 0.2 * want["category"])
-        and reward.parts == found
+        and reward.terms == found
     )
     missed = parts.reward(
         "text", "answer", None, parts(dict(text="q"), None, ["a", "c"], {"z": 1.0}), 0.0
@@ -158,7 +158,7 @@ def test_the_sum_of_the_parts():
     # other parts are paid without a hit too, the bonus is not
     assert missed.total == pytest.approx(-0.2 + 0.1 * 1.0)
     bad = parts.reward("text", None, "tags", None, 0.0)
-    assert (bad.total, bad.parts, bad.error) == (-3.0, dict.fromkeys(want, 0.0), "tags")
+    assert (bad.total, bad.terms, bad.error) == (-3.0, dict.fromkeys(want, 0.0), "tags")
 
 
 def test_what_is_measured():

@@ -1,9 +1,8 @@
-"""The shape of the repository: levels of imports, sizes of files, what stands where. Nothing here
+"""The shape of the repository: the order of its rooms, what stands where. Nothing here
 runs the product.
 """
 
 import ast
-import re
 import subprocess
 import sys
 from functools import cache
@@ -14,23 +13,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# An import goes to a strictly lower level. A folder is one unit: inside it files may import each
-# other, without circles.
-LEVELS = [
-    "heartbeat linear varlen terminal exits",
-    "records config data dist metrics intervals answers attention kernels hub files stopping memory",
-    # cache calls attention
-    "draws session config_file cache model policy packing chat offload flat decode_graph named versions overlap",
-    "weights fsdp sample grpo optim footprint retrieval",
-    "tasks checkpoint log plan dryrun replay",
-    "evaluate report resume splits console track",
-    "run rewriter",
-    "launch teacher",
-    "train sft",
-    "explain doctor losslab searching completions",
-    "cli",
-]
-LEVEL = {unit: level for level, units in enumerate(LEVELS) for unit in units.split()}
+# An import goes to an earlier room of this list, never back. Inside a room files import each other
+# without a circle. recr1/README.md draws the same order.
+ROOMS = (
+    "utils distributed data_types kernels config model data sampling rl retrieval memory tasks "
+    "tracking evaluation report training train sft doctor commands cli"
+).split()
 
 
 def modules() -> dict[str, Path]:
@@ -76,23 +64,20 @@ def imports_of(name: str, path: Path, known: dict[str, Path]) -> set[str]:
     return {module for module in found if module.startswith("recr1.")}
 
 
-def test_imports_go_to_a_lower_level():
+def test_imports_go_to_an_earlier_room():
     known = modules()
     wrong = []
     for name, path in known.items():
         if name in ("recr1", "recr1.kernels"):
             continue
         where = path.relative_to(ROOT)
-        assert unit(name) in LEVEL, (
-            f"{where} has no level: give {unit(name)!r} the lowest that fits, in LEVELS of tests/test_structure.py"
-        )
+        assert unit(name) in ROOMS, f"{where}: {unit(name)!r} is no room of tests/test_structure.py"
         for target in sorted(imports_of(name, path, known)):
-            assert unit(target) in LEVEL, f"{where} imports {target}, which has no level"
-            if unit(target) != unit(name) and LEVEL[unit(target)] >= LEVEL[unit(name)]:
-                wrong.append(
-                    f"{where} (level {LEVEL[unit(name)]}) imports {target} (level {LEVEL[unit(target)]})"
-                )
-    assert not wrong, "imports that do not go to a lower level:\n" + "\n".join(wrong)
+            if unit(target) == unit(name):
+                continue
+            if ROOMS.index(unit(target)) >= ROOMS.index(unit(name)):
+                wrong.append(f"{where} imports {target}")
+    assert not wrong, "imports that go back to a later room:\n" + "\n".join(wrong)
 
 
 def test_no_circles_inside_a_folder():
@@ -145,10 +130,6 @@ def test_every_module_imports_without_the_optional_packages():
     assert done.returncode == 0, done.stderr
 
 
-def lines(path: Path) -> int:
-    return len(path.read_bytes().splitlines())
-
-
 def test_top_level_holds_nothing_else():
     git = (
         subprocess.run(
@@ -173,23 +154,3 @@ def test_top_level_holds_nothing_else():
         "recr1 kernels experiments tests setup.py README.md LICENSE".split()
     )
     assert not extra, f"at the top level and not allowed there: {sorted(extra)}"
-
-
-def test_readme_file_map_is_true():
-    """Rows `| `path` | lines | ...`: the path exists and the count is right within 10% or 10 lines;
-    a folder counts its .py files.
-    """
-    rows = re.findall(
-        r"^\|\s*`([^`]+)`\s*\|\s*([\d,]+)\s*\|",
-        (ROOT / "README.md").read_text(encoding="utf-8"),
-        re.MULTILINE,
-    )
-    assert rows, "README.md has no file map: rows of the form | `recr1/model.py` | 190 | ... |"
-    for name, count in rows:
-        path = ROOT / name
-        said = int(count.replace(",", ""))
-        assert path.exists(), f"README.md: {name} does not exist"
-        true = lines(path) if path.is_file() else sum(map(lines, path.rglob("*.py")))
-        assert abs(said - true) <= max(10, 0.1 * true), (
-            f"README.md: {name} is said to have {said} lines, has {true}"
-        )

@@ -51,19 +51,19 @@ def test_what_the_prompts_show():
         candidates=["b", "c"],
     )
     shown = "Item_1: green chair Item_3: x\nItem_2: </think> table"
-    assert ProductSearch(RULE).texts(row, title) == ("lamps",)
+    assert ProductSearch(RULE).render(row, title) == ("lamps",)
     assert (
-        Sequential(RULE).texts(row, title)
-        == Sequential(RULE).texts(row | dict(history=["a", "d"]), title)
+        Sequential(RULE).render(row, title)
+        == Sequential(RULE).render(row | dict(history=["a", "d"]), title)
         == ("Item 1: red lamp\nItem 2: blue shirt",)
     )
-    assert Rerank(RULE).texts(row, title) == ("lamps", shown)
-    assert RecommendList(RULE).texts(row, title) == (
+    assert Rerank(RULE).render(row, title) == ("lamps", shown)
+    assert RecommendList(RULE).render(row, title) == (
         "likes lamps",
         "2018-01-02: red lamp\n2018-02-03: blue shirt",
         shown,
     )
-    assert RecommendList(RULE).texts(
+    assert RecommendList(RULE).render(
         dict(text="x", profile=" ", history=[], candidates=["a"]), title
     ) == ("unknown", "none", "Item_1: red lamp")
     assert list_mentioned(row) == ["a", "d", "b", "c"] and list_mentioned(dict(text="x")) == []
@@ -89,7 +89,9 @@ def splits(data: DataConfig, task: str, user: str, **prompt):
         train=Config().train.__class__(prompts_per_step=1),
     )
     made = build_task(cfg)
-    return load_prompts(cfg, ChatTemplate(tiny_tokenizer(), "", user, "<think>", made.places), made)
+    return load_prompts(
+        cfg, ChatTemplate(tiny_tokenizer(), "", user, "<think>", made.placeholders), made
+    )
 
 
 CORPUS = [dict(id=id, title=t) for id, t in TITLES.items()] + [
@@ -342,7 +344,7 @@ class Words:
 def scorer(task, gains, rule=RULE, k=5, closed=False, **more):
     return Scorer(
         task,
-        Words() if task.searches else NoRetriever(),
+        Words() if task.uses_retriever else NoRetriever(),
         gains,
         RewardTerms(rule, k, **more),
         decode=lambda ids: texts[ids],
@@ -384,11 +386,11 @@ def test_product_search_totals_are_the_published_rule_to_the_bit(rule):
         if "<answer>" in texts[r.ids]:
             assert (
                 reward.total == (rule.bonus + value if value > 0 else rule.miss)
-                and reward.parts == {"ndcg": value}
+                and reward.terms == {"ndcg": value}
                 and reward.answer == query
             )
         else:
-            assert (reward.total, reward.parts, reward.error, reward.answer) == (
+            assert (reward.total, reward.terms, reward.error, reward.answer) == (
                 rule.unparsable,
                 {"ndcg": 0.0},
                 "no_think_end",
@@ -431,14 +433,14 @@ def test_what_was_seen_is_removed_and_the_rest_moves_up():
         [reward] = scorer(task := Sequential(RewardConfig(remove_seen=remove)), gains, k=4).score(
             [rollout(query, row=row)]
         )
-        assert reward.parts["ndcg"] == pytest.approx(1 / np.log2(place + 1))
+        assert reward.terms["ndcg"] == pytest.approx(1 / np.log2(place + 1))
         found = task.rank(
             ["0 1 2 3 4 5", "0 1"], [row, dict(text="", history=[])], 3, scorer(task, {}).search
         )
         assert found == (
             [["d1", "d3", "d4"], ["d0", "d1"]] if remove else [["d0", "d1", "d2"], ["d0", "d1"]]
         )
-    assert task.raw(row) == "4"  # the last title
+    assert task.baseline_answer(row) == "4"  # the last title
 
 
 def test_lists_are_scored_as_they_are_ordered_and_compared_with_the_given_order():
@@ -457,7 +459,7 @@ def test_lists_are_scored_as_they_are_ordered_and_compared_with_the_given_order(
             and 0.1 < worst.total < 0.9
             and (bad.total, bad.error) == (-2.0, "repeated_item")
         )
-        [raw] = s.measure([Prompt("q", 0, "", (), ROW)], [task.raw(ROW)])
+        [raw] = s.score_answers([Prompt("q", 0, "", (), ROW)], [task.baseline_answer(ROW)])
         assert raw["ndcg"] == compute_ndcg(["a", "b", "c"], gains["q"], 3)
 
 
@@ -487,9 +489,13 @@ def test_a_task_that_is_none_is_refused():
     with pytest.raises(ConfigError, match="data.shuffle_words"):
         build_task(Config(task="rerank", data=DataConfig(shuffle_words=0.5)))
     own = build_task(Config(task="recr1.tasks.rerank:Rerank"))
-    assert isinstance(own.task, Rerank) and (own.places, own.needs, own.searches) == (
-        Rerank.places,
-        Rerank.needs,
+    assert isinstance(own.task, Rerank) and (
+        own.placeholders,
+        own.required_fields,
+        own.uses_retriever,
+    ) == (
+        Rerank.placeholders,
+        Rerank.required_fields,
         False,
     )
 
@@ -512,8 +518,8 @@ def test_the_papers_prompts_fit_their_tasks(path, tmp_path):
     own = yaml.safe_load(path.read_text())
     assert (p.user, p.system, p.assistant, p.max_tokens) == (own["user"], own["system"], "so", 99)
     ChatTemplate(
-        tiny_tokenizer(), own["system"], own["user"], own["assistant"], task.places
-    ).prompt(*["x"] * len(task.places))
+        tiny_tokenizer(), own["system"], own["user"], own["assistant"], task.placeholders
+    ).prompt(*["x"] * len(task.placeholders))
     example = re.search(r"<answer>\s*(\{.*?\})\s*</answer>", own["user"], re.DOTALL)[1]
     assert list(json.loads(example)) == [getattr(task, "key", "query")]
 

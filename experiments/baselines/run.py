@@ -7,7 +7,7 @@ ranks the whole catalogue, no sampled negatives:
     popularity   interactions in train                      last title   the last item's title as a
     BM25 query last item    what followed it in train (Markov chain)   item-kNN     cosine of
     co-occurrence in train, summed over the history SASRec       Transformer, 2 x 64, full softmax;
-    dropout and when to stop chosen by NDCG@10 on the validation tenth of train (data.is_validation)
+    dropout and when to stop chosen by NDCG@10 on the validation tenth of train (readers.is_validation)
 
 All train on train without that tenth and see a user's last --history items, 10 by default: what the
 windows hold and a language model is shown. With 50 they see what else train holds of a test user,

@@ -112,7 +112,7 @@ def main() -> None:
         ours = load_or_build_dense(encoder, ids, ids, folder)
         ratio, rate, single = against_faiss(ours, vectors, asked, queries, args.pairs)
         print(
-            f"exact, {ours.how}: {rate:,.0f} queries/s in batches of {BATCH}, {single:,.0f} one by one; time over IndexFlatIP's own {ratio:.3f}"
+            f"exact, {ours.description}: {rate:,.0f} queries/s in batches of {BATCH}, {single:,.0f} one by one; time over IndexFlatIP's own {ratio:.3f}"
         )
         bars.append(
             dict(

@@ -222,7 +222,7 @@ def ours(args, checkpointing: bool):
         sum(p.nbytes for p in model.parameters())
         + sum(
             t.nbytes
-            for _, part in optimizer.parts
+            for _, part in optimizer.optimizers
             for s in part.state.values()
             for t in s.values()
             if t.numel() > 1

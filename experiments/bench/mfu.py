@@ -141,7 +141,7 @@ def measure(shape: DecoderConfig, args) -> tuple[float, int, list]:
     for _ in range(1 + args.repeats):
         synchronize()
         began = time.perf_counter()
-        [(total, batches)] = make_updates(policy, None, texts, adv, cfg, loss.average)
+        [(total, batches)] = make_updates(policy, None, texts, adv, cfg, loss.agg_mode)
         for batch in batches:
             compute_policy_loss(policy, batch, total, 1.0, loss)[0].backward()
         optimizer.step()

@@ -6,7 +6,7 @@ functions of the loop: prompts sampled to their full length, scored, trained on,
 greedy evaluation. Every allocation and release of torch's CPU allocator is an event of the profiler
 (torch.profiler, profile_memory), a library kernel's temporaries too; what is allocated less what is
 released, counted from before the model is made, is the memory that is live. A phase's figure is its
-largest, beside footprint.py's prediction; of two ranks that of rank 0. The cache is emptied before
+largest, beside memory/estimate.py's prediction; of two ranks that of rank 0. The cache is emptied before
 the step: it then grows while Adam's moments are there, the worst case that the plan counts.
 
 Ends with one line of JSON: prediction / measured of the phases sampling and training, each within
@@ -181,7 +181,7 @@ def steps(cfg: Config, shape: DecoderConfig) -> None:
                 texts,
                 torch.randn(len(rollouts), generator=g)[first],
                 cfg,
-                loss.average,
+                loss.agg_mode,
             )
             for i, batch in enumerate(batches, 1):
                 policy.hold = cfg.train.reduce == "step" and i < len(batches)

@@ -1,7 +1,7 @@
 """Our sampler against transformers' generate: python experiments/bench/sampler.py [--shape 4x256
 12x512] [--repeats 5] [--threads 2] [--table]
 
-The sides: recr1.sample.generate (its cache kept from call to call, as in training), and generate
+The sides: generate.generate (its cache kept from call to call, as in training), and generate
 with its dynamic and its static cache. All have the same random weights and prompts, draw at
 temperature 1 from the whole distribution, and take turns, the order reversed at every other turn;
 each repeat has other prompts and lengths. Tokens per second count the tokens of the texts only;
@@ -501,7 +501,9 @@ def main() -> int:
     if gpu and (on_cpu or args.table):
         parser.error("shapes of a GPU go alone, without --table")
     if on_cpu or args.dry_run:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # memory.py counts a GPU's bytes where it sees one
+        os.environ["CUDA_VISIBLE_DEVICES"] = (
+            ""  # memory/measure.py counts a GPU's bytes where it sees one
+        )
     elif not torch.cuda.is_available():
         parser.error("no GPU here; --dry-run shows that the bench works")
     repeats = args.repeats or (1 if args.dry_run else 2 if args.table or gpu else 5)

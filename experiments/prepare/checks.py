@@ -77,7 +77,7 @@ def without_repeats(train: Split, tests: dict[str, Split]) -> tuple[Split, int]:
 
 
 def good_document(row: dict, docs: set[str]) -> None:
-    """Raises PrepareError unless recr1.data.read_corpus would take the row; adds its id to `docs`."""
+    """Raises PrepareError unless readers.read_corpus would take the row; adds its id to `docs`."""
     id = row["id"]
     if not isinstance(id, str) or not id or id != id.strip():
         raise PrepareError(f"document id {id!r} is no string, empty, or has white space around it")

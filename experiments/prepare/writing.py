@@ -2,7 +2,7 @@
 
 A prepared folder: corpus.jsonl.gz, NAME.queries.jsonl and NAME.qrels.tsv for train and every test
 setting, and prepared.json, written last. Validation is no file: it is the hash tenth of train
-(recr1.data.is_validation).
+(readers.is_validation).
 """
 
 import argparse

@@ -55,8 +55,8 @@ def compare_losses(run: str, step: int, new: str | None = None) -> dict:
         o = resolve_objective(c, ModelConfig(head="recompute"))
         # (texts,)
         adv = compute_group_advantages(rewards.flatten(), rewards.shape[1], o.advantage, c)[first]
-        total = count_denominator(texts, o.average, cfg.sampling.max_new_tokens)
-        cast = replace(batch, adv=adv[batch.rollout])
+        total = count_denominator(texts, o.agg_mode, cfg.sampling.max_new_tokens)
+        cast = replace(batch, advantages=adv[batch.rollout])
         loss, d_logp, d_entropy, stats = compute_token_loss(
             logp.detach(), entropy.detach(), cast, compute_token_weights(cast, o), total, o
         )

@@ -225,7 +225,7 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> dict:
             "constant": count.sum() * cfg.sampling.max_new_tokens,
         }[average],
     )
-    live = (A != 0) | (in_loss > 0)  # what the loop trains on: train.optimiser_steps
+    live = (A != 0) | (in_loss > 0)  # what the loop trains on: train.make_updates
     w = live * (count / n if average == "sequence" else count)[text] / total  # (N,)
     pull = w * trust * slope
     if gain is losses.sequence_clipped_surrogate:
@@ -362,7 +362,7 @@ def compute_gradient(step: LoggedStep, x: dict) -> tuple[Check, float | None]:
     return _make_check(
         "grad_norm",
         step.metrics["grad_norm"],
-        Optimizer(policy, cfg.optimizer, 1).norm(),
+        Optimizer(policy, cfg.optimizer, 1).compute_norm(),
         GRADIENT[compute],
     ), gap
 
@@ -432,7 +432,7 @@ def _choose_shown(step: LoggedStep, x: dict, prompt: str | None) -> list[int]:
 
 
 def locate_source(function, text: str) -> str:
-    """Where the line of `function` that holds `text` stands, and the line: "recr1/grpo.py:66  rho =
+    """Where the line of `function` that holds `text` stands, and the line: "recr1/rl/policy_loss.py:66  rho =
     (logp - old).exp()".
     """
     function = inspect.unwrap(function)
@@ -498,7 +498,7 @@ def _tell_story(step: LoggedStep, x: dict, rows: list[int]) -> list[str]:
         + f" - {c.kl:g} sum_t KL_t ({c.kl_estimator}, of the sampler's log-probs)" * kl_in_reward,
         f"(P, G) = {P, G}",
         f"[{ours}]",
-        locate_source(Scorer.judge, "self.parts.reward("),
+        locate_source(Scorer.score_texts, "self.parts.reward("),
         *[locate_source(train.train, "divergence = ")] * kl_in_reward,
     )
     add(
@@ -622,7 +622,7 @@ def _tell_story(step: LoggedStep, x: dict, rows: list[int]) -> list[str]:
         "",
         "",
         locate_source(train.train, "value.backward()"),
-        locate_source(Optimizer.norm, "_foreach_norm"),
+        locate_source(Optimizer.compute_norm, "_foreach_norm"),
     )
     return lines + ["", *_format_tokens(step, x, show, words)]
 

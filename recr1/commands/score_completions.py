@@ -38,7 +38,7 @@ def score_completions(cfg: Config, path: str) -> dict:
     ConfigError and what its retriever raises.
     """
     task = tasks.build_task(cfg)
-    splits, qrels = read_judged_queries(cfg, task.needs)
+    splits, qrels = read_judged_queries(cfg, task.required_fields)
     rows = dict(chain.from_iterable(part.items() for part in splits.values()))
     found, dropped = readers.read_completions(path, cfg.data.on_bad_line)
     if dropped:
@@ -50,7 +50,7 @@ def score_completions(cfg: Config, path: str) -> dict:
     parts = RewardTerms(cfg.reward, cfg.reward.k_train, read_item_table(cfg), every=True)
     try:
         retriever, left_out = (
-            build_retriever(cfg.retriever) if task.searches else NoRetriever.make
+            build_retriever(cfg.retriever) if task.uses_retriever else NoRetriever.make
         )(cfg.data.corpus, cfg.data.on_bad_line, cfg.retriever.index_dir or None, print_rank0)
     except (DataError, ConfigError):
         raise
@@ -66,9 +66,9 @@ def score_completions(cfg: Config, path: str) -> dict:
     ):
         part = slice(start, start + AT_ONCE)
         texts = [text for _, text in found[part]]
-        rewards += scorer.judge(prompts[part], texts, [0.0] * len(texts))
+        rewards += scorer.score_texts(prompts[part], texts, [0.0] * len(texts))
     scored = [
-        dict(id=p.id, total=r.total, **r.parts, error=r.error, answer=r.answer)
+        dict(id=p.id, total=r.total, **r.terms, error=r.error, answer=r.answer)
         for p, r in zip(prompts, rewards)
     ]
     names = ["total", *parts.names]
@@ -97,7 +97,7 @@ def _ends_thought(cfg: Config, task) -> bool:
         p.system,
         p.user,
         p.assistant,
-        task.places,
+        task.placeholders,
     ).thought_closed
 
 

@@ -104,7 +104,7 @@ def run_index(args) -> None:
     )
     size = sum(path.stat().st_size for path in Path(args.index_dir).rglob("*") if path.is_file())
     print_rank0(
-        f"{args.index_dir}: {len(retriever.doc_ids)} documents, {size / 2**20:.1f} MiB, {time.perf_counter() - started:.1f} s; {retriever.how}"
+        f"{args.index_dir}: {len(retriever.doc_ids)} documents, {size / 2**20:.1f} MiB, {time.perf_counter() - started:.1f} s; {retriever.description}"
     )
 
 

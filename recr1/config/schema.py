@@ -1,4 +1,4 @@
-"""Every setting, its default and what it means, as frozen dataclasses. config_file.py reads them
+"""Every setting, its default and what it means, as frozen dataclasses. config/loader.py reads them
 from YAML and checks them.
 """
 

@@ -29,7 +29,7 @@ def get_copy_stream(device: torch.device) -> torch.cuda.Stream:
 def start_all_gather_from_host(
     shard: torch.Tensor, dtype: torch.dtype, device: torch.device
 ) -> Callable[[], torch.Tensor]:
-    """As dist.all_gather, of a shard (n,) that may lie on the host, in another type and on
+    """As dist.start_all_gather, of a shard (n,) that may lie on the host, in another type and on
     `device`.
     """
     if shard.device == device or device.type != "cuda":

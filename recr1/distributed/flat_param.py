@@ -1,8 +1,8 @@
 """Some modules' weights in one flat vector, cut into W equal shards: where each number lies. When
-they move is fsdp.py's matter.
+they move is distributed/fsdp.py's matter.
 
 The layout does not depend on W, only the zeros at the end do: shards of one W, joined, are cut anew
-for another (checkpoint.py). Legend: W ranks, n numbers of a shard.
+for another (training/checkpoint.py). Legend: W ranks, n numbers of a shard.
 """
 
 from fnmatch import fnmatchcase

@@ -2,7 +2,7 @@
 decision 5).
 
 A unit is one block, or the root: embedding, last norm and head. Its weights lie in one flat vector
-(flat.py), cut into W equal shards; a rank owns one, the master copy that the optimizer updates, and
+(distributed/flat_param.py), cut into W equal shards; a rank owns one, the master copy that the optimizer updates, and
 nothing else of the unit between its uses. To run a unit is to gather its shards into the compute
 type and hang views of them on its modules; meanwhile the next unit's gather is under way, in the
 backward the previous one's. The gather is an autograd function: its backward is the reduce-scatter
@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from recr1.distributed import collectives as dist, cpu_offload
 from recr1.distributed.flat_param import FlatParam, params_by_block
-from recr1.model.decoder import Decoder
 
 # of the backward that is running
 queue_backward_callback = torch.autograd.Variable._execution_engine.queue_callback
@@ -162,7 +161,7 @@ class Sharded(nn.Module):
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: nn.Module,
         read: Callable[[str], torch.Tensor],
         *,
         device: torch.device,

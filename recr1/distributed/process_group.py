@@ -53,7 +53,7 @@ def process_group():
     except BaseException as e:
         if td.is_initialized():
             # To let go of a group is to wait for its threads, and they may wait for a rank that is
-            # gone: exits.leave ends them with the process
+            # gone: exits.leave_process ends them with the process
             _abandoned_groups.append(td.group.WORLD)
         if (end := explain_exit(e)) is e:
             raise

@@ -34,19 +34,19 @@ def evaluate_prompts(
     mine = dist.split_across_ranks(prompts)
     rollouts = generate_greedily(model, mine, task.stops, max_new_tokens, rows_at_once)
     with dist.fail_together(), raise_on_signal():
-        raw = [task.task.raw(p.row) for p in mine]
+        raw = [task.task.baseline_answer(p.row) for p in mine]
         rows = [
             dict(
                 id=p.id,
                 raw=answer,
                 rewrite=reward.answer,
                 **{f"{name}_raw": value for name, value in parts.items()},
-                **reward.parts,
+                **reward.terms,
                 text=reward.text,
                 error=reward.error,
             )
             for p, answer, parts, reward in zip(
-                mine, raw, task.measure(mine, raw), task.score(rollouts)
+                mine, raw, task.score_answers(mine, raw), task.score(rollouts)
             )
         ]
     return [row for part in dist.gather_to_rank0(rows) or [] for row in part]

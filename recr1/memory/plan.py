@@ -1,7 +1,7 @@
 """`recr1 plan`: whether a run fits its GPUs, what to set so that it does, and the prediction that a
 run logs beside what it measures.
 
-The prediction is footprint.py's sum. Options are tried from the cheapest to the dearest; of the
+The prediction is memory/estimate.py's sum. Options are tried from the cheapest to the dearest; of the
 token budgets the largest that fits is taken.
 """
 
@@ -35,7 +35,7 @@ LADDER = (
     {"loss.reference_on_host": True},
 )
 
-# log.py's names: ours
+# tracking/run_log.py's names: ours
 RUN_PHASES = {
     "sample": ("sampling",),
     "train": ("scoring", "training", "update"),

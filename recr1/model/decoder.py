@@ -5,8 +5,8 @@ One block for the three: Qwen2 has a bias on q, k, v; Qwen3 a norm over each hea
 3 neither, and may have scaled rope.
 
 Legend: M packed tokens, C width, H query heads, K kv heads, D head dim, V vocabulary. Attention is
-passed in as a callable (layer, q, k, v) -> (M, H, D): packed rows in training (attention.py), the
-KV cache in sampling (cache.py).
+passed in as a callable (layer, q, k, v) -> (M, H, D): packed rows in training (model/packed_attention.py), the
+KV cache in sampling (sampling/kv_cache.py).
 """
 
 from contextlib import nullcontext
@@ -97,7 +97,7 @@ class Decoder(nn.Module):
     `head_weight`.
     """
 
-    # the block in which `head_weight` may be used together with the forward; fsdp.py gathers it
+    # the block in which `head_weight` may be used together with the forward; distributed/fsdp.py gathers it
     # there
     root = nullcontext
 
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
         # set_backend changes it
         self.config = config
         self.backend = AttentionBackend()
-        # ids the tokenizer has: nobody samples or scores beyond (policy.py)
+        # ids the tokenizer has: nobody samples or scores beyond (model/log_probs.py)
         self.reachable = reachable or config.vocab_size
         self.model = nn.ModuleDict(
             dict(
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
         return self.model.norm(x)
 
     def set_backend(self, backend: AttentionBackend) -> None:
-        """How attention is computed, and whether all is exact (varlen.py). Before it is sharded."""
+        """How attention is computed, and whether all is exact (model/varlen_attention.py). Before it is sharded."""
         self.backend = backend
         for block in self.model.layers:
             block.mlp.exact = backend.exact

@@ -33,12 +33,12 @@ SHORT_ROWS = 64 * 128
 
 
 class PackedAttention:
-    """softmax(q k^T / sqrt(D)) v for the rows of one layout (records.py); call it as (layer, q, k,
+    """softmax(q k^T / sqrt(D)) v for the rows of one layout (data_types.py); call it as (layer, q, k,
     v).
 
     q (M, H, D), k and v (M, K, D) -> (M, H, D). Index tensors are made once and serve all layers.
     SDPA needs padded rows: padding lives only inside the call, at the end of a row, where causality
-    or the mask hides it. `varlen` (varlen.py) needs none.
+    or the mask hides it. `varlen` (model/varlen_attention.py) needs none.
     """
 
     def __init__(

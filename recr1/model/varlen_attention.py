@@ -29,11 +29,11 @@ class AttentionBackend(NamedTuple):
     """How attention over packed rows is computed, and what a run says of it."""
 
     name: str = "sdpa"
-    # (lengths, own, prompt_of, device) -> Varlen; None: SDPA over padded rows (attention.py)
+    # (lengths, own, prompt_of, device) -> Varlen; None: SDPA over padded rows (model/packed_attention.py)
     varlen: Callable | None = None
     note: str = ""
-    float32_head: bool = False  # model.head_float32: see policy.head_of
-    exact: bool = False  # model.batch_invariant: see attention._plain
+    float32_head: bool = False  # model.head_float32: see log_probs.get_lm_head_weight
+    exact: bool = False  # model.batch_invariant: see packed_attention._eager_attention
 
     def __str__(self) -> str:
         said = "; ".join(filter(None, (self.note, "batch invariant" * self.exact)))
@@ -153,7 +153,7 @@ def _repeat_heads(
 
 
 class VarlenAttention:
-    """Attention of one layout (records.py) by a kernel; call it as (q, k, v): (M, H, D), (M, K, D),
+    """Attention of one layout (data_types.py) by a kernel; call it as (q, k, v): (M, H, D), (M, K, D),
     (M, K, D) -> (M, H, D).
 
     Two calls without a row of padding: prompts over themselves, completions over their prompt's

@@ -89,8 +89,8 @@ def open_search(
     try:
         task = tasks.build_task(config)
         qrels = readers.read_qrels(d.test_qrels or d.train_qrels, "drop")[0]
-        rows = readers.read_rows(d.test_queries or d.train_queries, "drop", task.needs)[0]
-        if retriever is None and task.searches:
+        rows = readers.read_rows(d.test_queries or d.train_queries, "drop", task.required_fields)[0]
+        if retriever is None and task.uses_retriever:
             place = get_index_dir(r, folder)
             if r.kind in RETRIEVERS_WITH_INDEX and not Path(place).is_dir():
                 return f"The run's index is no longer in {place} (seen from here); recr1 index makes it."
@@ -101,7 +101,7 @@ def open_search(
         return f"The run's retriever, corpus or judgements are no longer there (seen from here): {' '.join(str(e).split())}"
     return RankingSearch(
         task,
-        retriever if task.searches else None,
+        retriever if task.uses_retriever else None,
         qrels,
         rows,
         d.corpus,

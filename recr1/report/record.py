@@ -138,7 +138,7 @@ def describe_run(record: RunRecord) -> dict:
     parts = list(
         dict.fromkeys([rule.metric, *rule.weights, *(["overlong"] if rule.overlong else [])])
     )
-    searches = getattr(TASKS.get(record.config.task), "searches", True)
+    searches = getattr(TASKS.get(record.config.task), "uses_retriever", True)
     return dict(
         name=record.folder.resolve().name,
         loop=record.loop,

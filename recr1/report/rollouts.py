@@ -318,14 +318,14 @@ class TokenView:
             torch.tensor(values[name], dtype=torch.float64) for name in ("old_logp", "trainer_logp")
         )
         logp.requires_grad_()
-        batch = replace(batch, adv=torch.full_like(old, row["adv"]), old_logp=old)
+        batch = replace(batch, advantages=torch.full_like(old, row["adv"]), old_logp=old)
         [slope] = torch.autograd.grad(
-            self.objective.gain(logp, old, batch, self.config.loss).sum(), [logp]
+            self.objective.surrogate(logp, old, batch, self.config.loss).sum(), [logp]
         )
         of_text = (
             float((logp.detach() - old).mean().exp()) if self.config.loss.kind == "gspo" else None
         )
-        return ((slope == 0) & (batch.adv != 0)).tolist(), of_text
+        return ((slope == 0) & (batch.advantages != 0)).tolist(), of_text
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token; bytes of a character that is spread over tokens stand at the

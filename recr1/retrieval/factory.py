@@ -1,5 +1,5 @@
 """The config's `retriever` -> what makes it of a corpus. Everything else knows only the interface
-(base.py).
+(retrieval/interface.py).
 """
 
 from __future__ import annotations

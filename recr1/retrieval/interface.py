@@ -24,7 +24,7 @@ class Retriever(Protocol):
     """
 
     doc_ids: Sequence[str]
-    how: str
+    description: str
 
     def search(self, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Q queries -> rows (Q, k) int64 and scores (Q, k) float32, best first.
@@ -40,7 +40,7 @@ class NoRetriever:
     """In place of one, for a task that searches nothing: no index is made."""
 
     doc_ids = ()
-    how = "none"
+    description = "none"
     search = None
 
     @classmethod

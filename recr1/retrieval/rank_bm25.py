@@ -1,4 +1,4 @@
-"""rank_bm25 behind the interface: readable, slow (hundreds of times slower than bm25.py), a
+"""rank_bm25 behind the interface: readable, slow (hundreds of times slower than retrieval/bm25/searcher.py), a
 baseline. A pattern for functions of your own.
 """
 

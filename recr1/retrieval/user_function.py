@@ -36,7 +36,7 @@ class UserRetriever:
         timeout: float = 0.0,
     ):
         self.name = name
-        self.how = name
+        self.description = name
         self.doc_ids = check_corpus(doc_ids, texts)
         self.timeout = timeout
         self.calls = 0

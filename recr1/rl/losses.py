@@ -22,7 +22,9 @@ def clipped_surrogate(
     DAPO, arXiv 2503.14476, eq. 8).
     """
     rho = (logp - old).exp()
-    return torch.minimum(rho * batch.adv, rho.clamp(1 - c.clip, 1 + c.high) * batch.adv)
+    return torch.minimum(
+        rho * batch.advantages, rho.clamp(1 - c.clip, 1 + c.high) * batch.advantages
+    )
 
 
 def sequence_clipped_surrogate(
@@ -43,7 +45,7 @@ def cispo_surrogate(
     """sg(min(rho, 1 + clip_high)) A logp: weights are cut, gradients never (CISPO, MiniMax-M1,
     arXiv 2506.13585, eq. 4-5).
     """
-    return (logp.detach() - old).exp().clamp(max=1 + c.high) * batch.adv * logp
+    return (logp.detach() - old).exp().clamp(max=1 + c.high) * batch.advantages * logp
 
 
 def reinforce_surrogate(
@@ -52,7 +54,7 @@ def reinforce_surrogate(
     """A logp (Williams 1992); `old` has no part in it, so it is meant for one optimiser step per
     batch.
     """
-    return batch.adv * logp
+    return batch.advantages * logp
 
 
 # gain, advantage, average (token: mean over all tokens; sequence: mean over rollouts of their
@@ -75,9 +77,9 @@ class Objective:
     """A loss with its names resolved: what `policy_loss` and the loop need of the config."""
 
     config: LossConfig
-    gain: Callable
+    surrogate: Callable
     advantage: Callable
-    average: str
+    agg_mode: str
     head: str  # one_shot | recompute
     kernels: str  # torch | triton
 
@@ -89,8 +91,8 @@ class Objective:
         c = self.config
         return (
             self.kernels == "triton"
-            and self.gain in (clipped_surrogate, cispo_surrogate)
-            and self.average != "sequence"
+            and self.surrogate in (clipped_surrogate, cispo_surrogate)
+            and self.agg_mode != "sequence"
             and c.entropy == 0
             and (c.kl == 0 or c.kl_in == "reward" or c.kl_estimator == "k3")
         )

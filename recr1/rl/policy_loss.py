@@ -88,10 +88,10 @@ def _build_fused_token_loss(batch: MicroBatch, total: float, o: Objective) -> Gr
     c = o.config
     kl = c.kl if c.kl_in == "loss" else 0.0
     rule = LossRule(
-        clip_low=1.0 if o.gain is cispo_surrogate else c.clip,
+        clip_low=1.0 if o.surrogate is cispo_surrogate else c.clip,
         clip_high=c.high,
         kl=kl,
-        cispo=o.gain is cispo_surrogate,
+        cispo=o.surrogate is cispo_surrogate,
         sampler_cap=c.importance_cap,
     )
     return GroupTokenLoss(
@@ -103,7 +103,7 @@ def _build_fused_token_loss(batch: MicroBatch, total: float, o: Objective) -> Gr
         total,
         batch.old_logp,
         batch.ref_logp if kl else None,
-        batch.adv,
+        batch.advantages,
     )
 
 
@@ -120,7 +120,7 @@ def compute_token_loss(
     with torch.enable_grad():
         x = logp.detach().requires_grad_()
         old = logp if batch.old_logp is None else batch.old_logp
-        gain = o.gain(x, old, batch, c)  # (n,)
+        gain = o.surrogate(x, old, batch, c)  # (n,)
         [slope] = torch.autograd.grad(gain.sum(), x, retain_graph=True)
         # truncated importance sampling: the sampler's arithmetic is another (Yao et al. 2025)
         if c.importance_cap > 0:
@@ -137,7 +137,7 @@ def compute_token_loss(
         [d_logp] = torch.autograd.grad(loss, x)
     d_entropy = -c.entropy / total * weight
     stats = dict(
-        clip_share=(batch.weight * ((slope == 0) & (batch.adv != 0))).sum(),
+        clip_share=(batch.weight * ((slope == 0) & (batch.advantages != 0))).sum(),
         dlogp_square=d_logp.square().sum(),
     )
     if divergence is not None:
@@ -154,7 +154,7 @@ def compute_token_weights(batch: MicroBatch, o: Objective) -> torch.Tensor:
     """w (N,): identical siblings; in a mean over sequences shared by the tokens of each. A batch
     holds rollouts whole.
     """
-    if o.average != "sequence":
+    if o.agg_mode != "sequence":
         return batch.weight
     _, index, size = batch.rollout.unique(return_inverse=True, return_counts=True)
     return batch.weight / size[index]

@@ -53,7 +53,7 @@ def generate(
     Log-probs are those of the policy at `temperature`; top_p < 1 draws from the fewest most likely
     ids that hold so much of it.
     `kernels`, torch or triton, make the choice; on a GPU steps in which no row is shared are CUDA
-    graphs (decode_graph.py). A `cache` of `new_cache` saves its memory from one call to the next:
+    graphs (sampling/cuda_graphs.py). A `cache` of `new_cache` saves its memory from one call to the next:
     fresh pages cost a third of a small model's step. `room`: the cache's slots, rows times their
     length; texts beyond it wait and enter as others end. `heard(r, id)` gets every token of text r
     in order, `done(siblings)` each group once its last text has ended. Raises ValueError when

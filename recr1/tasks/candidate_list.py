@@ -54,20 +54,20 @@ class CandidateRanking:
     searched; the raw list is the given order.
     """
 
-    needs = ("candidates",)
-    searches = False
+    required_fields = ("candidates",)
+    uses_retriever = False
     key = ""  # of the answer's JSON
     whole = False  # every candidate must stand in it
 
     def __init__(self, rule):
         pass
 
-    def shown(self, row: dict, title: Callable[[str], str]) -> str:
+    def format_candidates(self, row: dict, title: Callable[[str], str]) -> str:
         """The candidates as lines `Item_1: title`."""
         return "\n".join(f"Item_{i}: {title(id)}" for i, id in enumerate(row["candidates"], 1))
 
     def parse(self, completion: str, row: dict) -> tuple[list[str] | None, str | None]:
-        """(document ids, best first, None), or (None, error): those of answers.py and
+        """(document ids, best first, None), or (None, error): those of tasks/answer_parser.py and
 
         no_list, not_list     no KEY in the object; its value is not a list
         not_label             something in the list is not a string
@@ -94,7 +94,7 @@ class CandidateRanking:
             return None, "list_length"
         return [of[label] for label in labels], None
 
-    def raw(self, row: dict) -> list[str]:
+    def baseline_answer(self, row: dict) -> list[str]:
         return row["candidates"]
 
     def rank(self, answers, rows, k, search):

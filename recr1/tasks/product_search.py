@@ -9,22 +9,22 @@ from recr1.tasks.answer_parser import parse_query
 
 
 class ProductSearch:
-    """The answer is a query. What every method is asked for stands in tasks/make.py."""
+    """The answer is a query. What every method is asked for stands in tasks/registry.py."""
 
-    places = ("query",)
-    needs = ()
-    searches = True
+    placeholders = ("query",)
+    required_fields = ()
+    uses_retriever = True
 
     def __init__(self, rule):
         pass
 
-    def texts(self, row, title):
+    def render(self, row, title):
         return (row["text"],)
 
     def parse(self, completion, row):
         return parse_query(completion)
 
-    def raw(self, row):
+    def baseline_answer(self, row):
         return row["text"]
 
     def rank(self, queries, rows, k, search):

@@ -55,7 +55,7 @@ def load_prompts(
     """
     d = cfg.data
     train = cfg.train
-    queries, qrels = read_judged_queries(cfg, task.needs)
+    queries, qrels = read_judged_queries(cfg, task.required_fields)
     title, lacking, dropped = read_titles(
         d.corpus,
         d.on_bad_line,
@@ -83,7 +83,7 @@ def load_prompts(
         for i, r in queries["train"].items()
         if i not in parts["validation"] and i not in parts["test"]
     }
-    texts = partial(task.texts, title=title)
+    texts = partial(task.render, title=title)
     made = {
         name: make_prompts(part, texts, chat, cfg.prompt.max_tokens, d.on_long_prompt)
         for name, part in parts.items()

@@ -9,11 +9,11 @@ from recr1.tasks.candidate_list import CandidateRanking, get_history
 
 
 class RecommendList(CandidateRanking):
-    places = ("profile", "history", "candidates")
-    needs = ("profile", "history", "candidates")
+    placeholders = ("profile", "history", "candidates")
+    required_fields = ("profile", "history", "candidates")
     key = "items"
 
-    def texts(self, row, title):
+    def render(self, row, title):
         past = (
             "\n".join(f"{date}: {title(id)}".removeprefix(": ") for id, date in get_history(row))
             or "none"

@@ -29,13 +29,13 @@ class Task(Protocol):
     trains.
     """
 
-    places: tuple[str, ...]  # of prompt.user, {name} each, that the texts of a row go to
-    needs: tuple[str, ...]  # keys that a row must have beside "text"
-    searches: bool  # whether `rank` searches; where none does no index is made
+    placeholders: tuple[str, ...]  # of prompt.user, {name} each, that the texts of a row go to
+    required_fields: tuple[str, ...]  # keys that a row must have beside "text"
+    uses_retriever: bool  # whether `rank` searches; where none does no index is made
 
     def __init__(self, rule: RewardConfig): ...
 
-    def texts(self, row: dict, title: Callable[[str], str]) -> tuple[str, ...]:
+    def render(self, row: dict, title: Callable[[str], str]) -> tuple[str, ...]:
         """The text for each of `places`; title(document id) is a title of what the row's "history"
         and "candidates" name.
         """
@@ -45,7 +45,7 @@ class Task(Protocol):
         answer can be written as JSON.
         """
 
-    def raw(self, row: dict) -> Any:
+    def baseline_answer(self, row: dict) -> Any:
         """The answer that takes no policy, which it is compared with."""
 
     def rank(
@@ -65,14 +65,22 @@ def build_task(cfg: Config) -> Task:
         task = kind(cfg.reward)
     if missing := [
         name
-        for name in ("places", "needs", "searches", "texts", "parse", "raw", "rank")
+        for name in (
+            "placeholders",
+            "required_fields",
+            "uses_retriever",
+            "render",
+            "parse",
+            "baseline_answer",
+            "rank",
+        )
         if not hasattr(task, name)
     ]:
         raise ConfigError(
             f"task: {cfg.task!r} has no {', '.join(missing)}; what a task needs stands in recr1/tasks/make.py"
         )
     task = task if cfg.task in TASKS else UserTask(cfg.task, task)
-    if cfg.data.shuffle_words and tuple(task.places) != ("query",):
+    if cfg.data.shuffle_words and tuple(task.placeholders) != ("query",):
         raise ConfigError(
             f"data.shuffle_words: shuffles the words of a query, and the prompts of {cfg.task} show more than that; set it to 0"
         )

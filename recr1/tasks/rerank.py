@@ -10,9 +10,9 @@ from recr1.tasks.candidate_list import CandidateRanking
 
 
 class Rerank(CandidateRanking):
-    places = ("query", "candidates")
+    placeholders = ("query", "candidates")
     key = "reranked_items"
     whole = True
 
-    def texts(self, row, title):
+    def render(self, row, title):
         return row["text"], self.shown(row, title)

@@ -1,7 +1,7 @@
 """The parts of a reward and their weighted sum. Every part is logged on its own, in training and in
 evaluation.
 
-    ndcg recall mrr hit   accuracy of the ranking at k (reward.k_train, reward.k_eval): metrics.py
+    ndcg recall mrr hit   accuracy of the ranking at k (reward.k_train, reward.k_eval): tasks/ranking_metrics.py
     lcs                   accuracy as an order: the position-weighted longest common subsequence
     below category              share of the ranking with the category of the first relevant
     document, 0 where that is not found (Rec-R1's later reward: weight 0.2) diversity

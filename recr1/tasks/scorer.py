@@ -52,22 +52,24 @@ class Scorer:
             compute_overlong_penalty(len(r.ids), self.limit, self.parts.rule.overlong)
             for r in new.values()
         ]
-        self.known |= zip(new, self.judge([r.prompt for r in new.values()], texts, late))
+        self.known |= zip(new, self.score_texts([r.prompt for r in new.values()], texts, late))
         return [self.known[r.prompt.id, r.ids] for r in rollouts]
 
-    def judge(self, prompts: list[Prompt], texts: list[str], late: list[float]) -> list[Reward]:
+    def score_texts(
+        self, prompts: list[Prompt], texts: list[str], late: list[float]
+    ) -> list[Reward]:
         """One Reward per completion, whatever its text holds."""
         parsed = [self.task.parse(self.before + text, p.row) for p, text in zip(prompts, texts)]
         good = [i for i, (_, error) in enumerate(parsed) if error is None]
         parts = dict(
-            zip(good, self.measure([prompts[i] for i in good], [parsed[i][0] for i in good]))
+            zip(good, self.score_answers([prompts[i] for i in good], [parsed[i][0] for i in good]))
         )
         return [
             self.parts.reward(text, *parsed[i], parts.get(i), late[i])
             for i, text in enumerate(texts)
         ]
 
-    def measure(self, prompts: list[Prompt], answers: list) -> list[dict[str, float]]:
+    def score_answers(self, prompts: list[Prompt], answers: list) -> list[dict[str, float]]:
         """The parts of each answer's ranking, judged for its query."""
         ranked = (
             self.task.rank(answers, [p.row for p in prompts], self.parts.k, self.search)

@@ -11,13 +11,13 @@ class Sequential(ProductSearch):
     is the last one: the row's text.
     """
 
-    places = ("history",)
-    needs = ("history",)
+    placeholders = ("history",)
+    required_fields = ("history",)
 
     def __init__(self, rule):
         self.remove_seen = rule.remove_seen
 
-    def texts(self, row, title):
+    def render(self, row, title):
         return (
             "\n".join(f"Item {i}: {title(id)}" for i, (id, _) in enumerate(get_history(row), 1))
             or "none",

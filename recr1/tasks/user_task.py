@@ -14,30 +14,30 @@ from recr1.retrieval.interface import RetrieverError
 
 
 class UserTask:
-    """make.py's Task around `task`. A method that raises, or returns anything but what stands
+    """tasks/registry.py's Task around `task`. A method that raises, or returns anything but what stands
     there, is an OwnError that names it and the query.
     """
 
     def __init__(self, name: str, task):
         self.name = name
         self.task = task
-        for key in ("places", "needs"):
+        for key in ("placeholders", "required_fields"):
             if not (
                 isinstance(value := getattr(task, key), (tuple, list))
                 and all(isinstance(item, str) for item in value)
             ):
                 raise ConfigError(f"task: {name!r}: {key} must be a tuple of strings, is {value!r}")
-        self.places = tuple(task.places)
-        self.needs = tuple(task.needs)
-        self.searches = bool(task.searches)
+        self.placeholders = tuple(task.placeholders)
+        self.required_fields = tuple(task.required_fields)
+        self.uses_retriever = bool(task.uses_retriever)
 
-    def texts(self, row: dict, title: Callable[[str], str]) -> tuple[str, ...]:
+    def render(self, row: dict, title: Callable[[str], str]) -> tuple[str, ...]:
         return self._checked(
-            "texts",
+            "render",
             row,
             (dict(row), title),
-            lambda found: _is_strings(found) and len(found) == len(self.places),
-            f"{len(self.places)} strings, one for each of {', '.join(self.places)}",
+            lambda found: _is_strings(found) and len(found) == len(self.placeholders),
+            f"{len(self.placeholders)} strings, one for each of {', '.join(self.placeholders)}",
         )
 
     def parse(self, completion: str, row: dict) -> tuple[Any, str | None]:
@@ -61,8 +61,8 @@ class UserTask:
             "(answer, None) or (None, the error's name)",
         )
 
-    def raw(self, row: dict) -> Any:
-        return self._checked("raw", row, (dict(row),))
+    def baseline_answer(self, row: dict) -> Any:
+        return self._checked("baseline_answer", row, (dict(row),))
 
     def rank(
         self,

@@ -41,7 +41,7 @@ def show_step(step: int, done: StepRecord, cfg: Config) -> None:
     every = cfg.log.show_every
     if every and (step == 1 or step % every == 0):
         print_rank0(format_rollout_table(done, shutil.get_terminal_size((120, 24)).columns - 1))
-    if step == 1 and resolve_objective(cfg.loss, cfg.model).gain in (
+    if step == 1 and resolve_objective(cfg.loss, cfg.model).surrogate in (
         clipped_surrogate,
         sequence_clipped_surrogate,
     ):

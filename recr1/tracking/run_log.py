@@ -44,20 +44,20 @@ class RunLog:
         self.sampling_s = 0.0
 
     @contextmanager
-    def phase(self, name: str):
+    def time_phase(self, name: str):
         """Adds the block's wall seconds to this step's `seconds` and keeps its peak of memory; the
         rank's heartbeat names it.
         """
         heartbeat.enter_phase(name)
         start = time.perf_counter()
         try:
-            with self.peak(name):
+            with self.track_peak(name):
                 yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     @contextmanager
-    def peak(self, name: str):
+    def track_peak(self, name: str):
         """Keeps the block's peak of this rank's memory: the step's and the run's largest of that
         name.
         """
@@ -77,7 +77,7 @@ class RunLog:
         self.sampled = self.sampled + tokens * (sampling_s > 0)
         self.sampling_s = self.sampling_s + sampling_s
         self.run_gaps.merge(gaps)
-        return self.timed(
+        return self.add_timings(
             row
             | gaps.figures()
             | dict(
@@ -86,26 +86,26 @@ class RunLog:
             )
         )
 
-    def timed(self, row: dict) -> dict:
+    def add_timings(self, row: dict) -> dict:
         """The row with the step's seconds and memory by phase, which then start anew."""
         row |= dict(seconds=self.seconds, memory=self.memory)
         self.seconds = {}
         self.memory = {}
         return row
 
-    def metrics(self, row: dict) -> None:
+    def write_metrics(self, row: dict) -> None:
         path = self.folder / "metrics.jsonl"
         with report_write_errors(path), open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
 
-    def rollouts(self, rows: list[dict]) -> None:
+    def write_rollouts(self, rows: list[dict]) -> None:
         """One gzip member per call: a torn tail costs one step."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         path = self.folder / "rollouts.jsonl.gz"
         with report_write_errors(path), open(path, "ab") as f:
             f.write(gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=6, mtime=0))
 
-    def rows(self, name: str, rows: list[dict]) -> None:
+    def write_rows(self, name: str, rows: list[dict]) -> None:
         """All of them or none, on rank 0."""
         if self.writes:
             write_text(
@@ -113,10 +113,10 @@ class RunLog:
                 "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
             )
 
-    def json(self, name: str, value: dict) -> None:
+    def write_json(self, name: str, value: dict) -> None:
         write_text(self.folder / name, json.dumps(value, indent=2) + "\n")
 
-    def nonfinite(
+    def keep_nonfinite(
         self, step: int, batches: list[MicroBatch], losses: list[float], texts: list[dict]
     ) -> str:
         """Keeps this rank's batches of a step that was not finite, with their losses and texts; all

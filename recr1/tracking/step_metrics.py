@@ -39,7 +39,7 @@ class StepRecord:
 
     def logged(self, step: int, log: RunLog, cfg: Config, **more) -> dict:
         """Writes the rollouts of all ranks; the step's row of metrics.jsonl."""
-        log.rollouts(make_rollout_rows(step, self))
+        log.write_rollouts(make_rollout_rows(step, self))
         return log.close_step(
             compute_step_metrics(step, self, cfg.sampling.group_size, **more), self.gaps
         )
@@ -80,7 +80,7 @@ def compute_step_metrics(step: int, done: StepRecord, group_size: int, **more) -
         name: sum(s.get(name, 0.0) for s in sums) for name in {name for s in sums for name in s}
     }
     trained = summed.get("trained", 0.0)
-    parts = {name: float(np.mean([r.parts[name] for r in rewards])) for name in rewards[0].parts}
+    parts = {name: float(np.mean([r.terms[name] for r in rewards])) for name in rewards[0].terms}
     return dict(
         step=step,
         loss=summed.get("loss", 0.0),
@@ -125,7 +125,7 @@ def make_rollout_rows(step: int, done: StepRecord) -> list[dict]:
             text=reward.text,
             finished=r.finished,
             reward=reward.total,
-            parts=reward.parts,
+            parts=reward.terms,
             error=reward.error,
             adv=_shorten_float(done.adv[i]),
         )

@@ -50,7 +50,7 @@ def open_wandb(folder: Path, id: str, config: dict) -> Opened:
     run = wandb.init(
         project="recr1", id=id, name=folder.name, dir=str(folder), config=config, resume="allow"
     )
-    return lambda values, step: run.log(values, step=step, commit=True), run.finish
+    return lambda values, step: run.log(values, step=step, commit=True), run.write_results
 
 
 def open_trackio(folder: Path, id: str, config: dict) -> Opened:
@@ -62,7 +62,7 @@ def open_trackio(folder: Path, id: str, config: dict) -> Opened:
     run = trackio.init(
         project="recr1", name=f"{folder.name}-{id}", config=config, resume="allow", embed=False
     )
-    return lambda values, step: run.log(values, step=step), run.finish
+    return lambda values, step: run.log(values, step=step), run.write_results
 
 
 class Tracker:

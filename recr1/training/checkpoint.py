@@ -217,7 +217,7 @@ def get_moments(optimizer: Optimizer) -> dict[str, torch.Tensor]:
     The state itself: `step` is not taken - skipped, for a step without any gradient makes no
     update.
     """
-    [(_, adamw)], found = optimizer.parts, {}
+    [(_, adamw)], found = optimizer.optimizers, {}
     for p, name in optimizer.names.items():
         state = adamw.state[p]
         if not state:
@@ -234,7 +234,7 @@ def restore_optimizer(
     optimizer: Optimizer, tensors: dict[str, torch.Tensor], taken: int, skipped: int
 ) -> None:
     """Goes on from what moments() gave, and from the steps taken and skipped until then."""
-    optimizer.taken, optimizer.skipped = taken, skipped
+    optimizer.num_steps, optimizer.num_skipped = taken, skipped
     for name, t in get_moments(optimizer).items():
         t.copy_(tensors[name])
 
@@ -258,8 +258,8 @@ def _describe_setting(policy: Sharded, optimizer: Optimizer) -> dict:
     """
     return dict(
         version=1,
-        taken=optimizer.taken,
-        skipped=optimizer.skipped,
+        taken=optimizer.num_steps,
+        skipped=optimizer.num_skipped,
         world=dist.world_size(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,

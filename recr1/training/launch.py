@@ -82,7 +82,7 @@ def run_guarded(main, argv: list[str]) -> int:
             except Stopped as e:
                 print_rank0(f"recr1: {e}")
         return 0
-    except EXPECTED_ERRORS as e:  # on all ranks at once: see dist.together
+    except EXPECTED_ERRORS as e:  # on all ranks at once: see dist.fail_together
         if first:
             print(f"recr1: {make_printable(str(e))}", file=sys.stderr)
         return 2

@@ -28,8 +28,8 @@ class Optimizer:
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig, steps: int):
         self.config = config
         self.steps = steps
-        self.taken = 0
-        self.skipped = 0
+        self.num_steps = 0
+        self.num_skipped = 0
         self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
         matrices = {
             p: n
@@ -42,7 +42,7 @@ class Optimizer:
             )
         rest = [p for p in self.names if p not in matrices]
         adamw = OffloadedAdamW if config.on_host else partial(torch.optim.AdamW, fused=True)
-        self.parts = [
+        self.optimizers = [
             (
                 config.lr,
                 adamw(
@@ -55,7 +55,7 @@ class Optimizer:
             )
         ]
         if matrices:
-            self.parts.append(
+            self.optimizers.append(
                 (
                     config.muon_lr,
                     torch.optim.Muon(
@@ -64,7 +64,7 @@ class Optimizer:
                 )
             )
 
-    def factor(self, step: int) -> float:
+    def get_lr_scale(self, step: int) -> float:
         """Share of the base learning rate at `step`: linear warm-up, then linear to `final_lr`."""
         c = self.config
         if step < c.warmup_steps:
@@ -79,17 +79,17 @@ class Optimizer:
         loss: this rank's part of the step's; one that is not finite on any rank counts as a
         gradient that is not.
         """
-        step = self.taken
-        self.taken = self.taken + 1
-        norm = self.norm(loss)
-        factor = self.factor(step)
+        step = self.num_steps
+        self.num_steps = self.num_steps + 1
+        norm = self.compute_norm(loss)
+        factor = self.get_lr_scale(step)
         # of all ranks' gradients together: every rank takes the same turn
         finite = math.isfinite(norm)
         if finite:
             torch.nn.utils.clip_grads_with_norm_(
                 self.names, self.config.clip_norm, torch.tensor(norm)
             )
-            for base, optimizer in self.parts:
+            for base, optimizer in self.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = base * factor
                 optimizer.step()
@@ -100,10 +100,10 @@ class Optimizer:
                 f"optimiser step {step + 1}: the gradient norm is {norm}; no weight was changed. "
                 "Lower optimizer.lr, or set optimizer.on_nonfinite=skip"
             )
-        self.skipped += not finite
+        self.num_skipped += not finite
         return norm, self.config.lr * factor
 
-    def norm(self, loss: float = 0.0) -> float:
+    def compute_norm(self, loss: float = 0.0) -> float:
         """Euclidean norm of the whole gradient: each rank has its shards' part. NaN when a rank's
         loss is not finite.
         """

@@ -48,9 +48,9 @@ class TrainState:
         # skips: optimiser steps skipped in a row
         self.step = 0
         self.row = None
-        self.skips = 0
+        self.num_skipped_in_a_row = 0
         self.saved = ""  # the last checkpoint that was written or loaded
-        self.value: float | None = None  # rank 0: the step's val_ndcg, where it was validated
+        self.val_score: float | None = None  # rank 0: the step's val_ndcg, where it was validated
         self.best: list | None = None  # rank 0: [val_ndcg, step] of the best checkpoint
 
     def resume(self, found: bool) -> None:
@@ -80,7 +80,7 @@ class TrainState:
         self.saved = folder.name
         self.step = state["step"]
         self.row = state["row"]
-        self.skips = state["skips"]
+        self.num_skipped_in_a_row = state["skips"]
         self.best = state["best"]
         self.started -= state["wall_s"]
         with dist.fail_together(), report_write_errors(self.root):
@@ -106,13 +106,13 @@ class TrainState:
             raise Damaged("state.json is not of the form that this version writes")
         self.log.check(state["log"])
 
-    def finished(self, step: int, row: dict) -> None:
+    def mark_finished(self, step: int, row: dict) -> None:
         """From here on the step stands: a run that is stopped goes on behind it, with its
         validation.
         """
         self.step = step
         self.row = row
-        self.value = None
+        self.val_score = None
 
     def save(self) -> None:
         """A checkpoint of the state after the last finished step, and the pruning of older ones; a
@@ -146,41 +146,41 @@ class TrainState:
             step=self.step,
             row=self.row,
             best=self.best,
-            skips=self.skips,
+            skips=self.num_skipped_in_a_row,
             wall_s=time.perf_counter() - self.started,
             log=self.log.state(),
             config=dataclasses.asdict(self.cfg),
         )
 
     def _rank(self) -> None:
-        if self.value is not None and (self.best is None or self.value > self.best[0]):
-            self.best = [self.value, self.step]
+        if self.val_score is not None and (self.best is None or self.val_score > self.best[0]):
+            self.best = [self.val_score, self.step]
 
     def _rank_and_prune(self) -> None:
         self._rank()
         checkpoint.prune_checkpoints(self.root, self.cfg.save.keep, self.best)
 
-    def validated(self, value: float | None) -> None:
+    def mark_validated(self, value: float | None) -> None:
         """The step's val_ndcg is known; its checkpoint may stand already, when the run was stopped
         in between. Rank 0.
         """
-        self.value = value
-        if self.saved == self._name():
+        self.val_score = value
+        if self.saved == self._describe_saved():
             self._rank_and_prune()
 
-    def moved(self) -> bool:
+    def is_mid_step(self) -> bool:
         """Whether weights have changed since the last finished step: within train.inner_steps."""
-        return self.optimizer.taken > self.step * self.cfg.train.inner_steps
+        return self.optimizer.num_steps > self.step * self.cfg.train.inner_steps
 
-    def leave(self) -> str:
+    def save_and_describe(self) -> str:
         """Asked to stop: saves what is not yet saved, and says what stands; a collective."""
-        if self.moved():
+        if self.is_mid_step():
             return f"stopped within step {self.step + 1}, which had moved weights and is lost; the same command goes on from {self.saved or 'the start'}"
         if not self.step:
             return NOTHING_NEW
-        if self.saved != self._name():
+        if self.saved != self._describe_saved():
             self.save()
         return f"stopped after step {self.step}; the same command goes on from {self.root / self.saved}"
 
-    def _name(self) -> str:
+    def _describe_saved(self) -> str:
         return f"step_{self.step:06d}"

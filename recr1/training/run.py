@@ -75,7 +75,7 @@ class Run:
         self.cfg = cfg
         self.loop = loop
         self.started = time.perf_counter()
-        self.last = cfg.train.steps
+        self.num_steps = cfg.train.steps
         self.threads = cfg.run.threads or max(1, (os.cpu_count() or 1) // dist.local_world_size())
         torch.set_num_threads(self.threads)
         if dist.device().type == "cpu":
@@ -97,7 +97,7 @@ class Run:
                 cfg.prompt.system,
                 cfg.prompt.user,
                 cfg.prompt.assistant,
-                self.task.places,
+                self.task.placeholders,
             )
             self.train, self.validation, self.test, self.qrels = load_prompts(
                 cfg, self.chat, self.task
@@ -118,18 +118,18 @@ class Run:
                 if cfg.loss.kl > 0
                 else None
             )
-            self.slot = (
+            self.slot_bytes = (
                 2
                 * self.policy.config.num_hidden_layers
                 * self.policy.config.num_key_value_heads
                 * self.policy.config.head_dim
                 * compute.itemsize
             )
-            if (room := self.room()) is not None and room < (
+            if (room := self.get_kv_cache_budget()) is not None and room < (
                 one := count_slots(cfg.prompt.max_tokens + cfg.sampling.max_new_tokens)
             ):
                 raise ConfigError(
-                    f"sampling.cache_gib: {room * self.slot / 2**30:.2g} GiB do not hold one text, which takes {one * self.slot / 2**30:.2g}"
+                    f"sampling.cache_gib: {room * self.slot_bytes / 2**30:.2g} GiB do not hold one text, which takes {one * self.slot_bytes / 2**30:.2g}"
                 )
             self.replay = (
                 Replay(cfg.train.replay, cfg.sampling.group_size) if cfg.train.replay else None
@@ -138,9 +138,9 @@ class Run:
             if why := explain_unavailable(cfg.model.kernels, dist.device()):
                 raise ConfigError(why)
             self.make_retriever = (
-                build_retriever(cfg.retriever) if self.task.searches else NoRetriever.make
+                build_retriever(cfg.retriever) if self.task.uses_retriever else NoRetriever.make
             )
-        self.found = dist.broadcast_from_rank0(found)  # a run of this config
+        self.is_resumed = dist.broadcast_from_rank0(found)  # a run of this config
         with dist.fail_together(), raise_on_signal():
             if dist.rank() == 0:
                 with report_write_errors(self.folder):
@@ -152,19 +152,22 @@ class Run:
             if dist.rank() > 0:
                 self._open_heartbeat()
             if dist.local_rank() == 0 and cfg.retriever.kind in RETRIEVERS_WITH_INDEX:
-                self._retriever()
+                self._open_retriever()
         with dist.fail_together(), raise_on_signal():
             # its index was built above, on this rank or beside it
-            self.retriever, dropped = self._retriever()
+            self.retriever, dropped = self._open_retriever()
         if dropped:
             print_rank0(f"recr1: {dropped}")
-        # rewards are made beside sampling: see overlap.py
-        self.overlaps = dist.device().type != "cpu" or ":" in cfg.retriever.kind
+        # rewards are made beside sampling: see rl/async_rewards.py
+        self.scores_async = dist.device().type != "cpu" or ":" in cfg.retriever.kind
         self.log = RunLog(self.folder, loop)
         set_collective_timeout(cfg.run.patience)
-        self.train_task, self.eval_task = self._scorer(train_parts), self._scorer(eval_parts)
+        self.train_scorer, self.eval_scorer = (
+            self._build_scorer(train_parts),
+            self._build_scorer(eval_parts),
+        )
         learns = (
-            f"loss {cfg.loss.kind} ({loss.gain.__name__}, {loss.advantage.__name__}, per {loss.average})"
+            f"loss {cfg.loss.kind} ({loss.surrogate.__name__}, {loss.advantage.__name__}, per {loss.agg_mode})"
             if loop == "train"
             else "SFT"
         )
@@ -172,7 +175,7 @@ class Run:
             f"recr1: {self.policy.size:,} parameters in {str(compute).removeprefix('torch.')}, {dist.world_size()} x {dist.device().type}, {self.threads} threads each, "
             f"attention {self.policy.backend}, {learns}, "
             f"head {cfg.model.head}, kernels {cfg.model.kernels}{' (group_loss)' if loss.fused else ''}, {len(self.retriever.doc_ids)} documents, "
-            f"retriever {self.retriever.how}{', beside sampling' if self.overlaps and loop == 'train' else ''}, "
+            f"retriever {self.retriever.description}{', beside sampling' if self.scores_async and loop == 'train' else ''}, "
             f"queries: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test"
         )
         if loop == "train" and cfg.sampling.top_p < 1:
@@ -187,7 +190,7 @@ class Run:
         with report_write_errors(self.folder):
             heartbeat.start_heartbeat(self.folder / "heartbeats", dist.rank(), dist.world_size())
 
-    def _retriever(self) -> tuple[Retriever, str]:
+    def _open_retriever(self) -> tuple[Retriever, str]:
         try:
             return self.make_retriever(
                 self.cfg.data.corpus,
@@ -200,7 +203,7 @@ class Run:
         except (ValueError, OSError) as e:
             raise RunError(f"retriever: {e}") from None
 
-    def _scorer(self, parts: RewardTerms) -> Scorer:
+    def _build_scorer(self, parts: RewardTerms) -> Scorer:
         # as sampled: Llama's would drop spaces
         decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
         return Scorer(
@@ -215,14 +218,14 @@ class Run:
         )
 
     @contextmanager
-    def resumed(self, optimizer: Optimizer):
+    def resume_or_start(self, optimizer: Optimizer):
         """Goes on from the newest valid checkpoint of run.dir. Asked to stop inside, or when the
         retriever, a task or a reward of a user's own fails, all ranks save the state after the last
         finished step and leave.
         """
         self.progress = TrainState(
             self.cfg,
-            self.last,
+            self.num_steps,
             self.started,
             self.policy,
             optimizer,
@@ -230,32 +233,34 @@ class Run:
             self.tokenizer,
             self.stops,
         )
-        self.progress.resume(self.found)
+        self.progress.resume(self.is_resumed)
         with dist.fail_together():
             if dist.rank() == 0:
                 versions.record_versions(self.folder)
         try:
             if self.progress.row is not None:
-                self._conclude()  # stopped in its validation
+                self._log_and_validate()  # stopped in its validation
             yield
         except Stopped:
-            raise Stopped(self._leave()) from None
+            raise Stopped(self._save_and_stop()) from None
         except (RetrieverError, PluginError) as e:
-            raise type(e)(f"{e}; {self._leave()}") from None
+            raise type(e)(f"{e}; {self._save_and_stop()}") from None
 
-    def _leave(self) -> str:
-        said = self.progress.leave()
+    def _save_and_stop(self) -> str:
+        said = self.progress.save_and_describe()
         self.tracker.close()  # last: a tracker may take its time
         return said
 
-    def meet(self) -> None:
+    def stop_if_asked(self) -> None:
         """Between collectives: when one rank was asked to stop, all do (Stopped). A step that has
         moved weights is first finished, if that is soon.
         """
-        if dist.all_reduce_max(interrupts.stop_requested()) > self.progress.moved():
+        if dist.all_reduce_max(interrupts.stop_requested()) > self.progress.is_mid_step():
             raise Stopped(NOTHING_NEW)
 
-    def update(self, step: int, batches: list[MicroBatch], done: StepRecord) -> tuple[float, float]:
+    def optimizer_step(
+        self, step: int, batches: list[MicroBatch], done: StepRecord
+    ) -> tuple[float, float]:
         """The optimiser's step on the gradient of `batches`: its norm and the learning rate.
 
         Where a loss or the gradient is not finite on any rank, no weight moves on any and all
@@ -271,15 +276,15 @@ class Run:
             lr = 0.0
             stop = str(e)
         if math.isfinite(norm):
-            self.progress.skips = 0
+            self.progress.num_skipped_in_a_row = 0
             return norm, lr
-        self.progress.skips += 1
-        where = self.log.nonfinite(step, batches, losses, done.named())
+        self.progress.num_skipped_in_a_row += 1
+        where = self.log.keep_nonfinite(step, batches, losses, done.named())
         if stop:
             raise NonFiniteGradient(f"{stop}; {where}")
-        if self.progress.skips >= self.cfg.optimizer.max_skips:
+        if self.progress.num_skipped_in_a_row >= self.cfg.optimizer.max_skips:
             raise NonFiniteGradient(
-                f"step {step}: {self.progress.skips} optimiser steps in a row were not finite and skipped (optimizer.max_skips); {where}"
+                f"step {step}: {self.progress.num_skipped_in_a_row} optimiser steps in a row were not finite and skipped (optimizer.max_skips); {where}"
             )
         print_rank0(
             f"recr1: step {step}: the loss or gradient is not finite, no weight was changed; {where}"
@@ -289,13 +294,13 @@ class Run:
     def steps(self) -> Iterator[int]:
         """Numbers of the steps to be done, from 1, behind a progress bar on a terminal."""
         for step in tqdm(
-            range(self.progress.step + 1, self.last + 1),
+            range(self.progress.step + 1, self.num_steps + 1),
             self.loop,
-            self.last,
+            self.num_steps,
             initial=self.progress.step,
             disable=None if dist.rank() == 0 else True,
         ):
-            self.began = time.perf_counter()
+            self.step_start = time.perf_counter()
             heartbeat.enter_phase("gather", step)
             yield step
 
@@ -322,7 +327,7 @@ class Run:
             for p, text in zip(chosen, texts)
         ]
 
-    def uniforms(self, step: int, prompts: list[Prompt]) -> np.ndarray:
+    def draw_uniforms(self, step: int, prompts: list[Prompt]) -> np.ndarray:
         """(P, G, T) random numbers, each a function of (seed, step, prompt, sibling, token)."""
         s = self.cfg.sampling
         return counter_rng.draw_uniforms(
@@ -333,35 +338,35 @@ class Run:
             s.max_new_tokens,
         )
 
-    def room(self) -> int | None:
+    def get_kv_cache_budget(self) -> int | None:
         """Slots that the sampler's cache may come to: sampling.cache_gib, or four fifths of what a
         GPU has free; on a CPU no limit.
         """
         budget = self.cfg.sampling.cache_gib * 2**30 or 0.8 * (memory.get_free_bytes() or 0)
-        return int(budget / self.slot) if budget else None
+        return int(budget / self.slot_bytes) if budget else None
 
-    def keeps_tokens(self, step: int) -> bool:
+    def logs_tokens(self, step: int) -> bool:
         """Whether this step's rollouts are logged with their per-token values."""
         return step == 1 or step % self.cfg.log.tokens_every == 0
 
     def evaluate(self, prompts: list[Prompt]) -> list[dict]:
         """A greedy pass over `prompts`; see evaluate.py."""
         heartbeat.enter_phase("eval")
-        with self.log.peak("evaluate"):
+        with self.log.track_peak("evaluate"):
             return evaluate.evaluate_prompts(
                 self.policy,
                 prompts,
-                self.eval_task,
+                self.eval_scorer,
                 self.cfg.sampling.max_new_tokens,
                 self.footprint.evaluated,
             )
 
-    def test_scores(self, name: str) -> list[dict]:
+    def evaluate_test(self, name: str) -> list[dict]:
         """The test split, greedily, kept in the file `name`; rank 0 has the rows. Before and after
         training only: it never chooses anything.
         """
         kept = (
-            self._kept(self.folder / name)
+            self._read_earlier_evaluation(self.folder / name)
             if dist.rank() == 0 and name == "eval_before.jsonl"
             else None
         )
@@ -369,15 +374,15 @@ class Run:
             return kept or []
         rows = self.evaluate(self.test)
         with dist.fail_together():
-            self.log.rows(name, rows)
+            self.log.write_rows(name, rows)
         return rows
 
-    def _kept(self, path: Path) -> list[dict] | None:
+    def _read_earlier_evaluation(self, path: Path) -> list[dict] | None:
         """The evaluation that an earlier start of this run has left, if it is whole."""
         try:
             rows = (
                 [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-                if self.found
+                if self.is_resumed
                 else []
             )
             return rows if [row["id"] for row in rows] == [p.id for p in self.test] else None
@@ -405,14 +410,14 @@ class Run:
             val_errors=sum(row["error"] is not None for row in rows),
         )
 
-    def record(self, step: int, mine: StepRecord, **more) -> None:
+    def finish_step(self, step: int, mine: StepRecord, **more) -> None:
         """Writes a step of all ranks: rollouts, metrics with the validation when its turn has come,
         the console line, a checkpoint when its has.
         """
         heartbeat.enter_phase("log")
         parts = dist.gather_to_rank0(mine)
         # validation and writing are not the step's
-        self.log.seconds["step"] = time.perf_counter() - self.began
+        self.log.seconds["step"] = time.perf_counter() - self.step_start
         with dist.fail_together():
             row = {}
             if parts is not None:
@@ -420,30 +425,30 @@ class Run:
                 for other in others:
                     done.merge(other)
                 row = done.logged(step, self.log, self.cfg, **more)
-        self.progress.finished(step, row)
-        self._conclude()
+        self.progress.mark_finished(step, row)
+        self._log_and_validate()
         if parts is not None and self.loop == "train":
             show_step(step, done, self.cfg)
-        self.meet()
+        self.stop_if_asked()
         self.progress.save_if_due()
 
-    def _conclude(self) -> None:
+    def _log_and_validate(self) -> None:
         """The last step's validation, its line in metrics.jsonl and on the console."""
         step = self.progress.step
         row = self.progress.row | (validation := self.validate(step))
         heartbeat.enter_phase("log")
         with dist.fail_together():
             if dist.rank() == 0:
-                self.log.metrics(row)
+                self.log.write_metrics(row)
                 self.tracker.send(row)
-                self.progress.validated(validation.get(f"val_{self.cfg.reward.metric}"))
+                self.progress.mark_validated(validation.get(f"val_{self.cfg.reward.metric}"))
         self.progress.row = None
         if dist.rank() == 0 and (
-            validation or step % self.cfg.log.print_every == 0 or step in (1, self.last)
+            validation or step % self.cfg.log.print_every == 0 or step in (1, self.num_steps)
         ):
-            print_rank0(format_console_line(row, self.last))
+            print_rank0(format_console_line(row, self.num_steps))
 
-    def finish(self, before: list[dict], after: list[dict], **more) -> None:
+    def write_results(self, before: list[dict], after: list[dict], **more) -> None:
         """The model, summary.json (`more` is SFT's part of it), the table a user reads, and the
         report.
         """
@@ -457,23 +462,23 @@ class Run:
         )
         with dist.fail_together():
             if dist.rank() == 0:
-                self._sum_up(before, after, more)
+                self._write_summary(before, after, more)
         if dist.rank() == 0:
             print_rank0(report.write_report_at_end(self.folder, self.retriever, self.tokenizer))
         self.tracker.close()
 
-    def _sum_up(self, before: list[dict], after: list[dict], more: dict) -> None:
+    def _write_summary(self, before: list[dict], after: list[dict], more: dict) -> None:
         metric = self.cfg.reward.metric
         k = self.cfg.reward.k_eval
         parts = {
             name: evaluate.compare_evaluations(before, after, name)
             for name in evaluate.list_metrics(after)
         }
-        self.log.json(
+        self.log.write_json(
             "summary.json",
             dict(
                 task=self.cfg.task,
-                retriever=self.cfg.retriever.kind if self.task.searches else None,
+                retriever=self.cfg.retriever.kind if self.task.uses_retriever else None,
                 metric=f"{metric}@{k}",
                 n_eval=len(after),
                 **parts[metric],
@@ -486,7 +491,7 @@ class Run:
                     else {}
                 ),
                 seed=self.cfg.run.seed,
-                steps=self.last,
+                steps=self.num_steps,
                 world_size=dist.world_size(),
                 threads=self.threads,
                 wall_s=time.perf_counter() - self.progress.started,

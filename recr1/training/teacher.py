@@ -131,13 +131,13 @@ def sample_best_of(run: Run, prompts: list[Prompt], cache) -> list[dict]:
         s.temperature,
         s.max_new_tokens,
         run.stops,
-        run.uniforms(0, prompts),
+        run.draw_uniforms(0, prompts),
         cache,
         top_p=s.top_p,
-        room=run.room(),
+        room=run.get_kv_cache_budget(),
         kernels=run.cfg.model.kernels,
     )
-    rewards = run.train_task.score(rollouts)
+    rewards = run.train_scorer.score(rollouts)
     lines = []
 
     def rank(i):
@@ -167,7 +167,7 @@ def score_given(run: Run, given: list[TeacherText]) -> list[dict]:
     raw = score_baselines(run, [g.prompt for g in given])
     return [
         make_row(run, *of) | dict(text=g.text)
-        for g, of in zip(given, zip(rollouts, run.train_task.score(rollouts), raw))
+        for g, of in zip(given, zip(rollouts, run.train_scorer.score(rollouts), raw))
     ]
 
 
@@ -175,7 +175,9 @@ def score_baselines(run: Run, prompts: list[Prompt]) -> list[float]:
     """reward.metric of the task's answer without a policy: for a query the query itself."""
     return [
         parts[run.cfg.reward.metric]
-        for parts in run.train_task.measure(prompts, [run.task.raw(p.row) for p in prompts])
+        for parts in run.train_scorer.score_answers(
+            prompts, [run.task.baseline_answer(p.row) for p in prompts]
+        )
     ]
 
 
@@ -185,7 +187,7 @@ def make_row(run: Run, rollout: Rollout, reward: Reward, raw: float) -> dict:
         id=rollout.prompt.id,
         text=reward.text,
         reward=reward.total,
-        score=reward.parts[run.cfg.reward.metric],
+        score=reward.terms[run.cfg.reward.metric],
         raw=raw,
         error=error,
         ids=list(rollout.ids),
@@ -275,7 +277,7 @@ def write_rows(
         disable=None if dist.rank() == 0 else True,
     )
     try:
-        with run.log.peak("teacher"):
+        with run.log.track_peak("teacher"):
             for at in range(start, len(todo), chunk):
                 heartbeat.enter_phase(f"teacher {at}/{len(todo)}")
                 mine = dist.split_across_ranks(todo[at : at + chunk])

@@ -1,5 +1,5 @@
 """A Hugging Face model folder: where it is, its JSON files, its tokenizer, the ids that end a text.
-Its weights: weights.py.
+Its weights: model/hf_weights.py.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 stretches of one rank's own work end at once.
 
 with listening():                           # the process's handlers
-    with dist.together(), at_once(): ...    # no collective inside: ends here, and then on every
-    rank if dist.largest(asked()): ...           # between collectives
+    with dist.fail_together(), at_once(): ...    # no collective inside: ends here, and then on every
+    rank if dist.all_reduce_max(asked()): ...           # between collectives
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def signal_handlers():
 
 
 class raise_on_signal:
-    """A block that the signal ends: Stopped is raised inside. To be entered after dist.together, by
+    """A block that the signal ends: Stopped is raised inside. To be entered after dist.fail_together, by
     which the other ranks hear of it.
     """
 

@@ -88,7 +88,7 @@ def _in_a_run(bench: Bench, task: str, texts: list[str]) -> dict[str, list[dict]
             if task == "product_search"
             else (
                 f"task={task}",
-                f"prompt.user='{' '.join(f'{{{place}}}' for place in tasks.TASKS[task].places)}'",
+                f"prompt.user='{' '.join(f'{{{place}}}' for place in tasks.TASKS[task].placeholders)}'",
                 "prompt.max_tokens=256",
             )
         )

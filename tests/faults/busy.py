@@ -212,7 +212,7 @@ def fails_in_the_second_step(doc_ids: list[str], texts: list[str]) -> Callable:
     from recr1.distributed import heartbeat
 
     def search(queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        if heartbeat._own.state["step"] == 2:
+        if heartbeat._heartbeat.state["step"] == 2:
             raise IndexError("made up")
         rows = np.array([[len(query) % len(doc_ids)] for query in queries])
         return rows, np.ones(rows.shape)

@@ -20,7 +20,7 @@ from recr1 import cli, train
 from recr1.config import loader as configs
 from recr1.retrieval.bm25.index import BM25Index
 from recr1.tracking import run_log
-from recr1.training import checkpoint, run
+from recr1.training import checkpoint, load_model, run
 
 LAST = f"step_{STEPS:06d}"
 BEFORE = f"step_{STEPS - 1:06d}"
@@ -254,18 +254,18 @@ def disks(world: World, n: int) -> Iterator[Outcome]:
     cases = (
         ("config.yaml", configs, "dump_config", 1, 0),
         ("the index", BM25Index, "save", 1, 100),
-        ("eval_before.jsonl", run_log.RunLog, "rows", 1, 10),
-        ("rollouts.jsonl.gz", run_log.RunLog, "rollouts", 3, 1),
-        ("rollouts.jsonl.gz, torn", run_log.RunLog, "rollouts", 2, 1500),
-        ("metrics.jsonl", run_log.RunLog, "metrics", 3, 1),
-        ("metrics.jsonl, torn", run_log.RunLog, "metrics", 2, 700),
+        ("eval_before.jsonl", run_log.RunLog, "write_rows", 1, 10),
+        ("rollouts.jsonl.gz", run_log.RunLog, "write_rollouts", 3, 1),
+        ("rollouts.jsonl.gz, torn", run_log.RunLog, "write_rollouts", 2, 1500),
+        ("metrics.jsonl", run_log.RunLog, "write_metrics", 3, 1),
+        ("metrics.jsonl, torn", run_log.RunLog, "write_metrics", 2, 700),
         ("a shard", checkpoint, "save_file", 2, 5000),
-        ("HF export", checkpoint, "save_model", 3, 10_000),
+        ("HF export", load_model, "save_model", 3, 10_000),
         ("state.json", checkpoint, "_describe_setting", 3, 10),
         ("manifest.json", checkpoint, "write_manifest", 2, 10),
         ("LATEST", checkpoint, "write_text", 3, 0),
         ("final model", run, "save_policy", 1, 100),
-        ("summary.json", run_log.RunLog, "json", 1, 10),
+        ("summary.json", run_log.RunLog, "write_json", 1, 10),
     )
     for case in cases if n >= len(cases) else world.rng.sample(cases, n):
         yield Outcome(case[0], *_filled(world, *case))

@@ -4,7 +4,7 @@ Sums are made in float64 and rounded once, as Lucene does: scores are Lucene's w
 the terms.
 
 Nothing imports numba before it is asked for. Compiled code is kept in __pycache__; numba holds no
-threads of its own here: bm25.py gives each of torch's threads its share of the queries, and the
+threads of its own here: retrieval/bm25/searcher.py gives each of torch's threads its share of the queries, and the
 functions release the interpreter.
 
 Legend: D documents, V terms, P postings, Q queries, T query terms, N tokens of the corpus.

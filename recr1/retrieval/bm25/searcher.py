@@ -2,7 +2,7 @@
 contribution to a score.
 
 A score is one sum per document: for each token of the query, add that token's impacts. What BM25
-needs to know (tf, idf, lengths) went into the impacts when the index was built (postings.py), so
+needs to know (tf, idf, lengths) went into the impacts when the index was built (retrieval/bm25/impacts.py), so
 searching knows no formula. The sum is made by one of two scorers over the same arrays.
 """
 
@@ -57,7 +57,7 @@ class BM25Searcher:
             if scorer == "numba"
             else torch_scorer.TorchScorer(*arrays, device)
         )
-        self.how = "bm25 ({variant}, k1 {k1:g}, b {b:g}, length {length}{wrapped}; scorer {scorer} on {device})".format(
+        self.description = "bm25 ({variant}, k1 {k1:g}, b {b:g}, length {length}{wrapped}; scorer {scorer} on {device})".format(
             **index.meta,
             wrapped=", upstream wrapping" if upstream_wrapping else "",
             scorer=scorer,
@@ -75,7 +75,7 @@ class BM25Searcher:
         upstream_wrapping: bool = False,
         **parameters,
     ) -> "BM25Searcher":
-        """Of D texts, in memory; parameters are those of postings.Parameters. Raises ValueError as
+        """Of D texts, in memory; parameters are those of impacts.BM25Parameters. Raises ValueError as
         Index.of_texts and BM25 do.
         """
         check_scorer(scorer)

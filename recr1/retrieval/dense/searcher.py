@@ -56,7 +56,7 @@ class DenseSearcher:
         self.encoder = encoder
         self.query_prefix = query_prefix
         self._nearest = nearest
-        self.how = how
+        self.description = how
 
     def search(self, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Q texts -> rows (Q, k) int64 and cosines (Q, k) float32, best first; past the last
