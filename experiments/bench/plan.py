@@ -184,7 +184,7 @@ def steps(cfg: Config, shape: DecoderConfig) -> None:
                 loss.agg_mode,
             )
             for i, batch in enumerate(batches, 1):
-                policy.hold = cfg.train.reduce == "step" and i < len(batches)
+                policy.requires_gradient_sync = cfg.train.reduce != "step" or i == len(batches)
                 value, logp, _ = compute_policy_loss(policy, batch, tokens, s.temperature, loss)
                 value.backward()
                 del value, logp  # the loop's next line binds them anew; here the phase ends

@@ -288,8 +288,8 @@ def _describe_layout(policy: Sharded) -> dict:
     """
     return {
         name: dict(
-            size=unit.flat.size,
-            weights=[[w.name, list(w.shape), w.start] for w in unit.flat.weights],
+            size=unit.flat_param.size,
+            weights=[[w.name, list(w.shape), w.start] for w in unit.flat_param.weights],
         )
         for name, unit in _get_groups(policy).items()
     }
