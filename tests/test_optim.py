@@ -79,7 +79,7 @@ def test_muon_takes_the_matrices_of_the_blocks():
     model = torch.nn.ModuleDict(
         dict(embed=torch.nn.Embedding(4, 3), layers=torch.nn.ModuleList([torch.nn.Linear(3, 3)]))
     )
-    (_, adamw), (_, muon) = Optimizer(model, Config(kind="muon"), 1).parts
+    (_, adamw), (_, muon) = Optimizer(model, Config(kind="muon"), 1).optimizers
     names = {id(p): n for n, p in model.named_parameters()}
     assert [names[id(p)] for g in muon.param_groups for p in g["params"]] == ["layers.0.weight"]
     assert sorted(names[id(p)] for g in adamw.param_groups for p in g["params"]) == [
