@@ -57,7 +57,7 @@ def train(cfg: Config) -> None:
                 for i, batch in enumerate(batches, 1):
                     heartbeat.enter_phase(f"train {i}/{len(batches)}")
                     # the last backward sums over ranks
-                    policy.requires_gradient_sync = cfg.train.reduce != "step" or i == len(batches)
+                    policy.hold = cfg.train.reduce == "step" and i < len(batches)
                     value, stats = compute_cross_entropy(
                         policy, batch, total, cfg.sampling.temperature, loss
                     )

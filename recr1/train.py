@@ -83,8 +83,7 @@ def train(cfg: Config) -> None:
                     for i, batch in enumerate(batches, 1):
                         heartbeat.enter_phase(f"train {i}/{len(batches)}")
                         # the last backward sums over ranks
-                        is_last = i == len(batches)
-                        policy.requires_gradient_sync = is_last or cfg.train.reduce != "step"
+                        policy.hold = cfg.train.reduce == "step" and i < len(batches)
                         value, logp, stats = compute_policy_loss(
                             policy, batch, total, cfg.sampling.temperature, loss
                         )
