@@ -252,7 +252,7 @@ class Run(RunParts):
         count = len(micro_batches)
         for number, micro_batch in enumerate(micro_batches, 1):
             heartbeat.enter_phase(f"train {number}/{count}")
-            self.policy.hold = self.cfg.train.reduce == "step" and number < count
+            self.policy.requires_gradient_sync = self.cfg.train.reduce != "step" or number == count
             yield micro_batch
             self.stop_if_asked()
 
