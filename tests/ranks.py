@@ -340,9 +340,8 @@ def gathered_bytes(name: str) -> tuple[int, int]:
         most = max(most, now)
         return begin(whole, *more, **kwargs)
 
-    sizes = [
-        sum(dist.world_size() * u.shard.nbytes for u in units) for units in policy.block_groups[1:-1]
-    ]
+    blocks = policy.block_groups[1:-1]
+    sizes = [sum(dist.world_size() * u.shard.nbytes for u in groups) for groups in blocks]
     bound = sum(sorted(sizes)[-2:]) + sum(
         dist.world_size() * u.shard.nbytes for u in policy.root_groups
     )

@@ -32,7 +32,7 @@ def test_equals_torchs_adamw_with_clipping_and_schedule(on_host):
         theirs.parameters(), lr=0.0, betas=(0.9, 0.95), eps=config.eps, weight_decay=0.1
     )
     rates = []
-    for step in range(6):
+    for _ in range(6):
         x = torch.randn(4, 5) * 3
         for model in (ours, theirs):
             model(x).square().sum().backward()

@@ -169,8 +169,8 @@ def _start_collective(
     def wait() -> torch.Tensor:
         nonlocal work, source
         work.wait()
-        # until here the collective reads source, and a finished work holds its tensors
-        work = source = None
+        # Until here the collective reads source, and a finished work holds its tensors.
+        del work, source
         return out
 
     return wait

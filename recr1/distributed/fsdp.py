@@ -51,7 +51,7 @@ class SavedWeight(NamedTuple):
     group: "ParamGroup"
     shape: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 class ParamGroup(nn.Module):
@@ -275,9 +275,10 @@ class Sharded(nn.Module):
                 groups.append(make_group(params.frozen, trainable=False))
             groups_by_block.append(groups)
         self.root_groups = groups_by_block[0]
+        all_groups = sum(groups_by_block, [])
         # Checkpoints hold this attribute's name: units.0.shard, units.1.shard, ...
-        self.units = nn.ModuleList(sum(groups_by_block, []))
-        self.size = sum(group.flat_param.numel() for group in self.units)
+        self.units = nn.ModuleList(all_groups)
+        self.size = sum(group.flat_param.numel() for group in all_groups)
 
         # The first block has no block before it, the last one none behind it.
         self.block_groups = [[], *groups_by_block[1:], []]

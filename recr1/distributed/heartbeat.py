@@ -61,7 +61,7 @@ class Heartbeat:
             for old_path in folder.glob("rank_*.json"):
                 if old_path != path:
                     old_path.unlink()
-        self.state = dict(
+        self.state: dict[str, Any] = dict(
             pid=os.getpid(),
             host=socket.gethostname(),
             step=0,
@@ -216,12 +216,16 @@ def name_lost_ranks(error: str) -> str | None:
     # Who has begun the fewest collectives? If all gave up, of all others.
     states = {rank: states_before[rank] or answers.states[rank] for rank in others}
     silent = [rank for rank in answers.waited_for if states[rank] is None]
-    suspects = [rank for rank in answers.waited_for or others if states[rank]]
-    fewest_calls = min((states[rank]["calls"] for rank in suspects), default=0)
+    calls = {}
+    for rank in answers.waited_for or others:
+        state = states[rank]
+        if state is not None:
+            calls[rank] = state["calls"]
+    fewest_calls = min(calls.values(), default=0)
     if not answers.waited_for and fewest_calls >= _heartbeat.state["calls"]:
         return f"the ranks lost each other: {error}"
 
-    behind = [rank for rank in suspects if states[rank]["calls"] == fewest_calls]
+    behind = [rank for rank in calls if calls[rank] == fewest_calls]
     guilty = answers.ended or silent or behind
     innocent = [rank for rank in range(_heartbeat.world) if rank not in guilty]
     if _heartbeat.rank != min(innocent):

@@ -17,7 +17,7 @@ import torch.distributed as td
 from recr1.distributed.collectives import device, world_size
 from recr1.distributed.heartbeat import explain_exit
 
-_abandoned_groups = []  # groups of jobs that failed
+_abandoned_groups: list[td.ProcessGroup | None] = []  # of jobs that failed
 
 # The limit of one collective while the run is set up: the others wait while rank 0 builds an index.
 SETUP_TIMEOUT = timedelta(minutes=30)

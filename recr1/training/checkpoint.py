@@ -173,8 +173,8 @@ def find_newest_checkpoint(
     refused = []
     if latest and latest not in names:
         is_name = STEP_NAME.fullmatch(latest)
-        reason = "it is not there" if is_name else "no checkpoint's name, not followed"
-        refused.append(f"LATEST names {latest!r}: {reason}")
+        why_latest = "it is not there" if is_name else "no checkpoint's name, not followed"
+        refused.append(f"LATEST names {latest!r}: {why_latest}")
     for name in reversed(names):
         state, reason = _examine_checkpoint(root / name, policy, optimizer, fits)
         if not reason:

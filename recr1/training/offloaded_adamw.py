@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Callable
 
 import torch
+from torch import nn
 
 from recr1.distributed.cpu_offload import get_copy_stream, host_zeros
 
@@ -18,16 +19,16 @@ class OffloadedAdamW:
     it.
     """
 
-    def __init__(self, params: list[torch.Tensor], **settings: Any):
+    def __init__(self, params: list[nn.Parameter], **settings: Any):
         self.params = params
         self.updates = [torch.optim.AdamW([p], fused=True, **settings) for p in params]
-        self.param_groups = []
+        self.param_groups: list[dict[str, Any]] = []
         for update in self.updates:
             self.param_groups += update.param_groups
         self.host_state = {p: _zero_state(p) for p in params}
 
     @property
-    def state(self) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+    def state(self) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
         """Return, by parameter, its step, exp_avg and exp_avg_sq, on the host."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # copies back may be under way
@@ -53,7 +54,7 @@ class OffloadedAdamW:
             update.step()
             self._start_store(p, update.state.pop(p))
 
-    def _start_fetch(self, p: torch.Tensor) -> Callable[[], dict[str, torch.Tensor]]:
+    def _start_fetch(self, p: nn.Parameter) -> Callable[[], dict[str, torch.Tensor]]:
         """Start to copy a parameter's moments to its device. Return a function that waits for
         them.
         """
@@ -71,7 +72,7 @@ class OffloadedAdamW:
 
         return wait
 
-    def _start_store(self, p: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+    def _start_store(self, p: nn.Parameter, state: dict[str, torch.Tensor]) -> None:
         """Start to copy the updated moments back. The copy runs after the update and before the
         next step's fetch.
         """
@@ -84,7 +85,7 @@ class OffloadedAdamW:
                 self.host_state[p][name].copy_(state[name], non_blocking=True)
 
 
-def _zero_state(p: torch.Tensor) -> dict[str, torch.Tensor]:
+def _zero_state(p: nn.Parameter) -> dict[str, torch.Tensor]:
     """Return the state of a parameter before its first update."""
     return dict(
         step=torch.zeros((), device=p.device),

@@ -3,12 +3,15 @@ check that the gradient is finite before any weight moves.
 """
 
 import math
+from typing import Any
 
 import torch
 
 from recr1.config.schema import ConfigError, OptimizerConfig
 from recr1.distributed import collectives as dist
 from recr1.training.offloaded_adamw import OffloadedAdamW
+
+AnyOptimizer = torch.optim.Optimizer | OffloadedAdamW
 
 
 class NonFiniteGradient(RuntimeError):
@@ -46,7 +49,8 @@ class Optimizer:
             )
 
         # with the learning rate at the schedule's top
-        self.optimizers = [(config.lr, make_adamw(other_params, config))]
+        adamw = make_adamw(other_params, config)
+        self.optimizers: list[tuple[float, AnyOptimizer]] = [(config.lr, adamw)]
         if matrices:
             muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
             self.optimizers.append((config.muon_lr, muon))
@@ -119,10 +123,10 @@ class Optimizer:
 
 
 def make_adamw(
-    params: list[torch.Tensor], config: OptimizerConfig
+    params: list[torch.nn.Parameter], config: OptimizerConfig
 ) -> torch.optim.AdamW | OffloadedAdamW:
     """Return torch's fused AdamW, or the one whose moments are in host memory."""
-    settings = dict(
+    settings: dict[str, Any] = dict(
         lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )
     if config.on_host:

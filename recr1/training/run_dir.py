@@ -64,7 +64,7 @@ def find_difference(other: dict[str, Any], cfg: Config) -> str:
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return a nested dict's values by dotted key, tuples as lists: JSON has no tuples."""
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             values |= _flatten(value, f"{prefix}{key}.")
