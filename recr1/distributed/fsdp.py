@@ -88,10 +88,10 @@ class ParamGroup(nn.Module):
         self.next_groups: list[ParamGroup] = []
 
         self.pending: PendingAllGather | None = None
-        self.regathered: torch.Tensor | None = (
-            None  # (W n,) gathered a second time, in the backward
-        )
-        self.full_grad: torch.Tensor | None = None  # (W n,) not yet summed over ranks
+        # Gathered a second time, in the backward.
+        self.regathered: torch.Tensor | None = None  # (W n,)
+        # This rank's gradient, not yet summed over ranks.
+        self.full_grad: torch.Tensor | None = None  # (W n,)
 
     def start_all_gather(self) -> PendingAllGather:
         """Start to gather the shards, unless an all-gather of their present values is running."""
