@@ -1,17 +1,18 @@
-"""The numba scorer and index build (extra [fast]). The build's arrays are numpy's, bit for bit.
+"""Score and build the index with numba (extra [fast]). The build's arrays are numpy's, bit for bit.
 
 Sums are made in float64 and rounded once, as Lucene does: scores are Lucene's whatever the order of
 the terms.
 
 Nothing imports numba before it is asked for. Compiled code is kept in __pycache__; numba holds no
-threads of its own here: retrieval/bm25/searcher.py gives each of torch's threads its share of the queries, and the
-functions release the interpreter.
+threads of its own here: retrieval/bm25/searcher.py gives each of torch's threads its share of the
+queries, and the functions release the interpreter.
 
 Legend: D documents, V terms, P postings, Q queries, T query terms, N tokens of the corpus.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -30,36 +31,38 @@ BINS = 32 << (23 - SHIFT)
 
 
 class NumbaScorer:
-    """Exact top k of a batch, on one thread. offsets (V + 1,) int64, docs (P,) int32, impacts (P,)
-    float32.
+    """Find the exact top k of a batch, on one thread.
+
+    Args:
+        offsets, docs, impacts: the postings, (V + 1,) int64, (P,) int32, (P,) float32.
+        num_docs: D.
     """
 
-    def __init__(self, offsets: np.ndarray, docs: np.ndarray, impacts: np.ndarray, documents: int):
+    def __init__(self, offsets: np.ndarray, docs: np.ndarray, impacts: np.ndarray, num_docs: int):
         self.arrays = (offsets, docs.view(np.uint32), impacts)
-        self.documents = documents
+        self.num_docs = num_docs
         self._search = _compile_search()
 
-    def top(
+    def find_top_k(
         self, terms: np.ndarray, weights: np.ndarray, starts: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Query q has the terms starts[q]:starts[q + 1] of terms (T,) int64, weights (T,) float32
-        -> rows (Q, k) int64, scores (Q, k) float32.
+        """Return rows (Q, k) int64 and scores (Q, k) float32, best first, equal scores by row.
 
-        k <= D. Best first, equal scores by row; past the last hit row -1, score -inf.
+        Past the last hit the row is -1, the score -inf.
+
+        Args:
+            terms, weights: (T,) int64, (T,) float32; query q has starts[q]:starts[q + 1] of them.
+            starts: (Q + 1,) int64.
+            k: at most D.
         """
-        rows = np.full((len(starts) - 1, k), -1, np.int64)
-        scores = np.full(rows.shape, -np.inf, np.float32)
+        num_queries = len(starts) - 1
+        doc_rows = np.full((num_queries, k), -1, np.int64)
+        scores = np.full((num_queries, k), -np.inf, np.float32)
+        score_bits = scores.view(np.uint32)
         self._search(
-            *self.arrays,
-            self.documents,
-            terms,
-            weights,
-            starts,
-            LANES,
-            rows,
-            scores.view(np.uint32),
+            *self.arrays, self.num_docs, terms, weights, starts, LANES, doc_rows, score_bits
         )
-        return rows, scores
+        return doc_rows, scores
 
 
 @cache
