@@ -93,7 +93,8 @@ def audit(args) -> dict:
         from lm_eval.tasks import TaskManager
     except ImportError as e:
         raise ConfigError(
-            f'{e.name} is not installed; the audit needs lm-evaluation-harness: pip install "recr1[audit]"'
+            f"{e.name} is not installed; the audit needs lm-evaluation-harness: "
+            'pip install "recr1[audit]"'
         ) from None
     folders = {
         name: resolve_model_folder(path)
@@ -163,7 +164,8 @@ def audit(args) -> dict:
         for key in KEPT:
             if runs["before"][key] != after[key]:
                 raise ConfigError(
-                    f"lm-eval's {key} differ between the two models: {runs['before'][key]} and {after[key]}; they cannot be compared"
+                    f"lm-eval's {key} differ between the two models: "
+                    f"{runs['before'][key]} and {after[key]}; they cannot be compared"
                 )
     rows = []
     for name, found in leaves.items():
@@ -179,7 +181,8 @@ def leaf_tasks(index: dict, name: str) -> list[str]:
     """
     if name not in index:
         raise ConfigError(
-            f"--tasks: lm-eval has no {name!r}; `lm-eval ls tasks` lists all of them, --include-path adds a folder of yours"
+            f"--tasks: lm-eval has no {name!r}; `lm-eval ls tasks` lists all of them, "
+            "--include-path adds a folder of yours"
         )
     entry = index[name]
     parts = (
@@ -208,7 +211,10 @@ def allow(unsafe: list[str], tasks: list[str], confirmed: bool) -> None:
     """Returns when the user has agreed that code written by the model runs here; else raises
     ConfigError.
     """
-    what = f"{', '.join(unsafe)} run{'s' if len(unsafe) == 1 else ''} code that the model writes, on this machine and as this user"
+    what = (
+        f"{', '.join(unsafe)} run{'s' if len(unsafe) == 1 else ''} code that the model writes, "
+        "on this machine and as this user"
+    )
     if not confirmed and sys.stdin.isatty():
         print_rank0(f"audit: {what}. Best in a container without network or secrets.")
         confirmed = input("Type yes to run it: ").strip() == "yes"
@@ -228,7 +234,8 @@ def load(manager, name: str) -> None:
         raise ConfigError(f'{name}: needs {e.name or e}; pip install "recr1[audit]"') from None
     except Exception as e:  # whatever the hub, datasets, nltk or the task's own code raise
         raise ConfigError(
-            f"{name}: lm-eval cannot load it ({type(e).__name__}: {' '.join(str(e).split())[:200]}); "
+            f"{name}: lm-eval cannot load it ({type(e).__name__}: "
+            f"{' '.join(str(e).split())[:200]}); "
             "its data come from the Hugging Face hub: go online once, or fill HF_HOME"
         ) from None
 
@@ -322,13 +329,17 @@ def stderr(total: np.ndarray, weight: np.ndarray) -> float | None:
 def table(result: dict) -> str:
     s = result["settings"]
     lines = [
-        f"lm-eval {s['versions']['lm_eval']}, transformers {s['versions']['transformers']}, torch {s['versions']['torch']}; "
-        f"chat template {'on' if s['chat_template'] else 'off'}, few-shot {'as each task says' if s['fewshot'] is None else s['fewshot']}, "
-        f"{'all documents' if s['limit'] is None else 'first {} documents of each task'.format(s['limit'])}, {s['dtype']} on {s['device']}"
+        f"lm-eval {s['versions']['lm_eval']}, transformers {s['versions']['transformers']}, "
+        f"torch {s['versions']['torch']}; "
+        f"chat template {'on' if s['chat_template'] else 'off'}, "
+        f"few-shot {'as each task says' if s['fewshot'] is None else s['fewshot']}, "
+        f"{'all documents' if s['limit'] is None else 'first {} documents of each task'.format(s['limit'])}, "
+        f"{s['dtype']} on {s['device']}"
     ]
     if len(set(s["chat_template_sha256"].values())) > 1:
         lines.append(
-            "the two models have different chat templates: the difference is that of model and template together"
+            "the two models have different chat templates: the difference is that of model and "
+            "template together"
         )
     both = s["before"] is not None
     lines.append(
@@ -346,7 +357,8 @@ def table(result: dict) -> str:
             + (f"{row['difference']:+12.4f}" if both else "")
         )
         lines.append(
-            f"{row['task']:<18}{row['metric']:<34}{task.get('version')!s:>8}{task.get('fewshot')!s:>6}{row['n']:>7}{figures}  "
+            f"{row['task']:<18}{row['metric']:<34}{task.get('version')!s:>8}{task.get('fewshot')!s:>6}{row['n']:>7}{figures} "
+            " "
             f"{'no mean over documents' if error is None else format(error, '.4f')}"
         )
     return "\n".join(lines)

@@ -45,7 +45,8 @@ def main() -> None:
             )
         )
         print(
-            f"history {name:<6} n {len(band):>5}   raw {result[-1]['raw']:.4f}   after {result[-1]['after']:.4f}   {gain:+.4f} [{ci[0]:+.4f}, {ci[1]:+.4f}]"
+            f"history {name:<6} n {len(band):>5}   raw {result[-1]['raw']:.4f}   after "
+            f"{result[-1]['after']:.4f}   {gain:+.4f} [{ci[0]:+.4f}, {ci[1]:+.4f}]"
         )
     if args.json:
         print(json.dumps(result))

@@ -82,8 +82,8 @@ def main() -> None:
                 )
             )
     print(
-        f"NDCG@{k} on {len(gains)} test queries, mean and 95% paired bootstrap interval of the gain over the raw query"
-        + "\n".join(lines)
+        f"NDCG@{k} on {len(gains)} test queries, mean and 95% paired bootstrap interval of the "
+        "gain over the raw query" + "\n".join(lines)
     )
     if args.json:
         print(json.dumps(result))
@@ -108,7 +108,8 @@ def agree(run: Path, column: str, rows: list[dict], values: np.ndarray) -> None:
     if off.max() > 1e-9:
         i = int(off.argmax())
         raise SystemExit(
-            f"{run}: query {rows[i]['id']!r} has {column} {rows[i][column]} in eval_after.jsonl, searched again {values[i]}; "
+            f"{run}: query {rows[i]['id']!r} has {column} {rows[i][column]} in eval_after.jsonl, "
+            f"searched again {values[i]}; "
             "the corpus, the encoder or the code has changed since the run"
         )
 

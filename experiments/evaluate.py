@@ -101,7 +101,9 @@ def main(argv: list[str]) -> None:
         get_column(rows, metric) - get_column(rows, f"{metric}_raw")
     )
     print_rank0(
-        f"{metric}@{k} on {len(rows)} queries: {get_column(rows, metric).mean():.4f}, raw {get_column(rows, f'{metric}_raw').mean():.4f}, {gain:+.4f} [{low:+.4f}, {high:+.4f}]"
+        f"{metric}@{k} on {len(rows)} queries: {get_column(rows, metric).mean():.4f}, "
+        f"raw {get_column(rows, f'{metric}_raw').mean():.4f}, {gain:+.4f} [{low:+.4f}, "
+        f"{high:+.4f}]"
     )
 
 

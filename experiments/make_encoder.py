@@ -60,7 +60,8 @@ def main() -> None:
         + "\n"
     )
     print(
-        f"{folder}: {sum(w.numel() for w in model.parameters()):,} random weights, never trained; {len(tokenizer)} word pieces"
+        f"{folder}: {sum(w.numel() for w in model.parameters()):,} random weights, never trained; "
+        f"{len(tokenizer)} word pieces"
     )
 
 

@@ -103,7 +103,9 @@ def main(argv: list[str]) -> None:
             difference_ci95=ci,
         )
         print_rank0(
-            f"  {name:<10} another answer {other.mean():.3f}   {cfg.reward.metric}@{cfg.reward.k_eval} {metric.mean():.4f}, {loss:+.4f} [{ci[0]:+.4f}, {ci[1]:+.4f}]"
+            f"  {name:<10} another answer {other.mean():.3f}   "
+            f"{cfg.reward.metric}@{cfg.reward.k_eval} {metric.mean():.4f}, "
+            f"{loss:+.4f} [{ci[0]:+.4f}, {ci[1]:+.4f}]"
         )
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     write_text(Path(args.out), json.dumps(result, indent=1) + "\n")

@@ -95,7 +95,8 @@ def read_lists(path: str) -> dict[str, dict]:
         ) from None
     if not isinstance(rows, dict) or not rows:
         raise DataError(
-            f'{path}: {"an empty object" if rows == {} else f"a {type(rows).__name__}"}; want one object, "<n>_<query>" -> '
+            f"{path}: {'an empty object' if rows == {} else f'a {type(rows).__name__}'}; "
+            'want one object, "<n>_<query>" -> '
             '{"retrieved", "target", ...}'
         )
     return {key: _row(row, f"{path}: key {key[:60]!a}") for key, row in rows.items()}
@@ -126,7 +127,8 @@ def _row(row: object, where: str) -> dict:
     for name, value in stored.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
             raise DataError(
-                f"{where}: {name!r} is {str(value)[:40]!a}, a {type(value).__name__}, not a metric's value"
+                f"{where}: {name!r} is {str(value)[:40]!a}, a {type(value).__name__}, "
+                "not a metric's value"
             )
     return lists | dict(
         stored={name: value for name, value in stored.items() if split(name)},
@@ -152,7 +154,8 @@ def _ids(row: dict, name: str, where: str) -> list[str]:
     for id in found:
         if not isinstance(id, str):
             raise DataError(
-                f"{where}: {name!r} holds {str(id)[:40]}, a {type(id).__name__}; document ids are strings"
+                f"{where}: {name!r} holds {str(id)[:40]}, a {type(id).__name__}; "
+                "document ids are strings"
             )
     return found
 
@@ -236,17 +239,23 @@ def compare(rows: dict[str, dict], name: str, computed: dict[str, np.ndarray]) -
 def table(path: str, result: dict) -> str:
     n = result["n"]
     lines = [
-        f"{path}: {n} queries; {result['repeated_target']} repeat a target, {result['repeated_retrieved']} a retrieved document; "
+        f"{path}: {n} queries; {result['repeated_target']} repeat a target, "
+        f"{result['repeated_retrieved']} a retrieved document; "
         f"the longest list has {result['longest']}",
-        f"{'':<12}{'ours':>8}   {'95% interval':<18}{'upstream':>9}   {'ours - upstream':<30}stored figures that differ from",
+        f"{'':<12}{'ours':>8}   {'95% interval':<18}{'upstream':>9}   "
+        f"{'ours - upstream':<30}stored figures that differ from",
     ]
     for name, m in result["metrics"].items():
         line = (
-            f"{name:<12}{m['ours']:8.4f}   {'[{:.4f}, {:.4f}]'.format(*m['ci95']):<18}{m['upstream']:9.4f}   "
+            f"{name:<12}{m['ours']:8.4f}   "
+            f"{'[{:.4f}, {:.4f}]'.format(*m['ci95']):<18}{m['upstream']:9.4f}   "
             f"{'{:+.4f} [{:+.4f}, {:+.4f}]'.format(m['difference'], *m['difference_ci95']):<30}"
         )
         if stored := m.get("stored"):
-            line += f"upstream's {stored['differ_from_upstream']['n']}, ours {stored['differ_from_ours']['n']} of {stored['n']}"
+            line += (
+                f"upstream's {stored['differ_from_upstream']['n']}, "
+                f"ours {stored['differ_from_ours']['n']} of {stored['n']}"
+            )
         lines.append(
             (
                 line + ("" if split(name)[1] <= result["longest"] else "   (no list is that long)")
@@ -257,7 +266,8 @@ def table(path: str, result: dict) -> str:
         if wrong.get("n"):
             by = "not a number" if wrong["largest"] is None else f"by {wrong['largest']:.4g}"
             lines.append(
-                f"stored {name} is not what its lists give, by upstream's formula: {wrong['n']} of {m['stored']['n']}, "
+                f"stored {name} is not what its lists give, by upstream's formula: "
+                f"{wrong['n']} of {m['stored']['n']}, "
                 f"most {by} at key {wrong['key'][:60]!a}"
             )
         if 0 < m.get("stored", {}).get("n", 0) < n:

@@ -53,7 +53,8 @@ def main(argv: list[str]) -> None:
         ),
     )
     print_rank0(
-        f"{args.out}: {len(sparse)} of {len(setting.train)} train queries have no target in the first {args.beyond}; with {len(kept) - len(sparse)} of validation"
+        f"{args.out}: {len(sparse)} of {len(setting.train)} train queries have no target in the "
+        f"first {args.beyond}; with {len(kept) - len(sparse)} of validation"
     )
 
 

@@ -97,7 +97,8 @@ def run_row(run: Path) -> str:
     for name in ("raw", "before", "after", "gain"):
         if abs(figures[name] - summary[name]) > 1e-9:
             sys.exit(
-                f"{run}: summary.json says {name} {summary[name]}, its rows {figures[name]}; one of the files is not this run's"
+                f"{run}: summary.json says {name} {summary[name]}, its rows {figures[name]}; "
+                "one of the files is not this run's"
             )
     return row(
         [

@@ -27,11 +27,13 @@ def main() -> None:
     target = sft[-1]
     reached = next((point for point in grpo if point["gain"] >= target["gain"]), None)
     print(
-        f"SFT's last validation: gain {target['gain']:+.4f} {interval(target)} after {target['seconds']:.0f} s of steps, {total:.0f} s with teacher and evaluations"
+        f"SFT's last validation: gain {target['gain']:+.4f} {interval(target)} after "
+        f"{target['seconds']:.0f} s of steps, {total:.0f} s with teacher and evaluations"
     )
     for point in grpo:
         print(
-            f"  GRPO, {point['seconds']:6.0f} s: {point['gain']:+.4f} {interval(point)}{'   <- reached' if point is reached else ''}"
+            f"  GRPO, {point['seconds']:6.0f} s: {point['gain']:+.4f} "
+            f"{interval(point)}{'   <- reached' if point is reached else ''}"
         )
     if reached is None:
         print("GRPO did not reach it")

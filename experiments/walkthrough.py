@@ -63,7 +63,8 @@ def execute(notebook: dict, parameters: dict) -> dict:
                 known = [name for name in space if not name.startswith("__")]
                 if unknown := parameters.keys() - set(known):
                     raise NoParameter(
-                        f"the notebook has no parameter {', '.join(sorted(unknown))}; it has {', '.join(known)}"
+                        f"the notebook has no parameter {', '.join(sorted(unknown))}; "
+                        f"it has {', '.join(known)}"
                     )
                 space |= parameters
             outputs = (
@@ -126,7 +127,10 @@ def main(argv: list[str]) -> str | None:
             for name, _, value in (item.partition("=") for item in argv)
         }
     except (SyntaxError, ValueError):
-        return f"walkthrough: {' '.join(argv)}: each must be name=value, the value as Python writes it: steps=20 \"folder='elsewhere'\""
+        return (
+            f"walkthrough: {' '.join(argv)}: each must be name=value, "
+            "the value as Python writes it: steps=20 \"folder='elsewhere'\""
+        )
     if find_spec("matplotlib") is None:
         return "walkthrough: it needs matplotlib: pip install -e '.[docs]'"
     out.parent.mkdir(parents=True, exist_ok=True)

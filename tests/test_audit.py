@@ -132,7 +132,8 @@ def test_nothing_runs_code_unasked(monkeypatch, capsys):
     monkeypatch.setattr(audit.sys, "stdin", open("/dev/null"))
     with pytest.raises(
         ConfigError,
-        match="humaneval, mbpp run code that the model writes.*--confirm-unsafe-code.*--tasks ifeval,mmlu",
+        match="humaneval, mbpp run code that the model writes.*--confirm-unsafe-code.*--tasks "
+        "ifeval,mmlu",
     ):
         audit.allow(["humaneval", "mbpp"], ["ifeval", "mbpp", "humaneval", "mmlu"], False)
     monkeypatch.setattr(audit.sys, "stdin", type("Terminal", (), dict(isatty=lambda _: True))())

@@ -135,7 +135,8 @@ def test_pools(out, users):
             assert seen == sorted(seen, reverse=True) and row["profile"] == row["text"]
             liked = sum(stars >= 4 for _, stars, _ in ratings[:cut])
             assert re.match(
-                rf"Has rated {cut} films since \d{{4}}-\d\d-\d\d, {liked} of them 4 stars or more\.",
+                rf"Has rated {cut} films since \d{{4}}-\d\d-\d\d, {liked} of them 4 stars or "
+                r"more\.",
                 row["profile"],
             )
     draws = [

@@ -166,7 +166,8 @@ def tuned(
     known = np.flatnonzero(np.array(found.counts) > 0)
     if not any(found.counts[item] for query in found.test for item in query.history):
         print_rank0(
-            "SASRec: not trained, because train has no item of the test's histories: it ranks nothing"
+            "SASRec: not trained, because train has no item of the test's histories: "
+            "it ranks nothing"
         )
         return lambda histories, texts: np.full(
             (len(histories), len(found.items)), -np.inf, np.float32
@@ -199,7 +200,8 @@ def tuned(
         )
         best = max(runs[-1][2], key=lambda row: row["validation"])
         print_rank0(
-            f"SASRec, dropout {dropout:g}: validation NDCG@10 {best['validation']:.4f} (n {len(chosen)}) after epoch {best['epoch']} of {len(runs[-1][2])}, "
+            f"SASRec, dropout {dropout:g}: validation NDCG@10 {best['validation']:.4f} (n "
+            f"{len(chosen)}) after epoch {best['epoch']} of {len(runs[-1][2])}, "
             f"loss {best['loss']:.3f}"
         )
     settings, scorer, log = max(runs, key=lambda run: max(row["validation"] for row in run[2]))
@@ -249,7 +251,8 @@ def summary(values: dict[str, np.ndarray]) -> dict:
 def table(result: dict) -> str:
     seen = "left out of the rankings" if result["remove_seen"] else "ranked like all others"
     lines = [
-        f"{result['setting']}: {result['n']} queries, full ranking of {result['items']:,} items, {result['known_items']:,} of them in train; "
+        f"{result['setting']}: {result['n']} queries, full ranking of {result['items']:,} items, "
+        f"{result['known_items']:,} of them in train; "
         f"the last {result['history']} items of a user are seen and {seen}"
     ]
     for title, rows, cell in (

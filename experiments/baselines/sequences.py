@@ -82,7 +82,8 @@ def load(folder: str, setting: str) -> Sequential:
     ]
     if not queries[0] or not counts:
         raise DataError(
-            f"{place}: train has {len(windows)} windows, {len(queries[0])} of them in the validation tenth; both parts are needed, prepare a larger set"
+            f"{place}: train has {len(windows)} windows, {len(queries[0])} of them in the "
+            "validation tenth; both parts are needed, prepare a larger set"
         )
     return Sequential(
         [ids[i] for i in order],
@@ -156,7 +157,8 @@ def _windows(
             history = row.get("history")
             if not isinstance(user, str):
                 raise DataError(
-                    f"{where}: 'user' is {'missing' if user is None else 'no string'}; prepare the set again"
+                    f"{where}: 'user' is {'missing' if user is None else 'no string'}; "
+                    "prepare the set again"
                 )
             if not (
                 isinstance(history, list)
@@ -164,7 +166,9 @@ def _windows(
                 and all(isinstance(doc, str) for doc in history)
             ):
                 raise DataError(
-                    f"{where}: 'history' is {'missing' if history is None else 'no list of document ids with at least one'}; prepare the set again"
+                    f"{where}: 'history' is "
+                    f"{'missing' if history is None else 'no list of document ids with at least one'}; "
+                    "prepare the set again"
                 )
             gains = {doc: gain for doc, gain in qrels.get(id, {}).items() if gain > 0}
             if not gains:
@@ -173,7 +177,8 @@ def _windows(
                 )
             if strange := [doc for doc in (*history, *gains) if doc not in known]:
                 raise DataError(
-                    f"{where}: {id!r} names document {strange[0]!r}, which the corpus has not; prepare the set again"
+                    f"{where}: {id!r} names document {strange[0]!r}, which the corpus has not; "
+                    "prepare the set again"
                 )
             rows.append((id, user, text, history, gains))
     return rows

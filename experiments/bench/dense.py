@@ -112,7 +112,8 @@ def main() -> None:
         ours = load_or_build_dense(encoder, ids, ids, folder)
         ratio, rate, single = against_faiss(ours, vectors, asked, queries, args.pairs)
         print(
-            f"exact, {ours.description}: {rate:,.0f} queries/s in batches of {BATCH}, {single:,.0f} one by one; time over IndexFlatIP's own {ratio:.3f}"
+            f"exact, {ours.description}: {rate:,.0f} queries/s in batches of {BATCH}, "
+            f"{single:,.0f} one by one; time over IndexFlatIP's own {ratio:.3f}"
         )
         bars.append(
             dict(
@@ -168,7 +169,9 @@ def torch_on_cpu(
     scores, _ = nearest(asked[:BATCH], K)
     off = float(np.abs(scores - ours.search(queries[:BATCH], K)[1]).max())
     print(
-        f"exact, torch (two-level top-k) on the CPU: {BATCH / timed(lambda: nearest(asked[:BATCH], K)):,.0f} queries/s in batches; scores off by {off:.1e}"
+        "exact, torch (two-level top-k) on the CPU: "
+        f"{BATCH / timed(lambda: nearest(asked[:BATCH], K)):,.0f} queries/s in batches; "
+        f"scores off by {off:.1e}"
     )
     return [
         dict(
@@ -191,7 +194,8 @@ def hnsw(
         if not n:
             size = (Path(folder) / "hnsw/hnsw.faiss").stat().st_size / 2**20
             print(
-                f"HNSW, M {M}, efConstruction {EF_CONSTRUCTION}: built in {time.perf_counter() - started:.0f} s, {size:.0f} MiB with the vectors"
+                f"HNSW, M {M}, efConstruction {EF_CONSTRUCTION}: built in "
+                f"{time.perf_counter() - started:.0f} s, {size:.0f} MiB with the vectors"
             )
         found = graph.search(queries, K)[0].tolist()
         recall = float(np.mean([len(set(a) & set(b)) / K for a, b in zip(true, found)]))
@@ -200,7 +204,8 @@ def hnsw(
         )
         single = 1 / np.median([timed(lambda: graph.search([query], K)) for query in queries[:50]])
         print(
-            f"  efSearch {ef:<5} recall@{K} {recall:.4f}   {rate:8,.0f} queries/s in batches, {single:7,.0f} one by one"
+            f"  efSearch {ef:<5} recall@{K} {recall:.4f}   {rate:8,.0f} queries/s in batches, "
+            f"{single:7,.0f} one by one"
         )
         if ef == RetrieverConfig.ef_search:
             bars.append(
@@ -230,7 +235,8 @@ def on_gpu() -> list[dict]:
         search(asked, 1000)
         ms = 1000 * float(np.median([timed(lambda: search(asked, 1000)) for _ in range(10)]))
         print(
-            f"exact, {name} on {torch.cuda.get_device_name()}, 1,000,000 documents, top-1000: {ms:.1f} ms per batch of {BATCH}"
+            f"exact, {name} on {torch.cuda.get_device_name()}, 1,000,000 documents, top-1000: "
+            f"{ms:.1f} ms per batch of {BATCH}"
         )
         bars.append(
             dict(

@@ -71,9 +71,11 @@ def main() -> int:
             )
             word = "on" if on else "off"
             print(
-                f"batch_invariant {word:<3} {sum(map(len, rows)):>5} steps, {summaries[0]['threads']} threads, {seconds[on]:.3f} s a step; gap of the runs: "
+                f"batch_invariant {word:<3} {sum(map(len, rows)):>5} steps, "
+                f"{summaries[0]['threads']} threads, {seconds[on]:.3f} s a step; gap of the runs: "
                 + "; ".join(
-                    f"mean {s['logprob_gap_mean']:.1e}, p99.9 {s['logprob_gap_p999']:.1e}, max {s['max_logprob_gap']:.1e}"
+                    f"mean {s['logprob_gap_mean']:.1e}, p99.9 {s['logprob_gap_p999']:.1e}, "
+                    f"max {s['max_logprob_gap']:.1e}"
                     for s in summaries
                 )
             )

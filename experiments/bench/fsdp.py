@@ -125,18 +125,22 @@ def compare(args, checkpointing: bool) -> list[dict]:
     title = "with checkpointing" if checkpointing else "without checkpointing"
     if dist.rank() == 0:
         print(
-            f"\n{title}: {world} ranks x {torch.get_num_threads()} threads, {dist.device().type}, {n / 1e6:.1f} M parameters, {args.rows} x {args.length} tokens per rank, "
+            f"\n{title}: {world} ranks x {torch.get_num_threads()} threads, {dist.device().type}, "
+            f"{n / 1e6:.1f} M parameters, {args.rows} x {args.length} tokens per rank, "
             f"{args.compute}, {args.pairs} pairs"
         )
         for name in sides:
             f = figures[name]
             median = torch.tensor(seconds[name]).median().item()
             print(
-                f"  {name:<12} {median:.3f} s/step (fastest {min(seconds[name]):.3f})   peak above step start {f['peak'] / 2**20:,.0f} MiB   "
-                f"state {f['state'] / 2**20:,.1f} MiB + gradient {f['gradient'] / 2**20:,.1f} MiB per rank   moved {f['moved'] / 2**20:,.0f} MiB per rank and step"
+                f"  {name:<12} {median:.3f} s/step (fastest {min(seconds[name]):.3f})   peak "
+                f"above step start {f['peak'] / 2**20:,.0f} MiB   "
+                f"state {f['state'] / 2**20:,.1f} MiB + gradient {f['gradient'] / 2**20:,.1f} MiB "
+                f"per rank   moved {f['moved'] / 2**20:,.0f} MiB per rank and step"
             )
         print(
-            f"  time ours / fully_shard {time_ratio:.3f} (pairs {pairs[0]:.3f} to {pairs[-1]:.3f})   peak {peak_ratio:.3f}   losses differ by at most {difference:.1e}"
+            f"  time ours / fully_shard {time_ratio:.3f} (pairs {pairs[0]:.3f} to "
+            f"{pairs[-1]:.3f})   peak {peak_ratio:.3f}   losses differ by at most {difference:.1e}"
         )
     mine = figures["ours"]["state"] + figures["ours"]["gradient"]
     return [

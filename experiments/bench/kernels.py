@@ -224,7 +224,8 @@ def table(paths, model, N, C, V, device, repeats) -> dict[str, dict]:
     wrong = errors(left, C, V, device)
     print(f"\n{model}: {N:,} tokens, C = {C:,}, V = {V:,}; a plain matmul makes {rate:.4g} TF/s")
     print(
-        f"{'':<28}{'forward ms':>11}{'backward ms':>12}{'total ms':>10}{'peak GiB':>10}{'TF/s':>11}{'share':>7}   error d_hidden, d_weight"
+        f"{'':<28}{'forward ms':>11}{'backward ms':>12}{'total ms':>10}{'peak GiB':>10}{'TF/s':>11}{'share':>7} "
+        "  error d_hidden, d_weight"
     )
     for path in left:
         forward, backward, peak = (median(r[i] for r in runs[path][1:]) for i in range(3))
@@ -257,7 +258,8 @@ def copy_share(N: int, device: str, repeats: int) -> float:
     run(), copy()
     ours, theirs = (median(seconds(f, device) for _ in range(repeats)) for f in (run, copy))
     print(
-        f"\ntoken kernel: {32 * N / ours / 1e9:.4g} GB/s, a copy: {8 * N / theirs / 1e9:.4g} GB/s, at {N:,} tokens"
+        f"\ntoken kernel: {32 * N / ours / 1e9:.4g} GB/s, a copy: "
+        f"{8 * N / theirs / 1e9:.4g} GB/s, at {N:,} tokens"
     )
     return 32 / ours / (8 / theirs)
 

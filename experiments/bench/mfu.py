@@ -88,11 +88,14 @@ def main() -> None:
     rows = sum(len(b.tokens) for b in batches)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(
-        f"{name}, {args.model}{' in small' if args.dry_run else ''}: {args.prompts} x {args.group} rollouts of {args.prompt} + {args.completion}, {rows:,} tokens computed in "
+        f"{name}, {args.model}{' in small' if args.dry_run else ''}: "
+        f"{args.prompts} x {args.group} rollouts of {args.prompt} + {args.completion}, "
+        f"{rows:,} tokens computed in "
         f"{len(batches)} micro-batches, checkpointing {args.checkpointing}, kernels {args.kernels}"
     )
     print(
-        f"{seconds:.3f} s per step, {useful / seconds / 1e12:.1f} TF/s, MFU {mfu:.3f}, HFU {hfu:.3f}, peak {peak / 2**30:.2f} GiB"
+        f"{seconds:.3f} s per step, {useful / seconds / 1e12:.1f} TF/s, MFU {mfu:.3f}, "
+        f"HFU {hfu:.3f}, peak {peak / 2**30:.2f} GiB"
     )
     print(
         json.dumps(

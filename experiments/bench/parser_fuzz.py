@@ -44,7 +44,8 @@ def main():
     for outcome, count in outcomes.most_common():
         print(f"{count:6d} {outcome}")
     print(
-        f"slowest of {options.n}: {slowest:.2f} ms, for {size} characters (wall clock, one run each)"
+        f"slowest of {options.n}: {slowest:.2f} ms, for {size} characters (wall clock, "
+        "one run each)"
     )
     bars = [
         {

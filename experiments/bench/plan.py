@@ -299,7 +299,8 @@ def main() -> int:
         print(
             f"{name:<60}"
             + "  ".join(
-                f"{p} {sum_bytes(phases[p]) / 1e6:.1f}/{measured[p] / 1e6:.1f}={sum_bytes(phases[p]) / measured[p]:.3f}"
+                f"{p} "
+                f"{sum_bytes(phases[p]) / 1e6:.1f}/{measured[p] / 1e6:.1f}={sum_bytes(phases[p]) / measured[p]:.3f}"
                 for p in measured
             ),
             flush=True,

@@ -28,7 +28,8 @@ def main(folders: list[str]) -> int:
     bars = []
     gains = []
     print(
-        f"{'run':<24}{'seed':>5}{'raw':>8}{'before':>8}{'after':>8}   {'after - raw':<28}{'after - before':<28}{'wall s':>7}"
+        f"{'run':<24}{'seed':>5}{'raw':>8}{'before':>8}{'after':>8}   "
+        f"{'after - raw':<28}{'after - before':<28}{'wall s':>7}"
     )
     for folder in folders:
         before, after = (

@@ -78,7 +78,8 @@ def main() -> None:
     for name in VARIANTS:
         ratio = float(np.median([row[base] / row[name] for row in rows]))
         print(
-            f"{name:<40} {np.median([row[name] for row in rows]):.3f} s per step {[f'{row[name]:.3f}' for row in rows]}, default / this {ratio:.2f}"
+            f"{name:<40} {np.median([row[name] for row in rows]):.3f} s per step "
+            f"{[f'{row[name]:.3f}' for row in rows]}, default / this {ratio:.2f}"
         )
         if name != base:
             bars.append(

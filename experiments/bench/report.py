@@ -116,7 +116,8 @@ def made_up(folder: Path, cfg: Config, retriever: Retriever, steps: int, tokens:
                                 prompt=id,
                                 sibling=sibling,
                                 count=1,
-                                text=f'{thought}</think><answer>{{"query": "{text} {rnd.randrange(10**6)}"}}</answer>',
+                                text=f'{thought}</think><answer>{{"query": '
+                                f'"{text} {rnd.randrange(10**6)}"}}</answer>',
                                 finished=True,
                                 reward=reward,
                                 parts=dict(ndcg=reward),
@@ -173,7 +174,8 @@ def main() -> int:
         page = report.write_report([str(folder)], retriever=retriever)
         rollouts = args.steps * PROMPTS * SIBLINGS
         print(
-            f"{rollouts:,} rollouts of {args.tokens} tokens, {(folder / 'rollouts.jsonl.gz').stat().st_size / 1e6:.0f} MB: written in "
+            f"{rollouts:,} rollouts of {args.tokens} tokens, "
+            f"{(folder / 'rollouts.jsonl.gz').stat().st_size / 1e6:.0f} MB: written in "
             f"{time.perf_counter() - start:.1f} s ({time.process_time() - cpu:.1f} s of CPU)"
         )
         with Browser(installed(), 600) as browser:
@@ -196,8 +198,10 @@ def main() -> int:
                 page.as_uri()
             }
         print(
-            f"page of {page.stat().st_size:,} bytes, opened in {', '.join(f'{s:.2f}' for s in seconds)} s "
-            f"({', '.join(f'{s:.2f}' for s in busy)} s of its main thread's CPU time); the browser reported {complaints or 'nothing'}"
+            f"page of {page.stat().st_size:,} bytes, opened in "
+            f"{', '.join(f'{s:.2f}' for s in seconds)} s "
+            f"({', '.join(f'{s:.2f}' for s in busy)} s of its main thread's CPU time); "
+            f"the browser reported {complaints or 'nothing'}"
         )
         bars = [
             dict(name=name, value=value, bar=bar, ok=value <= bar)

@@ -333,8 +333,10 @@ def measured(corpus: Corpus, pairs: int, slow: bool) -> tuple[dict[str, dict], O
         side.lists = None
     gc.collect()
     print(
-        f"{corpus.name}: {len(corpus.lengths):,} documents, {len(corpus.tokens):,} tokens, {len(corpus.terms):,} terms, {len(sides[0].arrays[1]):,} postings, "
-        f"{np.mean([sum(np.diff(sides[0].arrays[0])[query]) for query in corpus.queries[:CHECKED]]):,.0f} of them touched by a query"
+        f"{corpus.name}: {len(corpus.lengths):,} documents, {len(corpus.tokens):,} tokens, "
+        f"{len(corpus.terms):,} terms, {len(sides[0].arrays[1]):,} postings, "
+        f"{np.mean([sum(np.diff(sides[0].arrays[0])[query]) for query in corpus.queries[:CHECKED]]):,.0f} "
+        "of them touched by a query"
     )
     oracle = sides[3].model.retrieve(
         corpus.queries[:CHECKED],
@@ -381,7 +383,8 @@ def measured(corpus: Corpus, pairs: int, slow: bool) -> tuple[dict[str, dict], O
         found[side.name] = figures
         print(
             f"{corpus.name:<20}{side.name:<20}{figures['index']:9.3f}{builds:4}{figures['bytes']:11.2f}{figures.get('MB', float('nan')):8.0f}{figures['one']:14.1f}"
-            f"{figures['two']:11.1f}{min(side.few, len(corpus.queries)):5} x {turns}{figures['top 10']:9.3f}{figures['top']:9.3f}",
+            f"{figures['two']:11.1f}{min(side.few, len(corpus.queries)):5} x "
+            f"{turns}{figures['top 10']:9.3f}{figures['top']:9.3f}",
             flush=True,
         )
     return found, sides[1]
@@ -448,8 +451,11 @@ def main() -> None:
         size = sum(path.stat().st_size for path in Path(folder, "index").iterdir())
         shared = growth("ours, numba", f"{folder}/index", ours.corpus.queries[:CHECKED], 4, "Pss")
     print(
-        f"{name}: a reward of {queries} completions, 2 threads, {reward:.3f} s; four processes with one index of {size / 1e6:.0f} MB: PSS rises by {shared / 1e6:.0f} MB; "
-        f"index from token numbers, numpy: {theirs['index'] / torch_['index']:.1f}x bm25s numba's speed"
+        f"{name}: a reward of {queries} completions, 2 threads, {reward:.3f} s; "
+        f"four processes with one index of {size / 1e6:.0f} MB: "
+        f"PSS rises by {shared / 1e6:.0f} MB; "
+        f"index from token numbers, numpy: {theirs['index'] / torch_['index']:.1f}x bm25s numba's "
+        "speed"
     )
     bars = [
         ("numba / bm25s numba, 1 thread", numba_["one"] / theirs["one"], 1.5, 1),

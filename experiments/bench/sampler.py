@@ -302,7 +302,8 @@ class Pair:
                 differ = differ + 1
                 clear = clear + (best - second > TIE)
         print(
-            f"{self.title:<16}greedy: {differ} of {len(prompts)} texts of {work.new} tokens differ from transformers', {clear} of them not at a tie"
+            f"{self.title:<16}greedy: {differ} of {len(prompts)} texts of {work.new} tokens "
+            f"differ from transformers', {clear} of them not at a tie"
         )
         return clear
 
@@ -376,7 +377,8 @@ def barred(name: str, size: Size, work: Work, repeats: int) -> list[dict]:
             ]
             bars.append(
                 dict(
-                    name=f"{name}: greedy texts that differ from transformers' where its best token is clear",
+                    name=f"{name}: greedy texts that differ from transformers' where its best "
+                    "token is clear",
                     value=clear,
                     bar=0,
                     ok=clear == 0,
@@ -420,11 +422,13 @@ def on_gpu(name: str, work: Work, repeats: int, dry: bool) -> list[dict]:
     speed, copy, (least, over) = f.speed["ours"], copy_rate(pair.device), GPU_SIZES[name]
     reached = [speed / roofline(shape, work, rate) for rate in (COPY, copy)]
     print(
-        f"{'':<16}{reached[0]:.3f} of the serial roofline at {COPY / 1e12:.2f} TB/s, {reached[1]:.3f} at the {copy / 1e12:.2f} TB/s of a copy here"
+        f"{'':<16}{reached[0]:.3f} of the serial roofline at {COPY / 1e12:.2f} TB/s, "
+        f"{reached[1]:.3f} at the {copy / 1e12:.2f} TB/s of a copy here"
     )
     bars = [
         bar(
-            f"Qwen2.5-{name}, {work.prompts} x {work.group}, {work.prompt} + {work.new}: tokens per second",
+            f"Qwen2.5-{name}, {work.prompts} x {work.group}, {work.prompt} + {work.new}: "
+            "tokens per second",
             speed,
             0 if dry else least,
         )
@@ -510,7 +514,8 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     print(
-        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {args.threads} threads'}, torch {torch.__version__}, {repeats} repeats\n{HEADER}"
+        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {args.threads} threads'}, "
+        f"torch {torch.__version__}, {repeats} repeats\n{HEADER}"
     )
     bars = []
     tiny = Work(**TINY)

@@ -395,7 +395,8 @@ def measured(name: str, size: Size, pairs: int) -> list[dict]:
         trl = Theirs(size, model, tokenizer, ours, texts, folder)
         trl.trainer.train()
     print(
-        f"{name}: {ours.policy.size:,} parameters, {size.prompts} prompts of {size.prompt} x {size.group} generations of {size.completion}, "
+        f"{name}: {ours.policy.size:,} parameters, {size.prompts} prompts of {size.prompt} x "
+        f"{size.group} generations of {size.completion}, "
         f"{torch.get_num_threads()} threads, {pairs} pairs"
     )
     print(
@@ -417,7 +418,8 @@ def measured(name: str, size: Size, pairs: int) -> list[dict]:
     whole = [[s["step"] for s in side.clock.steps[WARM:]] for side in (ours, trl)]
     ratio = median(whole[0]) / median(whole[1])
     print(
-        f"  ours / TRL {ratio:.3f}; of the fastest steps {min(whole[0]) / min(whole[1]):.3f}; by pair {' '.join(f'{a / b:.3f}' for a, b in zip(*whole))}"
+        f"  ours / TRL {ratio:.3f}; of the fastest steps {min(whole[0]) / min(whole[1]):.3f}; "
+        f"by pair {' '.join(f'{a / b:.3f}' for a, b in zip(*whole))}"
     )
     for side in (ours, trl):
         assert all(s["length"] == size.completion for s in side.shown)

@@ -52,7 +52,8 @@ def products(path: Path) -> Iterator[dict]:
         }
         if not all(isinstance(value, str | None) for name in FIELDS for value in values[name]):
             raise PrepareError(
-                f"{path}:{line}: one of {', '.join(FIELDS)} is neither text nor a list of texts; its format has changed"
+                f"{path}:{line}: one of {', '.join(FIELDS)} is neither text nor a list of texts; "
+                "its format has changed"
             )
         parts = (
             ", ".join(filter(None, (plain(value or "") for value in values[name])))

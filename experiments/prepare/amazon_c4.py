@@ -49,7 +49,8 @@ def splits_of(queries: Path, items: Path, last: int) -> tuple[dict[str, Split], 
     for qid, text, item in rows:
         if item not in category:
             raise PrepareError(
-                f"{queries}: query {qid} asks for {item!r}, which {items.name} does not have; take both files from one release"
+                f"{queries}: query {qid} asks for {item!r}, which {items.name} does not have; "
+                "take both files from one release"
             )
         row = dict(id=f"c4-{qid}", text=text, category=category[item])
         targets = [(item, 1.0)]

@@ -37,11 +37,13 @@ def read_bundled(
         for line, row in json_rows(queries, ("id", "text")):
             if row["id"] not in judged:
                 raise PrepareError(
-                    f"{queries}:{line}: {row['id']!r} is not in {qrels.name}; take both files from one release"
+                    f"{queries}:{line}: {row['id']!r} is not in {qrels.name}; "
+                    "take both files from one release"
                 )
             split.add(row | dict(text=tidy(row["text"])), list(judged[row["id"]].items()))
         for id in judged.keys() - split.targets.keys():
             raise PrepareError(
-                f"{qrels}: judges {id!r}, which {queries.name} does not have; take both files from one release"
+                f"{qrels}: judges {id!r}, which {queries.name} does not have; "
+                "take both files from one release"
             )
     return corpus, splits, [dict(name=path.name, **fingerprint_file(path)) for path in paths]

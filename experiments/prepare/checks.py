@@ -135,7 +135,8 @@ def check(docs: set[str], splits: dict[str, Split], key: Key) -> list[str]:
             same = first.get(key(row, split.targets[row["id"]]))
             if same is not None:
                 raise PrepareError(
-                    f"{name}: {row['id']!r} is {same!r} of {'validation' if is_validation(same) else 'train'} again"
+                    f"{name}: {row['id']!r} is {same!r} of "
+                    f"{'validation' if is_validation(same) else 'train'} again"
                 )
             if row["id"] in ids:
                 raise PrepareError(f"{name}: id {row['id']!r} is an id of train too")
@@ -143,7 +144,8 @@ def check(docs: set[str], splits: dict[str, Split], key: Key) -> list[str]:
             for doc, gain in split.targets[row["id"]]:
                 if gain > 0 and (doc in known or doc in history(row)):
                     raise PrepareError(
-                        f"{name}: {row['id']!r} asks for {doc!r}, which its user's train examples or its own history show"
+                        f"{name}: {row['id']!r} asks for {doc!r}, which its user's train examples "
+                        "or its own history show"
                     )
     return [
         "no id twice",

@@ -25,7 +25,10 @@ CHUNK = 2**20
 TIMEOUT = 60
 TRIES = 3
 POINTER = b"version https://git-lfs.github.com/spec/"
-HELP = "behind a proxy set HTTPS_PROXY (and SSL_CERT_FILE for its certificate); offline fetch it elsewhere and give its folder with --from"
+HELP = (
+    "behind a proxy set HTTPS_PROXY (and SSL_CERT_FILE for its certificate); "
+    "offline fetch it elsewhere and give its folder with --from"
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def fetch(remotes: list[Remote], args: Namespace) -> tuple[list[Path], list[dict
         with open(path, "rb") as file:
             if file.read(len(POINTER)) == POINTER:
                 raise PrepareError(
-                    f"{path}: a Git LFS pointer, not the file; run `git lfs pull` where it comes from, or fetch {remote.url}"
+                    f"{path}: a Git LFS pointer, not the file; run `git lfs pull` where it comes "
+                    f"from, or fetch {remote.url}"
                 )
         found = fingerprint_file(path)
         _verify(
@@ -95,7 +99,8 @@ def _verify(path: Path, found: dict, size: int | None, sha256: str | None, remed
         raise PrepareError(f"{path}: {found['size']:,} bytes, {size:,} were published; {remedy}")
     if sha256 is not None and found["sha256"] != sha256:
         raise PrepareError(
-            f"{path}: its sha256 is {found['sha256'][:16]}.., {sha256[:16]}.. was published; {remedy}"
+            f"{path}: its sha256 is {found['sha256'][:16]}.., {sha256[:16]}.. was published; "
+            f"{remedy}"
         )
 
 
@@ -115,7 +120,8 @@ def _download(remote: Remote, path: Path) -> None:
                 part.unlink(missing_ok=True)
             elif e.code < 500 and e.code != 429:
                 raise PrepareError(
-                    f"{remote.url}: the server answered {e.code} {e.reason}; it may have moved: fetch it elsewhere and give its folder with --from"
+                    f"{remote.url}: the server answered {e.code} {e.reason}; it may have moved: "
+                    "fetch it elsewhere and give its folder with --from"
                 ) from None
             reason = f"the server answered {e.code} {e.reason}"
         except (
@@ -170,12 +176,14 @@ def _append(remote: Remote, part: Path, note: Path) -> tuple[int, str | None]:
         length = answer.headers.get("Content-Length")
         if length is None and remote.size is None or answer.status == 206 and not resumed:
             raise PrepareError(
-                f"{remote.url}: the server does not say which bytes it sends, so a cut could not be told; fetch it elsewhere and give its folder with --from"
+                f"{remote.url}: the server does not say which bytes it sends, "
+                "so a cut could not be told; fetch it elsewhere and give its folder with --from"
             )
         total = remote.size if length is None else have + int(length)
         if remote.size is not None and total != remote.size:
             raise PrepareError(
-                f"{remote.url}: has {total:,} bytes, {remote.size:,} were published; it is another file now, or a page that asks to log in"
+                f"{remote.url}: has {total:,} bytes, {remote.size:,} were published; "
+                "it is another file now, or a page that asks to log in"
             )
         etag = answer.headers.get("ETag")
         if etag and not etag.startswith("W/"):
@@ -184,7 +192,8 @@ def _append(remote: Remote, part: Path, note: Path) -> tuple[int, str | None]:
             note.unlink(missing_ok=True)
         if shutil.disk_usage(part.parent).free < total - have:
             raise PrepareError(
-                f"{part.parent}: {total - have:,} bytes are still to come and do not fit on the disk; give another folder with --downloads"
+                f"{part.parent}: {total - have:,} bytes are still to come and do not fit on the "
+                "disk; give another folder with --downloads"
             )
         with (
             open(part, "ab" if resumed else "wb") as file,

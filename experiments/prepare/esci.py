@@ -87,7 +87,9 @@ def read_examples(path: Path) -> list[Judged]:
             )
     if not labels <= set("ESCI") or {row[0] for row in judged} != {"train", "test"}:
         raise PrepareError(
-            f"{path}: labels {sorted(map(str, labels))}, splits {sorted({row[0] for row in judged})}; want E, S, C, I and train, test: its format has changed"
+            f"{path}: labels {sorted(map(str, labels))}, splits "
+            f"{sorted({row[0] for row in judged})}; want E, S, C, I and train, test: "
+            "its format has changed"
         )
     return judged
 
@@ -224,7 +226,8 @@ def options(parser: ArgumentParser) -> None:
         const=DRAW,
         type=Path,
         metavar="FILE",
-        help="products and train targets only from the test queries' pool, drawn anew or upstream's FILE",
+        help="products and train targets only from the test queries' pool, "
+        "drawn anew or upstream's FILE",
     )
 
 

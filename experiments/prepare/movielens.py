@@ -70,11 +70,13 @@ def read_ratings(path: Path, films: dict[str, dict]) -> dict[str, list[Rating]]:
         film = row["movieId"]
         if film not in films:
             raise PrepareError(
-                f"{path}:{line}: film {film!r} is not in movies.csv; take both files from one release"
+                f"{path}:{line}: film {film!r} is not in movies.csv; "
+                "take both files from one release"
             )
         if (user, film) in seen:
             raise PrepareError(
-                f"{path}:{line}: user {row['userId']} rated film {film} before; keep one of the lines"
+                f"{path}:{line}: user {row['userId']} rated film {film} before; "
+                "keep one of the lines"
             )
         seen.add((user, film))
         users.setdefault(user, []).append(
@@ -148,7 +150,8 @@ def lists(
             others = others[np.argsort(order[others])][: POOL - len(liked)]
             if not np.isfinite(order[others]).all():
                 raise PrepareError(
-                    f"user {user[1:]} has rated so many films that none are left for a pool of {POOL}"
+                    f"user {user[1:]} has rated so many films that none are left for a pool of "
+                    f"{POOL}"
                 )
             pool = sorted([place[film] for film in liked] + others.tolist())
             text = profile(films, ratings[:cut])
@@ -170,7 +173,8 @@ def profile(films: dict[str, dict], past: list[Rating]) -> str:
     genres = Counter(genre for r in liked or past for genre in films[r.film]["genres"])
     favourite = sorted(genres, key=lambda genre: (-genres[genre], genre))[:3]
     return (
-        f"Has rated {len(past)} films since {day(past[0].time)}, {len(liked)} of them 4 stars or more."
+        f"Has rated {len(past)} films since {day(past[0].time)}, "
+        f"{len(liked)} of them 4 stars or more."
         + (f" Favourite genres: {', '.join(favourite)}." if favourite else "")
     )
 
@@ -239,7 +243,8 @@ def check_pools(splits: dict[str, Split], seen: Counter) -> list[str]:
                 or not {film for film, _ in split.targets[row["id"]]} <= set(pool)
             ):
                 raise PrepareError(
-                    f"{name}: the pool of {row['id']!r} is not {POOL} films, lacks a target or shows the history"
+                    f"{name}: the pool of {row['id']!r} is not {POOL} films, "
+                    "lacks a target or shows the history"
                 )
             if any(seen[a] < seen[b] for a, b in pairwise(pool)):
                 raise PrepareError(

@@ -93,6 +93,7 @@ def asin_categories(path: Path, wanted: set[str]) -> dict[str, str]:
                 break
     if end != b"}" or rest.strip():
         raise PrepareError(
-            f'{path}: no "product": "category" after byte {at:,}; the file is torn or its format has changed: fetch it again'
+            f'{path}: no "product": "category" after byte {at:,}; '
+            "the file is torn or its format has changed: fetch it again"
         )
     return found

@@ -39,7 +39,8 @@ def csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[s
         for values in reader:
             if len(values) != len(header):
                 raise PrepareError(
-                    f"{path}:{reader.line_num}: {len(values)} values, the header has {len(header)}; the file is torn or its format has changed"
+                    f"{path}:{reader.line_num}: {len(values)} values, "
+                    f"the header has {len(header)}; the file is torn or its format has changed"
                 )
             row = dict(zip(header, values))
             yield reader.line_num, {column: row[column] for column in columns}
@@ -60,7 +61,8 @@ def json_rows(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
                 ) from None
             if not isinstance(row, dict):
                 raise PrepareError(
-                    f"{path}:{number}: a {type(row).__name__}, not an object; this is another file, or its format has changed"
+                    f"{path}:{number}: a {type(row).__name__}, not an object; "
+                    "this is another file, or its format has changed"
                 )
             need(f"{path}:{number}", keys, row)
             yield number, row
@@ -73,7 +75,8 @@ def need(where: object, columns: tuple[str, ...], there) -> None:
     for column in columns:
         if column not in there:
             raise PrepareError(
-                f"{where}: no column {column!r} (it has {', '.join(map(str, there))[:200]}); this is another file, or its format has changed"
+                f"{where}: no column {column!r} (it has {', '.join(map(str, there))[:200]}); "
+                "this is another file, or its format has changed"
             )
 
 
@@ -83,7 +86,8 @@ def strings(path: Path, line: int, row: dict, keys: tuple[str, ...]) -> None:
     for key in keys:
         if not isinstance(row[key], str):
             raise PrepareError(
-                f"{path}:{line}: {key!r} is a {type(row[key]).__name__}, not a string; its format has changed"
+                f"{path}:{line}: {key!r} is a {type(row[key]).__name__}, not a string; "
+                "its format has changed"
             )
 
 
@@ -93,7 +97,8 @@ def number(path: Path, line: int, column: str, value: str, kind=float):
         return kind(value)
     except ValueError:
         raise PrepareError(
-            f"{path}:{line}: {column} is {value[:40]!r}, not a number; the file is torn or its format has changed"
+            f"{path}:{line}: {column} is {value[:40]!r}, not a number; "
+            "the file is torn or its format has changed"
         ) from None
 
 

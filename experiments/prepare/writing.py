@@ -139,7 +139,8 @@ def command(
             remove_path(partial)
         if isinstance(e, KeyboardInterrupt):
             print(
-                f"{parser.prog}: stopped; the same command starts again, downloads go on from where they are",
+                f"{parser.prog}: stopped; the same command starts again, "
+                "downloads go on from where they are",
                 file=sys.stderr,
             )
             return 130
