@@ -315,7 +315,7 @@ def test_thoughts_are_perturbed_and_the_rest_is_kept(run, tmp_path, script, monk
 
     setting = script("evaluate").Setting(configs.load_config(config, []), str(folder / "model"))
     own = {p.id: len(p.ids) for p in setting.test}
-    monkeypatch.setattr(perturb, "greedy", greedy)
+    monkeypatch.setattr(perturb, "generate_greedily", greedy)
     assert (
         run_guarded(
             perturb.main,
