@@ -1,7 +1,7 @@
 """Build experiments/policy: tokenizer and SFT cold start of the quickstart's small Qwen2 policy.
 
 It takes about 15 minutes on 2 cores. It reads the train split's query texts (validation tenth left
-out) and the catalogue: no relevance label, no retriever score. Stage 1 learns to copy the query into
+out) and the catalog: no relevance label, no retriever score. Stage 1 learns to copy the query into
 the answer contract; stage 2 copies with edits, so that sampling explores while the greedy answer
 stays the query: words skipped, and words of the query repeated at its end.
 """

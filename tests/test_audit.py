@@ -17,7 +17,7 @@ from recr1.training.launch import run_guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
-import audit
+import audit  # noqa: E402
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,

@@ -1,32 +1,38 @@
-"""The format of the bundled and the prepared data sets: corpus.jsonl.gz, queries and qrels of train
-and of each test setting.
+"""Read the format of the bundled and the prepared data sets.
+
+It has corpus.jsonl.gz, and queries and qrels of train and of each test setting.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
 from checks import PrepareError, Split
-from upstream import find, json_rows, one_line
+from upstream import find_file, iterate_json, to_one_line
 
 from recr1.data.readers import read_qrels
 from recr1.utils.files import fingerprint_file
 
 
 def read_bundled(
-    folder: Path, names: tuple[str, ...] = ("train", "test"), tidy: Callable[[str], str] = one_line
+    folder: Path,
+    names: tuple[str, ...] = ("train", "test"),
+    tidy: Callable[[str], str] = to_one_line,
 ) -> tuple[list[dict], dict[str, Split], list[dict]]:
-    """(corpus rows, splits by name, source): texts as `tidy` makes them, other keys as they are."""
+    """Return (corpus rows, splits by name, source).
+
+    Texts are as `tidy` makes them, other keys as they are.
+    """
     paths = [
-        find(folder, "corpus.jsonl"),
+        find_file(folder, "corpus.jsonl"),
         *(
-            find(folder, f"{name}.{kind}")
+            find_file(folder, f"{name}.{kind}")
             for name in names
             for kind in ("queries.jsonl", "qrels.tsv")
         ),
     ]
     corpus = [
         row | {key: tidy(row[key]) for key in ("title", "text")}
-        for _, row in json_rows(paths[0], ("id", "title", "text"))
+        for _, row in iterate_json(paths[0], ("id", "title", "text"))
     ]
     splits = {}
     for name, queries, qrels in zip(names, paths[1::2], paths[2::2]):
@@ -34,7 +40,7 @@ def read_bundled(
         if repeats:
             raise PrepareError(repeats[0])
         splits[name] = split = Split()
-        for line, row in json_rows(queries, ("id", "text")):
+        for line, row in iterate_json(queries, ("id", "text")):
             if row["id"] not in judged:
                 raise PrepareError(
                     f"{queries}:{line}: {row['id']!r} is not in {qrels.name}; "

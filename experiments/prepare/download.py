@@ -1,8 +1,8 @@
-"""Files from the web that can be cut off at any byte: Range requests into NAME.part, size and
-sha256 compared, then renamed.
+"""Download files that can be cut off at any byte.
 
-Only the standard library; it takes HTTPS_PROXY and SSL_CERT_FILE from the environment, as every
-HTTP client does.
+Range requests go into NAME.part, size and sha256 are compared, then it is renamed. Only the
+standard library is used; it takes HTTPS_PROXY and SSL_CERT_FILE from the environment, as every HTTP
+client does.
 """
 
 import hashlib
@@ -43,7 +43,8 @@ class Remote:
     sha256: str | None = None
 
 
-def options(parser: ArgumentParser) -> None:
+def add_options(parser: ArgumentParser) -> None:
+    """Add the options of the scripts that download."""
     parser.add_argument(
         "--downloads",
         type=Path,
@@ -95,6 +96,7 @@ def fetch(remotes: list[Remote], args: Namespace) -> tuple[list[Path], list[dict
 
 
 def _verify(path: Path, found: dict, size: int | None, sha256: str | None, remedy: str) -> None:
+    """Raise PrepareError where size or sha256 are not those that are expected."""
     if size is not None and found["size"] != size:
         raise PrepareError(f"{path}: {found['size']:,} bytes, {size:,} were published; {remedy}")
     if sha256 is not None and found["sha256"] != sha256:
@@ -110,11 +112,11 @@ def _download(remote: Remote, path: Path) -> None:
     note = path.with_name(path.name + ".part.etag")
     total = None
     failures = 0
-    while total is None or _size(part) < total:
-        before = _size(part)
+    while total is None or _format_size(part) < total:
+        before = _format_size(part)
         try:
-            total, stated = _append(remote, part, note)
-            reason = f"the connection ended at {_size(part):,} of {total:,} bytes"
+            total, stated = _append_connection(remote, part, note)
+            reason = f"the connection ended at {_format_size(part):,} of {total:,} bytes"
         except urllib.error.HTTPError as e:
             if e.code == 416:  # more is there than the file has: not its beginning
                 part.unlink(missing_ok=True)
@@ -132,8 +134,8 @@ def _download(remote: Remote, path: Path) -> None:
             ssl.SSLError,
         ) as e:
             reason = str(getattr(e, "reason", None) or e or type(e).__name__)
-        if total is None or _size(part) < total:
-            failures = failures + 1 if _size(part) <= before else 0
+        if total is None or _format_size(part) < total:
+            failures = failures + 1 if _format_size(part) <= before else 0
             if failures == TRIES:
                 raise PrepareError(
                     f"{remote.url}: {reason}; the same command goes on from there. Else: {HELP}"
@@ -155,11 +157,11 @@ def _download(remote: Remote, path: Path) -> None:
     note.unlink(missing_ok=True)
 
 
-def _append(remote: Remote, part: Path, note: Path) -> tuple[int, str | None]:
+def _append_connection(remote: Remote, part: Path, note: Path) -> tuple[int, str | None]:
     """Adds to `part` what one connection brings. (bytes of the whole file, sha256 as the server
     states it or None).
     """
-    have = _size(part)
+    have = _format_size(part)
     tag = note.read_text() if note.exists() else None
     headers = {"User-Agent": "recr1", "Accept-Encoding": "identity"}
     # If-Range: a file that has changed since comes whole, not as a tail that does not fit
@@ -228,5 +230,5 @@ class _Linked(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, file, code, message, headers, url)
 
 
-def _size(path: Path) -> int:
+def _format_size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0

@@ -1,4 +1,4 @@
-"""What every preparation ends in: checks, then a folder that stands whole or not at all.
+"""End a preparation: checks, then a folder that is complete or absent.
 
 A prepared folder: corpus.jsonl.gz, NAME.queries.jsonl and NAME.qrels.tsv for train and every test
 setting, and prepared.json, written last. Validation is no file: it is the hash tenth of train
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from checks import Key, PrepareError, Split, by_text, check, good_document
+from checks import Key, PrepareError, Split, by_text, check_document, check_splits
 from tqdm import tqdm
 
 from recr1.data.readers import DataError, is_validation, read_qrels, read_queries
@@ -21,7 +21,7 @@ from recr1.utils.files import PARTIAL, fingerprint_file, remove_path, sync_to_di
 INDEX = "prepared.json"
 
 
-def write(
+def write_data_set(
     folder: Path,
     corpus: Iterable[dict],
     splits: dict[str, Split],
@@ -32,12 +32,17 @@ def write(
     counts: dict | None = None,
     also: Callable[[], list[str]] = list,
 ) -> dict:
-    """Writes one prepared data set into `folder` and returns what prepared.json says. `corpus` may
-    be a generator: only its ids are kept.
+    """Write one prepared data set into `folder` and return what prepared.json says.
 
-    splits: "train" and each test setting. key: what makes two examples the same (see checks).
-    counts: further numbers for prepared.json. also: further checks, which return their names.
-    Raises PrepareError.
+    Args:
+        corpus: may be a generator: only its ids are kept.
+        splits: "train" and each test setting.
+        key: what makes two examples the same (see checks).
+        counts: further numbers for prepared.json.
+        also: further checks, which return their names.
+
+    Raises:
+        PrepareError: a check has failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     docs: set[str] = set()
@@ -49,9 +54,9 @@ def write(
         for row in tqdm(
             corpus, desc=f"{folder.name}: documents", unit=" docs", disable=None, leave=False
         ):
-            good_document(row, docs)
+            check_document(row, docs)
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-    passed = check(docs, splits, key) + also()
+    passed = check_splits(docs, splits, key) + also()
     for name, split in splits.items():
         with open(folder / f"{name}.queries.jsonl", "w", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in split.rows)
@@ -87,15 +92,17 @@ def write(
     return about
 
 
-def command(
+def run_command_line(
     script: str,
     doc: str,
     prepare: Callable[[argparse.Namespace, Path], None],
     options: Callable[[argparse.ArgumentParser], None],
     argv: list[str] | None = None,
 ) -> int:
-    """A script's whole main: parses, calls prepare(args, folder) with an empty folder, and gives
-    the folder the name --out when that returns.
+    """Run a script's main.
+
+    It parses, calls prepare(args, folder) with an empty folder, and gives the folder the name --out
+    when that returns.
 
     Returns 0; or 2 after one line on stderr for what a user can mend; or 130 when interrupted.
     Unless it returns 0, --out is as it was.
@@ -117,7 +124,7 @@ def command(
     out = args.out.absolute()
     partial, old = (out.with_name(out.name + end) for end in (PARTIAL, ".old" + PARTIAL))
     try:
-        if out.exists() and not _ours(out):
+        if out.exists() and not _is_prepared(out):
             raise PrepareError(
                 f"{args.out}: exists, and no preparation wrote it; give a new folder with --out"
             )
@@ -160,9 +167,10 @@ def command(
     return 0
 
 
-def _ours(folder: Path) -> bool:
-    """Whether a preparation wrote it: prepared.json lies in it, or in each folder of it; an empty
-    folder counts too.
+def _is_prepared(folder: Path) -> bool:
+    """Return whether a preparation wrote the folder.
+
+    It has prepared.json, or each folder in it has; an empty folder counts too.
     """
     return folder.is_dir() and (
         (folder / INDEX).exists() or all((below / INDEX).exists() for below in folder.iterdir())
