@@ -231,7 +231,8 @@ def test_last_item_counts_what_followed():
     parts = [Sequence([0, 1, 2, 1, 2], [True] * 5), Sequence([0, 1, 3], [True, True, False])]
     row = counts.make_last_item(parts, 5)([[4, 1], [2], [4]], [""] * 3)
     assert row[0, 2] == 2 and row[0, 3] == -np.inf  # 1 -> 3 is validation's
-    assert baselines.rank_items(row[1]).tolist() == [1] and baselines.rank_items(row[2]).tolist() == []
+    assert baselines.rank_items(row[1]).tolist() == [1]
+    assert baselines.rank_items(row[2]).tolist() == []
 
 
 def test_item_knn_is_the_cosine_of_the_co_occurrence_matrix():

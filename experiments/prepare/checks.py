@@ -5,7 +5,7 @@ Every check raises PrepareError with the first offender; `check_splits` returns 
 that passed, for prepared.json.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
@@ -48,7 +48,13 @@ def by_interaction(row: dict, targets: Targets) -> Hashable:
 
     Two users may well share a history.
     """
-    return row["user"], tuple(sorted(doc for doc, gain in targets if gain > 0))
+    liked_docs = list_relevant(targets)
+    return row["user"], tuple(sorted(liked_docs))
+
+
+def list_relevant(targets: Targets) -> list[str]:
+    """Return the documents whose gain is above 0."""
+    return [doc for doc, gain in targets if gain > 0]
 
 
 def get_history(row: dict) -> list[str]:
@@ -58,13 +64,13 @@ def get_history(row: dict) -> list[str]:
 
 def count_popularity(train: Split) -> Counter:
     """Count for each document the users whose train examples show it, validation's not counted."""
-    shown = {
-        (row["user"], doc)
-        for row in train.rows
-        if not is_validation(row["id"])
-        for doc in (*get_history(row), *(doc for doc, gain in train.targets[row["id"]] if gain > 0))
-    }
-    return Counter(doc for _, doc in shown)
+    user_docs = set()
+    for row in train.rows:
+        if is_validation(row["id"]):
+            continue
+        for doc in (*get_history(row), *list_relevant(train.targets[row["id"]])):
+            user_docs.add((row["user"], doc))
+    return Counter(doc for _, doc in user_docs)
 
 
 def drop_repeats(train: Split, tests: dict[str, Split]) -> tuple[Split, int]:
@@ -72,13 +78,16 @@ def drop_repeats(train: Split, tests: dict[str, Split]) -> tuple[Split, int]:
 
     Returns the rest, and how many were dropped.
     """
-    seen = {by_text(row, []) for split in tests.values() for row in split.rows}
-    kept = Split()
+    seen_texts = set()
+    for split in tests.values():
+        seen_texts.update(by_text(row, []) for row in split.rows)
+    unique = Split()
     for row in train.rows:
-        if (words := by_text(row, [])) not in seen:
-            seen.add(words)
-            kept.add(row, train.targets[row["id"]])
-    return kept, len(train.rows) - len(kept.rows)
+        text = by_text(row, [])
+        if text not in seen_texts:
+            seen_texts.add(text)
+            unique.add(row, train.targets[row["id"]])
+    return unique, len(train.rows) - len(unique.rows)
 
 
 def check_document(row: dict, docs: set[str]) -> None:
@@ -101,60 +110,39 @@ def check_splits(docs: set[str], splits: dict[str, Split], key: Key) -> list[str
     for name, split in splits.items():
         if not split.rows:
             raise PrepareError(f"{name}: no example is left; look at the filters and at the source")
-        seen = set()
+        ids = set()
         for row in split.rows:
-            id = row["id"]
-            targets = split.targets[row["id"]]
-            if id in seen:
-                raise PrepareError(f"{name}: id {id!r} stands for two examples")
-            seen.add(id)
-            if not row["text"].strip():
-                raise PrepareError(f"{name}: {id!r} has no text")
-            if len({doc for doc, _ in targets}) != len(targets):
-                raise PrepareError(
-                    f"{name}: {id!r} has the same target twice, which would spoil the ideal DCG"
-                )
-            if not any(gain > 0 for _, gain in targets):
-                raise PrepareError(f"{name}: {id!r} has no relevant document")
-            for doc in (
-                *(doc for doc, _ in targets),
-                *get_history(row),
-                *row.get("candidates", ()),
-            ):
-                if doc not in docs:
-                    raise PrepareError(
-                        f"{name}: {id!r} names document {doc!r}, which is not in the corpus"
-                    )
-    train = splits["train"]
-    tests = {name: split for name, split in splits.items() if name != "train"}
-    first: dict[Hashable, str] = {}
-    for row in train.rows:
-        same = first.setdefault(key(row, train.targets[row["id"]]), row["id"])
-        if same != row["id"]:
-            raise PrepareError(f"train holds one example twice: {same!r} and {row['id']!r}")
-    ids = {row["id"] for row in train.rows}
-    seen_by = defaultdict(set)
-    sides = {}
-    for row in train.rows:
-        if "user" in row:
-            seen_by[row["user"]].update(
-                get_history(row), (doc for doc, gain in train.targets[row["id"]] if gain > 0)
-            )
-            if sides.setdefault(row["user"], is_validation(row["id"])) != is_validation(row["id"]):
-                raise PrepareError(f"user {row['user']!r} lies in train and in validation")
-    for name, split in tests.items():
-        for row in split.rows:
-            same = first.get(key(row, split.targets[row["id"]]))
-            if same is not None:
-                raise PrepareError(
-                    f"{name}: {row['id']!r} is {same!r} of "
-                    f"{'validation' if is_validation(same) else 'train'} again"
-                )
             if row["id"] in ids:
+                raise PrepareError(f"{name}: id {row['id']!r} stands for two examples")
+            ids.add(row["id"])
+            check_example(name, row, split.targets[row["id"]], docs)
+
+    # Train holds every example once, and every user on one side of the validation hash.
+    train = splits["train"]
+    example_ids: dict[Hashable, str] = {}
+    for row in train.rows:
+        first_id = example_ids.setdefault(key(row, train.targets[row["id"]]), row["id"])
+        if first_id != row["id"]:
+            raise PrepareError(f"train holds one example twice: {first_id!r} and {row['id']!r}")
+    docs_by_user = collect_user_docs(train)
+
+    # No test repeats what train shows.
+    train_ids = {row["id"] for row in train.rows}
+    for name, split in splits.items():
+        if name == "train":
+            continue
+        for row in split.rows:
+            same_id = example_ids.get(key(row, split.targets[row["id"]]))
+            if same_id is not None:
+                side = "validation" if is_validation(same_id) else "train"
+                raise PrepareError(f"{name}: {row['id']!r} is {same_id!r} of {side} again")
+            if row["id"] in train_ids:
                 raise PrepareError(f"{name}: id {row['id']!r} is an id of train too")
-            known = seen_by[row["user"]] if "user" in row else ()
-            for doc, gain in split.targets[row["id"]]:
-                if gain > 0 and (doc in known or doc in get_history(row)):
+            known_docs = set(get_history(row))
+            if "user" in row:
+                known_docs |= docs_by_user.get(row["user"], set())
+            for doc in list_relevant(split.targets[row["id"]]):
+                if doc in known_docs:
                     raise PrepareError(
                         f"{name}: {row['id']!r} asks for {doc!r}, which its user's train examples "
                         "or its own history show"
@@ -167,6 +155,41 @@ def check_splits(docs: set[str], splits: dict[str, Split], key: Key) -> list[str
         "no test example in train or validation",
         "no user in train and validation, no test target shown to its user before",
     ]
+
+
+def check_example(name: str, row: dict, targets: Targets, docs: set[str]) -> None:
+    """Check one example of the split `name`. Raises PrepareError."""
+    id = row["id"]
+    if not row["text"].strip():
+        raise PrepareError(f"{name}: {id!r} has no text")
+    target_docs = [doc for doc, _ in targets]
+    if len(set(target_docs)) != len(targets):
+        raise PrepareError(
+            f"{name}: {id!r} has the same target twice, which would spoil the ideal DCG"
+        )
+    if not list_relevant(targets):
+        raise PrepareError(f"{name}: {id!r} has no relevant document")
+    for doc in (*target_docs, *get_history(row), *row.get("candidates", ())):
+        if doc not in docs:
+            raise PrepareError(f"{name}: {id!r} names document {doc!r}, which is not in the corpus")
+
+
+def collect_user_docs(train: Split) -> dict[str, set[str]]:
+    """Return {user: the documents that the user's train examples show}.
+
+    Raises PrepareError for a user in train and in validation.
+    """
+    docs_by_user: dict[str, set[str]] = {}
+    sides: dict[str, bool] = {}
+    for row in train.rows:
+        if "user" not in row:
+            continue
+        user_docs = docs_by_user.setdefault(row["user"], set())
+        user_docs.update(get_history(row), list_relevant(train.targets[row["id"]]))
+        side = is_validation(row["id"])
+        if sides.setdefault(row["user"], side) != side:
+            raise PrepareError(f"user {row['user']!r} lies in train and in validation")
+    return docs_by_user
 
 
 def check_inductive(train: Split, test: Split, name: str) -> list[str]:

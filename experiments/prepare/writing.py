@@ -45,51 +45,66 @@ def write_data_set(
         PrepareError: a check has failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    docs: set[str] = set()
-    # no name, no time: the same bytes every time
-    with (
-        open(folder / "corpus.jsonl.gz", "wb") as raw,
-        gzip.GzipFile("", "wb", 6, raw, mtime=0) as file,
-    ):
-        for row in tqdm(
-            corpus, desc=f"{folder.name}: documents", unit=" docs", disable=None, leave=False
-        ):
-            check_document(row, docs)
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    docs = write_corpus(folder, corpus)
     passed = check_splits(docs, splits, key) + also()
     for name, split in splits.items():
-        with open(folder / f"{name}.queries.jsonl", "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in split.rows)
-        with open(folder / f"{name}.qrels.tsv", "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(
-                f"{row['id']}\t{doc}\t{gain:g}\n"
-                for row in split.rows
-                for doc, gain in split.targets[row["id"]]
-            )
-        (queries, dropped), (qrels, repeats) = (
-            read_queries(folder / f"{name}.queries.jsonl"),
-            read_qrels(folder / f"{name}.qrels.tsv"),
-        )
-        if dropped or repeats or queries.keys() != qrels.keys():
-            raise PrepareError(
-                f"{name}: what was written does not read back as it was: {(dropped + repeats)[:1]}"
-            )
+        write_split(folder, name, split)
+
+    # What prepared.json says of the folder; it is written last.
     train = splits["train"].rows
-    validation = sum(is_validation(row["id"]) for row in train)
+    num_validation = sum(is_validation(row["id"]) for row in train)
+    all_counts = dict(
+        documents=len(docs), train=len(train) - num_validation, validation=num_validation
+    )
+    for name, split in splits.items():
+        if name != "train":
+            all_counts[name] = len(split.rows)
     about = dict(
         source=source,
         options=options,
         checks=[*passed, "reads back with recr1.data"],
-        counts=dict(documents=len(docs), train=len(train) - validation, validation=validation)
-        | {name: len(split.rows) for name, split in splits.items() if name != "train"}
-        | (counts or {}),
+        counts=all_counts | (counts or {}),
         files={path.name: fingerprint_file(path) for path in sorted(folder.iterdir())},
     )
-    (folder / INDEX).write_text(
-        json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+    (folder / INDEX).write_text(text, encoding="utf-8")
     sync_to_disk(folder / INDEX)
     return about
+
+
+def write_corpus(folder: Path, corpus: Iterable[dict]) -> set[str]:
+    """Write corpus.jsonl.gz and return the documents' ids. Raises PrepareError for a bad one."""
+    docs: set[str] = set()
+    with (
+        open(folder / "corpus.jsonl.gz", "wb") as raw,
+        # no name, no time: the same bytes every time
+        gzip.GzipFile("", "wb", 6, raw, mtime=0) as file,
+    ):
+        title = f"{folder.name}: documents"
+        for row in tqdm(corpus, desc=title, unit=" docs", disable=None, leave=False):
+            check_document(row, docs)
+            line = json.dumps(row, ensure_ascii=False) + "\n"
+            file.write(line.encode())
+    return docs
+
+
+def write_split(folder: Path, name: str, split: Split) -> None:
+    """Write a split's queries and qrels. Raises PrepareError unless they read back as they were."""
+    queries_path = folder / f"{name}.queries.jsonl"
+    qrels_path = folder / f"{name}.qrels.tsv"
+    with open(queries_path, "w", encoding="utf-8", newline="\n") as file:
+        for row in split.rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with open(qrels_path, "w", encoding="utf-8", newline="\n") as file:
+        for row in split.rows:
+            for doc, gain in split.targets[row["id"]]:
+                file.write(f"{row['id']}\t{doc}\t{gain:g}\n")
+    queries, dropped = read_queries(queries_path)
+    qrels, repeats = read_qrels(qrels_path)
+    if dropped or repeats or queries.keys() != qrels.keys():
+        raise PrepareError(
+            f"{name}: what was written does not read back as it was: {(dropped + repeats)[:1]}"
+        )
 
 
 def run_command_line(
@@ -122,25 +137,13 @@ def run_command_line(
     options(parser)
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    partial, old = (out.with_name(out.name + end) for end in (PARTIAL, ".old" + PARTIAL))
+    partial = out.with_name(out.name + PARTIAL)
     try:
         if out.exists() and not _is_prepared(out):
             raise PrepareError(
                 f"{args.out}: exists, and no preparation wrote it; give a new folder with --out"
             )
-        if old.exists() and not out.exists():  # killed between the two renames below
-            old.rename(out)
-        for left in (partial, old):
-            if left.exists():
-                remove_path(left)
-        partial.mkdir(parents=True)
-        prepare(args, partial)
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
-        sync_to_disk(out.parent)
-        if old.exists():
-            remove_path(old)
+        replace_folder(out, partial, lambda: prepare(args, partial))
     except (DataError, OSError, KeyboardInterrupt) as e:
         if partial.is_dir():
             remove_path(partial)
@@ -151,20 +154,37 @@ def run_command_line(
                 file=sys.stderr,
             )
             return 130
-        reason = (
-            f"cannot read or write {e.filename or args.out}: {e.strerror or e}"
-            if isinstance(e, OSError)
-            else e
-        )
+        reason = str(e)
+        if isinstance(e, OSError):
+            reason = f"cannot read or write {e.filename or args.out}: {e.strerror or e}"
         print(f"{parser.prog}: {reason}", file=sys.stderr)
         return 2
     for index in sorted(out.rglob(INDEX)):
         counts = json.loads(index.read_text(encoding="utf-8"))["counts"]
-        print(
-            f"{args.out / index.parent.relative_to(out)}: "
-            + ", ".join(f"{value:,} {name}" for name, value in counts.items())
-        )
+        numbers = ", ".join(f"{value:,} {name}" for name, value in counts.items())
+        print(f"{args.out / index.parent.relative_to(out)}: {numbers}")
     return 0
+
+
+def replace_folder(out: Path, partial: Path, fill: Callable[[], None]) -> None:
+    """Fill the empty folder `partial` and give it the name `out` when that has worked.
+
+    An earlier `out` is kept until then.
+    """
+    old = out.with_name(out.name + ".old" + PARTIAL)
+    if old.exists() and not out.exists():  # killed between the two renames below
+        old.rename(out)
+    for leftover in (partial, old):
+        if leftover.exists():
+            remove_path(leftover)
+    partial.mkdir(parents=True)
+    fill()
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    sync_to_disk(out.parent)
+    if old.exists():
+        remove_path(old)
 
 
 def _is_prepared(folder: Path) -> bool:
