@@ -164,9 +164,9 @@ def chain(folder, ids, new) -> list[str]:
 SLOWLY = """
 import time
 from recr1 import cli
-write = cli.write_now
-cli.write_now = lambda text: (write(text), time.sleep(0.1))
-cli.command()
+write = cli.print_now
+cli.print_now = lambda text: (write(text), time.sleep(0.1))
+cli.run_console_script()
 """
 
 
