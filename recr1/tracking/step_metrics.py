@@ -70,7 +70,7 @@ class StepRecord:
 
 
 def compute_step_metrics(step: int, done: StepRecord, group_size: int, **more) -> dict:
-    """The metrics of one step (all ranks' merged), each defined in tracking/README.md."""
+    """The metrics of one step (all ranks' merged), each defined in the README's glossary."""
     rollouts = done.rollouts
     rewards = done.rewards
     sums = done.sums
