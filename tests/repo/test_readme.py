@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import test_structure
 
 from recr1 import cli
 from recr1.config.loader import get_value
@@ -69,6 +70,11 @@ def test_every_room_has_a_readme_that_names_its_files():
             files = {str(p.relative_to(room)) for p in room.rglob("*.py")}
             missing = {f for f in files if Path(f).name != "__init__.py"} - named
             assert not missing, f"{name_of(readme)} does not name {sorted(missing)}"
+
+
+def test_the_order_of_rooms_is_the_one_that_imports_keep():
+    text = text_of(ROOT / "recr1/README.md")
+    assert " ".join(test_structure.ROOMS) in " ".join(text.split())
 
 
 def test_the_main_readme_is_short():
