@@ -77,6 +77,21 @@ def test_the_order_of_rooms_is_the_one_that_imports_keep():
     assert " ".join(test_structure.ROOMS) in " ".join(text.split())
 
 
+def test_the_table_of_rooms_has_the_imports_that_are_there():
+    modules = test_structure.modules()
+    imports = {}
+    for name, path in modules.items():
+        if "." in name:
+            targets = test_structure.imports_of(name, path, modules)
+            units = {test_structure.unit(target) for target in targets}
+            imports.setdefault(test_structure.unit(name), set()).update(units)
+    rows = re.findall(r"^\| \[(\w+)\]\(.*?\) \| (.*?) \|", text_of(ROOT / "recr1/README.md"), re.M)
+    told = {room: set(re.findall(r"\w+", text)) - {"nothing"} for room, text in rows}
+    assert len(told) >= 15
+    for room in set(told) - {"training", "commands"}:  # they import nearly everything
+        assert told[room] == imports[room] - {room}, room
+
+
 def test_the_main_readme_is_short():
     lines = text_of(ROOT / "README.md").splitlines()
     assert len(lines) <= 250
