@@ -1,13 +1,14 @@
-"""What training did to a model's general abilities: python experiments/audit.py --model DIR
---before DIR [--tasks ifeval,gsm8k,mmlu]
+"""Audit what training did to a model's general abilities.
 
-IFEval, GSM8K, MBPP, HumanEval and MMLU by lm-evaluation-harness (pip install "recr1[audit]"), both
-models under the same settings, which are printed and kept: task and its version, few-shot examples,
-chat template on or off, limit. A score depends on all of them: compare differences, not these
-scores with those of others. The difference is paired, document by document; its standard error is
-that of a mean of such differences (clustered by document where a document counts several times, as
-IFEval's instructions do). MBPP and HumanEval run code that the model writes, which is asked about
-first.
+python experiments/audit.py --model DIR --before DIR [--tasks ifeval,gsm8k,mmlu]
+
+It runs IFEval, GSM8K, MBPP, HumanEval and MMLU by lm-evaluation-harness (pip install
+"recr1[audit]"), both models under the same settings, which are printed and kept: task and its
+version, few-shot examples, chat template on or off, limit. A score depends on all of them: compare
+differences, not these scores with those of others. The difference is paired, document by document;
+its standard error is that of a mean of such differences (clustered by document where a document
+counts several times, as IFEval's instructions do). MBPP and HumanEval run code that the model
+writes, which is asked about first.
 """
 
 from __future__ import annotations
@@ -31,10 +32,14 @@ from recr1.utils.files import write_text
 from recr1.utils.hf_hub import load_tokenizer, resolve_model_folder
 
 TASKS = "ifeval,gsm8k,mbpp,humaneval,mmlu"
-KEPT = ("versions", "n-shot", "n-samples")  # of lm-eval's own results: what was run
+# of lm-eval's own results: what was run
+RUN_FIELDS = ("versions", "n-shot", "n-samples")
+
+SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
 
 
-def main(argv: list[str]) -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """Define the command line."""
     parser = argparse.ArgumentParser(prog="audit.py", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model",
@@ -76,47 +81,50 @@ def main(argv: list[str]) -> None:
         help="let tasks run code that the model writes, on this machine",
     )
     parser.add_argument("--out", metavar="F.json", help="settings and figures as one JSON object")
-    args = parser.parse_args(argv)
-    result = audit(args)
-    print_rank0(table(result))
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Run the audit, print its table and write its figures."""
+    args = build_parser().parse_args(argv)
+    result = audit_models(args)
+    print_rank0(format_table(result))
     if args.out:
         write_text(Path(args.out), json.dumps(result, indent=1) + "\n")
 
 
-def audit(args) -> dict:
-    """Runs every task on both models -> settings, and for each task and metric the scores and their
-    paired difference. JSON-ready.
+def audit_models(args: argparse.Namespace) -> dict:
+    """Run every task on both models.
+
+    Returns:
+        {"settings", "rows"}, ready for JSON: for each task and metric the scores and their paired
+        difference.
     """
     try:
         import lm_eval
-        import transformers
         from lm_eval.tasks import TaskManager
     except ImportError as e:
         raise ConfigError(
-            f'{e.name} is not installed; the audit needs lm-evaluation-harness: pip install "recr1[audit]"'
+            f"{e.name} is not installed; the audit needs lm-evaluation-harness: "
+            'pip install "recr1[audit]"'
         ) from None
-    folders = {
-        name: resolve_model_folder(path)
-        for name, path in (("before", args.before), ("after", args.model))
-        if path
-    }
-    templates = (
-        {
-            name: hashlib.sha256(load_tokenizer(folder).chat_template.encode()).hexdigest()
-            for name, folder in folders.items()
-        }
-        if args.chat_template
-        else {}
-    )
+    folders = {"after": resolve_model_folder(args.model)}
+    if args.before:
+        folders = {"before": resolve_model_folder(args.before)} | folders
+
+    template_hashes = hash_templates(folders) if args.chat_template else {}
+
+    # What may not run, or lacks its data, is reported before a model is loaded.
     tasks = list(dict.fromkeys(name.strip() for name in args.tasks.split(",")))
     manager = TaskManager(include_path=args.include_path)
-    index = manager.task_index
-    leaves = {name: leaf_tasks(index, name) for name in tasks}
-    names = sorted({leaf for found in leaves.values() for leaf in found})
-    if unsafe := [name for name in names if runs_code(index, name)]:
-        allow(unsafe, tasks, args.confirm_unsafe_code)
+    leaves_by_task = {name: list_leaf_tasks(manager.task_index, name) for name in tasks}
+    leaves = sorted(set().union(*leaves_by_task.values()))
+    unsafe = [name for name in leaves if runs_code(manager.task_index, name)]
+    if unsafe:
+        confirm_unsafe_code(unsafe, tasks, args.confirm_unsafe_code)
     for name in tasks:
-        load(manager, name)  # what a task lacks is said before a model is loaded
+        load_task(manager, name)
+
     runs = {}
     for name, folder in folders.items():
         print_rank0(f"audit: {name}: {folder}")
@@ -132,185 +140,261 @@ def audit(args) -> dict:
             task_manager=manager,
             confirm_run_unsafe_code=bool(unsafe),
         )
-    after = runs["after"]
-    settings = dict(
+    check_same_settings(runs)
+    settings = collect_settings(
+        args,
+        runs["after"],
+        names=[*tasks, *leaves],
+        leaves=leaves,
+        template_hashes=template_hashes,
+        unsafe=unsafe,
+    )
+
+    rows = []
+    for name, task_leaves in leaves_by_task.items():
+        if name in runs["after"]["results"]:
+            rows += compare_scores(name, task_leaves, runs)
+        else:  # a tag has no score of its own: its tasks have
+            for leaf in task_leaves:
+                rows += compare_scores(leaf, [leaf], runs)
+    return dict(settings=settings, rows=rows)
+
+
+def check_same_settings(runs: dict[str, dict]) -> None:
+    """Raise ConfigError where lm-eval ran the two models under different settings."""
+    if "before" not in runs:
+        return
+    for key in RUN_FIELDS:
+        before = runs["before"][key]
+        after = runs["after"][key]
+        if before != after:
+            raise ConfigError(
+                f"lm-eval's {key} differ between the two models: {before} and {after}; "
+                "they cannot be compared"
+            )
+
+
+def collect_settings(
+    args: argparse.Namespace,
+    result: dict,
+    names: list[str],
+    leaves: list[str],
+    template_hashes: dict[str, str],
+    unsafe: list[str],
+) -> dict:
+    """Return all that a score depends on.
+
+    Args:
+        result: what lm-eval returned for one of the models.
+        names: the tasks, groups and leaves that were run.
+        leaves: those of them that have documents.
+        unsafe: those of them that run code of the model's.
+    """
+    import lm_eval
+    import transformers
+
+    tasks = {}
+    for name in names:
+        version = result["versions"].get(name)
+        tasks[name] = dict(version=version, fewshot=result["n-shot"].get(name))
+    return dict(
         model=args.model,
         before=args.before,
-        tasks={
-            name: dict(version=after["versions"].get(name), fewshot=after["n-shot"].get(name))
-            for name in (*tasks, *names)
-        },
-        documents={name: after["n-samples"][name]["effective"] for name in names},
+        tasks=tasks,
+        documents={name: result["n-samples"][name]["effective"] for name in leaves},
         chat_template=args.chat_template,
-        chat_template_sha256=templates,
+        chat_template_sha256=template_hashes,
         limit=args.limit,
         fewshot=args.fewshot,
         batch_size=args.batch_size,
         dtype=args.dtype,
         device=args.device,
         unsafe_code=unsafe,
-        seeds={
-            key: after["config"][key]
-            for key in ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
-        },
+        seeds={key: result["config"][key] for key in SEEDS},
         versions=dict(
             lm_eval=lm_eval.__version__,
             transformers=transformers.__version__,
             torch=torch.__version__,
         ),
     )
-    if "before" in runs:
-        for key in KEPT:
-            if runs["before"][key] != after[key]:
-                raise ConfigError(
-                    f"lm-eval's {key} differ between the two models: {runs['before'][key]} and {after[key]}; they cannot be compared"
-                )
-    rows = []
-    for name, found in leaves.items():
-        # a tag has no score of its own: its tasks have
-        for part in [name] if name in after["results"] else found:
-            rows += compared(part, found if part == name else [part], runs)
-    return dict(settings=settings, rows=rows)
 
 
-def leaf_tasks(index: dict, name: str) -> list[str]:
-    """Names of the tasks that a task, group or tag of lm-eval's index stands for. Raises
-    ConfigError for a name that it has not.
+def hash_templates(folders: dict[str, str]) -> dict[str, str]:
+    """Return {name: SHA-256 of the chat template} of the models' folders."""
+    template_hashes = {}
+    for name, folder in folders.items():
+        template = load_tokenizer(folder).chat_template
+        template_hashes[name] = hashlib.sha256(template.encode()).hexdigest()
+    return template_hashes
+
+
+def list_leaf_tasks(index: dict, name: str) -> list[str]:
+    """List the tasks that a task, group or tag of lm-eval's index stands for.
+
+    Raises ConfigError for a name that the index has not.
     """
     if name not in index:
         raise ConfigError(
-            f"--tasks: lm-eval has no {name!r}; `lm-eval ls tasks` lists all of them, --include-path adds a folder of yours"
+            f"--tasks: lm-eval has no {name!r}; `lm-eval ls tasks` lists all of them, "
+            "--include-path adds a folder of yours"
         )
     entry = index[name]
-    parts = (
-        (entry.cfg or {}).get("task")
-        if entry.kind.name == "GROUP"
-        else sorted(entry.tags)
-        if entry.kind.name == "TAG"
-        else None
-    )
-    if parts is None:
+    if entry.kind.name == "GROUP":
+        members = (entry.cfg or {}).get("task")
+    elif entry.kind.name == "TAG":
+        members = sorted(entry.tags)
+    else:
+        members = None
+    if members is None:
         return [name]
-    below = [
-        part if isinstance(part, str) else part.get("task") or part.get("group") for part in parts
-    ]
-    return list(dict.fromkeys(leaf for part in below for leaf in leaf_tasks(index, part)))
+    leaves: dict[str, None] = {}  # in order, each once
+    for member in members:
+        if not isinstance(member, str):
+            member = member.get("task") or member.get("group")
+        leaves.update(dict.fromkeys(list_leaf_tasks(index, member)))
+    return list(leaves)
 
 
 def runs_code(index: dict, name: str) -> bool:
-    """Read from the task's file, functions unresolved: HumanEval's code runs some as soon as its
+    """Return whether a task runs code that the model writes.
+
+    It is read from the task's file, functions unresolved: HumanEval's code runs some as soon as its
     task is loaded.
     """
     return bool((index[name].cfg or {}).get("unsafe_code"))
 
 
-def allow(unsafe: list[str], tasks: list[str], confirmed: bool) -> None:
-    """Returns when the user has agreed that code written by the model runs here; else raises
-    ConfigError.
+def confirm_unsafe_code(unsafe: list[str], tasks: list[str], confirmed: bool) -> None:
+    """Return when the user has agreed that code written by the model runs here.
+
+    Raises ConfigError where the user has not.
     """
-    what = f"{', '.join(unsafe)} run{'s' if len(unsafe) == 1 else ''} code that the model writes, on this machine and as this user"
+    verb = "runs" if len(unsafe) == 1 else "run"
+    what = (
+        f"{', '.join(unsafe)} {verb} code that the model writes, on this machine and as this user"
+    )
     if not confirmed and sys.stdin.isatty():
         print_rank0(f"audit: {what}. Best in a container without network or secrets.")
         confirmed = input("Type yes to run it: ").strip() == "yes"
     if not confirmed:
-        rest = ",".join(name for name in tasks if name not in unsafe) or "gsm8k"
+        safe_tasks = ",".join(name for name in tasks if name not in unsafe) or "gsm8k"
         raise ConfigError(
-            f"{what}; add --confirm-unsafe-code to allow it, or leave it out: --tasks {rest}"
+            f"{what}; add --confirm-unsafe-code to allow it, or leave it out: --tasks {safe_tasks}"
         )
     os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric itself asks a second time
 
 
-def load(manager, name: str) -> None:
-    """Loads a task and its data. Raises ConfigError for what cannot be had."""
+def load_task(manager, name: str) -> None:
+    """Load a task and its data. Raises ConfigError for what cannot be had."""
     try:
         manager.load([name])
     except ImportError as e:
         raise ConfigError(f'{name}: needs {e.name or e}; pip install "recr1[audit]"') from None
     except Exception as e:  # whatever the hub, datasets, nltk or the task's own code raise
+        message = " ".join(str(e).split())[:200]
         raise ConfigError(
-            f"{name}: lm-eval cannot load it ({type(e).__name__}: {' '.join(str(e).split())[:200]}); "
+            f"{name}: lm-eval cannot load it ({type(e).__name__}: {message}); "
             "its data come from the Hugging Face hub: go online once, or fill HF_HOME"
         ) from None
 
 
-def compared(name: str, leaves: list[str], runs: dict[str, dict]) -> list[dict]:
-    """One row per metric of a task or group: {task, metric, n, after, stderr, and with both models
-    before, difference, difference_stderr}.
+def compare_scores(name: str, leaves: list[str], runs: dict[str, dict]) -> list[dict]:
+    """Return one row per metric of a task or group.
+
+    A row is {task, metric, n, after, stderr}, with both models also {before, difference,
+    difference_stderr}.
     """
     rows = []
     for key, value in runs["after"]["results"][name].items():
-        metric, _, how = key.partition(",")
-        if not how or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+        metric, _, filter_name = key.partition(",")
+        is_number = isinstance(value, (int, float))
+        if not filter_name or metric.endswith("_stderr") or not is_number:
             continue
-        scores = {run: documents(result, leaves, metric, how) for run, result in runs.items()}
-        n = len(scores["after"])
+        scores = {}
+        for run, result in runs.items():
+            scores[run] = collect_documents(result, leaves, metric, filter_name)
+        num_documents = len(scores["after"])
         row = dict(
             task=name,
             metric=key,
-            n=n,
+            n=num_documents,
             after=float(value),
             higher_is_better=runs["after"]["higher_is_better"].get(name, {}).get(metric),
         )
-        exact = all(
-            n and math.isclose(mean(found), runs[run]["results"][name][key], abs_tol=1e-6)
-            for run, found in scores.items()
-        )
-        # a score that is no mean over documents has none here
-        row["stderr"] = stderr(*sums(scores["after"])) if exact else None
+        # A score that is no mean over documents has no standard error here.
+        is_mean = num_documents > 0
+        for run, documents in scores.items():
+            logged = runs[run]["results"][name][key]
+            if is_mean and not math.isclose(compute_mean(documents), logged, abs_tol=1e-6):
+                is_mean = False
+        row["stderr"] = compute_stderr(*sum_values(scores["after"])) if is_mean else None
         if "before" in runs:
-            row |= dict(
-                before=float(runs["before"]["results"][name][key]),
-                difference=float(value) - float(runs["before"]["results"][name][key]),
-            )
+            before = float(runs["before"]["results"][name][key])
+            row["before"] = before
+            row["difference"] = float(value) - before
             if scores["before"].keys() != scores["after"].keys():
                 raise ConfigError(
                     f"{name}: the two models were not asked the same documents; run the audit again"
                 )
-            (before, weight), (after, other) = (
-                sums({doc: found[doc] for doc in scores["after"]})
-                for found in (scores["before"], scores["after"])
-            )
-            row["difference_stderr"] = (
-                stderr(after - before, weight) if exact and np.array_equal(weight, other) else None
-            )
+            row["difference_stderr"] = compute_difference_stderr(scores) if is_mean else None
         rows.append(row)
     return rows
 
 
-def documents(result: dict, leaves: list[str], metric: str, how: str) -> dict[tuple, list[float]]:
-    """{(task, document number, its hash): its values}; a number is one value. {} where some
-    document's are no numbers.
+def compute_difference_stderr(scores: dict[str, dict[tuple, list[float]]]) -> float | None:
+    """Return the standard error of the paired difference of two models' means.
+
+    Returns None where a document has not as many values for both.
     """
-    found = {}
+    before_documents = {document: scores["before"][document] for document in scores["after"]}
+    before, before_weight = sum_values(before_documents)
+    after, after_weight = sum_values(scores["after"])
+    if not np.array_equal(before_weight, after_weight):
+        return None
+    return compute_stderr(after - before, before_weight)
+
+
+def collect_documents(
+    result: dict, leaves: list[str], metric: str, filter_name: str
+) -> dict[tuple, list[float]]:
+    """Return {(task, document number, its hash): its values}; a number is one value.
+
+    Returns {} where some document's values are no numbers.
+    """
+    documents = {}
     for leaf in leaves:
         for sample in result["samples"][leaf]:
-            if sample["filter"] == how and metric in sample:
-                values = (
-                    sample[metric]
-                    if isinstance(sample[metric], (list, tuple))
-                    else [sample[metric]]
-                )
-                if not all(isinstance(v, (bool, int, float, np.number, np.bool_)) for v in values):
-                    return {}
-                found[leaf, sample["doc_id"], sample["doc_hash"]] = [float(v) for v in values]
-    return found
+            if sample["filter"] != filter_name or metric not in sample:
+                continue
+            values = sample[metric]
+            if not isinstance(values, (list, tuple)):
+                values = [values]
+            if not all(isinstance(v, (bool, int, float, np.number, np.bool_)) for v in values):
+                return {}
+            document = (leaf, sample["doc_id"], sample["doc_hash"])
+            documents[document] = [float(value) for value in values]
+    return documents
 
 
-def sums(found: dict[tuple, list[float]]) -> tuple[np.ndarray, np.ndarray]:
-    """Sum and number of the values of every document, (n,) each."""
-    return np.array([sum(v) for v in found.values()]), np.array(
-        [len(v) for v in found.values()], dtype=float
-    )
+def sum_values(documents: dict[tuple, list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sum and the number of the values of every document, (n,) each."""
+    totals = [sum(values) for values in documents.values()]
+    counts = [len(values) for values in documents.values()]
+    return np.array(totals), np.array(counts, dtype=float)
 
 
-def mean(found: dict[tuple, list[float]]) -> float:
-    total, weight = sums(found)
-    return float(total.sum() / weight.sum()) if weight.sum() else math.nan
+def compute_mean(documents: dict[tuple, list[float]]) -> float:
+    """Return the mean of all values; NaN for none."""
+    total, weight = sum_values(documents)
+    if not weight.sum():
+        return math.nan
+    return float(total.sum() / weight.sum())
 
 
-def stderr(total: np.ndarray, weight: np.ndarray) -> float | None:
-    """Standard error of sum(total) / sum(weight) over n documents, each drawn whole; with weights
-    of 1 that of a mean. None for n = 1.
+def compute_stderr(total: np.ndarray, weight: np.ndarray) -> float | None:
+    """Return the standard error of sum(total) / sum(weight) over n documents, each drawn whole.
+
+    With weights of 1 it is that of a mean. None for n < 2.
     """
     n = len(total)
     if n < 2:
@@ -319,37 +403,51 @@ def stderr(total: np.ndarray, weight: np.ndarray) -> float | None:
     return float(math.sqrt(n / (n - 1) * (residual**2).sum()) / weight.sum())
 
 
-def table(result: dict) -> str:
-    s = result["settings"]
-    lines = [
-        f"lm-eval {s['versions']['lm_eval']}, transformers {s['versions']['transformers']}, torch {s['versions']['torch']}; "
-        f"chat template {'on' if s['chat_template'] else 'off'}, few-shot {'as each task says' if s['fewshot'] is None else s['fewshot']}, "
-        f"{'all documents' if s['limit'] is None else 'first {} documents of each task'.format(s['limit'])}, {s['dtype']} on {s['device']}"
-    ]
-    if len(set(s["chat_template_sha256"].values())) > 1:
+def format_table(result: dict) -> str:
+    """Format the settings and a line per task and metric."""
+    settings = result["settings"]
+    has_both = settings["before"] is not None
+    lines = [format_settings(settings)]
+    if len(set(settings["chat_template_sha256"].values())) > 1:
         lines.append(
-            "the two models have different chat templates: the difference is that of model and template together"
+            "the two models have different chat templates: the difference is that of model and "
+            "template together"
         )
-    both = s["before"] is not None
-    lines.append(
-        f"{'task':<18}{'metric':<34}{'version':>8}{'shots':>6}{'n':>7}"
-        + (f"{'before':>9}" if both else "")
-        + f"{'after':>9}"
-        + (f"{'difference':>12}  standard error" if both else "  standard error")
-    )
+    header = f"{'task':<18}{'metric':<34}{'version':>8}{'shots':>6}{'n':>7}"
+    if has_both:
+        lines.append(f"{header}{'before':>9}{'after':>9}{'difference':>12}  standard error")
+    else:
+        lines.append(f"{header}{'after':>9}  standard error")
     for row in result["rows"]:
-        task = s["tasks"].get(row["task"], {})
-        error = row["difference_stderr" if both else "stderr"]
-        figures = (
-            (f"{row['before']:9.4f}" if both else "")
-            + f"{row['after']:9.4f}"
-            + (f"{row['difference']:+12.4f}" if both else "")
-        )
-        lines.append(
-            f"{row['task']:<18}{row['metric']:<34}{task.get('version')!s:>8}{task.get('fewshot')!s:>6}{row['n']:>7}{figures}  "
-            f"{'no mean over documents' if error is None else format(error, '.4f')}"
-        )
+        task = settings["tasks"].get(row["task"], {})
+        version = str(task.get("version"))
+        shots = str(task.get("fewshot"))
+        line = f"{row['task']:<18}{row['metric']:<34}{version:>8}{shots:>6}{row['n']:>7}"
+        if has_both:
+            line += f"{row['before']:9.4f}{row['after']:9.4f}{row['difference']:+12.4f}"
+            error = row["difference_stderr"]
+        else:
+            line += f"{row['after']:9.4f}"
+            error = row["stderr"]
+        error_text = "no mean over documents" if error is None else f"{error:.4f}"
+        lines.append(f"{line}  {error_text}")
     return "\n".join(lines)
+
+
+def format_settings(settings: dict) -> str:
+    """Format what all scores depend on, in one line."""
+    versions = settings["versions"]
+    template = "on" if settings["chat_template"] else "off"
+    fewshot = settings["fewshot"]
+    shots = "as each task says" if fewshot is None else fewshot
+    documents = "all documents"
+    if settings["limit"] is not None:
+        documents = f"first {settings['limit']} documents of each task"
+    return (
+        f"lm-eval {versions['lm_eval']}, transformers {versions['transformers']}, "
+        f"torch {versions['torch']}; chat template {template}, few-shot {shots}, {documents}, "
+        f"{settings['dtype']} on {settings['device']}"
+    )
 
 
 if __name__ == "__main__":

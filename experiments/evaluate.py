@@ -1,9 +1,10 @@
-"""A policy on the test split of any config, greedily: python experiments/evaluate.py CONFIG.yaml
---model DIR --out F.jsonl [a.b=value ...]
+"""Evaluate a policy on the test split of any config, greedily.
 
-What a run does before and after training, for another data set or another setting of it
+python experiments/evaluate.py CONFIG.yaml --model DIR --out F.jsonl [a.b=value ...]
+
+It does what a run does before and after training, for another data set or another setting of it
 (cross-domain transfer, users never seen). The prompt is the config's. F.jsonl is as a run's
-eval_after.jsonl. `Setting` is that config without a run: other scripts ask it too.
+eval_after.jsonl. `Setting` is that config without a run: other scripts use it too.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from recr1.utils.hf_hub import load_tokenizer, read_stop_token_ids, resolve_mode
 
 
 class Setting:
-    """Prompts and scorer of a config with a model's tokenizer."""
+    """Hold the prompts and the retriever of a config, with a model's tokenizer."""
 
     def __init__(self, cfg: Config, model: str):
         self.cfg = cfg
         self.folder = resolve_model_folder(model)
         torch.set_num_threads(cfg.run.threads or torch.get_num_threads())
         self.tokenizer = load_tokenizer(self.folder)
-        self.stops = read_stop_token_ids(self.folder, self.tokenizer)
+        self.stop_token_ids = read_stop_token_ids(self.folder, self.tokenizer)
         self.task = tasks.build_task(cfg)
         self.chat = ChatTemplate(
             self.tokenizer,
@@ -52,56 +53,61 @@ class Setting:
             self.task.placeholders,
         )
         self.train, self.validation, self.test, self.qrels = load_prompts(cfg, self.chat, self.task)
-        maker = build_retriever(cfg.retriever) if self.task.uses_retriever else NoRetriever.make
-        self.retriever, _ = maker(
-            cfg.data.corpus,
-            cfg.data.on_bad_line,
-            get_index_dir(cfg.retriever, Path(cfg.run.dir)),
-            print_rank0,
+        make_retriever = NoRetriever.make
+        if self.task.uses_retriever:
+            make_retriever = build_retriever(cfg.retriever)
+        index_dir = get_index_dir(cfg.retriever, Path(cfg.run.dir))
+        self.retriever, _ = make_retriever(
+            cfg.data.corpus, cfg.data.on_bad_line, index_dir, print_rank0
         )
 
-    def scorer(self, k: int) -> Scorer:
-        parts = RewardTerms(self.cfg.reward, k, read_item_table(self.cfg), every=True)
+    def make_scorer(self, k: int) -> Scorer:
+        """Return the scorer of the task, with the metrics at rank k."""
+        terms = RewardTerms(self.cfg.reward, k, read_item_table(self.cfg), every=True)
         decode = partial(self.tokenizer.decode, clean_up_tokenization_spaces=False)
         return Scorer(
             self.task,
             self.retriever,
             self.qrels,
-            parts,
+            terms,
             decode,
-            self.stops,
+            self.stop_token_ids,
             self.cfg.sampling.max_new_tokens,
             self.chat.thought_closed,
         )
 
-    def policy(self) -> Sharded:
-        return load_policy(
-            self.folder, len(self.tokenizer), resolve_compute_dtype(self.cfg.model.compute)
-        )
+    def load_policy(self) -> Sharded:
+        """Load the model in the config's compute dtype."""
+        dtype = resolve_compute_dtype(self.cfg.model.compute)
+        return load_policy(self.folder, len(self.tokenizer), dtype)
 
 
 def main(argv: list[str]) -> None:
-    p = argparse.ArgumentParser(
+    """Evaluate, write a row per query and print the means."""
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("config")
-    p.add_argument("--model", required=True)
-    p.add_argument("--out", required=True)
-    p.add_argument("overrides", nargs="*")
-    args = p.parse_intermixed_args(argv)
+    parser.add_argument("config")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_intermixed_args(argv)
     setting = Setting(configs.load_config(args.config, args.overrides), args.model)
     metric = setting.cfg.reward.metric
     k = setting.cfg.reward.k_eval
+    policy = setting.load_policy()
     rows = evaluate_prompts(
-        setting.policy(), setting.test, setting.scorer(k), setting.cfg.sampling.max_new_tokens
+        policy, setting.test, setting.make_scorer(k), setting.cfg.sampling.max_new_tokens
     )
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    write_text(Path(args.out), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    gain, (low, high) = compute_mean_ci(
-        get_column(rows, metric) - get_column(rows, f"{metric}_raw")
-    )
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    scores = get_column(rows, metric)
+    raw = get_column(rows, f"{metric}_raw")
+    gain, (low, high) = compute_mean_ci(scores - raw)
     print_rank0(
-        f"{metric}@{k} on {len(rows)} queries: {get_column(rows, metric).mean():.4f}, raw {get_column(rows, f'{metric}_raw').mean():.4f}, {gain:+.4f} [{low:+.4f}, {high:+.4f}]"
+        f"{metric}@{k} on {len(rows)} queries: {scores.mean():.4f}, raw {raw.mean():.4f}, "
+        f"{gain:+.4f} [{low:+.4f}, {high:+.4f}]"
     )
 
 

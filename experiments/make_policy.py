@@ -1,10 +1,9 @@
-"""Builds experiments/policy: tokenizer and SFT cold start of the quickstart's small Qwen2 policy. 2
-cores, about 15 minutes.
+"""Build experiments/policy: tokenizer and SFT cold start of the quickstart's small Qwen2 policy.
 
-It reads the train split's query texts (validation tenth left out) and the catalogue: no relevance
-label, no retriever score. Stage 1 learns to copy the query into the answer contract; stage 2 copies
-with edits, so that sampling explores while the greedy answer stays the query: words skipped, and
-words of the query repeated at its end.
+It takes about 15 minutes on 2 cores. It reads the train split's query texts (validation tenth left
+out) and the catalog: no relevance label, no retriever score. Stage 1 learns to copy the query into
+the answer contract; stage 2 copies with edits, so that sampling explores while the greedy answer
+stays the query: words skipped, and words of the query repeated at its end.
 """
 
 from __future__ import annotations
@@ -55,31 +54,32 @@ SHAPE = DecoderConfig(
     tie_word_embeddings=True,
     max_position_embeddings=2048,
 )
-NOTICE = """The weights and the vocabulary in this folder were made by experiments/make_policy.py from the query texts and the film
-descriptions of the Movie Search Ranking Dataset (MSRD) by Metarank Labs, CC BY-SA 4.0: see experiments/data/msrd/LICENSE.msrd.md
-and NOTICE.elastic.txt beside it. They are offered under the same licence.
-"""
-LONGEST = 24  # tokens of a query that is practised
+NOTICE = (
+    "The weights and the vocabulary in this folder were made by experiments/make_policy.py from "
+    "the query texts and the film\n"
+    "descriptions of the Movie Search Ranking Dataset (MSRD) by Metarank Labs, CC BY-SA 4.0: see "
+    "experiments/data/msrd/LICENSE.msrd.md\n"
+    "and NOTICE.elastic.txt beside it. They are offered under the same licence.\n"
+)
+MAX_QUERY_TOKENS = 24  # of a query that is practiced
 
 
 def make_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
-    """Qwen2's byte-level BPE with a vocabulary of our own. AutoTokenizer gives every qwen2 folder
-    Qwen2's word splitting, so we learn with it.
+    """Learn Qwen2's byte-level BPE with a vocabulary of our own.
+
+    AutoTokenizer gives every qwen2 folder Qwen2's word splitting, so we learn with it.
     """
     core = Qwen2Tokenizer()._tokenizer
-    learned = SHAPE.vocab_size - len(ROLES) - len(CONTRACT)
-    core.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=learned,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=SHAPE.vocab_size - len(ROLES) - len(CONTRACT),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
+    core.train_from_iterator(texts, trainer)
     model = json.loads(core.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(m) for m in model["merges"]],
+        merges=[tuple(merge) for merge in model["merges"]],
         unk_token=ROLES[0],
         pad_token=ROLES[0],
         eos_token="<|end|>",
@@ -93,11 +93,14 @@ def make_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
 
 
 class Examples:
-    """(query, answer) pairs as rollouts of one sibling; batch `step` is a function of (seed, step)."""
+    """Make batches of (query, answer) pairs, as rollouts of one sibling.
+
+    The batch of a step is a function of (seed, step).
+    """
 
     def __init__(
         self,
-        tokenizer,
+        tokenizer: Qwen2Tokenizer,
         chat: ChatTemplate,
         queries: list[str],
         documents: list[str],
@@ -112,49 +115,53 @@ class Examples:
         self.seed = seed
         self.queries = queries
         self.documents = documents
-        self.words = sorted({w for text in documents for w in text.split()})
-        self.ordinary = [
-            i
-            for i in range(SHAPE.vocab_size)
-            if tokenizer.convert_ids_to_tokens(i) not in {*ROLES, *CONTRACT}
-        ]
-        ids = tokenizer.convert_tokens_to_ids
-        self.open = [ids(t) for t in ("</think>", "<answer>", '{"query": "')]
-        self.close = [ids(t) for t in ('"}', "</answer>", "<|end|>")]
+        words: set[str] = set()
+        for text in documents:
+            words.update(text.split())
+        self.words = sorted(words)
+        special_tokens = {*ROLES, *CONTRACT}
+        self.ordinary_ids = []
+        for id in range(SHAPE.vocab_size):
+            if tokenizer.convert_ids_to_tokens(id) not in special_tokens:
+                self.ordinary_ids.append(id)
+        to_id = tokenizer.convert_tokens_to_ids
+        self.answer_start = [to_id(token) for token in ("</think>", "<answer>", '{"query": "')]
+        self.answer_end = [to_id(token) for token in ('"}', "</answer>", "<|end|>")]
 
     def __call__(self, step: int) -> list[Rollout]:
+        """Return the batch of a step."""
         rng = random.Random(f"{self.seed}/{step}")
         rollouts = []
         while len(rollouts) < self.batch:
-            source, target = self.pair(rng)
-            prompt = self.chat.prompt(source)
-            answer = self.chat.user_ids(" " + json.dumps(target, ensure_ascii=False)[1:-1])
-            if not target or len(prompt) > LONGEST + 8 or len(answer) > LONGEST:
+            source, target = self.make_pair(rng)
+            prompt_ids = self.chat.prompt(source)
+            answer_ids = self.chat.user_ids(" " + json.dumps(target, ensure_ascii=False)[1:-1])
+            is_long = len(prompt_ids) > MAX_QUERY_TOKENS + 8 or len(answer_ids) > MAX_QUERY_TOKENS
+            if not target or is_long:
                 continue
-            ids = (*self.open, *answer, *self.close)
+            ids = (*self.answer_start, *answer_ids, *self.answer_end)
+            index = len(rollouts)
             rollouts.append(
                 Rollout(
-                    Prompt("", len(rollouts), source, prompt),
-                    len(rollouts),
-                    0,
-                    ids,
-                    (0.0,) * len(ids),
-                    True,
+                    prompt=Prompt("", index, source, prompt_ids),
+                    group=index,
+                    sibling=0,
+                    ids=ids,
+                    sampler_logp=(0.0,) * len(ids),
+                    finished=True,
                 )
             )
         return rollouts
 
-    def pair(self, rng: random.Random) -> tuple[str, str]:
-        """A text and what to answer. Copies of unusual strings teach copying itself; real queries
-        teach where it is used.
+    def make_pair(self, rng: random.Random) -> tuple[str, str]:
+        """Return a text and what to answer.
+
+        Copies of unusual strings teach copying itself; real queries teach where it is used.
         """
         kind = rng.random()
         if kind < 0.30:
-            text = (
-                self.tokenizer.decode(rng.choices(self.ordinary, k=rng.randint(1, 10)))
-                .replace("\ufffd", "")
-                .strip()
-            )
+            ids = rng.choices(self.ordinary_ids, k=rng.randint(1, 10))
+            text = self.tokenizer.decode(ids).replace("\ufffd", "").strip()
         elif kind < 0.55:
             text = " ".join(rng.choices(self.words, k=rng.randint(1, 7)))
         elif kind < 0.75:
@@ -164,35 +171,35 @@ class Examples:
         else:
             text = rng.choice(self.queries)
         text = " ".join(text.split())
-        plain = not self.edits or (kind < 0.30 and rng.random() < 0.60)
-        return text, text if plain else edited(text.split(), rng)
+        is_copy = not self.edits or (kind < 0.30 and rng.random() < 0.60)
+        return text, text if is_copy else edit_words(text.split(), rng)
 
 
-def edited(words: list[str], rng: random.Random) -> str:
-    """Each word left out with p = .07; then 1, 2 or 3 words of the query again at its END with p =
-    .17, .05, .02.
+def edit_words(words: list[str], rng: random.Random) -> str:
+    """Leave each word out with p = .07; repeat 1, 2 or 3 words at the END with p = .17, .05, .02.
 
     At the end, never in place: a repeat in the middle makes the greedy decoder loop.
     """
-    kept = [w for w in words if rng.random() >= 0.07] or words
-    again = rng.choices([0, 1, 2, 3], weights=[0.76, 0.17, 0.05, 0.02])[0]
-    return " ".join(kept + [rng.choice(words) for _ in range(again)]) if words else ""
+    kept_words = [word for word in words if rng.random() >= 0.07] or words
+    num_repeats = rng.choices([0, 1, 2, 3], weights=[0.76, 0.17, 0.05, 0.02])[0]
+    if not words:
+        return ""
+    repeated_words = [rng.choice(words) for _ in range(num_repeats)]
+    return " ".join(kept_words + repeated_words)
 
 
-def initialised(seed: int) -> Decoder:
-    """GPT-2's initialisation: normal .02, residual projections scaled down by sqrt(2 * layers)."""
+def initialize_model(seed: int) -> Decoder:
+    """Initialize as GPT-2: normal .02, residual projections scaled down by sqrt(2 * layers)."""
     torch.manual_seed(seed)
     model = Decoder(SHAPE)
-    for name, p in model.named_parameters():
-        if p.ndim == 2:
-            std = (
-                0.02 / (2 * SHAPE.num_hidden_layers) ** 0.5
-                if "o_proj" in name or "down_proj" in name
-                else 0.02
-            )
-            torch.nn.init.normal_(p, std=std)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            std = 0.02
+            if "o_proj" in name or "down_proj" in name:
+                std = 0.02 / (2 * SHAPE.num_hidden_layers) ** 0.5
+            torch.nn.init.normal_(parameter, std=std)
         elif name.endswith("bias"):
-            torch.nn.init.zeros_(p)
+            torch.nn.init.zeros_(parameter)
     return model
 
 
@@ -203,9 +210,9 @@ def fit(
     config: OptimizerConfig,
     max_tokens: int,
 ) -> list[float]:
-    """Trains in place on examples(0), examples(1), ...: a step of recr1/sft.py without a run around
-    it, on whole weights, which Muon needs.
+    """Train in place on examples(0), examples(1), ...
 
+    A step is that of recr1/sft.py without a run around it, on full weights, which Muon needs.
     Returns the mean loss per target token (nats) of each step.
     """
     losses = []
@@ -228,11 +235,12 @@ def fit(
 
 
 def main(argv: list[str]) -> None:
+    """Train both stages and write the policy's folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--config",
         default=str(HERE / "quickstart.yaml"),
-        help="whose prompt text and data are practised",
+        help="whose prompt text and data are practiced",
     )
     parser.add_argument("--out", default=str(HERE / "policy"))
     parser.add_argument("--copy-steps", type=int, default=1500)
@@ -242,16 +250,13 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     cfg = configs.load_config(args.config, [])
     torch.set_num_threads(cfg.run.threads or torch.get_num_threads())
-    queries = [
-        text
-        for id, text in readers.read_queries(cfg.data.train_queries)[0].items()
-        if not readers.is_validation(id)
-    ]
+    all_queries = readers.read_queries(cfg.data.train_queries)[0]
+    queries = [text for id, text in all_queries.items() if not readers.is_validation(id)]
     _, documents, _ = readers.read_corpus(cfg.data.corpus)
     documents = [" ".join(text.lower().split()) for text in documents]
     tokenizer = make_tokenizer(queries * 3 + documents)
     chat = ChatTemplate(tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
-    model = initialised(args.seed)
+    model = initialize_model(args.seed)
     stages = [("copy", args.copy_steps, 2e-3, 0.02), ("edit", args.edit_steps, 1e-3, 0.01)]
     for i, (name, steps, lr, muon_lr) in enumerate(stages):
         optimizer = OptimizerConfig(

@@ -1,5 +1,6 @@
-"""Train queries whose targets lie beyond rank K of the raw answer: python
-experiments/sparse_queries.py CONFIG.yaml --beyond K --out F.jsonl
+"""Select the train queries whose targets lie beyond rank K of the raw answer.
+
+python experiments/sparse_queries.py CONFIG.yaml --beyond K --out F.jsonl
 
 The sparsity test: where the raw query finds nothing in its first K the reward is 0 but for rewrites
 that dig deeper. Train on them with data.train_queries=F.jsonl; validation queries are kept as they
@@ -24,36 +25,38 @@ from recr1.utils.files import write_text
 
 
 def main(argv: list[str]) -> None:
-    p = argparse.ArgumentParser(
+    """Write the sparse train queries and all validation queries."""
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("config")
-    p.add_argument("--beyond", type=int, required=True)
-    p.add_argument("--out", required=True)
-    p.add_argument("overrides", nargs="*")
-    args = p.parse_intermixed_args(argv)
+    parser.add_argument("config")
+    parser.add_argument("--beyond", type=int, required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_intermixed_args(argv)
     cfg = configs.load_config(args.config, args.overrides)
     setting = Setting(cfg, cfg.model.path)
-    scorer = setting.scorer(args.beyond)
-    found = scorer.score_answers(
-        setting.train, [setting.task.baseline_answer(prompt.row) for prompt in setting.train]
-    )
-    sparse = {
-        prompt.id
-        for prompt, parts in zip(setting.train, found)
-        if parts["hit"] == 0 and any(setting.qrels[prompt.id].values())
-    }
+
+    # A query is sparse when the raw answer has no target in the first K, and it has targets.
+    scorer = setting.make_scorer(args.beyond)
+    raw_answers = [setting.task.baseline_answer(prompt.row) for prompt in setting.train]
+    raw_metrics = scorer.score_answers(setting.train, raw_answers)
+    sparse_ids = set()
+    for prompt, metrics in zip(setting.train, raw_metrics):
+        if metrics["hit"] == 0 and any(setting.qrels[prompt.id].values()):
+            sparse_ids.add(prompt.id)
+
     rows = read_judged_queries(cfg, setting.task.required_fields)[0]["train"]
-    kept = {id: row for id, row in rows.items() if id in sparse or readers.is_validation(id)}
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    write_text(
-        Path(args.out),
-        "".join(
-            json.dumps(dict(row, id=id), ensure_ascii=False) + "\n" for id, row in kept.items()
-        ),
-    )
+    lines = []
+    for id, row in rows.items():
+        if id in sparse_ids or readers.is_validation(id):
+            lines.append(json.dumps(dict(row, id=id), ensure_ascii=False) + "\n")
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, "".join(lines))
     print_rank0(
-        f"{args.out}: {len(sparse)} of {len(setting.train)} train queries have no target in the first {args.beyond}; with {len(kept) - len(sparse)} of validation"
+        f"{args.out}: {len(sparse_ids)} of {len(setting.train)} train queries have no target in "
+        f"the first {args.beyond}; with {len(lines) - len(sparse_ids)} of validation"
     )
 
 

@@ -1,10 +1,22 @@
-"""Steps of GRPO that fit between an SFT run and the wall time of a GRPO run: python
-experiments/steps_left.py GRPO_RUN SFT_RUN
+"""Print how many steps of GRPO fit between an SFT run and the wall time of a GRPO run.
+
+python experiments/steps_left.py GRPO_RUN SFT_RUN
 """
 
 import json
 import sys
 from pathlib import Path
 
-grpo, sft = (json.loads((Path(run) / "summary.json").read_text()) for run in sys.argv[1:3])
-print(max(1, round((grpo["wall_s"] - sft["wall_s"]) * grpo["steps"] / grpo["wall_s"])))
+
+def main() -> None:
+    """Print the number of steps, at least 1."""
+    grpo_run, sft_run = sys.argv[1:3]
+    grpo = json.loads((Path(grpo_run) / "summary.json").read_text())
+    sft = json.loads((Path(sft_run) / "summary.json").read_text())
+    seconds_left = grpo["wall_s"] - sft["wall_s"]
+    steps = round(seconds_left * grpo["steps"] / grpo["wall_s"])
+    print(max(1, steps))
+
+
+if __name__ == "__main__":
+    main()

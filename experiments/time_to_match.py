@@ -1,9 +1,11 @@
-"""How long until GRPO is as good as SFT? python experiments/time_to_match.py SFT_RUN GRPO_RUN
-[--json]
+"""Measure how long GRPO takes to be as good as SFT.
+
+python experiments/time_to_match.py SFT_RUN GRPO_RUN [--json]
 
 Rec-R1 says that GRPO matches a two-epoch SFT model in 210 s, and a replication could not confirm
-it. Both runs' validations are laid along their wall seconds (of steps; for SFT with the time its
-teacher took, from summary.json): the first validation of GRPO that reaches SFT's last one.
+it. The validations of both runs are compared along their wall seconds (of steps; for SFT with the
+time its teacher took, from summary.json): the answer is the first validation of GRPO that reaches
+SFT's last one.
 """
 
 from __future__ import annotations
@@ -14,62 +16,69 @@ from pathlib import Path
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
+    """Print both runs' validations and where GRPO reaches SFT."""
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("sft", type=Path)
-    p.add_argument("grpo", type=Path)
-    p.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    args = p.parse_args()
-    sft = validations(args.sft)
-    grpo = validations(args.grpo)
-    total = json.loads((args.sft / "summary.json").read_text())["wall_s"]
-    target = sft[-1]
-    reached = next((point for point in grpo if point["gain"] >= target["gain"]), None)
+    parser.add_argument("sft", type=Path)
+    parser.add_argument("grpo", type=Path)
+    parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
+    args = parser.parse_args()
+    sft_validations = read_validations(args.sft)
+    grpo_validations = read_validations(args.grpo)
+    sft_wall_s = json.loads((args.sft / "summary.json").read_text())["wall_s"]
+    target = sft_validations[-1]
     print(
-        f"SFT's last validation: gain {target['gain']:+.4f} {interval(target)} after {target['seconds']:.0f} s of steps, {total:.0f} s with teacher and evaluations"
+        f"SFT's last validation: gain {target['gain']:+.4f} {format_interval(target)} after "
+        f"{target['seconds']:.0f} s of steps, {sft_wall_s:.0f} s with teacher and evaluations"
     )
-    for point in grpo:
+
+    match = None  # the first validation that reaches the target
+    for validation in grpo_validations:
+        note = ""
+        if match is None and validation["gain"] >= target["gain"]:
+            match = validation
+            note = "   <- reached"
         print(
-            f"  GRPO, {point['seconds']:6.0f} s: {point['gain']:+.4f} {interval(point)}{'   <- reached' if point is reached else ''}"
+            f"  GRPO, {validation['seconds']:6.0f} s: {validation['gain']:+.4f} "
+            f"{format_interval(validation)}{note}"
         )
-    if reached is None:
+    if match is None:
         print("GRPO did not reach it")
     if args.json:
-        print(
-            json.dumps(
-                dict(
-                    sft_gain=target["gain"],
-                    sft_gain_ci95=target["ci"],
-                    sft_wall_s=total,
-                    grpo_seconds=reached and reached["seconds"],
-                    grpo_gain=reached and reached["gain"],
-                    grpo_gain_ci95=reached and reached["ci"],
-                )
-            )
+        figures = dict(
+            sft_gain=target["gain"],
+            sft_gain_ci95=target["ci"],
+            sft_wall_s=sft_wall_s,
+            grpo_seconds=match and match["seconds"],
+            grpo_gain=match and match["gain"],
+            grpo_gain_ci95=match and match["ci"],
         )
+        print(json.dumps(figures))
 
 
-def validations(run: Path) -> list[dict]:
-    """[{step, seconds since the first step, gain over raw, ci}] of a run's metrics.jsonl."""
-    found = []
+def read_validations(run: Path) -> list[dict]:
+    """Return [{step, seconds since the first step, gain over raw, ci}] of a run's metrics.jsonl."""
+    validations = []
     seconds = 0.0
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         seconds += row["seconds"]["step"]
         if "val_gain" in row:
-            found.append(
+            validations.append(
                 dict(
                     step=row["step"], seconds=seconds, gain=row["val_gain"], ci=row["val_gain_ci95"]
                 )
             )
-    if not found:
+    if not validations:
         raise SystemExit(f"{run}: no validation in metrics.jsonl; train with train.eval_every")
-    return found
+    return validations
 
 
-def interval(point: dict) -> str:
-    return f"[{point['ci'][0]:+.4f}, {point['ci'][1]:+.4f}]"
+def format_interval(validation: dict) -> str:
+    """Format the 95% interval of a validation's gain."""
+    low, high = validation["ci"]
+    return f"[{low:+.4f}, {high:+.4f}]"
 
 
 if __name__ == "__main__":

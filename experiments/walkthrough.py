@@ -1,7 +1,8 @@
-"""Runs walkthrough.ipynb without Jupyter: python experiments/walkthrough.py [OUT.ipynb] [name=value
-...]
+"""Run walkthrough.ipynb without Jupyter.
 
-Prints what its cells print and writes the notebook with their output and pictures to OUT, by
+python experiments/walkthrough.py [OUT.ipynb] [name=value ...]
+
+It prints what the cells print and writes the notebook with their output and pictures to OUT, by
 default runs/walkthrough/walkthrough.ipynb. The kept copy is made by `python
 experiments/walkthrough.py experiments/walkthrough.ipynb`. `name=value` replaces a variable of the
 cell that is tagged "parameters" (papermill's convention).
@@ -17,6 +18,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "experiments/walkthrough.ipynb"
@@ -27,106 +29,109 @@ class NoParameter(ValueError):
 
 
 class Tee(io.StringIO):
-    """Keeps what is written and passes it on."""
+    """Keep what is written and pass it on."""
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO):
         super().__init__()
         self.stream = stream
 
     def write(self, text: str) -> int:
+        """Write to both."""
         self.stream.write(text)
         self.stream.flush()
         return super().write(text)
 
 
-def execute(notebook: dict, parameters: dict) -> dict:
-    """The notebook with the outputs of its code cells, run in order in one namespace, as Jupyter
-    would. What a cell raises is raised, with its number.
+def run_notebook(notebook: dict, parameters: dict) -> dict:
+    """Return the notebook with the outputs of its code cells.
 
-    Raises NoParameter.
+    They run in order in one namespace, as in Jupyter. What a cell raises is raised, with the cell's
+    number. Raises NoParameter.
     """
-    import matplotlib.pyplot as plt
-
-    space = {"__name__": "__main__"}
+    namespace = {"__name__": "__main__"}
     cells = []
+    num_code_cells = 0
     for number, cell in enumerate(notebook["cells"], 1):
         if cell["cell_type"] == "code":
-            out = Tee(sys.stdout)
-            source = "".join(cell["source"])
-            try:
-                with contextlib.redirect_stdout(out):
-                    exec(compile(source, f"<cell {number}>", "exec"), space)
-            except BaseException as e:
-                e.add_note(f"in cell {number} of the notebook")
-                raise
+            num_code_cells += 1
+            outputs = run_cell(cell, number, namespace)
+            cell = cell | dict(outputs=outputs, execution_count=num_code_cells)
             if "parameters" in cell["metadata"].get("tags", []):
-                known = [name for name in space if not name.startswith("__")]
-                if unknown := parameters.keys() - set(known):
-                    raise NoParameter(
-                        f"the notebook has no parameter {', '.join(sorted(unknown))}; it has {', '.join(known)}"
-                    )
-                space |= parameters
-            outputs = (
-                [
-                    dict(
-                        output_type="stream",
-                        name="stdout",
-                        text=out.getvalue().splitlines(keepends=True),
-                    )
-                ]
-                if out.getvalue()
-                else []
-            )
-            cell = cell | dict(
-                outputs=outputs + pictures(plt),
-                execution_count=1 + sum(c["cell_type"] == "code" for c in cells),
-            )
+                set_parameters(namespace, parameters)
         cells.append(cell)
     return notebook | dict(cells=cells)
 
 
-def pictures(plt) -> list[dict]:
-    """The open figures as a notebook keeps them, in 192 colours, which takes a third of the bytes.
-    They are closed.
+def run_cell(cell: dict, number: int, namespace: dict) -> list[dict]:
+    """Run a code cell and return its outputs: what it printed, and its pictures."""
+    out = Tee(sys.stdout)
+    try:
+        code = compile("".join(cell["source"]), f"<cell {number}>", "exec")
+        with contextlib.redirect_stdout(out):
+            exec(code, namespace)
+    except BaseException as e:
+        e.add_note(f"in cell {number} of the notebook")
+        raise
+    outputs = []
+    printed = out.getvalue()
+    if printed:
+        lines = printed.splitlines(keepends=True)
+        outputs.append(dict(output_type="stream", name="stdout", text=lines))
+    return outputs + take_pictures()
+
+
+def set_parameters(namespace: dict, parameters: dict) -> None:
+    """Replace the variables of the cell tagged "parameters". Raises NoParameter."""
+    known_names = [name for name in namespace if not name.startswith("__")]
+    unknown_names = parameters.keys() - set(known_names)
+    if unknown_names:
+        raise NoParameter(
+            f"the notebook has no parameter {', '.join(sorted(unknown_names))}; "
+            f"it has {', '.join(known_names)}"
+        )
+    namespace.update(parameters)
+
+
+def take_pictures() -> list[dict]:
+    """Return the open figures as a notebook keeps them, and close them.
+
+    They have 192 colors, which takes a third of the bytes.
     """
+    import matplotlib.pyplot as plt
     from PIL import Image
 
-    found = []
+    outputs = []
     for number in plt.get_fignums():
         drawn = io.BytesIO()
-        png = io.BytesIO()
         plt.figure(number).savefig(drawn, format="png")
-        Image.open(drawn).convert("RGB").quantize(192).save(png, format="png", optimize=True)
-        found.append(
-            dict(
-                output_type="display_data",
-                metadata={},
-                data={
-                    "image/png": base64.b64encode(png.getvalue()).decode(),
-                    "text/plain": ["<Figure>"],
-                },
-            )
-        )
+        image = Image.open(drawn).convert("RGB").quantize(192)
+        png = io.BytesIO()
+        image.save(png, format="png", optimize=True)
+        text = base64.b64encode(png.getvalue()).decode()
+        data = {"image/png": text, "text/plain": ["<Figure>"]}
+        outputs.append(dict(output_type="display_data", metadata={}, data=data))
     plt.close("all")
-    return found
+    return outputs
 
 
 def main(argv: list[str]) -> str | None:
-    """None, or what is wrong with the arguments."""
+    """Run the notebook. Return None, or what is wrong with the arguments."""
     if argv and argv[0].startswith("-"):
         return __doc__.rstrip()
-    out = (
-        Path(argv.pop(0)).resolve()
-        if argv and "=" not in argv[0]
-        else ROOT / "runs/walkthrough/walkthrough.ipynb"
-    )
+    out = ROOT / "runs/walkthrough/walkthrough.ipynb"
+    if argv and "=" not in argv[0]:
+        out = Path(argv[0]).resolve()
+        argv = argv[1:]
+    parameters = {}
     try:
-        parameters = {
-            name: ast.literal_eval(value)
-            for name, _, value in (item.partition("=") for item in argv)
-        }
+        for item in argv:
+            name, _, value = item.partition("=")
+            parameters[name] = ast.literal_eval(value)
     except (SyntaxError, ValueError):
-        return f"walkthrough: {' '.join(argv)}: each must be name=value, the value as Python writes it: steps=20 \"folder='elsewhere'\""
+        return (
+            f"walkthrough: {' '.join(argv)}: each must be name=value, the value as Python writes "
+            "it: steps=20 \"folder='elsewhere'\""
+        )
     if find_spec("matplotlib") is None:
         return "walkthrough: it needs matplotlib: pip install -e '.[docs]'"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -134,14 +139,16 @@ def main(argv: list[str]) -> str | None:
     os.chdir(ROOT)
     start = time.perf_counter()
     try:
-        done = execute(json.loads(NOTEBOOK.read_text(encoding="utf-8")), parameters)
+        notebook = run_notebook(json.loads(NOTEBOOK.read_text(encoding="utf-8")), parameters)
     except NoParameter as e:
         return f"walkthrough: {e}"
-    out.write_text(json.dumps(done, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    out.write_text(text, encoding="utf-8")
     print(f"{time.perf_counter() - start:.0f} s; with its pictures: {out}")
 
 
 if __name__ == "__main__":
-    if said := main(sys.argv[1:]):
-        print(said, file=sys.stderr)
+    message = main(sys.argv[1:])
+    if message:
+        print(message, file=sys.stderr)
         sys.exit(2)

@@ -2,16 +2,20 @@
 
 `train` reads as the algorithm (arXiv 2402.03300, algorithm 1); below it stand its steps, in the
 order in which they are called.
+
+Legend: P prompts of this rank, G siblings of a group, R = P * G rollouts, U unique ones of them, N
+trained tokens of a micro-batch.
 """
 
 import sys
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from recr1.config.schema import Config
-from recr1.data_types import MicroBatch, Reward, Rollout
-from recr1.distributed import collectives as dist, heartbeat
+from recr1.data_types import MicroBatch, Prompt, Reward, Rollout
+from recr1.distributed import collectives as dist
 from recr1.distributed.fsdp import Sharded, unsharded
 from recr1.model.log_probs import compute_log_probs
 from recr1.rl.advantages import compute_group_advantages
@@ -20,243 +24,325 @@ from recr1.rl.kl import sum_kl_by_rollout
 from recr1.rl.losses import resolve_objective
 from recr1.rl.packing import deduplicate, pack_rollouts, pad_to_same_count
 from recr1.rl.policy_loss import compute_policy_loss, count_denominator
-from recr1.sampling.generate import generate, make_cache
+from recr1.sampling.generate import generate
+from recr1.sampling.kv_cache import KVCache
 from recr1.tracking.step_metrics import StepRecord, collect_token_values
 from recr1.training.launch import launch_loop, run_command
 from recr1.training.optimizer import Optimizer
 from recr1.training.run import Run
+from recr1.training.setup import setup_run
 from recr1.utils.interrupts import raise_on_signal, signal_handlers
 
 
 def main(argv: list[str]) -> None:
+    """Run the command line."""
     launch_loop(argv, "recr1.train", train)
 
 
 def train(cfg: Config) -> None:
-    run = Run(cfg)
+    """Train by GRPO: DeepSeekMath (arXiv 2402.03300), algorithm 1, rewarded by the retriever."""
+    run = setup_run(cfg)
     policy = run.policy
-    loss = resolve_objective(cfg.loss, cfg.model)
-    # the KL's place: the loss, or the reward
-    in_loss = run.reference if cfg.loss.kl_in == "loss" else None
+    objective = resolve_objective(cfg.loss, cfg.model)
     optimizer = Optimizer(policy, cfg.optimizer, cfg.train.steps * cfg.train.inner_steps)
-    with unsharded(policy):  # fresh pages are dear on a CPU; on a GPU training needs the room
-        cache = make_cache(policy) if dist.device().type == "cpu" else None
+    cache = run.make_sampling_cache()
 
-    with run.resume_or_start(
-        optimizer
-    ):  # from the last checkpoint; when asked to stop, it saves one
+    with run.resume_or_start(optimizer):  # when asked to stop, it saves a checkpoint
         before = run.evaluate_test("eval_before.jsonl")
         for step in run.steps():
-            with unsharded(policy), dist.fail_together(), raise_on_signal():
-                # R = P * G, siblings adjacent; P is this rank's share
-                rollouts, rewards, drawn = sample_and_score(run, step, cache)
+            # Sample G completions of each prompt and score what the retriever finds for them.
+            samples = sample_and_score(run, step, cache)
+
             with run.log.time_phase("train"):
-                texts, first = deduplicate(rollouts)  # identical siblings: one row, counted
-                # (R,), 0 where the loss has it
-                divergence = compute_kl_penalty(
-                    None if in_loss else run.reference, texts, rollouts, cfg
-                )
-                totals = torch.tensor([r.total for r in rewards]) - cfg.loss.kl * divergence  # (R,)
-                # (R,)
-                adv = compute_group_advantages(
-                    totals, cfg.sampling.group_size, loss.advantage, cfg.loss
-                )
-                kept = (
-                    log_token_values(policy, run.reference, texts, cfg)
-                    if run.logs_tokens(step)
-                    else None
-                )
-                done = StepRecord(
-                    rollouts,
-                    rewards,
-                    adv.tolist(),
-                    texts,
-                    first,
-                    drawn,
-                    kept,
-                    [dict(kl=divergence.sum().item())] if run.reference else [],
-                )
-                # one, unless train.inner_steps > 1
-                for total, batches in make_updates(
-                    policy, in_loss, texts, adv[first], cfg, loss.agg_mode
+                # An advantage is a reward relative to its group.
+                unique, first = deduplicate(samples.rollouts)  # (U,): identical siblings are one
+                divergence = compute_kl_penalty(run.reward_reference, unique, samples.rollouts, cfg)
+                rewards = samples.total_rewards() - cfg.loss.kl * divergence  # (R,)
+                advantages = compute_group_advantages(
+                    rewards, cfg.sampling.group_size, objective.advantage, cfg.loss
+                )  # (R,)
+                record = start_record(run, step, samples, unique, first, advantages, divergence)
+
+                # One optimizer step each: one, unless train.inner_steps says more.
+                for update in make_updates(
+                    policy, run.loss_reference, unique, advantages[first], cfg, objective.agg_mode
                 ):
-                    for i, batch in enumerate(batches, 1):
-                        heartbeat.enter_phase(f"train {i}/{len(batches)}")
-                        # the last backward sums over ranks
-                        policy.hold = cfg.train.reduce == "step" and i < len(batches)
-                        value, logp, stats = compute_policy_loss(
-                            policy, batch, total, cfg.sampling.temperature, loss
+                    for batch in run.iterate_micro_batches(update.micro_batches):
+                        loss, logp, stats = compute_policy_loss(
+                            policy, batch, update.denominator, cfg.sampling.temperature, objective
                         )
-                        value.backward()
-                        done.add(value, logp, batch, stats)
-                        run.stop_if_asked()
-                    grad_norm, lr = run.optimizer_step(step, batches, done)
-            run.finish_step(step, done, grad_norm=grad_norm, lr=lr, skipped=optimizer.num_skipped)
+                        loss.backward()
+                        record.add(loss, logp, batch, stats)
+                    grad_norm, lr = run.optimizer_step(step, update.micro_batches, record)
+
+            run.finish_step(step, record, grad_norm=grad_norm, lr=lr, skipped=optimizer.num_skipped)
         after = run.evaluate_test("eval_after.jsonl")
     run.write_results(before, after)
 
 
-def sample_and_score(run: Run, step: int, cache) -> tuple[list[Rollout], list[Reward], int]:
-    """Rollouts and rewards of this rank's prompts, or of a replayed step, and how many groups were
-    drawn for them.
+# --- Sampling -------------------------------------------------------------------------------------
 
-    Groups whose rewards are all equal teach nothing: with sampling.resample other prompts are drawn
-    in their place, that many times (DAPO, arXiv 2503.14476, section 3.2). What is then still
-    missing is filled with them.
+
+class Samples(NamedTuple):
+    """What this rank has sampled in a step: R = P * G rollouts, siblings adjacent."""
+
+    rollouts: list[Rollout]
+    rewards: list[Reward]
+    num_sampled_groups: int  # more than P where groups were sampled again
+
+    def total_rewards(self) -> torch.Tensor:
+        """Return the rewards as a tensor (R,)."""
+        return torch.tensor([reward.total for reward in self.rewards])
+
+
+class ScoredGroup(NamedTuple):
+    """The G siblings of one prompt."""
+
+    rollouts: list[Rollout]
+    rewards: list[Reward]
+
+    def teaches_nothing(self) -> bool:
+        """Return whether all rewards are equal: then all advantages are 0."""
+        return len({reward.total for reward in self.rewards}) == 1
+
+
+def sample_and_score(run: Run, step: int, cache: KVCache | None) -> Samples:
+    """Sample and score G completions of each of this rank's prompts, or replay a logged step.
+
+    A collective: what fails on one rank, or a signal to it, ends the sampling on all.
     """
-    if run.replay:
-        return run.replay.step(step)
-    s = run.cfg.sampling
-    groups = []
-    idle = []
-    drawn = 0
-    wanted = len(run.prompts(step))
-    for turn in range(1 + s.resample):
-        prompts = run.prompts(step, turn)[: wanted - len(groups)]
-        # the retriever runs here, on groups that have ended
-        scored = AsyncRewards(run.train_scorer.score, run.scores_async)
-        with run.log.time_phase("sample"):
-            rollouts = generate(
-                run.policy,
-                prompts,
-                s.group_size,
-                s.temperature,
-                s.max_new_tokens,
-                run.stops,
-                run.draw_uniforms(step, prompts),
-                cache,
-                top_p=s.top_p,
-                room=run.get_kv_cache_budget(),
-                kernels=run.cfg.model.kernels,
-                done=scored.submit,
-            )
-        with run.log.time_phase("reward"):
-            rewards = scored.results()  # what is still to be done: the step waits for it
-        drawn += len(prompts)
-        for i in range(0, len(rollouts), s.group_size):
-            group = slice(i, i + s.group_size)
-            same = s.resample and len({r.total for r in rewards[group]}) == 1
-            (idle if same else groups).append((rollouts[group], rewards[group]))
-        if len(groups) == wanted:
+    with unsharded(run.policy), dist.fail_together(), raise_on_signal():
+        if run.replay:
+            return Samples(*run.replay.step(step))
+        return sample_groups(run, step, cache)
+
+
+def sample_groups(run: Run, step: int, cache: KVCache | None) -> Samples:
+    """Sample the step's groups; with sampling.resample those that teach nothing are replaced.
+
+    A group whose rewards are all equal has no gradient. Other prompts are drawn in its place, that
+    many times (dynamic sampling: DAPO, arXiv 2503.14476, section 3.2). What is then still missing
+    is filled with the groups that teach nothing.
+    """
+    resample = run.cfg.sampling.resample
+    group_size = run.cfg.sampling.group_size
+    num_prompts = len(run.prompts(step))
+    groups: list[ScoredGroup] = []
+    spare_groups: list[ScoredGroup] = []
+    num_sampled_groups = 0
+    for turn in range(1 + resample):
+        prompts = run.prompts(step, turn)[: num_prompts - len(groups)]
+        rollouts, rewards = sample_once(run, step, prompts, cache)
+        num_sampled_groups += len(prompts)
+        for start in range(0, len(rollouts), group_size):
+            siblings = slice(start, start + group_size)
+            group = ScoredGroup(rollouts[siblings], rewards[siblings])
+            if resample and group.teaches_nothing():
+                spare_groups.append(group)
+            else:
+                groups.append(group)
+        if len(groups) == num_prompts:
             break
-    groups = [*groups, *idle][:wanted]
-    return (
-        [replace(r, group=g) for g, (mine, _) in enumerate(groups) for r in mine],
-        [r for _, mine in groups for r in mine],
-        drawn,
+    return join_groups([*groups, *spare_groups][:num_prompts], num_sampled_groups)
+
+
+def sample_once(
+    run: Run, step: int, prompts: list[Prompt], cache: KVCache | None
+) -> tuple[list[Rollout], list[Reward]]:
+    """Sample G completions of each prompt and score them.
+
+    The retriever works on groups that have ended while others are still being sampled.
+    """
+    sampling = run.cfg.sampling
+    async_rewards = AsyncRewards(run.train_scorer.score, run.scores_async)
+    with run.log.time_phase("sample"):
+        rollouts = generate(
+            run.policy,
+            prompts,
+            sampling.group_size,
+            sampling.temperature,
+            sampling.max_new_tokens,
+            run.stops,
+            run.draw_uniforms(step, prompts),
+            cache,
+            top_p=sampling.top_p,
+            room=run.get_kv_cache_budget(),
+            kernels=run.cfg.model.kernels,
+            done=async_rewards.submit,
+        )
+    with run.log.time_phase("reward"):
+        rewards = async_rewards.results()  # what is not scored yet: the step waits for it
+    return rollouts, rewards
+
+
+def join_groups(groups: list[ScoredGroup], num_sampled_groups: int) -> Samples:
+    """Join the groups and number them in their order."""
+    rollouts = []
+    rewards = []
+    for number, group in enumerate(groups):
+        rollouts += [replace(rollout, group=number) for rollout in group.rollouts]
+        rewards += group.rewards
+    return Samples(rollouts, rewards, num_sampled_groups)
+
+
+# --- From rewards to micro-batches ----------------------------------------------------------------
+
+
+def compute_kl_penalty(
+    reference: Sharded | None, unique: list[Rollout], rollouts: list[Rollout], cfg: Config
+) -> torch.Tensor:
+    """Compute the KL to the reference of each rollout, summed over its tokens.
+
+    Returns (R,), zeros without a reference.
+    """
+    if reference is None:
+        return torch.zeros(len(rollouts))
+    micro_batches = make_micro_batches(unique, cfg)
+    micro_batches = add_ref_logp(reference, micro_batches, cfg.sampling.temperature)
+    kl_by_unique = sum_kl_by_rollout(micro_batches, len(unique), cfg.loss.kl_estimator)  # (U,)
+    index_by_text = {(text.group, text.ids): index for index, text in enumerate(unique)}
+    indices = [index_by_text[rollout.group, rollout.ids] for rollout in rollouts]
+    return kl_by_unique[indices]
+
+
+def start_record(
+    run: Run,
+    step: int,
+    samples: Samples,
+    unique: list[Rollout],
+    first: list[int],
+    advantages: torch.Tensor,
+    divergence: torch.Tensor,
+) -> StepRecord:
+    """Begin the step's record; its micro-batches add their statistics as they are trained."""
+    token_values = None
+    if run.logs_tokens(step):
+        token_values = log_token_values(run.policy, run.reference, unique, run.cfg)
+    stats = []
+    if run.reference:
+        stats.append(dict(kl=divergence.sum().item()))
+    return StepRecord(
+        rollouts=samples.rollouts,
+        rewards=samples.rewards,
+        advantages=advantages.tolist(),
+        unique=unique,
+        first_index=first,
+        num_sampled_groups=samples.num_sampled_groups,
+        token_values=token_values,
+        stats=stats,
     )
+
+
+@torch.no_grad()
+def log_token_values(
+    policy: Sharded, reference: Sharded | None, unique: list[Rollout], cfg: Config
+) -> list[dict]:
+    """Compute per-token values of all texts of a step, untrained ones too, for rollouts.jsonl.gz.
+
+    They are those of the policy before the step's update.
+    """
+    temperature = cfg.sampling.temperature
+    micro_batches = add_ref_logp(reference, make_micro_batches(unique, cfg), temperature)
+    columns = []
+    for batch in micro_batches:
+        logp, entropy = compute_log_probs(policy, batch, temperature)  # (N,), (N,)
+        # Before the first optimizer step on it the old policy is the one being trained (DESIGN
+        # decision 2).
+        old_logp = batch.sampler_logp if cfg.train.replay else logp
+        columns.append(
+            dict(trainer_logp=logp, ref_logp=batch.ref_logp, old_logp=old_logp, entropy=entropy)
+        )
+    return collect_token_values(len(unique), micro_batches, columns)
+
+
+class PolicyUpdate(NamedTuple):
+    """The data of one optimizer step."""
+
+    denominator: int  # what the loss's average divides by: all ranks, all micro-batches
+    micro_batches: list[MicroBatch]
 
 
 def make_updates(
     policy: Sharded,
     reference: Sharded | None,
-    texts: list[Rollout],
-    adv: torch.Tensor,
+    unique: list[Rollout],
+    advantages: torch.Tensor,
     cfg: Config,
-    average: str,
-) -> list[tuple[float, list[MicroBatch]]]:
-    """(the loss's denominator, micro-batches) of each optimiser step on these rollouts; adv
-    (texts,). Equal shares of the prompts.
+    agg_mode: str,
+) -> list[PolicyUpdate]:
+    """Divide the rollouts into the micro-batches of train.inner_steps optimizer steps.
 
-    What the loss multiplies by 0 is left out: groups without variance, unless a KL in the loss
-    reaches them too.
+    Each optimizer step has an equal share of the prompts (PPO's mini-batches). What the loss
+    multiplies by 0 is left out: groups without variance, unless a KL in the loss reaches them too.
+
+    Args:
+        reference: where the KL is in the loss; else None.
+        advantages: (U,).
     """
-    groups = texts[-1].group + 1 if texts else 0
-    steps = cfg.train.inner_steps
-    made = []
-    for k in range(steps):
-        share = [i for i, r in enumerate(texts) if r.group * steps // groups == k]
-        [total] = dist.all_reduce_sum(
-            count_denominator([texts[i] for i in share], average, cfg.sampling.max_new_tokens)
+    num_groups = unique[-1].group + 1 if unique else 0
+    num_updates = cfg.train.inner_steps
+    temperature = cfg.sampling.temperature
+    updates = []
+    for number in range(num_updates):
+        share = [i for i, r in enumerate(unique) if r.group * num_updates // num_groups == number]
+        local_count = count_denominator(
+            [unique[i] for i in share], agg_mode, cfg.sampling.max_new_tokens
         )
-        trained = [i for i in share if adv[i] != 0 or reference]
-        batches = add_advantages(
-            add_ref_logp(
-                reference,
-                make_micro_batches([texts[i] for i in trained], cfg),
-                cfg.sampling.temperature,
-            ),
-            adv[trained],
-        )
+        [denominator] = dist.all_reduce_sum(local_count)
+
+        trained = [i for i in share if advantages[i] != 0 or reference]
+        micro_batches = make_micro_batches([unique[i] for i in trained], cfg)
+        micro_batches = add_ref_logp(reference, micro_batches, temperature)
+        micro_batches = add_advantages(micro_batches, advantages[trained])
         if cfg.train.replay:  # whoever wrote these texts, it was not this policy
-            batches = [replace(b, old_logp=b.sampler_logp) for b in batches]
-        elif steps > 1:
-            batches = add_old_logp(policy, batches, cfg.sampling.temperature)
-        made.append((max(1, total), batches))
-    return made
+            micro_batches = [replace(b, old_logp=b.sampler_logp) for b in micro_batches]
+        elif num_updates > 1:
+            micro_batches = add_old_logp(policy, micro_batches, temperature)
+        updates.append(PolicyUpdate(max(1, denominator), micro_batches))
+    return updates
 
 
-def make_micro_batches(texts: list[Rollout], cfg: Config) -> list[MicroBatch]:
-    """Packed by the token budget, as many on every rank."""
-    return pad_to_same_count(
-        pack_rollouts(texts, cfg.train.tokens_per_micro_batch, dist.device()), dist.device()
-    )
+def make_micro_batches(rollouts: list[Rollout], cfg: Config) -> list[MicroBatch]:
+    """Pack rollouts by the token budget, into as many micro-batches on every rank."""
+    micro_batches = pack_rollouts(rollouts, cfg.train.tokens_per_micro_batch, dist.device())
+    return pad_to_same_count(micro_batches, dist.device())
 
 
 @torch.no_grad()
 def add_ref_logp(
-    reference: Sharded | None, batches: list[MicroBatch], temperature: float
+    reference: Sharded | None, micro_batches: list[MicroBatch], temperature: float
 ) -> list[MicroBatch]:
-    """Adds ref_logp (N,), the frozen initial policy's; unchanged when there is none."""
-    return (
-        batches
-        if reference is None
-        else [replace(b, ref_logp=compute_log_probs(reference, b, temperature)[0]) for b in batches]
-    )
+    """Add ref_logp (N,), the frozen initial policy's; without one nothing changes."""
+    if reference is None:
+        return micro_batches
+    return [
+        replace(batch, ref_logp=compute_log_probs(reference, batch, temperature)[0])
+        for batch in micro_batches
+    ]
 
 
 @torch.no_grad()
 def add_old_logp(
-    policy: Sharded, batches: list[MicroBatch], temperature: float
+    policy: Sharded, micro_batches: list[MicroBatch], temperature: float
 ) -> list[MicroBatch]:
-    """Adds old_logp (N,), the policy's before the first of several optimiser steps."""
-    return [replace(b, old_logp=compute_log_probs(policy, b, temperature)[0]) for b in batches]
-
-
-def add_advantages(batches: list[MicroBatch], adv: torch.Tensor) -> list[MicroBatch]:
-    """Adds adv (N,): each token has its rollout's, an idle one 0. adv counts along the list that
-    was packed.
-    """
-    adv = torch.cat([adv, adv.new_zeros(1)])  # rollout -1
-    return [replace(b, advantages=adv.to(b.tokens.device)[b.rollout]) for b in batches]
-
-
-def compute_kl_penalty(
-    reference: Sharded | None, texts: list[Rollout], rollouts: list[Rollout], cfg: Config
-) -> torch.Tensor:
-    """The KL to the reference of each rollout, (R,): summed over its tokens; 0 without one."""
-    if reference is None:
-        return torch.zeros(len(rollouts))
-    summed = sum_kl_by_rollout(
-        add_ref_logp(reference, make_micro_batches(texts, cfg), cfg.sampling.temperature),
-        len(texts),
-        cfg.loss.kl_estimator,
-    )
-    place = {(r.group, r.ids): i for i, r in enumerate(texts)}
-    return summed[[place[r.group, r.ids] for r in rollouts]]
-
-
-@torch.no_grad()
-def log_token_values(
-    policy: Sharded, reference: Sharded | None, texts: list[Rollout], cfg: Config
-) -> list[dict]:
-    """Per-token values of all the step's texts before its update, untrained ones too, for
-    rollouts.jsonl.gz.
-    """
-    batches = add_ref_logp(reference, make_micro_batches(texts, cfg), cfg.sampling.temperature)
-    scored = [compute_log_probs(policy, batch, cfg.sampling.temperature) for batch in batches]
-    # before the first optimiser step on it the old policy is the one being trained (DESIGN decision
-    # 2)
-    columns = [
-        dict(
-            trainer_logp=logp,
-            ref_logp=b.ref_logp,
-            old_logp=b.sampler_logp if cfg.train.replay else logp,
-            entropy=entropy,
-        )
-        for b, (logp, entropy) in zip(batches, scored)
+    """Add old_logp (N,), the policy's before the first of several optimizer steps."""
+    return [
+        replace(batch, old_logp=compute_log_probs(policy, batch, temperature)[0])
+        for batch in micro_batches
     ]
-    return collect_token_values(len(texts), batches, columns)
+
+
+def add_advantages(micro_batches: list[MicroBatch], advantages: torch.Tensor) -> list[MicroBatch]:
+    """Add advantages (N,): each token has its rollout's, one of a padding batch 0.
+
+    `advantages` counts along the list that was packed.
+    """
+    # the last entry is for rollout -1
+    padded = torch.cat([advantages, advantages.new_zeros(1)])
+    return [
+        replace(batch, advantages=padded.to(batch.tokens.device)[batch.rollout])
+        for batch in micro_batches
+    ]
 
 
 if __name__ == "__main__":

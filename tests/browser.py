@@ -161,7 +161,8 @@ class Browser:
                 )
             elif method == "Runtime.consoleAPICalled":
                 found.append(
-                    f"console.{p['type']}: {[a.get('value', a.get('description')) for a in p['args']]}"
+                    f"console.{p['type']}: "
+                    f"{[a.get('value', a.get('description')) for a in p['args']]}"
                 )
             elif method == "Log.entryAdded":
                 found.append(f"{p['entry']['level']}: {p['entry']['text']}")

@@ -187,7 +187,7 @@ def accumulate(policy, reference, step: int, same: tuple, cfg: Config, group: in
     [(total, batches)] = make_updates(policy, reference, texts, adv[first], cfg, loss.agg_mode)
     sum_of_losses = 0.0
     for i, batch in enumerate(batches, 1):
-        policy.hold = cfg.train.reduce == "step" and i < len(batches)
+        policy.requires_gradient_sync = cfg.train.reduce != "step" or i == len(batches)
         value, *_ = compute_policy_loss(policy, batch, total, cfg.sampling.temperature, loss)
         value.backward()
         sum_of_losses += value.item()
@@ -241,7 +241,7 @@ def results(name: str, sharded: bool) -> dict[str, torch.Tensor]:
             for u in policy.units
             if take(u.shard) is not None
             for whole in [dist.start_all_gather(take(u.shard))()]
-            for w in u.flat.weights
+            for w in u.flat_param.weights
         }
 
     policy = model(1, case.frozen)
@@ -340,11 +340,10 @@ def gathered_bytes(name: str) -> tuple[int, int]:
         most = max(most, now)
         return begin(whole, *more, **kwargs)
 
-    sizes = [
-        sum(dist.world_size() * u.shard.nbytes for u in units) for units in policy.blocks[1:-1]
-    ]
+    blocks = policy.block_groups[1:-1]
+    sizes = [sum(dist.world_size() * u.shard.nbytes for u in groups) for groups in blocks]
     bound = sum(sorted(sizes)[-2:]) + sum(
-        dist.world_size() * u.shard.nbytes for u in policy.root_units
+        dist.world_size() * u.shard.nbytes for u in policy.root_groups
     )
     dist._all_gather = counted
     try:
@@ -398,7 +397,7 @@ def lesson(name: str) -> dict[str, torch.Tensor]:
     )
     loss = 0.0
     for i, batch in enumerate(batches, 1):
-        policy.hold = reduce == "step" and i < len(batches)
+        policy.requires_gradient_sync = reduce != "step" or i == len(batches)
         value, _ = compute_cross_entropy(
             policy, batch, total, 1.0, resolve_objective(CROSS_ENTROPY, ModelConfig(head=head))
         )
@@ -408,7 +407,7 @@ def lesson(name: str) -> dict[str, torch.Tensor]:
         f"grad {w.name}": w.view(whole)
         for u in policy.units
         for whole in [dist.start_all_gather(u.shard.grad)()]
-        for w in u.flat.weights
+        for w in u.flat_param.weights
     }
     return grads | dict(loss=torch.tensor(dist.all_reduce_sum(loss)[0], dtype=torch.float64))
 

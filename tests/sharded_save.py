@@ -54,7 +54,7 @@ def work(folder: Path, policy_folder: str) -> None:
         if t.ndim:
             unit = policy.get_submodule(name.split(".", 1)[1].removesuffix(".shard"))
             whole = dist.start_all_gather(t)()
-            moments |= {f"{name} {w.name}": w.view(whole).clone() for w in unit.flat.weights}
+            moments |= {f"{name} {w.name}": w.view(whole).clone() for w in unit.flat_param.weights}
         else:
             moments[name] = t
     if dist.rank() == 0:

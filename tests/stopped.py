@@ -18,7 +18,7 @@ from recr1.utils.interrupts import signal_handlers
 
 
 def at(what: str, act, patch=setattr) -> None:
-    """Patches the moment so that act(result) runs in its N-th call and gives what the call returns."""
+    """Patch the moment so that its N-th call returns act(result) in place of its result."""
     word, _, rest = what.partition("@")
     number, _, rank = rest.partition(":")
     if rank and os.environ.get("RANK", "0") != rank:

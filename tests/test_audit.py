@@ -17,7 +17,7 @@ from recr1.training.launch import run_guarded
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
-import audit
+import audit  # noqa: E402
 
 needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None,
@@ -30,14 +30,16 @@ needs_lm_eval = pytest.mark.skipif(
 
 def test_standard_error_of_a_mean_and_of_clusters():
     x = np.random.default_rng(0).integers(0, 2, 200).astype(float)
-    assert audit.stderr(x, np.ones(200)) == pytest.approx(x.std(ddof=1) / 200**0.5, rel=1e-12)
-    assert audit.stderr(np.array([1.0]), np.array([1.0])) is None
+    assert audit.compute_stderr(x, np.ones(200)) == pytest.approx(
+        x.std(ddof=1) / 200**0.5, rel=1e-12
+    )
+    assert audit.compute_stderr(np.array([1.0]), np.array([1.0])) is None
     rng = np.random.default_rng(1)
     weight = rng.integers(1, 4, 300).astype(float)  # IFEval: one to three instructions a prompt
     total = rng.binomial(weight.astype(int), rng.beta(1, 1, 300)).astype(float)
     draws = rng.integers(300, size=(20_000, 300))
     bootstrap = (total[draws].sum(1) / weight[draws].sum(1)).std()
-    assert audit.stderr(total, weight) == pytest.approx(bootstrap, rel=0.03)
+    assert audit.compute_stderr(total, weight) == pytest.approx(bootstrap, rel=0.03)
 
 
 def results(values: dict[str, list], key="acc,none", group=None) -> dict:
@@ -74,17 +76,17 @@ def results(values: dict[str, list], key="acc,none", group=None) -> dict:
 def test_the_difference_is_paired():
     before = [0.0, 1.0, 1.0, 0.0, 1.0]
     after = [1.0, 1.0, 1.0, 0.0, 0.0]
-    [row] = audit.compared(
+    [row] = audit.compare_scores(
         "t", ["t"], dict(before=results(dict(t=before)), after=results(dict(t=after)))
     )
     difference = np.array(after) - before
     assert (row["before"], row["after"], row["n"]) == (0.6, 0.6, 5) and row["difference"] == 0
     assert row["difference_stderr"] == pytest.approx(difference.std(ddof=1) / 5**0.5)
-    [same] = audit.compared(
+    [same] = audit.compare_scores(
         "t", ["t"], dict(before=results(dict(t=before)), after=results(dict(t=before)))
     )
     assert same["difference_stderr"] == 0  # two unpaired errors would say .35
-    [alone] = audit.compared("t", ["t"], dict(after=results(dict(t=after))))
+    [alone] = audit.compare_scores("t", ["t"], dict(after=results(dict(t=after))))
     assert "difference" not in alone and alone["stderr"] == pytest.approx(
         np.std(after, ddof=1) / 5**0.5
     )
@@ -92,7 +94,7 @@ def test_the_difference_is_paired():
 
 def test_a_group_is_all_of_its_documents():
     values = dict(a=[1.0, 0.0, 1.0], b=[0.0, 0.0, 0.0, 0.0, 1.0])
-    [row] = audit.compared("g", ["a", "b"], dict(after=results(values, group="g")))
+    [row] = audit.compare_scores("g", ["a", "b"], dict(after=results(values, group="g")))
     assert (
         row["n"] == 8
         and row["after"] == 3 / 8
@@ -101,7 +103,7 @@ def test_a_group_is_all_of_its_documents():
 
 
 def test_several_values_a_document_and_what_is_no_mean():
-    [row] = audit.compared(
+    [row] = audit.compare_scores(
         "t",
         ["t"],
         dict(after=results(dict(t=[[True, False], [True], [False, False, True]]), "inst,none")),
@@ -109,19 +111,20 @@ def test_several_values_a_document_and_what_is_no_mean():
     assert (
         row["n"] == 3
         and row["after"] == 0.5
-        and row["stderr"] == audit.stderr(np.array([1.0, 1.0, 1.0]), np.array([2.0, 1.0, 3.0]))
+        and row["stderr"]
+        == audit.compute_stderr(np.array([1.0, 1.0, 1.0]), np.array([2.0, 1.0, 3.0]))
     )
     strange = results(dict(t=[1.0, 2.0, 3.0]))
     strange["results"]["t"]["acc,none"] = 7.5  # a perplexity, say
-    [row] = audit.compared("t", ["t"], dict(before=strange, after=strange))
+    [row] = audit.compare_scores("t", ["t"], dict(before=strange, after=strange))
     assert row["stderr"] is None and row["difference_stderr"] is None and row["difference"] == 0
     for sample in strange["samples"]["t"]:
         sample["acc"] = ("text", 3)
-    assert audit.compared("t", ["t"], dict(after=strange))[0]["stderr"] is None
+    assert audit.compare_scores("t", ["t"], dict(after=strange))[0]["stderr"] is None
     other = results(dict(t=[1.0, 0.0]))
     other["samples"]["t"][0]["doc_hash"] = "another"
     with pytest.raises(ConfigError, match="same documents"):
-        audit.compared("t", ["t"], dict(before=results(dict(t=[1.0, 0.0])), after=other))
+        audit.compare_scores("t", ["t"], dict(before=results(dict(t=[1.0, 0.0])), after=other))
 
 
 # asking
@@ -132,20 +135,23 @@ def test_nothing_runs_code_unasked(monkeypatch, capsys):
     monkeypatch.setattr(audit.sys, "stdin", open("/dev/null"))
     with pytest.raises(
         ConfigError,
-        match="humaneval, mbpp run code that the model writes.*--confirm-unsafe-code.*--tasks ifeval,mmlu",
+        match="humaneval, mbpp run code that the model writes.*--confirm-unsafe-code.*--tasks "
+        "ifeval,mmlu",
     ):
-        audit.allow(["humaneval", "mbpp"], ["ifeval", "mbpp", "humaneval", "mmlu"], False)
+        audit.confirm_unsafe_code(
+            ["humaneval", "mbpp"], ["ifeval", "mbpp", "humaneval", "mmlu"], False
+        )
     monkeypatch.setattr(audit.sys, "stdin", type("Terminal", (), dict(isatty=lambda _: True))())
     for answer in ("", "y", "no", "YES"):
         monkeypatch.setattr("builtins.input", lambda _, answer=answer: answer)
         with pytest.raises(ConfigError, match="--confirm-unsafe-code"):
-            audit.allow(["mbpp"], ["mbpp"], False)
+            audit.confirm_unsafe_code(["mbpp"], ["mbpp"], False)
     assert "HF_ALLOW_CODE_EVAL" not in audit.os.environ
     monkeypatch.setattr("builtins.input", lambda _: "yes ")
-    audit.allow(["mbpp"], ["mbpp"], False)
+    audit.confirm_unsafe_code(["mbpp"], ["mbpp"], False)
     assert audit.os.environ.pop("HF_ALLOW_CODE_EVAL") == "1"
     monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked although confirmed"))
-    audit.allow(["mbpp"], ["mbpp"], True)
+    audit.confirm_unsafe_code(["mbpp"], ["mbpp"], True)
     assert audit.os.environ.pop("HF_ALLOW_CODE_EVAL") == "1"
 
 
@@ -380,7 +386,7 @@ def test_upstreams_five_tasks_are_in_lm_evals_index():
     from lm_eval.tasks import TaskManager
 
     index = TaskManager().task_index
-    leaves = {name: audit.leaf_tasks(index, name) for name in audit.TASKS.split(",")}
+    leaves = {name: audit.list_leaf_tasks(index, name) for name in audit.TASKS.split(",")}
     assert len(leaves["mmlu"]) == 57 and {
         name
         for name, found in leaves.items()

@@ -20,20 +20,24 @@ from recr1.training.launch import run_guarded
 
 FOLDER = Path(__file__).resolve().parents[1] / "experiments/baselines"
 sys.path.insert(0, str(FOLDER))
-import counts
-import run as baselines
-import sasrec
-import sequences
-from sequences import Query, Sequence
+import counts  # noqa: E402
+import run as baselines  # noqa: E402
+import sasrec  # noqa: E402
+import sequences  # noqa: E402
+from sequences import Query, Sequence  # noqa: E402
 
 
 def prepare(
-    folder: Path, users: dict[str, list[str]], length: int = 10, cold: dict[str, list[str]] = {}
+    folder: Path,
+    users: dict[str, list[str]],
+    length: int = 10,
+    cold: dict[str, list[str]] | None = None,
 ) -> str:
     """A folder as experiments/prepare/movielens.py writes it: windows over all items of a user but
     the last, which is the transductive test; `cold` users are the inductive one. A user is whole in
     the validation tenth or not at all.
     """
+    cold = cold or {}
     folder.mkdir(parents=True, exist_ok=True)
     items = sorted({item for row in (*users.values(), *cold.values()) for item in row})
     with gzip.open(folder / "corpus.jsonl.gz", "wt", encoding="utf-8") as file:
@@ -113,7 +117,7 @@ def test_windows_become_the_sequences_they_were_cut_from(tmp_path):
         user: rng.sample([f"i{i:03}" for i in range(200)], rng.choice([3, 9, 12, 40]))
         for user in (*TRAINED[:6], HELD[0])
     }
-    found = sequences.load(prepare(tmp_path / "s", users), "transductive")
+    found = sequences.load_data_set(prepare(tmp_path / "s", users), "transductive")
     for user, row in users.items():
         [sequence] = found.sequences[user]
         assert [found.items[i] for i in sequence.items] == row[:-1]
@@ -146,7 +150,7 @@ def test_validation_may_also_be_single_windows(tmp_path):
     lines[4]["id"] = new
     (folder / "train.queries.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "train.qrels.tsv").write_text(qrels.replace(f"{old}\t", f"{new}\t"))
-    [sequence] = sequences.load(str(folder), "transductive").sequences[TRAINED[0]]
+    [sequence] = sequences.load_data_set(str(folder), "transductive").sequences[TRAINED[0]]
     assert sequence.trained == [i != 5 for i in range(11)]  # window 4 of the user asks for item 5
 
 
@@ -161,17 +165,17 @@ def test_a_gap_begins_another_sequence(tmp_path):
     for name in ("queries.jsonl", "qrels.tsv"):
         lines = (folder / f"train.{name}").read_text().splitlines(keepends=True)
         (folder / f"train.{name}").write_text("".join(lines[:5] + lines[15:]))
-    found = sequences.load(str(folder), "transductive")
+    found = sequences.load_data_set(str(folder), "transductive")
     first, second = ([found.items[i] for i in s.items] for s in found.sequences[TRAINED[0]])
     assert first == [f"i{i}" for i in range(6)] and second == [f"i{i}" for i in range(13, 29)]
     query = next(query for query in found.test if query.user == TRAINED[0])
     assert (
         len(query.history) == 3
-        and [found.items[i] for i in sequences.longer(query, found.sequences, 50)] == second
+        and [found.items[i] for i in sequences.extend_history(query, found.sequences, 50)] == second
     )
     assert (
-        sequences.longer(query, found.sequences, 2) == query.history[-2:]
-        and sequences.longer(query, {}, 50) == query.history
+        sequences.extend_history(query, found.sequences, 2) == query.history[-2:]
+        and sequences.extend_history(query, {}, 50) == query.history
     )
 
 
@@ -215,19 +219,20 @@ def test_a_folder_that_is_not_there_or_has_no_validation(tmp_path, capsys):
 
 
 def test_popularity_and_what_is_not_ranked():
-    row = counts.popularity([5, 2, 2, 0])([[0], [1]], ["", ""])
+    row = counts.make_popularity([5, 2, 2, 0])([[0], [1]], ["", ""])
     assert (
         row.shape == (2, 4)
-        and baselines.best(row[0]).tolist() == [0, 1, 2]
+        and baselines.rank_items(row[0]).tolist() == [0, 1, 2]
         and (row[0] == row[1]).all()
     )
 
 
 def test_last_item_counts_what_followed():
     parts = [Sequence([0, 1, 2, 1, 2], [True] * 5), Sequence([0, 1, 3], [True, True, False])]
-    row = counts.last_item(parts, 5)([[4, 1], [2], [4]], [""] * 3)
+    row = counts.make_last_item(parts, 5)([[4, 1], [2], [4]], [""] * 3)
     assert row[0, 2] == 2 and row[0, 3] == -np.inf  # 1 -> 3 is validation's
-    assert baselines.best(row[1]).tolist() == [1] and baselines.best(row[2]).tolist() == []
+    assert baselines.rank_items(row[1]).tolist() == [1]
+    assert baselines.rank_items(row[2]).tolist() == []
 
 
 def test_item_knn_is_the_cosine_of_the_co_occurrence_matrix():
@@ -241,7 +246,7 @@ def test_item_knn_is_the_cosine_of_the_co_occurrence_matrix():
     cosine = x.T @ x / np.outer(norms, norms)
     np.fill_diagonal(cosine, 0)
     histories = [[0], [3, 5, 7], [2, 11, 2]]
-    got = counts.item_knn(parts, 12)(histories, [""] * 3)
+    got = counts.make_item_knn(parts, 12)(histories, [""] * 3)
     want = np.stack([cosine[sorted(set(history))].sum(0) for history in histories])
     assert (
         np.allclose(np.where(got == -np.inf, 0, got), want, atol=1e-6)
@@ -251,11 +256,11 @@ def test_item_knn_is_the_cosine_of_the_co_occurrence_matrix():
 
 def test_last_title_is_the_products_own_bm25():
     items = ["b", "a", "c"]
-    row = counts.last_title(items, ["red lamp shade", "red lamp", "blue chair"])(
+    row = counts.make_last_title(items, ["red lamp shade", "red lamp", "blue chair"])(
         [[0], [0]], ["red lamp", "chair"]
     )
-    assert [items[i] for i in baselines.best(row[0])] == ["a", "b"] and [
-        items[i] for i in baselines.best(row[1])
+    assert [items[i] for i in baselines.rank_items(row[0])] == ["a", "b"] and [
+        items[i] for i in baselines.rank_items(row[1])
     ] == ["c"]
 
 
@@ -266,7 +271,7 @@ def test_the_best_are_a_stable_sort_of_all():
         row = rng.integers(0, 40, n).astype(np.float32)
         row[rng.random(n) < 0.2] = -np.inf
         want = [int(i) for i in np.argsort(-row, kind="stable") if row[i] > -np.inf][:100]
-        assert baselines.best(row).tolist() == want
+        assert baselines.rank_items(row).tolist() == want
 
 
 # SASRec
@@ -314,7 +319,10 @@ def test_the_loss_is_torchs_cross_entropy():
     weight = torch.randn(21, 8, dtype=torch.float64)
     target = torch.randint(21, (50,))
     found = []
-    for loss in (sasrec.cross_entropy, lambda h, w, t: nn.functional.cross_entropy(h @ w.T, t)):
+    for loss in (
+        sasrec.compute_cross_entropy,
+        lambda h, w, t: nn.functional.cross_entropy(h @ w.T, t),
+    ):
         h = hidden.clone().requires_grad_()
         w = weight.clone().requires_grad_()
         value = loss(h, w, target)
@@ -334,7 +342,7 @@ def test_an_epoch_asks_for_every_trained_item_once():
     ]
     for _ in range(20):
         seen = []
-        for inputs, targets in sasrec.batches(rows, s, rng):
+        for inputs, targets in sasrec.iterate_batches(rows, s, rng):
             assert inputs.shape[1] <= 7
             for a, b in zip(inputs[targets >= 0].tolist(), targets[targets >= 0].tolist()):
                 assert b == a + 1
@@ -345,7 +353,7 @@ def test_an_epoch_asks_for_every_trained_item_once():
 def test_a_history_scores_the_same_alone_or_among_longer_ones():
     torch.manual_seed(0)
     model = sasrec.SASRec(9, sasrec.Settings(width=16, inner=16, length=5)).eval()
-    scores = sasrec.scorer(
+    scores = sasrec.make_scorer(
         model, {item: i for i, item in enumerate([3, 4, 5, 6, 7, 8, 9, 10, 11])}, 14
     )
     histories = [[3, 4, 5, 6, 7, 8, 9], [4], [0, 4, 13], [0, 13], [9, 11]]
@@ -362,7 +370,7 @@ def test_a_history_scores_the_same_alone_or_among_longer_ones():
 
 
 def fitted(ring, seed=0, **settings):
-    found = sequences.load(ring, "transductive")
+    found = sequences.load_data_set(ring, "transductive")
     flat = [s for user in found.sequences.values() for s in user]
     known = np.flatnonzero(np.array(found.counts) > 0)
     histories = [query.history for query in found.validation]
@@ -395,7 +403,7 @@ def test_training_is_seeded_and_stops_early(ring):
     )
     scores = iter([0.1, 0.3, 0.2, 0.3, 0.1, 0.9])
     kept = []
-    found = sequences.load(ring, "transductive")
+    found = sequences.load_data_set(ring, "transductive")
     flat = [s for user in found.sequences.values() for s in user]
     known = np.flatnonzero(np.array(found.counts) > 0)
 
@@ -474,11 +482,11 @@ def test_the_better_dropout_is_taken(ring, tmp_path, monkeypatch):
             [dict(epoch=1, loss=1.0, validation=1 - s.dropout)],
         ),
     )
-    found = sequences.load(ring, "transductive")
+    found = sequences.load_data_set(ring, "transductive")
     args = type(
         "Args", (), dict(history=10, remove_seen=False, seed=0, epochs=1, dropout=[0.5, 0.2, 0.4])
     )
-    scorer, fitted = baselines.tuned(found, [], args)
+    scorer, fitted = baselines.tune_sasrec(found, [], args)
     assert scorer == (0.2, 44) and fitted["settings"]["dropout"] == 0.2 and len(fitted["runs"]) == 3
 
 

@@ -368,7 +368,13 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     assert sorted(p.name for p in root.glob("step*")) == [f"step_{i:06d}" for i in (5, 6, 7, 8)]
 
 
-FULL = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); from recr1 import run, train; sys.exit(run.guarded(train.main, sys.argv[2:]))"
+FULL = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+from recr1 import train
+from recr1.training.launch import run_guarded
+sys.exit(run_guarded(train.main, sys.argv[2:]))
+"""
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     return config, folder / "run"
 
 
-# ------------------------------------------------------------------------------------------------------------ base
+# -------------------------------------------------------------------------------------------- base
 
 
 def test_a_base_lies_below_the_config(tmp_path):
@@ -68,7 +68,7 @@ def test_a_base_that_is_none_is_named(tmp_path, text, message):
         configs.load_config(str(tmp_path / "own.yaml"), [])
 
 
-# ----------------------------------------------------------------------------------------------------- cold starts
+# ------------------------------------------------------------------------------------- cold starts
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_cold_start_texts_are_answers_of_the_task(name, tmp_path, script):
             )
 
 
-# --------------------------------------------------------------------------------------- evaluation and the table
+# ------------------------------------------------------------------------ evaluation and the table
 
 
 def test_evaluate_gives_the_rows_that_the_run_wrote(run, tmp_path, script):
@@ -177,7 +177,7 @@ def test_table_is_of_the_rows_and_refuses_another_summary(
     assert "not finished" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------------- questions
+# --------------------------------------------------------------------------------------- questions
 
 
 def test_sparse_queries_have_no_target_near_the_top(run, tmp_path, script):
@@ -315,7 +315,7 @@ def test_thoughts_are_perturbed_and_the_rest_is_kept(run, tmp_path, script, monk
 
     setting = script("evaluate").Setting(configs.load_config(config, []), str(folder / "model"))
     own = {p.id: len(p.ids) for p in setting.test}
-    monkeypatch.setattr(perturb, "greedy", greedy)
+    monkeypatch.setattr(perturb, "generate_greedily", greedy)
     assert (
         run_guarded(
             perturb.main,

@@ -76,7 +76,7 @@ def ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeat, "GRACE_SECONDS", 0.05)
     held = []
 
-    def ranks(*others, own=dict(calls=7)):
+    def ranks(*others):
         for rank, (state, alive) in enumerate(others):
             held.append(heartbeat.Heartbeat(tmp_path, rank, len(others) + 1))
             held[-1].state |= (
@@ -86,7 +86,7 @@ def ranks(tmp_path, monkeypatch):
             if not alive:
                 os.close(held.pop().file)
         heartbeat.start_heartbeat(tmp_path, len(others), len(others) + 1)
-        heartbeat._heartbeat.state |= own
+        heartbeat._heartbeat.state["calls"] = 7
         return heartbeat.name_lost_ranks("Connection closed by peer")
 
     yield ranks
@@ -121,9 +121,9 @@ def test_who_is_named_and_by_whom(ranks, others, line):
 
 
 def test_two_ranks_gone_are_both_named(ranks):
-    assert (
-        ranks(({}, False), ({}, False))
-        == "rank 0 (pid 100, h) is gone; it was in phase reward of step 7; rank 1 (pid 101, h) is gone; it was in phase reward of step 7"
+    assert ranks(({}, False), ({}, False)) == (
+        "rank 0 (pid 100, h) is gone; it was in phase reward of step 7; "
+        "rank 1 (pid 101, h) is gone; it was in phase reward of step 7"
     )
 
 

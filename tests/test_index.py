@@ -307,8 +307,7 @@ def test_full_disk_leaves_the_old_index(tmp_path, corpus, monkeypatch):
 
 KILLED = """
 import os, signal, sys, numpy
-from recr1.retrieval.bm25 import load_or_build
-from recr1.retrieval.index import Index
+from recr1.retrieval.bm25.searcher import load_or_build_bm25
 save, left = numpy.save, [int(sys.argv[3])]
 def last(*a, **o):
     left[0] -= 1
@@ -316,7 +315,7 @@ def last(*a, **o):
         os.kill(os.getpid(), signal.SIGKILL)
     save(*a, **o)
 numpy.save = last
-load_or_build(sys.argv[1], sys.argv[2])
+load_or_build_bm25(sys.argv[1], sys.argv[2])
 """
 
 

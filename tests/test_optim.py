@@ -32,7 +32,7 @@ def test_equals_torchs_adamw_with_clipping_and_schedule(on_host):
         theirs.parameters(), lr=0.0, betas=(0.9, 0.95), eps=config.eps, weight_decay=0.1
     )
     rates = []
-    for step in range(6):
+    for _ in range(6):
         x = torch.randn(4, 5) * 3
         for model in (ours, theirs):
             model(x).square().sum().backward()
@@ -79,7 +79,7 @@ def test_muon_takes_the_matrices_of_the_blocks():
     model = torch.nn.ModuleDict(
         dict(embed=torch.nn.Embedding(4, 3), layers=torch.nn.ModuleList([torch.nn.Linear(3, 3)]))
     )
-    (_, adamw), (_, muon) = Optimizer(model, Config(kind="muon"), 1).parts
+    (_, adamw), (_, muon) = Optimizer(model, Config(kind="muon"), 1).optimizers
     names = {id(p): n for n, p in model.named_parameters()}
     assert [names[id(p)] for g in muon.param_groups for p in g["params"]] == ["layers.0.weight"]
     assert sorted(names[id(p)] for g in adamw.param_groups for p in g["params"]) == [

@@ -194,7 +194,8 @@ def test_kernels_folder_does_not_hide_hugging_faces():
     )
     code = (
         "from transformers import AutoModelForCausalLM, Qwen2Config\n"
-        "config = Qwen2Config(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)\n"
+        "config = Qwen2Config(vocab_size=32, hidden_size=16, intermediate_size=16, "
+        "num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)\n"
         "print(type(AutoModelForCausalLM.from_config(config)).__name__)"
     )
     assert python(code, ROOT) == "Qwen2ForCausalLM"
@@ -205,7 +206,8 @@ def test_set_up_installs_once_for_what_is_asked(tmp_path):
     python = tmp_path / "bin/python"
     python.parent.mkdir()
     python.write_text(
-        f'#!/bin/sh\nif [ "$2" = pip ]; then echo "$@" >>"{tmp_path}/asked"; else exec "{sys.executable}" "$@"; fi\n'
+        f'#!/bin/sh\nif [ "$2" = pip ]; then echo "$@" >>"{tmp_path}/asked"; '
+        f'else exec "{sys.executable}" "$@"; fi\n'
     )
     python.chmod(0o755)
     for extras, times in (("docs docs", 1), (" ", 1), ("dev dev docs fast", 2), (" ", 2)):

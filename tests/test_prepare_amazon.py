@@ -7,7 +7,7 @@ from preparing import corpus, counts, prepare, read, refused, write_csv, write_j
 
 from recr1.data.readers import is_validation
 
-# ---- Amazon-C4 ---------------------------------------------------------------------------------------------------------------------------------
+# ---- Amazon-C4 -----------------------------------------------------------------------------------
 
 C4_HEADER = ["qid", "query", "item_id", "user_id", "ori_rating", "ori_review"]
 SECRET = "the review, word for word,\nin two lines"
@@ -98,7 +98,7 @@ def test_c4_missing(c4, tmp_path, capsys):
     assert "test.csv: no such file; fetch https://huggingface.co/" in said
 
 
-# ---- All_Beauty ----------------------------------------------------------------------------------------------------------------------------------
+# ---- All_Beauty ----------------------------------------------------------------------------------
 
 BEAUTY_HEADER = ["user_id", "parent_asin", "rating", "timestamp", "history"]
 TEST_ROWS = [

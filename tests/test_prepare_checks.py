@@ -121,12 +121,12 @@ PEOPLE = [
 )
 def test_each_check(tmp_path, splits, key, why):
     docs = [dict(id=id, title=id) for id in "abcd"]
-    writing.write(tmp_path / "good", docs, good(), source=[], options={})
-    writing.write(
+    writing.write_data_set(tmp_path / "good", docs, good(), source=[], options={})
+    writing.write_data_set(
         tmp_path / "people", docs, people(), source=[], options={}, key=checks.by_interaction
     )
     with pytest.raises(checks.PrepareError) as e:
-        writing.write(tmp_path / "bad", docs, splits(), source=[], options={}, key=key)
+        writing.write_data_set(tmp_path / "bad", docs, splits(), source=[], options={}, key=key)
     assert why in str(e.value) and not (tmp_path / "bad/prepared.json").exists()
 
 
@@ -141,7 +141,9 @@ def test_each_check(tmp_path, splits, key, why):
 )
 def test_documents(tmp_path, doc, why):
     with pytest.raises(checks.PrepareError, match=why):
-        writing.write(tmp_path / "x", [dict(id="a", title="A"), doc], good(), source=[], options={})
+        writing.write_data_set(
+            tmp_path / "x", [dict(id="a", title="A"), doc], good(), source=[], options={}
+        )
 
 
 def test_inductive():
@@ -170,7 +172,7 @@ def test_repeats_are_left_out_of_train():
         row("y", "red shoe "),
         [("b", 1.0)],
     )
-    kept, left = checks.without_repeats(splits["train"], dict(test=splits["test"]))
+    kept, left = checks.drop_repeats(splits["train"], dict(test=splits["test"]))
     assert left == 2 and [r["id"] for r in kept.rows] == [TRAIN, VALIDATION]
 
 
@@ -188,7 +190,7 @@ def test_a_users_ids_stay_on_its_side():
 
 
 def test_clean():
-    clean = script("upstream").clean
+    clean = script("upstream").clean_product_text
     assert (
         clean('A 6&quot; <b>"pan"</b>\r\n\tfor  you &amp; me...') == "A 6 <b>pan</b> for you & me."
     )

@@ -182,7 +182,8 @@ def test_nobody_answers(server, fetch):
     server.server_close()
     with pytest.raises(
         download.PrepareError,
-        match="Connection refused.*behind a proxy set HTTPS_PROXY.*offline fetch it elsewhere and give its folder with --from",
+        match="Connection refused.*behind a proxy set HTTPS_PROXY.*offline fetch it elsewhere and "
+        "give its folder with --from",
     ):
         fetch()
 

@@ -135,7 +135,8 @@ def test_pools(out, users):
             assert seen == sorted(seen, reverse=True) and row["profile"] == row["text"]
             liked = sum(stars >= 4 for _, stars, _ in ratings[:cut])
             assert re.match(
-                rf"Has rated {cut} films since \d{{4}}-\d\d-\d\d, {liked} of them 4 stars or more\.",
+                rf"Has rated {cut} films since \d{{4}}-\d\d-\d\d, {liked} of them 4 stars or "
+                r"more\.",
                 row["profile"],
             )
     draws = [
@@ -162,7 +163,7 @@ def test_the_future_shows_in_nothing_but_targets_and_pools(users):
         user: ratings[:-10] + [r._replace(stars=4.5 if r.stars < 4 else 1.0) for r in ratings[-10:]]
         for user, ratings in some.items()
     }
-    (one, _), (other, _) = (movielens.lists(films, of, 1) for of in (some, swapped))
+    (one, _), (other, _) = (movielens.make_lists(films, of, 1) for of in (some, swapped))
     by_user = {row["user"]: row for row in other["test"].rows}
     both = [row for row in one["test"].rows if row["user"] in by_user]
     assert len(both) > 20 and one["train"].rows == other["train"].rows

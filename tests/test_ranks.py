@@ -87,7 +87,8 @@ def test_gradient_and_weights_are_those_of_one_plain_process(ours, case):
         for kind in ("grad", "weight")
     }
     print(
-        f"{case}: largest ||a-b||/||b|| of a gradient {worst['grad']:.1e}, of weights after 3 steps {worst['weight']:.1e}"
+        f"{case}: largest ||a-b||/||b|| of a gradient {worst['grad']:.1e}, "
+        f"of weights after 3 steps {worst['weight']:.1e}"
     )
     trained = {name.removeprefix("grad ") for name in want if name.startswith("grad")}
     still = {name.removeprefix("weight ") for name in want if name.startswith("weight")} - trained

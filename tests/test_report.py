@@ -169,7 +169,7 @@ def test_clipped_means_no_gradient(run, kind, adv, want):
         adv=adv,
     )
     values = dict(old_logp=[-1.0] * 3, trainer_logp=[-1 + np.log(r) for r in (0.5, 1.0, 2.0)])
-    found, of_text = rollouts.TokenView(config, None).clipped(row, values)
+    found, of_text = rollouts.TokenView(config, None).find_clipped(row, values)
     assert found == [bool(w) for w in want] and (
         of_text == pytest.approx(1.0) if kind == "gspo" else of_text is None
     )
@@ -181,11 +181,11 @@ def test_pieces_of_characters_spread_over_tokens(run):
     lens = rollouts.TokenView(load_config(str(run / "config.yaml"), []), tokenizer)
     ids = tokenizer("naïve 龍 café ユーザー")["input_ids"]
     for some in (ids, ids[:-1], ids[1:], ids[:1] + ids[-2:]):
-        assert "".join(lens.pieces(some)) == tokenizer.decode(some) and len(
-            lens.pieces(some)
+        assert "".join(lens.split_text(some)) == tokenizer.decode(some) and len(
+            lens.split_text(some)
         ) == len(some)
-    assert "" in lens.pieces(ids)
-    assert rollouts.TokenView(lens.config, None).pieces([3, 4]) == ["[3]", "[4]"]
+    assert "" in lens.split_text(ids)
+    assert rollouts.TokenView(lens.config, None).split_text([3, 4]) == ["[3]", "[4]"]
 
 
 def test_best_median_and_worst():
@@ -193,7 +193,7 @@ def test_best_median_and_worst():
     only where there are no others.
     """
     rows = [
-        (reward, adv, -i, count, 1, f"q{i}")
+        rollouts.TracedRollout(reward, adv, -i, count, 1, f"q{i}")
         for i, (reward, adv, count) in enumerate(
             [
                 (0.1, -1, 1),
@@ -207,7 +207,7 @@ def test_best_median_and_worst():
         )
     ]
     picked = rollouts.choose_rollouts(rows)
-    assert [(rank, row[5]) for rank, row in picked] == [
+    assert [(rank, row.prompt) for rank, row in picked] == [
         ("best", "q4"),
         ("best", "q3"),
         ("median", "q2"),
@@ -215,10 +215,9 @@ def test_best_median_and_worst():
         ("worst", "q0"),
         ("worst", "q1"),
     ]
-    assert (
-        rollouts.choose_rollouts([(0.8, 0, -1, 1, 1, "a")]) == [("best", (0.8, 0, -1, 1, 1, "a"))]
-        and rollouts.choose_rollouts([]) == []
-    )
+    alone = rollouts.TracedRollout(0.8, 0, -1, 1, 1, "a")
+    assert rollouts.choose_rollouts([alone]) == [("best", alone)]
+    assert rollouts.choose_rollouts([]) == []
 
 
 def test_what_a_rewrite_did():
@@ -399,7 +398,8 @@ def test_hostile_text_cannot_leave_its_place(hostile):
         and "\x1b" not in text
     )
     assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|fetch\(|XMLHttpRequest|https?://(?!www\.w3\.org/2000/svg)",
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new "
+        r"Function|fetch\(|XMLHttpRequest|https?://(?!www\.w3\.org/2000/svg)",
         text,
     )
     assert content(hostile / "report.html")["ranking"]["queries"][0]["raw"].endswith(EVIL)
@@ -410,7 +410,8 @@ def browser():
     path = installed()
     if path is None:
         pytest.skip(
-            "NOT TESTED: no browser on PATH; install chromium (apt-get install chromium) to have the report opened in one"
+            "NOT TESTED: no browser on PATH; install chromium (apt-get install chromium) to have "
+            "the report opened in one"
         )
     with Browser(path) as found:
         yield found
@@ -452,7 +453,8 @@ def test_a_browser_opens_it(run, browser):
         )
         light = browser.value("getComputedStyle(document.body).backgroundColor")
         browser.value(
-            f"[...document.querySelectorAll('header .choice button')].find((b) => b.textContent === '{'light' if dark else 'dark'}').click()"
+            "[...document.querySelectorAll('header .choice button')].find((b) => b.textContent "
+            f"=== '{'light' if dark else 'dark'}').click()"
         )
         assert browser.value("getComputedStyle(document.body).backgroundColor") != light
 
@@ -488,7 +490,8 @@ def test_the_keyboard_reaches_everything(run, browser):
     browser.value("document.querySelector('.tokens .token').focus()")
     press("ArrowRight")
     assert browser.value(
-        "document.activeElement === document.querySelectorAll('.tokens .token')[1] && document.activeElement.classList.contains('read')"
+        "document.activeElement === document.querySelectorAll('.tokens .token')[1] && "
+        "document.activeElement.classList.contains('read')"
     )
     assert browser.value("document.querySelector('.readout').innerText.includes('log p reference')")
     browser.value("document.querySelector('.queries button').focus()")

@@ -8,7 +8,7 @@ from math import log2
 
 import pytest
 import yaml
-from test_report import SECTIONS, content, opened  # noqa: F401: browser is a fixture
+from test_report import SECTIONS, browser, content, opened  # noqa: F401 (browser is a fixture)
 
 from recr1 import report
 from recr1.config.loader import load_config

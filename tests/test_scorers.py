@@ -43,11 +43,11 @@ def test_scorers_against_a_whole_sort(D, n, levels):
     weights = rng.integers(1, 4, len(terms)).astype(np.float32)
     for scorer, kind in (
         (numba_scorer.NumbaScorer(*arrays), np.float64),
-        (torch_scorer.TorchScorer(*arrays, at_once=2**22), np.float64),
-        (torch_scorer.TorchScorer(*arrays, at_once=0), np.float32),
+        (torch_scorer.TorchScorer(*arrays, max_sum_bytes=2**22), np.float64),
+        (torch_scorer.TorchScorer(*arrays, max_sum_bytes=0), np.float32),
     ):
         for k in {1, min(10, D), min(1000, D), D}:
-            rows, scores = scorer.top(terms, weights, starts, k)
+            rows, scores = scorer.find_top_k(terms, weights, starts, k)
             for q in range(5):
                 sums = np.zeros(D, kind)
                 for t, w in zip(

@@ -321,7 +321,7 @@ def test_make_policy_starts_from_nothing_and_learns(tmp_path, capsys):
         import make_policy
     finally:
         sys.path.pop(0)
-    model = make_policy.initialised(0)
+    model = make_policy.initialize_model(0)
     losses = make_policy.fit(
         model,
         lambda step: TEXTS,
@@ -329,5 +329,5 @@ def test_make_policy_starts_from_nothing_and_learns(tmp_path, capsys):
         OptimizerConfig(kind="muon", lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0),
         1024,
     )
-    want, _ = padded_cross_entropy(make_policy.initialised(0).double(), TEXTS, True)
+    want, _ = padded_cross_entropy(make_policy.initialize_model(0).double(), TEXTS, True)
     assert losses[0] == pytest.approx(want, rel=1e-5) and losses[-1] < 0.5 * losses[0]

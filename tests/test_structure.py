@@ -116,7 +116,8 @@ def test_nothing_imports_triton_or_transformers_at_import_time():
             )
             found = {"triton", "transformers"} & {name.split(".")[0] for name in names}
             assert not found, (
-                f"{path.relative_to(ROOT)}:{node.lineno} imports {found} at import time: import it in the function that needs it"
+                f"{path.relative_to(ROOT)}:{node.lineno} imports {found} at import time: "
+                "import it in the function that needs it"
             )
 
 

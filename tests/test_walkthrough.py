@@ -159,21 +159,23 @@ def test_cells_call_and_do_not_rebuild(kept):
     assert used >= {
         f"recr1.{name}"
         for name in (
-            "chat",
-            "hub",
-            "splits",
-            "checkpoint",
-            "sample",
-            "answers",
-            "retrieval.make",
-            "metrics",
-            "grpo",
-            "tasks.make",
-            "tasks.scoring",
-            "packing",
+            "data.chat_template",
+            "utils.hf_hub",
+            "tasks.prompts",
+            "training.load_model",
+            "sampling.generate",
+            "tasks.answer_parser",
+            "retrieval.factory",
+            "tasks.ranking_metrics",
+            "rl.advantages",
+            "rl.losses",
+            "rl.policy_loss",
+            "tasks.registry",
+            "tasks.scorer",
+            "rl.packing",
             "train",
-            "run",
-            "rewriter",
+            "training.launch",
+            "commands.rewrite",
         )
     }
 

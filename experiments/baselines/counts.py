@@ -1,9 +1,9 @@
-"""Baselines that only count: popularity, the last title as a BM25 query, what followed the last
-item, item-kNN.
+"""Recommend by counts alone: baselines of sequential recommendation.
 
-Each is a Scorer: histories (Q lists of item numbers) and texts (Q) -> scores (Q, D), higher is
-better; -inf: the method knows nothing about that item and does not rank it. Counts are over train
-without its validation tenth. Legend: D items, Q queries.
+They are popularity, the last title as a BM25 query, what followed the last item, and item-kNN. Each
+is a Scorer: histories (Q lists of item numbers) and texts (Q) -> scores (Q, D), higher is better;
+-inf: the method knows nothing about that item and does not rank it. Counts are over train without
+its validation tenth. Legend: D items, Q queries.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from recr1.retrieval.bm25.searcher import BM25Searcher
 Scorer = Callable[[list[list[int]], list[str]], np.ndarray]
 
 
-def popularity(counts: list[int]) -> Scorer:
-    """Interactions in train, the same for everybody."""
-    row = ranked_only(np.array(counts, np.float32))
+def make_popularity(counts: list[int]) -> Scorer:
+    """Score items by their interactions in train, the same for everybody."""
+    row = mask_unranked(np.array(counts, np.float32))
     return lambda histories, texts: np.tile(row, (len(histories), 1))
 
 
-def last_title(items: list[str], contents: list[str]) -> Scorer:
-    """BM25 with the last item's title as the query: what Rec-R1's raw baseline is for sequences."""
+def make_last_title(items: list[str], contents: list[str]) -> Scorer:
+    """Search by BM25 with the last item's title: what Rec-R1's raw baseline is for sequences."""
     index = BM25Searcher.build(items, contents)
     number = {id: n for n, id in enumerate(items)}
     rows = np.array([number[id] for id in index.doc_ids])
@@ -41,7 +41,7 @@ def last_title(items: list[str], contents: list[str]) -> Scorer:
     return scores
 
 
-def last_item(sequences: list[Sequence], n_items: int) -> Scorer:
+def make_last_item(sequences: list[Sequence], n_items: int) -> Scorer:
     """How often an item followed the last one directly in train: a Markov chain of first order (the
     MC of Rendle et al. 2010).
     """
@@ -50,12 +50,12 @@ def last_item(sequences: list[Sequence], n_items: int) -> Scorer:
     for a, b in pairs:
         follows.setdefault(a, np.zeros(n_items, np.float32))[b] += 1
     nothing = np.zeros(n_items, np.float32)
-    return lambda histories, texts: ranked_only(
+    return lambda histories, texts: mask_unranked(
         np.stack([follows.get(history[-1], nothing) for history in histories])
     )
 
 
-def item_knn(sequences: list[list[Sequence]], n_items: int) -> Scorer:
+def make_item_knn(sequences: list[list[Sequence]], n_items: int) -> Scorer:
     """Sum over the history of the cosine between items, each a 0/1 vector over the train users who
     have it (Sarwar et al. 2001); every neighbour counts.
 
@@ -88,11 +88,11 @@ def item_knn(sequences: list[list[Sequence]], n_items: int) -> Scorer:
                     )
                     both[item] = 0  # itself is no neighbour
                     out[q] += both * (norm * norm[item])
-        return ranked_only(out)
+        return mask_unranked(out)
 
     return scores
 
 
-def ranked_only(scores: np.ndarray) -> np.ndarray:
-    """-inf in place of 0: nothing speaks for that item."""
+def mask_unranked(scores: np.ndarray) -> np.ndarray:
+    """Replace 0 by -inf: nothing speaks for that item."""
     return np.where(scores > 0, scores, -np.inf).astype(np.float32)

@@ -1,13 +1,16 @@
-"""Baselines of sequential recommendation in one table: python experiments/baselines/run.py DIR
---setting transductive --out F.json
+"""Run the baselines of sequential recommendation and print one table.
+
+python experiments/baselines/run.py DIR --setting transductive --out F.json
 
 DIR holds a prepared sequential set (corpus, train, test_transductive, test_inductive). Every method
-ranks the whole catalogue, no sampled negatives:
+ranks the whole catalog, no sampled negatives:
 
-    popularity   interactions in train                      last title   the last item's title as a
-    BM25 query last item    what followed it in train (Markov chain)   item-kNN     cosine of
-    co-occurrence in train, summed over the history SASRec       Transformer, 2 x 64, full softmax;
-    dropout and when to stop chosen by NDCG@10 on the validation tenth of train (readers.is_validation)
+    popularity  interactions in train
+    last title  the last item's title as a BM25 query
+    last item   what followed it in train (Markov chain)
+    item-kNN    cosine of co-occurrence in train, summed over the history
+    SASRec      Transformer, 2 x 64, full softmax; dropout and when to stop chosen by NDCG@10 on the
+                validation tenth of train (readers.is_validation)
 
 All train on train without that tenth and see a user's last --history items, 10 by default: what the
 windows hold and a language model is shown. With 50 they see what else train holds of a test user,
@@ -58,6 +61,7 @@ MOST_VALIDATED = 2000
 
 
 def main(argv: list[str]) -> None:
+    """Run all methods, print the table and write the figures."""
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__.splitlines()[0])
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--setting", choices=("transductive", "inductive"), required=True)
@@ -78,7 +82,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument(
         "--dropout",
-        type=rates,
+        type=parse_rates,
         default="0.2,0.5",
         metavar="P,...",
         help="SASRec's, tried in turn; default 0.2,0.5",
@@ -89,9 +93,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=parse_natural, default=0)
     args = parser.parse_args(argv)
     start = time.monotonic()
-    found = sequences.load(args.folder, args.setting)
-    histories = [sequences.longer(query, found.sequences, args.history) for query in found.test]
-    methods, fitted = scorers(found, args)
+    found = sequences.load_data_set(args.folder, args.setting)
+    histories = [
+        sequences.extend_history(query, found.sequences, args.history) for query in found.test
+    ]
+    methods, fitted = make_scorers(found, args)
     values = {
         name: evaluate(scores, found.items, found.test, histories, args.remove_seen)
         for name, scores in methods.items()
@@ -109,14 +115,14 @@ def main(argv: list[str]) -> None:
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         wall_s=round(time.monotonic() - start, 1),
-        methods={name: summary(v) for name, v in values.items()},
+        methods={name: summarize(v) for name, v in values.items()},
         differences={
-            f"SASRec - {name}": summary({m: values["SASRec"][m] - v[m] for m in METRICS})
+            f"SASRec - {name}": summarize({m: values["SASRec"][m] - v[m] for m in METRICS})
             for name, v in values.items()
             if name != "SASRec"
         },
     )
-    print_rank0(table(result))
+    print_rank0(format_table(result))
     if args.out:
         rows = {
             query.id: {name: {m: float(v[m][i]) for m in METRICS} for name, v in values.items()}
@@ -125,7 +131,8 @@ def main(argv: list[str]) -> None:
         write_text(Path(args.out), json.dumps(result | dict(queries=rows)) + "\n")
 
 
-def rates(text: str) -> list[float]:
+def parse_rates(text: str) -> list[float]:
+    """Parse a list of dropout rates."""
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
@@ -137,43 +144,45 @@ def rates(text: str) -> list[float]:
     return found
 
 
-def scorers(found: sequences.Sequential, args) -> tuple[dict[str, counts.Scorer], dict]:
-    """{method: its scorer}, and how SASRec came about."""
+def make_scorers(found: sequences.Sequential, args) -> tuple[dict[str, counts.Scorer], dict]:
+    """Return {method: its scorer}, and how SASRec came about."""
     parts = list(found.sequences.values())
     flat = [sequence for user in parts for sequence in user]
     n = len(found.items)
-    neural, fitted = tuned(found, flat, args)
+    neural, fitted = tune_sasrec(found, flat, args)
     return dict(
         zip(
             METHODS,
             (
-                counts.popularity(found.counts),
-                counts.last_title(found.items, found.contents),
-                counts.last_item(flat, n),
-                counts.item_knn(parts, n),
+                counts.make_popularity(found.counts),
+                counts.make_last_title(found.items, found.contents),
+                counts.make_last_item(flat, n),
+                counts.make_item_knn(parts, n),
                 neural,
             ),
         )
     ), fitted
 
 
-def tuned(
+def tune_sasrec(
     found: sequences.Sequential, flat: list[sequences.Sequence], args
 ) -> tuple[counts.Scorer, dict]:
-    """SASRec with the dropout that is best on validation -> (scorer, {settings, epochs of every
-    run}).
+    """Train SASRec with each dropout and take the one that is best on validation.
+
+    Returns (scorer, {settings, epochs of every run}).
     """
     known = np.flatnonzero(np.array(found.counts) > 0)
     if not any(found.counts[item] for query in found.test for item in query.history):
         print_rank0(
-            "SASRec: not trained, because train has no item of the test's histories: it ranks nothing"
+            "SASRec: not trained, because train has no item of the test's histories: "
+            "it ranks nothing"
         )
         return lambda histories, texts: np.full(
             (len(histories), len(found.items)), -np.inf, np.float32
         ), dict(runs=[])
     chosen = found.validation[:: -(-len(found.validation) // MOST_VALIDATED)]
     # not longer than the window: the sequence goes on past it
-    histories = [sequences.longer(query, {}, args.history) for query in chosen]
+    histories = [sequences.extend_history(query, {}, args.history) for query in chosen]
 
     def validate(scorer: counts.Scorer) -> float:
         return float(
@@ -199,7 +208,8 @@ def tuned(
         )
         best = max(runs[-1][2], key=lambda row: row["validation"])
         print_rank0(
-            f"SASRec, dropout {dropout:g}: validation NDCG@10 {best['validation']:.4f} (n {len(chosen)}) after epoch {best['epoch']} of {len(runs[-1][2])}, "
+            f"SASRec, dropout {dropout:g}: validation NDCG@10 {best['validation']:.4f} (n "
+            f"{len(chosen)}) after epoch {best['epoch']} of {len(runs[-1][2])}, "
             f"loss {best['loss']:.3f}"
         )
     settings, scorer, log = max(runs, key=lambda run: max(row["validation"] for row in run[2]))
@@ -217,7 +227,7 @@ def evaluate(
     histories: list[list[int]],
     remove_seen: bool,
 ) -> dict[str, np.ndarray]:
-    """{metric: (Q,)} of the best DEPTH of the whole catalogue."""
+    """Return {metric: (Q,)} of the best DEPTH of the whole catalog."""
     values = {name: np.zeros(len(queries)) for name in METRICS}
     for start in range(0, len(queries), AT_ONCE):
         at = slice(start, start + AT_ONCE)
@@ -226,13 +236,13 @@ def evaluate(
             for row, history in zip(scores, histories[at]):
                 row[history] = -np.inf
         for i, (row, query) in enumerate(zip(scores, queries[at]), start):
-            ranked = [items[d] for d in best(row)]
+            ranked = [items[d] for d in rank_items(row)]
             for name, (metric, k) in METRICS.items():
                 values[name][i] = metric(ranked, query.gains, k)
     return values
 
 
-def best(row: np.ndarray) -> np.ndarray:
+def rank_items(row: np.ndarray) -> np.ndarray:
     """The DEPTH best item numbers of one row of scores (D,), equal ones by number, without those
     that are not ranked.
     """
@@ -242,14 +252,16 @@ def best(row: np.ndarray) -> np.ndarray:
     return top[np.argsort(-row[top], kind="stable")][:DEPTH]
 
 
-def summary(values: dict[str, np.ndarray]) -> dict:
+def summarize(values: dict[str, np.ndarray]) -> dict:
     return {name: dict(zip(("mean", "ci95"), compute_mean_ci(v))) for name, v in values.items()}
 
 
-def table(result: dict) -> str:
+def format_table(result: dict) -> str:
+    """Format a line for each method."""
     seen = "left out of the rankings" if result["remove_seen"] else "ranked like all others"
     lines = [
-        f"{result['setting']}: {result['n']} queries, full ranking of {result['items']:,} items, {result['known_items']:,} of them in train; "
+        f"{result['setting']}: {result['n']} queries, full ranking of {result['items']:,} items, "
+        f"{result['known_items']:,} of them in train; "
         f"the last {result['history']} items of a user are seen and {seen}"
     ]
     for title, rows, cell in (

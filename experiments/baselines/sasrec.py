@@ -1,11 +1,11 @@
-"""SASRec (Kang & McAuley 2018): a causal Transformer over a user's items that predicts the next
-one, in plain PyTorch.
+"""Define and train SASRec (Kang & McAuley 2018) in plain PyTorch.
 
-Two pre-norm blocks, width 64, two heads, inner width 256, learned positions, tied item embedding,
-at most 50 items: the sizes of RecBole's SASRec, which Rec-R1's own baselines vendor. The loss is
-cross-entropy over all train items (full softmax), not the paper's binary one against a sampled
-negative, which is known to be much weaker under full ranking (Klenitskiy & Vasilev 2023). Legend: B
-windows, L positions, C width, D items, K items that train has.
+It is a causal Transformer over a user's items that predicts the next one. Two pre-norm blocks,
+width 64, two heads, inner width 256, learned positions, tied item embedding, at most 50 items: the
+sizes of RecBole's SASRec, which Rec-R1's own baselines vendor. The loss is cross-entropy over all
+train items (full softmax), not the paper's binary one against a sampled negative, which is known to
+be much weaker under full ranking (Klenitskiy & Vasilev 2023). Legend: B windows, L positions, C
+width, D items, K items that train has.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Block(nn.Module):
         self.down = nn.Linear(s.inner, s.width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply causal attention and the MLP to x (B, L, C)."""
         B, L, C = x.shape
         # each (B, heads, L, C / heads)
         q, k, v = (
@@ -103,11 +104,9 @@ def fit(
     validate: Callable[[Scorer], float],
     title: str = "sasrec",
 ) -> tuple[Scorer, list[dict]]:
-    """Trains until `validate(scorer)` has not risen for `patience` epochs -> the scorer with the
-    weights of its best epoch, {epoch, loss, validation} by epoch.
+    """Train until `validate(scorer)` has not risen for `patience` epochs.
 
-    known (K,): the item numbers that train has. Other items cannot be learned: they are left out of
-    every history and never ranked.
+    Returns the scorer with the weights of the best epoch.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -119,16 +118,16 @@ def fit(
         for s in sequences
         if any(s.trained)
     ]
-    score = scorer(model, within, n_items)
+    score = make_scorer(model, within, n_items)
     log = []
     best = None
     bar = tqdm(range(1, settings.epochs + 1), desc=title, disable=None, leave=False)
     for epoch in bar:
         model.train()
         total = n = 0.0
-        for inputs, targets in batches(rows, settings, rng):
+        for inputs, targets in iterate_batches(rows, settings, rng):
             at = targets >= 0  # (B, L)
-            loss = cross_entropy(model(inputs)[at], model.item.weight, targets[at])
+            loss = compute_cross_entropy(model(inputs)[at], model.item.weight, targets[at])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -145,7 +144,9 @@ def fit(
     return score, log
 
 
-def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def compute_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
     """Mean of -log softmax(hidden @ weight.T)[target], by the product's head: the (N, K) logits are
     most of SASRec's time. hidden (N, C), weight (K, C).
     """
@@ -159,7 +160,7 @@ def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tens
     )[0]
 
 
-def batches(
+def iterate_batches(
     rows: list[list[tuple[int, bool]]], s: Settings, rng: np.random.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """One epoch: every sequence cut into windows of at most `length` predictions, from another
@@ -189,7 +190,7 @@ def batches(
             yield inputs, targets
 
 
-def scorer(model: SASRec, within: dict[int, int], n_items: int) -> Scorer:
+def make_scorer(model: SASRec, within: dict[int, int], n_items: int) -> Scorer:
     """What the model says of every item after each history. `within`: item number -> the model's. A
     history of unknown items only ranks nothing.
     """

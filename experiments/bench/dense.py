@@ -1,5 +1,6 @@
-"""Exact search and HNSW behind the retriever's interface, against faiss itself: python
-experiments/bench/dense.py [--threads 1]
+"""Compare exact search and HNSW behind the retriever's interface with faiss itself.
+
+python experiments/bench/dense.py [--threads 1]
 
 The hard set: 100,000 x 384, a Gaussian mixture in 192 dimensions (CENTRES centres, their spread
 SPREAD of the points' own) turned into 384, with noise, normalised; seeded. Queries come from the
@@ -46,7 +47,7 @@ BAR = 0.95
 
 
 class Lookup:
-    """In an encoder's place: the text "17" is the 17th vector."""
+    """Take an encoder's place: the text "17" is the 17th vector."""
 
     pooling = "none"
     max_length = 0
@@ -68,8 +69,8 @@ class Lookup:
             done(len(texts[start : start + 8192]))
 
 
-def mixture(n: int, seed: int) -> np.ndarray:
-    """n points (n, 384); the same mixture for every seed."""
+def draw_mixture(n: int, seed: int) -> np.ndarray:
+    """Draw n points (n, 384); the mixture is the same for every seed."""
     centres = SPREAD * np.random.default_rng(0).standard_normal((CENTRES, WIDTH // 2), np.float32)
     turn = np.random.default_rng(1).standard_normal((WIDTH // 2, WIDTH), np.float32) / np.float32(
         (WIDTH // 2) ** 0.5
@@ -83,6 +84,7 @@ def mixture(n: int, seed: int) -> np.ndarray:
 
 
 def main() -> None:
+    """Run the comparisons and print the bars."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -99,8 +101,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
     bars = []
-    vectors = mixture(args.documents, 2)
-    asked = mixture(3 * BATCH, 3)
+    vectors = draw_mixture(args.documents, 2)
+    asked = draw_mixture(3 * BATCH, 3)
     ids = [str(i) for i in range(args.documents)]
     queries = [str(args.documents + i) for i in range(len(asked))]
     encoder = Lookup(np.concatenate([vectors, asked]))
@@ -110,9 +112,10 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         ours = load_or_build_dense(encoder, ids, ids, folder)
-        ratio, rate, single = against_faiss(ours, vectors, asked, queries, args.pairs)
+        ratio, rate, single = compare_with_faiss(ours, vectors, asked, queries, args.pairs)
         print(
-            f"exact, {ours.description}: {rate:,.0f} queries/s in batches of {BATCH}, {single:,.0f} one by one; time over IndexFlatIP's own {ratio:.3f}"
+            f"exact, {ours.description}: {rate:,.0f} queries/s in batches of {BATCH}, "
+            f"{single:,.0f} one by one; time over IndexFlatIP's own {ratio:.3f}"
         )
         bars.append(
             dict(
@@ -123,15 +126,15 @@ def main() -> None:
             )
         )
         bars += [
-            *torch_on_cpu(vectors, asked, ours, queries),
-            *hnsw(folder, ids, encoder, ours, queries, args),
+            *check_torch_on_cpu(vectors, asked, ours, queries),
+            *measure_hnsw(folder, ids, encoder, ours, queries, args),
         ]
     if torch.cuda.is_available():
-        bars += on_gpu()
+        bars += measure_on_gpu()
     print(json.dumps({"bars": bars}))
 
 
-def against_faiss(
+def compare_with_faiss(
     ours: DenseSearcher, vectors: np.ndarray, asked: np.ndarray, queries: list[str], pairs: int
 ) -> tuple[float, float, float]:
     """Median over interleaved pairs of the ratio of times; our queries/s in batches and one by one.
@@ -151,16 +154,16 @@ def against_faiss(
             "ours": lambda: ours.search(queries[part], K),
         }
         took = {
-            name: timed(runs[name])
+            name: time_call(runs[name])
             for name in (sorted(runs) if i % 2 else sorted(runs, reverse=True))
         }
         ratios.append(took["ours"] / took["theirs"])
         times.append(took["ours"])
-    one = np.median([timed(lambda: ours.search([query], K)) for query in queries[:20]])
+    one = np.median([time_call(lambda: ours.search([query], K)) for query in queries[:20]])
     return float(np.median(ratios)), BATCH / float(np.median(times)), 1 / float(one)
 
 
-def torch_on_cpu(
+def check_torch_on_cpu(
     vectors: np.ndarray, asked: np.ndarray, ours: DenseSearcher, queries: list[str]
 ) -> list[dict]:
     """What a GPU without faiss-gpu runs, here on the CPU: it must rank the same."""
@@ -168,7 +171,9 @@ def torch_on_cpu(
     scores, _ = nearest(asked[:BATCH], K)
     off = float(np.abs(scores - ours.search(queries[:BATCH], K)[1]).max())
     print(
-        f"exact, torch (two-level top-k) on the CPU: {BATCH / timed(lambda: nearest(asked[:BATCH], K)):,.0f} queries/s in batches; scores off by {off:.1e}"
+        "exact, torch (two-level top-k) on the CPU: "
+        f"{BATCH / time_call(lambda: nearest(asked[:BATCH], K)):,.0f} queries/s in batches; "
+        f"scores off by {off:.1e}"
     )
     return [
         dict(
@@ -180,9 +185,10 @@ def torch_on_cpu(
     ]
 
 
-def hnsw(
+def measure_hnsw(
     folder: str, ids: list[str], encoder: Lookup, truth: DenseSearcher, queries: list[str], args
 ) -> list[dict]:
+    """Measure HNSW: recall and rates at each efSearch."""
     started = time.perf_counter()
     bars = []
     true = truth.search(queries, K)[0].tolist()
@@ -191,16 +197,23 @@ def hnsw(
         if not n:
             size = (Path(folder) / "hnsw/hnsw.faiss").stat().st_size / 2**20
             print(
-                f"HNSW, M {M}, efConstruction {EF_CONSTRUCTION}: built in {time.perf_counter() - started:.0f} s, {size:.0f} MiB with the vectors"
+                f"HNSW, M {M}, efConstruction {EF_CONSTRUCTION}: built in "
+                f"{time.perf_counter() - started:.0f} s, {size:.0f} MiB with the vectors"
             )
         found = graph.search(queries, K)[0].tolist()
         recall = float(np.mean([len(set(a) & set(b)) / K for a, b in zip(true, found)]))
         rate = BATCH / np.median(
-            [timed(lambda: graph.search(queries[i * BATCH : (i + 1) * BATCH], K)) for i in range(3)]
+            [
+                time_call(lambda: graph.search(queries[i * BATCH : (i + 1) * BATCH], K))
+                for i in range(3)
+            ]
         )
-        single = 1 / np.median([timed(lambda: graph.search([query], K)) for query in queries[:50]])
+        single = 1 / np.median(
+            [time_call(lambda: graph.search([query], K)) for query in queries[:50]]
+        )
         print(
-            f"  efSearch {ef:<5} recall@{K} {recall:.4f}   {rate:8,.0f} queries/s in batches, {single:7,.0f} one by one"
+            f"  efSearch {ef:<5} recall@{K} {recall:.4f}   {rate:8,.0f} queries/s in batches, "
+            f"{single:7,.0f} one by one"
         )
         if ef == RetrieverConfig.ef_search:
             bars.append(
@@ -214,23 +227,24 @@ def hnsw(
     return bars
 
 
-def on_gpu() -> list[dict]:
+def measure_on_gpu() -> list[dict]:
     """A batch over 1M documents on this GPU, top-1000: the transfer of queries and results
     included.
     """
     device = dist.device()
     bars = []
-    vectors = mixture(1_000_000, 2)
-    asked = mixture(BATCH, 3)
+    vectors = draw_mixture(1_000_000, 2)
+    asked = draw_mixture(BATCH, 3)
     searchers = {"torch": make_torch_search(vectors, device)}
     nearest, how = make_exact_search(vectors, device)
     if "faiss" in how:
         searchers["faiss"] = nearest
     for name, search in searchers.items():
         search(asked, 1000)
-        ms = 1000 * float(np.median([timed(lambda: search(asked, 1000)) for _ in range(10)]))
+        ms = 1000 * float(np.median([time_call(lambda: search(asked, 1000)) for _ in range(10)]))
         print(
-            f"exact, {name} on {torch.cuda.get_device_name()}, 1,000,000 documents, top-1000: {ms:.1f} ms per batch of {BATCH}"
+            f"exact, {name} on {torch.cuda.get_device_name()}, 1,000,000 documents, top-1000: "
+            f"{ms:.1f} ms per batch of {BATCH}"
         )
         bars.append(
             dict(
@@ -243,7 +257,8 @@ def on_gpu() -> list[dict]:
     return bars
 
 
-def timed(run) -> float:
+def time_call(run) -> float:
+    """Return the seconds of a call."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started

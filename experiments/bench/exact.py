@@ -1,5 +1,6 @@
-"""The log-prob gap between sampler and trainer, and what model.batch_invariant costs: python
-experiments/bench/exact.py [--steps 100] [--pairs 2] [a.b=value ...]
+"""Measure the log-prob gap between sampler and trainer, and what model.batch_invariant costs.
+
+python experiments/bench/exact.py [--steps 100] [--pairs 2] [a.b=value ...]
 
 Runs the quickstart as it is and with model.batch_invariant=true, each in a process of its own, in
 turn (off, on; on, off; ...), in a temporary folder. With `--runs OFF ON` two finished runs are read
@@ -22,7 +23,8 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def trained(folder: Path, invariant: bool, steps: int, overrides: list[str]) -> Path:
+def train_run(folder: Path, invariant: bool, steps: int, overrides: list[str]) -> Path:
+    """Train a run in a process of its own."""
     subprocess.run(
         [
             sys.executable,
@@ -43,6 +45,7 @@ def trained(folder: Path, invariant: bool, steps: int, overrides: list[str]) -> 
 
 
 def main() -> int:
+    """Compare the runs and print the bars."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--pairs", type=int, default=2)
@@ -54,7 +57,7 @@ def main() -> int:
         for pair in range(0 if args.runs else args.pairs):
             for on in (bool(pair % 2), not pair % 2):
                 runs[on].append(
-                    trained(Path(scratch) / f"{on}{pair}", on, args.steps, args.overrides)
+                    train_run(Path(scratch) / f"{on}{pair}", on, args.steps, args.overrides)
                 )
         if args.runs:
             runs = {False: [args.runs[0]], True: [args.runs[1]]}
@@ -71,9 +74,11 @@ def main() -> int:
             )
             word = "on" if on else "off"
             print(
-                f"batch_invariant {word:<3} {sum(map(len, rows)):>5} steps, {summaries[0]['threads']} threads, {seconds[on]:.3f} s a step; gap of the runs: "
+                f"batch_invariant {word:<3} {sum(map(len, rows)):>5} steps, "
+                f"{summaries[0]['threads']} threads, {seconds[on]:.3f} s a step; gap of the runs: "
                 + "; ".join(
-                    f"mean {s['logprob_gap_mean']:.1e}, p99.9 {s['logprob_gap_p999']:.1e}, max {s['max_logprob_gap']:.1e}"
+                    f"mean {s['logprob_gap_mean']:.1e}, p99.9 {s['logprob_gap_p999']:.1e}, "
+                    f"max {s['max_logprob_gap']:.1e}"
                     for s in summaries
                 )
             )

@@ -1,5 +1,6 @@
-"""Our sharding against torch's fully_shard: the same model, precision, batch and ranks; time,
-memory and traffic of a training step.
+"""Compare our sharding with torch's fully_shard: time, memory and traffic of a training step.
+
+Both have the same model, precision, batch and ranks.
 
 python experiments/bench/fsdp.py [--ranks 2] [--pairs 10] [--layers 12 --width 512 --vocabulary
 8192] [--rows 8 --length 128] [--compute float32]
@@ -45,6 +46,7 @@ SETTINGS = OptimizerConfig(lr=1e-3, clip_norm=1.0)
 
 
 def main() -> None:
+    """Start the ranks, or be one of them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,24 +84,28 @@ def main() -> None:
     torch.set_num_threads(1)
     with process_group():
         if args.alone:
-            return resident(args, *args.alone.split("+"))
-        bars = [bar for checkpointing in (False, True) for bar in compare(args, checkpointing)]
+            return measure_resident(args, *args.alone.split("+"))
+        bars = [
+            bar for checkpointing in (False, True) for bar in compare_sides(args, checkpointing)
+        ]
         if dist.rank() == 0:
             print(json.dumps({"bars": bars}))
 
 
-def resident(args, side: str, *checkpointing: str) -> None:
+def measure_resident(args, side: str, *checkpointing: str) -> None:
+    """Return the resident memory."""
     step = SIDES[side](args, bool(checkpointing))
     for i in range(3):
-        step(batch(args, i))
+        step(make_batch(args, i))
     most = dist.all_reduce_max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     if dist.rank() == 0:
         print(f"{args.alone:<27} resident {most / 1024:,.0f} MiB, the larger rank, 3 steps")
 
 
-def compare(args, checkpointing: bool) -> list[dict]:
+def compare_sides(args, checkpointing: bool) -> list[dict]:
+    """Take steps of both sides in turn and print the figures."""
     sides = {name: make(args, checkpointing) for name, make in SIDES.items()}
-    batches = [batch(args, step) for step in range(3)]
+    batches = [make_batch(args, step) for step in range(3)]
     seconds = {name: [] for name in sides}
     losses = {name: [] for name in sides}
     for step in range(2 + args.pairs):
@@ -110,8 +116,8 @@ def compare(args, checkpointing: bool) -> list[dict]:
             synchronize()
             if step >= 2:  # the first two warm up
                 seconds[name].append(time.perf_counter() - began)
-    figures = {name: measure(side, batches[0]) for name, side in sides.items()}
-    n = sum(p.numel() for p in Decoder(shape(args)).parameters())
+    figures = {name: measure_step(side, batches[0]) for name, side in sides.items()}
+    n = sum(p.numel() for p in Decoder(make_shape(args)).parameters())
     world = dist.world_size()
     pairs = sorted(a / b for a, b in zip(seconds["ours"], seconds["fully_shard"]))
     time_ratio = (
@@ -125,33 +131,38 @@ def compare(args, checkpointing: bool) -> list[dict]:
     title = "with checkpointing" if checkpointing else "without checkpointing"
     if dist.rank() == 0:
         print(
-            f"\n{title}: {world} ranks x {torch.get_num_threads()} threads, {dist.device().type}, {n / 1e6:.1f} M parameters, {args.rows} x {args.length} tokens per rank, "
+            f"\n{title}: {world} ranks x {torch.get_num_threads()} threads, {dist.device().type}, "
+            f"{n / 1e6:.1f} M parameters, {args.rows} x {args.length} tokens per rank, "
             f"{args.compute}, {args.pairs} pairs"
         )
         for name in sides:
             f = figures[name]
             median = torch.tensor(seconds[name]).median().item()
             print(
-                f"  {name:<12} {median:.3f} s/step (fastest {min(seconds[name]):.3f})   peak above step start {f['peak'] / 2**20:,.0f} MiB   "
-                f"state {f['state'] / 2**20:,.1f} MiB + gradient {f['gradient'] / 2**20:,.1f} MiB per rank   moved {f['moved'] / 2**20:,.0f} MiB per rank and step"
+                f"  {name:<12} {median:.3f} s/step (fastest {min(seconds[name]):.3f})   peak "
+                f"above step start {f['peak'] / 2**20:,.0f} MiB   "
+                f"state {f['state'] / 2**20:,.1f} MiB + gradient {f['gradient'] / 2**20:,.1f} MiB "
+                f"per rank   moved {f['moved'] / 2**20:,.0f} MiB per rank and step"
             )
         print(
-            f"  time ours / fully_shard {time_ratio:.3f} (pairs {pairs[0]:.3f} to {pairs[-1]:.3f})   peak {peak_ratio:.3f}   losses differ by at most {difference:.1e}"
+            f"  time ours / fully_shard {time_ratio:.3f} (pairs {pairs[0]:.3f} to "
+            f"{pairs[-1]:.3f})   peak {peak_ratio:.3f}   losses differ by at most {difference:.1e}"
         )
     mine = figures["ours"]["state"] + figures["ours"]["gradient"]
     return [
-        bar(f"step time over fully_shard, {title}", time_ratio, 1.03),
-        bar(f"peak over fully_shard, {title}", peak_ratio, 1.0),
-        bar(f"state bytes per rank over 16 N / W, {title}", mine / (16 * n / world), 1.02),
-        bar(f"losses differ (relative), {title}", difference, 1e-5),
+        make_bar(f"step time over fully_shard, {title}", time_ratio, 1.03),
+        make_bar(f"peak over fully_shard, {title}", peak_ratio, 1.0),
+        make_bar(f"state bytes per rank over 16 N / W, {title}", mine / (16 * n / world), 1.02),
+        make_bar(f"losses differ (relative), {title}", difference, 1e-5),
     ]
 
 
-def bar(name: str, value: float, most: float) -> dict:
+def make_bar(name: str, value: float, most: float) -> dict:
     return dict(name=name, value=value, bar=most, ok=value <= most)
 
 
-def shape(args) -> DecoderConfig:
+def make_shape(args) -> DecoderConfig:
+    """Return the model's shape."""
     heads = args.width // 64
     return DecoderConfig(
         family="llama",
@@ -170,17 +181,18 @@ def shape(args) -> DecoderConfig:
     )
 
 
-def decoder(args) -> Decoder:
+def make_decoder(args) -> Decoder:
+    """Return the model with seeded weights."""
     torch.manual_seed(0)
-    model = Decoder(shape(args))
-    for name, p in model.named_parameters():
+    model = Decoder(make_shape(args))
+    for p in model.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.02)
     return model
 
 
-def batch(args, step: int) -> MicroBatch:
-    """rows texts of a prompt of one token and `length` targets; each rank has its own."""
+def make_batch(args, step: int) -> MicroBatch:
+    """Make `rows` texts of a prompt of one token and `length` targets; each rank has its own."""
     g = torch.Generator().manual_seed(1000 * step + dist.rank())
     rollouts = []
     for row in range(args.rows):
@@ -194,16 +206,19 @@ def batch(args, step: int) -> MicroBatch:
     return made
 
 
-def loss_of(model, batch: MicroBatch) -> torch.Tensor:
+def compute_loss(model, batch: MicroBatch) -> torch.Tensor:
     logp, _ = compute_log_probs(model, batch, temperature=1.0)
     return -logp.sum() / (len(batch.target) * dist.world_size())
 
 
-def ours(args, checkpointing: bool):
-    """A function batch -> loss that takes a step; `.state` and `.gradient` list its tensors."""
-    state = dict(decoder(args).state_dict())
+def make_our_step(args, checkpointing: bool):
+    """Return a function batch -> loss that takes a step.
+
+    `.state` and `.gradient` list its tensors.
+    """
+    state = dict(make_decoder(args).state_dict())
     model = Sharded(
-        decoder(args),
+        make_decoder(args),
         state.__getitem__,
         device=dist.device(),
         compute=getattr(torch, args.compute),
@@ -212,7 +227,7 @@ def ours(args, checkpointing: bool):
     optimizer = Optimizer(model, SETTINGS, 10**9)
 
     def step(batch: MicroBatch) -> torch.Tensor:
-        loss = loss_of(model, batch)
+        loss = compute_loss(model, batch)
         loss.backward()
         step.gradient = sum(p.grad.nbytes for p in model.parameters())
         optimizer.step()
@@ -231,8 +246,9 @@ def ours(args, checkpointing: bool):
     return step
 
 
-def theirs(args, checkpointing: bool):
-    model = decoder(args).to(dist.device())
+def make_their_step(args, checkpointing: bool):
+    """Return the same for torch's fully_shard."""
+    model = make_decoder(args).to(dist.device())
     mixed = (
         MixedPrecisionPolicy(param_dtype=getattr(torch, args.compute), reduce_dtype=torch.float32)
         if args.compute != "float32"
@@ -258,7 +274,7 @@ def theirs(args, checkpointing: bool):
     )
 
     def step(batch: MicroBatch) -> torch.Tensor:
-        loss = loss_of(model, batch)
+        loss = compute_loss(model, batch)
         loss.backward()
         step.gradient = sum(p.grad.to_local().nbytes for p in params)
         torch.nn.utils.clip_grad_norm_(params, SETTINGS.clip_norm)
@@ -278,10 +294,10 @@ def theirs(args, checkpointing: bool):
     return step
 
 
-SIDES = {"ours": ours, "fully_shard": theirs}
+SIDES = {"ours": make_our_step, "fully_shard": make_their_step}
 
 
-def measure(step, batch: MicroBatch) -> dict[str, int]:
+def measure_step(step, batch: MicroBatch) -> dict[str, int]:
     """Peak above the step's start, state, gradient, and bytes that this rank receives in
     all-gathers and gives into reduce-scatters.
     """

@@ -1,5 +1,6 @@
-"""Head and loss on a GPU against the ways others do it: python experiments/bench/kernels.py
-[--tokens 4096 ...] [--models 0.5B 1.5B 3B]
+"""Compare head and loss on a GPU with the ways others do it.
+
+python experiments/bench/kernels.py [--tokens 4096 ...] [--models 0.5B 1.5B 3B]
 
 bf16, V = 151,936, forward and backward of -sum logp / N (`joined`: the clipped group loss from
 rewards). In turn in one process, median of 5, the peak of allocated memory over the inputs
@@ -13,13 +14,14 @@ mean nothing.
 EXPECTED, arithmetic and not measured: H100, 700 TF/s in products, 3.0 TB/s, ms at 8,192 tokens
 (kernels/logprob.py has the sums)
                                     0.5B  C = 896        1.5B  C = 1,536       3B  C = 2,048
-    one_shot                        15.0   (448 TF/s)    23.9   (481)          31.0   (494) joined,
-    all / none in L2        14.1 / 15.0          23.0 / 23.9           30.1 / 31.0 recompute
-    15.4   (580)         24.6   (622)          32.0   (638) memory over the inputs          0.29 GiB
-    of logits and the gradients; d_weight in float32 while it is summed (one_shot): 0.51 / 0.87 /
-    1.16 eager                           18.5 GiB; 9.6 / 16.4 / 21.8 of products and about 35 GB of
-    passes: 21 / 28 / 33 token kernel                    32 B a token, 0.9 of a copy's rate at 16 M
-    tokens
+    one_shot                        15.0   (448 TF/s)    23.9   (481)          31.0   (494)
+    joined, all / none in L2        14.1 / 15.0          23.0 / 23.9           30.1 / 31.0
+    recompute                       15.4   (580)         24.6   (622)          32.0   (638)
+    memory over the inputs          0.29 GiB of logits and the gradients; d_weight in float32 while
+                                    it is summed (one_shot): 0.51 / 0.87 / 1.16
+    eager                           18.5 GiB; 9.6 / 16.4 / 21.8 of products and about 35 GB of
+                                    passes: 21 / 28 / 33
+    token kernel                    32 B a token, 0.9 of a copy's rate at 16 M tokens
 """
 
 from __future__ import annotations
@@ -47,25 +49,30 @@ GROUP = 16
 
 
 class Case:
+    """Hold the inputs at one shape; each path is a method that leaves gradients in hidden.grad and
+    weight.grad.
+    """
+
     def __init__(self, N: int, C: int, V: int, device: str):
         g = torch.Generator(device).manual_seed(0)
-        made = lambda *shape, std=1.0: torch.empty(shape, device=device).normal_(
-            std=std, generator=g
-        )
+
+        def draw(*shape: int, std: float = 1.0) -> torch.Tensor:
+            return torch.empty(shape, device=device).normal_(std=std, generator=g)
+
         self.N = N
         self.C = C
         self.V = V
-        self.hidden = made(N, C).bfloat16().requires_grad_()
-        self.weight = made(V, C, std=C**-0.5).bfloat16().requires_grad_()
+        self.hidden = draw(N, C).bfloat16().requires_grad_()
+        self.weight = draw(V, C, std=C**-0.5).bfloat16().requires_grad_()
         self.target = torch.randint(V, (N,), device=device, generator=g)
         length = max(N // (4 * GROUP), 1)
         rollout = (torch.arange(N, device=device) // length).clamp(max=4 * GROUP - 1)
         logp = torch.full((N,), -float(torch.tensor(V).log()), device=device)
         self.group = dict(
-            rewards=made(4, GROUP),
+            rewards=draw(4, GROUP),
             rollout=rollout,
             weight=torch.ones(N, device=device),
-            sampler=logp + 0.1 * made(N),
+            sampler=logp + 0.1 * draw(N),
             total=float(N),
         )
 
@@ -131,7 +138,8 @@ OURS = ("one_shot", "joined", "recompute")
 NOT_DRY = ("compiled", "liger_cross_entropy", "cut_cross_entropy")
 
 
-def seconds(run, device: str) -> float:
+def time_call(run, device: str) -> float:
+    """Return the seconds of a call."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = perf_counter()
@@ -141,16 +149,16 @@ def seconds(run, device: str) -> float:
     return perf_counter() - start
 
 
-def measured(case: Case, path: str, device: str) -> tuple[float, float, int]:
-    """Seconds forward, seconds backward, peak bytes over the inputs."""
+def measure_path(case: Case, path: str, device: str) -> tuple[float, float, int]:
+    """Return seconds forward, seconds backward, peak bytes over the inputs."""
     case.hidden.grad = case.weight.grad = None
     before = 0
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     out = []
-    forward = seconds(lambda: out.append(getattr(case, path)()), device)
-    backward = seconds(lambda: out[0].backward(), device)
+    forward = time_call(lambda: out.append(getattr(case, path)()), device)
+    backward = time_call(lambda: out[0].backward(), device)
     return (
         forward,
         backward,
@@ -158,8 +166,8 @@ def measured(case: Case, path: str, device: str) -> tuple[float, float, int]:
     )
 
 
-def errors(paths: list[str], C: int, V: int, device: str) -> dict[str, list[float]]:
-    """Relative error of d_hidden and d_weight of the mean's paths against float64."""
+def compute_errors(paths: list[str], C: int, V: int, device: str) -> dict[str, list[float]]:
+    """Return the relative error of d_hidden and d_weight of the mean's paths against float64."""
     case = Case(512 if device == "cuda" else 8, C, V, device)
     exact = [x.detach().double().requires_grad_() for x in (case.hidden, case.weight)]
     logp = (exact[0] @ exact[1].T).log_softmax(-1).gather(-1, case.target[:, None])
@@ -167,7 +175,7 @@ def errors(paths: list[str], C: int, V: int, device: str) -> dict[str, list[floa
     found = {}
     for path in paths:
         if path != "joined":
-            measured(case, path, device)
+            measure_path(case, path, device)
             found[path] = [
                 ((x.grad.double() - y).norm() / y.norm()).item()
                 for x, y in zip((case.hidden, case.weight), want)
@@ -175,8 +183,8 @@ def errors(paths: list[str], C: int, V: int, device: str) -> dict[str, list[floa
     return found
 
 
-def usable(device: str, dry: bool) -> list[str]:
-    """The paths that can run here; what cannot is said."""
+def list_usable_paths(device: str, dry: bool) -> list[str]:
+    """Return the paths that can run here; print which cannot."""
     paths = []
     for path in FLOP:
         why = (
@@ -201,45 +209,48 @@ def usable(device: str, dry: bool) -> list[str]:
     return paths
 
 
-def table(paths, model, N, C, V, device, repeats) -> dict[str, dict]:
+def print_table(paths, model, N, C, V, device, repeats) -> dict[str, dict]:
+    """Measure all paths and print a line for each."""
     torch._dynamo.reset()  # after eight shapes `compiled` would run eagerly and not say so
     case = Case(N, C, V, device)
     runs = {path: [] for path in paths}
     left = list(paths)
-    for i in range(repeats + 1):  # the first round warms up
+    for _ in range(repeats + 1):  # the first round warms up
         for path in list(left):
             try:
-                runs[path].append(measured(case, path, device))
+                runs[path].append(measure_path(case, path, device))
             except torch.OutOfMemoryError:
                 print(f"{path}: skipped at {N:,} tokens of {model}, out of memory")
                 left.remove(path)
                 case.hidden.grad = case.weight.grad = None
                 torch.cuda.empty_cache()
     plain = median(
-        seconds(lambda: case.hidden.detach() @ case.weight.detach().T, device)
+        time_call(lambda: case.hidden.detach() @ case.weight.detach().T, device)
         for _ in range(repeats)
     )
     rate = 2 * N * C * V / plain / 1e12
     found = {}
-    wrong = errors(left, C, V, device)
+    wrong = compute_errors(left, C, V, device)
     print(f"\n{model}: {N:,} tokens, C = {C:,}, V = {V:,}; a plain matmul makes {rate:.4g} TF/s")
     print(
-        f"{'':<28}{'forward ms':>11}{'backward ms':>12}{'total ms':>10}{'peak GiB':>10}{'TF/s':>11}{'share':>7}   error d_hidden, d_weight"
+        f"{'':<28}{'forward ms':>11}{'backward ms':>12}{'total ms':>10}{'peak GiB':>10}"
+        f"{'TF/s':>11}{'share':>7}   error d_hidden, d_weight"
     )
     for path in left:
         forward, backward, peak = (median(r[i] for r in runs[path][1:]) for i in range(3))
         speed = FLOP[path] * N * C * V / (forward + backward) / 1e12
         found[path] = dict(ms=1e3 * (forward + backward), tflops=speed)
         print(
-            f"{path:<28}{1e3 * forward:11.2f}{1e3 * backward:12.2f}{1e3 * (forward + backward):10.2f}{peak / 2**30:10.2f}"
+            f"{path:<28}{1e3 * forward:11.2f}{1e3 * backward:12.2f}"
+            f"{1e3 * (forward + backward):10.2f}{peak / 2**30:10.2f}"
             f"{speed:11.4g}{speed / rate:7.2f}   "
             + ", ".join(f"{e:.1e}" for e in wrong.get(path, []))
         )
     return found
 
 
-def copy_share(N: int, device: str, repeats: int) -> float:
-    """The token kernel's rate over a copy's, by bytes."""
+def measure_copy_share(N: int, device: str, repeats: int) -> float:
+    """Return the token kernel's rate over a copy's, by bytes."""
     x = torch.randn(N, device=device)
     pull = GroupTokenLoss(
         LossRule(kl=0.1),
@@ -251,22 +262,30 @@ def copy_share(N: int, device: str, repeats: int) -> float:
         x + 0.1,
         x + 0.2,
     )
-    to = torch.empty_like(x)
-    run = lambda: pull(x, x, slice(0, N))
-    copy = lambda: to.copy_(x)
-    run(), copy()
-    ours, theirs = (median(seconds(f, device) for _ in range(repeats)) for f in (run, copy))
+    destination = torch.empty_like(x)
+
+    def run() -> None:
+        pull(x, x, slice(0, N))
+
+    def copy() -> None:
+        destination.copy_(x)
+
+    run()
+    copy()
+    ours, theirs = (median(time_call(f, device) for _ in range(repeats)) for f in (run, copy))
     print(
-        f"\ntoken kernel: {32 * N / ours / 1e9:.4g} GB/s, a copy: {8 * N / theirs / 1e9:.4g} GB/s, at {N:,} tokens"
+        f"\ntoken kernel: {32 * N / ours / 1e9:.4g} GB/s, a copy: "
+        f"{8 * N / theirs / 1e9:.4g} GB/s, at {N:,} tokens"
     )
     return 32 / ours / (8 / theirs)
 
 
-def bar(name: str, value: float, limit: float, ok: bool) -> dict:
+def make_bar(name: str, value: float, limit: float, ok: bool) -> dict:
     return dict(name=name, value=round(value, 4), bar=limit, ok=ok)
 
 
 def main() -> int:
+    """Run the shapes and print the bars."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(WIDTHS), choices=WIDTHS)
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 8192, 16_384, 65_536])
@@ -281,7 +300,7 @@ def main() -> int:
         f"torch {torch.__version__}, "
         + ("dry run: times mean nothing" if args.dry_run else torch.cuda.get_device_name())
     )
-    paths = usable(device, args.dry_run)
+    paths = list_usable_paths(device, args.dry_run)
     bars = []
     shapes = (
         [("dry", 40, 16, 301)]
@@ -289,11 +308,11 @@ def main() -> int:
         else [(m, N, WIDTHS[m], 151_936) for m in args.models for N in args.tokens]
     )
     for model, N, C, V in shapes:
-        found = table(paths, model, N, C, V, device, 1 if args.dry_run else args.repeats)
+        found = print_table(paths, model, N, C, V, device, 1 if args.dry_run else args.repeats)
         for path in OURS:
             if path in found and not args.dry_run:
                 bars.append(
-                    bar(
+                    make_bar(
                         f"{model} {N}: {path} TF/s",
                         found[path]["tflops"],
                         450,
@@ -301,7 +320,7 @@ def main() -> int:
                     )
                 )
                 bars += [
-                    bar(
+                    make_bar(
                         f"{model} {N}: {path} ms / {peer}",
                         found[path]["ms"] / found[peer]["ms"],
                         1,
@@ -311,11 +330,11 @@ def main() -> int:
                     if peer in found and N > 4096
                 ]
     if "joined" in paths:
-        share = copy_share(3000 if args.dry_run else 1 << 24, device, args.repeats)
+        share = measure_copy_share(3000 if args.dry_run else 1 << 24, device, args.repeats)
         if not args.dry_run:
-            bars.append(bar("token kernel / copy bandwidth", share, 0.8, share >= 0.8))
+            bars.append(make_bar("token kernel / copy bandwidth", share, 0.8, share >= 0.8))
     logits = logprob.WORKSPACE_BYTES["cuda"] / 2**30
-    bars.append(bar("workspace of logits, GiB", logits, 0.3, logits <= 0.3))
+    bars.append(make_bar("workspace of logits, GiB", logits, 0.3, logits <= 0.3))
     print(json.dumps({"bars": bars}))
     return 0 if all(b["ok"] for b in bars) else 1
 

@@ -1,4 +1,6 @@
-"""Head and loss on a CPU, time and memory: python experiments/bench/loss_memory.py [--repeats 5]
+"""Measure time and memory of head and loss on a CPU.
+
+python experiments/bench/loss_memory.py [--repeats 5]
 [--threads 2] [--shapes small large]
 
 One forward and backward of the clipped GRPO loss (dapo's token mean, no KL) from hidden states (N,
@@ -103,21 +105,23 @@ class Case:
         return time.perf_counter() - start
 
 
-def resident(field: str) -> int:
+def measure_resident(field: str) -> int:
+    """Return the resident memory in bytes."""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def memory(shape: str, path: str) -> int:
-    """In a fresh process: bytes by which one call at the shape raises the peak."""
+def measure_memory(shape: str, path: str) -> int:
+    """Return, in a fresh process, the bytes by which one call at the shape raises the peak."""
     Case(8, 16, 32).run(path)
     case = Case(*SHAPES[shape])
     Path("/proc/self/clear_refs").write_text("5")
-    before = resident("VmRSS")
+    before = measure_resident("VmRSS")
     case.run(path)
-    return resident("VmHWM") - before
+    return measure_resident("VmHWM") - before
 
 
-def times(shape: str, paths: list[str], repeats: int) -> dict[str, float]:
+def measure_times(shape: str, paths: list[str], repeats: int) -> dict[str, float]:
+    """Return the median seconds of each path, the paths in turn."""
     case = Case(*SHAPES[shape])
     seconds = {path: [] for path in paths}
     gradients = {}
@@ -134,6 +138,7 @@ def times(shape: str, paths: list[str], repeats: int) -> dict[str, float]:
 
 
 def main() -> int:
+    """Run the shapes and print the bars."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -147,7 +152,7 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.memory:
-        print(memory(*args.memory))
+        print(measure_memory(*args.memory))
         return 0
     bars = []
     for shape in args.shapes:
@@ -158,7 +163,7 @@ def main() -> int:
             except ImportError:
                 print("liger: skipped, the package liger-kernel is not installed")
                 paths.remove("liger")
-        seconds = times(shape, paths, args.repeats)
+        seconds = measure_times(shape, paths, args.repeats)
         command = [sys.executable, __file__, "--threads", str(args.threads), "--memory", shape]
         peak = {
             path: int(
@@ -176,21 +181,25 @@ def main() -> int:
             )
         for path, (time_bar, memory_bar) in BARS[shape].items():
             bars.append(
-                bar(f"{shape}: {path} time / naive", seconds[path] / seconds["naive"], time_bar)
+                make_bar(
+                    f"{shape}: {path} time / naive", seconds[path] / seconds["naive"], time_bar
+                )
             )
             if memory_bar:
                 bars.append(
-                    bar(f"{shape}: {path} memory / naive", peak[path] / peak["naive"], memory_bar)
+                    make_bar(
+                        f"{shape}: {path} memory / naive", peak[path] / peak["naive"], memory_bar
+                    )
                 )
             if "liger" in paths:
                 bars.append(
-                    bar(f"{shape}: {path} time / liger", seconds[path] / seconds["liger"], 0.5)
+                    make_bar(f"{shape}: {path} time / liger", seconds[path] / seconds["liger"], 0.5)
                 )
     print(json.dumps({"bars": bars}))
     return 0 if all(b["ok"] for b in bars) else 1
 
 
-def bar(name: str, value: float, limit: float) -> dict:
+def make_bar(name: str, value: float, limit: float) -> dict:
     return dict(name=name, value=round(value, 4), bar=limit, ok=value <= limit)
 
 

@@ -1,4 +1,6 @@
-"""Share of a GPU's peak that the training part of a step reaches: python experiments/bench/mfu.py
+"""Measure the share of a GPU's peak that the training part of a step reaches.
+
+python experiments/bench/mfu.py
 [--model Qwen/Qwen2.5-1.5B-Instruct] [--checkpointing]
 
 One process. Random weights in the model's shape, bf16 compute, float32 masters and AdamW; 32
@@ -42,6 +44,7 @@ PEAK = 989e12
 
 
 def main() -> None:
+    """Measure the step and print its share of the peak."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,18 +84,21 @@ def main() -> None:
         )
     elif not torch.cuda.is_available():
         parser.error("no GPU here; --dry-run shows that the bench works")
-    seconds, peak, batches = measure(shape, args)
-    useful, again = flops(shape, args)
+    seconds, peak, batches = measure_step(shape, args)
+    useful, again = count_flops(shape, args)
     mfu = useful / seconds / PEAK
     hfu = (useful + again * args.checkpointing) / seconds / PEAK
     rows = sum(len(b.tokens) for b in batches)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(
-        f"{name}, {args.model}{' in small' if args.dry_run else ''}: {args.prompts} x {args.group} rollouts of {args.prompt} + {args.completion}, {rows:,} tokens computed in "
+        f"{name}, {args.model}{' in small' if args.dry_run else ''}: "
+        f"{args.prompts} x {args.group} rollouts of {args.prompt} + {args.completion}, "
+        f"{rows:,} tokens computed in "
         f"{len(batches)} micro-batches, checkpointing {args.checkpointing}, kernels {args.kernels}"
     )
     print(
-        f"{seconds:.3f} s per step, {useful / seconds / 1e12:.1f} TF/s, MFU {mfu:.3f}, HFU {hfu:.3f}, peak {peak / 2**30:.2f} GiB"
+        f"{seconds:.3f} s per step, {useful / seconds / 1e12:.1f} TF/s, MFU {mfu:.3f}, "
+        f"HFU {hfu:.3f}, peak {peak / 2**30:.2f} GiB"
     )
     print(
         json.dumps(
@@ -110,8 +116,8 @@ def main() -> None:
     )
 
 
-def measure(shape: DecoderConfig, args) -> tuple[float, int, list]:
-    """Median seconds of a step, peak bytes, the micro-batches."""
+def measure_step(shape: DecoderConfig, args) -> tuple[float, int, list]:
+    """Return the median seconds of a step, the peak bytes, and the micro-batches."""
     device = dist.device()
     with torch.device("meta"):
         decoder = Decoder(shape)
@@ -135,7 +141,7 @@ def measure(shape: DecoderConfig, args) -> tuple[float, int, list]:
     cfg = replace(cfg, model=replace(cfg.model, kernels=args.kernels))
     loss = resolve_objective(cfg.loss, cfg.model)
     optimizer = Optimizer(policy, cfg.optimizer, 10**6)
-    texts = rollouts(shape.vocab_size, args)
+    texts = make_rollouts(shape.vocab_size, args)
     adv = torch.tensor([1.0, -1.0]).repeat(len(texts))[: len(texts)]
     seconds = []
     for _ in range(1 + args.repeats):
@@ -154,7 +160,8 @@ def measure(shape: DecoderConfig, args) -> tuple[float, int, list]:
     )
 
 
-def rollouts(vocabulary: int, args) -> list[Rollout]:
+def make_rollouts(vocabulary: int, args) -> list[Rollout]:
+    """Make rollouts of random tokens, all different."""
     g = torch.Generator().manual_seed(0)
 
     def ids(n):
@@ -169,8 +176,8 @@ def rollouts(vocabulary: int, args) -> list[Rollout]:
     ]
 
 
-def flops(c: DecoderConfig, args) -> tuple[float, float]:
-    """(FLOP of forward and backward, FLOP of computing the blocks' forward once more)."""
+def count_flops(c: DecoderConfig, args) -> tuple[float, float]:
+    """Return (FLOP of forward and backward, FLOP of computing the blocks' forward once more)."""
     heads = c.num_attention_heads * c.head_dim
     kv = c.num_key_value_heads * c.head_dim
     block = c.hidden_size * (2 * heads + 2 * kv + 3 * c.intermediate_size)  # weights in products

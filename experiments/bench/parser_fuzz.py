@@ -1,5 +1,6 @@
-"""python experiments/bench/parser_fuzz.py: hostile completions through the answer parser; the
-slowest one, and any that raised.
+"""Send hostile completions through the answer parser; print the slowest one, and any that raised.
+
+python experiments/bench/parser_fuzz.py
 
 The strings are those of tests/fuzz_answers.py. The last line is JSON; the exit status is 1 when a
 bar is missed.
@@ -21,6 +22,7 @@ BAR_MS = 50
 
 
 def main():
+    """Parse the strings and print the bars."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--n", type=int, default=10_000)
     options.add_argument("--seed", type=int, default=0)
@@ -44,7 +46,8 @@ def main():
     for outcome, count in outcomes.most_common():
         print(f"{count:6d} {outcome}")
     print(
-        f"slowest of {options.n}: {slowest:.2f} ms, for {size} characters (wall clock, one run each)"
+        f"slowest of {options.n}: {slowest:.2f} ms, for {size} characters (wall clock, "
+        "one run each)"
     )
     bars = [
         {

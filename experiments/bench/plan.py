@@ -1,4 +1,6 @@
-"""The memory plan against the memory that is used: python experiments/bench/plan.py [--cases NAME
+"""Compare the memory plan with the memory that is used.
+
+python experiments/bench/plan.py [--cases NAME
 ...] [--live PHASE]
 
 Each case is a fresh process (or torchrun's, of two ranks) on a CPU that runs a step by the
@@ -6,8 +8,8 @@ functions of the loop: prompts sampled to their full length, scored, trained on,
 greedy evaluation. Every allocation and release of torch's CPU allocator is an event of the profiler
 (torch.profiler, profile_memory), a library kernel's temporaries too; what is allocated less what is
 released, counted from before the model is made, is the memory that is live. A phase's figure is its
-largest, beside memory/estimate.py's prediction; of two ranks that of rank 0. The cache is emptied before
-the step: it then grows while Adam's moments are there, the worst case that the plan counts.
+largest, beside memory/estimate.py's prediction; of two ranks that of rank 0. The cache is emptied
+before the step: it then grows while Adam's moments are there, the worst case that the plan counts.
 
 Ends with one line of JSON: prediction / measured of the phases sampling and training, each within
 10% of 1. --live PHASE prints what is live at the phase's peak, by size and place of allocation,
@@ -91,7 +93,8 @@ QUICK = ["4x256 checkpointing", "4x256 vocabulary 32768 recompute, reference"]
 BARRED = ("sampling", "training")
 
 
-def case(name: str) -> tuple[Config, DecoderConfig, int]:
+def make_config(name: str) -> tuple[Config, DecoderConfig, int]:
+    """Return the config of a case."""
     sizes, groups, overrides, ranks = CASES[name]
     width = sizes["hidden_size"]
     shape = DecoderConfig(
@@ -127,8 +130,11 @@ def case(name: str) -> tuple[Config, DecoderConfig, int]:
     )
 
 
-def steps(cfg: Config, shape: DecoderConfig) -> None:
-    """Two steps of the loop, with random rewards; the first, of short texts, makes Adam's moments."""
+def run_steps(cfg: Config, shape: DecoderConfig) -> None:
+    """Run two steps of the loop, with random rewards.
+
+    The first, of short texts, makes Adam's moments.
+    """
     compute = dict(float32=torch.float32, bfloat16=torch.bfloat16)[cfg.model.compute]
     g = torch.Generator().manual_seed(0)
     s = cfg.sampling
@@ -184,7 +190,7 @@ def steps(cfg: Config, shape: DecoderConfig) -> None:
                 loss.agg_mode,
             )
             for i, batch in enumerate(batches, 1):
-                policy.hold = cfg.train.reduce == "step" and i < len(batches)
+                policy.requires_gradient_sync = cfg.train.reduce != "step" or i == len(batches)
                 value, logp, _ = compute_policy_loss(policy, batch, tokens, s.temperature, loss)
                 value.backward()
                 del value, logp  # the loop's next line binds them anew; here the phase ends
@@ -207,7 +213,7 @@ def measure(
     of allocation): bytes}.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        steps(cfg, shape)
+        run_steps(cfg, shape)
     events = []
     spans = []
 
@@ -244,10 +250,11 @@ def measure(
     return most, places
 
 
-def one(name: str, live: str | None) -> None:
+def run_case(name: str, live: str | None) -> None:
+    """Run one case and print what was measured beside the plan."""
     torch.set_num_threads(1)
     with process_group():
-        cfg, shape, _ = case(name)
+        cfg, shape, _ = make_config(name)
         most, places = measure(cfg, shape, live)
         if dist.rank() == 0:
             if live:
@@ -262,6 +269,7 @@ def one(name: str, live: str | None) -> None:
 
 
 def main() -> int:
+    """Run the cases, each in a fresh process, and print the bars."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--quick", action="store_true", help="the cases that the tests run")
@@ -269,12 +277,12 @@ def main() -> int:
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        one(args.one, args.live)
+        run_case(args.one, args.live)
         return 0
     bars = []
     print(f"torch {torch.__version__}; MB predicted / measured")
     for name in QUICK if args.quick else args.cases or CASES:
-        cfg, shape, ranks = case(name)
+        cfg, shape, ranks = make_config(name)
         launcher = (
             ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
             if ranks > 1
@@ -299,7 +307,8 @@ def main() -> int:
         print(
             f"{name:<60}"
             + "  ".join(
-                f"{p} {sum_bytes(phases[p]) / 1e6:.1f}/{measured[p] / 1e6:.1f}={sum_bytes(phases[p]) / measured[p]:.3f}"
+                f"{p} {sum_bytes(phases[p]) / 1e6:.1f}/{measured[p] / 1e6:.1f}"
+                f"={sum_bytes(phases[p]) / measured[p]:.3f}"
                 for p in measured
             ),
             flush=True,

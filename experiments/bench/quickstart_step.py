@@ -1,5 +1,6 @@
-"""Seconds per step of the quickstart: as it is, on two ranks of one thread, and with the
-recomputing head, in turn.
+"""Measure the seconds per step of the quickstart, in three variants, in turn.
+
+They are: as it is, on two ranks of one thread, and with the recomputing head.
 
 python experiments/bench/quickstart_step.py [STEPS] [ROUNDS]. A figure is the median of
 `seconds.step` over a run's steps but the first five; each round runs all variants, one after the
@@ -24,7 +25,8 @@ VARIANTS = {
 }
 
 
-def seconds(ranks: int, threads: int, overrides: tuple, steps: int) -> float:
+def measure_seconds(ranks: int, threads: int, overrides: tuple, steps: int) -> float:
+    """Run the quickstart and return the median seconds of a step."""
     with tempfile.TemporaryDirectory() as folder:
         launch = (
             ["-m", "recr1.train"]
@@ -71,14 +73,19 @@ def seconds(ranks: int, threads: int, overrides: tuple, steps: int) -> float:
 
 
 def main() -> None:
+    """Run all variants in turn and print their seconds."""
     steps, rounds = (int(x) for x in (sys.argv[1:] + ["60", "3"][len(sys.argv) - 1 :]))
-    rows = [{name: seconds(*how, steps) for name, how in VARIANTS.items()} for _ in range(rounds)]
+    rows = [
+        {name: measure_seconds(*how, steps) for name, how in VARIANTS.items()}
+        for _ in range(rounds)
+    ]
     base = next(iter(VARIANTS))
     bars = []
     for name in VARIANTS:
         ratio = float(np.median([row[base] / row[name] for row in rows]))
         print(
-            f"{name:<40} {np.median([row[name] for row in rows]):.3f} s per step {[f'{row[name]:.3f}' for row in rows]}, default / this {ratio:.2f}"
+            f"{name:<40} {np.median([row[name] for row in rows]):.3f} s per step "
+            f"{[f'{row[name]:.3f}' for row in rows]}, default / this {ratio:.2f}"
         )
         if name != base:
             bars.append(

@@ -1,5 +1,6 @@
-"""Size and opening time of the report of a run of 10,000 rollouts: python
-experiments/bench/report.py [--steps 157] [--tokens 512]
+"""Measure size and opening time of the report of a run of 10,000 rollouts.
+
+python experiments/bench/report.py [--steps 157] [--tokens 512]
 
 The run is made up: 64 rollouts per step, all distinct, all logged with their tokens; test queries
 and corpus are the bundled msrd's, searched by BM25 as they are and with a word repeated. Its page
@@ -26,29 +27,29 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from browser import Browser, installed  # noqa: E402
 
-from recr1 import report
-from recr1.config import loader as configs
-from recr1.config.schema import Config
-from recr1.data import readers
-from recr1.retrieval.factory import build_retriever
-from recr1.retrieval.interface import Retriever
-from recr1.tasks.ranking_metrics import compute_ndcg
-
-# noqa: E402
-# noqa: E402
-# noqa: E402
-# noqa: E402
+from recr1 import report  # noqa: E402
+from recr1.config import loader as configs  # noqa: E402
+from recr1.config.schema import Config  # noqa: E402
+from recr1.data import readers  # noqa: E402
+from recr1.retrieval.factory import build_retriever  # noqa: E402
+from recr1.retrieval.interface import Retriever  # noqa: E402
+from recr1.tasks.ranking_metrics import compute_ndcg  # noqa: E402
 
 PROMPTS = 8
 SIBLINGS = 8
 OPENED = """new Promise((done) => { const look = () => {
-  const n = performance.getEntriesByType("navigation")[0], p = performance.getEntriesByName("first-contentful-paint")[0];
-  n.loadEventEnd && p ? done(Math.max(n.loadEventEnd, p.startTime) / 1000) : requestAnimationFrame(look);
+  const navigation = performance.getEntriesByType("navigation")[0];
+  const paint = performance.getEntriesByName("first-contentful-paint")[0];
+  if (navigation.loadEventEnd && paint) {
+    done(Math.max(navigation.loadEventEnd, paint.startTime) / 1000);
+  } else {
+    requestAnimationFrame(look);
+  }
 }; look(); })"""
 
 
-def made_up(folder: Path, cfg: Config, retriever: Retriever, steps: int, tokens: int) -> None:
-    """A finished run's files."""
+def make_run(folder: Path, cfg: Config, retriever: Retriever, steps: int, tokens: int) -> None:
+    """Write the files of a finished run that is made up."""
     rnd = random.Random(0)
     train, test = (
         list(readers.read_queries(getattr(cfg.data, f"{split}_queries"))[0].items())
@@ -116,7 +117,8 @@ def made_up(folder: Path, cfg: Config, retriever: Retriever, steps: int, tokens:
                                 prompt=id,
                                 sibling=sibling,
                                 count=1,
-                                text=f'{thought}</think><answer>{{"query": "{text} {rnd.randrange(10**6)}"}}</answer>',
+                                text=f'{thought}</think><answer>{{"query": '
+                                f'"{text} {rnd.randrange(10**6)}"}}</answer>',
                                 finished=True,
                                 reward=reward,
                                 parts=dict(ndcg=reward),
@@ -140,6 +142,7 @@ def made_up(folder: Path, cfg: Config, retriever: Retriever, steps: int, tokens:
 
 
 def main() -> int:
+    """Write the page, open it in a browser and print the bars."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=157)
     parser.add_argument("--tokens", type=int, default=512)
@@ -167,13 +170,14 @@ def main() -> int:
             ],
         )
         retriever, _ = build_retriever(cfg.retriever)(cfg.data.corpus, "stop", None, print)
-        made_up(folder, cfg, retriever, args.steps, args.tokens)
+        make_run(folder, cfg, retriever, args.steps, args.tokens)
         start = time.perf_counter()
         cpu = time.process_time()
         page = report.write_report([str(folder)], retriever=retriever)
         rollouts = args.steps * PROMPTS * SIBLINGS
         print(
-            f"{rollouts:,} rollouts of {args.tokens} tokens, {(folder / 'rollouts.jsonl.gz').stat().st_size / 1e6:.0f} MB: written in "
+            f"{rollouts:,} rollouts of {args.tokens} tokens, "
+            f"{(folder / 'rollouts.jsonl.gz').stat().st_size / 1e6:.0f} MB: written in "
             f"{time.perf_counter() - start:.1f} s ({time.process_time() - cpu:.1f} s of CPU)"
         )
         with Browser(installed(), 600) as browser:
@@ -196,8 +200,10 @@ def main() -> int:
                 page.as_uri()
             }
         print(
-            f"page of {page.stat().st_size:,} bytes, opened in {', '.join(f'{s:.2f}' for s in seconds)} s "
-            f"({', '.join(f'{s:.2f}' for s in busy)} s of its main thread's CPU time); the browser reported {complaints or 'nothing'}"
+            f"page of {page.stat().st_size:,} bytes, opened in "
+            f"{', '.join(f'{s:.2f}' for s in seconds)} s "
+            f"({', '.join(f'{s:.2f}' for s in busy)} s of its main thread's CPU time); "
+            f"the browser reported {complaints or 'nothing'}"
         )
         bars = [
             dict(name=name, value=value, bar=bar, ok=value <= bar)

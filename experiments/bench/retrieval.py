@@ -1,5 +1,6 @@
-"""BM25: ours (torch, numba) beside bm25s (numba, numpy) and rank_bm25: python
-experiments/bench/retrieval.py [--documents 50000,200000,1000000] [--pairs 5]
+"""Compare our BM25 (torch, numba) with bm25s (numba, numpy) and rank_bm25.
+
+python experiments/bench/retrieval.py [--documents 50000,200000,1000000] [--pairs 5]
 
 Corpora: generated titles (zipf.py: Zipf-Mandelbrot with topics; no real million is at hand) and the
 two bundled catalogues. 384 queries of 10-40 distinct terms, top 1,000, k1 1.2, b .75, Lucene's
@@ -102,7 +103,8 @@ class Corpus:
         return [part.tolist() for part in np.split(self.tokens, np.cumsum(self.lengths)[:-1])]
 
 
-def generated(documents: int, queries: int) -> Corpus:
+def generate_corpus(documents: int, queries: int) -> Corpus:
+    """Return a generated corpus of n documents."""
     zipf = Zipf()
     tokens, lengths = zipf.corpus(documents)
     return Corpus(
@@ -114,7 +116,7 @@ def generated(documents: int, queries: int) -> Corpus:
     )
 
 
-def bundled(name: str, queries: int) -> Corpus:
+def read_bundled(name: str, queries: int) -> Corpus:
     """Queries: half of the terms from one document, half from the whole catalogue, as often as they
     stand there.
     """
@@ -250,13 +252,15 @@ class RankBm25:
         )
 
 
-def seconds(call, *args) -> float:
+def time_call(call, *args) -> float:
+    """Return the seconds of a call."""
     start = perf_counter()
     call(*args)
     return perf_counter() - start
 
 
-def rss(what: str) -> int:
+def measure_rss(what: str) -> int:
+    """Return the resident memory of this process."""
     return 1024 * int(
         next(
             line.split()[1]
@@ -266,10 +270,10 @@ def rss(what: str) -> int:
     )
 
 
-def grown(kind: str, folder: str, queries: list[list[int]], pipe, what: str = "Rss") -> None:
-    """In a fresh process: by how much loading and searching makes it grow. In step with others
-    where there are any.
-    """
+def measure_growth_here(
+    kind: str, folder: str, queries: list[list[int]], pipe, what: str = "Rss"
+) -> None:
+    """In a fresh process: return by how much loading and searching makes it grow."""
     if kind.startswith("bm25s"):
         warm = bm25s.BM25(backend=kind.split(", ")[1])
         warm.index([[0, 1], [1, 2]], show_progress=False)
@@ -278,7 +282,7 @@ def grown(kind: str, folder: str, queries: list[list[int]], pipe, what: str = "R
         BM25Searcher.build(["a"], ["a0"], scorer=kind.split(", ")[1]).search(["a0"], 1)
     pipe.send(None)
     pipe.recv()
-    before = rss(what)
+    before = measure_rss(what)
     if kind.startswith("bm25s"):
         model = bm25s.BM25.load(folder)
         model.retrieve(queries, k=min(DEPTH, model.scores["num_docs"]), show_progress=False)
@@ -287,21 +291,23 @@ def grown(kind: str, folder: str, queries: list[list[int]], pipe, what: str = "R
         model.rank([dict.fromkeys(query, 1) for query in queries], DEPTH)
     pipe.send(None)
     pipe.recv()
-    pipe.send(rss(what) - before)
+    pipe.send(measure_rss(what) - before)
     pipe.recv()
 
 
-def growth(
+def measure_growth(
     kind: str, folder: str, queries: list[list[int]], processes: int = 1, what: str = "Rss"
 ) -> int:
-    """Bytes, summed over the processes."""
+    """Return the bytes by which fresh processes grow, summed over them."""
     spawn = multiprocessing.get_context("spawn")
     pipes = []
     running = []
     said = []
     for _ in range(processes):
         here, there = spawn.Pipe()
-        running.append(spawn.Process(target=grown, args=(kind, folder, queries, there, what)))
+        running.append(
+            spawn.Process(target=measure_growth_here, args=(kind, folder, queries, there, what))
+        )
         running[-1].start()
         pipes.append(here)
     for _ in range(3):
@@ -313,8 +319,8 @@ def growth(
     return sum(said[-1])
 
 
-def measured(corpus: Corpus, pairs: int, slow: bool) -> tuple[dict[str, dict], Ours]:
-    """{engine: figures}, printed as rows of the table, and ours with numba."""
+def measure_engines(corpus: Corpus, pairs: int, slow: bool) -> tuple[dict[str, dict], Ours]:
+    """Return {engine: figures}, printed as rows of the table, and ours with numba."""
     sides = [
         Ours("torch", corpus),
         Ours("numba", corpus),
@@ -327,14 +333,17 @@ def measured(corpus: Corpus, pairs: int, slow: bool) -> tuple[dict[str, dict], O
         for side in sides:
             if turn < getattr(side, "build_turns", pairs):
                 side.prepare()
-                found[side.name]["index"].append(seconds(side.build))
+                found[side.name]["index"].append(time_call(side.build))
     for side in sides:
         side.ready()
         side.lists = None
     gc.collect()
+    postings_per_term = np.diff(sides[0].arrays[0])
+    touched = [sum(postings_per_term[query]) for query in corpus.queries[:CHECKED]]
     print(
-        f"{corpus.name}: {len(corpus.lengths):,} documents, {len(corpus.tokens):,} tokens, {len(corpus.terms):,} terms, {len(sides[0].arrays[1]):,} postings, "
-        f"{np.mean([sum(np.diff(sides[0].arrays[0])[query]) for query in corpus.queries[:CHECKED]]):,.0f} of them touched by a query"
+        f"{corpus.name}: {len(corpus.lengths):,} documents, {len(corpus.tokens):,} tokens, "
+        f"{len(corpus.terms):,} terms, {len(sides[0].arrays[1]):,} postings, "
+        f"{np.mean(touched):,.0f} of them touched by a query"
     )
     oracle = sides[3].model.retrieve(
         corpus.queries[:CHECKED],
@@ -361,7 +370,8 @@ def measured(corpus: Corpus, pairs: int, slow: bool) -> tuple[dict[str, dict], O
             for side in sides:
                 if turn < side.turns and not (key == "two" and side.turns == 1):
                     found[side.name][key].append(
-                        min(side.few, len(corpus.queries)) / seconds(side.search, side.few, threads)
+                        min(side.few, len(corpus.queries))
+                        / time_call(side.search, side.few, threads)
                     )
     for side in sides:
         figures = found[side.name]
@@ -377,17 +387,21 @@ def measured(corpus: Corpus, pairs: int, slow: bool) -> tuple[dict[str, dict], O
         if hasattr(side, "save"):
             with tempfile.TemporaryDirectory() as folder:
                 side.save(f"{folder}/index")
-                figures["MB"] = growth(side.name, f"{folder}/index", corpus.queries[:CHECKED]) / 1e6
+                figures["MB"] = (
+                    measure_growth(side.name, f"{folder}/index", corpus.queries[:CHECKED]) / 1e6
+                )
         found[side.name] = figures
         print(
-            f"{corpus.name:<20}{side.name:<20}{figures['index']:9.3f}{builds:4}{figures['bytes']:11.2f}{figures.get('MB', float('nan')):8.0f}{figures['one']:14.1f}"
-            f"{figures['two']:11.1f}{min(side.few, len(corpus.queries)):5} x {turns}{figures['top 10']:9.3f}{figures['top']:9.3f}",
+            f"{corpus.name:<20}{side.name:<20}{figures['index']:9.3f}{builds:4}"
+            f"{figures['bytes']:11.2f}{figures.get('MB', float('nan')):8.0f}{figures['one']:14.1f}"
+            f"{figures['two']:11.1f}{min(side.few, len(corpus.queries)):5} x "
+            f"{turns}{figures['top 10']:9.3f}{figures['top']:9.3f}",
             flush=True,
         )
     return found, sides[1]
 
 
-def reward_seconds(ours: Ours, pairs: int) -> float:
+def measure_reward(ours: Ours, pairs: int) -> float:
     """A step's reward: 384 sampled completions -> text -> query -> ranking -> NDCG@1000. Median
     over fresh batches, after one.
     """
@@ -396,7 +410,7 @@ def reward_seconds(ours: Ours, pairs: int) -> float:
     corpus = ours.corpus
     random = np.random.default_rng(1)
     times = []
-    for turn in range(pairs + 1):
+    for _ in range(pairs + 1):
         rollouts = []
         qrels = {}
         for q, query in enumerate(corpus.queries):
@@ -422,6 +436,7 @@ def reward_seconds(ours: Ours, pairs: int) -> float:
 
 
 def main() -> None:
+    """Run the corpora and print the bars."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--documents", default="50000,200000,1000000", help="sizes of generated corpora"
@@ -434,22 +449,27 @@ def main() -> None:
     pairs = 1 if args.dry_run else args.pairs
     print("  ".join(COLUMNS))
     for name in () if args.dry_run else ("msrd", "esci_small"):
-        measured(bundled(name, queries), pairs, True)
+        measure_engines(read_bundled(name, queries), pairs, True)
     for size in sizes:
-        figures, ours = measured(generated(size, queries), pairs, size <= 50_000)
+        figures, ours = measure_engines(generate_corpus(size, queries), pairs, size <= 50_000)
     name, theirs, (torch_, numba_) = (
         ours.corpus.name,
         figures["bm25s, numba"],
         (figures[f"ours, {scorer}"] for scorer in ("torch", "numba")),
     )
-    reward = reward_seconds(ours, pairs)
+    reward = measure_reward(ours, pairs)
     with tempfile.TemporaryDirectory() as folder:
         ours.save(f"{folder}/index")
         size = sum(path.stat().st_size for path in Path(folder, "index").iterdir())
-        shared = growth("ours, numba", f"{folder}/index", ours.corpus.queries[:CHECKED], 4, "Pss")
+        shared = measure_growth(
+            "ours, numba", f"{folder}/index", ours.corpus.queries[:CHECKED], 4, "Pss"
+        )
     print(
-        f"{name}: a reward of {queries} completions, 2 threads, {reward:.3f} s; four processes with one index of {size / 1e6:.0f} MB: PSS rises by {shared / 1e6:.0f} MB; "
-        f"index from token numbers, numpy: {theirs['index'] / torch_['index']:.1f}x bm25s numba's speed"
+        f"{name}: a reward of {queries} completions, 2 threads, {reward:.3f} s; "
+        f"four processes with one index of {size / 1e6:.0f} MB: "
+        f"PSS rises by {shared / 1e6:.0f} MB; "
+        f"index from token numbers, numpy: {theirs['index'] / torch_['index']:.1f}x bm25s numba's "
+        "speed"
     )
     bars = [
         ("numba / bm25s numba, 1 thread", numba_["one"] / theirs["one"], 1.5, 1),

@@ -1,4 +1,6 @@
-"""Our sampler against transformers' generate: python experiments/bench/sampler.py [--shape 4x256
+"""Compare our sampler with transformers' generate.
+
+python experiments/bench/sampler.py [--shape 4x256
 12x512] [--repeats 5] [--threads 2] [--table]
 
 The sides: generate.generate (its cache kept from call to call, as in training), and generate
@@ -45,7 +47,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from transformers import GenerationConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
-from twins import qwen2, twins
+from twins import make_qwen2_config, make_twins
 
 from recr1.data_types import Prompt
 from recr1.memory import measure as memory
@@ -85,7 +87,7 @@ class Work:
         ids = random.integers(vocabulary - 1, size=(self.prompts, self.prompt)).tolist()
         shape = self.prompts, self.group
         ends = (
-            lengths(random.standard_normal(shape), self.new)
+            draw_lengths(random.standard_normal(shape), self.new)
             if self.ragged
             else np.full(shape, self.new)
         )
@@ -98,12 +100,15 @@ class Work:
 class Batch:
     work: Work
     prompts: list[Prompt]
-    lengths: np.ndarray  # (P, G) tokens of each text
+    draw_lengths: np.ndarray  # (P, G) tokens of each text
     number: int
 
 
-def lengths(z: np.ndarray, most: int) -> np.ndarray:
-    """Whole log-normal lengths in 1..most of the standard normal draws z, their mean MEAN * most."""
+def draw_lengths(z: np.ndarray, most: int) -> np.ndarray:
+    """Return log-normal lengths in 1..most, integers, of the standard normal draws z.
+
+    Their mean is MEAN * most.
+    """
     low = 0.0
     high = float(np.log(most))
     for _ in range(50):
@@ -202,7 +207,7 @@ class Pair:
         self.dtype = dtype
         self.device = device
         self.title = f"{name} {str(dtype).removeprefix('torch.')}"
-        self.decoder, self.model = twins(config, dtype, device)
+        self.decoder, self.model = make_twins(config, dtype, device)
         self.sides = dict(
             ours=Ours(self.decoder),
             dynamic=Theirs(self.model, False),
@@ -212,7 +217,7 @@ class Pair:
     def seconds(self, work: Work, repeats: int) -> dict[str, list[float]]:
         found = {name: [] for name in self.sides}
         # ours grows its cache to this work's size; a GPU compiles
-        for name, side in self.sides.items():
+        for side in self.sides.values():
             side(work.batch(self.config.vocab_size, 0))
         for i in range(1, 1 + repeats):
             batch = work.batch(self.config.vocab_size, i)
@@ -223,7 +228,7 @@ class Pair:
                 self.synchronize()
                 found[name].append(perf_counter() - began)
                 if name == "ours":
-                    self.shared = computed(texts, work.group)
+                    self.shared = count_computed(texts, work.group)
         return found
 
     def measure(self, title: str, work: Work, repeats: int) -> SimpleNamespace:
@@ -264,7 +269,13 @@ class Pair:
         )
         with ProcessPoolExecutor(1, fresh) as process:
             return process.submit(
-                alone, self.name, self.config, self.dtype, side, work, torch.get_num_threads()
+                measure_alone,
+                self.name,
+                self.config,
+                self.dtype,
+                side,
+                work,
+                torch.get_num_threads(),
             ).result()
 
     def growth(self, side: str, work: Work) -> int:
@@ -276,7 +287,9 @@ class Pair:
         return memory.measure_peak() - before
 
     def greedy(self, work: Work) -> int:
-        """How many prompts' greedy texts differ from transformers' where the best token is clear."""
+        """Count the prompts whose greedy texts differ from transformers' where the best token is
+        clear.
+        """
         prompts = work.batch(self.config.vocab_size, 0).prompts
         differ = 0
         clear = 0
@@ -302,7 +315,8 @@ class Pair:
                 differ = differ + 1
                 clear = clear + (best - second > TIE)
         print(
-            f"{self.title:<16}greedy: {differ} of {len(prompts)} texts of {work.new} tokens differ from transformers', {clear} of them not at a tie"
+            f"{self.title:<16}greedy: {differ} of {len(prompts)} texts of {work.new} tokens "
+            f"differ from transformers', {clear} of them not at a tie"
         )
         return clear
 
@@ -311,7 +325,7 @@ class Pair:
             torch.cuda.synchronize()
 
 
-def computed(texts: list, group: int) -> float:
+def count_computed(texts: list, group: int) -> float:
     """Distinct beginnings of the texts of a group over tokens: the share of decode rows that a
     sampler with shared rows computes.
     """
@@ -322,7 +336,8 @@ def computed(texts: list, group: int) -> float:
 
 
 HEADER = (
-    f"{'':<42}{'texts, tokens per second':>27}{'ours over':>19}{'first token, ms':>27}{'peak, MiB':>27}\n"
+    f"{'':<42}{'texts, tokens per second':>27}{'ours over':>19}{'first token, ms':>27}"
+    f"{'peak, MiB':>27}\n"
     f"{'':<42}"
     + "     ours  dynamic   static"
     + f"{'faster theirs':>19}"
@@ -339,20 +354,20 @@ class Size:
 
 
 SIZES = {
-    "4x256": Size(qwen2(4, 256, 1024, 4, 8192), 2.0, 4.0),
-    "12x512": Size(qwen2(12, 512, 1536, 8, 8192), 1.4, 3.0),
+    "4x256": Size(make_qwen2_config(4, 256, 1024, 4, 8192), 2.0, 4.0),
+    "12x512": Size(make_qwen2_config(12, 512, 1536, 8, 8192), 1.4, 3.0),
 }
 # bars: tokens/s; over theirs
 GPU_SIZES = {"0.5B": (130_000, 6.0), "1.5B": (49_000, None), "3B": (29_000, None)}
-DRY = Size(qwen2(2, 32, 48, 4, 128), 0.0, 0.0)
+DRY = Size(make_qwen2_config(2, 32, 48, 4, 128), 0.0, 0.0)
 TINY = dict(prompts=3, group=2, prompt=8, new=8)
 
 
-def bar(name: str, value: float, least: float) -> dict:
+def make_bar(name: str, value: float, least: float) -> dict:
     return dict(name=name, value=round(value, 4), bar=least, ok=value >= least)
 
 
-def barred(name: str, size: Size, work: Work, repeats: int) -> list[dict]:
+def make_bars(name: str, size: Size, work: Work, repeats: int) -> list[dict]:
     bars = []
     for dtype in (FLOAT32, BFLOAT16):
         pair = Pair(name, size.config, dtype, "cpu")
@@ -367,7 +382,7 @@ def barred(name: str, size: Size, work: Work, repeats: int) -> list[dict]:
         if dtype == FLOAT32:
             clear = pair.greedy(work)
             bars += [
-                bar(
+                make_bar(
                     f"{name}: tokens per second over transformers generate, {how} lengths",
                     f.ratio,
                     least,
@@ -376,7 +391,8 @@ def barred(name: str, size: Size, work: Work, repeats: int) -> list[dict]:
             ]
             bars.append(
                 dict(
-                    name=f"{name}: greedy texts that differ from transformers' where its best token is clear",
+                    name=f"{name}: greedy texts that differ from transformers' where its best "
+                    "token is clear",
                     value=clear,
                     bar=0,
                     ok=clear == 0,
@@ -385,18 +401,21 @@ def barred(name: str, size: Size, work: Work, repeats: int) -> list[dict]:
     return bars
 
 
-def alone(
+def measure_alone(
     name: str, config: DecoderConfig, dtype: torch.dtype, side: str, work: Work, threads: int
 ) -> int:
-    """In a process of its own: the bytes by which its memory grows over the work."""
+    """In a process of its own: return the bytes by which its memory grows over the work."""
     torch.set_num_threads(threads)
     pair = Pair(name, config, dtype, "cpu")
     pair.sides[side](replace(work, new=4).batch(config.vocab_size, 1))
     return pair.growth(side, work)
 
 
-def table(name: str, size: Size, base: Work, repeats: int, dry: bool) -> None:
-    """Rows of the batch stay as many when the group's size changes."""
+def print_table(name: str, size: Size, base: Work, repeats: int, dry: bool) -> None:
+    """Vary one of group size, prompt and completion at a time.
+
+    The batch has as many texts when the group's size changes.
+    """
     pair = Pair(name, size.config, FLOAT32, "cpu")
     rows = base.prompts * base.group
     groups, more = ((2,), (8, 16)) if dry else ((1, 2, 4, 8, 16), (64, 128, 256, 512))
@@ -413,25 +432,27 @@ def table(name: str, size: Size, base: Work, repeats: int, dry: bool) -> None:
         )
 
 
-def on_gpu(name: str, work: Work, repeats: int, dry: bool) -> list[dict]:
+def measure_on_gpu(name: str, work: Work, repeats: int, dry: bool) -> list[dict]:
     shape = read_model_shape(f"Qwen/Qwen2.5-{name}-Instruct", str(ROOT / "experiments/any.yaml"))
     pair = Pair(name, DRY.config if dry else shape, BFLOAT16, "cpu" if dry else "cuda")
     f = pair.measure(f"{work.prompts} of {work.prompt} x {work.group} of {work.new}", work, repeats)
-    speed, copy, (least, over) = f.speed["ours"], copy_rate(pair.device), GPU_SIZES[name]
-    reached = [speed / roofline(shape, work, rate) for rate in (COPY, copy)]
+    speed, copy, (least, over) = f.speed["ours"], measure_copy_rate(pair.device), GPU_SIZES[name]
+    reached = [speed / compute_roofline(shape, work, rate) for rate in (COPY, copy)]
     print(
-        f"{'':<16}{reached[0]:.3f} of the serial roofline at {COPY / 1e12:.2f} TB/s, {reached[1]:.3f} at the {copy / 1e12:.2f} TB/s of a copy here"
+        f"{'':<16}{reached[0]:.3f} of the serial roofline at {COPY / 1e12:.2f} TB/s, "
+        f"{reached[1]:.3f} at the {copy / 1e12:.2f} TB/s of a copy here"
     )
     bars = [
-        bar(
-            f"Qwen2.5-{name}, {work.prompts} x {work.group}, {work.prompt} + {work.new}: tokens per second",
+        make_bar(
+            f"Qwen2.5-{name}, {work.prompts} x {work.group}, {work.prompt} + {work.new}: "
+            "tokens per second",
             speed,
             0 if dry else least,
         )
     ]
     if over:
         bars.append(
-            bar(
+            make_bar(
                 f"Qwen2.5-{name}: tokens per second over transformers generate",
                 f.ratio,
                 0 if dry else over,
@@ -440,7 +461,7 @@ def on_gpu(name: str, work: Work, repeats: int, dry: bool) -> list[dict]:
     return bars
 
 
-def roofline(c: DecoderConfig, work: Work, copy: float) -> float:
+def compute_roofline(c: DecoderConfig, work: Work, copy: float) -> float:
     """Tokens per second when each decode step first reads all, every row its whole context, and
     then multiplies, at the mean context, in bfloat16.
     """
@@ -458,8 +479,10 @@ def roofline(c: DecoderConfig, work: Work, copy: float) -> float:
     return rows / (read / copy + flop / PRODUCTS)
 
 
-def copy_rate(device: str) -> float:
-    """Bytes read and written per second by a copy of 1 GiB (a CPU: 16 MiB), the fastest of ten."""
+def measure_copy_rate(device: str) -> float:
+    """Return the bytes read and written per second by a copy of 1 GiB (a CPU: 16 MiB), the fastest
+    of ten.
+    """
     source = torch.ones(1 << (30 if device == "cuda" else 24), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = []
@@ -475,6 +498,7 @@ def copy_rate(device: str) -> float:
 
 
 def main() -> int:
+    """Run the shapes and print the bars."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -509,19 +533,20 @@ def main() -> int:
     repeats = args.repeats or (1 if args.dry_run else 2 if args.table or gpu else 5)
     torch.set_num_threads(args.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    print(
-        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else f'CPU, {args.threads} threads'}, torch {torch.__version__}, {repeats} repeats\n{HEADER}"
-    )
+    device_name = f"CPU, {args.threads} threads"
+    if torch.cuda.is_available():
+        device_name = torch.cuda.get_device_name()
+    print(f"{device_name}, torch {torch.__version__}, {repeats} repeats\n{HEADER}")
     bars = []
     tiny = Work(**TINY)
     for name in on_cpu:
         size, work = (DRY, tiny) if args.dry_run else (SIZES[name], Work())
         if args.table:
-            table(name, size, work, repeats, args.dry_run)
+            print_table(name, size, work, repeats, args.dry_run)
         else:
-            bars += barred(name, size, work, repeats)
+            bars += make_bars(name, size, work, repeats)
     for name in gpu:
-        bars += on_gpu(
+        bars += measure_on_gpu(
             name,
             tiny if args.dry_run else Work(prompts=32, group=12, prompt=256, new=512),
             repeats,

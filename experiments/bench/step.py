@@ -1,4 +1,6 @@
-"""One whole GRPO step against TRL's GRPOTrainer on a CPU: python experiments/bench/step.py [--shape
+"""Compare one whole GRPO step with TRL's GRPOTrainer on a CPU.
+
+python experiments/bench/step.py [--shape
 4x256|12x512|long|all] [--pairs N] [--threads 2]
 
 Both sides: the same Qwen2 (tied, V = 8,192, random weights) in float32, 8 prompts of 64 tokens x 8
@@ -43,7 +45,7 @@ try:
 except ImportError:
     sys.exit("step.py: the package trl is not installed: pip install trl")
 
-from twins import qwen2, twins
+from twins import make_qwen2_config, make_twins
 
 from recr1.config.schema import Config, LossConfig, SamplingConfig
 from recr1.data_types import Prompt, Reward, Rollout
@@ -129,11 +131,13 @@ class Clock:
         self.steps.append(dict(self.phases, rest=whole - sum(self.phases.values()), step=whole))
 
 
-def made(size: Size) -> tuple[Decoder, torch.nn.Module, PreTrainedTokenizerFast]:
+def make_models(size: Size) -> tuple[Decoder, torch.nn.Module, PreTrainedTokenizerFast]:
     """Our decoder and transformers' model with the same random weights, and a tokenizer whose
     tokens are words: w0, w1, ...
     """
-    decoder, model = twins(qwen2(size.layers, size.width, size.inner, size.heads, size.vocabulary))
+    decoder, model = make_twins(
+        make_qwen2_config(size.layers, size.width, size.inner, size.heads, size.vocabulary)
+    )
     core = Tokenizer(
         models.WordLevel(
             {f"w{i}": i for i in range(size.vocabulary)} | {"<stop>": size.vocabulary},
@@ -148,8 +152,8 @@ def made(size: Size) -> tuple[Decoder, torch.nn.Module, PreTrainedTokenizerFast]
     )
 
 
-def score(text: str) -> float:
-    """The reward of both: the share of even words."""
+def score_text(text: str) -> float:
+    """Return the reward of both sides: the share of even words."""
     words = text.split()
     return sum(int(word[1:]) % 2 == 0 for word in words) / len(words)
 
@@ -205,7 +209,7 @@ class Ours:
                 )
             with clock.phase("reward"):
                 rewards = [
-                    Reward(score(text))
+                    Reward(score_text(text))
                     for text in self.tokenizer.batch_decode([r.ids for r in rollouts])
                 ]
         done, norm = self.update(rollouts, rewards)
@@ -247,7 +251,7 @@ class Ours:
 
 
 class Theirs(TrainerCallback):
-    """trainer.train(), its steps and their phases timed, and one step of ours beside each of them."""
+    """Run trainer.train(), its steps and their phases timed, and a step of ours beside each."""
 
     def __init__(
         self, size: Size, model, tokenizer, ours: Ours, texts: list[list[str]], folder: str
@@ -315,7 +319,7 @@ class Theirs(TrainerCallback):
 
     def reward(self, prompts: list[str], completions: list[str], **_) -> list[float]:
         self.asked = prompts
-        self.rewards = [score(text) for text in completions]
+        self.rewards = [score_text(text) for text in completions]
         return self.rewards
 
     def on_step_begin(self, args, state, control, **_):
@@ -352,10 +356,13 @@ class Theirs(TrainerCallback):
             self.ours.step(number, self.texts[number])
 
 
-def same_gradient(
+def compare_gradients(
     ours: Ours, prompts: list[list[int]], completions: list[list[int]], norm: float
 ) -> float:
-    """The relative difference of gradient norms: ours, untrained, on the texts of TRL's first step."""
+    """Return the relative difference of gradient norms on the texts of TRL's first step.
+
+    Ours is of an untrained model.
+    """
     # TRL shuffles them
     group = ours.cfg.sampling.group_size
     together = sorted(zip(prompts, completions))
@@ -373,12 +380,16 @@ def same_gradient(
     ours.clock.begin()
     _, mine = ours.update(
         rollouts,
-        [Reward(score(text)) for text in ours.tokenizer.batch_decode([r.ids for r in rollouts])],
+        [
+            Reward(score_text(text))
+            for text in ours.tokenizer.batch_decode([r.ids for r in rollouts])
+        ],
     )
     return abs(mine / norm - 1)
 
 
-def measured(name: str, size: Size, pairs: int) -> list[dict]:
+def measure_pairs(name: str, size: Size, pairs: int) -> list[dict]:
+    """Run both sides in turn and print their figures."""
     steps = WARM + pairs
     random = np.random.default_rng(0)
     texts = [
@@ -388,14 +399,15 @@ def measured(name: str, size: Size, pairs: int) -> list[dict]:
         ]
         for _ in range(steps)
     ]
-    decoder, model, tokenizer = made(size)
+    decoder, model, tokenizer = make_models(size)
     ours = Ours(size, decoder, tokenizer)
     untrained = Ours(size, decoder, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trl = Theirs(size, model, tokenizer, ours, texts, folder)
         trl.trainer.train()
     print(
-        f"{name}: {ours.policy.size:,} parameters, {size.prompts} prompts of {size.prompt} x {size.group} generations of {size.completion}, "
+        f"{name}: {ours.policy.size:,} parameters, {size.prompts} prompts of {size.prompt} x "
+        f"{size.group} generations of {size.completion}, "
         f"{torch.get_num_threads()} threads, {pairs} pairs"
     )
     print(
@@ -417,11 +429,12 @@ def measured(name: str, size: Size, pairs: int) -> list[dict]:
     whole = [[s["step"] for s in side.clock.steps[WARM:]] for side in (ours, trl)]
     ratio = median(whole[0]) / median(whole[1])
     print(
-        f"  ours / TRL {ratio:.3f}; of the fastest steps {min(whole[0]) / min(whole[1]):.3f}; by pair {' '.join(f'{a / b:.3f}' for a, b in zip(*whole))}"
+        f"  ours / TRL {ratio:.3f}; of the fastest steps {min(whole[0]) / min(whole[1]):.3f}; "
+        f"by pair {' '.join(f'{a / b:.3f}' for a, b in zip(*whole))}"
     )
     for side in (ours, trl):
         assert all(s["length"] == size.completion for s in side.shown)
-    off = same_gradient(untrained, *trl.first)
+    off = compare_gradients(untrained, *trl.first)
     print(f"  gradient norm on TRL's first texts: relative difference {off:.1e}")
     return [
         dict(
@@ -440,6 +453,7 @@ def measured(name: str, size: Size, pairs: int) -> list[dict]:
 
 
 def main() -> int:
+    """Run the shapes and print the bars."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="all", choices=[*SIZES, "all"])
     parser.add_argument("--pairs", type=int, help="default: 5, of the long shape 3")
@@ -460,7 +474,7 @@ def main() -> int:
     bars = [
         bar
         for name, size in sizes.items()
-        for bar in measured(name, size, args.pairs or size.pairs)
+        for bar in measure_pairs(name, size, args.pairs or size.pairs)
     ]
     print(json.dumps({"bars": bars}))
     return 0 if all(bar["ok"] for bar in bars) else 1

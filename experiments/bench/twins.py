@@ -1,5 +1,6 @@
-"""Our decoder and transformers' model with the same random weights: for the benches that compare
-the two.
+"""Make our decoder and transformers' model with the same random weights.
+
+The benches that compare the two use them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from recr1.model.decoder import Decoder
 from recr1.model.rope import DecoderConfig
 
 
-def qwen2(layers: int, width: int, inner: int, heads: int, vocabulary: int) -> DecoderConfig:
-    """A small Qwen2 with two kv heads and a tied head."""
+def make_qwen2_config(
+    layers: int, width: int, inner: int, heads: int, vocabulary: int
+) -> DecoderConfig:
+    """Return the config of a small Qwen2 with two kv heads and a tied head."""
     return DecoderConfig(
         family="qwen2",
         vocab_size=vocabulary,
@@ -32,7 +35,7 @@ def qwen2(layers: int, width: int, inner: int, heads: int, vocabulary: int) -> D
     )
 
 
-def twins(
+def make_twins(
     config: DecoderConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Decoder, PreTrainedModel]:
     """Our decoder and transformers' model with the same random weights, transformers' own

@@ -1,5 +1,6 @@
-"""A generated corpus for the retrieval benches, since a million real titles are not at hand:
-Zipf-Mandelbrot words with topics.
+"""Generate a corpus of Zipf-Mandelbrot words with topics for the retrieval benches.
+
+A million real titles are not at hand.
 
 65% of a document's words are drawn from p(rank) ~ (rank + 2.7) ** -1.05 over 160,000 words, 35%
 from its topic: one of 2,000, each a Zipf-Mandelbrot order over 60 words of its own (drawn from the

@@ -1,11 +1,12 @@
-"""Amazon Reviews 2023, All_Beauty (Hugging Face McAuley-Lab/Amazon-Reviews-2023, benchmark
-0core_timestamp_w_his) -> DIR: history -> next product.
+"""Prepare Amazon Reviews 2023, All_Beauty, for history -> next product.
 
-Products without metadata leave histories, and rows whose target has none or whose history gets
-empty are left out (as BLaIR's script does); history <= 10.
+It is Hugging Face McAuley-Lab/Amazon-Reviews-2023, benchmark 0core_timestamp_w_his -> DIR. Products
+without metadata leave histories, and rows whose target has none or whose history gets empty are
+left out (as BLaIR's script does); history <= 10.
   train              the first 100,000 such rows of the train file
   test_transductive  rows of the test file, split off by time, with every product of history and
-  target in train test_inductive     the first 1,000 with neither user, history nor target in train
+                     target in train
+  test_inductive     the first 1,000 with neither user, history nor target in train
 The corpus is every product that a kept row of any of the three files names. Popularity counts train
 without validation. The user of a train row who is also a transductive test's is no leak: what that
 user bought later is; a test target that one of the user's own train rows shows leaves the row out,
@@ -21,10 +22,10 @@ from itertools import islice
 from pathlib import Path
 
 import download
-from checks import PrepareError, Split, by_interaction, check_inductive, popularity
+from checks import PrepareError, Split, by_interaction, check_inductive, count_popularity
 from download import Remote
-from upstream import csv_rows, json_rows, one_line, user_id
-from writing import command, write
+from upstream import iterate_csv, iterate_json, make_example_id, to_one_line
+from writing import run_command_line, write_data_set
 
 HUB = "https://huggingface.co/datasets/McAuley-Lab/Amazon-Reviews-2023/resolve/d01bb542fc8c234534c064a3ee1fa9529dfe7a41"
 FILES = [
@@ -42,17 +43,19 @@ MOST_TEST = 1_000
 FIELDS = ("title", "features", "categories", "description")
 
 
-def products(path: Path) -> Iterator[dict]:
-    """Corpus rows of the metadata, one at a time: the text is features, categories and description,
-    without tags and non-ASCII characters.
+def iterate_products(path: Path) -> Iterator[dict]:
+    """Yield the corpus rows of the metadata, one at a time.
+
+    The text is features, categories and description.
     """
-    for line, row in json_rows(path, ("parent_asin", *FIELDS)):
+    for line, row in iterate_json(path, ("parent_asin", *FIELDS)):
         values = {
             name: row[name] if isinstance(row[name], list) else [row[name]] for name in FIELDS
         }
         if not all(isinstance(value, str | None) for name in FIELDS for value in values[name]):
             raise PrepareError(
-                f"{path}:{line}: one of {', '.join(FIELDS)} is neither text nor a list of texts; its format has changed"
+                f"{path}:{line}: one of {', '.join(FIELDS)} is neither text nor a list of texts; "
+                "its format has changed"
             )
         parts = (
             ", ".join(filter(None, (plain(value or "") for value in values[name])))
@@ -60,34 +63,40 @@ def products(path: Path) -> Iterator[dict]:
         )
         yield dict(
             id=row["parent_asin"],
-            title=one_line(" ".join(filter(None, values["title"]))),
+            title=to_one_line(" ".join(filter(None, values["title"]))),
             text=" ".join(f"{part}." for part in parts if part),
         )
 
 
 def plain(text: str) -> str:
-    return one_line(re.sub(r"[^\x00-\x7F]", " ", re.sub(r"<[^>]+>", " ", one_line(text))))
+    return to_one_line(re.sub(r"[^\x00-\x7F]", " ", re.sub(r"<[^>]+>", " ", to_one_line(text))))
 
 
-def interactions(path: Path, known: set[str]) -> Iterator[tuple[str, list[str], str]]:
-    """(user, history, target) of each row that keeps a history."""
-    for _, row in csv_rows(path, ("user_id", "parent_asin", "history")):
+def iterate_interactions(path: Path, known: set[str]) -> Iterator[tuple[str, list[str], str]]:
+    """Yield (user, history, target) of each row that keeps a history."""
+    for _, row in iterate_csv(path, ("user_id", "parent_asin", "history")):
         past = [item for item in row["history"].split() if item in known]
         if past and row["parent_asin"] in known:
             yield row["user_id"], past[-HISTORY:], row["parent_asin"]
 
 
 def prepare(args: Namespace, out: Path) -> None:
+    """Download the files and write the data set into `folder`."""
     (*paths, meta), source = download.fetch(FILES, args)
     titles = {
         row["id"]: row["title"] or row["text"][:100]
-        for row in products(meta)
+        for row in iterate_products(meta)
         if row["title"] or row["text"]
     }
 
     def add(split: Split, n: int, user: str, past: list[str], target: str, name: str) -> None:
         split.add(
-            dict(id=user_id(user, f"{name}{n}"), text=titles[past[-1]], history=past, user=user),
+            dict(
+                id=make_example_id(user, f"{name}{n}"),
+                text=titles[past[-1]],
+                history=past,
+                user=user,
+            ),
             [(target, 1.0)],
         )
 
@@ -99,7 +108,7 @@ def prepare(args: Namespace, out: Path) -> None:
     asked: set[tuple[str, str]] = set()
     shown: dict[str, set[str]] = defaultdict(set)  # by user: what the train rows hold
     for n, (user, past, target) in enumerate(
-        islice(interactions(paths[0], titles.keys()), args.max_train)
+        islice(iterate_interactions(paths[0], titles.keys()), args.max_train)
     ):
         if target in past or (user, target) in asked:
             repeats += 1
@@ -109,7 +118,7 @@ def prepare(args: Namespace, out: Path) -> None:
         shown[user].update(past, [target])
     in_train = set().union(*shown.values())
     for path in paths:
-        for n, (user, past, target) in enumerate(interactions(path, titles.keys())):
+        for n, (user, past, target) in enumerate(iterate_interactions(path, titles.keys())):
             named.update(past, [target])
             if path is not paths[2]:
                 continue
@@ -120,11 +129,13 @@ def prepare(args: Namespace, out: Path) -> None:
                 add(transductive, n, user, past, target, "t")
             elif not items & in_train and user not in shown and len(inductive.rows) < args.max_test:
                 add(inductive, n, user, past, target, "i")
-    seen = popularity(train)
+    seen = count_popularity(train)
     corpus = (
-        row | dict(popularity=seen[row["id"]]) for row in products(meta) if row["id"] in named
+        row | dict(popularity=seen[row["id"]])
+        for row in iterate_products(meta)
+        if row["id"] in named
     )
-    write(
+    write_data_set(
         out,
         corpus,
         dict(train=train, test_transductive=transductive, test_inductive=inductive),
@@ -136,8 +147,9 @@ def prepare(args: Namespace, out: Path) -> None:
     )
 
 
-def options(parser: ArgumentParser) -> None:
-    download.options(parser)
+def add_options(parser: ArgumentParser) -> None:
+    """Add the script's own options."""
+    download.add_options(parser)
     parser.add_argument(
         "--max-train",
         type=int,
@@ -155,7 +167,8 @@ def options(parser: ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(__file__, __doc__, prepare, options, argv)
+    """Run the script; return its exit code."""
+    return run_command_line(__file__, __doc__, prepare, add_options, argv)
 
 
 if __name__ == "__main__":

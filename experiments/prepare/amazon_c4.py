@@ -1,10 +1,11 @@
-"""Amazon-C4 (Hugging Face McAuley-Lab/Amazon-C4: 21,223 long queries, 1,058,417 products) -> DIR,
-with Rec-R1's splits.
+"""Prepare Amazon-C4 with Rec-R1's splits.
 
-  test                  queries whose product is in Sports, Office, Baby or Games (1,722), and one
-  setting for each of the four: test_sports, ... train                 the others but the last 1,000
-  (18,501)
-  test_in_domain        those last 1,000, upstream's validation; ours is the hash tenth of train
+It is Hugging Face McAuley-Lab/Amazon-C4 (21,223 long queries, 1,058,417 products) -> DIR.
+
+  test            queries whose product is in Sports, Office, Baby or Games (1,722), and one setting
+                  for each of the four: test_sports, ...
+  train           the others but the last 1,000 (18,501)
+  test_in_domain  those last 1,000, upstream's validation; ours is the hash tenth of train
 A train query whose words are a test's or an earlier train query's is left out and counted.
 ori_review, the text that a query was written from, is never read.
 """
@@ -15,10 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import download
-from checks import PrepareError, Split, without_repeats
+from checks import PrepareError, Split, drop_repeats
 from download import Remote
-from upstream import csv_rows, json_rows, one_line, strings
-from writing import command, write
+from upstream import iterate_csv, iterate_json, require_strings, to_one_line
+from writing import run_command_line, write_data_set
 
 HUB = "https://huggingface.co/datasets/McAuley-Lab/Amazon-C4/resolve/01dd016aa4f5c3c0be77387e0efef1e88681d1f2"
 FILES = [
@@ -29,27 +30,33 @@ TEST_DOMAINS = ("Sports", "Office", "Baby", "Games")
 LAST = 1000
 
 
-def products(path: Path) -> Iterator[dict]:
-    """Corpus rows, one at a time: the metadata is title and description in one text already."""
-    for line, row in json_rows(path, ("item_id", "category", "metadata")):
-        strings(path, line, row, ("item_id", "category", "metadata"))
-        yield dict(id=row["item_id"], text=one_line(row["metadata"]), category=row["category"])
+def iterate_products(path: Path) -> Iterator[dict]:
+    """Yield the corpus rows, one at a time: the metadata is title and description in one text
+    already.
+    """
+    for line, row in iterate_json(path, ("item_id", "category", "metadata")):
+        require_strings(path, line, row, ("item_id", "category", "metadata"))
+        yield dict(id=row["item_id"], text=to_one_line(row["metadata"]), category=row["category"])
 
 
-def splits_of(queries: Path, items: Path, last: int) -> tuple[dict[str, Split], int]:
+def make_splits(queries: Path, items: Path, last: int) -> tuple[dict[str, Split], int]:
+    """Make Rec-R1's splits."""
     rows = [
-        (row["qid"], one_line(row["query"]), row["item_id"])
-        for _, row in csv_rows(queries, ("qid", "query", "item_id"))
+        (row["qid"], to_one_line(row["query"]), row["item_id"])
+        for _, row in iterate_csv(queries, ("qid", "query", "item_id"))
     ]
     wanted = {item for _, _, item in rows}
-    category = {row["id"]: row["category"] for row in products(items) if row["id"] in wanted}
+    category = {
+        row["id"]: row["category"] for row in iterate_products(items) if row["id"] in wanted
+    }
     test = Split()
     others = Split()
     by_domain = {f"test_{domain.lower()}": Split() for domain in TEST_DOMAINS}
     for qid, text, item in rows:
         if item not in category:
             raise PrepareError(
-                f"{queries}: query {qid} asks for {item!r}, which {items.name} does not have; take both files from one release"
+                f"{queries}: query {qid} asks for {item!r}, which {items.name} does not have; "
+                "take both files from one release"
             )
         row = dict(id=f"c4-{qid}", text=text, category=category[item])
         targets = [(item, 1.0)]
@@ -69,16 +76,17 @@ def splits_of(queries: Path, items: Path, last: int) -> tuple[dict[str, Split], 
         **{name: split for name, split in by_domain.items() if split.rows},
         test_in_domain=in_domain,
     )
-    train, left = without_repeats(train, tests)
+    train, left = drop_repeats(train, tests)
     return dict(train=train, **tests), left
 
 
 def prepare(args: Namespace, out: Path) -> None:
+    """Download the files and write the data set into `folder`."""
     (queries, items), source = download.fetch(FILES, args)
-    splits, left = splits_of(queries, items, args.last)
-    write(
+    splits, left = make_splits(queries, items, args.last)
+    write_data_set(
         out,
-        products(items),
+        iterate_products(items),
         splits,
         source=source,
         options=dict(last=args.last),
@@ -86,8 +94,9 @@ def prepare(args: Namespace, out: Path) -> None:
     )
 
 
-def options(parser: ArgumentParser) -> None:
-    download.options(parser)
+def add_options(parser: ArgumentParser) -> None:
+    """Add the script's own options."""
+    download.add_options(parser)
     parser.add_argument(
         "--last",
         type=int,
@@ -98,7 +107,8 @@ def options(parser: ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(__file__, __doc__, prepare, options, argv)
+    """Run the script; return its exit code."""
+    return run_command_line(__file__, __doc__, prepare, add_options, argv)
 
 
 if __name__ == "__main__":

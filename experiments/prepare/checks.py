@@ -1,11 +1,11 @@
-"""What must hold of a prepared data set before it is written. Upstream checks none of it: there
-test lay inside validation, train came twice, targets repeated.
+"""Check what must hold of a prepared data set before it is written.
 
-Every check raises PrepareError with the first offender; `check` returns the names of those that
-passed, for prepared.json.
+Upstream checks none of it: there test lay inside validation, train came twice, targets repeated.
+Every check raises PrepareError with the first offender; `check_splits` returns the names of those
+that passed, for prepared.json.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
@@ -16,68 +16,82 @@ Key = Callable[[dict, Targets], Hashable]
 
 
 class PrepareError(DataError):
-    """The data set cannot be prepared. The message names file, line, column or example, and what to
-    do.
+    """Say why the data set cannot be prepared.
+
+    The message names file, line, column or example, and what to do.
     """
 
 
 @dataclass
 class Split:
-    """Query rows and, by query id, judgements (document id, gain) in upstream's order: a list, so
-    that one given twice is found and not lost.
+    """Hold query rows and, by query id, judgements (document id, gain).
+
+    Judgements are a list in upstream's order, so that one given twice is found and not lost.
     """
 
     rows: list[dict] = field(default_factory=list)
     targets: dict[str, Targets] = field(default_factory=dict)
 
     def add(self, row: dict, targets: Targets) -> None:
+        """Add a query and its judgements."""
         self.rows.append(row)
         self.targets[row["id"]] = targets
 
 
 def by_text(row: dict, targets: Targets) -> Hashable:
-    """Search: the same words are the same example, however they are spaced or capitalised."""
+    """Identify an example of search: by its words, however they are spaced or capitalized."""
     return " ".join(row["text"].casefold().split())
 
 
 def by_interaction(row: dict, targets: Targets) -> Hashable:
-    """Recommendation: the same user and the same liked documents. Two users may well share a
-    history.
+    """Identify an example of recommendation: by its user and the liked documents.
+
+    Two users may well share a history.
     """
-    return row["user"], tuple(sorted(doc for doc, gain in targets if gain > 0))
+    liked_docs = list_relevant(targets)
+    return row["user"], tuple(sorted(liked_docs))
 
 
-def history(row: dict) -> list[str]:
-    """Document ids of a row's history, whose entries are ids or [id, date]."""
+def list_relevant(targets: Targets) -> list[str]:
+    """Return the documents whose gain is above 0."""
+    return [doc for doc, gain in targets if gain > 0]
+
+
+def get_history(row: dict) -> list[str]:
+    """Return the document ids of a row's history, whose entries are ids or [id, date]."""
     return [entry if isinstance(entry, str) else entry[0] for entry in row.get("history", ())]
 
 
-def popularity(train: Split) -> Counter:
-    """Of each document the users, validation's not counted, whose train examples show it."""
-    shown = {
-        (row["user"], doc)
-        for row in train.rows
-        if not is_validation(row["id"])
-        for doc in (*history(row), *(doc for doc, gain in train.targets[row["id"]] if gain > 0))
-    }
-    return Counter(doc for _, doc in shown)
-
-
-def without_repeats(train: Split, tests: dict[str, Split]) -> tuple[Split, int]:
-    """Train without the examples whose words are those of a test's or of an earlier one of train,
-    and how many those are.
-    """
-    seen = {by_text(row, []) for split in tests.values() for row in split.rows}
-    kept = Split()
+def count_popularity(train: Split) -> Counter:
+    """Count for each document the users whose train examples show it, validation's not counted."""
+    user_docs = set()
     for row in train.rows:
-        if (words := by_text(row, [])) not in seen:
-            seen.add(words)
-            kept.add(row, train.targets[row["id"]])
-    return kept, len(train.rows) - len(kept.rows)
+        if is_validation(row["id"]):
+            continue
+        for doc in (*get_history(row), *list_relevant(train.targets[row["id"]])):
+            user_docs.add((row["user"], doc))
+    return Counter(doc for _, doc in user_docs)
 
 
-def good_document(row: dict, docs: set[str]) -> None:
-    """Raises PrepareError unless readers.read_corpus would take the row; adds its id to `docs`."""
+def drop_repeats(train: Split, tests: dict[str, Split]) -> tuple[Split, int]:
+    """Drop from train the examples whose words are those of a test's or of an earlier one of train.
+
+    Returns the rest, and how many were dropped.
+    """
+    seen_texts = set()
+    for split in tests.values():
+        seen_texts.update(by_text(row, []) for row in split.rows)
+    unique = Split()
+    for row in train.rows:
+        text = by_text(row, [])
+        if text not in seen_texts:
+            seen_texts.add(text)
+            unique.add(row, train.targets[row["id"]])
+    return unique, len(train.rows) - len(unique.rows)
+
+
+def check_document(row: dict, docs: set[str]) -> None:
+    """Raise PrepareError unless readers.read_corpus would take the row; add its id to `docs`."""
     id = row["id"]
     if not isinstance(id, str) or not id or id != id.strip():
         raise PrepareError(f"document id {id!r} is no string, empty, or has white space around it")
@@ -88,62 +102,50 @@ def good_document(row: dict, docs: set[str]) -> None:
     docs.add(id)
 
 
-def check(docs: set[str], splits: dict[str, Split], key: Key) -> list[str]:
-    """Names of the checks, all passed. `docs`: every document id of the corpus."""
+def check_splits(docs: set[str], splits: dict[str, Split], key: Key) -> list[str]:
+    """Check the splits and return the names of the checks, all passed.
+
+    `docs`: every document id of the corpus. key: what makes two examples the same.
+    """
     for name, split in splits.items():
         if not split.rows:
             raise PrepareError(f"{name}: no example is left; look at the filters and at the source")
-        seen = set()
+        ids = set()
         for row in split.rows:
-            id = row["id"]
-            targets = split.targets[row["id"]]
-            if id in seen:
-                raise PrepareError(f"{name}: id {id!r} stands for two examples")
-            seen.add(id)
-            if not row["text"].strip():
-                raise PrepareError(f"{name}: {id!r} has no text")
-            if len({doc for doc, _ in targets}) != len(targets):
-                raise PrepareError(
-                    f"{name}: {id!r} has the same target twice, which would spoil the ideal DCG"
-                )
-            if not any(gain > 0 for _, gain in targets):
-                raise PrepareError(f"{name}: {id!r} has no relevant document")
-            for doc in (*(doc for doc, _ in targets), *history(row), *row.get("candidates", ())):
-                if doc not in docs:
-                    raise PrepareError(
-                        f"{name}: {id!r} names document {doc!r}, which is not in the corpus"
-                    )
-    train = splits["train"]
-    tests = {name: split for name, split in splits.items() if name != "train"}
-    first: dict[Hashable, str] = {}
-    for row in train.rows:
-        same = first.setdefault(key(row, train.targets[row["id"]]), row["id"])
-        if same != row["id"]:
-            raise PrepareError(f"train holds one example twice: {same!r} and {row['id']!r}")
-    ids = {row["id"] for row in train.rows}
-    seen_by = defaultdict(set)
-    sides = {}
-    for row in train.rows:
-        if "user" in row:
-            seen_by[row["user"]].update(
-                history(row), (doc for doc, gain in train.targets[row["id"]] if gain > 0)
-            )
-            if sides.setdefault(row["user"], is_validation(row["id"])) != is_validation(row["id"]):
-                raise PrepareError(f"user {row['user']!r} lies in train and in validation")
-    for name, split in tests.items():
-        for row in split.rows:
-            same = first.get(key(row, split.targets[row["id"]]))
-            if same is not None:
-                raise PrepareError(
-                    f"{name}: {row['id']!r} is {same!r} of {'validation' if is_validation(same) else 'train'} again"
-                )
             if row["id"] in ids:
+                raise PrepareError(f"{name}: id {row['id']!r} stands for two examples")
+            ids.add(row["id"])
+            check_example(name, row, split.targets[row["id"]], docs)
+
+    # Train holds every example once, and every user on one side of the validation hash.
+    train = splits["train"]
+    example_ids: dict[Hashable, str] = {}
+    for row in train.rows:
+        first_id = example_ids.setdefault(key(row, train.targets[row["id"]]), row["id"])
+        if first_id != row["id"]:
+            raise PrepareError(f"train holds one example twice: {first_id!r} and {row['id']!r}")
+    docs_by_user = collect_user_docs(train)
+
+    # No test repeats what train shows.
+    train_ids = {row["id"] for row in train.rows}
+    for name, split in splits.items():
+        if name == "train":
+            continue
+        for row in split.rows:
+            same_id = example_ids.get(key(row, split.targets[row["id"]]))
+            if same_id is not None:
+                side = "validation" if is_validation(same_id) else "train"
+                raise PrepareError(f"{name}: {row['id']!r} is {same_id!r} of {side} again")
+            if row["id"] in train_ids:
                 raise PrepareError(f"{name}: id {row['id']!r} is an id of train too")
-            known = seen_by[row["user"]] if "user" in row else ()
-            for doc, gain in split.targets[row["id"]]:
-                if gain > 0 and (doc in known or doc in history(row)):
+            known_docs = set(get_history(row))
+            if "user" in row:
+                known_docs |= docs_by_user.get(row["user"], set())
+            for doc in list_relevant(split.targets[row["id"]]):
+                if doc in known_docs:
                     raise PrepareError(
-                        f"{name}: {row['id']!r} asks for {doc!r}, which its user's train examples or its own history show"
+                        f"{name}: {row['id']!r} asks for {doc!r}, which its user's train examples "
+                        "or its own history show"
                     )
     return [
         "no id twice",
@@ -155,16 +157,53 @@ def check(docs: set[str], splits: dict[str, Split], key: Key) -> list[str]:
     ]
 
 
+def check_example(name: str, row: dict, targets: Targets, docs: set[str]) -> None:
+    """Check one example of the split `name`. Raises PrepareError."""
+    id = row["id"]
+    if not row["text"].strip():
+        raise PrepareError(f"{name}: {id!r} has no text")
+    target_docs = [doc for doc, _ in targets]
+    if len(set(target_docs)) != len(targets):
+        raise PrepareError(
+            f"{name}: {id!r} has the same target twice, which would spoil the ideal DCG"
+        )
+    if not list_relevant(targets):
+        raise PrepareError(f"{name}: {id!r} has no relevant document")
+    for doc in (*target_docs, *get_history(row), *row.get("candidates", ())):
+        if doc not in docs:
+            raise PrepareError(f"{name}: {id!r} names document {doc!r}, which is not in the corpus")
+
+
+def collect_user_docs(train: Split) -> dict[str, set[str]]:
+    """Return {user: the documents that the user's train examples show}.
+
+    Raises PrepareError for a user in train and in validation.
+    """
+    docs_by_user: dict[str, set[str]] = {}
+    sides: dict[str, bool] = {}
+    for row in train.rows:
+        if "user" not in row:
+            continue
+        user_docs = docs_by_user.setdefault(row["user"], set())
+        user_docs.update(get_history(row), list_relevant(train.targets[row["id"]]))
+        side = is_validation(row["id"])
+        if sides.setdefault(row["user"], side) != side:
+            raise PrepareError(f"user {row['user']!r} lies in train and in validation")
+    return docs_by_user
+
+
 def check_inductive(train: Split, test: Split, name: str) -> list[str]:
-    """The strict inductive setting: of the test's users, histories and targets, train has none."""
+    """Check the strict inductive setting: train has none of the test's users, histories and
+    targets.
+    """
     users = {row["user"] for row in train.rows}
     docs = set()
     for row in train.rows:
-        docs.update(history(row), (doc for doc, _ in train.targets[row["id"]]))
+        docs.update(get_history(row), (doc for doc, _ in train.targets[row["id"]]))
     for row in test.rows:
         if row["user"] in users:
             raise PrepareError(f"{name}: user {row['user']!r} of {row['id']!r} is in train")
-        for doc in (*history(row), *(doc for doc, _ in test.targets[row["id"]])):
+        for doc in (*get_history(row), *(doc for doc, _ in test.targets[row["id"]])):
             if doc in docs:
                 raise PrepareError(f"{name}: document {doc!r} of {row['id']!r} is in train")
     return [f"{name}: neither user, history nor target in train"]

@@ -1,8 +1,8 @@
-"""Files from the web that can be cut off at any byte: Range requests into NAME.part, size and
-sha256 compared, then renamed.
+"""Download files that can be cut off at any byte.
 
-Only the standard library; it takes HTTPS_PROXY and SSL_CERT_FILE from the environment, as every
-HTTP client does.
+Range requests go into NAME.part, size and sha256 are compared, then it is renamed. Only the
+standard library is used; it takes HTTPS_PROXY and SSL_CERT_FILE from the environment, as every HTTP
+client does.
 """
 
 import hashlib
@@ -25,7 +25,10 @@ CHUNK = 2**20
 TIMEOUT = 60
 TRIES = 3
 POINTER = b"version https://git-lfs.github.com/spec/"
-HELP = "behind a proxy set HTTPS_PROXY (and SSL_CERT_FILE for its certificate); offline fetch it elsewhere and give its folder with --from"
+HELP = (
+    "behind a proxy set HTTPS_PROXY (and SSL_CERT_FILE for its certificate); "
+    "offline fetch it elsewhere and give its folder with --from"
+)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Remote:
     sha256: str | None = None
 
 
-def options(parser: ArgumentParser) -> None:
+def add_options(parser: ArgumentParser) -> None:
+    """Add the options of the scripts that download."""
     parser.add_argument(
         "--downloads",
         type=Path,
@@ -75,7 +79,8 @@ def fetch(remotes: list[Remote], args: Namespace) -> tuple[list[Path], list[dict
         with open(path, "rb") as file:
             if file.read(len(POINTER)) == POINTER:
                 raise PrepareError(
-                    f"{path}: a Git LFS pointer, not the file; run `git lfs pull` where it comes from, or fetch {remote.url}"
+                    f"{path}: a Git LFS pointer, not the file; run `git lfs pull` where it comes "
+                    f"from, or fetch {remote.url}"
                 )
         found = fingerprint_file(path)
         _verify(
@@ -91,11 +96,13 @@ def fetch(remotes: list[Remote], args: Namespace) -> tuple[list[Path], list[dict
 
 
 def _verify(path: Path, found: dict, size: int | None, sha256: str | None, remedy: str) -> None:
+    """Raise PrepareError where size or sha256 are not those that are expected."""
     if size is not None and found["size"] != size:
         raise PrepareError(f"{path}: {found['size']:,} bytes, {size:,} were published; {remedy}")
     if sha256 is not None and found["sha256"] != sha256:
         raise PrepareError(
-            f"{path}: its sha256 is {found['sha256'][:16]}.., {sha256[:16]}.. was published; {remedy}"
+            f"{path}: its sha256 is {found['sha256'][:16]}.., {sha256[:16]}.. was published; "
+            f"{remedy}"
         )
 
 
@@ -105,17 +112,18 @@ def _download(remote: Remote, path: Path) -> None:
     note = path.with_name(path.name + ".part.etag")
     total = None
     failures = 0
-    while total is None or _size(part) < total:
-        before = _size(part)
+    while total is None or _format_size(part) < total:
+        before = _format_size(part)
         try:
-            total, stated = _append(remote, part, note)
-            reason = f"the connection ended at {_size(part):,} of {total:,} bytes"
+            total, stated = _append_connection(remote, part, note)
+            reason = f"the connection ended at {_format_size(part):,} of {total:,} bytes"
         except urllib.error.HTTPError as e:
             if e.code == 416:  # more is there than the file has: not its beginning
                 part.unlink(missing_ok=True)
             elif e.code < 500 and e.code != 429:
                 raise PrepareError(
-                    f"{remote.url}: the server answered {e.code} {e.reason}; it may have moved: fetch it elsewhere and give its folder with --from"
+                    f"{remote.url}: the server answered {e.code} {e.reason}; it may have moved: "
+                    "fetch it elsewhere and give its folder with --from"
                 ) from None
             reason = f"the server answered {e.code} {e.reason}"
         except (
@@ -126,8 +134,8 @@ def _download(remote: Remote, path: Path) -> None:
             ssl.SSLError,
         ) as e:
             reason = str(getattr(e, "reason", None) or e or type(e).__name__)
-        if total is None or _size(part) < total:
-            failures = failures + 1 if _size(part) <= before else 0
+        if total is None or _format_size(part) < total:
+            failures = failures + 1 if _format_size(part) <= before else 0
             if failures == TRIES:
                 raise PrepareError(
                     f"{remote.url}: {reason}; the same command goes on from there. Else: {HELP}"
@@ -149,11 +157,11 @@ def _download(remote: Remote, path: Path) -> None:
     note.unlink(missing_ok=True)
 
 
-def _append(remote: Remote, part: Path, note: Path) -> tuple[int, str | None]:
+def _append_connection(remote: Remote, part: Path, note: Path) -> tuple[int, str | None]:
     """Adds to `part` what one connection brings. (bytes of the whole file, sha256 as the server
     states it or None).
     """
-    have = _size(part)
+    have = _format_size(part)
     tag = note.read_text() if note.exists() else None
     headers = {"User-Agent": "recr1", "Accept-Encoding": "identity"}
     # If-Range: a file that has changed since comes whole, not as a tail that does not fit
@@ -170,12 +178,14 @@ def _append(remote: Remote, part: Path, note: Path) -> tuple[int, str | None]:
         length = answer.headers.get("Content-Length")
         if length is None and remote.size is None or answer.status == 206 and not resumed:
             raise PrepareError(
-                f"{remote.url}: the server does not say which bytes it sends, so a cut could not be told; fetch it elsewhere and give its folder with --from"
+                f"{remote.url}: the server does not say which bytes it sends, "
+                "so a cut could not be told; fetch it elsewhere and give its folder with --from"
             )
         total = remote.size if length is None else have + int(length)
         if remote.size is not None and total != remote.size:
             raise PrepareError(
-                f"{remote.url}: has {total:,} bytes, {remote.size:,} were published; it is another file now, or a page that asks to log in"
+                f"{remote.url}: has {total:,} bytes, {remote.size:,} were published; "
+                "it is another file now, or a page that asks to log in"
             )
         etag = answer.headers.get("ETag")
         if etag and not etag.startswith("W/"):
@@ -184,7 +194,8 @@ def _append(remote: Remote, part: Path, note: Path) -> tuple[int, str | None]:
             note.unlink(missing_ok=True)
         if shutil.disk_usage(part.parent).free < total - have:
             raise PrepareError(
-                f"{part.parent}: {total - have:,} bytes are still to come and do not fit on the disk; give another folder with --downloads"
+                f"{part.parent}: {total - have:,} bytes are still to come and do not fit on the "
+                "disk; give another folder with --downloads"
             )
         with (
             open(part, "ab" if resumed else "wb") as file,
@@ -219,5 +230,5 @@ class _Linked(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, file, code, message, headers, url)
 
 
-def _size(path: Path) -> int:
+def _format_size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0

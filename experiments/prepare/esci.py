@@ -1,12 +1,12 @@
-"""Amazon ESCI (amazon-science/esci-data, parquet: needs pyarrow) -> DIR: Rec-R1's subset of it, US,
-small version, Exact judgements, gain 1.
+"""Prepare Rec-R1's subset of Amazon ESCI: US, small version, Exact judgements, gain 1.
 
-A product's category is that of Amazon Reviews 2023 (asin2category.json); judgements of products
-without one or in Unknown are left out, as upstream does. A query's category is its first target's.
-Queries with the same words are one, their targets joined.
-  test               ESCI's test queries in Video_Games, Baby_Products, Office_Products,
-  Sports_and_Outdoors, and one setting for each: test_video_games, ... train              ESCI's
-  train queries of every category; one whose words are a test's is left out
+It is amazon-science/esci-data (parquet: needs pyarrow) -> DIR. A product's category is that of
+Amazon Reviews 2023 (asin2category.json); judgements of products without one or in Unknown are left
+out, as upstream does. A query's category is its first target's. Queries with the same words are
+one, their targets joined.
+  test   ESCI's test queries in Video_Games, Baby_Products, Office_Products, Sports_and_Outdoors,
+         and one setting for each: test_video_games, ...
+  train  ESCI's train queries of every category; one whose words are a test's is left out
 Products: without --target-pool every US product that the small version judges. With --target-pool
 the targets of all of ESCI's test queries and 50 products of the same category drawn for each, and
 train keeps only targets among them (the paper's rule; its own draw had no seed and went over all of
@@ -22,11 +22,11 @@ from pathlib import Path
 
 import download
 import numpy as np
-from checks import PrepareError, Split, by_text, without_repeats
+from checks import PrepareError, Split, by_text, drop_repeats
 from download import Remote
-from parquet import asin_categories, parquet_rows
-from upstream import clean, json_rows, one_line, strings
-from writing import command, write
+from parquet import iterate_parquet, read_categories
+from upstream import clean_product_text, iterate_json, require_strings, to_one_line
+from writing import run_command_line, write_data_set
 
 from recr1.utils.counter_rng import draw_uniforms
 from recr1.utils.files import fingerprint_file
@@ -55,7 +55,7 @@ Judged = tuple[str, str, str, str, str]  # split, query id, query, product id, l
 
 
 def read_examples(path: Path) -> list[Judged]:
-    """Judgements of the US small version, in file order."""
+    """Read the judgements of the US small version, in file order."""
     columns = (
         "query",
         "query_id",
@@ -67,7 +67,7 @@ def read_examples(path: Path) -> list[Judged]:
     )
     judged = []
     labels = set()
-    for row in parquet_rows(path, columns):
+    for row in iterate_parquet(path, columns):
         labels.add(row["esci_label"])
         if row["product_locale"] == "us" and row["small_version"] == 1:
             # few distinct ones
@@ -87,12 +87,16 @@ def read_examples(path: Path) -> list[Judged]:
             )
     if not labels <= set("ESCI") or {row[0] for row in judged} != {"train", "test"}:
         raise PrepareError(
-            f"{path}: labels {sorted(map(str, labels))}, splits {sorted({row[0] for row in judged})}; want E, S, C, I and train, test: its format has changed"
+            f"{path}: labels {sorted(map(str, labels))}, splits "
+            f"{sorted({row[0] for row in judged})}; want E, S, C, I and train, test: "
+            "its format has changed"
         )
     return judged
 
 
-def queries_of(judged: list[Judged], split: str, category: dict[str, str]) -> tuple[Split, int]:
+def collect_queries(
+    judged: list[Judged], split: str, category: dict[str, str]
+) -> tuple[Split, int]:
     """The split's queries with Exact products that have a category, and how many judgements said
     the same again.
     """
@@ -101,7 +105,7 @@ def queries_of(judged: list[Judged], split: str, category: dict[str, str]) -> tu
     repeats = 0
     for of, id, query, product, label in judged:
         if of == split and label == "E" and product in category:
-            row = dict(id=f"esci-{id}", text=one_line(query), category=category[product])
+            row = dict(id=f"esci-{id}", text=to_one_line(query), category=category[product])
             row = ids.setdefault(by_text(row, []), row)
             repeats += product in targets[row["id"]]
             targets[row["id"]][product] = 1.0
@@ -110,14 +114,14 @@ def queries_of(judged: list[Judged], split: str, category: dict[str, str]) -> tu
     ), repeats
 
 
-def us_products(path: Path, columns: tuple[str, ...] = ()) -> Iterator[dict]:
-    """US products with a title."""
-    for row in parquet_rows(path, ("product_id", "product_locale", "product_title", *columns)):
-        if row["product_locale"] == "us" and clean(row["product_title"] or ""):
+def iterate_us_products(path: Path, columns: tuple[str, ...] = ()) -> Iterator[dict]:
+    """Yield the US products with a title."""
+    for row in iterate_parquet(path, ("product_id", "product_locale", "product_title", *columns)):
+        if row["product_locale"] == "us" and clean_product_text(row["product_title"] or ""):
             yield row
 
 
-def drawn(judged: list[Judged], category: dict[str, str]) -> set[str]:
+def draw_pool(judged: list[Judged], category: dict[str, str]) -> set[str]:
     """Ids of the pool: Exact products of ESCI's test queries, and for each such judgement 50
     products of its category (the same one may be drawn twice).
     """
@@ -137,6 +141,7 @@ def drawn(judged: list[Judged], category: dict[str, str]) -> set[str]:
 
 
 def prepare(args: Namespace, out: Path) -> None:
+    """Download the files and write the data set into `folder`."""
     upstreams = args.target_pool is not None and args.target_pool is not DRAW
     paths, source = download.fetch(
         [EXAMPLES] if upstreams else [EXAMPLES, PRODUCTS, CATEGORIES], args
@@ -144,31 +149,33 @@ def prepare(args: Namespace, out: Path) -> None:
     judged = read_examples(paths[0])
     if upstreams:
         source.append(dict(name=args.target_pool.name, **fingerprint_file(args.target_pool)))
-        category = known({row["id"]: row["category"] for row in upstream_pool(args.target_pool)})
-        corpus = upstream_pool(args.target_pool)
+        category = known(
+            {row["id"]: row["category"] for row in iterate_upstream_pool(args.target_pool)}
+        )
+        corpus = iterate_upstream_pool(args.target_pool)
     else:
         small = {product for _, _, _, product, _ in judged}
         pool = {
             row["product_id"]
-            for row in us_products(paths[1])
+            for row in iterate_us_products(paths[1])
             if args.target_pool is DRAW or row["product_id"] in small
         }
-        category = known(asin_categories(paths[2], pool))
+        category = known(read_categories(paths[2], pool))
         if args.target_pool is DRAW:
-            pool = drawn(judged, category)
+            pool = draw_pool(judged, category)
             category = {product: name for product, name in category.items() if product in pool}
         corpus = (
             dict(
                 id=row["product_id"],
-                title=clean(row["product_title"]),
-                text=clean(row["product_description"] or ""),
+                title=clean_product_text(row["product_title"]),
+                text=clean_product_text(row["product_description"] or ""),
             )
             | (dict(category=category[row["product_id"]]) if row["product_id"] in category else {})
-            for row in us_products(paths[1], ("product_description",))
+            for row in iterate_us_products(paths[1], ("product_description",))
             if row["product_id"] in pool
         )
     (train, again), (asked, again_test) = (
-        queries_of(judged, split, category) for split in ("train", "test")
+        collect_queries(judged, split, category) for split in ("train", "test")
     )
     test = Split()
     domains = {f"test_{domain.lower()}": Split() for domain in TEST_DOMAINS}
@@ -177,10 +184,10 @@ def prepare(args: Namespace, out: Path) -> None:
             for split in (test, domains[f"test_{row['category'].lower()}"]):
                 split.add(row, asked.targets[row["id"]])
     tests = dict(test=test, **{name: split for name, split in domains.items() if split.rows})
-    train, left = without_repeats(train, tests)
+    train, left = drop_repeats(train, tests)
     in_train = {doc for targets in train.targets.values() for doc, _ in targets}
     shared = sum(any(doc in in_train for doc, _ in targets) for targets in test.targets.values())
-    write(
+    write_data_set(
         out,
         corpus,
         dict(train=train, **tests),
@@ -199,13 +206,15 @@ def prepare(args: Namespace, out: Path) -> None:
     )
 
 
-def upstream_pool(path: Path) -> Iterator[dict]:
-    """Corpus rows of sampled_item_metadata_esci.jsonl; its id is called item or item_id."""
-    for line, row in json_rows(path, ("category", "metadata")):
+def iterate_upstream_pool(path: Path) -> Iterator[dict]:
+    """Yield the corpus rows of sampled_item_metadata_esci.jsonl; its id is item or item_id."""
+    for line, row in iterate_json(path, ("category", "metadata")):
         id = "item_id" if "item_id" in row else "item"
-        strings(path, line, row, (id, "category", "metadata"))
+        require_strings(path, line, row, (id, "category", "metadata"))
         yield dict(
-            id=row[id], text=one_line(row["metadata"]), category=row["category"].replace(" ", "_")
+            id=row[id],
+            text=to_one_line(row["metadata"]),
+            category=row["category"].replace(" ", "_"),
         )
 
 
@@ -216,20 +225,23 @@ def known(category: dict[str, str]) -> dict[str, str]:
 DRAW = Path("")  # --target-pool without a file
 
 
-def options(parser: ArgumentParser) -> None:
-    download.options(parser)
+def add_options(parser: ArgumentParser) -> None:
+    """Add the script's own options."""
+    download.add_options(parser)
     parser.add_argument(
         "--target-pool",
         nargs="?",
         const=DRAW,
         type=Path,
         metavar="FILE",
-        help="products and train targets only from the test queries' pool, drawn anew or upstream's FILE",
+        help="products and train targets only from the test queries' pool, "
+        "drawn anew or upstream's FILE",
     )
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(__file__, __doc__, prepare, options, argv)
+    """Run the script; return its exit code."""
+    return run_command_line(__file__, __doc__, prepare, add_options, argv)
 
 
 if __name__ == "__main__":

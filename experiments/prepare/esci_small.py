@@ -1,7 +1,8 @@
-"""The bundled part of Amazon ESCI (6,764 products, 150 test queries with complete E/S/C/I grades
-3/2/1/0, 419 train queries) -> DIR/search and DIR/rerank.
+"""Prepare the bundled part of Amazon ESCI for search and for re-ranking.
 
-rerank: the queries with the first 8 products of a BM25 search each, as rerank.py makes them.
+It has 6,764 products, 150 test queries with complete E/S/C/I grades 3/2/1/0, and 419 train queries
+-> DIR/search and DIR/rerank. rerank: the queries with the first 8 products of a BM25 search each,
+as rerank.py makes them.
 """
 
 import sys
@@ -11,13 +12,13 @@ from pathlib import Path
 from bundled import read_bundled
 from checks import Split
 from rerank import write_lists
-from writing import command, write
+from writing import run_command_line, write_data_set
 
 BUNDLED = Path(__file__).resolve().parents[1] / "data/esci_small"
 CANDIDATES = 8
 
 
-def with_categories(corpus: list[dict], splits: dict[str, Split]) -> list[dict]:
+def add_categories(corpus: list[dict], splits: dict[str, Split]) -> list[dict]:
     """Of each category path the first name, the shop's department; it also goes to the queries
     whose first relevant product has one.
     """
@@ -35,13 +36,15 @@ def with_categories(corpus: list[dict], splits: dict[str, Split]) -> list[dict]:
 
 
 def prepare(args: Namespace, out: Path) -> None:
+    """Write both data sets into `folder`."""
     corpus, splits, source = read_bundled(args.source)
-    corpus = with_categories(corpus, splits)
-    write(out / "search", corpus, splits, source=source, options={})
+    corpus = add_categories(corpus, splits)
+    write_data_set(out / "search", corpus, splits, source=source, options={})
     write_lists(out / "rerank", corpus, splits, CANDIDATES, source)
 
 
-def options(parser: ArgumentParser) -> None:
+def add_options(parser: ArgumentParser) -> None:
+    """Add the script's own options."""
     parser.add_argument(
         "--from",
         dest="source",
@@ -53,7 +56,8 @@ def options(parser: ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(__file__, __doc__, prepare, options, argv)
+    """Run the script; return its exit code."""
+    return run_command_line(__file__, __doc__, prepare, add_options, argv)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""MovieLens latest-small (bundled, or --from another MovieLens folder) -> DIR/sequential and
-DIR/list.
+"""Prepare MovieLens latest-small as sequences and as lists.
+
+It is bundled, or --from another MovieLens folder -> DIR/sequential and DIR/list.
 
 sequential: last <= 10 films -> the next one; every rating counts as a view. One train file, two
 test settings:
   train              windows slid over the films of every user but the inductive ones, all films but
-  the cold ones, without each user's last film test_transductive  the last film of each of those
-  users
+                     the cold ones, without each user's last film
+  test_transductive  the last film of each of those users
   test_inductive     of a hash tenth of the users, the films of a hash tenth of all (the cold ones):
-  neither user, history nor target is in train
+                     neither user, history nor target is in train
 list: profile, dated history and a pool of 20 -> ordered list. Every ten ratings of a user are a
-future: those of 4 stars and more are the targets, films
-  the user never rated fill the pool, drawn by popularity. Each user's last ten ratings are test,
-  earlier tens are train; profile and history come from before.
+  future: those of 4 stars and more are the targets, films the user never rated fill the pool, drawn
+  by popularity. Each user's last ten ratings are test, earlier tens are train; profile and history
+  come from before.
 Ratings of the same second keep the file's order. Popularity counts train without validation.
 """
 
@@ -24,10 +25,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from checks import PrepareError, Split, by_interaction, check_inductive, popularity
+from checks import PrepareError, Split, by_interaction, check_inductive, count_popularity
 from tqdm import tqdm
-from upstream import csv_rows, find, number, one_line, user_id
-from writing import command, write
+from upstream import find_file, iterate_csv, make_example_id, parse_number, to_one_line
+from writing import run_command_line, write_data_set
 
 from recr1.data.readers import is_test, is_validation
 from recr1.utils.counter_rng import draw_uniforms
@@ -47,55 +48,59 @@ class Rating(NamedTuple):
 
 
 def read_films(path: Path) -> dict[str, dict]:
-    """{id: corpus row without popularity}, in file order."""
+    """Return {id: corpus row without popularity}, in file order."""
     films = {}
-    for line, row in csv_rows(path, ("movieId", "title", "genres")):
+    for line, row in iterate_csv(path, ("movieId", "title", "genres")):
         genres = [] if row["genres"] == "(no genres listed)" else row["genres"].split("|")
         if row["movieId"] in films:
             raise PrepareError(
                 f"{path}:{line}: film {row['movieId']} came before; keep one of the lines"
             )
         films[row["movieId"]] = dict(
-            id=row["movieId"], title=one_line(row["title"]), text=" ".join(genres), genres=genres
+            id=row["movieId"], title=to_one_line(row["title"]), text=" ".join(genres), genres=genres
         )
     return films
 
 
 def read_ratings(path: Path, films: dict[str, dict]) -> dict[str, list[Rating]]:
-    """{user: ratings, oldest first}."""
+    """Return {user: ratings, oldest first}."""
     users: dict[str, list[Rating]] = {}
     seen = set()
-    for line, row in csv_rows(path, ("userId", "movieId", "rating", "timestamp")):
+    for line, row in iterate_csv(path, ("userId", "movieId", "rating", "timestamp")):
         user = f"u{row['userId']}"
         film = row["movieId"]
         if film not in films:
             raise PrepareError(
-                f"{path}:{line}: film {film!r} is not in movies.csv; take both files from one release"
+                f"{path}:{line}: film {film!r} is not in movies.csv; "
+                "take both files from one release"
             )
         if (user, film) in seen:
             raise PrepareError(
-                f"{path}:{line}: user {row['userId']} rated film {film} before; keep one of the lines"
+                f"{path}:{line}: user {row['userId']} rated film {film} before; "
+                "keep one of the lines"
             )
         seen.add((user, film))
         users.setdefault(user, []).append(
             Rating(
                 film,
-                number(path, line, "rating", row["rating"]),
-                number(path, line, "timestamp", row["timestamp"], int),
+                parse_number(path, line, "rating", row["rating"]),
+                parse_number(path, line, "timestamp", row["timestamp"], int),
             )
         )
     # a stable sort
     return {user: sorted(ratings, key=lambda r: r.time) for user, ratings in users.items()}
 
 
-def sequential(
+def make_sequences(
     films: dict[str, dict], users: dict[str, list[Rating]], most: int | None
 ) -> dict[str, Split]:
     """Windows over films in time order. most: of each user only so many windows, the latest."""
 
     def window(user, name, seen, end):
         past = seen[max(0, end - HISTORY) : end]
-        row = dict(id=user_id(user, name), text=films[past[-1]]["title"], history=past, user=user)
+        row = dict(
+            id=make_example_id(user, name), text=films[past[-1]]["title"], history=past, user=user
+        )
         return row, [(seen[end], 1.0)]
 
     train, transductive, inductive = splits = Split(), Split(), Split()
@@ -112,7 +117,7 @@ def sequential(
     return dict(zip(("train", "test_transductive", "test_inductive"), splits))
 
 
-def lists(
+def make_lists(
     films: dict[str, dict], users: dict[str, list[Rating]], most: int | None
 ) -> tuple[dict[str, Split], Counter]:
     """({"train", "test"}, popularity). A cut of a user is a place in the ratings with a whole
@@ -148,15 +153,18 @@ def lists(
             others = others[np.argsort(order[others])][: POOL - len(liked)]
             if not np.isfinite(order[others]).all():
                 raise PrepareError(
-                    f"user {user[1:]} has rated so many films that none are left for a pool of {POOL}"
+                    f"user {user[1:]} has rated so many films that none are left for a pool of "
+                    f"{POOL}"
                 )
             pool = sorted([place[film] for film in liked] + others.tolist())
-            text = profile(films, ratings[:cut])
+            text = describe_user(films, ratings[:cut])
             row = dict(
-                id=user_id(user, f"cut{cut}"),
+                id=make_example_id(user, f"cut{cut}"),
                 text=text,
                 profile=text,
-                history=[[r.film, day(r.time)] for r in ratings[max(0, cut - HISTORY) : cut]],
+                history=[
+                    [r.film, format_day(r.time)] for r in ratings[max(0, cut - HISTORY) : cut]
+                ],
                 candidates=[names[i] for i in pool],
                 user=user,
             )
@@ -164,24 +172,30 @@ def lists(
     return dict(train=train, test=test), seen
 
 
-def profile(films: dict[str, dict], past: list[Rating]) -> str:
-    """What is known of the user before the cut, in two sentences: MovieLens has no demographics."""
+def describe_user(films: dict[str, dict], past: list[Rating]) -> str:
+    """Say in two sentences what is known of the user before the cut.
+
+    MovieLens has no demographics.
+    """
     liked = [r for r in past if r.stars >= LIKED]
     genres = Counter(genre for r in liked or past for genre in films[r.film]["genres"])
     favourite = sorted(genres, key=lambda genre: (-genres[genre], genre))[:3]
     return (
-        f"Has rated {len(past)} films since {day(past[0].time)}, {len(liked)} of them 4 stars or more."
+        f"Has rated {len(past)} films since {format_day(past[0].time)}, "
+        f"{len(liked)} of them 4 stars or more."
         + (f" Favourite genres: {', '.join(favourite)}." if favourite else "")
     )
 
 
-def day(time: int) -> str:
+def format_day(time: int) -> str:
+    """Format a rating's day."""
     return datetime.fromtimestamp(time, UTC).date().isoformat()
 
 
 def prepare(args: Namespace, out: Path) -> None:
+    """Write both data sets into `folder`."""
     most = args.max_windows_per_user
-    paths = [find(args.source, "movies.csv"), find(args.source, "ratings.csv")]
+    paths = [find_file(args.source, "movies.csv"), find_file(args.source, "ratings.csv")]
     films = read_films(paths[0])
     users = read_ratings(paths[1], films)
     about = dict(
@@ -190,7 +204,7 @@ def prepare(args: Namespace, out: Path) -> None:
         key=by_interaction,
     )
 
-    splits = sequential(films, users, most)
+    splits = make_sequences(films, users, most)
     known = {
         film
         for row in splits["train"].rows
@@ -199,20 +213,20 @@ def prepare(args: Namespace, out: Path) -> None:
     unseen = sum(
         target[0][0] not in known for target in splits["test_transductive"].targets.values()
     )
-    seen = popularity(splits["train"])
-    write(
+    seen = count_popularity(splits["train"])
+    write_data_set(
         out / "sequential",
-        corpus(films, seen),
+        iterate_corpus(films, seen),
         splits,
         counts=dict(users=len(users), transductive_targets_not_in_train=unseen),
         **about,
         also=lambda: check_inductive(splits["train"], splits["test_inductive"], "test_inductive"),
     )
 
-    splits, seen = lists(films, users, most)
-    write(
+    splits, seen = make_lists(films, users, most)
+    write_data_set(
         out / "list",
-        corpus(films, seen),
+        iterate_corpus(films, seen),
         splits,
         counts=dict(users=len(users)),
         **about,
@@ -220,7 +234,8 @@ def prepare(args: Namespace, out: Path) -> None:
     )
 
 
-def corpus(films: dict[str, dict], seen: Counter):
+def iterate_corpus(films: dict[str, dict], seen: Counter):
+    """Yield the corpus rows with their popularity."""
     return (row | dict(popularity=seen[id]) for id, row in films.items())
 
 
@@ -239,7 +254,8 @@ def check_pools(splits: dict[str, Split], seen: Counter) -> list[str]:
                 or not {film for film, _ in split.targets[row["id"]]} <= set(pool)
             ):
                 raise PrepareError(
-                    f"{name}: the pool of {row['id']!r} is not {POOL} films, lacks a target or shows the history"
+                    f"{name}: the pool of {row['id']!r} is not {POOL} films, "
+                    "lacks a target or shows the history"
                 )
             if any(seen[a] < seen[b] for a, b in pairwise(pool)):
                 raise PrepareError(
@@ -248,7 +264,8 @@ def check_pools(splits: dict[str, Split], seen: Counter) -> list[str]:
     return ["pools hold their targets, nothing of the history, most popular first"]
 
 
-def options(parser: ArgumentParser) -> None:
+def add_options(parser: ArgumentParser) -> None:
+    """Add the script's own options."""
     parser.add_argument(
         "--from",
         dest="source",
@@ -266,7 +283,8 @@ def options(parser: ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(__file__, __doc__, prepare, options, argv)
+    """Run the script; return its exit code."""
+    return run_command_line(__file__, __doc__, prepare, add_options, argv)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The Movie Search Ranking Dataset (bundled: 9,750 films, 14,670 queries with crowd labels) -> DIR,
-as it is, after the checks.
+"""Prepare the Movie Search Ranking Dataset as it is, after the checks.
+
+It is bundled: 9,750 films, 14,670 queries with crowd labels -> DIR.
 """
 
 import sys
@@ -7,17 +8,19 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from bundled import read_bundled
-from writing import command, write
+from writing import run_command_line, write_data_set
 
 BUNDLED = Path(__file__).resolve().parents[1] / "data/msrd"
 
 
 def prepare(args: Namespace, out: Path) -> None:
+    """Write the data set into `folder`."""
     corpus, splits, source = read_bundled(args.source)
-    write(out, corpus, splits, source=source, options={})
+    write_data_set(out, corpus, splits, source=source, options={})
 
 
-def options(parser: ArgumentParser) -> None:
+def add_options(parser: ArgumentParser) -> None:
+    """Add the script's own options."""
     parser.add_argument(
         "--from",
         dest="source",
@@ -29,7 +32,8 @@ def options(parser: ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(__file__, __doc__, prepare, options, argv)
+    """Run the script; return its exit code."""
+    return run_command_line(__file__, __doc__, prepare, add_options, argv)
 
 
 if __name__ == "__main__":

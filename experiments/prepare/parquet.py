@@ -1,5 +1,6 @@
-"""The two formats that ESCI needs and the standard library does not read a piece at a time:
-parquet, and one JSON object of a gigabyte.
+"""Read the two formats of ESCI that the standard library does not read a piece at a time.
+
+They are parquet, and one JSON object of a gigabyte.
 """
 
 import re
@@ -9,15 +10,17 @@ from pathlib import Path
 
 from checks import PrepareError
 from tqdm import tqdm
-from upstream import need
+from upstream import require_columns
 
 CHUNK = 2**24  # bytes
 _PAIR = re.compile(rb'\s*"((?:[^"\\]|\\.)*)"\s*:\s*"((?:[^"\\]|\\.)*)"\s*([,}])')
 
 
-def parquet_rows(path: Path, columns: tuple[str, ...], batch: int = 16_384) -> Iterator[dict]:
-    """{column: value} of every row; a batch of them and a MiB of each column's bytes are in memory,
-    not a row group. Raises PrepareError.
+def iterate_parquet(path: Path, columns: tuple[str, ...], batch: int = 16_384) -> Iterator[dict]:
+    """Yield {column: value} of every row.
+
+    A batch of rows and a MiB of each column's bytes are in memory, not a row group. Raises
+    PrepareError.
     """
     try:
         import pyarrow
@@ -37,7 +40,7 @@ def parquet_rows(path: Path, columns: tuple[str, ...], batch: int = 16_384) -> I
                 leave=False,
             ) as bar,
         ):
-            need(path, columns, file.schema_arrow.names)
+            require_columns(path, columns, file.schema_arrow.names)
             for part in file.iter_batches(batch, columns=list(columns)):
                 yield from part.to_pylist()
                 bar.update(len(part))
@@ -51,9 +54,10 @@ def parquet_rows(path: Path, columns: tuple[str, ...], batch: int = 16_384) -> I
         ) from None
 
 
-def asin_categories(path: Path, wanted: set[str]) -> dict[str, str]:
-    """{product: category} of the wanted ones out of {"product": "category", ...}, read by pieces;
-    spaces in a category become _. Raises PrepareError.
+def read_categories(path: Path, wanted: set[str]) -> dict[str, str]:
+    """Read the categories of the wanted products out of {"product": "category", ...}, by pieces.
+
+    Returns {product: category}; spaces in a category become _. Raises PrepareError.
     """
     found: dict[str, str] = {}
     # bytes before `rest`, bytes not understood yet, the mark after the last pair
@@ -93,6 +97,7 @@ def asin_categories(path: Path, wanted: set[str]) -> dict[str, str]:
                 break
     if end != b"}" or rest.strip():
         raise PrepareError(
-            f'{path}: no "product": "category" after byte {at:,}; the file is torn or its format has changed: fetch it again'
+            f'{path}: no "product": "category" after byte {at:,}; '
+            "the file is torn or its format has changed: fetch it again"
         )
     return found

@@ -1,10 +1,9 @@
-"""A prepared search set (esci.py's, amazon_c4.py's) -> DIR: the same queries with the N products to
-re-rank.
+"""Make a re-ranking set of a prepared search set (esci.py's, amazon_c4.py's).
 
-Candidates are the first N of a BM25 search with the query as it stands (k1 1.2, b 0.75, Lucene's
-lengths), in that order; queries with fewer, or with no relevant product among them, are left out,
-and counted. Judgements are all of the query's, so that they include relevant products outside the
-N.
+DIR has the same queries with the N products to re-rank. Candidates are the first N of a BM25 search
+with the query as it is (k1 1.2, b 0.75, Lucene's lengths), in that order; queries with fewer, or
+with no relevant product among them, are left out, and counted. Judgements are all of the query's,
+so that they include relevant products outside the N.
 """
 
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from bundled import read_bundled
 from checks import PrepareError, Split
-from writing import command, write
+from writing import run_command_line, write_data_set
 
 from recr1.retrieval.bm25.searcher import BM25Searcher
 
@@ -21,14 +20,14 @@ from recr1.retrieval.bm25.searcher import BM25Searcher
 def write_lists(
     folder: Path, corpus: list[dict], splits: dict[str, Split], candidates: int, source: list[dict]
 ) -> None:
-    """Writes the queries that have `candidates` hits, one of them relevant."""
+    """Write the queries that have `candidates` hits, one of them relevant."""
     index = BM25Searcher.build(
         [row["id"] for row in corpus],
         [f"{row.get('title', '')} {row['text']}" for row in corpus],
         length="lucene",
     )
-    lists = {name: reranked(split, index, candidates) for name, split in splits.items()}
-    write(
+    lists = {name: make_candidate_split(split, index, candidates) for name, split in splits.items()}
+    write_data_set(
         folder,
         corpus,
         lists,
@@ -41,7 +40,7 @@ def write_lists(
     )
 
 
-def reranked(split: Split, index: BM25Searcher, candidates: int) -> Split:
+def make_candidate_split(split: Split, index: BM25Searcher, candidates: int) -> Split:
     # (Q, N), -1 where there are no more hits
     kept, (found, _) = Split(), index.search([row["text"] for row in split.rows], candidates)
     for row, hits in zip(split.rows, found.tolist()):
@@ -53,6 +52,7 @@ def reranked(split: Split, index: BM25Searcher, candidates: int) -> Split:
 
 
 def prepare(args: Namespace, out: Path) -> None:
+    """Write the data set into `folder`."""
     if args.candidates < 2:
         raise PrepareError(
             f"--candidates is {args.candidates}; a list to be re-ranked needs 2 or more"
@@ -67,7 +67,8 @@ def prepare(args: Namespace, out: Path) -> None:
     write_lists(out, corpus, splits, args.candidates, source)
 
 
-def options(parser: ArgumentParser) -> None:
+def add_options(parser: ArgumentParser) -> None:
+    """Add the script's own options."""
     parser.add_argument(
         "--from",
         dest="source",
@@ -86,7 +87,8 @@ def options(parser: ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return command(__file__, __doc__, prepare, options, argv)
+    """Run the script; return its exit code."""
+    return run_command_line(__file__, __doc__, prepare, add_options, argv)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""Reading what others publish: CSV and JSON lines with the columns they must have, and their texts
-on one line.
+"""Read what others publish: CSV and JSON lines with the columns they must have.
+
+Their texts are brought to one line.
 """
 
 import csv
@@ -18,40 +19,43 @@ from recr1.data.readers import is_validation
 csv.field_size_limit(2**30)  # reviews and histories may be longer than the default of 128 KiB
 
 
-def find(folder: Path, name: str) -> Path:
-    """The file of that name in the folder, plain or with .gz behind it. Raises PrepareError."""
+def find_file(folder: Path, name: str) -> Path:
+    """Find the file of that name in the folder, plain or with .gz. Raises PrepareError."""
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():
             return path
     raise PrepareError(f"{folder / name}: no such file (nor {name}.gz); check the folder")
 
 
-def csv_rows(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(last line, {column: value}) of every row of a CSV[.gz] with a header; further columns are
-    ignored. Raises PrepareError.
+def iterate_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield (last line, {column: value}) of every row of a CSV[.gz] with a header.
+
+    Further columns are ignored. Raises PrepareError.
     """
-    with _open(path) as file:
-        reader = csv.reader(_lines(path, file))
+    with _open_plain_or_gzip(path) as file:
+        reader = csv.reader(_decode_lines(path, file))
         header = next(reader, None)
         if header is None:
             raise PrepareError(f"{path}: the file is empty; fetch it again")
-        need(path, columns, header)
+        require_columns(path, columns, header)
         for values in reader:
             if len(values) != len(header):
                 raise PrepareError(
-                    f"{path}:{reader.line_num}: {len(values)} values, the header has {len(header)}; the file is torn or its format has changed"
+                    f"{path}:{reader.line_num}: {len(values)} values, "
+                    f"the header has {len(header)}; the file is torn or its format has changed"
                 )
             row = dict(zip(header, values))
             yield reader.line_num, {column: row[column] for column in columns}
 
 
-def json_rows(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
-    """(line, object) of every line of a JSON-lines file, plain or .gz. Raises PrepareError for a
-    line without one of the keys.
+def iterate_json(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
+    """Yield (line, object) of every line of a JSON-lines file, plain or .gz.
+
+    Raises PrepareError for a line without one of the keys.
     """
     number = 0
-    with _open(path) as file:
-        for number, line in enumerate(_lines(path, file), 1):
+    with _open_plain_or_gzip(path) as file:
+        for number, line in enumerate(_decode_lines(path, file), 1):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
@@ -60,59 +64,65 @@ def json_rows(path: Path, keys: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
                 ) from None
             if not isinstance(row, dict):
                 raise PrepareError(
-                    f"{path}:{number}: a {type(row).__name__}, not an object; this is another file, or its format has changed"
+                    f"{path}:{number}: a {type(row).__name__}, not an object; "
+                    "this is another file, or its format has changed"
                 )
-            need(f"{path}:{number}", keys, row)
+            require_columns(f"{path}:{number}", keys, row)
             yield number, row
     if not number:
         raise PrepareError(f"{path}: the file is empty; fetch it again")
 
 
-def need(where: object, columns: tuple[str, ...], there) -> None:
-    """Raises PrepareError unless every column is there."""
+def require_columns(where: object, columns: tuple[str, ...], there) -> None:
+    """Raise PrepareError unless every column is there."""
     for column in columns:
         if column not in there:
             raise PrepareError(
-                f"{where}: no column {column!r} (it has {', '.join(map(str, there))[:200]}); this is another file, or its format has changed"
+                f"{where}: no column {column!r} (it has {', '.join(map(str, there))[:200]}); "
+                "this is another file, or its format has changed"
             )
 
 
-def strings(path: Path, line: int, row: dict, keys: tuple[str, ...]) -> None:
-    """Raises PrepareError unless the row has these keys and their values are strings."""
-    need(f"{path}:{line}", keys, row)
+def require_strings(path: Path, line: int, row: dict, keys: tuple[str, ...]) -> None:
+    """Raise PrepareError unless the row has these keys and their values are strings."""
+    require_columns(f"{path}:{line}", keys, row)
     for key in keys:
         if not isinstance(row[key], str):
             raise PrepareError(
-                f"{path}:{line}: {key!r} is a {type(row[key]).__name__}, not a string; its format has changed"
+                f"{path}:{line}: {key!r} is a {type(row[key]).__name__}, not a string; "
+                "its format has changed"
             )
 
 
-def number(path: Path, line: int, column: str, value: str, kind=float):
-    """A number out of a CSV. Raises PrepareError."""
+def parse_number(path: Path, line: int, column: str, value: str, kind=float):
+    """Parse a number of a CSV. Raises PrepareError."""
     try:
         return kind(value)
     except ValueError:
         raise PrepareError(
-            f"{path}:{line}: {column} is {value[:40]!r}, not a number; the file is torn or its format has changed"
+            f"{path}:{line}: {column} is {value[:40]!r}, not a number; "
+            "the file is torn or its format has changed"
         ) from None
 
 
-def one_line(text: str) -> str:
-    """Entities resolved, every run of white space one space."""
+def to_one_line(text: str) -> str:
+    """Resolve entities, and make every run of white space one space."""
     return " ".join(html.unescape(text).split())
 
 
-def clean(text: str) -> str:
-    """BLaIR's text of a product, which Rec-R1 uses: entities resolved, no double quotes, one line,
-    ends in one full stop. Empty stays empty.
+def clean_product_text(text: str) -> str:
+    """Return BLaIR's text of a product, which Rec-R1 uses.
+
+    Entities resolved, no double quotes, one line, ends in one full stop. Empty stays empty.
     """
-    text = one_line(html.unescape(text).replace('"', "")).rstrip(".")
+    text = to_one_line(html.unescape(text).replace('"', "")).rstrip(".")
     return text + "." if text else ""
 
 
-def user_id(user: str, name: str) -> str:
-    """An id for an example of `user` that lies on the user's side of the validation hash: a user's
-    windows overlap, so they must not part.
+def make_example_id(user: str, name: str) -> str:
+    """Return an id for an example of `user` that is on the user's side of the validation hash.
+
+    A user's windows overlap, so they must not be divided.
     """
     id = f"{user}-{name}"
     tries = 0
@@ -122,12 +132,12 @@ def user_id(user: str, name: str) -> str:
     return id
 
 
-def _open(path: Path):
+def _open_plain_or_gzip(path: Path):
     return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
 
 
-def _lines(path: Path, file) -> Iterator[str]:
-    """Decoded lines, with a bar."""
+def _decode_lines(path: Path, file) -> Iterator[str]:
+    """Yield decoded lines, with a progress bar."""
     number = 0
     try:
         for number, raw in enumerate(

@@ -1,4 +1,4 @@
-"""What every preparation ends in: checks, then a folder that stands whole or not at all.
+"""End a preparation: checks, then a folder that is complete or absent.
 
 A prepared folder: corpus.jsonl.gz, NAME.queries.jsonl and NAME.qrels.tsv for train and every test
 setting, and prepared.json, written last. Validation is no file: it is the hash tenth of train
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from checks import Key, PrepareError, Split, by_text, check, good_document
+from checks import Key, PrepareError, Split, by_text, check_document, check_splits
 from tqdm import tqdm
 
 from recr1.data.readers import DataError, is_validation, read_qrels, read_queries
@@ -21,7 +21,7 @@ from recr1.utils.files import PARTIAL, fingerprint_file, remove_path, sync_to_di
 INDEX = "prepared.json"
 
 
-def write(
+def write_data_set(
     folder: Path,
     corpus: Iterable[dict],
     splits: dict[str, Split],
@@ -32,70 +32,92 @@ def write(
     counts: dict | None = None,
     also: Callable[[], list[str]] = list,
 ) -> dict:
-    """Writes one prepared data set into `folder` and returns what prepared.json says. `corpus` may
-    be a generator: only its ids are kept.
+    """Write one prepared data set into `folder` and return what prepared.json says.
 
-    splits: "train" and each test setting. key: what makes two examples the same (see checks).
-    counts: further numbers for prepared.json. also: further checks, which return their names.
-    Raises PrepareError.
+    Args:
+        corpus: may be a generator: only its ids are kept.
+        splits: "train" and each test setting.
+        key: what makes two examples the same (see checks).
+        counts: further numbers for prepared.json.
+        also: further checks, which return their names.
+
+    Raises:
+        PrepareError: a check has failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    docs: set[str] = set()
-    # no name, no time: the same bytes every time
-    with (
-        open(folder / "corpus.jsonl.gz", "wb") as raw,
-        gzip.GzipFile("", "wb", 6, raw, mtime=0) as file,
-    ):
-        for row in tqdm(
-            corpus, desc=f"{folder.name}: documents", unit=" docs", disable=None, leave=False
-        ):
-            good_document(row, docs)
-            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-    passed = check(docs, splits, key) + also()
+    docs = write_corpus(folder, corpus)
+    passed = check_splits(docs, splits, key) + also()
     for name, split in splits.items():
-        with open(folder / f"{name}.queries.jsonl", "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in split.rows)
-        with open(folder / f"{name}.qrels.tsv", "w", encoding="utf-8", newline="\n") as file:
-            file.writelines(
-                f"{row['id']}\t{doc}\t{gain:g}\n"
-                for row in split.rows
-                for doc, gain in split.targets[row["id"]]
-            )
-        (queries, dropped), (qrels, repeats) = (
-            read_queries(folder / f"{name}.queries.jsonl"),
-            read_qrels(folder / f"{name}.qrels.tsv"),
-        )
-        if dropped or repeats or queries.keys() != qrels.keys():
-            raise PrepareError(
-                f"{name}: what was written does not read back as it was: {(dropped + repeats)[:1]}"
-            )
+        write_split(folder, name, split)
+
+    # What prepared.json says of the folder; it is written last.
     train = splits["train"].rows
-    validation = sum(is_validation(row["id"]) for row in train)
+    num_validation = sum(is_validation(row["id"]) for row in train)
+    all_counts = dict(
+        documents=len(docs), train=len(train) - num_validation, validation=num_validation
+    )
+    for name, split in splits.items():
+        if name != "train":
+            all_counts[name] = len(split.rows)
     about = dict(
         source=source,
         options=options,
         checks=[*passed, "reads back with recr1.data"],
-        counts=dict(documents=len(docs), train=len(train) - validation, validation=validation)
-        | {name: len(split.rows) for name, split in splits.items() if name != "train"}
-        | (counts or {}),
+        counts=all_counts | (counts or {}),
         files={path.name: fingerprint_file(path) for path in sorted(folder.iterdir())},
     )
-    (folder / INDEX).write_text(
-        json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
+    (folder / INDEX).write_text(text, encoding="utf-8")
     sync_to_disk(folder / INDEX)
     return about
 
 
-def command(
+def write_corpus(folder: Path, corpus: Iterable[dict]) -> set[str]:
+    """Write corpus.jsonl.gz and return the documents' ids. Raises PrepareError for a bad one."""
+    docs: set[str] = set()
+    with (
+        open(folder / "corpus.jsonl.gz", "wb") as raw,
+        # no name, no time: the same bytes every time
+        gzip.GzipFile("", "wb", 6, raw, mtime=0) as file,
+    ):
+        title = f"{folder.name}: documents"
+        for row in tqdm(corpus, desc=title, unit=" docs", disable=None, leave=False):
+            check_document(row, docs)
+            line = json.dumps(row, ensure_ascii=False) + "\n"
+            file.write(line.encode())
+    return docs
+
+
+def write_split(folder: Path, name: str, split: Split) -> None:
+    """Write a split's queries and qrels. Raises PrepareError unless they read back as they were."""
+    queries_path = folder / f"{name}.queries.jsonl"
+    qrels_path = folder / f"{name}.qrels.tsv"
+    with open(queries_path, "w", encoding="utf-8", newline="\n") as file:
+        for row in split.rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    with open(qrels_path, "w", encoding="utf-8", newline="\n") as file:
+        for row in split.rows:
+            for doc, gain in split.targets[row["id"]]:
+                file.write(f"{row['id']}\t{doc}\t{gain:g}\n")
+    queries, dropped = read_queries(queries_path)
+    qrels, repeats = read_qrels(qrels_path)
+    if dropped or repeats or queries.keys() != qrels.keys():
+        raise PrepareError(
+            f"{name}: what was written does not read back as it was: {(dropped + repeats)[:1]}"
+        )
+
+
+def run_command_line(
     script: str,
     doc: str,
     prepare: Callable[[argparse.Namespace, Path], None],
     options: Callable[[argparse.ArgumentParser], None],
     argv: list[str] | None = None,
 ) -> int:
-    """A script's whole main: parses, calls prepare(args, folder) with an empty folder, and gives
-    the folder the name --out when that returns.
+    """Run a script's main.
+
+    It parses, calls prepare(args, folder) with an empty folder, and gives the folder the name --out
+    when that returns.
 
     Returns 0; or 2 after one line on stderr for what a user can mend; or 130 when interrupted.
     Unless it returns 0, --out is as it was.
@@ -115,53 +137,60 @@ def command(
     options(parser)
     args = parser.parse_args(argv)
     out = args.out.absolute()
-    partial, old = (out.with_name(out.name + end) for end in (PARTIAL, ".old" + PARTIAL))
+    partial = out.with_name(out.name + PARTIAL)
     try:
-        if out.exists() and not _ours(out):
+        if out.exists() and not _is_prepared(out):
             raise PrepareError(
                 f"{args.out}: exists, and no preparation wrote it; give a new folder with --out"
             )
-        if old.exists() and not out.exists():  # killed between the two renames below
-            old.rename(out)
-        for left in (partial, old):
-            if left.exists():
-                remove_path(left)
-        partial.mkdir(parents=True)
-        prepare(args, partial)
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
-        sync_to_disk(out.parent)
-        if old.exists():
-            remove_path(old)
+        replace_folder(out, partial, lambda: prepare(args, partial))
     except (DataError, OSError, KeyboardInterrupt) as e:
         if partial.is_dir():
             remove_path(partial)
         if isinstance(e, KeyboardInterrupt):
             print(
-                f"{parser.prog}: stopped; the same command starts again, downloads go on from where they are",
+                f"{parser.prog}: stopped; the same command starts again, "
+                "downloads go on from where they are",
                 file=sys.stderr,
             )
             return 130
-        reason = (
-            f"cannot read or write {e.filename or args.out}: {e.strerror or e}"
-            if isinstance(e, OSError)
-            else e
-        )
+        reason = str(e)
+        if isinstance(e, OSError):
+            reason = f"cannot read or write {e.filename or args.out}: {e.strerror or e}"
         print(f"{parser.prog}: {reason}", file=sys.stderr)
         return 2
     for index in sorted(out.rglob(INDEX)):
         counts = json.loads(index.read_text(encoding="utf-8"))["counts"]
-        print(
-            f"{args.out / index.parent.relative_to(out)}: "
-            + ", ".join(f"{value:,} {name}" for name, value in counts.items())
-        )
+        numbers = ", ".join(f"{value:,} {name}" for name, value in counts.items())
+        print(f"{args.out / index.parent.relative_to(out)}: {numbers}")
     return 0
 
 
-def _ours(folder: Path) -> bool:
-    """Whether a preparation wrote it: prepared.json lies in it, or in each folder of it; an empty
-    folder counts too.
+def replace_folder(out: Path, partial: Path, fill: Callable[[], None]) -> None:
+    """Fill the empty folder `partial` and give it the name `out` when that has worked.
+
+    An earlier `out` is kept until then.
+    """
+    old = out.with_name(out.name + ".old" + PARTIAL)
+    if old.exists() and not out.exists():  # killed between the two renames below
+        old.rename(out)
+    for leftover in (partial, old):
+        if leftover.exists():
+            remove_path(leftover)
+    partial.mkdir(parents=True)
+    fill()
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    sync_to_disk(out.parent)
+    if old.exists():
+        remove_path(old)
+
+
+def _is_prepared(folder: Path) -> bool:
+    """Return whether a preparation wrote the folder.
+
+    It has prepared.json, or each folder in it has; an empty folder counts too.
     """
     return folder.is_dir() and (
         (folder / INDEX).exists() or all((below / INDEX).exists() for below in folder.iterdir())

@@ -477,7 +477,7 @@ def _tell_story(step: LoggedStep, x: dict, rows: list[int]) -> list[str]:
             "token ids, chat template around the query",
             f"({len(row['prompt_ids'])},)",
             words(row["prompt_ids"]),
-            locate_source(train.sample_and_score, "generate("),
+            locate_source(train.sample_once, "generate("),
         )
     add(
         "group",
@@ -621,7 +621,7 @@ def _tell_story(step: LoggedStep, x: dict, rows: list[int]) -> list[str]:
         + f" - {c.entropy:g} sum_t w_t / T  dH_t / d theta" * (c.entropy > 0),
         "",
         "",
-        locate_source(train.train, "value.backward()"),
+        locate_source(train.train, "loss.backward()"),
         locate_source(Optimizer.compute_norm, "_foreach_norm"),
     )
     return lines + ["", *_format_tokens(step, x, show, words)]

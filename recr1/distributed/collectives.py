@@ -1,13 +1,15 @@
-"""torchrun's environment and the collectives that the rest needs. With one process there is no
-group: every call returns its own input.
+"""torchrun's environment, and the collectives that the rest of the project needs. With one process
+there is no group: every call returns its own input.
 
-Every rank makes the same calls in the same order. Sums only: nothing averages behind our back
-(DESIGN decision 3). Legend: W ranks.
+Every rank makes the same calls in the same order. A reduction is a sum: nothing averages behind our
+back (DESIGN decision 3).
+
+Legend: W ranks, n numbers of a shard.
 """
 
 import os
 from contextlib import contextmanager
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import torch
 import torch.distributed as td
@@ -21,39 +23,48 @@ _reduce_scatter = getattr(td, "reduce_scatter_single", None) or td.reduce_scatte
 
 
 def rank() -> int:
+    """Return this process's number in the group; 0 without a group."""
     return td.get_rank() if td.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Return the number of ranks; 1 without a group."""
     return td.get_world_size() if td.is_initialized() else 1
 
 
 def local_rank() -> int:
-    """This rank's number on its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if world_size() > 1 else 0
+    """Return this rank's number on its machine."""
+    if world_size() == 1:
+        return 0
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def local_world_size() -> int:
-    """Ranks on this machine: they share its cores."""
+    """Return the number of ranks on this machine: they share its cores."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def device() -> torch.device:
-    """This rank's: its GPU where there is one, else the CPU."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    """Return this rank's GPU if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank())
 
 
 def split_across_ranks(items: list) -> list:
-    """This rank's part of `items`: contiguous, so that the ranks' parts in order are the whole.
-    Parts differ by one at most.
+    """Return this rank's slice of `items`.
+
+    The ranks' slices, joined in the order of the ranks, are `items`. Their lengths differ by one at
+    most.
     """
-    at = rank()
     n = len(items)
-    return items[at * n // world_size() : (at + 1) * n // world_size()]
+    start = rank() * n // world_size()
+    end = (rank() + 1) * n // world_size()
+    return items[start:end]
 
 
 def all_reduce_sum(*values: float) -> tuple[float, ...]:
-    """The sum of each value over the ranks, in float64."""
+    """Return the sum of each value over the ranks, in float64."""
     if world_size() == 1:
         return values
     count_collective()
@@ -63,17 +74,20 @@ def all_reduce_sum(*values: float) -> tuple[float, ...]:
 
 
 def all_reduce_max(value: int) -> int:
-    """The maximum over the ranks."""
+    """Return the maximum over the ranks."""
     if world_size() == 1:
         return value
     count_collective()
-    most = torch.tensor(value)
-    td.all_reduce(most, op=td.ReduceOp.MAX)
-    return int(most)
+    maximum = torch.tensor(value)
+    td.all_reduce(maximum, op=td.ReduceOp.MAX)
+    return int(maximum)
 
 
 def broadcast_from_rank0(value: Any) -> Any:
-    """Rank 0's value, everywhere. Anything that pickles; it travels between our own processes only."""
+    """Return rank 0's value on all ranks.
+
+    It may be anything that pickles: it travels between our own processes only.
+    """
     values = [value]
     if world_size() > 1:
         count_collective()
@@ -82,7 +96,7 @@ def broadcast_from_rank0(value: Any) -> Any:
 
 
 def gather_to_rank0(value: Any) -> list | None:
-    """Rank 0: every rank's value, in their order; elsewhere None."""
+    """Return every rank's value, in the order of the ranks, on rank 0; None on the others."""
     if world_size() == 1:
         return [value]
     count_collective()
@@ -92,11 +106,11 @@ def gather_to_rank0(value: Any) -> list | None:
 
 
 @contextmanager
-def fail_together():
-    """A block that fails on every rank if it fails on one, with the first one's exception: no rank
-    waits for one that is gone.
+def fail_together() -> Iterator[None]:
+    """Make a block that fails on one rank fail on all, with the exception of the first rank that
+    failed: no rank then waits for one that is gone.
 
-    No collective may stand inside.
+    No collective may be called inside.
     """
     error = None
     try:
@@ -104,28 +118,48 @@ def fail_together():
     except Exception as e:
         error = e
     if world_size() > 1:
-        count_collective()
-        errors = [None] * world_size()
-        td.all_gather_object(errors, error)
-        source = next((r for r, e in enumerate(errors) if e is not None), rank())
-        if source != rank():  # its own copy has the traceback
-            error = errors[source]
-            error.add_note(f"on rank {source}")
+        error = _first_error(error)
     if error is not None:
         raise error
 
 
+def _first_error(error: Exception | None) -> Exception | None:
+    """Return the exception of the first rank that has one."""
+    count_collective()
+    errors = [None] * world_size()
+    td.all_gather_object(errors, error)
+    for source, error_of_rank in enumerate(errors):
+        if error_of_rank is None:
+            continue
+        if source == rank():
+            return error  # this rank's own object has the traceback
+        error_of_rank.add_note(f"on rank {source}")
+        return error_of_rank
+    return None
+
+
 def start_all_gather(shard: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Begins to collect (n,) of each rank; the call it returns waits and gives the (W n,)."""
-    return _start_collective(_all_gather, world_size() * len(shard), shard)
+    """Start to collect the shards (n,) of all ranks. Return a function that waits for the result
+    (W n,).
+    """
+    full_size = world_size() * len(shard)
+    return _start_collective(_all_gather, full_size, shard)
 
 
-def start_reduce_scatter(whole: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Begins to sum (W n,) over the ranks; the call it returns waits and gives this rank's (n,)."""
-    return _start_collective(_reduce_scatter, len(whole) // world_size(), whole)
+def start_reduce_scatter(full: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start to sum the vectors (W n,) over the ranks. Return a function that waits for this rank's
+    slice of the sum (n,).
+    """
+    shard_size = len(full) // world_size()
+    return _start_collective(_reduce_scatter, shard_size, full)
 
 
-def _start_collective(collective, size: int, source: torch.Tensor) -> Callable[[], torch.Tensor]:
+def _start_collective(
+    collective: Callable[..., td.Work], size: int, source: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    """Start a collective that reads `source` and writes `size` numbers. Return a function that
+    waits for them.
+    """
     if world_size() == 1:
         return lambda: source
     count_collective()
@@ -135,8 +169,8 @@ def _start_collective(collective, size: int, source: torch.Tensor) -> Callable[[
     def wait() -> torch.Tensor:
         nonlocal work, source
         work.wait()
-        # until here the collective reads source, and a finished work holds its tensors
-        work = source = None
+        # Until here the collective reads source, and a finished work holds its tensors.
+        del work, source
         return out
 
     return wait

@@ -1,17 +1,23 @@
-"""Fully sharded data parallelism, ZeRO-3 (Rajbhandari et al. 2020, section 5), by hand (DESIGN
-decision 5).
+"""Fully sharded data parallelism: ZeRO-3 (Rajbhandari et al. 2020, section 5), written by hand
+(DESIGN decision 5).
 
-A unit is one block, or the root: embedding, last norm and head. Its weights lie in one flat vector
-(distributed/flat_param.py), cut into W equal shards; a rank owns one, the master copy that the optimizer updates, and
-nothing else of the unit between its uses. To run a unit is to gather its shards into the compute
-type and hang views of them on its modules; meanwhile the next unit's gather is under way, in the
-backward the previous one's. The gather is an autograd function: its backward is the reduce-scatter
-(SUM, in the master's type) of the gradient, under way while the unit before computes its own. One
-rank: both are the identity. n: numbers of a shard.
+A parameter group holds the weights of one block, or of the root: embedding, last norm and head.
+They form one flat vector (distributed/flat_param.py) that is cut into W equal shards. A rank owns
+one shard: the master copy that the optimizer updates. Between uses it holds nothing else of the
+group.
+
+To use a group is to all-gather its shards in the compute type and to attach views of the result to
+the modules. Meanwhile the all-gather of the next block runs; in the backward, that of the previous
+block. The all-gather is an autograd function. Its backward is the reduce-scatter (SUM, in the
+master type) of the gradient, which runs while the previous block computes its own gradient. With
+one rank both are the identity.
+
+Legend: W ranks, n numbers of a shard.
 """
 
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Callable, Iterator
+from functools import partial
+from typing import Any, Callable, ContextManager, Iterator, NamedTuple
 
 import torch
 from torch import nn
@@ -19,144 +25,215 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from recr1.distributed import collectives as dist, cpu_offload
-from recr1.distributed.flat_param import FlatParam, params_by_block
+from recr1.distributed.flat_param import FlatParam, ModuleParam, params_by_block
 
-# of the backward that is running
+# calls a function at the end of the backward that is running
 queue_backward_callback = torch.autograd.Variable._execution_engine.queue_callback
+
+
+class PendingAllGather(NamedTuple):
+    """An all-gather that was started."""
+
+    version: int  # of the shard that it reads; an optimizer step increases it
+    wait: Callable[[], torch.Tensor]  # -> (W n,)
+
+
+class PendingReduceScatter(NamedTuple):
+    """A reduce-scatter that was started."""
+
+    group: "ParamGroup"
+    wait: Callable[[], torch.Tensor]  # -> (n,)
+
+
+class SavedWeight(NamedTuple):
+    """What autograd saves in place of a weight: where the weight lies in the full vector."""
+
+    group: "ParamGroup"
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
 
 
 class ParamGroup(nn.Module):
     """The shard of some weights. Between uses their modules have no weights at all: a forgotten
-    gather is an error, not a stale value.
+    all-gather is an error, not a stale value.
     """
 
     def __init__(
         self,
-        weights: list,
-        read: Callable[[str], torch.Tensor],
+        params: list[ModuleParam],
+        *,
         trainable: bool,
+        read: Callable[[str], torch.Tensor],
         master: torch.dtype,
         compute: torch.dtype,
         device: torch.device,
         on_host: bool,
-        reduce: Callable[["ParamGroup"], None],
+        on_gradient_ready: Callable[["ParamGroup"], None],
     ):
         super().__init__()
-        self.flat = FlatParam(weights)
+        self.flat_param = FlatParam(params)
         self.compute = compute
         self.device = device
-        self.reduce = reduce
-        shard = (
-            cpu_offload.host_zeros(self.flat.n, master)
-            if on_host
-            else torch.zeros(self.flat.n, dtype=master, device=device)
-        )
-        self.shard = nn.Parameter(self.flat.fill(shard, read), requires_grad=trainable)
-        # the units of the blocks on either side
-        self.before = []
-        self.after = []
-        # a gather under way: of which version of the shard, how to wait for it
-        self.coming: tuple[int, Callable] | None = None
-        self.again: torch.Tensor | None = None  # gathered once more, for the backward
-        self.grads: torch.Tensor | None = None  # (W n,) not yet summed over ranks
+        self.on_gradient_ready = on_gradient_ready
+        if on_host:
+            shard = cpu_offload.host_zeros(self.flat_param.shard_size, master)
+        else:
+            shard = torch.zeros(self.flat_param.shard_size, dtype=master, device=device)
+        self.flat_param.fill(shard, read)
+        self.shard = nn.Parameter(shard, requires_grad=trainable)
 
-    def start(self) -> None:
-        """Begins to gather, unless that is under way."""
-        if self.coming is None or self.coming[0] != self.shard._version:
-            self.coming = (
-                self.shard._version,
-                cpu_offload.start_all_gather_from_host(
-                    self.shard.detach(), self.compute, self.device
-                ),
+        # the groups of the blocks on either side
+        self.previous_groups: list[ParamGroup] = []
+        self.next_groups: list[ParamGroup] = []
+
+        self.pending: PendingAllGather | None = None
+        # Gathered a second time, in the backward.
+        self.regathered: torch.Tensor | None = None  # (W n,)
+        # This rank's gradient, not yet summed over ranks.
+        self.full_grad: torch.Tensor | None = None  # (W n,)
+
+    def start_all_gather(self) -> PendingAllGather:
+        """Start to gather the shards, unless an all-gather of their present values is running."""
+        version = self.shard._version
+        if self.pending is None or self.pending.version != version:
+            wait = cpu_offload.start_all_gather_from_host(
+                self.shard.detach(), self.compute, self.device
             )
+            self.pending = PendingAllGather(version, wait)
+        return self.pending
 
-    def take(self) -> torch.Tensor:
-        """(W n,) of all ranks' shards in the compute type; the shard itself where it is the whole
-        and has the type.
+    def wait_for_all_gather(self) -> torch.Tensor:
+        """Return all ranks' shards (W n,) in the compute type.
+
+        With one rank and one type this is the shard itself, not a copy.
         """
-        self.start()
-        (_, wait), self.coming = self.coming, None
-        return wait()
+        pending = self.start_all_gather()
+        self.pending = None
+        return pending.wait()
 
-    def retake(self) -> torch.Tensor:
-        """The same for what autograd saved, until the unit's backward is over."""
-        if self.again is None:
-            self.again = self.take()
-            queue_backward_callback(lambda: setattr(self, "again", None))
-            for unit in self.before:
-                unit.start()
-            for unit in self.after:  # a frozen one has no backward of its own
-                unit.again = None
-        return self.again
+    def all_gather_for_backward(self) -> torch.Tensor:
+        """Return the same (W n,) for a weight that autograd saved; keep it until the group's
+        backward is over.
+        """
+        if self.regathered is None:
+            self.regathered = self.wait_for_all_gather()
+            queue_backward_callback(self.release_regathered)
+            for group in self.previous_groups:
+                group.start_all_gather()
+            # A frozen group has no backward of its own that would release it.
+            for group in self.next_groups:
+                group.release_regathered()
+        return self.regathered
+
+    def release_regathered(self) -> None:
+        """Drop what was gathered for the backward."""
+        self.regathered = None
+
+    def add_gradients(self, weight_grads: tuple[torch.Tensor | None, ...]) -> None:
+        """Add this rank's gradients of the weights to `full_grad`."""
+        if self.full_grad is None:
+            size = dist.world_size() * self.flat_param.shard_size
+            self.full_grad = torch.zeros(size, dtype=self.shard.dtype, device=self.device)
+        for weight, grad in zip(self.flat_param.weights, weight_grads):
+            if grad is not None:
+                weight.view(self.full_grad).add_(grad)
 
 
 @contextmanager
-def unsharded_groups(units: list[ParamGroup], ahead: list[ParamGroup], keep: bool = True):
-    """Inside, the units' modules have their weights, and those of `ahead` are on their way. `keep`:
-    autograd may hold on to the weights (a checkpoint lets go by itself). Else what it would save of
-    them is (unit, place), and the backward gathers again.
+def unsharded_groups(
+    groups: list[ParamGroup], prefetch: list[ParamGroup], keep_for_backward: bool = True
+) -> Iterator[None]:
+    """Attach the full weights of `groups` to their modules for the duration of the block.
+
+    Args:
+        groups: the parameter groups of one block, or of the root: the trained and the frozen one.
+        prefetch: the groups of the block that is used next. Their all-gathers start here and
+            overlap with this block's computation.
+        keep_for_backward: autograd may hold the full weights until the backward. True inside
+            `checkpoint`, which releases them itself. If False, autograd saves a `SavedWeight`, and
+            the backward gathers the group again.
     """
-    if units[0].flat.hung:
+    if groups[0].flat_param.is_unsharded:  # by an enclosing block: sampling unshards all groups
         yield
         return
-    views = [_AllGather.apply(unit.shard, unit) for unit in units]
-    for unit in ahead:
-        unit.start()
-    owner = {mine[0].untyped_storage().data_ptr(): unit for unit, mine in zip(units, views)}
-    # the shard itself stays anyway
-    keep |= not torch.is_grad_enabled() or units[0].shard.untyped_storage().data_ptr() in owner
 
-    def pack(t: torch.Tensor):
-        unit = owner.get(t.untyped_storage().data_ptr())
-        return t if unit is None else (unit, t.shape, t.stride(), t.storage_offset())
+    weights = [_AllGather.apply(group.shard, group) for group in groups]
+    for group in prefetch:
+        group.start_all_gather()
 
-    def unpack(saved):
-        return (
-            saved if isinstance(saved, torch.Tensor) else saved[0].retake().as_strided(*saved[1:])
-        )
+    # With one rank and one type the full vector is the shard itself, which stays in memory anyway.
+    group_by_storage = {storage_id(views[0]): group for group, views in zip(groups, weights)}
+    is_own_shard = storage_id(groups[0].shard) in group_by_storage
+    keep_for_backward = keep_for_backward or is_own_shard or not torch.is_grad_enabled()
 
-    for unit, mine in zip(units, views):
-        unit.flat.hang(mine)
+    for group, views in zip(groups, weights):
+        group.flat_param.attach(views)
     try:
-        with nullcontext() if keep else saved_tensors_hooks(pack, unpack):
+        with nullcontext() if keep_for_backward else regather_in_backward(group_by_storage):
             yield
     finally:
-        for unit in units:
-            unit.flat.strip()
+        for group in groups:
+            group.flat_param.detach()
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Return the address of a tensor's memory: equal for all views of one vector."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def regather_in_backward(group_by_storage: dict[int, ParamGroup]) -> saved_tensors_hooks:
+    """Return autograd hooks that save where a weight lies in its group, not the weight."""
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor | SavedWeight:
+        group = group_by_storage.get(storage_id(tensor))
+        if group is None:
+            return tensor  # an activation
+        return SavedWeight(group, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def unpack(saved: torch.Tensor | SavedWeight) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        full = saved.group.all_gather_for_backward()
+        return full.as_strided(saved.shape, saved.stride, saved.offset)
+
+    return saved_tensors_hooks(pack, unpack)
 
 
 class _AllGather(torch.autograd.Function):
-    """shard (n,) -> the unit's weights, views of one gathered vector. backward: their gradients,
-    summed over ranks, join shard.grad.
+    """All-gather a shard (n,) and return the group's weights, views of one vector (W n,). The
+    backward sums the weights' gradients over ranks; the sum is added to shard.grad.
     """
 
     @staticmethod
-    def forward(ctx, shard, unit):
-        ctx.unit, gathered = unit, unit.take()
-        return tuple(w.view(gathered) for w in unit.flat.weights)
+    def forward(ctx: Any, shard: torch.Tensor, group: ParamGroup) -> tuple[torch.Tensor, ...]:
+        ctx.group = group
+        full = group.wait_for_all_gather()  # (W n,)
+        return tuple(weight.view(full) for weight in group.flat_param.weights)
 
     @staticmethod
-    def backward(ctx, *grads):
-        unit = ctx.unit
-        unit.again = None
-        if unit.grads is None:
-            unit.grads = torch.zeros(
-                dist.world_size() * unit.flat.n, dtype=unit.shard.dtype, device=unit.device
-            )
-        for w, grad in zip(unit.flat.weights, grads):
-            if grad is not None:
-                w.view(unit.grads).add_(grad)
-        unit.reduce(unit)
+    def backward(ctx: Any, *weight_grads: torch.Tensor | None) -> tuple[None, None]:
+        group = ctx.group
+        group.release_regathered()
+        group.add_gradients(weight_grads)
+        group.on_gradient_ready(group)
         return None, None
 
 
 class Sharded(nn.Module):
-    """A Decoder whose parameters are shards; call it as a Decoder, with the head inside `root()`. A
-    backward adds to its shards' .grad. `read(name)` gives each weight once. master: type of the
-    shards, their gradients and the optimizer's state; compute: of the gathered weights.
-    checkpointing: a block keeps its input only and is computed again in the backward. frozen:
-    patterns of names that are not trained. on_host: the shards lie in host memory. While `hold`,
-    gradients stay whole, for the next backward.
+    """A Decoder whose parameters are shards. Call it as a Decoder; use the head inside `root()`. A
+    backward adds to its shards' .grad.
+
+    While `requires_gradient_sync` is False, a backward adds to the gradients of full size, and the
+    next backward with True sums them over ranks.
+
+    Args:
+        read: gives a weight by its name; called once for each weight.
+        master: type of the shards, of their gradients and of the optimizer's state.
+        compute: type of the gathered weights.
+        checkpointing: a block keeps its input only and computes its forward again in the backward.
+        frozen: patterns of the names that are not trained.
+        on_host: the shards are stored in host memory.
     """
 
     def __init__(
@@ -176,93 +253,140 @@ class Sharded(nn.Module):
         self.config = decoder.config
         self.backend = decoder.backend
         self.checkpointing = checkpointing
-        self.hold = False
-        self.summing = None
-        self.root_units, *blocks = [
-            [
-                ParamGroup(
-                    some, read, some is both[0], master, compute, device, on_host, self._reduce
-                )
-                for some in both
-                if some
-            ]
-            for both in params_by_block(decoder, frozen)
-        ]
-        self.units = nn.ModuleList(sum(blocks, self.root_units))
-        self.size = sum(w.shape.numel() for unit in self.units for w in unit.flat.weights)
-        self.blocks = [[], *blocks, []]
-        for layer, before, own, after in zip(
-            decoder.model.layers, self.blocks, self.blocks[1:], self.blocks[2:]
-        ):
-            for unit in own:
-                unit.before, unit.after = before, after
-            layer.forward = self._runner(layer.forward, before, own, after)
+        self.requires_gradient_sync = True
+        self.pending_reduce_scatter: PendingReduceScatter | None = None
 
-    def _runner(
-        self, forward, before: list[ParamGroup], own: list[ParamGroup], after: list[ParamGroup]
-    ):
-        def run(*inputs):
-            if self.checkpointing and torch.is_grad_enabled() and not own[0].flat.hung:
+        # The root and every block have a trained and a frozen group, or only one of them.
+        make_group = partial(
+            ParamGroup,
+            read=read,
+            master=master,
+            compute=compute,
+            device=device,
+            on_host=on_host,
+            on_gradient_ready=self.start_reduce_scatter,
+        )
+        groups_by_block: list[list[ParamGroup]] = []
+        for params in params_by_block(decoder, frozen):
+            groups = []
+            if params.trained:
+                groups.append(make_group(params.trained, trainable=True))
+            if params.frozen:
+                groups.append(make_group(params.frozen, trainable=False))
+            groups_by_block.append(groups)
+        self.root_groups = groups_by_block[0]
+        all_groups = sum(groups_by_block, [])
+        # Checkpoints hold this attribute's name: units.0.shard, units.1.shard, ...
+        self.units = nn.ModuleList(all_groups)
+        self.size = sum(group.flat_param.numel() for group in all_groups)
+
+        # The first block has no block before it, the last one none behind it.
+        self.block_groups = [[], *groups_by_block[1:], []]
+        for i, layer in enumerate(decoder.model.layers):
+            previous_groups, groups, next_groups = self.block_groups[i : i + 3]
+            for group in groups:
+                group.previous_groups = previous_groups
+                group.next_groups = next_groups
+            layer.forward = self._unshard_around(
+                layer.forward, groups, previous_groups, next_groups
+            )
+
+    def _unshard_around(
+        self,
+        forward: Callable[..., torch.Tensor],
+        groups: list[ParamGroup],
+        previous_groups: list[ParamGroup],
+        next_groups: list[ParamGroup],
+    ) -> Callable[..., torch.Tensor]:
+        """Return a block's forward that gathers the block's weights for itself."""
+
+        def contexts_of_checkpoint() -> tuple[ContextManager, ContextManager]:
+            in_forward = unsharded_groups(groups, prefetch=next_groups)
+            in_recomputation = unsharded_groups(groups, prefetch=previous_groups)
+            return in_forward, in_recomputation
+
+        def unshard_and_run(*inputs: Any) -> torch.Tensor:
+            is_unsharded = groups[0].flat_param.is_unsharded
+            if self.checkpointing and torch.is_grad_enabled() and not is_unsharded:
                 return checkpoint(
                     forward,
                     *inputs,
                     use_reentrant=False,
                     preserve_rng_state=False,
-                    # forward, recomputation
-                    context_fn=lambda: (
-                        unsharded_groups(own, after),
-                        unsharded_groups(own, before),
-                    ),
+                    context_fn=contexts_of_checkpoint,
                 )
-            with unsharded_groups(own, after, keep=False):
+            with unsharded_groups(groups, prefetch=next_groups, keep_for_backward=False):
                 return forward(*inputs)
 
-        return run
+        return unshard_and_run
 
-    def _reduce(self, unit: ParamGroup | None = None) -> None:
-        """The sum over ranks of a unit's gradient begins; that of the unit before ends."""
-        if self.summing:
-            (done, wait), self.summing = self.summing, None
-            grad = wait()
-            done.shard.grad = grad if done.shard.grad is None else done.shard.grad.add_(grad)
-        if unit and not self.hold:
-            self.summing = (unit, dist.start_reduce_scatter(unit.grads))
-            unit.grads = None
-            queue_backward_callback(self._reduce)
+    def start_reduce_scatter(self, group: ParamGroup) -> None:
+        """Start to sum a group's gradient over ranks, after the end of the one that is running.
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attention) -> torch.Tensor:
-        """As Decoder's: tokens (M,), positions (M,) -> hidden (M, C)."""
+        The sum runs while the previous block's backward computes. Without
+        `requires_gradient_sync` the gradient stays in `full_grad`, for the next backward.
+        """
+        self.finish_reduce_scatter()
+        if not self.requires_gradient_sync:
+            return
+        wait = dist.start_reduce_scatter(group.full_grad)
+        self.pending_reduce_scatter = PendingReduceScatter(group, wait)
+        group.full_grad = None
+        # The last group of a backward has no next one that would end it.
+        queue_backward_callback(self.finish_reduce_scatter)
+
+    def finish_reduce_scatter(self) -> None:
+        """Wait for the reduce-scatter that is running, if any, and add the sum to shard.grad."""
+        if self.pending_reduce_scatter is None:
+            return
+        group, wait = self.pending_reduce_scatter
+        self.pending_reduce_scatter = None
+        grad = wait()  # (n,)
+        if group.shard.grad is None:
+            group.shard.grad = grad
+        else:
+            group.shard.grad.add_(grad)
+
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, attention: Any
+    ) -> torch.Tensor:
+        """Return what the Decoder does: tokens (M,), positions (M,) -> hidden (M, C)."""
         with self.root():
             return self.decoder(tokens, positions, attention)
 
-    def root(self):
-        """Embedding, last norm and head, gathered once for the block; their gradients meet in one
-        reduce-scatter.
+    def root(self) -> ContextManager[None]:
+        """Gather embedding, last norm and head once for the duration of the block. Their gradients
+        share one reduce-scatter.
         """
-        return unsharded_groups(self.root_units, ahead=self.blocks[1])
+        first_block = self.block_groups[1]
+        return unsharded_groups(self.root_groups, prefetch=first_block)
 
     @property
     def head_weight(self) -> torch.Tensor:
         return self.decoder.head_weight
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight by name, whole, in the master's type: one unit at a time, on all ranks (a
-        collective).
+        """Yield the name and the full tensor of every weight, in the master type.
+
+        One group at a time is gathered. A collective: all ranks go through it together.
         """
-        for unit in self.units:
-            gathered = cpu_offload.start_all_gather_from_host(
-                unit.shard.detach(), unit.shard.dtype, unit.device
-            )()
-            yield from ((w.name, w.view(gathered)) for w in unit.flat.weights)
+        for group in self.units:
+            wait = cpu_offload.start_all_gather_from_host(
+                group.shard.detach(), group.shard.dtype, group.device
+            )
+            full = wait()  # (W n,)
+            for weight in group.flat_param.weights:
+                yield weight.name, weight.view(full)
 
 
 @contextmanager
-def unsharded(model: nn.Module):
-    """All of a Sharded model's weights, gathered once, for sampling: no gradient. Another module
-    passes as it is.
+def unsharded(model: nn.Module) -> Iterator[nn.Module]:
+    """Gather all weights of a Sharded model once, for sampling, without gradients. Give any other
+    module as it is.
     """
     with torch.no_grad(), ExitStack() as stack:
         if isinstance(model, Sharded):
-            for group in (model.root_units, *model.blocks[1:-1]):
-                stack.enter_context(unsharded_groups(group, ahead=[]))
+            stack.enter_context(unsharded_groups(model.root_groups, prefetch=[]))
+            for groups in model.block_groups[1:-1]:
+                stack.enter_context(unsharded_groups(groups, prefetch=[]))
         yield model

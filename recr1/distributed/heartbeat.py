@@ -1,8 +1,8 @@
-"""Where each rank is, in run.dir/heartbeats/rank_00000.json: who can be named when a collective
-fails.
+"""Where each rank is, in run.dir/heartbeats/rank_00000.json: it says which rank is at fault when a
+collective fails.
 
 A rank holds a lock on its file for as long as its process lives. The lock, not the process id, says
-who is alive: it reaches over machines that share the folder, and it keeps a second job out of it.
+who is alive: it works between machines that share the folder, and it keeps a second job out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch.distributed as td
 
@@ -30,14 +31,16 @@ class RunDirBusy(ValueError):
 
 
 class RankLost(RuntimeError):
-    """A collective failed or took too long: another rank is gone or hangs. The message, where this
-    rank is to print one, says which.
+    """A collective failed or took too long: another rank is gone or hangs. The message says which
+    one, on the rank that is to print it; on the others it is empty.
     """
 
 
 class Heartbeat:
-    """One rank's file: `state` has pid, host, step, phase, since (Unix time), calls (collectives
-    begun), left (why it ends) and gives_up.
+    """The file of one rank.
+
+    `state` has pid, host, step, phase, since (Unix time), calls (number of collectives begun), left
+    (why the rank ends) and gives_up.
     """
 
     def __init__(self, folder: Path, rank: int, world: int):
@@ -45,22 +48,20 @@ class Heartbeat:
         self.rank = rank
         self.world = world
         folder.mkdir(exist_ok=True)
-        self.file = os.open(heartbeat_path(folder, rank), os.O_RDWR | os.O_CREAT, 0o644)
-        for _ in range(50):  # a killed job's locks may take a moment to go
-            if self._locked():
-                break
-            time.sleep(0.1)
-        else:
+        path = heartbeat_path(folder, rank)
+        self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        if not self._wait_for_lock():
             other = read_heartbeat(folder, rank)
             os.close(self.file)
             raise RunDirBusy(
-                f"run.dir: {folder.parent} is in use by another job (pid {other['pid']}, {other['host']}); wait for it, or name another folder"
+                f"run.dir: {folder.parent} is in use by another job (pid {other['pid']}, "
+                f"{other['host']}); wait for it, or name another folder"
             )
-        if rank == 0:  # the other ranks come after this one: what is here is an earlier job's
-            for old in folder.glob("rank_*.json"):
-                if old != heartbeat_path(folder, 0):
-                    old.unlink()
-        self.state = dict(
+        if rank == 0:  # the other ranks come after this one: these files are an earlier job's
+            for old_path in folder.glob("rank_*.json"):
+                if old_path != path:
+                    old_path.unlink()
+        self.state: dict[str, Any] = dict(
             pid=os.getpid(),
             host=socket.gethostname(),
             step=0,
@@ -72,7 +73,17 @@ class Heartbeat:
         )
         self.write()
 
-    def _locked(self) -> bool:
+    def _wait_for_lock(self) -> bool:
+        """Return whether this process has the file's lock. A killed job's locks may take a moment
+        to go.
+        """
+        for _ in range(50):
+            if self._try_lock():
+                return True
+            time.sleep(0.1)
+        return False
+
+    def _try_lock(self) -> bool:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -82,37 +93,49 @@ class Heartbeat:
         return True
 
     def write(self) -> None:
+        """Write the state over the one before."""
         with suppress(OSError):  # no reason to end a run
-            os.pwrite(self.file, json.dumps(self.state).ljust(STATE_BYTES - 1).encode() + b"\n", 0)
+            text = json.dumps(self.state).ljust(STATE_BYTES - 1) + "\n"
+            os.pwrite(self.file, text.encode(), 0)
 
 
 def heartbeat_path(folder: Path, rank: int) -> Path:
+    """Return the path of a rank's file."""
     return folder / f"rank_{rank:05d}.json"
 
 
-def read_heartbeat(folder: Path, rank: int) -> dict | None:
-    """A rank's state, with `alive`; None where it has none yet."""
+def read_heartbeat(folder: Path, rank: int) -> dict[str, Any] | None:
+    """Return a rank's state and `alive`; None if it has no state yet."""
+    path = heartbeat_path(folder, rank)
     try:
-        with open(heartbeat_path(folder, rank), encoding="utf-8") as f:
+        with open(path, encoding="utf-8") as f:
             state = json.loads(f.read())
-            try:
-                fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return state | dict(alive=False)
-            except OSError:
-                return state | dict(alive=True)
+            state["alive"] = _is_locked(f.fileno())
+            return state
     except (OSError, ValueError):
         return None
 
 
+def _is_locked(file: int) -> bool:
+    """Return whether another process holds the file's lock."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
+
+
 def start_heartbeat(folder: Path, rank: int, world: int) -> None:
-    """Opens this rank's file in `folder`; rank 0 first, before any other rank calls. Raises Busy."""
+    """Open this rank's file in `folder`. Rank 0 calls first, before any other rank. Raises
+    RunDirBusy.
+    """
     global _heartbeat
     stop_heartbeat()
     _heartbeat = Heartbeat(folder, rank, world)
 
 
 def stop_heartbeat() -> None:
-    """Gives the file's lock back."""
+    """Close this rank's file, which releases its lock."""
     global _heartbeat
     if _heartbeat:
         os.close(_heartbeat.file)
@@ -120,77 +143,120 @@ def stop_heartbeat() -> None:
 
 
 def enter_phase(phase: str, step: int | None = None) -> None:
-    """This rank enters a phase. Microseconds; nothing before `start`."""
-    if _heartbeat:
-        _heartbeat.state.update(
-            phase=phase, since=time.time(), step=_heartbeat.state["step"] if step is None else step
-        )
-        _heartbeat.write()
+    """Write that this rank enters a phase. Takes microseconds; does nothing before
+    `start_heartbeat`.
+    """
+    if not _heartbeat:
+        return
+    state = _heartbeat.state
+    state["phase"] = phase
+    state["since"] = time.time()
+    if step is not None:
+        state["step"] = step
+    _heartbeat.write()
 
 
 def count_collective() -> None:
-    """Counts: a rank that hangs has begun fewer than those that wait for it."""
+    """Count a collective that begins: a rank that hangs has begun fewer than those that wait for
+    it.
+    """
     if _heartbeat:
         _heartbeat.state["calls"] += 1
         _heartbeat.write()
 
 
 def explain_exit(e: BaseException) -> BaseException:
-    """What a rank ends with that an exception ends: the exception, noted for the others to read; or
-    RankLost, when it is a collective's own.
+    """Return the exception with which a rank ends that `e` ends: RankLost, if `e` is a collective's
+    own; else `e`, which is noted for the others to read.
 
-    Not of nccl's time limit (untested, from its documentation): its watchdog ends the process by
-    SIGABRT, the default of TORCH_NCCL_ASYNC_ERROR_HANDLING, and names the collective; the files
-    here still say which rank had begun fewer.
+    This does not cover nccl's time limit (untested, from its documentation): its watchdog ends the
+    process by SIGABRT, the default of TORCH_NCCL_ASYNC_ERROR_HANDLING, and names the collective.
+    The files here still say which rank had begun fewer collectives.
     """
-    # gloo has no type for it
-    if (
-        isinstance(e, td.DistError)
-        or isinstance(e, RuntimeError)
-        and re.search(r"gloo/transport|pair closure", str(e))
-    ):
-        return RankLost(name_lost_ranks(str(e).splitlines()[0]) or "")
+    if _is_collective_error(e):
+        message = str(e).splitlines()[0]
+        return RankLost(name_lost_ranks(message) or "")
     if _heartbeat:
-        _heartbeat.state["left"] = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:160]}"
+        first_line = (str(e).splitlines() or [""])[0]
+        _heartbeat.state["left"] = f"{type(e).__name__}: {first_line[:160]}"
         _heartbeat.write()
     return e
 
 
+def _is_collective_error(e: BaseException) -> bool:
+    """Return whether a collective raised `e`."""
+    if isinstance(e, td.DistError):
+        return True
+    if not isinstance(e, RuntimeError):
+        return False
+    # gloo has no type for it
+    return re.search(r"gloo/transport|pair closure", str(e)) is not None
+
+
+class _Answers(NamedTuple):
+    """What the other ranks have written once this one has given up."""
+
+    states: dict[int, dict | None]  # by rank
+    waited_for: list[int]  # ranks that have not given up
+    ended: list[int]  # those of them that failed or are gone
+
+
 def name_lost_ranks(error: str) -> str | None:
-    """After a failed collective: the line that names the rank at fault and its phase, None on all
-    but the first of the others.
+    """Return, after a failed collective, the line that names the rank at fault and its phase. One
+    rank is to print it, the first that is not at fault; the others return None.
     """
     if not _heartbeat:
         return f"the ranks lost each other while the run was set up: {error}"
     others = [rank for rank in range(_heartbeat.world) if rank != _heartbeat.rank]
-    before = {rank: read_heartbeat(_heartbeat.folder, rank) for rank in others}
+    states_before = {rank: read_heartbeat(_heartbeat.folder, rank) for rank in others}
     _heartbeat.state["gives_up"] = True
     _heartbeat.write()
+    answers = _wait_for_answers(_heartbeat.folder, others)
+
+    # Who has begun the fewest collectives? If all gave up, of all others.
+    states = {rank: states_before[rank] or answers.states[rank] for rank in others}
+    silent = [rank for rank in answers.waited_for if states[rank] is None]
+    calls = {}
+    for rank in answers.waited_for or others:
+        state = states[rank]
+        if state is not None:
+            calls[rank] = state["calls"]
+    fewest_calls = min(calls.values(), default=0)
+    if not answers.waited_for and fewest_calls >= _heartbeat.state["calls"]:
+        return f"the ranks lost each other: {error}"
+
+    behind = [rank for rank in calls if calls[rank] == fewest_calls]
+    guilty = answers.ended or silent or behind
+    innocent = [rank for rank in range(_heartbeat.world) if rank not in guilty]
+    if _heartbeat.rank != min(innocent):
+        return None
+    states |= {rank: answers.states[rank] for rank in answers.ended}
+    return "; ".join(_describe_rank(rank, states[rank]) for rank in guilty)
+
+
+def _wait_for_answers(folder: Path, others: list[int]) -> _Answers:
+    """Read the other ranks' states until one has ended or all have given up, GRACE_SECONDS at
+    most.
+    """
     deadline = time.monotonic() + GRACE_SECONDS
     while True:
-        now = {rank: read_heartbeat(_heartbeat.folder, rank) for rank in others}
-        wait = [rank for rank, state in now.items() if state is None or not state["gives_up"]]
-        ended = [
-            rank for rank in wait if now[rank] and (now[rank]["left"] or not now[rank]["alive"])
-        ]
-        if ended or not wait or time.monotonic() > deadline:
-            break
+        states = {rank: read_heartbeat(folder, rank) for rank in others}
+        waited_for = []
+        ended = []
+        for rank, state in states.items():
+            if state is None:
+                waited_for.append(rank)
+            elif not state["gives_up"]:
+                waited_for.append(rank)
+                if state["left"] or not state["alive"]:
+                    ended.append(rank)
+        if ended or not waited_for or time.monotonic() > deadline:
+            return _Answers(states, waited_for, ended)
         time.sleep(0.02)
-    seen = {rank: before[rank] or now[rank] for rank in others}
-    silent = [rank for rank in wait if seen[rank] is None]
-    behind = [rank for rank in wait or others if seen[rank]]  # if all gave up: who was behind?
-    least = min((seen[rank]["calls"] for rank in behind), default=0)
-    if not wait and least >= _heartbeat.state["calls"]:
-        return f"the ranks lost each other: {error}"
-    guilty = ended or silent or [rank for rank in behind if seen[rank]["calls"] == least]
-    if _heartbeat.rank != min(rank for rank in range(_heartbeat.world) if rank not in guilty):
-        return None
-    return "; ".join(
-        _describe_rank(rank, now[rank] if rank in ended else seen[rank]) for rank in guilty
-    )
 
 
 def _describe_rank(rank: int, state: dict | None) -> str:
+    """Return the line on a rank at fault; its state is None if it has not yet written one."""
     if state is None:
         return f"rank {rank} is gone; it had not yet opened run.dir"
     who = f"rank {rank} (pid {state['pid']}, {state['host']})"
@@ -199,4 +265,5 @@ def _describe_rank(rank: int, state: dict | None) -> str:
         return f"{who} failed in {where}: {state['left']}"
     if not state["alive"]:
         return f"{who} is gone; it was in {where}"
-    return f"{who} has not moved for {time.time() - state['since']:.0f} s: {where}"
+    seconds = time.time() - state["since"]
+    return f"{who} has not moved for {seconds:.0f} s: {where}"

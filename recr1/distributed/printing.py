@@ -10,9 +10,11 @@ from recr1.distributed import collectives as dist
 
 
 def print_rank0(text: str) -> None:
-    """Prints above a progress bar, on rank 0; what the terminal cannot write becomes a question
+    """Print above a progress bar, on rank 0 only. What the terminal cannot write becomes a question
     mark.
     """
-    if dist.rank() == 0:
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        tqdm.write(text.encode(encoding, "replace").decode(encoding))
+    if dist.rank() != 0:
+        return
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    printable = text.encode(encoding, "replace").decode(encoding)
+    tqdm.write(printable)

@@ -5,11 +5,13 @@ intervals and a paired test.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from recr1.data_types import Prompt, Rollout
+from recr1.data_types import Prompt, Reward, Rollout
 from recr1.distributed import collectives as dist
 from recr1.distributed.fsdp import unsharded
 from recr1.evaluation.bootstrap import compute_bootstrap_ci, compute_sign_flip_p
@@ -18,38 +20,60 @@ from recr1.sampling.generate import generate
 from recr1.tasks.scorer import Scorer
 from recr1.utils.interrupts import raise_on_signal
 
+MAX_ANSWER_LENGTH = 200  # characters of an answer that an example shows
+
+
+# --- The greedy pass ------------------------------------------------------------------------------
+
 
 def evaluate_prompts(
     model: torch.nn.Module,
     prompts: list[Prompt],
-    task: Scorer,
+    scorer: Scorer,
     max_new_tokens: int,
-    rows_at_once: int = ROWS_AT_ONCE,
+    prompts_at_once: int = ROWS_AT_ONCE,
 ) -> list[dict]:
-    """One greedy answer per prompt -> rows {id, raw, rewrite, PART_raw and PART for every part of
-    the reward, text, error}; an unparsable answer scores 0.
+    """Answer each prompt greedily, and score the answer beside the one without a policy.
 
-    Each rank takes its share of the prompts; rank 0 gets all rows, in order, the others none.
+    Each rank takes its share of the prompts; rank 0 gets the rows of all, in order, the others
+    none.
+
+    Returns:
+        Rows {id, raw, rewrite, TERM_raw and TERM for every term of the reward, text, error}; an
+        answer that cannot be parsed scores 0.
     """
-    mine = dist.split_across_ranks(prompts)
-    rollouts = generate_greedily(model, mine, task.stops, max_new_tokens, rows_at_once)
+    local_prompts = dist.split_across_ranks(prompts)
+    rollouts = generate_greedily(
+        model, local_prompts, scorer.stops, max_new_tokens, prompts_at_once
+    )
     with dist.fail_together(), raise_on_signal():
-        raw = [task.task.baseline_answer(p.row) for p in mine]
-        rows = [
-            dict(
-                id=p.id,
-                raw=answer,
-                rewrite=reward.answer,
-                **{f"{name}_raw": value for name, value in parts.items()},
-                **reward.terms,
-                text=reward.text,
-                error=reward.error,
-            )
-            for p, answer, parts, reward in zip(
-                mine, raw, task.score_answers(mine, raw), task.score(rollouts)
-            )
+        raw_answers = [scorer.task.baseline_answer(prompt.row) for prompt in local_prompts]
+        raw_terms = scorer.score_answers(local_prompts, raw_answers)
+        rewards = scorer.score(rollouts)
+        local_rows = [
+            make_row(*of_prompt)
+            for of_prompt in zip(local_prompts, raw_answers, raw_terms, rewards)
         ]
-    return [row for part in dist.gather_to_rank0(rows) or [] for row in part]
+    rows = []
+    for rows_of_rank in dist.gather_to_rank0(local_rows) or []:
+        rows += rows_of_rank
+    return rows
+
+
+def make_row(
+    prompt: Prompt, raw_answer: str | Sequence[str], raw_terms: dict[str, float], reward: Reward
+) -> dict:
+    """Make a query's row of an evaluation file."""
+    raw_by_name = {f"{name}_raw": value for name, value in raw_terms.items()}
+    return dict(
+        id=prompt.id,
+        raw=raw_answer,
+        rewrite=reward.answer,
+        **raw_by_name,
+        **reward.terms,
+        text=reward.text,
+        error=reward.error,
+    )
 
 
 def generate_greedily(
@@ -57,109 +81,163 @@ def generate_greedily(
     prompts: list[Prompt],
     stops: frozenset[int],
     max_new_tokens: int,
-    rows: int = ROWS_AT_ONCE,
+    prompts_at_once: int = ROWS_AT_ONCE,
 ) -> list[Rollout]:
-    """One most likely text per prompt, `rows` of them decoded together. A collective: every rank
-    calls it, with its own prompts or none.
+    """Generate the most likely text of each prompt, `prompts_at_once` of them decoded together.
+
+    A collective: every rank calls it, with its own prompts or none.
     """
     rollouts = []
     with unsharded(model), dist.fail_together(), raise_on_signal():
-        for start in range(0, len(prompts), rows):
-            rollouts += generate(
-                model, prompts[start : start + rows], 1, 1.0, max_new_tokens, stops, uniforms=None
-            )
+        for start in range(0, len(prompts), prompts_at_once):
+            chunk = prompts[start : start + prompts_at_once]
+            rollouts += generate(model, chunk, 1, 1.0, max_new_tokens, stops, uniforms=None)
     return rollouts
 
 
+# --- Its figures ----------------------------------------------------------------------------------
+
+
 def get_column(rows: list[dict], name: str) -> np.ndarray:
+    """Return one value of each row (n,)."""
     return np.array([row[name] for row in rows], dtype=np.float64)
 
 
 def compute_mean_ci(values: np.ndarray) -> tuple[float, list[float]]:
-    """Mean and its 95% interval over queries."""
+    """Compute the mean and its 95% interval over queries."""
     return float(values.mean()), list(compute_bootstrap_ci(values))
 
 
+class MetricColumns(NamedTuple):
+    """One metric of every query (n,): of the raw answer, and of the policy before and after."""
+
+    raw: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
+
+
+def collect_columns(before: list[dict], after: list[dict], metric: str) -> MetricColumns:
+    """Collect a metric from the rows of two evaluations of the same queries."""
+    return MetricColumns(
+        raw=get_column(before, f"{metric}_raw"),
+        before=get_column(before, metric),
+        after=get_column(after, metric),
+    )
+
+
 def compare_evaluations(before: list[dict], after: list[dict], metric: str) -> dict:
-    """The figures of a run's evaluations on one metric or part: means, and the paired differences
-    with interval and p-value (sign_flip_p).
+    """Compare the evaluations before and after training on one metric or term of the reward.
+
+    Returns the means, and the paired differences with their interval and p-value
+    (compute_sign_flip_p).
     """
-    raw = get_column(before, f"{metric}_raw")
-    b = get_column(before, metric)
-    a = get_column(after, metric)
-    found = dict(raw=float(raw.mean()), before=float(b.mean()), after=float(a.mean()))
-    for name, difference in (("gain", a - raw), ("after_minus_before", a - b)):
-        found[name], found[f"{name}_ci95"] = compute_mean_ci(difference)
-        found[f"{name}_p"] = compute_sign_flip_p(difference)
-    return found
+    columns = collect_columns(before, after, metric)
+    figures = dict(
+        raw=float(columns.raw.mean()),
+        before=float(columns.before.mean()),
+        after=float(columns.after.mean()),
+    )
+    differences = dict(
+        gain=columns.after - columns.raw, after_minus_before=columns.after - columns.before
+    )
+    for name, difference in differences.items():
+        figures[name], figures[f"{name}_ci95"] = compute_mean_ci(difference)
+        figures[f"{name}_p"] = compute_sign_flip_p(difference)
+    return figures
 
 
 def list_metrics(rows: list[dict]) -> list[str]:
-    """The metrics and parts that the rows have for policy and raw answer."""
+    """List the metrics and terms that the rows have for the policy and the raw answer."""
     return [name for name in rows[0] if f"{name}_raw" in rows[0]]
+
+
+# --- What a user reads ----------------------------------------------------------------------------
 
 
 def format_table(
     before: list[dict], after: list[dict], metric: str, k: int, figures: dict[str, dict]
 ) -> str:
-    """What a run achieved, as text: raw answer, policy before and after, and their paired
-    differences. figures: {part: compared(...)}.
+    """Format what a run achieved: raw answer, policy before and after, and their differences.
+
+    figures: {metric or term: compare_evaluations(...)}.
     """
-    raw = get_column(before, f"{metric}_raw")
-    b = get_column(before, metric)
-    a = get_column(after, metric)
-    lines = [f"{f'{metric}@{k}'} on {len(raw)} test queries      mean     95% interval"]
-    for name, values, sign, p in (
-        ("raw", raw, "", ""),
-        ("before training", b, "", ""),
-        ("after training", a, "", ""),
-        ("after - raw", a - raw, "+", "gain"),
-        ("after - before", a - b, "+", "after_minus_before"),
-    ):
-        mean, (low, high) = compute_mean_ci(values)
-        lines.append(
-            f"  {name:<30}{mean:{sign}8.4f}     [{low:{sign}.4f}, {high:{sign}.4f}]"
-            + (f"     p {figures[metric][f'{p}_p']:.4f}" if p else "")
-        )
-    for name, found in figures.items():
+    columns = collect_columns(before, after, metric)
+    gain_p = figures[metric]["gain_p"]
+    after_minus_before_p = figures[metric]["after_minus_before_p"]
+    lines = [
+        f"{metric}@{k} on {len(columns.raw)} test queries      mean     95% interval",
+        _format_mean("raw", columns.raw),
+        _format_mean("before training", columns.before),
+        _format_mean("after training", columns.after),
+        _format_difference("after - raw", columns.after - columns.raw, gain_p),
+        _format_difference("after - before", columns.after - columns.before, after_minus_before_p),
+    ]
+    for name, figures_of_term in figures.items():
         if name != metric:
-            low, high = found["gain_ci95"]
-            lines.append(
-                f"  {name:<30}{found['raw']:8.4f} raw, {found['before']:.4f} before, {found['after']:.4f} after; "
-                f"after - raw {found['gain']:+.4f} [{low:+.4f}, {high:+.4f}]"
-            )
-    errors = Counter(row["error"] for row in after if row["error"] is not None)
-    named = f" ({', '.join(f'{name} {n}' for name, n in errors.most_common())})" if errors else ""
-    return "\n".join(
-        lines
-        + [f"  unparsable answers after training: {sum(errors.values())} of {len(after)}{named}"]
+            lines.append(_format_term(name, figures_of_term))
+    lines.append(_format_errors(after))
+    return "\n".join(lines)
+
+
+def _format_mean(name: str, values: np.ndarray, sign: str = "") -> str:
+    mean, (low, high) = compute_mean_ci(values)
+    return f"  {name:<30}{mean:{sign}8.4f}     [{low:{sign}.4f}, {high:{sign}.4f}]"
+
+
+def _format_difference(name: str, difference: np.ndarray, p: float) -> str:
+    return f"{_format_mean(name, difference, sign='+')}     p {p:.4f}"
+
+
+def _format_term(name: str, figures: dict) -> str:
+    low, high = figures["gain_ci95"]
+    return (
+        f"  {name:<30}{figures['raw']:8.4f} raw, {figures['before']:.4f} before, "
+        f"{figures['after']:.4f} after; "
+        f"after - raw {figures['gain']:+.4f} [{low:+.4f}, {high:+.4f}]"
     )
 
 
+def _format_errors(rows: list[dict]) -> str:
+    errors = Counter(row["error"] for row in rows if row["error"] is not None)
+    by_name = ""
+    if errors:
+        counts = [f"{name} {count}" for name, count in errors.most_common()]
+        by_name = f" ({', '.join(counts)})"
+    num_errors = sum(errors.values())
+    return f"  unparsable answers after training: {num_errors} of {len(rows)}{by_name}"
+
+
 def format_examples(after: list[dict], metric: str) -> str:
-    """Three answers: the largest gain over the raw answer, the median among those that changed the
-    result, the largest loss (where all gain: the smallest gain).
+    """Format three answers: the largest gain over the raw answer, the median, the largest loss.
+
+    The median is that of the answers that changed the result. Where all gain, the last is the
+    smallest gain.
     """
 
-    def gain(row):
+    def gain(row: dict) -> float:
         return row[metric] - row[f"{metric}_raw"]
 
     changed = sorted((row for row in after if gain(row)), key=gain)
     if not changed:
         return "no answer changed a result"
-    most = "largest gain" if gain(changed[-1]) > 0 else "smallest loss"
-    least = "largest loss" if gain(changed[0]) < 0 else "smallest gain"
-    picks = (
-        (most, changed[-1]),
-        ("median change", changed[len(changed) // 2]),
-        (least, changed[0]),
-    )
-    return "\n".join(
-        f"  {name:<14} {_shorten_answer(row['raw'])} -> {_shorten_answer(row['rewrite'])}   {row[f'{metric}_raw']:.3f} -> {row[metric]:.3f}"
-        for name, row in picks
-    )
+    worst = changed[0]
+    median = changed[len(changed) // 2]
+    best = changed[-1]
+    examples = {
+        "largest gain" if gain(best) > 0 else "smallest loss": best,
+        "median change": median,
+        "largest loss" if gain(worst) < 0 else "smallest gain": worst,
+    }
+    lines = []
+    for name, row in examples.items():
+        answers = f"{_shorten_answer(row['raw'])} -> {_shorten_answer(row['rewrite'])}"
+        scores = f"{row[f'{metric}_raw']:.3f} -> {row[metric]:.3f}"
+        lines.append(f"  {name:<14} {answers}   {scores}")
+    return "\n".join(lines)
 
 
-def _shorten_answer(answer) -> str:
+def _shorten_answer(answer: str | Sequence[str] | None) -> str:
     text = repr(answer)
-    return text if len(text) <= 200 else text[:197] + "..."
+    if len(text) <= MAX_ANSWER_LENGTH:
+        return text
+    return text[: MAX_ANSWER_LENGTH - 3] + "..."

@@ -1,5 +1,6 @@
-"""rollouts.jsonl.gz in two passes: the first sees every row and chooses, the second reads the
-chosen ones with their tokens.
+"""Read rollouts.jsonl.gz in two passes.
+
+The first pass surveys every row and chooses; the second reads the chosen rows with their tokens.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -27,213 +29,328 @@ from recr1.rl.packing import pack_rollouts
 from recr1.tasks.answer_parser import parse_answer_json
 from recr1.tasks.registry import TASKS
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 PHASES = ("early", "middle", "late")
 
-EACH = 2  # best, median and worst rollouts shown of a phase
+RANKS = ("best", "median", "worst")
 
-TOKENS = 400  # of a rollout that are shown
+ROLLOUTS_PER_RANK = 2  # best, median and worst rollouts shown of a phase
 
-CHARS = 600  # of a text in a table
+MAX_TOKENS = 400  # of a rollout that are shown
 
-SIBLINGS = 32  # of a group that are listed
+MAX_CHARS = 600  # of a text in a table
 
-AUDITED = 40  # rollouts of highest reward by phase
+MAX_SIBLINGS = 32  # of a group that are listed
 
-ANSWERS = 200_000  # distinct answers counted; later ones are not
+MAX_AUDITED = 40  # rollouts of highest reward by phase
 
-BINS = 24
+# rollouts of highest reward kept by phase: more than are shown, for some are of the same query
+MAX_HIGHEST = 8 * MAX_AUDITED
+
+MAX_ANSWERS = 200_000  # distinct answers counted; later ones are not
+
+MAX_RECURRING = 15  # answers given to several prompts
+
+NUM_BINS = 24
+
+AUDITED_FIELDS = (
+    "step",
+    "prompt",
+    "text",
+    "error",
+    "reward",
+    "parts",
+    "adv",
+    "count",
+    "finished",
+)
+
+TOKEN_VALUES = ("sampler_logp", "trainer_logp", "ref_logp", "old_logp", "entropy")
+
+REQUIRED_TOKEN_VALUES = ("sampler_logp", "trainer_logp", "old_logp")
+
+
+class TracedRollout(NamedTuple):
+    """A row of the log that has tokens.
+
+    The rows sort by reward, then advantage; of equal ones the first line is the highest.
+    """
+
+    reward: float
+    adv: float
+    negative_line: int
+    count: int
+    step: int
+    prompt: str
+
+    @property
+    def line(self) -> int:
+        """Return the number of the row's line, from 1."""
+        return -self.negative_line
+
+    @property
+    def group(self) -> tuple[int, str]:
+        """Return the key of the group: (step, prompt)."""
+        return self.step, self.prompt
+
+
+@dataclass
+class AnswerCount:
+    """Count how often, and to which prompts, one answer was given."""
+
+    prompts: set[str] = field(default_factory=set)
+    num_rollouts: int = 0
+    reward_sum: float = 0.0
+    last_step: int = 0
+
+    def add(self, row: dict) -> None:
+        """Count a row of the log."""
+        self.prompts.add(row["prompt"])
+        self.num_rollouts = self.num_rollouts + row["count"]
+        self.reward_sum = self.reward_sum + row["count"] * row["reward"]
+        self.last_step = row["step"]
 
 
 @dataclass
 class RolloutSurvey:
-    """What the first pass found. Steps from 1 to `last` are cut into thirds, the phases."""
+    """Hold what the first pass saw. Steps from 1 to `last` are cut into thirds, the phases."""
 
     last: int
     key: str = "query"  # of the answer's JSON
     rows: int = 0
     rollouts: int = 0
     torn: str = ""
-    # (reward, adv, -line, count, step, prompt) of rows with tokens
-    traced: list[list[tuple]] = field(default_factory=lambda: [[] for _ in PHASES])
+    # by phase: the rows with tokens
+    traced: list[list[TracedRollout]] = field(default_factory=lambda: [[] for _ in PHASES])
     # (step, prompt) -> lines of rows with tokens
-    groups: dict[tuple, list[int]] = field(default_factory=dict)
-    # heaps of (reward, adv, -line, row)
+    groups: dict[tuple[int, str], list[int]] = field(default_factory=dict)
+    # by phase: heap of (reward, adv, -line, row without its tokens)
     highest: list[list[tuple]] = field(default_factory=lambda: [[] for _ in PHASES])
-    # reward -> rollouts
+    # by phase: reward -> rollouts
     rewards: list[Counter] = field(default_factory=lambda: [Counter() for _ in PHASES])
-    # answer -> [prompts, rollouts, reward sum, last step]
-    answers: dict[str, list] = field(default_factory=dict)
+    answers: dict[str, AnswerCount] = field(default_factory=dict)
     uncounted: int = 0
 
-    def phase(self, step: int) -> int:
-        return min(len(PHASES) - 1, (step - 1) * len(PHASES) // max(1, self.last))
+    def get_phase(self, step: int) -> int:
+        """Return the index of the phase that a step belongs to."""
+        phase = (step - 1) * len(PHASES) // max(1, self.last)
+        return min(len(PHASES) - 1, phase)
 
-    def see(self, line: int, row: dict) -> None:
-        phase = self.phase(row["step"])
+    def add_row(self, line: int, row: dict) -> None:
+        """Take a row of the log into the survey. line: its number, from 1."""
+        phase = self.get_phase(row["step"])
         count = row["count"]
         self.rows = self.rows + 1
         self.rollouts = self.rollouts + count
         self.rewards[phase][round_digits(row["reward"])] += count
-        rank = (row["reward"], row["adv"], -line)
         if "ids" in row:
-            self.traced[phase].append((*rank, count, row["step"], row["prompt"]))
-            self.groups.setdefault((row["step"], row["prompt"]), []).append(line)
-        heap = self.highest[phase]
-        # more than are shown: some are of the same query
-        if len(heap) < 8 * AUDITED or rank > heap[0][:3]:
-            light = {
-                k: row[k]
-                for k in (
-                    "step",
-                    "prompt",
-                    "text",
-                    "error",
-                    "reward",
-                    "parts",
-                    "adv",
-                    "count",
-                    "finished",
-                )
-            }
-            (heapq.heappush if len(heap) < 8 * AUDITED else heapq.heappushpop)(heap, (*rank, light))
-        answer = extract_answer(row, self.key)
-        if answer is None or answer not in self.answers and len(self.answers) >= ANSWERS:
-            self.uncounted += answer is not None
+            traced = TracedRollout(
+                row["reward"], row["adv"], -line, count, row["step"], row["prompt"]
+            )
+            self.traced[phase].append(traced)
+            self.groups.setdefault(traced.group, []).append(line)
+        self._keep_if_high(self.highest[phase], line, row)
+        self._count_answer(row)
+
+    def _keep_if_high(self, heap: list[tuple], line: int, row: dict) -> None:
+        rank = (row["reward"], row["adv"], -line)
+        is_full = len(heap) >= MAX_HIGHEST
+        is_high = not is_full or rank > heap[0][:3]
+        if not is_high:
             return
-        known = self.answers.setdefault(answer, [set(), 0, 0.0, 0])
-        known[0].add(row["prompt"])
-        known[1:] = [known[1] + count, known[2] + count * row["reward"], row["step"]]
+        audited_row = {name: row[name] for name in AUDITED_FIELDS}
+        if is_full:
+            heapq.heappushpop(heap, (*rank, audited_row))
+        else:
+            heapq.heappush(heap, (*rank, audited_row))
+
+    def _count_answer(self, row: dict) -> None:
+        answer = extract_answer(row, self.key)
+        if answer is None:
+            return
+        if answer not in self.answers:
+            if len(self.answers) >= MAX_ANSWERS:
+                self.uncounted += 1
+                return
+            self.answers[answer] = AnswerCount()
+        self.answers[answer].add(row)
 
 
 def extract_answer(row: dict, key: str) -> str | None:
-    """What a rollout answered, in the policy's own words: a query, or a list's labels; None where
-    the run found no answer in its text.
+    """Return what a rollout answered, in the policy's own words: a query, or a list's labels.
+
+    Returns None where the run found no answer in the text.
     """
     if row["error"] is not None:
         return None
     text = row["text"]
-    # the prompt may have closed the thought
-    value, error = parse_answer_json(text if "</think>" in text else "</think>" + text)
+    # The prompt may have closed the thought.
+    has_thought_end = "</think>" in text
+    value, error = parse_answer_json(text if has_thought_end else "</think>" + text)
     if error is not None:  # a task of the user's own reads texts in its own way
         return text.strip()
-    value = value.get(key, value) if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        value = value.get(key, value)
     if isinstance(value, list) and all(isinstance(label, str) for label in value):
         return ", ".join(value)
-    return value.strip() if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        return value.strip()
+    return json.dumps(value)
 
 
 def survey_rollouts(path: Path, last: int, key: str = "query") -> RolloutSurvey:
-    """The first pass. Raises DataError for a row that is none of a rollout log's; a torn end is
-    noted and left out.
+    """Read every row: the first pass.
+
+    A torn end is noted and left out. Raises DataError for a row that is not one of a rollout log.
     """
-    found = RolloutSurvey(last, key)
-    for number, line in iterate_lines(path, found):
+    survey = RolloutSurvey(last, key)
+    for number, line in iterate_lines(path, survey):
         try:
-            found.see(number, json.loads(line))
+            survey.add_row(number, json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise DataError(
-                f"{path}:{number}: not a row of a rollout log ({type(e).__name__}: {e}); the run's log is damaged"
+                f"{path}:{number}: not a row of a rollout log ({type(e).__name__}: {e}); "
+                "the run's log is damaged"
             ) from None
-    return found
+    return survey
 
 
-def iterate_lines(path: Path, found: RolloutSurvey) -> Iterator[tuple[int, str]]:
+def iterate_lines(path: Path, survey: RolloutSurvey) -> Iterator[tuple[int, str]]:
+    """Yield (number from 1, line); note in the survey where the log is missing or torn."""
     try:
         with gzip.open(path, "rt", encoding="utf-8", errors="surrogatepass") as file:
-            yield from enumerate(
-                tqdm(file, desc="report", unit=" rollouts", disable=None, leave=False), 1
-            )
+            lines = tqdm(file, desc="report", unit=" rollouts", disable=None, leave=False)
+            yield from enumerate(lines, 1)
     except FileNotFoundError:
-        found.torn = "rollouts.jsonl.gz is missing: no rollouts can be shown."
+        survey.torn = "rollouts.jsonl.gz is missing: no rollouts can be shown."
     except (OSError, EOFError, zlib.error) as e:
-        found.torn = f"rollouts.jsonl.gz is torn behind row {found.rows} ({type(e).__name__}): what stands there is left out."
+        survey.torn = (
+            f"rollouts.jsonl.gz is torn behind row {survey.rows} ({type(e).__name__}): "
+            "what stands there is left out."
+        )
 
 
 def describe_rollouts(
-    path: Path, last: int, config: Config, tokenizer, queries: dict[str, str]
+    path: Path,
+    last: int,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase | None,
+    queries: dict[str, str],
 ) -> dict:
-    """Phases with their rollouts, the audit and the distribution of rewards. tokenizer: None where
-    there is none; queries {id: text} where known.
+    """Return the phases with their rollouts, the audit and the distribution of rewards.
+
+    Args:
+        path: rollouts.jsonl.gz.
+        last: the run's last step.
+        tokenizer: None where there is none; tokens are then shown as their ids.
+        queries: {id: text} where known.
     """
-    found = survey_rollouts(path, last, getattr(TASKS.get(config.task), "key", "query"))
-    picks = [choose_rollouts(rows) for rows in found.traced]
-    wanted = {
-        line for chosen in picks for _, row in chosen for line in found.groups[row[4], row[5]]
-    }
-    kept = (
-        {
-            number: json.loads(line)
-            for number, line in iterate_lines(path, found)
-            if number in wanted
-        }
-        if wanted
-        else {}
-    )
-    lens = TokenView(config, tokenizer)
+    task = TASKS.get(config.task)
+    survey = survey_rollouts(path, last, getattr(task, "key", "query"))
+    choices = [choose_rollouts(traced) for traced in survey.traced]
+
+    # The second pass reads the chosen rollouts and their siblings.
+    rows_by_line = _read_chosen_rows(path, survey, choices)
+    view = TokenView(config, tokenizer)
     phases = []
-    for i, chosen in enumerate(picks):
-        first, end = (-(-last * k // len(PHASES)) for k in (i, i + 1))
-        idle = sum(row[1] == 0 for row in found.traced[i])
-        phases.append(
-            dict(
-                name=PHASES[i],
-                first=first + 1,
-                last=end,
-                logged=len(found.traced[i]),
-                idle=idle,
-                steps=len({row[4] for row in found.traced[i]}),
-                rollouts=[
-                    dict(
-                        rank=rank,
-                        **lens.show(
-                            kept[-row[2]], [kept[n] for n in found.groups[row[4], row[5]]], queries
-                        ),
-                    )
-                    for rank, row in chosen
-                ],
-            )
-        )
+    for phase_index, chosen in enumerate(choices):
+        phase = _describe_phase(survey, phase_index)
+        phase["rollouts"] = []
+        for rank, traced in chosen:
+            row = rows_by_line[traced.line]
+            siblings = [rows_by_line[line] for line in survey.groups[traced.group]]
+            phase["rollouts"].append(dict(rank=rank) | view.show(row, siblings, queries))
+        phases.append(phase)
     return dict(
-        rows=found.rows,
-        rollouts=found.rollouts,
-        note=found.torn,
-        phases=[p for p in phases if p["first"] <= p["last"]],
+        rows=survey.rows,
+        rollouts=survey.rollouts,
+        note=survey.torn,
+        phases=[phase for phase in phases if phase["first"] <= phase["last"]],
         tokenizer=tokenizer is not None,
-        loss_note=lens.note,
-        audit=audit_rollouts(found, queries, config.task),
-        recurring=list_recurring(found, queries),
-        uncounted=found.uncounted,
-        histogram=make_histogram(found.rewards),
+        loss_note=view.note,
+        audit=audit_rollouts(survey, queries, config.task),
+        recurring=list_recurring(survey, queries),
+        uncounted=survey.uncounted,
+        histogram=make_histogram(survey.rewards),
     )
 
 
-def choose_rollouts(rows: list[tuple]) -> list[tuple[str, tuple]]:
-    """(rank, row) of the best, median and worst by reward, then advantage; of rows with an
-    advantage where there are any. One rollout per prompt.
+def _read_chosen_rows(
+    path: Path, survey: RolloutSurvey, choices: list[list[tuple[str, TracedRollout]]]
+) -> dict[int, dict]:
+    """Return {line: row} of the chosen rollouts and of their siblings."""
+    chosen_lines: set[int] = set()
+    for chosen in choices:
+        for _, traced in chosen:
+            chosen_lines.update(survey.groups[traced.group])
+    rows_by_line = {}
+    if chosen_lines:
+        for number, line in iterate_lines(path, survey):
+            if number in chosen_lines:
+                rows_by_line[number] = json.loads(line)
+    return rows_by_line
+
+
+def _describe_phase(survey: RolloutSurvey, phase_index: int) -> dict:
+    """Return the phase's name, steps and how many of its rows have tokens."""
+    # A phase begins behind the last step of the one before; thirds are rounded up.
+    previous_last = -(-survey.last * phase_index // len(PHASES))
+    last = -(-survey.last * (phase_index + 1) // len(PHASES))
+    traced = survey.traced[phase_index]
+    return dict(
+        name=PHASES[phase_index],
+        first=previous_last + 1,
+        last=last,
+        logged=len(traced),
+        idle=sum(rollout.adv == 0 for rollout in traced),
+        steps=len({rollout.step for rollout in traced}),
+    )
+
+
+def choose_rollouts(rows: list[TracedRollout]) -> list[tuple[str, TracedRollout]]:
+    """Choose the best, median and worst rollouts: (rank, row), one per prompt.
+
+    They are ranked by reward, then advantage. Rows with an advantage are preferred to those
+    without. The median counts rollouts, not rows.
     """
-    ranked = sorted([row for row in rows if row[1] != 0] or rows)
-    taken = set()
-    chosen = []
-    if not ranked:
+    if not rows:
         return []
-    half = np.searchsorted(np.cumsum([row[3] for row in ranked]), sum(row[3] for row in ranked) / 2)
-    by_distance = sorted(range(len(ranked)), key=lambda i: abs(i - int(half)))
-    for rank, order in (
-        ("best", reversed(ranked)),
-        ("worst", ranked),
-        ("median", [ranked[i] for i in by_distance]),
-    ):
-        fresh = (row for row in order if row[5] not in taken)
-        for row in (row for row, _ in zip(fresh, range(EACH))):
-            taken.add(row[5])
-            chosen.append((rank, row))
-    return sorted(chosen, key=lambda pick: ("best", "median", "worst").index(pick[0]))
+    rows_with_advantage = [row for row in rows if row.adv != 0]
+    ranked = sorted(rows_with_advantage or rows)
+    counts = [row.count for row in ranked]
+    median_index = int(np.searchsorted(np.cumsum(counts), sum(counts) / 2))
+    by_distance = sorted(range(len(ranked)), key=lambda index: abs(index - median_index))
+
+    chosen_prompts: set[str] = set()
+    best = _take_new_prompts(reversed(ranked), chosen_prompts)
+    worst = _take_new_prompts(ranked, chosen_prompts)
+    median = _take_new_prompts([ranked[index] for index in by_distance], chosen_prompts)
+    chosen = []
+    for rank, rollouts in zip(RANKS, (best, median, worst)):
+        chosen += [(rank, rollout) for rollout in rollouts]
+    return chosen
+
+
+def _take_new_prompts(
+    rows: Iterable[TracedRollout], chosen_prompts: set[str]
+) -> list[TracedRollout]:
+    """Return the first rows whose prompts were not chosen yet, and mark these prompts as chosen."""
+    rollouts = []
+    for row in rows:
+        if len(rollouts) == ROLLOUTS_PER_RANK:
+            break
+        if row.prompt not in chosen_prompts:
+            chosen_prompts.add(row.prompt)
+            rollouts.append(row)
+    return rollouts
 
 
 class TokenView:
-    """Rows with per-token values -> what the page shows of them."""
+    """Turn rows with per-token values into what the page shows of them."""
 
-    def __init__(self, config: Config, tokenizer):
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase | None):
         self.config = config
         self.tokenizer = tokenizer
         self.note = ""
@@ -244,25 +361,27 @@ class TokenView:
             self.note = f"Which tokens the clip stopped cannot be said: {e}."
 
     def show(self, row: dict, group: list[dict], queries: dict[str, str]) -> dict:
-        n = len(row["ids"])
-        values = {
-            name: row.get(name)
-            for name in ("sampler_logp", "trainer_logp", "ref_logp", "old_logp", "entropy")
-        }
-        if any(
-            len(v or ()) != n
-            for name, v in values.items()
-            if v is not None or name in ("sampler_logp", "trainer_logp", "old_logp")
-        ):
-            raise DataError(
-                f"rollouts.jsonl.gz: step {row['step']}, {row['prompt']!r}: its tokens and their log-probs do not match; the run's log is damaged"
-            )
-        clipped, of_text = self.clipped(row, values)
-        ratio = [
-            float(np.exp(min(700.0, new - old)))
-            for new, old in zip(values["trainer_logp"], values["old_logp"])
-        ]
-        shares = np.repeat([g["reward"] for g in group], [g["count"] for g in group])
+        """Return what the page shows of a rollout.
+
+        Args:
+            row: the rollout's row of the log.
+            group: the rows of its group, this one among them.
+            queries: {id: text} where known.
+
+        Raises:
+            DataError: its tokens and their values do not match.
+        """
+        values = _get_token_values(row)
+        is_clipped, text_ratio = self.find_clipped(row, values)
+        ratios = []
+        for new_logp, old_logp in zip(values["trainer_logp"], values["old_logp"]):
+            log_ratio = min(700.0, new_logp - old_logp)  # exp of more is infinite
+            ratios.append(float(np.exp(log_ratio)))
+        shown_values = {}
+        for name, token_values in values.items():
+            shown_values[name] = token_values and _shorten_values(token_values[:MAX_TOKENS])
+        prompt_pieces = self.split_text(row["prompt_ids"])
+        pieces = self.split_text(row["ids"])
         return dict(
             step=row["step"],
             prompt=row["prompt"],
@@ -273,194 +392,263 @@ class TokenView:
             error=row["error"],
             adv=row["adv"],
             finished=row["finished"],
-            total=n,
-            prompt_text="".join(self.pieces(row["prompt_ids"])[-TOKENS:]),
-            ids=row["ids"][:TOKENS],
-            pieces=self.pieces(row["ids"])[:TOKENS],
-            ratio=_shorten_values(ratio[:TOKENS]),
-            clipped=clipped and clipped[:TOKENS],
-            text_ratio=of_text,
-            **{name: v and _shorten_values(v[:TOKENS]) for name, v in values.items()},
-            group=dict(
-                size=len(shares),
-                mean=float(shares.mean()),
-                std=float(shares.std(ddof=1)) if len(shares) > 1 else 0.0,
-                siblings=[
-                    dict(
-                        text=g["text"][:CHARS],
-                        count=g["count"],
-                        reward=g["reward"],
-                        adv=g["adv"],
-                        error=g["error"],
-                        own=g is row,
-                    )
-                    for g in sorted(group, key=lambda g: -g["reward"])[:SIBLINGS]
-                ],
-            ),
+            total=len(row["ids"]),
+            prompt_text="".join(prompt_pieces[-MAX_TOKENS:]),
+            ids=row["ids"][:MAX_TOKENS],
+            pieces=pieces[:MAX_TOKENS],
+            ratio=_shorten_values(ratios[:MAX_TOKENS]),
+            clipped=is_clipped and is_clipped[:MAX_TOKENS],
+            text_ratio=text_ratio,
+            **shown_values,
+            group=_describe_group(row, group),
         )
 
-    def clipped(self, row: dict, values: dict) -> tuple[list[bool] | None, float | None]:
-        """Tokens with an advantage whose gain, by the run's own loss, has no gradient; and the
-        ratio of the whole text where the loss has one.
+    def find_clipped(self, row: dict, values: dict) -> tuple[list[bool] | None, float | None]:
+        """Find the tokens that the clip stopped, by the run's own loss.
+
+        They are the tokens with an advantage whose surrogate has no gradient.
+
+        Returns:
+            whether each token is clipped, None where the loss is not known; and the ratio of the
+            full text where the loss has one.
         """
         if self.objective is None:
             return None, None
-        text = Rollout(
-            Prompt(row["prompt"], 0, "", tuple(row["prompt_ids"])),
-            0,
-            0,
-            tuple(row["ids"]),
-            tuple(row["sampler_logp"]),
-            row["finished"],
+        prompt = Prompt(row["prompt"], 0, "", tuple(row["prompt_ids"]))
+        rollout = Rollout(
+            prompt=prompt,
+            group=0,
+            sibling=0,
+            ids=tuple(row["ids"]),
+            sampler_logp=tuple(row["sampler_logp"]),
+            finished=row["finished"],
         )
-        [batch] = pack_rollouts([text], len(row["prompt_ids"]) + len(row["ids"]))
-        old, logp = (
-            torch.tensor(values[name], dtype=torch.float64) for name in ("old_logp", "trainer_logp")
-        )
+        num_tokens = len(row["prompt_ids"]) + len(row["ids"])
+        [batch] = pack_rollouts([rollout], num_tokens)
+        old_logp = torch.tensor(values["old_logp"], dtype=torch.float64)  # (N,)
+        logp = torch.tensor(values["trainer_logp"], dtype=torch.float64)  # (N,)
         logp.requires_grad_()
-        batch = replace(batch, advantages=torch.full_like(old, row["adv"]), old_logp=old)
-        [slope] = torch.autograd.grad(
-            self.objective.surrogate(logp, old, batch, self.config.loss).sum(), [logp]
-        )
-        of_text = (
-            float((logp.detach() - old).mean().exp()) if self.config.loss.kind == "gspo" else None
-        )
-        return ((slope == 0) & (batch.advantages != 0)).tolist(), of_text
+        advantages = torch.full_like(old_logp, row["adv"])
+        batch = replace(batch, advantages=advantages, old_logp=old_logp)
 
-    def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token; bytes of a character that is spread over tokens stand at the
-        token that ends it.
+        # Clipping makes a token's surrogate constant.
+        surrogate = self.objective.surrogate(logp, old_logp, batch, self.config.loss)
+        [grad_surrogate] = torch.autograd.grad(surrogate.sum(), [logp])
+        is_clipped = (grad_surrogate == 0) & (batch.advantages != 0)
+        text_ratio = None
+        if self.config.loss.kind == "gspo":
+            mean_log_ratio = (logp.detach() - old_logp).mean()
+            text_ratio = float(mean_log_ratio.exp())
+        return is_clipped.tolist(), text_ratio
+
+    def split_text(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each token.
+
+        A character whose bytes are spread over several tokens belongs to the token that ends it.
         """
         if self.tokenizer is None:
             return [f"[{id}]" for id in ids]
         pieces = []
-        done = []
-        shown = ""
-        waiting = False
+        pending_ids = []
+        shown_text = ""
+        is_incomplete = False
         for id in ids:
-            done.append(id)
-            text = self.tokenizer.decode(done, clean_up_tokenization_spaces=False)
-            waiting = text.endswith("\ufffd") and len(done) < 8
-            if waiting:
+            pending_ids.append(id)
+            text = self._decode(pending_ids)
+            is_incomplete = text.endswith("\ufffd") and len(pending_ids) < 8
+            if is_incomplete:
                 pieces.append("")
                 continue
-            pieces.append(text[len(shown) :])
-            # one token of context: a decoder may need it
-            done = [id]
-            shown = self.tokenizer.decode([id], clean_up_tokenization_spaces=False)
-            if shown.endswith("\ufffd"):
-                done = []
-                shown = ""
-        if waiting:  # the text ends in bytes that never became a character
-            pieces[-1] = text[len(shown) :]
+            pieces.append(text[len(shown_text) :])
+            # Keep one token of context: a decoder may need it.
+            pending_ids = [id]
+            shown_text = self._decode(pending_ids)
+            if shown_text.endswith("\ufffd"):
+                pending_ids = []
+                shown_text = ""
+        if is_incomplete:  # the text ends in bytes that never became a character
+            pieces[-1] = text[len(shown_text) :]
         return pieces
 
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
-def audit_rollouts(found: RolloutSurvey, queries: dict[str, str], task: str) -> list[dict]:
-    """The rollouts of highest reward of each phase, one per query, with what is conspicuous about
-    it.
-    """
-    rows = []
-    for phase, heap in zip(PHASES, found.highest):
-        seen: dict[str, dict] = {}
+
+def _get_token_values(row: dict) -> dict[str, list[float] | None]:
+    """Return {name: a value per token}, None for values that the run did not log."""
+    values = {name: row.get(name) for name in TOKEN_VALUES}
+    for name, token_values in values.items():
+        if token_values is None and name not in REQUIRED_TOKEN_VALUES:
+            continue
+        if len(token_values or ()) != len(row["ids"]):
+            raise DataError(
+                f"rollouts.jsonl.gz: step {row['step']}, {row['prompt']!r}: "
+                "its tokens and their log-probs do not match; the run's log is damaged"
+            )
+    return values
+
+
+def _describe_group(row: dict, group: list[dict]) -> dict:
+    """Return the rewards of a rollout's group, and its siblings, the highest reward first."""
+    rewards = np.repeat(
+        [sibling["reward"] for sibling in group], [sibling["count"] for sibling in group]
+    )
+    by_reward = sorted(group, key=lambda sibling: -sibling["reward"])
+    siblings = []
+    for sibling in by_reward[:MAX_SIBLINGS]:
+        siblings.append(
+            dict(
+                text=sibling["text"][:MAX_CHARS],
+                count=sibling["count"],
+                reward=sibling["reward"],
+                adv=sibling["adv"],
+                error=sibling["error"],
+                own=sibling is row,
+            )
+        )
+    return dict(
+        size=len(rewards),
+        mean=float(rewards.mean()),
+        std=float(rewards.std(ddof=1)) if len(rewards) > 1 else 0.0,
+        siblings=siblings,
+    )
+
+
+def audit_rollouts(survey: RolloutSurvey, queries: dict[str, str], task: str) -> list[dict]:
+    """Return the rollouts of highest reward of each phase, one per query, with their flags."""
+    audited = []
+    for phase, heap in zip(PHASES, survey.highest):
+        rows_by_prompt: dict[str, dict] = {}
         for *_, row in sorted(heap, key=lambda item: item[:3], reverse=True):
-            if row["prompt"] not in seen and len(seen) < AUDITED:
-                answer = extract_answer(row, found.key)
-                query = queries.get(row["prompt"])
-                seen[row["prompt"]] = dict(
-                    phase=phase,
-                    step=row["step"],
-                    prompt=row["prompt"],
-                    query=query,
-                    answer=answer and answer[:CHARS],
-                    text=row["text"][:CHARS],
-                    error=row["error"],
-                    reward=row["reward"],
-                    parts=row["parts"],
-                    adv=row["adv"],
-                    flags=list_flags(
-                        query, answer, row, len(found.answers.get(answer, [()])[0]), task
-                    ),
-                )
-        rows += seen.values()
-    return sorted(rows, key=lambda row: (-row["reward"], -row["adv"], row["step"]))
+            if len(rows_by_prompt) == MAX_AUDITED:
+                break
+            if row["prompt"] not in rows_by_prompt:
+                rows_by_prompt[row["prompt"]] = row
+        audited += [
+            _audit_row(survey, queries, task, phase, row) for row in rows_by_prompt.values()
+        ]
+    return sorted(audited, key=lambda row: (-row["reward"], -row["adv"], row["step"]))
+
+
+def _audit_row(
+    survey: RolloutSurvey, queries: dict[str, str], task: str, phase: str, row: dict
+) -> dict:
+    """Return what the audit shows of a rollout."""
+    answer = extract_answer(row, survey.key)
+    query = queries.get(row["prompt"])
+    answer_count = survey.answers.get(answer, AnswerCount())
+    return dict(
+        phase=phase,
+        step=row["step"],
+        prompt=row["prompt"],
+        query=query,
+        answer=answer and answer[:MAX_CHARS],
+        text=row["text"][:MAX_CHARS],
+        error=row["error"],
+        reward=row["reward"],
+        parts=row["parts"],
+        adv=row["adv"],
+        flags=list_flags(query, answer, row, len(answer_count.prompts), task),
+    )
 
 
 def list_flags(
     query: str | None, answer: str | None, row: dict, prompts: int, task: str
 ) -> list[str]:
-    """What to look at twice. Words are what stands between blanks, in lower case."""
-    words = (answer or "").lower().split()
-    own = set((query or "").lower().split())
-    rewritten = task == "product_search" and bool(own) and bool(words)
-    listed = hasattr(TASKS.get(task), "key")
-    word, times = Counter(words).most_common(1)[0] if words and not listed else ("", 0)
-    labels = (answer or "").split(", ")
-    return [
-        text
-        for text, holds in (
-            (f"'{word[:20]}' {times} times", times >= 3),
-            ("no word of the query", rewritten and not own & set(words)),
-            (f"{len(words)} words for {len(own)}", rewritten and len(words) > max(8, 3 * len(own))),
-            (
-                "the given order",
-                listed
-                and len(labels) > 1
-                and labels == [f"Item_{i}" for i in range(1, len(labels) + 1)],
-            ),
-            (f"answer to {prompts} queries", prompts >= 3),
-            ("no letter or digit", bool(words) and not re.search(r"\w", answer or "")),
-            ("control characters", not all(c.isprintable() or c in "\n\t" for c in row["text"])),
-            ("cut", not row["finished"]),
-            ("no answer", answer is None),
-        )
-        if holds
-    ]
+    """List what is conspicuous about a rollout and should be looked at twice.
 
+    Words are what stands between blanks, in lower case.
 
-def list_recurring(found: RolloutSurvey, queries: dict[str, str]) -> list[dict]:
-    """Answers given to the most different prompts: a policy that has found a trick says the same to
-    all.
+    Args:
+        query: the prompt's text, None where it is not known.
+        row: the rollout's row of the log.
+        prompts: how many different prompts got the same answer.
     """
-    ranked = sorted(
-        (
-            (len(p), n, total, step, answer)
-            for answer, (p, n, total, step) in found.answers.items()
-            if len(p) > 1
-        ),
-        key=lambda r: (-r[0], -r[1], r[4]),
-    )
-    return [
-        dict(
-            answer=answer[:CHARS],
-            prompts=prompts,
-            rollouts=n,
-            reward=total / n,
-            last=step,
-            examples=[queries.get(id, id)[:80] for id in sorted(found.answers[answer][0])[:3]],
+    words = (answer or "").lower().split()
+    query_words = set((query or "").lower().split())
+    has_labels = hasattr(TASKS.get(task), "key")
+    flags = []
+
+    # The answer beside the query, or beside the list that was given.
+    if words and not has_labels:
+        word, frequency = Counter(words).most_common(1)[0]
+        if frequency >= 3:
+            flags.append(f"'{word[:20]}' {frequency} times")
+    if task == "product_search" and query_words and words:
+        if not query_words & set(words):
+            flags.append("no word of the query")
+        if len(words) > max(8, 3 * len(query_words)):
+            flags.append(f"{len(words)} words for {len(query_words)}")
+    if has_labels:
+        labels = (answer or "").split(", ")
+        given_labels = [f"Item_{place}" for place in range(1, len(labels) + 1)]
+        if len(labels) > 1 and labels == given_labels:
+            flags.append("the given order")
+
+    # The answer and the text by themselves.
+    if prompts >= 3:
+        flags.append(f"answer to {prompts} queries")
+    if words and not re.search(r"\w", answer):
+        flags.append("no letter or digit")
+    if not all(character.isprintable() or character in "\n\t" for character in row["text"]):
+        flags.append("control characters")
+    if not row["finished"]:
+        flags.append("cut")
+    if answer is None:
+        flags.append("no answer")
+    return flags
+
+
+def list_recurring(survey: RolloutSurvey, queries: dict[str, str]) -> list[dict]:
+    """Return the answers given to the most different prompts.
+
+    A policy that has found a trick gives the same answer to all prompts.
+    """
+    repeated = []
+    for answer, count in survey.answers.items():
+        num_prompts = len(count.prompts)
+        if num_prompts > 1:
+            repeated.append((-num_prompts, -count.num_rollouts, answer))
+    recurring = []
+    for negative_prompts, _, answer in sorted(repeated)[:MAX_RECURRING]:
+        count = survey.answers[answer]
+        example_ids = sorted(count.prompts)[:3]
+        recurring.append(
+            dict(
+                answer=answer[:MAX_CHARS],
+                prompts=-negative_prompts,
+                rollouts=count.num_rollouts,
+                reward=count.reward_sum / count.num_rollouts,
+                last=count.last_step,
+                examples=[queries.get(id, id)[:80] for id in example_ids],
+            )
         )
-        for prompts, n, total, step, answer in ranked[:15]
-    ]
+    return recurring
 
 
 def make_histogram(rewards: list[Counter]) -> dict:
-    """Rollouts by reward in each phase: {"edges": (BINS + 1,), "counts": {phase: (BINS,)}}."""
-    values = [v for counter in rewards for v in counter]
+    """Count rollouts by reward in each phase: {"edges": (B + 1,), "counts": {phase: (B,)}}.
+
+    B is NUM_BINS. Returns {} where there are no rewards.
+    """
+    values = set().union(*rewards)
     if not values:
         return {}
     low = min(values)
     high = max(values)
-    edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
-    return dict(
-        edges=_shorten_values(edges.tolist()),
-        counts={
-            phase: np.histogram(list(c), edges, weights=list(c.values()))[0].tolist()
-            if c
-            else [0] * BINS
-            for phase, c in zip(PHASES, rewards)
-        },
-    )
+    if not high > low:
+        high = low + 1
+    edges = np.linspace(low, high, NUM_BINS + 1)
+    counts = {}
+    for phase, counter in zip(PHASES, rewards):
+        if counter:
+            histogram, _ = np.histogram(list(counter), edges, weights=list(counter.values()))
+            counts[phase] = histogram.tolist()
+        else:
+            counts[phase] = [0] * NUM_BINS
+    return dict(edges=_shorten_values(edges.tolist()), counts=counts)
 
 
 def _shorten_values(values: list[float]) -> list[float]:
-    return [float(f"{v:.6g}") for v in values]
+    """Round to six digits."""
+    return [float(f"{value:.6g}") for value in values]

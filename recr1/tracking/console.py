@@ -1,4 +1,4 @@
-"""What a run shows of itself on the console beside its line per step: three rollouts, and after the
+"""What a run shows on the console: a line per step, three rollouts now and then, and after the
 first step a word about the loss.
 """
 
@@ -6,73 +6,123 @@ from __future__ import annotations
 
 import json
 import shutil
+from typing import NamedTuple
 
 from recr1.config.schema import Config
+from recr1.data_types import Reward
 from recr1.distributed.printing import print_rank0
 from recr1.rl.losses import clipped_surrogate, resolve_objective, sequence_clipped_surrogate
 from recr1.tracking.step_metrics import StepRecord
 from recr1.utils.terminal import fit_to_width, make_printable, measure_columns
 
+NEAR_ZERO = (
+    "recr1: a GRPO loss near 0 is no fault. The advantages of a group sum to 0 and before the first"
+    " update every ratio is 1, so the loss starts near 0\n"
+    "and stays there, whatever there is to learn; its gradient does not. Look at `reward` and"
+    " `val gain`: nothing is learned only where `zero-var` is 1,\n"
+    "and then `grad` is 0 too. What each name in a line means: recr1/tracking/README.md."
+)
 
-def format_console_line(row: dict, steps: int) -> str:
-    val = f"  val gain {row['val_gain']:+.4f}" if "val_gain" in row else ""
+
+def format_console_line(row: dict, num_steps: int) -> str:
+    """Format a step's row of metrics.jsonl, GRPO's or SFT's, as one line."""
+    step = f"step {row['step']:>5}/{num_steps}"
+    val_gain = f"  val gain {row['val_gain']:+.4f}" if "val_gain" in row else ""
     if "reward" not in row:  # SFT's
         return (
-            f"step {row['step']:>5}/{steps}  loss {row['loss']:.4f}  epoch {row['epoch']:.2f}  grad {row['grad_norm']:.3f}  "
-            f"{row['tokens_per_s']:,.0f} tok/s{val}"
+            f"{step}  loss {row['loss']:.4f}  epoch {row['epoch']:.2f}  "
+            f"grad {row['grad_norm']:.3f}  {row['tokens_per_s']:,.0f} tok/s{val_gain}"
         )
-    kl = f"{row['kl']:.4f}" if row["kl"] is not None else "off"
-    speed = f"{row['rollout_tokens_per_s']:,.0f} tok/s" if row["rollout_tokens_per_s"] else "replay"
+
+    kl = "off"
+    if row["kl"] is not None:
+        kl = f"{row['kl']:.4f}"
+    speed = "replay"
+    if row["rollout_tokens_per_s"]:
+        speed = f"{row['rollout_tokens_per_s']:,.0f} tok/s"
     return (
-        f"step {row['step']:>5}/{steps}  reward {row['reward']:.4f}  spread {row['reward_spread']:.4f}  zero-var {row['zero_variance']:.2f}  "
-        f"kl {kl}  grad {row['grad_norm']:.3f}  gap {row['logprob_gap_mean']:.1e}  {speed}  wait {row['reward_wait']:.0%}{val}"
+        f"{step}  reward {row['reward']:.4f}  spread {row['reward_spread']:.4f}  "
+        f"zero-var {row['zero_variance']:.2f}  kl {kl}  grad {row['grad_norm']:.3f}  "
+        f"gap {row['logprob_gap_mean']:.1e}  {speed}  wait {row['reward_wait']:.0%}{val_gain}"
     )
 
 
-NEAR_ZERO = """recr1: a GRPO loss near 0 is no fault. The advantages of a group sum to 0 and before the first update every ratio is 1, so the loss starts near 0
-and stays there, whatever there is to learn; its gradient does not. Look at `reward` and `val gain`: nothing is learned only where `zero-var` is 1,
-and then `grad` is 0 too. What each name in a line means: recr1/tracking/README.md."""
+def show_step(step: int, record: StepRecord, cfg: Config) -> None:
+    """Print three rollouts every log.show_every steps and after the first one.
 
-
-def show_step(step: int, done: StepRecord, cfg: Config) -> None:
-    """Every log.show_every steps and after the first one three rollouts; then, too, why a loss of
-    the clipped kind says nothing. Rank 0, all ranks' step.
+    After the first step it says, too, why a loss of the clipped kind says nothing. Rank 0, with the
+    record of all ranks.
     """
     every = cfg.log.show_every
     if every and (step == 1 or step % every == 0):
-        print_rank0(format_rollout_table(done, shutil.get_terminal_size((120, 24)).columns - 1))
-    if step == 1 and resolve_objective(cfg.loss, cfg.model).surrogate in (
-        clipped_surrogate,
-        sequence_clipped_surrogate,
-    ):
-        print_rank0(NEAR_ZERO)
+        width = shutil.get_terminal_size((120, 24)).columns - 1
+        print_rank0(format_rollout_table(record, width))
+
+    if step == 1:
+        surrogate = resolve_objective(cfg.loss, cfg.model).surrogate
+        if surrogate in (clipped_surrogate, sequence_clipped_surrogate):
+            print_rank0(NEAR_ZERO)
 
 
-def format_rollout_table(done: StepRecord, width: int) -> str:
-    """Three of a step's distinct texts, those of the highest, the middle and the lowest advantage,
-    in lines of at most `width` columns (46 or more).
+class _TableRow(NamedTuple):
+    query: str
+    answer: str
+    reward: str  # 7 columns
+    advantage: str  # 11 columns
+
+
+NUMBER_COLUMNS = 7 + 11
+MIN_TEXT_COLUMNS = 22
+
+
+def format_rollout_table(record: StepRecord, width: int) -> str:
+    """Format three of a step's unique rollouts as a table of at most `width` columns (46 or more).
+
+    They are those of the highest, the middle and the lowest advantage.
     """
-    order = sorted(done.first, key=lambda i: -done.adv[i])
-    rows = [("query", "answer", " reward", "  advantage")]
-    for i in (order[at] for at in sorted({0, len(order) // 2, len(order) - 1})):
-        reward = done.rewards[i]
-        answer = (
-            f"({reward.error}) {reward.text}"
-            if reward.error
-            else reward.answer
-            if isinstance(reward.answer, str)
-            else json.dumps(reward.answer)
+    table = [_TableRow("query", "answer", " reward", "  advantage")]
+    for index in _pick_three(record):
+        reward = record.rewards[index]
+        table.append(
+            _TableRow(
+                query=record.rollouts[index].prompt.text,
+                answer=_format_answer(reward),
+                reward=f"{reward.total:7.3f}",
+                advantage=f"{record.advantages[index]:+11.3f}",
+            )
         )
-        rows.append(
-            (done.rollouts[i].prompt.text, answer, f"{reward.total:7.3f}", f"{done.adv[i]:+11.3f}")
-        )
-    room = max(22, width - len("  ") * 3 - 7 - 11)  # of query and answer together
-    # what they would take
-    query, answer = (
-        max(sum(measure_columns(make_printable(row[i]))) for row in rows) for i in (0, 1)
-    )
-    query = min(query, max(room // 2, room - answer))
-    return "\n".join(
-        f"  {fit_to_width(q, query)}  {fit_to_width(r, min(answer, room - query))}  {reward}{adv}"
-        for q, r, reward, adv in rows
-    )
+
+    # Query and answer share what the numbers leave: half each, or what the other does not need.
+    text_width = max(MIN_TEXT_COLUMNS, width - len("  ") * 3 - NUMBER_COLUMNS)
+    query_width = max(_measure_text(row.query) for row in table)
+    answer_width = max(_measure_text(row.answer) for row in table)
+    query_width = min(query_width, max(text_width // 2, text_width - answer_width))
+    answer_width = min(answer_width, text_width - query_width)
+
+    lines = []
+    for row in table:
+        query = fit_to_width(row.query, query_width)
+        answer = fit_to_width(row.answer, answer_width)
+        lines.append(f"  {query}  {answer}  {row.reward}{row.advantage}")
+    return "\n".join(lines)
+
+
+def _pick_three(record: StepRecord) -> list[int]:
+    """Return the indices of the highest, the middle and the lowest advantage; fewer of fewer."""
+    by_advantage = sorted(record.first_index, key=lambda index: -record.advantages[index])
+    last = len(by_advantage) - 1
+    places = sorted({0, len(by_advantage) // 2, last})
+    return [by_advantage[place] for place in places]
+
+
+def _format_answer(reward: Reward) -> str:
+    if reward.error:
+        return f"({reward.error}) {reward.text}"
+    if isinstance(reward.answer, str):
+        return reward.answer
+    return json.dumps(reward.answer)  # a list
+
+
+def _measure_text(text: str) -> int:
+    """Return how many columns of a terminal the text takes."""
+    return sum(measure_columns(make_printable(text)))

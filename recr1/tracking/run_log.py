@@ -1,6 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, rollouts.jsonl.gz, JSON files, and one readable console
-line per step.
-"""
+"""The files that a run leaves behind: metrics.jsonl, rollouts.jsonl.gz, and JSON files."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ import gzip
 import json
 import os
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,30 +22,39 @@ from recr1.utils.files import WriteError, report_write_errors, sync_to_disk, wri
 
 MAX_KEPT_NONFINITE_STEPS = 5  # steps whose batches are kept
 
+# fields of MicroBatch that the kept batches have under another name
+NAMES_IN_FILES = {"advantages": "adv"}
+
 
 class RunLog:
-    """Appends to the files of one run folder; everything is on disk when a call returns. Rank 0's
-    object writes, the others' only keep time.
+    """Appends to the files of one run folder; everything is on disk when a call returns.
+
+    Rank 0's object writes, the others' only keep time.
     """
 
     def __init__(self, folder: Path, loop: str = "train"):
         self.folder = folder
         self.writes = dist.rank() == 0
-        self.growing = (
-            ("metrics.jsonl", "rollouts.jsonl.gz") if loop == "train" else ("metrics.jsonl",)
-        )
-        self.run_gaps = LogpDiffHistogram()
+        self.growing = ("metrics.jsonl",)  # files that are appended to
+        if loop == "train":
+            self.growing = ("metrics.jsonl", "rollouts.jsonl.gz")
+        # of the step: seconds and peak of memory, by phase
         self.seconds: dict[str, float] = {}
         self.memory: dict[str, int] = {}
-        self.peaks = {}
-        self.peaks_of = ""
-        self.sampled = 0
+        # of the run
+        self.run_gaps = LogpDiffHistogram()
+        self.peaks: dict[str, int] = {}
+        self.peaks_of = ""  # what the peaks are measured on
+        self.sampled = 0  # tokens
         self.sampling_s = 0.0
 
+    # --- Time and memory -------------------------------------------------------------------------
+
     @contextmanager
-    def time_phase(self, name: str):
-        """Adds the block's wall seconds to this step's `seconds` and keeps its peak of memory; the
-        rank's heartbeat names it.
+    def time_phase(self, name: str) -> Iterator[None]:
+        """Add the block's wall seconds to this step's, and keep its peak of memory.
+
+        The rank's heartbeat names the phase.
         """
         heartbeat.enter_phase(name)
         start = time.perf_counter()
@@ -57,101 +65,101 @@ class RunLog:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     @contextmanager
-    def track_peak(self, name: str):
-        """Keeps the block's peak of this rank's memory: the step's and the run's largest of that
-        name.
-        """
+    def track_peak(self, name: str) -> Iterator[None]:
+        """Keep the block's peak of this rank's memory: the largest of that name in step and run."""
         self.peaks_of = memory.restart_peak()
         yield
-        most = memory.measure_peak()
-        for kept in (self.memory, self.peaks):
-            kept[name] = max(kept.get(name, 0), most)
+        peak = memory.measure_peak()
+        for peaks in (self.memory, self.peaks):
+            peaks[name] = max(peaks.get(name, 0), peak)
 
     def close_step(self, row: dict, gaps: LogpDiffHistogram) -> dict:
-        """The step's row with its log-prob gap, tokens/s, and seconds and memory by phase, which
-        then start anew.
+        """Complete the step's row: log-prob gap, tokens/s, seconds and memory by phase.
+
+        The seconds and the memory then start anew.
         """
-        # no seconds in a replay
-        tokens = row.pop("tokens")
-        sampling_s = self.seconds.get("sample", 0.0)
-        self.sampled = self.sampled + tokens * (sampling_s > 0)
+        num_tokens = row.pop("tokens")
+        sampling_s = self.seconds.get("sample", 0.0)  # 0 in a replay
+        self.sampled = self.sampled + num_tokens * (sampling_s > 0)
         self.sampling_s = self.sampling_s + sampling_s
         self.run_gaps.merge(gaps)
-        return self.add_timings(
-            row
-            | gaps.figures()
-            | dict(
-                rollout_tokens_per_s=tokens / sampling_s if sampling_s else None,
-                reward_wait=self.seconds.get("reward", 0.0) / self.seconds["step"],
-            )
+        speed = dict(
+            rollout_tokens_per_s=num_tokens / sampling_s if sampling_s else None,
+            reward_wait=self.seconds.get("reward", 0.0) / self.seconds["step"],
         )
+        return self.add_timings(row | gaps.figures() | speed)
 
     def add_timings(self, row: dict) -> dict:
-        """The row with the step's seconds and memory by phase, which then start anew."""
+        """Add the step's seconds and memory by phase to the row; they then start anew."""
         row |= dict(seconds=self.seconds, memory=self.memory)
         self.seconds = {}
         self.memory = {}
         return row
 
+    def summarize_sampling(self) -> dict[str, float | None]:
+        """Return the figures of the whole run's sampling, for summary.json."""
+        tokens_per_s = self.sampled / self.sampling_s if self.sampling_s else None
+        return dict(rollout_tokens_per_s=tokens_per_s, **self.run_gaps.figures())
+
+    # --- Files -----------------------------------------------------------------------------------
+
     def write_metrics(self, row: dict) -> None:
+        """Append a line to metrics.jsonl."""
         path = self.folder / "metrics.jsonl"
-        with report_write_errors(path), open(path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        with report_write_errors(path), open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
     def write_rollouts(self, rows: list[dict]) -> None:
-        """One gzip member per call: a torn tail costs one step."""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        """Append to rollouts.jsonl.gz, one gzip member per call: a torn tail costs one step."""
+        text = _format_jsonl(rows).encode("utf-8", "surrogatepass")
         path = self.folder / "rollouts.jsonl.gz"
-        with report_write_errors(path), open(path, "ab") as f:
-            f.write(gzip.compress(text.encode("utf-8", "surrogatepass"), compresslevel=6, mtime=0))
+        with report_write_errors(path), open(path, "ab") as file:
+            file.write(gzip.compress(text, compresslevel=6, mtime=0))
 
     def write_rows(self, name: str, rows: list[dict]) -> None:
-        """All of them or none, on rank 0."""
+        """Write a JSONL file, all rows or none, on rank 0."""
         if self.writes:
-            write_text(
-                self.folder / name,
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows),
-            )
+            write_text(self.folder / name, _format_jsonl(rows))
 
     def write_json(self, name: str, value: dict) -> None:
+        """Write a JSON file."""
         write_text(self.folder / name, json.dumps(value, indent=2) + "\n")
+
+    # --- Steps that are not finite ---------------------------------------------------------------
 
     def keep_nonfinite(
         self, step: int, batches: list[MicroBatch], losses: list[float], texts: list[dict]
     ) -> str:
-        """Keeps this rank's batches of a step that was not finite, with their losses and texts; all
-        ranks. Says where.
+        """Keep this rank's batches of a step that was not finite, with their losses and texts.
+
+        A collective. Returns the part of a sentence that says where they are.
         """
         root = self.folder / "nonfinite"
-        own = f"rank_{dist.rank():05d}"
         folder = root / f"step_{step:06d}"
-        if dist.broadcast_from_rank0(
-            not folder.exists()
-            and root.exists()
-            and len(list(root.iterdir())) >= MAX_KEPT_NONFINITE_STEPS
-        ):
+        is_full = not folder.exists() and _count_entries(root) >= MAX_KEPT_NONFINITE_STEPS
+        if dist.broadcast_from_rank0(is_full):
             return f"its batches are not kept, {root} has those of {MAX_KEPT_NONFINITE_STEPS} steps"
-        tensors = {
-            f"{i}.{name}": t.detach().cpu().contiguous()
-            for i, b in enumerate(batches)
-            for name, t in (vars(b) | b.layout._asdict()).items()
-            if isinstance(t, torch.Tensor)
-        }
-        failed = 0
+
+        name = f"rank_{dist.rank():05d}"
+        description = dict(step=step, rank=dist.rank(), losses=losses, texts=texts)
+        tensors = _collect_tensors(batches)
+        has_failed = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, folder / f"{own}.safetensors")
-            write_text(
-                folder / f"{own}.json",
-                json.dumps(dict(step=step, rank=dist.rank(), losses=losses, texts=texts)) + "\n",
-            )
+            save_file(tensors, folder / f"{name}.safetensors")
+            write_text(folder / f"{name}.json", json.dumps(description) + "\n")
         except (OSError, WriteError, SafetensorError):
-            failed = 1
-        return f"its batches {'could not be written to' if dist.all_reduce_max(failed) else 'are in'} {folder}"
+            has_failed = 1
+        outcome = "could not be written to" if dist.all_reduce_max(has_failed) else "are in"
+        return f"its batches {outcome} {folder}"
+
+    # --- Resuming --------------------------------------------------------------------------------
 
     def state(self) -> dict:
-        """What a resumed run goes on from: the length in bytes of the files that grow, forced onto
-        the disk, and the counters of the whole run.
+        """Return what a resumed run goes on from.
+
+        The length in bytes of the files that grow, which are forced onto the disk, and the counters
+        of the whole run.
         """
         ends = {}
         for name in self.growing:
@@ -162,20 +170,42 @@ class RunLog:
         )
 
     def check(self, state: dict) -> None:
-        """Raises ValueError unless the files here are at least as long as `state` says."""
+        """Raise ValueError unless the files are at least as long as `state` says."""
         LogpDiffHistogram.restored(state["gaps"])
         for name in self.growing:
             path = self.folder / name
-            end = state["ends"][name]
-            if not 0 <= end <= (path.stat().st_size if path.exists() else 0):
+            size = path.stat().st_size if path.exists() else 0
+            if not 0 <= state["ends"][name] <= size:
                 raise ValueError(f"{name} is shorter than it was then; the log has lost rows")
 
     def restore(self, state: dict | None) -> None:
-        """Cuts the files back to where they stood; None: to nothing."""
+        """Cut the files back to the lengths of `state`; None: to nothing."""
         if state:
             self.run_gaps = LogpDiffHistogram.restored(state["gaps"])
             self.sampled = state["sampled"]
             self.sampling_s = state["sampling_s"]
         for name in self.growing:
-            if self.writes and (self.folder / name).exists():
-                os.truncate(self.folder / name, state["ends"][name] if state else 0)
+            path = self.folder / name
+            if self.writes and path.exists():
+                os.truncate(path, state["ends"][name] if state else 0)
+
+
+def _format_jsonl(rows: list[dict]) -> str:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    return "".join(lines)
+
+
+def _count_entries(folder: Path) -> int:
+    return len(list(folder.iterdir())) if folder.exists() else 0
+
+
+def _collect_tensors(batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
+    """Return the tensors of all batches by the names NUMBER.FIELD, in host memory."""
+    tensors = {}
+    for number, batch in enumerate(batches):
+        fields = vars(batch) | batch.layout._asdict()
+        for name, value in fields.items():
+            if isinstance(value, torch.Tensor):
+                file_name = NAMES_IN_FILES.get(name, name)
+                tensors[f"{number}.{file_name}"] = value.detach().cpu().contiguous()
+    return tensors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,150 +17,217 @@ from recr1.tracking.run_log import RunLog
 
 @dataclass
 class StepRecord:
-    """What one rank did in a step; the ranks' merged in order are the step's: groups are dealt out
-    whole and contiguous.
+    """What one rank did in a step of GRPO.
+
+    Merged in the order of the ranks they are the step's: groups are dealt out whole and contiguous.
     """
 
     rollouts: list[Rollout]
     rewards: list[Reward]
-    adv: list[float]  # (R,)
-    texts: list[Rollout]  # the distinct ones of `rollouts`
-    first: list[int]  # where each stood first
-    drawn: int = 0  # groups sampled for them
-    tokens: list[dict] | None = None  # per-token values by text, in the steps that keep them
-    sums: list[dict] = field(default_factory=list)  # by micro-batch, over tokens
-    gaps: LogpDiffHistogram = field(default_factory=LogpDiffHistogram)
+    advantages: list[float]  # (R,)
+    unique: list[Rollout]  # the distinct ones of `rollouts`
+    first_index: list[int]  # where each of `unique` stood first in `rollouts`
+    num_sampled_groups: int = 0  # more than P where groups were sampled again
+    token_values: list[dict] | None = None  # by unique rollout, in the steps that keep them
+    stats: list[dict] = field(default_factory=list)  # by micro-batch, sums over its tokens
+    logp_diffs: LogpDiffHistogram = field(default_factory=LogpDiffHistogram)
 
     def merge(self, other: StepRecord) -> None:
-        self.first += [len(self.rollouts) + i for i in other.first]
-        for name in ("rollouts", "rewards", "adv", "texts", "drawn", "tokens", "sums"):
-            if getattr(self, name) is not None:
-                setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.gaps.merge(other.gaps)
-
-    def logged(self, step: int, log: RunLog, cfg: Config, **more) -> dict:
-        """Writes the rollouts of all ranks; the step's row of metrics.jsonl."""
-        log.write_rollouts(make_rollout_rows(step, self))
-        return log.close_step(
-            compute_step_metrics(step, self, cfg.sampling.group_size, **more), self.gaps
-        )
-
-    def named(self) -> list[dict]:
-        """The texts, for who looks at what was not finite."""
-        return [
-            dict(
-                prompt=r.prompt.id,
-                sibling=r.sibling,
-                count=r.count,
-                reward=self.rewards[i].total,
-                adv=self.adv[i],
-                text=self.rewards[i].text,
-            )
-            for r, i in zip(self.texts, self.first)
-        ]
+        """Append the record of the next rank."""
+        self.first_index += [len(self.rollouts) + index for index in other.first_index]
+        self.rollouts = self.rollouts + other.rollouts
+        self.rewards = self.rewards + other.rewards
+        self.advantages = self.advantages + other.advantages
+        self.unique = self.unique + other.unique
+        self.num_sampled_groups = self.num_sampled_groups + other.num_sampled_groups
+        if self.token_values is not None:
+            self.token_values = self.token_values + other.token_values
+        self.stats = self.stats + other.stats
+        self.logp_diffs.merge(other.logp_diffs)
 
     def add(
         self, loss: torch.Tensor, logp: torch.Tensor, batch: MicroBatch, stats: dict[str, float]
     ) -> None:
-        """Counts a micro-batch's loss, statistics and |sampler - trainer|. logp (N,), the trainer's
+        """Count a micro-batch's loss, statistics and |sampler - trainer| log-probs.
+
+        logp (N,): the trainer's. Where the batch has old_logp, that is compared: the trainer's
         under the policy that sampled.
         """
-        old = logp if batch.old_logp is None else batch.old_logp
-        self.gaps.add((old - batch.sampler_logp)[batch.weight > 0].abs().cpu().numpy())
-        self.sums.append(dict(loss=loss.item(), **stats))
+        trainer_logp = logp if batch.old_logp is None else batch.old_logp
+        difference = (trainer_logp - batch.sampler_logp)[batch.weight > 0]
+        self.logp_diffs.add(difference.abs().cpu().numpy())
+        self.stats.append(dict(loss=loss.item(), **stats))
+
+    def write_and_summarize(self, step: int, log: RunLog, cfg: Config, **metrics) -> dict:
+        """Write the rollouts of all ranks. Returns the step's row of metrics.jsonl."""
+        log.write_rollouts(make_rollout_rows(step, self))
+        row = compute_step_metrics(step, self, cfg.sampling.group_size, **metrics)
+        return log.close_step(row, self.logp_diffs)
+
+    def describe_texts(self) -> list[dict]:
+        """Describe the unique rollouts, for who looks at what was not finite."""
+        return [
+            dict(
+                prompt=rollout.prompt.id,
+                sibling=rollout.sibling,
+                count=rollout.count,
+                reward=self.rewards[index].total,
+                adv=self.advantages[index],
+                text=self.rewards[index].text,
+            )
+            for rollout, index in zip(self.unique, self.first_index)
+        ]
 
 
-def compute_step_metrics(step: int, done: StepRecord, group_size: int, **more) -> dict:
-    """The metrics of one step (all ranks' merged), each defined in the README's glossary."""
-    rollouts = done.rollouts
-    rewards = done.rewards
-    sums = done.sums
-    totals = torch.tensor([r.total for r in rewards]).view(-1, group_size)  # (P, G)
-    tokens = sum(len(r.ids) for r in rollouts)
-    summed = {
-        name: sum(s.get(name, 0.0) for s in sums) for name in {name for s in sums for name in s}
-    }
-    trained = summed.get("trained", 0.0)
-    parts = {name: float(np.mean([r.terms[name] for r in rewards])) for name in rewards[0].terms}
+@dataclass
+class SftStepRecord:
+    """What one rank did in a step of SFT; merged in the order of the ranks they are the step's."""
+
+    texts: list[Rollout]
+    stats: list[dict] = field(default_factory=list)  # by micro-batch, sums over its tokens
+
+    def merge(self, other: SftStepRecord) -> None:
+        """Append the record of the next rank."""
+        self.texts = self.texts + other.texts
+        self.stats = self.stats + other.stats
+
+    def write_and_summarize(self, step: int, log: RunLog, cfg: Config, **metrics) -> dict:
+        """Return the step's row of metrics.jsonl; the texts stand in teacher.jsonl."""
+        loss = sum(stats["loss"] for stats in self.stats)
+        entropy = sum(stats["entropy"] for stats in self.stats)
+        num_tokens = sum(stats["trained"] for stats in self.stats)
+        row = dict(
+            step=step,
+            loss=loss,
+            entropy=entropy / num_tokens,
+            tokens=int(num_tokens),
+            tokens_per_s=num_tokens / log.seconds["train"],
+            **metrics,
+        )
+        return log.add_timings(row)
+
+    def describe_texts(self) -> list[dict]:
+        """Describe the texts, for who looks at what was not finite."""
+        return [dict(prompt=text.prompt.id, ids=list(text.ids)) for text in self.texts]
+
+
+def compute_step_metrics(step: int, record: StepRecord, group_size: int, **metrics) -> dict:
+    """Compute the metrics of one step of all ranks, each defined in the README's glossary.
+
+    `metrics` are added at the end of the row.
+    """
+    rollouts = record.rollouts
+    rewards = record.rewards
+    totals = torch.tensor([reward.total for reward in rewards]).view(-1, group_size)  # (P, G)
+    has_zero_variance = totals.amax(1) == totals.amin(1)  # (P,)
+    num_tokens = sum(len(rollout.ids) for rollout in rollouts)
+    errors = [reward.error for reward in rewards if reward.error is not None]
     return dict(
         step=step,
-        loss=summed.get("loss", 0.0),
+        loss=_sum_stat(record.stats, "loss"),
         reward=totals.mean().item(),
-        **parts,
-        unparsable=float(np.mean([r.error is not None for r in rewards])),
-        errors=dict(Counter(r.error for r in rewards if r.error is not None)),
+        **_average_terms(rewards),
+        unparsable=float(np.mean([reward.error is not None for reward in rewards])),
+        errors=dict(Counter(errors)),
         reward_spread=totals.std(1).mean().item(),
-        zero_variance=(totals.amax(1) == totals.amin(1)).float().mean().item(),
-        adv_std=torch.tensor(done.adv).std().item(),
-        kl=summed["kl"] / tokens if "kl" in summed else None,
-        clip_share=summed.get("clip_share", 0.0) / tokens,
-        **{
-            name: summed[name] / max(1.0, trained)
-            for name in ("ratio_off", "trust", "entropy")
-            if name in summed
-        },
-        dlogp_norm=summed.get("dlogp_square", 0.0) ** 0.5,
-        trained_share=trained / tokens,
-        resampled=done.drawn - len(rollouts) // group_size,
-        top_p_cut=float(np.mean([r.cut for r in rollouts])),
-        distinct=len(done.texts) / len(rollouts),
-        completion_tokens=tokens / len(rollouts),
-        unfinished=float(np.mean([not r.finished for r in rollouts])),
-        tokens=tokens,
-        **more,
+        zero_variance=has_zero_variance.float().mean().item(),
+        adv_std=torch.tensor(record.advantages).std().item(),
+        **_compute_loss_metrics(record.stats, num_tokens),
+        resampled=record.num_sampled_groups - len(rollouts) // group_size,
+        top_p_cut=float(np.mean([rollout.cut for rollout in rollouts])),
+        distinct=len(record.unique) / len(rollouts),
+        completion_tokens=num_tokens / len(rollouts),
+        unfinished=float(np.mean([not rollout.finished for rollout in rollouts])),
+        tokens=num_tokens,
+        **metrics,
     )
 
 
-def make_rollout_rows(step: int, done: StepRecord) -> list[dict]:
-    """One row per distinct completion of a group, with the per-token values in those steps that
-    keep them.
+def _average_terms(rewards: list[Reward]) -> dict[str, float]:
+    """Return the mean of each term of the rewards."""
+    names = rewards[0].terms
+    return {name: float(np.mean([reward.terms[name] for reward in rewards])) for name in names}
+
+
+def _compute_loss_metrics(stats: list[dict], num_tokens: int) -> dict[str, float | None]:
+    """Compute what the loss says of the step; `stats`: sums over the tokens of each micro-batch."""
+    names = {name for of_batch in stats for name in of_batch}
+    num_trained = _sum_stat(stats, "trained")
+    metrics: dict[str, float | None] = {}
+    metrics["kl"] = _sum_stat(stats, "kl") / num_tokens if "kl" in names else None
+    metrics["clip_share"] = _sum_stat(stats, "clip_share") / num_tokens
+    for name in ("ratio_off", "trust", "entropy"):
+        if name in names:
+            metrics[name] = _sum_stat(stats, name) / max(1.0, num_trained)
+    metrics["dlogp_norm"] = _sum_stat(stats, "dlogp_square") ** 0.5
+    metrics["trained_share"] = num_trained / num_tokens
+    return metrics
+
+
+def _sum_stat(stats: list[dict], name: str) -> float:
+    """Sum a statistic over the micro-batches; 0.0 where none has it."""
+    total = sum(of_batch.get(name, 0.0) for of_batch in stats)
+    return total if stats else 0.0
+
+
+def make_rollout_rows(step: int, record: StepRecord) -> list[dict]:
+    """Make one row per distinct completion of a group, as rollouts.jsonl.gz has them.
+
+    In the steps that keep them a row has its per-token values too.
     """
     rows = []
-    for t, (r, i) in enumerate(zip(done.texts, done.first)):
-        reward = done.rewards[i]
+    for number, (rollout, index) in enumerate(zip(record.unique, record.first_index)):
+        reward = record.rewards[index]
         row = dict(
             step=step,
-            prompt=r.prompt.id,
-            sibling=r.sibling,
-            count=r.count,
+            prompt=rollout.prompt.id,
+            sibling=rollout.sibling,
+            count=rollout.count,
             text=reward.text,
-            finished=r.finished,
+            finished=rollout.finished,
             reward=reward.total,
             parts=reward.terms,
             error=reward.error,
-            adv=_shorten_float(done.adv[i]),
+            adv=_shorten_float(record.advantages[index]),
         )
-        if done.tokens is not None:
+        if record.token_values is not None:
             row |= dict(
-                prompt_ids=list(r.prompt.ids),
-                ids=list(r.ids),
-                sampler_logp=_shorten_float(r.sampler_logp),
-                **done.tokens[t],
+                prompt_ids=list(rollout.prompt.ids),
+                ids=list(rollout.ids),
+                sampler_logp=_shorten_floats(rollout.sampler_logp),
+                **record.token_values[number],
             )
         rows.append(row)
     return rows
 
 
 def collect_token_values(count: int, batches: list[MicroBatch], columns: list[dict]) -> list[dict]:
-    """Per-token tensors (N,) by batch -> one dict of lists per rollout; a column that is None stays
-    null. Idle batches have none.
+    """Cut per-token tensors (N,), by micro-batch, into lists by rollout.
+
+    Args:
+        count: rollouts that were packed into the batches.
+        columns: by micro-batch {name: (N,) or None}; a column that is None stays null.
+    Returns:
+        By rollout {name: its tokens' values}. Padding batches (rollout -1) have none.
     """
-    out: list[dict] = [{} for _ in range(count)]
-    for batch, named in zip(batches, columns):
+    values_by_rollout: list[dict] = [{} for _ in range(count)]
+    for batch, column_by_name in zip(batches, columns):
         if batch.rollout[0] < 0:
             continue
-        index, sizes = batch.rollout.unique_consecutive(return_counts=True)
-        for name, values in named.items():
-            parts = (
-                [None] * len(index)
-                if values is None
-                else [_shorten_float(v.tolist()) for v in values.split(sizes.tolist())]
-            )
-            for i, part in zip(index.tolist(), parts):
-                out[i][name] = part
-    return out
+        indices, sizes = batch.rollout.unique_consecutive(return_counts=True)
+        for name, column in column_by_name.items():
+            pieces = [None] * len(indices)
+            if column is not None:
+                pieces = [_shorten_floats(piece.tolist()) for piece in column.split(sizes.tolist())]
+            for index, piece in zip(indices.tolist(), pieces):
+                values_by_rollout[index][name] = piece
+    return values_by_rollout
 
 
-def _shorten_float(x):
-    """The shortest usual decimal that reads back to the same float32."""
-    return [float(f"{v:.9g}") for v in x] if isinstance(x, (list, tuple)) else float(f"{x:.9g}")
+def _shorten_floats(values: Sequence[float]) -> list[float]:
+    return [_shorten_float(value) for value in values]
+
+
+def _shorten_float(value: float) -> float:
+    """Return the shortest usual decimal that reads back to the same float32."""
+    return float(f"{value:.9g}")

@@ -1,12 +1,11 @@
-"""What the command of a loop does with its arguments: python -m recr1.train and python -m
-recr1.sft.
-"""
+"""How a command starts and ends: python -m recr1.train, python -m recr1.sft and the others."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Callable, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 from recr1.config import loader as configs
 from recr1.config.schema import Config, ConfigError
@@ -26,24 +25,7 @@ from recr1.utils.hf_hub import ModelFolderError
 from recr1.utils.interrupts import Stopped
 from recr1.utils.terminal import make_printable
 
-
-def launch_loop(argv: list[str], module: str, loop: Callable[[Config], None]) -> None:
-    """CONFIG.yaml [a.b=value ...] [--dry-run] -> loop(config), with --dry-run on everything in
-    small. Raises ConfigError.
-    """
-    config, *overrides = [a for a in argv if a != "--dry-run"] or [""]
-    if not config or config.startswith("-"):
-        raise ConfigError(
-            f"usage: python -m {module} CONFIG.yaml [a.b=value ...] [--dry-run], or torchrun --nproc-per-node N -m {module} ..."
-        )
-    cfg = configs.load_config(config, overrides)
-    if "--dry-run" not in argv:
-        return loop(cfg)
-    with shrunk_config(cfg, config) as tiny:
-        loop(tiny)
-    print_rank0(f"dry run passed: {config}")
-
-
+# What a user can mend: one line on stderr and exit code 2.
 EXPECTED_ERRORS = (
     ConfigError,
     DataError,
@@ -57,24 +39,49 @@ EXPECTED_ERRORS = (
     heartbeat.RunDirBusy,
 )
 
+EXPECTED_ERROR_EXIT_CODE = 2
 RANK_LOST_EXIT_CODE = 3
 
 
-def run_command(main, argv: list[str]) -> NoReturn:
-    """Runs main(argv) as `guarded` does and ends the process with its exit code: the last line of
-    every program that is started by its own name.
+def launch_loop(argv: list[str], module: str, loop: Callable[[Config], None]) -> None:
+    """Run loop(config) for the arguments CONFIG.yaml [a.b=value ...] [--dry-run].
+
+    With --dry-run everything of the config is made small. Raises ConfigError.
+    """
+    is_dry_run = "--dry-run" in argv
+    arguments = [argument for argument in argv if argument != "--dry-run"]
+    path, *overrides = arguments or [""]
+    if not path or path.startswith("-"):
+        raise ConfigError(
+            f"usage: python -m {module} CONFIG.yaml [a.b=value ...] [--dry-run], "
+            f"or torchrun --nproc-per-node N -m {module} ..."
+        )
+    cfg = configs.load_config(path, overrides)
+    if not is_dry_run:
+        loop(cfg)
+        return
+    with shrunk_config(cfg, path) as small_cfg:
+        loop(small_cfg)
+    print_rank0(f"dry run passed: {path}")
+
+
+def run_command(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
+    """Run main(argv) as `run_guarded` does and end the process with its exit code.
+
+    The last line of every program that is started by its own name.
     """
     end_process(lambda: run_guarded(main, argv))
 
 
-def run_guarded(main, argv: list[str]) -> int:
-    """Runs main(argv) on every rank; what a user can mend is one line on stderr and exit code 2,
-    never a traceback. Asked to stop: 0.
+def run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Run main(argv) on every rank and return the exit code.
 
-    3, with one line of one of the others, when a rank is gone or hangs: torchrun --max-restarts
-    then starts all of them anew.
+    0: finished, or asked to stop.
+    2: what a user can mend; one line on stderr, never a traceback.
+    3: a rank is gone or hangs; one line of one of the others. torchrun --max-restarts then starts
+       all of them anew.
     """
-    first = os.environ.get("RANK", "0") == "0"
+    is_rank0 = os.environ.get("RANK", "0") == "0"
     try:
         with process_group():
             try:
@@ -83,12 +90,16 @@ def run_guarded(main, argv: list[str]) -> int:
                 print_rank0(f"recr1: {e}")
         return 0
     except EXPECTED_ERRORS as e:  # on all ranks at once: see dist.fail_together
-        if first:
-            print(f"recr1: {make_printable(str(e))}", file=sys.stderr)
-        return 2
+        if is_rank0:
+            _print_error(e)
+        return EXPECTED_ERROR_EXIT_CODE
     except heartbeat.RankLost as e:
         if str(e):
-            print(f"recr1: {make_printable(str(e))}", file=sys.stderr)
+            _print_error(e)
         return RANK_LOST_EXIT_CODE
     finally:
         heartbeat.stop_heartbeat()
+
+
+def _print_error(error: BaseException) -> None:
+    print(f"recr1: {make_printable(str(error))}", file=sys.stderr)

@@ -1,9 +1,10 @@
-"""A Hugging Face folder to a sharded policy or reference, and back."""
+"""Loads a Hugging Face folder as a sharded policy or reference, and saves it again."""
 
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any, Callable, Iterator
 
 import torch
 from safetensors import SafetensorError
@@ -19,17 +20,20 @@ from recr1.utils.files import WriteError, report_write_errors
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
+NamedTensors = Iterator[tuple[str, torch.Tensor]]
+
 
 def resolve_compute_dtype(name: str) -> torch.dtype:
-    """model.compute -> the type of the gathered weights on this machine."""
-    return COMPUTE_DTYPES[
-        ("bfloat16" if dist.device().type == "cuda" else "float32") if name == "auto" else name
-    ]
+    """Return the type of the gathered weights on this machine, for a value of model.compute."""
+    if name == "auto":
+        has_gpu = dist.device().type == "cuda"
+        name = "bfloat16" if has_gpu else "float32"
+    return COMPUTE_DTYPES[name]
 
 
 def load_policy(
     folder: str,
-    reachable: int,
+    vocab_size: int,
     compute: torch.dtype,
     checkpointing: bool = False,
     frozen: str = "",
@@ -37,20 +41,19 @@ def load_policy(
     exact: bool = False,
     float32_head: bool = False,
 ) -> Sharded:
-    """The folder's model, float32 masters; each rank reads what it owns. `frozen`, `attention`,
-    `exact` (model.batch_invariant), `float32_head`: as in the config. Raises ModelFolderError,
-    ConfigError.
+    """Load the folder's model with float32 masters; each rank reads what it owns. Raises
+    ModelFolderError, ConfigError.
+
+    Args:
+        vocab_size: number of ids that the tokenizer can give.
+        checkpointing, frozen: train.checkpointing and train.frozen of the config.
+        attention, exact, float32_head: model.attention, model.batch_invariant and
+            model.head_float32 of the config.
     """
-    patterns = tuple(p.strip() for p in frozen.split(",") if p.strip())
-    model, tensors = _open_model(folder, reachable, compute, attention, exact, float32_head)
-    names = model.state_dict().keys()
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(
-                f"train.frozen: {pattern!r} fits the name of no weight; they are called {next(iter(names))} and the like"
-            )
-    if all(any(fnmatchcase(name, pattern) for pattern in patterns) for name in names):
-        raise ConfigError("train.frozen: every weight is frozen, nothing is left to train")
+    stripped = [pattern.strip() for pattern in frozen.split(",")]
+    patterns = tuple(pattern for pattern in stripped if pattern)
+    model, tensors = _open_model(folder, vocab_size, compute, attention, exact, float32_head)
+    _check_frozen(patterns, list(model.state_dict()))
     return Sharded(
         model,
         tensors.__getitem__,
@@ -61,19 +64,34 @@ def load_policy(
     )
 
 
+def _check_frozen(patterns: tuple[str, ...], names: list[str]) -> None:
+    """Raise ConfigError if a pattern fits no name of a weight, or if no weight is left to train."""
+    frozen_names = set()
+    for pattern in patterns:
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
+            raise ConfigError(
+                f"train.frozen: {pattern!r} fits the name of no weight; "
+                f"they are called {names[0]} and the like"
+            )
+        frozen_names.update(matches)
+    if len(frozen_names) == len(names):
+        raise ConfigError("train.frozen: every weight is frozen, nothing is left to train")
+
+
 def load_reference(
     folder: str,
-    reachable: int,
+    vocab_size: int,
     compute: torch.dtype,
     on_host: bool = False,
     attention: str = "auto",
     exact: bool = False,
     float32_head: bool = False,
 ) -> Sharded:
-    """The same, frozen and kept in the compute type, in host memory if asked: the policy before
-    training.
+    """Load the reference, the policy before training: as load_policy, but frozen and stored in the
+    compute type, in host memory if `on_host`.
     """
-    model, tensors = _open_model(folder, reachable, compute, attention, exact, float32_head)
+    model, tensors = _open_model(folder, vocab_size, compute, attention, exact, float32_head)
     return Sharded(
         model,
         tensors.__getitem__,
@@ -87,68 +105,79 @@ def load_reference(
 
 def _open_model(
     folder: str,
-    reachable: int,
+    vocab_size: int,
     compute: torch.dtype,
     attention: str,
     exact: bool,
     float32_head: bool,
 ) -> tuple[Decoder, SafetensorsFolder]:
-    model = make_empty_model(folder, reachable)
+    """Return a model without weights and the folder that has them, checked against each other."""
+    model = make_empty_model(folder, vocab_size)
     tensors = SafetensorsFolder(folder)
     tensors.check(model)
-    c = model.config
+    config = model.config
+    device = dist.device()
+    is_grouped = config.num_attention_heads > config.num_key_value_heads
     try:
-        backend = choose_attention(
-            attention,
-            c.num_attention_heads > c.num_key_value_heads,
-            c.head_dim,
-            compute,
-            dist.device(),
-        )
+        backend = choose_attention(attention, is_grouped, config.head_dim, compute, device)
     except AttentionUnavailable as e:
         raise ConfigError(f"model.attention: {e}; sdpa runs everywhere") from None
-    if exact and (why := explain_inexact(compute, dist.device())):
-        raise ConfigError(f"model.batch_invariant: {why}")
+    if exact:
+        why_inexact = explain_inexact(compute, device)
+        if why_inexact:
+            raise ConfigError(f"model.batch_invariant: {why_inexact}")
     model.set_backend(backend._replace(exact=exact, float32_head=float32_head))
     return model, tensors
 
 
 def save_policy(
-    policy: Sharded, tokenizer, stops: frozenset[int], folder: Path, recipe: str
+    policy: Sharded, tokenizer: Any, stops: frozenset[int], folder: Path, recipe: str
 ) -> None:
-    """A Hugging Face folder with `recipe` as its recr1.yaml, written by rank 0, read again and
-    compared; a collective. Raises WriteError.
+    """Write a Hugging Face folder with `recipe` as its recr1.yaml. Rank 0 writes it, reads it again
+    and compares. A collective. Raises WriteError.
     """
 
-    def write(tensors):
+    def write(tensors: NamedTensors) -> None:
         save_model(policy.config, tensors, tokenizer, stops, str(folder))
         (folder / "recr1.yaml").write_text(recipe, encoding="utf-8")
 
-    def compare(tensors):
+    def compare(tensors: NamedTensors) -> None:
         written = SafetensorsFolder(str(folder))
-        for name, t in tensors:
-            if not torch.equal(
-                written[name].view(torch.uint8), t.detach().cpu().contiguous().view(torch.uint8)
-            ):
+        for name, tensor in tensors:
+            if not torch.equal(_view_bytes(written[name]), _view_bytes(tensor.detach().cpu())):
                 raise WriteError(
-                    f"{folder}: {name} reads back otherwise than it was written; the disk is failing"
+                    f"{folder}: {name} reads back otherwise than it was written; "
+                    "the disk is failing"
                 )
 
     for work in (write, compare):
-        tensors = policy.tensors()
-        error = None
-        if dist.rank() == 0:
-            try:
-                with report_write_errors(folder):
-                    work(tensors)
-            except Exception as e:  # the other ranks are in the collectives of tensors()
-                error = e
-        for _ in tensors:
-            pass
-        with dist.fail_together():
-            if error:
-                raise (
-                    error
-                    if not isinstance(error, SafetensorError)
-                    else WriteError(f"cannot write {folder}: {error}")
-                )
+        _give_tensors_to_rank0(policy, folder, work)
+
+
+def _view_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's bytes: NaN, too, is equal to itself."""
+    return tensor.contiguous().view(torch.uint8)
+
+
+def _give_tensors_to_rank0(
+    policy: Sharded, folder: Path, work: Callable[[NamedTensors], None]
+) -> None:
+    """Call work(tensors) on rank 0 while all ranks gather the policy's tensors. If it fails, all
+    ranks raise its exception.
+    """
+    tensors = policy.tensors()
+    error = None
+    if dist.rank() == 0:
+        try:
+            with report_write_errors(folder):
+                work(tensors)
+        except Exception as e:
+            error = e
+    # The other ranks do their part of the collectives, rank 0 the rest of its own after a failure.
+    for _ in tensors:
+        pass
+    with dist.fail_together():
+        if isinstance(error, SafetensorError):
+            raise WriteError(f"cannot write {folder}: {error}")
+        if error is not None:
+            raise error

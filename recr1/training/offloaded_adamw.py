@@ -2,74 +2,93 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Any, Callable
 
 import torch
+from torch import nn
 
 from recr1.distributed.cpu_offload import get_copy_stream, host_zeros
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class OffloadedAdamW:
-    """torch's fused AdamW with its two moments in host memory. They come to the device shard by
-    shard, one ahead of the update, and go back behind it.
+    """torch's fused AdamW with its two moments in host memory.
+
+    They are copied to the device parameter by parameter, one ahead of the update, and back after
+    it.
     """
 
-    def __init__(self, params: list[torch.Tensor], **settings):
+    def __init__(self, params: list[nn.Parameter], **settings: Any):
         self.params = params
         self.updates = [torch.optim.AdamW([p], fused=True, **settings) for p in params]
-        self.param_groups = [group for update in self.updates for group in update.param_groups]
-        self.host = {
-            p: dict(
-                step=torch.zeros((), device=p.device),
-                exp_avg=host_zeros(p.shape, p.dtype),
-                exp_avg_sq=host_zeros(p.shape, p.dtype),
-            )
-            for p in params
-        }
+        self.param_groups: list[dict[str, Any]] = []
+        for update in self.updates:
+            self.param_groups += update.param_groups
+        self.host_state = {p: _zero_state(p) for p in params}
 
     @property
-    def state(self) -> dict[torch.Tensor, dict]:
-        """By parameter: step, exp_avg, exp_avg_sq, whole."""
+    def state(self) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
+        """Return, by parameter, its step, exp_avg and exp_avg_sq, on the host."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # copies back may be under way
-        return self.host
+        return self.host_state
 
     def step(self) -> None:
-        chosen = [(p, update) for p, update in zip(self.params, self.updates) if p.grad is not None]
-        coming = [self._fetch(p) for p, _ in chosen[:1]]
-        for i, (p, update) in enumerate(chosen):
-            coming += [self._fetch(q) for q, _ in chosen[i + 1 : i + 2]]
-            update.state[p] = coming.pop(0)()
-            update.step()
-            self._store(p, update.state.pop(p))
+        """Update the parameters that have a gradient."""
+        params = []
+        updates = []
+        for p, update in zip(self.params, self.updates):
+            if p.grad is not None:
+                params.append(p)
+                updates.append(update)
+        if not params:
+            return
 
-    def _fetch(self, p: torch.Tensor) -> Callable[[], dict]:
-        """Begins to copy the shard's moments to its device; the call it returns waits."""
-        host = self.host[p]
+        wait_for_next = self._start_fetch(params[0])
+        for i, (p, update) in enumerate(zip(params, updates)):
+            wait = wait_for_next
+            if i + 1 < len(params):
+                wait_for_next = self._start_fetch(params[i + 1])
+            update.state[p] = wait()
+            update.step()
+            self._start_store(p, update.state.pop(p))
+
+    def _start_fetch(self, p: nn.Parameter) -> Callable[[], dict[str, torch.Tensor]]:
+        """Start to copy a parameter's moments to its device. Return a function that waits for
+        them.
+        """
+        host_state = self.host_state[p]
         if p.device.type != "cuda":
-            return lambda: host
+            return lambda: host_state
         stream = get_copy_stream(p.device)
         with torch.cuda.stream(stream):
-            here = {
-                name: host[name].to(p.device, non_blocking=True)
-                for name in ("exp_avg", "exp_avg_sq")
-            }
-        done = stream.record_event()
+            moments = {name: host_state[name].to(p.device, non_blocking=True) for name in MOMENTS}
+        copied = stream.record_event()
 
-        def wait() -> dict:
-            torch.cuda.current_stream(p.device).wait_event(done)
-            return dict(here, step=host["step"])
+        def wait() -> dict[str, torch.Tensor]:
+            torch.cuda.current_stream(p.device).wait_event(copied)
+            return dict(moments, step=host_state["step"])
 
         return wait
 
-    def _store(self, p: torch.Tensor, state: dict) -> None:
-        """Begins to copy the updated moments back, after the update and before the next step's
-        fetch.
+    def _start_store(self, p: nn.Parameter, state: dict[str, torch.Tensor]) -> None:
+        """Start to copy the updated moments back. The copy runs after the update and before the
+        next step's fetch.
         """
         if p.device.type != "cuda":
             return
         stream = get_copy_stream(p.device)
         stream.wait_stream(torch.cuda.current_stream(p.device))
         with torch.cuda.stream(stream):
-            for name in ("exp_avg", "exp_avg_sq"):
-                self.host[p][name].copy_(state[name], non_blocking=True)
+            for name in MOMENTS:
+                self.host_state[p][name].copy_(state[name], non_blocking=True)
+
+
+def _zero_state(p: nn.Parameter) -> dict[str, torch.Tensor]:
+    """Return the state of a parameter before its first update."""
+    return dict(
+        step=torch.zeros((), device=p.device),
+        exp_avg=host_zeros(p.shape, p.dtype),
+        exp_avg_sq=host_zeros(p.shape, p.dtype),
+    )

@@ -1,9 +1,9 @@
-"""AdamW (and Muon for cold starts), the learning-rate schedule, clipping, and the finite check
-before any weight moves.
+"""The optimizer: AdamW (and Muon for cold starts), the learning-rate schedule, clipping, and the
+check that the gradient is finite before any weight moves.
 """
 
 import math
-from functools import partial
+from typing import Any
 
 import torch
 
@@ -11,15 +11,17 @@ from recr1.config.schema import ConfigError, OptimizerConfig
 from recr1.distributed import collectives as dist
 from recr1.training.offloaded_adamw import OffloadedAdamW
 
+AnyOptimizer = torch.optim.Optimizer | OffloadedAdamW
+
 
 class NonFiniteGradient(RuntimeError):
-    """The gradient norm of a step is NaN or infinite and the config says stop. No weight was
-    changed.
+    """The gradient norm of a step is NaN or infinite, and optimizer.on_nonfinite is stop. No weight
+    was changed.
     """
 
 
 class Optimizer:
-    """`step()`, at most `steps` times: clip to `clip_norm`, check, update, clear the gradients.
+    """Update a model's parameters in at most `steps` calls of `step`.
 
     AdamW is torch's fused one (Loshchilov & Hutter 2019). Muon (Jordan 2024) takes the 2-D weights
     inside the blocks.
@@ -30,85 +32,103 @@ class Optimizer:
         self.steps = steps
         self.num_steps = 0
         self.num_skipped = 0
-        self.names = {p: n for n, p in model.named_parameters() if p.requires_grad}
-        matrices = {
-            p: n
-            for p, n in self.names.items()
-            if config.kind == "muon" and p.ndim == 2 and "layers" in n
-        }
-        if config.kind == "muon" and not matrices:
+        self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+
+        is_muon = config.kind == "muon"
+        matrices = []
+        other_params = []
+        for p, name in self.names.items():
+            if is_muon and p.ndim == 2 and "layers" in name:
+                matrices.append(p)
+            else:
+                other_params.append(p)
+        if is_muon and not matrices:
             raise ConfigError(
-                "optimizer.kind: muon updates whole matrices and a sharded policy has none; use adamw"
+                "optimizer.kind: muon updates whole matrices and a sharded policy has none; "
+                "use adamw"
             )
-        rest = [p for p in self.names if p not in matrices]
-        adamw = OffloadedAdamW if config.on_host else partial(torch.optim.AdamW, fused=True)
-        self.optimizers = [
-            (
-                config.lr,
-                adamw(
-                    rest,
-                    lr=config.lr,
-                    betas=config.betas,
-                    eps=config.eps,
-                    weight_decay=config.weight_decay,
-                ),
-            )
-        ]
+
+        # with the learning rate at the schedule's top
+        adamw = make_adamw(other_params, config)
+        self.optimizers: list[tuple[float, AnyOptimizer]] = [(config.lr, adamw)]
         if matrices:
-            self.optimizers.append(
-                (
-                    config.muon_lr,
-                    torch.optim.Muon(
-                        list(matrices), lr=config.muon_lr, weight_decay=config.weight_decay
-                    ),
-                )
-            )
+            muon = torch.optim.Muon(matrices, lr=config.muon_lr, weight_decay=config.weight_decay)
+            self.optimizers.append((config.muon_lr, muon))
 
     def get_lr_scale(self, step: int) -> float:
-        """Share of the base learning rate at `step`: linear warm-up, then linear to `final_lr`."""
-        c = self.config
-        if step < c.warmup_steps:
-            return (step + 1) / c.warmup_steps
-        done = (step - c.warmup_steps) / max(1, self.steps - c.warmup_steps)
-        return 1 - (1 - c.final_lr) * done
+        """Return the share of the base learning rate at `step`: linear warm-up, then linear to
+        `final_lr`.
+        """
+        warmup_steps = self.config.warmup_steps
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        decay_steps = max(1, self.steps - warmup_steps)
+        progress = (step - warmup_steps) / decay_steps
+        return 1 - (1 - self.config.final_lr) * progress
 
     def step(self, loss: float = 0.0) -> tuple[float, float]:
-        """Gradient norm before clipping, and the learning rate used. Raises NonFiniteGradient (or
-        skips, as configured).
+        """Clip the gradient to `clip_norm`, check it, update the weights, clear the gradients.
 
-        loss: this rank's part of the step's; one that is not finite on any rank counts as a
-        gradient that is not.
+        Args:
+            loss: this rank's share of the step's loss. If it is not finite on any rank, the
+                gradient counts as not finite.
+
+        Returns:
+            the gradient's norm before clipping, and the learning rate used.
+
+        Raises NonFiniteGradient, or skips the update, as optimizer.on_nonfinite says.
         """
         step = self.num_steps
-        self.num_steps = self.num_steps + 1
+        self.num_steps += 1
         norm = self.compute_norm(loss)
-        factor = self.get_lr_scale(step)
-        # of all ranks' gradients together: every rank takes the same turn
-        finite = math.isfinite(norm)
-        if finite:
-            torch.nn.utils.clip_grads_with_norm_(
-                self.names, self.config.clip_norm, torch.tensor(norm)
-            )
-            for base, optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = base * factor
-                optimizer.step()
+        lr_scale = self.get_lr_scale(step)
+
+        # The norm is that of all ranks' gradients: every rank takes the same branch.
+        is_finite = math.isfinite(norm)
+        if is_finite:
+            self._clip_and_update(norm, lr_scale)
         for p in self.names:
             p.grad = None
-        if not finite and self.config.on_nonfinite == "stop":
-            raise NonFiniteGradient(
-                f"optimiser step {step + 1}: the gradient norm is {norm}; no weight was changed. "
-                "Lower optimizer.lr, or set optimizer.on_nonfinite=skip"
-            )
-        self.num_skipped += not finite
-        return norm, self.config.lr * factor
+        if not is_finite:
+            if self.config.on_nonfinite == "stop":
+                raise NonFiniteGradient(
+                    f"optimiser step {step + 1}: the gradient norm is {norm}; "
+                    "no weight was changed. "
+                    "Lower optimizer.lr, or set optimizer.on_nonfinite=skip"
+                )
+            self.num_skipped += 1
+        return norm, self.config.lr * lr_scale
+
+    def _clip_and_update(self, norm: float, lr_scale: float) -> None:
+        """Clip the gradient, whose norm is `norm`, and update the weights."""
+        total_norm = torch.tensor(norm)
+        torch.nn.utils.clip_grads_with_norm_(self.names, self.config.clip_norm, total_norm)
+        for base_lr, optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = base_lr * lr_scale
+            optimizer.step()
 
     def compute_norm(self, loss: float = 0.0) -> float:
-        """Euclidean norm of the whole gradient: each rank has its shards' part. NaN when a rank's
-        loss is not finite.
+        """Return the Euclidean norm of the gradient over all ranks' shards; NaN if a rank's loss is
+        not finite.
         """
         grads = [p.grad for p in self.names if p.grad is not None]
         # over a long shard float32 loses digits
-        parts = torch._foreach_norm(grads, dtype=torch.float64) if grads else []
-        squares, loss = dist.all_reduce_sum(float(sum(part.square() for part in parts)), loss)
-        return math.sqrt(squares) if math.isfinite(loss) else math.nan
+        norms = torch._foreach_norm(grads, dtype=torch.float64) if grads else []
+        local_sum = sum(norm.square() for norm in norms)
+        sum_of_squares, loss = dist.all_reduce_sum(float(local_sum), loss)
+        if not math.isfinite(loss):
+            return math.nan
+        return math.sqrt(sum_of_squares)
+
+
+def make_adamw(
+    params: list[torch.nn.Parameter], config: OptimizerConfig
+) -> torch.optim.AdamW | OffloadedAdamW:
+    """Return torch's fused AdamW, or the one whose moments are in host memory."""
+    settings: dict[str, Any] = dict(
+        lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+    )
+    if config.on_host:
+        return OffloadedAdamW(params, **settings)
+    return torch.optim.AdamW(params, fused=True, **settings)

@@ -1,11 +1,13 @@
-"""What lets a run outlive its process: whose folder it is, the checkpoint it goes on from, those it
-writes, and how it leaves when it is stopped.
+"""The progress of a run that outlives its process: the checkpoint from which it continues, those
+that it writes, and how it ends when it is stopped.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
+from typing import Any
 
 from recr1.config import loader as configs
 from recr1.config.schema import Config
@@ -21,8 +23,9 @@ from recr1.utils.interrupts import NOTHING_NEW
 
 
 class TrainState:
-    """How far a run of `last` steps is, and its checkpoints. `step`: the last finished one; `row`:
-    its metrics until they are written.
+    """How far a run of `last` steps is, and its checkpoints.
+
+    `step` is the last finished step, `row` its metrics until they are written.
     """
 
     def __init__(
@@ -33,7 +36,7 @@ class TrainState:
         policy: Sharded,
         optimizer: Optimizer,
         log: RunLog,
-        tokenizer,
+        tokenizer: Any,
         stops: frozenset[int],
     ):
         self.cfg = cfg
@@ -45,37 +48,42 @@ class TrainState:
         self.tokenizer = tokenizer
         self.stops = stops
         self.root = log.folder / "checkpoints"
-        # skips: optimiser steps skipped in a row
         self.step = 0
-        self.row = None
-        self.num_skipped_in_a_row = 0
+        self.row: dict[str, Any] | None = None
+        self.num_skipped_in_a_row = 0  # optimizer steps
         self.saved = ""  # the last checkpoint that was written or loaded
-        self.val_score: float | None = None  # rank 0: the step's val_ndcg, where it was validated
+        self.val_score: float | None = None  # rank 0: the step's val_ndcg, if it was validated
         self.best: list | None = None  # rank 0: [val_ndcg, step] of the best checkpoint
 
-    def resume(self, found: bool) -> None:
-        """From the newest checkpoint that is whole; without any from step 1. `found`: there was a
-        run here. A collective.
+    def resume(self, is_resumed: bool) -> None:
+        """Continue from the newest complete checkpoint; without any, from step 1. A collective.
+
+        is_resumed: run.dir holds an unfinished run. Raises RunError when it has checkpoints and
+        none is valid.
         """
         folder, state, refused = checkpoint.find_newest_checkpoint(
-            self.root, self.policy, self.optimizer, self._fits
+            self.root, self.policy, self.optimizer, self._check_fits
         )
-        for why in refused:
-            print_rank0(f"recr1: checkpoint refused: {why}")
+        for reason in refused:
+            print_rank0(f"recr1: checkpoint refused: {reason}")
         if folder is None and refused:
             raise RunError(
-                f"{self.root}: no checkpoint there is valid (the newest: {refused[0]}); move {self.root.parent} away to start anew"
+                f"{self.root}: no checkpoint there is valid (the newest: {refused[0]}); "
+                f"move {self.root.parent} away to start anew"
             )
+
+        # What was written after the checkpoint, or not to its end, goes.
         with dist.fail_together(), report_write_errors(self.root):
             if dist.rank() == 0 and self.root.exists():
                 checkpoint.remove_partial(self.root)
             self.log.restore(state.get("log"))
-        if folder is None:
-            if found:
-                print_rank0(
-                    f"recr1: {self.root.parent} has no checkpoint: starts from step 1 again"
-                )
-            return
+        if folder is not None:
+            self._continue_from(folder, state)
+        elif is_resumed:
+            print_rank0(f"recr1: {self.root.parent} has no checkpoint: starts from step 1 again")
+
+    def _continue_from(self, folder: Path, state: dict[str, Any]) -> None:
+        """Load a checkpoint; a collective."""
         checkpoint.load_checkpoint(folder, state, self.policy, self.optimizer)
         self.saved = folder.name
         self.step = state["step"]
@@ -86,14 +94,16 @@ class TrainState:
         with dist.fail_together(), report_write_errors(self.root):
             if dist.rank() == 0:
                 self.best = checkpoint.settle_on_checkpoint(self.root, folder, self.best)
-        changed = checkpoint.list_differences(state, self.policy, self.optimizer)
-        print_rank0(
-            f"recr1: goes on after step {self.step} from {folder}"
-            + (f"; not bit for bit the same run: {changed}" if changed else "")
-        )
+        message = f"recr1: goes on after step {self.step} from {folder}"
+        differences = checkpoint.list_differences(state, self.policy, self.optimizer)
+        if differences:
+            message += f"; not bit for bit the same run: {differences}"
+        print_rank0(message)
 
-    def _fits(self, state: dict) -> None:
-        if difference := find_difference(state["config"], self.cfg):
+    def _check_fits(self, state: dict[str, Any]) -> None:
+        """Raise Damaged unless a checkpoint's state is one of this run."""
+        difference = find_difference(state["config"], self.cfg)
+        if difference:
             raise Damaged(f"state.json is another config's: {difference}")
         best = state["best"]
         if not (
@@ -106,42 +116,44 @@ class TrainState:
             raise Damaged("state.json is not of the form that this version writes")
         self.log.check(state["log"])
 
-    def mark_finished(self, step: int, row: dict) -> None:
-        """From here on the step stands: a run that is stopped goes on behind it, with its
-        validation.
+    def mark_finished(self, step: int, row: dict[str, Any]) -> None:
+        """Note that a step is finished: a run that is stopped from here on continues behind it,
+        with its validation.
         """
         self.step = step
         self.row = row
         self.val_score = None
 
     def save(self) -> None:
-        """A checkpoint of the state after the last finished step, and the pruning of older ones; a
+        """Save a checkpoint of the state after the last finished step and prune older ones; a
         collective. Raises WriteError on all ranks.
         """
         heartbeat.enter_phase("save")
+        recipe = configs.dump_answering_config(self.cfg)
         folder = checkpoint.save_checkpoint(
             self.root,
             self.step,
-            self._state,
+            self._collect_state,
             self.policy,
             self.optimizer,
             self.tokenizer,
             self.stops,
-            configs.dump_answering_config(self.cfg),
+            recipe,
         )
         self.saved = folder.name
         with dist.fail_together(), report_write_errors(self.root):
             if dist.rank() == 0:
-                self._rank_and_prune()
+                self._update_best_and_prune()
 
     def save_if_due(self) -> None:
-        """Every save.every steps and after the last one, before its evaluation."""
+        """Save every save.every steps, and after the last step, before its evaluation."""
         every = self.cfg.save.every
         if every and (self.step % every == 0 or self.step == self.last):
             self.save()
 
-    def _state(self) -> dict:
-        self._rank()
+    def _collect_state(self) -> dict[str, Any]:
+        """Return what state.json has of the run. Rank 0."""
+        self._update_best()
         return dict(
             step=self.step,
             row=self.row,
@@ -152,35 +164,50 @@ class TrainState:
             config=dataclasses.asdict(self.cfg),
         )
 
-    def _rank(self) -> None:
-        if self.val_score is not None and (self.best is None or self.val_score > self.best[0]):
+    def _update_best(self) -> None:
+        """Make this step's checkpoint the best if its validation is better. Rank 0."""
+        if self.val_score is None:
+            return
+        if self.best is None or self.val_score > self.best[0]:
             self.best = [self.val_score, self.step]
 
-    def _rank_and_prune(self) -> None:
-        self._rank()
+    def _update_best_and_prune(self) -> None:
+        """Update the best checkpoint and remove those that save.keep does not keep. Rank 0."""
+        self._update_best()
         checkpoint.prune_checkpoints(self.root, self.cfg.save.keep, self.best)
 
     def mark_validated(self, value: float | None) -> None:
-        """The step's val_ndcg is known; its checkpoint may stand already, when the run was stopped
+        """Note the step's val_ndcg. The step's checkpoint may exist already, if the run was stopped
         in between. Rank 0.
         """
         self.val_score = value
-        if self.saved == self._describe_saved():
-            self._rank_and_prune()
+        if self._is_saved():
+            self._update_best_and_prune()
 
     def is_mid_step(self) -> bool:
-        """Whether weights have changed since the last finished step: within train.inner_steps."""
+        """Return whether weights have changed since the last finished step: within
+        train.inner_steps.
+        """
         return self.optimizer.num_steps > self.step * self.cfg.train.inner_steps
 
     def save_and_describe(self) -> str:
-        """Asked to stop: saves what is not yet saved, and says what stands; a collective."""
+        """Save what is not yet saved when the run is asked to stop. Return the message that says
+        where it continues. A collective.
+        """
         if self.is_mid_step():
-            return f"stopped within step {self.step + 1}, which had moved weights and is lost; the same command goes on from {self.saved or 'the start'}"
+            return (
+                f"stopped within step {self.step + 1}, which had moved weights and is lost; "
+                f"the same command goes on from {self.saved or 'the start'}"
+            )
         if not self.step:
             return NOTHING_NEW
-        if self.saved != self._describe_saved():
+        if not self._is_saved():
             self.save()
-        return f"stopped after step {self.step}; the same command goes on from {self.root / self.saved}"
+        return (
+            f"stopped after step {self.step}; "
+            f"the same command goes on from {self.root / self.saved}"
+        )
 
-    def _describe_saved(self) -> str:
-        return f"step_{self.step:06d}"
+    def _is_saved(self) -> bool:
+        """Return whether the last finished step has a checkpoint."""
+        return self.saved == checkpoint.format_checkpoint_name(self.step)

@@ -1,15 +1,16 @@
-"""Whose folder run.dir is: a new one, or an unfinished run of the same config."""
+"""Checks whose folder run.dir is: a new one, or that of an unfinished run of the same config."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from recr1.config import loader as configs
 from recr1.config.schema import Config
 from recr1.utils.files import PARTIAL
 
-# what a run that goes on may have otherwise
+# what may differ in a run that continues
 CHANGEABLE_KEYS = ("run.dir", "run.threads", "run.patience", "retriever.timeout", "log.", "save.")
 
 
@@ -18,53 +19,57 @@ class RunError(ValueError):
 
 
 def claim_run_dir(folder: Path, cfg: Config) -> bool:
-    """Whether `folder` holds a run of this config that is not finished; False: nothing. Raises
-    RunError for anything else.
+    """Return True if `folder` holds an unfinished run of this config, False if it is new or empty.
+    Raises RunError for anything else.
     """
-    if (
-        not folder.exists()
-        or folder.is_dir()
-        and {p.name for p in folder.iterdir()} <= {f"config.yaml{PARTIAL}"}
-    ):
+    if not folder.exists():
         return False
-    if not (folder / "config.yaml").is_file():
+    config_path = folder / "config.yaml"
+    if folder.is_dir():
+        names = {path.name for path in folder.iterdir()}
+        if names <= {f"config.yaml{PARTIAL}"}:
+            return False
+    if not config_path.is_file():
         raise RunError(
-            f"run.dir: {folder} exists, is not empty and holds no run's config.yaml; name a new folder, or move it away"
+            f"run.dir: {folder} exists, is not empty and holds no run's config.yaml; "
+            "name a new folder, or move it away"
         )
     if (folder / "summary.json").exists():
         raise RunError(
             f"run.dir: the run in {folder} is finished; name a new folder, or move it away"
         )
-    if difference := find_difference(
-        dataclasses.asdict(configs.load_config(str(folder / "config.yaml"), [])), cfg
-    ):
+    config_of_run = configs.load_config(str(config_path), [])
+    difference = find_difference(dataclasses.asdict(config_of_run), cfg)
+    if difference:
         raise RunError(
-            f"run.dir: the run in {folder} has another config: {difference}; set it back, or name a new folder"
+            f"run.dir: the run in {folder} has another config: {difference}; "
+            "set it back, or name a new folder"
         )
     return True
 
 
-def find_difference(other: dict, cfg: Config) -> str:
-    """The first key in which a config, as a dict, is not `cfg`, with both values; "" for none. What
-    FREE names does not count.
+def find_difference(other: dict[str, Any], cfg: Config) -> str:
+    """Return the first key in which a config, as a dict, differs from `cfg`, with both values; ""
+    if there is none. What CHANGEABLE_KEYS names does not count.
     """
+    other_values = _flatten(other)
+    values = _flatten(dataclasses.asdict(cfg))
+    for key in sorted(other_values.keys() | values.keys()):
+        other_value = other_values.get(key)
+        value = values.get(key)
+        if other_value != value and not key.startswith(CHANGEABLE_KEYS):
+            return f"{key} was {other_value!r}, is {value!r}"
+    return ""
 
-    def flat(tree: dict, where: str = "") -> dict:
-        parts = (
-            flat(v, f"{where}{k}.")
-            if isinstance(v, dict)
-            else {where + k: list(v) if isinstance(v, tuple) else v}
-            for k, v in tree.items()
-        )
-        return {k: v for part in parts for k, v in part.items()}
 
-    theirs = flat(other)
-    ours = flat(dataclasses.asdict(cfg))
-    return next(
-        (
-            f"{key} was {theirs.get(key)!r}, is {ours.get(key)!r}"
-            for key in sorted(theirs.keys() | ours.keys())
-            if theirs.get(key) != ours.get(key) and not key.startswith(CHANGEABLE_KEYS)
-        ),
-        "",
-    )
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested dict's values by dotted key, tuples as lists: JSON has no tuples."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            values |= _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, tuple):
+            values[prefix + key] = list(value)
+        else:
+            values[prefix + key] = value
+    return values

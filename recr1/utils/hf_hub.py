@@ -1,5 +1,5 @@
 """A Hugging Face model folder: where it is, its JSON files, its tokenizer, the ids that end a text.
-Its weights: model/hf_weights.py.
+model/hf_weights.py reads its weights.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 # what is fetched from the hub: never pickled weights, never code
 DOWNLOADED_FILES = [
@@ -30,32 +31,52 @@ class ModelFolderError(ValueError):
 
 
 def resolve_model_folder(path: str, key: str = "model.path") -> str:
-    """A folder as it is; a hub id (org/name) as the local folder in transformers' own cache,
-    downloaded when it is not there. key: the setting.
+    """Return the path of a model folder. For a hub id (org/name) it is the local folder in
+    transformers' own cache; it is downloaded if it is not there. Raises ModelFolderError.
+
+    key: the setting that has the path.
     """
     if path and Path(path).is_dir():
         return path
     if Path(path).exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
         raise ModelFolderError(
-            f"{path}: neither a folder nor a hub id (org/name); {key} must be a Hugging Face model folder or the id of one"
+            f"{path}: neither a folder nor a hub id (org/name); "
+            f"{key} must be a Hugging Face model folder or the id of one"
         )
     from huggingface_hub import constants, errors, snapshot_download
 
     try:
         return snapshot_download(path, allow_patterns=DOWNLOADED_FILES)
     except errors.GatedRepoError:
-        why = f"gated on the hub; accept its terms at https://huggingface.co/{path}, then `hf auth login`"
+        why = (
+            f"gated on the hub; accept its terms at https://huggingface.co/{path}, "
+            "then `hf auth login`"
+        )
     except errors.RepositoryNotFoundError:
-        why = "no such folder, and no such model on the hub; correct the name, or `hf auth login` if the model is private"
+        why = (
+            "no such folder, and no such model on the hub; "
+            "correct the name, or `hf auth login` if the model is private"
+        )
     except errors.LocalEntryNotFoundError:
-        why = f"no such folder, not (or not wholly) in {constants.HF_HUB_CACHE}, and the hub is out of reach; go online once, or give a folder"
+        why = (
+            f"no such folder, not (or not wholly) in {constants.HF_HUB_CACHE}, "
+            "and the hub is out of reach; go online once, or give a folder"
+        )
     except Exception as e:  # the hub's client raises its HTTP library's errors too
-        why = f"no such folder, and the hub failed with {type(e).__name__}: {' '.join(str(e).split())}; give a folder, or try again"
+        message = " ".join(str(e).split())
+        why = (
+            f"no such folder, and the hub failed with {type(e).__name__}: {message}; "
+            "give a folder, or try again"
+        )
     raise ModelFolderError(f"{path}: {why}")
 
 
 def read_json(path: Path, key: str = "model.path") -> dict:
-    """A JSON object. Raises ModelFolderError when the file is absent or holds something else."""
+    """Return the JSON object in a file. Raises ModelFolderError if there is no such file or it
+    holds something else.
+
+    key: the setting that has the folder's path.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -69,9 +90,9 @@ def read_json(path: Path, key: str = "model.path") -> dict:
     return value
 
 
-def load_tokenizer(folder: str):
-    """The folder's tokenizer, by transformers. Raises ModelFolderError when it has none or no chat
-    template.
+def load_tokenizer(folder: str) -> Any:
+    """Return the folder's tokenizer, a transformers object. Raises ModelFolderError if there is
+    none or it has no chat template.
     """
     from transformers import AutoTokenizer
 
@@ -79,26 +100,32 @@ def load_tokenizer(folder: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as e:
-        raise ModelFolderError(
-            f"{folder}: no tokenizer could be loaded: {str(e).splitlines()[0]}"
-        ) from None
+        first_line = str(e).splitlines()[0]
+        raise ModelFolderError(f"{folder}: no tokenizer could be loaded: {first_line}") from None
     if not tokenizer.chat_template:
         raise ModelFolderError(
-            f"{folder}: the tokenizer has no chat template; use an instruct model, or add chat_template.jinja"
+            f"{folder}: the tokenizer has no chat template; "
+            "use an instruct model, or add chat_template.jinja"
         )
-    # notes on this loading, which transformers would save as if they were settings
-    for how in ("is_local", "local_files_only"):
-        tokenizer.init_kwargs.pop(how, None)
+    # Notes on this loading, which transformers would save as if they were settings.
+    for key in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(key, None)
     return tokenizer
 
 
-def read_stop_token_ids(folder: str, tokenizer) -> frozenset[int]:
-    """Every EOS id of generation_config.json and the tokenizer's own: any of them ends a text."""
+def read_stop_token_ids(folder: str, tokenizer: Any) -> frozenset[int]:
+    """Return the EOS ids of generation_config.json and the tokenizer's own: any of them ends a
+    text. Raises ModelFolderError if there is none.
+    """
+    ids = {tokenizer.eos_token_id}
     path = Path(folder) / "generation_config.json"
-    eos = read_json(path).get("eos_token_id") if path.exists() else None
-    ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    if path.exists():
+        eos = read_json(path).get("eos_token_id")  # an id, a list of ids, or nothing
+        ids.update(eos if isinstance(eos, list) else [eos])
+    ids.discard(None)
     if not ids:
         raise ModelFolderError(
-            f"{folder}: neither generation_config.json nor the tokenizer names an EOS token; no text could ever end"
+            f"{folder}: neither generation_config.json nor the tokenizer names an EOS token; "
+            "no text could ever end"
         )
     return frozenset(ids)

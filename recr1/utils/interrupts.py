@@ -1,9 +1,11 @@
-"""SIGTERM and SIGINT: the signal is noted, and taken where all ranks can agree on it; long
-stretches of one rank's own work end at once.
+"""SIGTERM and SIGINT. A signal is noted, and the run stops where all ranks can agree on it. Long
+work of one rank alone ends at once.
 
-with listening():                           # the process's handlers
-    with dist.fail_together(), at_once(): ...    # no collective inside: ends here, and then on every
-    rank if dist.all_reduce_max(asked()): ...           # between collectives
+    with signal_handlers():
+        # no collective inside: ends at once, and then on every rank
+        with dist.fail_together(), raise_on_signal(): ...
+        # between collectives
+        if dist.all_reduce_max(stop_requested()): ...
 """
 
 from __future__ import annotations
@@ -11,20 +13,20 @@ from __future__ import annotations
 import signal
 import time
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Iterator
 
 # seconds after the signal in which a step that has begun to move weights may still be finished
 GRACE_SECONDS = 12.0
-
 
 NOTHING_NEW = (
     "stopped before training went on; there is nothing new to save, run the same command again"
 )
 
 
-# when the signal came; whether it is raised where it comes
-_signal_time = 0.0
+_signal_time = 0.0  # when the first signal came; 0: none has come
 
-_raising = False
+_raises_at_once = False  # whether a signal raises Stopped where it comes
 
 
 class Stopped(Exception):
@@ -32,46 +34,56 @@ class Stopped(Exception):
 
 
 def stop_requested() -> int:
-    """0: no. 1: this process was asked to stop. 2: long ago."""
-    return 0 if not _signal_time else 1 if time.monotonic() - _signal_time < GRACE_SECONDS else 2
+    """Return 1 if this process was asked to stop, 2 if that was more than GRACE_SECONDS ago, else
+    0.
+    """
+    if not _signal_time:
+        return 0
+    seconds = time.monotonic() - _signal_time
+    return 1 if seconds < GRACE_SECONDS else 2
 
 
 @contextmanager
-def signal_handlers():
-    """SIGTERM and SIGINT ask to stop; a second Ctrl-C ends the process as ever. Main thread only."""
+def signal_handlers() -> Iterator[None]:
+    """Make SIGTERM and SIGINT ask to stop. A second Ctrl-C ends the process as usual. Main thread
+    only.
+    """
     global _signal_time
-    before = {
-        number: signal.signal(number, _note_signal) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    previous = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, _note_signal)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
         _signal_time = 0.0
 
 
 class raise_on_signal:
-    """A block that the signal ends: Stopped is raised inside. To be entered after dist.fail_together, by
-    which the other ranks hear of it.
+    """Raise Stopped inside a block when the signal comes. Enter it after dist.fail_together, which
+    tells the other ranks.
     """
 
-    def __enter__(self):
-        global _raising
-        _raising = True
-        self._meet()
+    def __enter__(self) -> None:
+        global _raises_at_once
+        _raises_at_once = True
+        _raise_if_requested()
 
-    def __exit__(self, *error):
-        global _raising
-        _raising = False
-        self._meet()  # somebody's `except` may have taken the one that was raised
-
-    def _meet(self):
-        if _signal_time:
-            raise Stopped(NOTHING_NEW)
+    def __exit__(self, *error: Any) -> None:
+        global _raises_at_once
+        _raises_at_once = False
+        _raise_if_requested()  # somebody's `except` may have caught the one that was raised
 
 
-def _note_signal(number: int, frame) -> None:
+def _raise_if_requested() -> None:
+    """Raise Stopped if a signal has come."""
+    if _signal_time:
+        raise Stopped(NOTHING_NEW)
+
+
+def _note_signal(number: int, frame: FrameType | None) -> None:
+    """Handle SIGTERM and SIGINT."""
     global _signal_time
     if _signal_time:
         # torchrun passes on the Ctrl-C that a terminal has already sent to every process
@@ -79,5 +91,5 @@ def _note_signal(number: int, frame) -> None:
             raise KeyboardInterrupt
         return
     _signal_time = time.monotonic()
-    if _raising:
+    if _raises_at_once:
         raise Stopped(NOTHING_NEW)

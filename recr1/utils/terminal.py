@@ -1,33 +1,52 @@
-"""Text for a terminal: data made harmless, and cut to a width in columns."""
+"""Text for a terminal: data is made harmless and cut to a width in columns."""
 
 from unicodedata import combining, east_asian_width
 
 
 def make_printable(text: str, keep: str = "") -> str:
-    """Data on a terminal: without the characters that could drive it, control codes and those that
-    turn the direction of writing.
+    """Replace by spaces the characters that could drive a terminal: control codes, and those that
+    turn the direction of writing. Those in `keep` stay.
     """
-    return "".join(c if c.isprintable() or c in keep else " " for c in text)
+    characters = []
+    for character in text:
+        is_harmless = character.isprintable() or character in keep
+        characters.append(character if is_harmless else " ")
+    return "".join(characters)
 
 
 def describe_exception(e: BaseException) -> str:
-    """An exception of somebody else's code as one line."""
-    return f"{type(e).__name__}: {' '.join(make_printable(str(e)).split())[:300]}"
+    """Return an exception of somebody else's code as one line."""
+    words = make_printable(str(e)).split()
+    message = " ".join(words)
+    return f"{type(e).__name__}: {message[:300]}"
 
 
 def measure_columns(text: str) -> list[int]:
-    """How many columns each character takes: an East Asian one two, a combining one none."""
-    return [0 if combining(c) else 1 + (east_asian_width(c) in "WF") for c in text]
+    """Return how many columns each character takes: a wide East Asian one 2, a combining one 0."""
+    widths = []
+    for character in text:
+        if combining(character):
+            widths.append(0)
+        else:
+            is_wide = east_asian_width(character) in "WF"
+            widths.append(2 if is_wide else 1)
+    return widths
 
 
 def fit_to_width(text: str, width: int) -> str:
-    """`text`, made harmless, in exactly `width` >= 2 columns: filled with spaces, or cut and ended
-    in "..".
+    """Return `text`, made harmless, in exactly `width` >= 2 columns: filled with spaces, or cut and
+    ended in "..".
     """
     text = make_printable(text)
-    taken = measure_columns(text)
-    if sum(taken) > width:
-        end = next(i for i in range(len(taken)) if sum(taken[: i + 1]) > width - 2)
-        text = text[:end] + ".."
-        taken = [*taken[:end], 2]
-    return text + " " * (width - sum(taken))
+    widths = measure_columns(text)
+    total = sum(widths)
+    if total <= width:
+        return text + " " * (width - total)
+
+    # Characters go in while they leave two columns for the dots.
+    end = 0
+    total = 0
+    while total + widths[end] <= width - 2:
+        total += widths[end]
+        end += 1
+    return text[:end] + ".." + " " * (width - 2 - total)

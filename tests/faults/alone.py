@@ -18,7 +18,7 @@ from jobs import dies_with_parent
 from world import Outcome, World, result
 
 from recr1 import train
-from recr1.training import run
+from recr1.training import setup
 from recr1.training.launch import run_guarded
 
 ONE_STEP = ("run.patience=300", "train.steps=1", "train.eval_every=0", "save.every=0")
@@ -187,18 +187,18 @@ class Bench:
 
     def saying(self, texts: Iterator[str], work: Callable):
         """work(), with whatever a policy samples decoded to the next of `texts`."""
-        load = run.load_tokenizer
+        load = setup.load_tokenizer
 
         def loaded(folder):
             tokenizer = load(folder)
             tokenizer.decode = lambda ids, **how: next(texts)
             return tokenizer
 
-        run.load_tokenizer = loaded
+        setup.load_tokenizer = loaded
         try:
             return work()
         finally:
-            run.load_tokenizer = load
+            setup.load_tokenizer = load
 
 
 def logged(run: Path) -> list[dict]:

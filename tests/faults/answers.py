@@ -67,28 +67,31 @@ def _judged(bench: Bench, made: list, task: str, text: str, errors: tuple[str, .
         f"{text[:200]!r}: the two parsers differ",
     )
     expect(min(times) < SLOWEST, f"{text[:200]!r} takes {min(times):.2f} s")
-    found = _in_a_run(bench, task, [text for _, of, text, _ in made if of == task]).get(text, [])
+    texts = [text for _, of, text, _ in made if of == task]
+    rows = _in_a_run(bench, task, texts).get(text, [])
+    logged_values = [{key: row.get(key) for key in ("error", "reward", "ndcg")} for row in rows]
     expect(
-        bool(found)
+        bool(rows)
         and all(
             row["error"] == error
             and row.get("reward", -1.0) == -1.0
             and row.get("ndcg", 0.0) == 0.0
-            for row in found
+            for row in rows
         ),
-        f"{text[:200]!r} in a run: {[{k: row.get(k) for k in ('error', 'reward', 'ndcg')} for row in found]}",
+        f"{text[:200]!r} in a run: {logged_values}",
     )
 
 
 def _in_a_run(bench: Bench, task: str, texts: list[str]) -> dict[str, list[dict]]:
     """{text: what the run has written down of it}. One run for all texts of a task."""
     if task not in bench.kept:
+        user = " ".join(f"{{{place}}}" for place in tasks.TASKS[task].placeholders)
         more = (
             ()
             if task == "product_search"
             else (
                 f"task={task}",
-                f"prompt.user='{' '.join(f'{{{place}}}' for place in tasks.TASKS[task].placeholders)}'",
+                f"prompt.user='{user}'",
                 "prompt.max_tokens=256",
             )
         )
@@ -231,15 +234,15 @@ def _key_twice(rng):
 
 
 def _no_number(rng):
-    return wrap(
-        f'{{"query": "{words(rng)}", "n": {rng.choice(["NaN", "Infinity", "-Infinity", "nan", "0x10", "01", "1."])}}}'
-    ), ("no_json",)
+    query = words(rng)
+    number = rng.choice(["NaN", "Infinity", "-Infinity", "nan", "0x10", "01", "1."])
+    return wrap(f'{{"query": "{query}", "n": {number}}}'), ("no_json",)
 
 
 def _digits(rng):
-    return wrap(
-        f'{{"query": "{words(rng)}", "n": {rng.choice("123456789") * rng.randrange(4_301, 30_000)}}}'
-    ), ("no_json",)
+    query = words(rng)
+    digits = rng.choice("123456789") * rng.randrange(4_301, 30_000)
+    return wrap(f'{{"query": "{query}", "n": {digits}}}'), ("no_json",)
 
 
 def _surrogate(rng):
@@ -279,7 +282,7 @@ def _unclosed(rng):
     )
 
 
-# --- lists of labels: key is that of the task's answer ----------------------------------------------------------------------------
+# --- lists of labels: key is that of the task's answer ---
 
 
 def _list(rng, key: str, *strange, drop: int = 0, add: int = 0):

@@ -67,7 +67,10 @@ def endings(world: World, n: int) -> Iterator[Outcome]:
 def judged(
     world: World, make: Callable, ranks: int, folder: Path, idle: SimpleQueue | None
 ) -> Outcome:
-    """The outcome of one job; idle: the spawners that have nothing to do, None: torchrun starts it."""
+    """Return the outcome of one job.
+
+    idle: the spawners that have nothing to do; None: torchrun starts the job.
+    """
     where = f"{make.__name__} on {ranks} ranks"
     folder.mkdir()
     output = folder / "said"
@@ -100,7 +103,9 @@ def by_spawner(ranks: int, ending: Ending, output: Path, idle: SimpleQueue) -> s
 
 
 def by_torchrun(ranks: int, ending: Ending, output: Path, limit: float) -> set[int]:
-    """As by_spawner; torchrun names the codes of ranks that failed, and ends with 0 when none has."""
+    """Do as by_spawner; torchrun names the codes of ranks that failed, and ends with 0 if none
+    has.
+    """
     command = [
         sys.executable,
         "-m",

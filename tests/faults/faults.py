@@ -47,8 +47,9 @@ def main(argv: list[str]) -> int:
     each = next((int(a) for a in argv if a.isdigit()), None)
     chosen = [a for a in argv if not a.isdigit()] or list(KINDS)
     if each == 0 or (unknown := [name for name in chosen if name not in KINDS]):
+        reason = f"no kind {unknown[0]!r}" if each != 0 else "none of each is none"
         print(
-            f"faults.py [N] [kind ...]: {f'no kind {unknown[0]!r}' if each != 0 else 'none of each is none'}; the kinds are {', '.join(KINDS)}",
+            f"faults.py [N] [kind ...]: {reason}; the kinds are {', '.join(KINDS)}",
             file=sys.stderr,
         )
         return 2
@@ -58,7 +59,8 @@ def main(argv: list[str]) -> int:
         with tempfile.TemporaryDirectory() as folder, none_left():
             world = World(Path(folder))
             print(
-                f"{'fault':<27}{'N':>5}{'survived':>10}{'lost':>7}{'silent':>8}{'seconds':>9}  where",
+                f"{'fault':<27}{'N':>5}{'survived':>10}{'lost':>7}{'silent':>8}{'seconds':>9}"
+                "  where",
                 flush=True,
             )
             for seed, (kind, (make, n)) in enumerate(KINDS.items()):
@@ -79,7 +81,7 @@ def main(argv: list[str]) -> int:
 
 
 def row(kind: str, make: Callable[[World, int], Iterator[Outcome]], world: World, n: int) -> dict:
-    """Makes n faults of a kind and prints their row of the table, and each that was not survived."""
+    """Make n faults of a kind. Print their row of the table, and each that was not survived."""
     # its thread might hold a lock that a fork takes along
     start = time.monotonic()
     outcomes = []
@@ -101,7 +103,8 @@ def row(kind: str, make: Callable[[World, int], Iterator[Outcome]], world: World
     slowest = max((o.seconds for o in outcomes if o.seconds is not None), default=None)
     told += f"; all ended within {slowest:.1f} s" if slowest is not None else ""
     print(
-        f"{kind:<27}{len(outcomes):>5}{counts['survived']:>10}{counts['lost']:>7}{counts['silent']:>8}{time.monotonic() - start:>9.0f}  {told}",
+        f"{kind:<27}{len(outcomes):>5}{counts['survived']:>10}{counts['lost']:>7}"
+        f"{counts['silent']:>8}{time.monotonic() - start:>9.0f}  {told}",
         flush=True,
     )
     for o in outcomes:

@@ -183,7 +183,7 @@ def at_events(rank: int, act, step: int = 2) -> None:
     os.replace = watched(os.replace, lambda a, b: f"rename to {Path(b).name}")
 
 
-# --- leaving no process behind ----------------------------------------------------------------------------------------------------
+# --- leaving no process behind ---
 
 # of prctl(2)
 PARENTS_DEATH = 1

@@ -55,7 +55,9 @@ def empty(world: World, n: int) -> Iterator[Outcome]:
 
 
 def unknown(rng, name: str) -> str:
-    """A text in which this retriever finds no word of the corpus; the user's knows no stop words."""
+    """Return a text in which this retriever finds no word of the corpus; the user's knows no stop
+    words.
+    """
     letters = "".join(rng.choices("qxzvj", k=rng.randrange(5, 12)))
     return rng.choice(
         [

@@ -103,7 +103,10 @@ def _kill_one(world: World, job: Job, phase: str, step: int) -> tuple[int, Outco
     was = heartbeat.read_heartbeat(job.folder / "heartbeats", rank)
     was = was if was and was["pid"] == job.pids[rank] else dict(phase="setup", step=0)
     outcome = Outcome(was["phase"].split()[0])
-    blamed = f"rank {rank} (pid {job.pids[rank]}, {was.get('host')}) is gone; it was in phase {was['phase']} of step {was['step']}"
+    blamed = (
+        f"rank {rank} (pid {job.pids[rank]}, {was.get('host')}) is gone; "
+        f"it was in phase {was['phase']} of step {was['step']}"
+    )
     others = [code for r, code in enumerate(codes) if r != rank]
     if was["step"] and (others != [3] or f"recr1: {blamed}" not in job.lines()):
         outcome.verdict, outcome.note = (

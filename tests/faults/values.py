@@ -176,7 +176,10 @@ KINDS = (
     "reward.weights={ndcg: 1.0, 'shaky:part': 0.5}",
     "task=shaky:Task",
 )
-LINE = r"recr1: (retriever shaky:overlap: call \d+ \(|reward.weights: shaky:part |task: shaky:Task: ).*({})"
+LINE = (
+    r"recr1: (retriever shaky:overlap: call \d+ \(|reward.weights: shaky:part |task: shaky:Task: )"
+    r".*({})"
+)
 
 
 def functions(world: World, n: int) -> Iterator[Outcome]:

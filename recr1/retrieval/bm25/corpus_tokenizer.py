@@ -1,7 +1,7 @@
-"""Text -> numbers of tokens, on all cores: each `python -m recr1.retrieval.tokenise` is one worker,
-fed through its pipes.
+"""Tokenize a corpus on all cores.
 
-Processes of their own and not multiprocessing's: those import the training script again (torch,
+Each `python -m recr1.retrieval.bm25.corpus_tokenizer` is one worker, fed through its pipes. They
+are processes of their own and not multiprocessing's: those import the training script again (torch,
 seconds each), or fork a process that has threads.
 """
 
@@ -15,100 +15,133 @@ import sys
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from queue import SimpleQueue
+from typing import NamedTuple
 
 from recr1.retrieval.bm25.analyzer import analyze
 
 CHUNK_CHARS = 1 << 20  # characters that a worker is given at once
 
+# little text: workers would still be starting when it is tokenized
+MIN_CHUNKS_FOR_WORKERS = 4
+
 
 class WorkerLost(ValueError):
-    """A worker ended before it had answered."""
+    """Report that a worker ended before it had answered."""
 
 
-def tokenize_texts(texts: list[str]) -> tuple[list[str], array, array]:
-    """(the distinct tokens of these texts, all their tokens as numbers of that list, how many each
-    text has).
-    """
-    terms = {}
-    numbers = array("i")
+class TokenizedTexts(NamedTuple):
+    """The tokens of some texts."""
+
+    terms: list[str]  # the distinct tokens
+    tokens: array  # int32, all tokens of all texts, as indices of `terms`
+    lengths: array  # int32, how many tokens each text has
+
+
+def tokenize_texts(texts: list[str]) -> TokenizedTexts:
+    """Tokenize texts; terms are numbered in the order in which they first occur."""
+    term_ids: dict[str, int] = {}
+    tokens = array("i")
     lengths = array("i")
     for text in texts:
-        found = [terms.setdefault(token, len(terms)) for token in analyze(text)]
-        numbers.extend(found)
-        lengths.append(len(found))
-    return list(terms), numbers, lengths
+        text_tokens = [term_ids.setdefault(token, len(term_ids)) for token in analyze(text)]
+        tokens.extend(text_tokens)
+        lengths.append(len(text_tokens))
+    return TokenizedTexts(list(term_ids), tokens, lengths)
 
 
-def tokenize_chunks(
-    chunks: Iterable[list[str]], processes: int
-) -> Iterator[tuple[list[str], array, array]]:
-    """`encode` of every chunk, in order. Few chunks are in flight, however long the corpus is."""
+def tokenize_chunks(chunks: Iterable[list[str]], num_workers: int) -> Iterator[TokenizedTexts]:
+    """Yield `tokenize_texts` of every chunk, in order.
+
+    Few chunks are in flight, however long the corpus is. Raises WorkerLost.
+    """
     chunks = iter(chunks)
-    first = list(islice(chunks, 4))  # little text: workers would still be starting when it is done
-    if len(first) < 4 or processes == 1:
-        yield from map(tokenize_texts, chain(first, chunks))
+    first_chunks = list(islice(chunks, MIN_CHUNKS_FOR_WORKERS))
+    if len(first_chunks) < MIN_CHUNKS_FOR_WORKERS or num_workers == 1:
+        yield from map(tokenize_texts, chain(first_chunks, chunks))
         return
-    workers = []
-    idle = SimpleQueue()
-    environment = os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, sys.path)))
 
-    def ask(texts):
-        worker = idle.get()
+    workers = _Workers(num_workers)
+    try:
+        workers.start()
+        pending = deque(workers.submit(chunk) for chunk in first_chunks)
+        for chunk in chunks:
+            pending.append(workers.submit(chunk))
+            if len(pending) > 2 * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        workers.close()
+
+
+class _Workers:
+    """Run worker processes, with one thread per process that waits for its answers."""
+
+    def __init__(self, num_workers: int):
+        self.num_workers = num_workers
+        self.processes: list[subprocess.Popen] = []
+        self.idle: SimpleQueue[subprocess.Popen] = SimpleQueue()
+        self.threads = ThreadPoolExecutor(num_workers)
+
+    def start(self) -> None:
+        import_path = [folder for folder in sys.path if folder]
+        environment = os.environ | dict(PYTHONPATH=os.pathsep.join(import_path))
+        for _ in range(self.num_workers):
+            process = subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment,
+            )
+            self.processes.append(process)
+            self.idle.put(process)
+
+    def submit(self, texts: list[str]) -> Future[TokenizedTexts]:
+        return self.threads.submit(self._tokenize, texts)
+
+    def close(self) -> None:
+        """End all processes and threads, whatever they are at."""
+        for process in self.processes:
+            process.kill()  # a thread that still waits for an answer gets none
+            process.wait()
+        self.threads.shutdown(cancel_futures=True)
+        for process in self.processes:
+            process.stdout.close()
+            try:
+                process.stdin.close()
+            except OSError:  # the process ended before it had read all of its input
+                pass
+
+    def _tokenize(self, texts: list[str]) -> TokenizedTexts:
+        """Let an idle worker tokenize the texts. Raises WorkerLost."""
+        process = self.idle.get()
         try:
-            pickle.dump(texts, worker.stdin, pickle.HIGHEST_PROTOCOL)
-            worker.stdin.flush()
-            answer = pickle.load(worker.stdout)
+            pickle.dump(texts, process.stdin, pickle.HIGHEST_PROTOCOL)
+            process.stdin.flush()
+            return TokenizedTexts(*pickle.load(process.stdout))
         except (EOFError, OSError, pickle.UnpicklingError):
             raise WorkerLost(
-                "a process that analyses the corpus has ended, perhaps for lack of memory; run the same command again"
+                "a process that analyses the corpus has ended, perhaps for lack of memory; "
+                "run the same command again"
             ) from None
         finally:
-            idle.put(worker)
-        return answer
-
-    pool = ThreadPoolExecutor(processes)
-    try:
-        for _ in range(processes):
-            workers.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", __name__],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    env=environment,
-                )
-            )
-            idle.put(workers[-1])
-        waiting = deque(pool.submit(ask, chunk) for chunk in first)
-        for chunk in chunks:
-            waiting.append(pool.submit(ask, chunk))
-            if len(waiting) > 2 * processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for worker in workers:
-            worker.kill()  # whoever still waits for an answer gets none
-            worker.wait()
-        pool.shutdown(cancel_futures=True)
-        for worker in workers:
-            worker.stdout.close()
-            try:
-                worker.stdin.close()
-            except OSError:  # what it was still to read
-                pass
+            self.idle.put(process)
 
 
 def main() -> None:
+    """Work: read lists of texts from standard input, write their tokens to standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the parent decides
     while True:
         try:
             texts = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        pickle.dump(tokenize_texts(texts), sys.stdout.buffer, pickle.HIGHEST_PROTOCOL)
+        # a plain tuple: here TokenizedTexts is __main__'s, which the parent could not unpickle
+        tokenized = tuple(tokenize_texts(texts))
+        pickle.dump(tokenized, sys.stdout.buffer, pickle.HIGHEST_PROTOCOL)
         sys.stdout.buffer.flush()
 
 

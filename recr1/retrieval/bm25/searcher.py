@@ -1,9 +1,11 @@
-"""BM25 (Robertson and Zaragoza 2009) over an inverted index that holds every term's finished
-contribution to a score.
+"""Search by BM25 (Robertson and Zaragoza 2009) over an inverted index of finished impacts.
 
 A score is one sum per document: for each token of the query, add that token's impacts. What BM25
-needs to know (tf, idf, lengths) went into the impacts when the index was built (retrieval/bm25/impacts.py), so
-searching knows no formula. The sum is made by one of two scorers over the same arrays.
+needs to know (tf, idf, lengths) went into the impacts when the index was built
+(retrieval/bm25/impacts.py), so searching knows no formula. One of two scorers over the same arrays
+computes the sum.
+
+Legend: Q queries, T terms of all queries together, D documents.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,20 +25,59 @@ from recr1.retrieval.bm25 import numba_scorer, torch_scorer
 from recr1.retrieval.bm25.analyzer import analyze
 from recr1.retrieval.bm25.impacts import BM25Parameters
 from recr1.retrieval.bm25.index import BM25Index, open_or_build
+from recr1.retrieval.interface import make_empty_result
 
 SCORERS = ("torch", "numba")
+
+CPU = torch.device("cpu")
 
 # queries x documents: below that, starting threads takes longer than they save
 WORTH_THREADS = 10**7
 
 
-class BM25Searcher:
-    """A Retriever. doc_ids: the id of every row, ascending.
+class QueryTerms(NamedTuple):
+    """The terms of Q queries in one array; query q has terms[starts[q]:starts[q + 1]]."""
 
-    scorer: "torch", on `device`, or "numba" (extra [fast], CPU): see their files. On a CPU as many
-    threads as torch has share a batch of queries. upstream_wrapping: search for "(contents:QUERY)"
-    as the published code does. Lucene's tokenizer joins letter:letter, so a query that begins with
-        a letter loses its first word, and another gains the token `content`.
+    terms: np.ndarray  # (T,) int64, term ids
+    weights: np.ndarray  # (T,) float32, how often the query has the term
+    starts: np.ndarray  # (Q + 1,) int64
+
+    @classmethod
+    def flatten(cls, term_counts: list[dict[int, int]]) -> QueryTerms:
+        """Take {term id: how often} of every query."""
+        terms: list[int] = []
+        weights: list[int] = []
+        for counts in term_counts:
+            terms.extend(counts.keys())
+            weights.extend(counts.values())
+        num_terms = [len(counts) for counts in term_counts]
+        return cls(
+            terms=np.array(terms, np.int64),
+            weights=np.array(weights, np.float32),
+            starts=np.cumsum([0, *num_terms]),
+        )
+
+    def select(self, query_indices: np.ndarray) -> QueryTerms:
+        """Return the terms of these queries only, in their order."""
+        first = self.starts[query_indices]
+        num_terms = self.starts[query_indices + 1] - first
+        starts = np.cumsum([0, *num_terms])
+        # from a term's place in the selection to its place among all terms
+        shift = np.repeat(first - starts[:-1], num_terms)
+        positions = np.arange(starts[-1]) + shift
+        return QueryTerms(self.terms[positions], self.weights[positions], starts)
+
+
+class BM25Searcher:
+    """Implement the Retriever interface; rows are the documents in ascending order of their ids.
+
+    Args:
+        scorer: "torch", on `device`, or "numba" (extra [fast], CPU): see their files. On a CPU, as
+            many threads as torch has share a batch of queries.
+        upstream_wrapping: search for "(contents:QUERY)" as the published code does. Lucene's
+            tokenizer joins letter:letter, so a query that begins with a letter loses its first
+            word, and another gains the token `content`.
+
     Raises ValueError for a scorer that is not there.
     """
 
@@ -44,26 +86,28 @@ class BM25Searcher:
         index: BM25Index,
         scorer: str = "torch",
         upstream_wrapping: bool = False,
-        device: torch.device = torch.device("cpu"),
+        device: torch.device = CPU,
     ):
         check_scorer(scorer)
         self.index = index
         self.doc_ids = index.doc_ids
-        self.wrapped = upstream_wrapping
+        self.upstream_wrapping = upstream_wrapping
         self.device = device
-        arrays = index.offsets, index.docs, index.impacts, len(index.doc_ids)
-        self.scorer = (
-            numba_scorer.NumbaScorer(*arrays)
-            if scorer == "numba"
-            else torch_scorer.TorchScorer(*arrays, device)
+        arrays = (index.offsets, index.docs, index.impacts, len(index.doc_ids))
+        self.scorer: numba_scorer.NumbaScorer | torch_scorer.TorchScorer
+        if scorer == "numba":
+            self.scorer = numba_scorer.NumbaScorer(*arrays)
+            device_type = "cpu"
+        else:
+            self.scorer = torch_scorer.TorchScorer(*arrays, device)
+            device_type = device.type
+        wrapping = ", upstream wrapping" if upstream_wrapping else ""
+        self.description = (
+            "bm25 ({variant}, k1 {k1:g}, b {b:g}, length {length}".format(**index.meta)
+            + f"{wrapping}; scorer {scorer} on {device_type})"
         )
-        self.description = "bm25 ({variant}, k1 {k1:g}, b {b:g}, length {length}{wrapped}; scorer {scorer} on {device})".format(
-            **index.meta,
-            wrapped=", upstream wrapping" if upstream_wrapping else "",
-            scorer=scorer,
-            device="cpu" if scorer == "numba" else device.type,
-        )
-        self._number = lru_cache(maxsize=1 << 16)(index.terms.find)
+        cached = lru_cache(maxsize=1 << 16)
+        self._find_term_id = cached(index.terms.find)
 
     @classmethod
     def build(
@@ -73,88 +117,104 @@ class BM25Searcher:
         *,
         scorer: str = "torch",
         upstream_wrapping: bool = False,
-        **parameters,
-    ) -> "BM25Searcher":
-        """Of D texts, in memory; parameters are those of impacts.BM25Parameters. Raises ValueError as
-        Index.of_texts and BM25 do.
+        **parameters: Any,
+    ) -> BM25Searcher:
+        """Build the searcher of D texts, in memory.
+
+        parameters: those of impacts.BM25Parameters. Raises ValueError as BM25Index.of_texts and
+        BM25Parameters do.
         """
         check_scorer(scorer)
-        return cls(
-            BM25Index.of_texts(doc_ids, texts, BM25Parameters(**parameters), scorer == "numba"),
-            scorer,
-            upstream_wrapping,
-        )
+        bm25_parameters = BM25Parameters(**parameters)
+        index = BM25Index.of_texts(doc_ids, texts, bm25_parameters, scorer == "numba")
+        return cls(index, scorer, upstream_wrapping)
 
     def search(self, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Q texts -> rows (Q, k) int64 and scores (Q, k) float32, best first; past the last hit row
-        -1, score -inf.
+        """Return rows (Q, k) int64 and scores (Q, k) float32, best first.
 
-        A hit has at least one token of the query and a score above 0 (in "okapi" a common term may
-        have 0 or less). A token that the query repeats counts as often as it stands there; the
-        order of words does not matter. Equal scores are ranked by document id, which also decides
-        which of them are among the k. Raises ValueError for k < 1.
+        Past the last hit the row is -1, the score -inf. A hit has at least one token of the query
+        and a score above 0 (in "okapi" a common term may have 0 or less). A token that the query
+        repeats counts as often as it occurs; the order of words does not matter. Equal scores are
+        ranked by document id, which also decides which of them are among the k. Raises ValueError
+        for k < 1.
         """
-        return self.rank([self._terms(query) for query in queries], k)
+        term_counts = [self._count_terms(query) for query in queries]
+        return self.rank(term_counts, k)
 
-    def rank(self, found: list[dict[int, int]], k: int) -> tuple[np.ndarray, np.ndarray]:
-        """`search` for Q queries that are terms' numbers already: {number: how often}, ascending."""
-        if k < 1:
-            raise ValueError(f"k: must be at least 1, got {k}")
-        rows = np.full((len(found), k), -1, np.int64)
-        scores = np.full((len(found), k), -np.inf, np.float32)
-        starts = np.cumsum([0, *map(len, found)])
-        terms = np.array([t for part in found for t in part], np.int64)
-        weights = np.array([count for part in found for count in part.values()], np.float32)
+    def rank(self, term_counts: list[dict[int, int]], k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Search as `search` does, for Q queries {term id: how often}, ids ascending."""
+        num_queries = len(term_counts)
+        doc_rows, scores = make_empty_result(num_queries, k)
+        query_terms = QueryTerms.flatten(term_counts)
         depth = min(k, len(self.doc_ids))
-        offsets = self.index.offsets
 
-        def share(part: np.ndarray):
-            places = (
-                np.concatenate([np.arange(starts[q], starts[q + 1]) for q in part])
-                if len(part)
-                else np.empty(0, np.int64)
+        def rank_share(query_indices: np.ndarray) -> None:
+            share_rows, share_scores = self.scorer.find_top_k(
+                *query_terms.select(query_indices), depth
             )
-            lengths = np.cumsum([0, *(starts[part + 1] - starts[part])])
-            rows[part, :depth], scores[part, :depth] = self.scorer.top(
-                terms[places], weights[places], lengths, depth
-            )
+            doc_rows[query_indices, :depth] = share_rows
+            scores[query_indices, :depth] = share_scores
 
-        many = self.device.type == "cpu" and len(found) * len(self.doc_ids) >= WORTH_THREADS
-        threads = min(torch.get_num_threads(), len(found)) if many else 1
-        if threads < 2:
-            share(np.arange(len(found)))
-            return rows, scores
-        cost = np.add.reduceat(np.append(offsets[terms + 1] - offsets[terms], 0), starts[:-1]) * (
-            np.diff(starts) > 0
-        )
-        heaviest = np.argsort(-cost, kind="stable")
-        # it is each thread's own
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            list(pool.map(share, (heaviest[i::threads] for i in range(threads))))
-        # what threads that are made later begin with
+        num_threads = self._count_threads(num_queries)
+        if num_threads < 2:
+            rank_share(np.arange(num_queries))
+            return doc_rows, scores
+
+        # Each thread gets as many heavy queries as the others.
+        cost = self._count_postings(query_terms)
+        heaviest_first = np.argsort(-cost, kind="stable")
+        shares = [heaviest_first[first::num_threads] for first in range(num_threads)]
+
+        # torch's number of threads is each thread's own setting.
+        with ThreadPoolExecutor(
+            num_threads, initializer=torch.set_num_threads, initargs=(1,)
+        ) as pool:
+            list(pool.map(rank_share, shares))
+        # The setting also is what later threads begin with: say ours again.
         torch.set_num_threads(torch.get_num_threads())
-        return rows, scores
+        return doc_rows, scores
 
     def explain(self, query: str, row: int) -> list[tuple[str, float]]:
-        """What each distinct token of the query adds to the score of this row, largest first; only
-        tokens it has.
-        """
-        parts = []
-        for t, count in self._terms(query).items():
-            first, last = self.index.offsets[t : t + 2]
-            at = first + np.searchsorted(self.index.docs[first:last], row)
-            if at < last and self.index.docs[at] == row:
-                parts.append((self.index.terms[t], float(count * self.index.impacts[at])))
-        return sorted(parts, key=lambda part: -part[1])
+        """Return (token, what it adds to the score of this row), largest first.
 
-    def _terms(self, query: str) -> dict[int, int]:
-        """{term's number: how often the query has it}, of the tokens that the index has, in
-        ascending order.
+        Lists each distinct token of the query that the document has.
         """
-        counts = Counter(analyze(f"(contents:{query})" if self.wrapped else query))
-        return dict(
-            sorted((t, count) for token, count in counts.items() if (t := self._number(token)) >= 0)
-        )
+        contributions = []
+        for term_id, count in self._count_terms(query).items():
+            first, last = self.index.offsets[term_id : term_id + 2]
+            posting = first + np.searchsorted(self.index.docs[first:last], row)
+            if posting < last and self.index.docs[posting] == row:
+                token = self.index.terms[term_id]
+                contribution = float(count * self.index.impacts[posting])
+                contributions.append((token, contribution))
+        return sorted(contributions, key=lambda pair: -pair[1])
+
+    def _count_terms(self, query: str) -> dict[int, int]:
+        """Return {term id: how often the query has it}, ids ascending, of terms of the index."""
+        text = f"(contents:{query})" if self.upstream_wrapping else query
+        token_counts = Counter(analyze(text))
+        term_counts = {}
+        for token, count in token_counts.items():
+            term_id = self._find_term_id(token)
+            if term_id >= 0:
+                term_counts[term_id] = count
+        return dict(sorted(term_counts.items()))
+
+    def _count_threads(self, num_queries: int) -> int:
+        """Return how many threads share a batch: more than one only on a CPU, for much work."""
+        num_sums = num_queries * len(self.doc_ids)
+        if self.device.type != "cpu" or num_sums < WORTH_THREADS:
+            return 1
+        return min(torch.get_num_threads(), num_queries)
+
+    def _count_postings(self, query_terms: QueryTerms) -> np.ndarray:
+        """Return (Q,): how many postings a query adds."""
+        offsets = self.index.offsets
+        per_term = offsets[query_terms.terms + 1] - offsets[query_terms.terms]  # (T,)
+        # reduceat takes no start behind the last value, and gives an empty query the next one's
+        per_query = np.add.reduceat(np.append(per_term, 0), query_terms.starts[:-1])
+        has_terms = np.diff(query_terms.starts) > 0
+        return per_query * has_terms
 
 
 def load_or_build_bm25(
@@ -164,28 +224,27 @@ def load_or_build_bm25(
     on_bad_line: str = "stop",
     scorer: str = "torch",
     upstream_wrapping: bool = False,
-    device: torch.device = torch.device("cpu"),
-    **parameters,
+    device: torch.device = CPU,
+    **parameters: Any,
 ) -> BM25Searcher:
-    """BM25 over the index that lies in the directory; where there is none it is made from the
-    corpus, JSONL[.gz], and left there. None: in memory.
+    """Return BM25 over the index of a directory.
 
-    An index that is torn, of a corpus that has changed since, or of other parameters is refused
-    (IndexRefused, with the command that makes it anew). Raises DataError, ValueError and OSError as
-    well.
+    Where there is none it is built from the corpus, JSONL[.gz], and saved there. A directory of
+    None: in memory. An index that is torn, of a corpus that has changed since, or of other
+    parameters is refused (IndexRefused, with the command that makes it anew). Raises DataError,
+    ValueError and OSError as well.
     """
     check_scorer(scorer)
-    made_of = corpus, BM25Parameters(**parameters), on_bad_line, scorer == "numba"
-    return BM25Searcher(
-        open_or_build(directory, *made_of) if directory else BM25Index.of_file(*made_of),
-        scorer,
-        upstream_wrapping,
-        device,
-    )
+    source = (corpus, BM25Parameters(**parameters), on_bad_line, scorer == "numba")
+    if directory:
+        index = open_or_build(directory, *source)
+    else:
+        index = BM25Index.of_file(*source)
+    return BM25Searcher(index, scorer, upstream_wrapping, device)
 
 
 def check_scorer(scorer: str) -> None:
-    """Raises ValueError for a scorer that is not there."""
+    """Raise ValueError for a scorer that is not there."""
     if scorer not in SCORERS:
         raise ValueError(f"scorer: must be one of {', '.join(SCORERS)}, got {scorer!r}")
     if scorer == "numba":
@@ -193,6 +252,6 @@ def check_scorer(scorer: str) -> None:
             import numba  # noqa: F401
         except ImportError:
             raise ValueError(
-                "scorer: numba needs the package numba, which is not installed here: pip install 'recr1[fast]'; "
-                "scorer torch runs without it"
+                "scorer: numba needs the package numba, which is not installed here: "
+                "pip install 'recr1[fast]'; scorer torch runs without it"
             ) from None

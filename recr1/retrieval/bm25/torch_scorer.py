@@ -1,31 +1,44 @@
-"""The torch scorer, on CPU and GPU.
+"""Add up impacts and select the top k with torch, on CPU and GPU.
 
 Over many documents a CPU takes one query at a time and adds float32 term by term, straight from the
 mapped index, always in the terms' order: float64 would double the memory that the additions are
 scattered over, and cost 1.7 times the time. A score is then off by a few units in the last place
 (1e-7 of it on Lucene's recorded rankings, whose order it keeps); documents that match in the same
-way still tie. Over few documents, and on a GPU, as many queries as `at_once` bytes of sums hold are
-taken together, all their postings in one call: on a CPU calls would else cost three times the work,
-on a GPU the atomic additions come in any order. There the sums are float64, rounded once at the
-end, and the result is the numba scorer's to the bit.
+way still tie.
 
-Legend: D documents, P postings, Q queries, T query terms, n queries at once, B blocks of L
-documents.
+Over few documents, and on a GPU, a batch holds as many queries as `max_sum_bytes` bytes of sums
+allow, and one call adds all their postings: on a CPU, calls would otherwise cost three times the
+work; on a GPU, the atomic additions happen in any order. There the sums are float64, rounded once
+at the end, and the result is the numba scorer's to the bit.
+
+Legend: D documents, P postings, Q queries, T query terms, n queries of a batch, B blocks of L
+documents, H hits.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
-AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 28}  # bytes
+CPU = torch.device("cpu")
 
-FEW = 1 << 16  # documents
+MAX_SUM_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
+
+FEW_DOCS = 1 << 16
+
+MAX_BLOCK_LEN = 128
 
 
 class TorchScorer:
-    """Top k of a batch, on one thread of a CPU or on a GPU. offsets (V + 1,) int64, docs (P,)
-    int32, impacts (P,) float32.
+    """Find the top k of a batch, on one thread of a CPU or on a GPU.
+
+    Args:
+        offsets, docs, impacts: the postings, (V + 1,) int64, (P,) int32, (P,) float32.
+        num_docs: D.
+        max_sum_bytes: the size of a batch; 0: one query at a time, in float32. None: chosen by
+            device and D.
     """
 
     def __init__(
@@ -33,114 +46,163 @@ class TorchScorer:
         offsets: np.ndarray,
         docs: np.ndarray,
         impacts: np.ndarray,
-        documents: int,
-        device: torch.device = torch.device("cpu"),
-        at_once: int | None = None,
+        num_docs: int,
+        device: torch.device = CPU,
+        max_sum_bytes: int | None = None,
     ):
         self.offsets = offsets
-        self.documents = documents
+        self.num_docs = num_docs
         self.device = device
-        one_by_one = device.type == "cpu" and documents > FEW
-        self.at_once = (0 if one_by_one else AT_ONCE[device.type]) if at_once is None else at_once
+        if max_sum_bytes is None:
+            max_sum_bytes = MAX_SUM_BYTES[device.type]
+            if device.type == "cpu" and num_docs > FEW_DOCS:
+                max_sum_bytes = 0
+        self.max_sum_bytes = max_sum_bytes
         self.docs = torch.from_numpy(docs).to(device)
         self.impacts = torch.from_numpy(impacts).to(device)
 
-    def top(
+    def find_top_k(
         self, terms: np.ndarray, weights: np.ndarray, starts: np.ndarray, k: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Query q has the terms starts[q]:starts[q + 1] of terms (T,) int64, weights (T,) float32
-        -> rows (Q, k) int64, scores (Q, k) float32.
+        """Return rows (Q, k) int64 and scores (Q, k) float32, best first, equal scores by row.
 
-        k <= D. Best first, equal scores by row; past the last hit row -1, score -inf.
+        Past the last hit the row is -1, the score -inf.
+
+        Args:
+            terms, weights: (T,) int64, (T,) float32; query q has starts[q]:starts[q + 1] of them.
+            starts: (Q + 1,) int64.
+            k: at most D.
         """
-        Q = len(starts) - 1
-        L = 128
-        while L > 1 and self.documents < 4 * k * L:
-            L //= 2
-        B = -(-self.documents // L)
-        n = max(1, min(Q, self.at_once // (8 * B * L)))
-        sums = torch.empty(
-            n, B, L, dtype=torch.float64 if self.at_once else torch.float32, device=self.device
-        )
-        rows = torch.full((Q, k), -1, device=self.device)
-        scores = torch.full((Q, k), -torch.inf, device=self.device)
-        add = self._add_at_once if self.at_once else self._add
-        for q in range(0, Q, n):
-            part = sums[: min(n, Q - q)].zero_()
-            within = slice(starts[q], starts[q + len(part)])
-            add(
-                part.view(len(part), -1),
-                terms[within],
-                weights[within],
-                np.diff(starts[q : q + len(part) + 1]),
-            )
-            _select_best(part, rows[q : q + n], scores[q : q + n])
-        return rows.cpu().numpy(), scores.cpu().numpy()
+        num_queries = len(starts) - 1
+        block_len = self._choose_block_len(k)
+        num_blocks = -(-self.num_docs // block_len)
+        batch_size = self.max_sum_bytes // (8 * num_blocks * block_len)
+        batch_size = max(1, min(num_queries, batch_size))
 
-    def _add(self, sums: torch.Tensor, terms: np.ndarray, weights: np.ndarray, _) -> None:
-        """The postings of one query's terms, times the terms' weights, into sums (1, width)."""
-        for a, b, weight in zip(
-            self.offsets[terms].tolist(), self.offsets[terms + 1].tolist(), weights.tolist()
-        ):
-            sums[0].index_add_(
-                0, self.docs[a:b], self.impacts[a:b] if weight == 1 else self.impacts[a:b] * weight
+        # The sums of a batch are made in the same memory as those of the batch before.
+        dtype = torch.float64 if self.max_sum_bytes else torch.float32
+        sums = torch.empty(batch_size, num_blocks, block_len, dtype=dtype, device=self.device)
+        doc_rows = torch.full((num_queries, k), -1, device=self.device)
+        scores = torch.full((num_queries, k), -torch.inf, device=self.device)
+        add_impacts = self._add_batch if self.max_sum_bytes else self._add_one_query
+        for first in range(0, num_queries, batch_size):
+            end = min(first + batch_size, num_queries)
+            batch_sums = sums[: end - first].zero_()  # (n, B, L)
+            batch_terms = slice(starts[first], starts[end])
+            add_impacts(
+                batch_sums.view(end - first, -1),
+                terms[batch_terms],
+                weights[batch_terms],
+                np.diff(starts[first : end + 1]),
             )
+            _select_top_k(batch_sums, doc_rows[first:end], scores[first:end])
+        return doc_rows.cpu().numpy(), scores.cpu().numpy()
 
-    def _add_at_once(
-        self, sums: torch.Tensor, terms: np.ndarray, weights: np.ndarray, sizes: np.ndarray
+    def _choose_block_len(self, k: int) -> int:
+        """Return L: blocks so large that there are still more than about 4 k of them."""
+        block_len = MAX_BLOCK_LEN
+        while block_len > 1 and self.num_docs < 4 * k * block_len:
+            block_len //= 2
+        return block_len
+
+    def _add_one_query(
+        self, sums: torch.Tensor, terms: np.ndarray, weights: np.ndarray, _: np.ndarray
     ) -> None:
-        """All postings of n queries of `sizes` terms each, times the terms' weights, into sums (n,
-        width).
+        """Add the impacts of one query's terms, times the terms' weights, to sums (1, B * L)."""
+        starts = self.offsets[terms].tolist()
+        ends = self.offsets[terms + 1].tolist()
+        for start, end, weight in zip(starts, ends, weights.tolist()):
+            impacts = self.impacts[start:end]
+            if weight != 1:
+                impacts = impacts * weight
+            sums[0].index_add_(0, self.docs[start:end], impacts)
+
+    def _add_batch(
+        self, sums: torch.Tensor, terms: np.ndarray, weights: np.ndarray, num_terms: np.ndarray
+    ) -> None:
+        """Add all impacts of n queries, times the terms' weights, to sums (n, B * L).
+
+        num_terms: (n,), how many terms each query has.
         """
-        first = self.offsets[terms]
-        counts = self.offsets[terms + 1] - self.offsets[terms]
-        # from a posting's place among all of these to its place in the index
-        shift = first - (np.cumsum(counts) - counts)
-        table = torch.from_numpy(
-            np.stack([counts, shift, np.repeat(np.arange(len(sizes)), sizes) * sums.shape[1]])
-        ).to(self.device)
-        total = int(counts.sum())
-        weight = torch.from_numpy(weights).to(self.device)
-        term = torch.repeat_interleave(
-            torch.arange(len(terms), device=self.device), table[0], output_size=total
-        )
-        place = torch.arange(total, device=self.device) + table[1][term]
-        sums.view(-1).index_add_(
-            0, self.docs[place] + table[2][term], (self.impacts[place] * weight[term]).double()
-        )
+        # What a posting needs to know of its term: three numbers a term, copied in one go.
+        first_posting = self.offsets[terms]
+        num_postings = self.offsets[terms + 1] - first_posting
+        # from a posting's place in the batch to its place in the index
+        shift = first_posting - (np.cumsum(num_postings) - num_postings)
+        query_start = np.repeat(np.arange(len(num_terms)), num_terms) * sums.shape[1]
+        table = torch.from_numpy(np.stack([num_postings, shift, query_start])).to(self.device)
+        term_weights = torch.from_numpy(weights).to(self.device)
+
+        total = int(num_postings.sum())
+        term_indices = torch.arange(len(terms), device=self.device)
+        term = torch.repeat_interleave(term_indices, table[0], output_size=total)  # per posting
+        posting = torch.arange(total, device=self.device) + table[1][term]
+        sum_index = self.docs[posting] + table[2][term]
+        weighted_impacts = self.impacts[posting] * term_weights[term]
+        sums.view(-1).index_add_(0, sum_index, weighted_impacts.double())
 
 
-def _select_best(sums: torch.Tensor, rows: torch.Tensor, scores: torch.Tensor) -> None:
-    """The best k of every query of sums (n, B, L) into rows and scores (n, k).
+class _Hits(NamedTuple):
+    """The documents that may be among the best k, by query, then row."""
+
+    query: torch.Tensor  # (H,)
+    doc_row: torch.Tensor  # (H,)
+    score: torch.Tensor  # (H,) float32
+
+
+def _select_top_k(sums: torch.Tensor, doc_rows: torch.Tensor, scores: torch.Tensor) -> None:
+    """Write the best k of every query of sums (n, B, L) into doc_rows and scores (n, k)."""
+    num_queries, k = doc_rows.shape
+    hits = _collect_hits(sums, k)
+    by_score = hits.score.argsort(descending=True, stable=True)  # equal scores stay in row order
+    if num_queries == 1:
+        best = by_score[:k]
+        doc_rows[0, : len(best)] = hits.doc_row[best]
+        scores[0, : len(best)] = hits.score[best]
+        return
+
+    # Sort by query, then score; a hit's rank is its distance from its query's first.
+    by_query = hits.query[by_score].argsort(stable=True)
+    order = by_score[by_query]
+    query = hits.query[order]
+    num_hits = torch.bincount(query, minlength=num_queries)
+    first_hit = num_hits.cumsum(0) - num_hits
+    rank = torch.arange(len(order), device=order.device) - first_hit[query]
+
+    is_best = rank < k
+    cell = (query[is_best], rank[is_best])
+    doc_rows[cell] = hits.doc_row[order][is_best]
+    scores[cell] = hits.score[order][is_best]
+
+
+def _collect_hits(sums: torch.Tensor, k: int) -> _Hits:
+    """Return the documents of sums (n, B, L) that reach their query's floor.
 
     Two levels: the k-th largest of the blocks' maxima is a score that at least k documents reach,
     so only blocks that reach it are looked into.
     """
-    (n, B, L), k = sums.shape, rows.shape[1]
-    maxima = sums.amax(2).float()  # (n, B)
-    # (n,)
-    floor = maxima.topk(k, sorted=False).values.amin(1) if k < B else torch.zeros_like(maxima[:, 0])
+    _, num_blocks, block_len = sums.shape
+    block_maxima = sums.amax(2).float()  # (n, B)
+    if k < num_blocks:
+        floor = block_maxima.topk(k, sorted=False).values.amin(1)  # (n,)
+    else:
+        floor = torch.zeros_like(block_maxima[:, 0])
     floor = floor.clamp(min=torch.finfo(torch.float32).tiny)  # a hit's score is above 0
-    block = (maxima >= floor[:, None]).view(-1).nonzero().view(-1)
-    query = block // B
-    values = sums.view(-1, L).index_select(0, block).float()  # (blocks kept, L)
-    at = (values >= floor[query, None]).view(-1).nonzero().view(-1)
-    found = values.view(-1)[at]
-    block = block[at // L]
-    # by query, then row
-    query = block // B
-    row = block % B * L + at % L
-    # equal scores stay in the order of their rows
-    order = found.argsort(descending=True, stable=True)
-    if n == 1:
-        order = order[:k]
-        rows[0, : len(order)], scores[0, : len(order)] = row[order], found[order]
-        return
-    order = order[query[order].argsort(stable=True)]
-    query, counts = query[order], torch.bincount(query, minlength=n)
-    rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[query]
-    kept = rank < k
-    rows[query[kept], rank[kept]], scores[query[kept], rank[kept]] = (
-        row[order][kept],
-        found[order][kept],
+
+    reaches_floor = block_maxima >= floor[:, None]
+    kept_blocks = _flat_nonzero(reaches_floor)  # numbers in n * B
+    block_query = kept_blocks // num_blocks
+    block_scores = sums.view(-1, block_len).index_select(0, kept_blocks).float()  # (kept blocks, L)
+
+    is_hit = block_scores >= floor[block_query, None]
+    hit_index = _flat_nonzero(is_hit)  # (H,)
+    block = kept_blocks[hit_index // block_len]
+    return _Hits(
+        query=block // num_blocks,
+        doc_row=block % num_blocks * block_len + hit_index % block_len,
+        score=block_scores.view(-1)[hit_index],
     )
+
+
+def _flat_nonzero(mask: torch.Tensor) -> torch.Tensor:
+    return mask.view(-1).nonzero().view(-1)
