@@ -31,7 +31,7 @@ def glossary() -> dict[str, str]:
     """{name: its rows} of the README's table of metrics: the names in backticks in the first
     column.
     """
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "recr1/tracking/README.md").read_text(encoding="utf-8")
     [table] = re.findall(
         r"^\| metric \| meaning \|\n\|[-|]+\|\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL
     )

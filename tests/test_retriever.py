@@ -272,7 +272,7 @@ def test_a_function_of_a_users_own_trains_and_what_it_breaks_costs_no_step(
 
 
 def test_the_readmes_function_is_a_retriever():
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[1] / "recr1/retrieval/README.md").read_text(encoding="utf-8")
     names: dict = {}
     exec(readme.split("```python\n# my_retriever.py")[1].split("```")[0].partition("\n")[2], names)
     rows, scores = UserRetriever("overlap", names["overlap"], IDS, TEXTS).search(

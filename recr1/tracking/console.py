@@ -20,8 +20,7 @@ NEAR_ZERO = (
     " update every ratio is 1, so the loss starts near 0\n"
     "and stays there, whatever there is to learn; its gradient does not. Look at `reward` and"
     " `val gain`: nothing is learned only where `zero-var` is 1,\n"
-    "and then `grad` is 0 too. What each name in a line means stands in the README, under"
-    ' "What a run leaves behind".'
+    "and then `grad` is 0 too. What each name in a line means: recr1/tracking/README.md."
 )
 
 
