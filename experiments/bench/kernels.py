@@ -65,8 +65,8 @@ class Case:
             rewards=made(4, GROUP),
             rollout=rollout,
             weight=torch.ones(N, device=device),
-            sampler=logp + 0.1 * made(N),
-            total=float(N),
+            sampler_logp=logp + 0.1 * made(N),
+            denominator=float(N),
         )
 
     def mean(self, logp, rows=None):

@@ -18,21 +18,21 @@ from recr1.model.packed_attention import PackedAttention
 
 
 class TokenDistribution(NamedTuple):
-    """p = weights / total for each of N positions; log p = scaled - log_norm."""
+    """p = weights / total for each of N positions; log p = scaled - logsumexp."""
 
     scaled: torch.Tensor  # (N, V) logits / temperature, at least float32; float64 stays float64
     weights: torch.Tensor  # (N, V) exp(scaled - max)
     total: torch.Tensor  # (N, 1) sum of the weights
-    log_norm: torch.Tensor  # (N, 1) logsumexp(scaled)
+    logsumexp: torch.Tensor  # (N, 1) logsumexp(scaled)
 
     def logp(self, target: torch.Tensor) -> torch.Tensor:
         """Return log-probabilities of target (N, K) -> (N, K)."""
-        return self.scaled.gather(-1, target) - self.log_norm
+        return self.scaled.gather(-1, target) - self.logsumexp
 
     def entropy(self) -> torch.Tensor:
         """Return -sum p log p, (N,) nats."""
         weighted_sum = torch.linalg.vecdot(self.weights, self.scaled)[:, None]
-        entropy = self.log_norm - weighted_sum / self.total  # (N, 1)
+        entropy = self.logsumexp - weighted_sum / self.total  # (N, 1)
         return entropy[:, 0]
 
 
