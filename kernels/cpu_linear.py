@@ -40,7 +40,8 @@ def multiply(
     if not uses_onednn(x):
         return F.linear(x, weight, bias)
 
-    # Rows with gaps, and expanded ones, would take oneDNN's reference loop, a thousand times slower.
+    # Rows with gaps, and expanded ones, would take oneDNN's reference loop, a thousand times
+    # slower.
     if not (weight.is_mkldnn or weight.is_contiguous() or weight.T.is_contiguous()):
         weight = weight.contiguous()
     if 0 in x.stride():
