@@ -1,5 +1,6 @@
-"""The kernel of kernels/sample_token.py against float64 in Triton's interpreter. Run by test_kernels.py,
-as interpret_kernels.py is.
+"""Compare the kernel of kernels/sample_token.py with float64 in Triton's interpreter.
+
+Run by test_kernels.py, as interpret_kernels.py is.
 """
 
 import os

@@ -163,8 +163,9 @@ def test_one_shot_of_a_plain_sum():
     ids=str,
 )
 def test_policy_loss_of_the_loop(loss):
-    """kernels: triton against kernels: torch on a packed batch, fused where kernels/group_loss.py has the
-    loss, else its head under the torch loss.
+    """Compare kernels: triton with kernels: torch on a packed batch.
+
+    The loss is fused where kernels/group_loss.py has it, else it is torch's over Triton's head.
     """
     policy_ = tiny_model(1)
     o = [

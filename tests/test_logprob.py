@@ -114,7 +114,10 @@ def test_rows_of_gradient_zero_are_left_out(dead):
         hidden[pull == 0] = float("inf")  # whatever stands there, it must not be touched
     logp, _ = linear_log_probs(hidden, weight, target, 0.7, make_distribution)
     logp = torch.where(pull == 0, 0.0, logp)
-    formula = lambda logp, rows: weighted(pull)(torch.where(pull[rows] == 0, 0.0, logp), rows)
+
+    def formula(logp, rows):
+        return weighted(pull)(torch.where(pull[rows] == 0, 0.0, logp), rows)
+
     one_shot, *_ = fused_linear_loss(
         hidden, weight, target, 0.7, make_distribution, make_token_loss(formula)
     )
