@@ -127,7 +127,7 @@ CASES = {  # name: kernel, types of its arguments, constants, warps
 
 def compiled(kernel, types: dict, constants: dict, warps: int, capability: int):
     # as the launcher would: pointers of torch's allocator and strides are multiples of 16, and N is
-    # not specialised
+    # not specialized
     whole = [name for name, kind in types.items() if kind.startswith("*") or name == "STRIDE"]
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in whole}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}

@@ -31,7 +31,7 @@ def rows(B, V, dtype, g, size=2.0):
 
 
 def distribution(logits, temperature, top_p):
-    """float64: p (B, V), 0 outside the nucleus and not renormalised; log p of the whole; what p
+    """float64: p (B, V), 0 outside the nucleus and not renormalized; log p of the whole; what p
     lacks of 1 (B,).
     """
     log_p = (logits.double() / temperature).log_softmax(-1)

@@ -63,9 +63,9 @@ def test_head(N, C, V, temperature, size, monkeypatch):
     hidden = (hidden * size).requires_grad_()
     weight = weight.requires_grad_()
     target = torch.randint(V, (N,), generator=g)
-    pull = torch.randn(N, generator=g)
+    grad_logp = torch.randn(N, generator=g)
     if N > 4:
-        pull[1] = 0
+        grad_logp[1] = 0
         for name in ("WORKSPACE_BYTES", "SLICE_BYTES"):
             monkeypatch.setitem(getattr(logprob, name), "cpu", N * V)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
@@ -73,23 +73,23 @@ def test_head(N, C, V, temperature, size, monkeypatch):
     logp, entropy = linear_log_probs(
         hidden, weight, target, temperature, make_distribution, "triton"
     )
-    formula = make_token_loss(lambda x, rows: (x * pull[rows]).sum())
+    formula = make_token_loss(lambda x, rows: (x * grad_logp[rows]).sum())
     loss, logp_again, entropy_again = fused_linear_loss(
         hidden, weight, target, temperature, make_distribution, formula, "triton"
     )
     assert torch.equal(logp, logp_again) and torch.equal(entropy, entropy_again)
     close(logp, want, terms=(hidden @ weight.T).abs().max().item() / temperature)
     assert (entropy - want_entropy).abs().max() <= 1e-5 * max(1, want.abs().max())
-    theirs = torch.autograd.grad(want, exact, pull.double())
+    theirs = torch.autograd.grad(want, exact, grad_logp.double())
     plain = torch.autograd.grad(
-        full(hidden, weight, target, temperature)[0], (hidden, weight), pull
+        full(hidden, weight, target, temperature)[0], (hidden, weight), grad_logp
     )
     for ours in (
-        torch.autograd.grad(logp, (hidden, weight), pull),
+        torch.autograd.grad(logp, (hidden, weight), grad_logp),
         torch.autograd.grad(loss, (hidden, weight)),
     ):
         for a, b, c, other in zip(ours, theirs, plain, (weight, hidden)):
-            close(a, b, c, (pull.norm() * other.abs().max()).item())
+            close(a, b, c, (grad_logp.norm() * other.abs().max()).item())
 
 
 @pytest.mark.parametrize("N, C, V", SIZES)
@@ -99,12 +99,13 @@ def test_entropy_has_its_gradient(N, C, V):
         torch.randn(*shape, generator=g).requires_grad_() for shape in ((N, C), (V, C))
     )
     target = torch.randint(V, (N,), generator=g)
-    pull = torch.randn(N, generator=g)
-    bonus = torch.randn(N, generator=g)
+    grad_logp = torch.randn(N, generator=g)
+    grad_entropy = torch.randn(N, generator=g)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     parts = full(*exact, target, 0.7)
     theirs = torch.autograd.grad(
-        sum((x * y).sum() for x, y in zip(parts, (pull.double(), bonus.double()))), exact
+        sum((x * y).sum() for x, y in zip(parts, (grad_logp.double(), grad_entropy.double()))),
+        exact,
     )
     logp, entropy = linear_log_probs(hidden, weight, target, 0.7, make_distribution, "triton")
     shot, _, _ = fused_linear_loss(
@@ -114,13 +115,13 @@ def test_entropy_has_its_gradient(N, C, V):
         0.7,
         make_distribution,
         lambda x, e, rows: (
-            (x * pull[rows]).sum() + (e * bonus[rows]).sum(),
-            pull[rows],
-            bonus[rows],
+            (x * grad_logp[rows]).sum() + (e * grad_entropy[rows]).sum(),
+            grad_logp[rows],
+            grad_entropy[rows],
         ),
         "triton",
     )
-    for loss in ((logp * pull).sum() + (entropy * bonus).sum(), shot):
+    for loss in ((logp * grad_logp).sum() + (entropy * grad_entropy).sum(), shot):
         for a, b, other in zip(
             torch.autograd.grad(loss, (hidden, weight)), theirs, (weight, hidden)
         ):
@@ -128,7 +129,10 @@ def test_entropy_has_its_gradient(N, C, V):
                 a,
                 b,
                 terms=10
-                * ((pull.norm() + bonus.norm() * (1 + parts[1].max())) * other.abs().max()).item(),
+                * (
+                    (grad_logp.norm() + grad_entropy.norm() * (1 + parts[1].max()))
+                    * other.abs().max()
+                ).item(),
             )
 
 

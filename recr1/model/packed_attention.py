@@ -4,12 +4,13 @@ Prompts read themselves causally, once per group. Completions read their prompt'
 own. The gradient of a prompt's keys is the sum over its siblings, as with padded rows, but its rows
 are computed once (DESIGN decision 14). A prompt `a b` with two completions that begin with c and d:
 
-    row    0  1 | 2 | 3         reads        keys, padded to SLOT_MULTIPLE
-    token  a  b | c | d
-                                row 0: a     of the prompt         0 1 . .
-                                row 1: a b
-                                row 2: a b c   of the completion c   0 1 2 .
-                                row 3: a b d   of the completion d   0 1 3 .
+    row               0   1 |  2 |  3
+    token             a   b |  c |  d
+
+    row 0 reads       a               keys of the prompt:        rows 0 1 . .
+    row 1 reads       a   b           (padded to SLOT_MULTIPLE)
+    row 2 reads       a   b    c      keys of completion c:      rows 0 1 2 .
+    row 3 reads       a   b        d  keys of completion d:      rows 0 1 3 .
 
 Legend: M packed tokens, P prompts, R rollouts, H query heads, K kv heads, D head dim, B sequences,
 T queries of a sequence, S key slots of a sequence.
