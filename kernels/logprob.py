@@ -314,17 +314,16 @@ def _torch_chunk_to_gradient_(
         target_id = _select_rows(target_id, keep)
         target_logp = _select_rows(logp[block_rows], keep)[:, None]  # (k, 1)
 
-        # d_logits = -p * slope, but in the target's column
-        slope = (_select_rows(grad_logp, keep) / temperature)[:, None]  # (k, 1)
+        # d_logits = -p * slope, but in the target's column. slope (k, 1), or (k, V) with entropy
+        slope = (_select_rows(grad_logp, keep) / temperature)[:, None]
         at_target = slope * -target_logp.expm1()  # slope * (1 - p), exact near p = 1
         if grad_entropy is not None:
             entropy_slope = (_select_rows(grad_entropy, keep) / temperature)[:, None]
             block_entropy = _select_rows(entropy[block_rows], keep)[:, None]
             target_p = target_logp.exp()
             at_target = at_target - entropy_slope * target_p * (target_logp + block_entropy)
-            scaled = _select_rows(distribution.scaled, keep)
-            log_p = scaled - _select_rows(distribution.logsumexp, keep)  # (k, V)
-            slope = slope + entropy_slope * (log_p + block_entropy)  # (k, V)
+            # No name for log p, (k, V): it would hold a block in memory.
+            slope = slope + entropy_slope * (_select_log_p(distribution, keep) + block_entropy)
 
         # In place of logits that were already read.
         d_logits = logits[num_kept : num_kept + len(keep)]
@@ -612,6 +611,12 @@ def _find_rows_with_gradient(
 def _select_rows(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """Return rows `keep` (k,) of x (n, ...); x itself, without a copy, when all are kept."""
     return x if len(keep) == len(x) else x.index_select(0, keep)
+
+
+def _select_log_p(distribution: Any, keep: torch.Tensor) -> torch.Tensor:
+    """Return log p of rows `keep` of a TokenDistribution, (k, V)."""
+    scaled = _select_rows(distribution.scaled, keep)
+    return scaled - _select_rows(distribution.logsumexp, keep)
 
 
 def _iterate_chunks(

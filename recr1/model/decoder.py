@@ -32,8 +32,8 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         upcast = x.to(torch.promote_types(x.dtype, torch.float32))
-        normalized = F.rms_norm(upcast, self.normalized_shape, eps=self.eps)
-        return self.weight * normalized.to(x.dtype)
+        normalized = F.rms_norm(upcast, self.normalized_shape, eps=self.eps).to(x.dtype)
+        return self.weight * normalized
 
 
 class Attention(nn.Module):

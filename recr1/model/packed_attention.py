@@ -256,8 +256,8 @@ def _eager_attention(
         (B, K, H/K, T, D)
     """
     scale = q.shape[-1] ** -0.5
-    scores = (q * scale) @ k[:, :, None].mT
-    weights = (scores + attention_bias).softmax(-1)
+    # In one expression: a name would hold the scores, (.., T, S), in memory beside the weights.
+    weights = ((q * scale) @ k[:, :, None].mT + attention_bias).softmax(-1)
     v = v[:, :, None]
     if not exact:
         return weights @ v
