@@ -132,7 +132,7 @@ def compare_evaluations(before: list[dict], after: list[dict], metric: str) -> d
     (compute_sign_flip_p).
     """
     columns = collect_columns(before, after, metric)
-    figures = dict(
+    figures: dict[str, float | list[float]] = dict(
         raw=float(columns.raw.mean()),
         before=float(columns.before.mean()),
         after=float(columns.after.mean()),

@@ -71,6 +71,7 @@ def load_sft_data(run: Run) -> SftData:
     raise.
     """
     sft = run.cfg.sft
+    todo: list[Prompt] | list[TeacherText]
     if sft.teacher == "self":
         todo = list(run.dataset.train)
         score_chunk = partial(sample_best_of, run, cache=run.make_sampling_cache())
@@ -257,10 +258,10 @@ def read_teacher_file(run: Run) -> list[TeacherText]:
     prompts = {prompt.id: prompt for prompt in run.dataset.train}
     encoder = TeacherEncoder(run)
     held_out = {prompt.id for prompt in (*run.dataset.validation, *run.dataset.test)}
-    known_ids = prompts.keys()
+    known_ids = set(prompts)
     if cfg.data.on_long_prompt != "stop":  # then some train queries may have no prompt
         queries, _ = read_rows(cfg.data.train_queries, cfg.data.on_bad_line, ())
-        known_ids = queries.keys()
+        known_ids = set(queries)
     rows, dropped_lines = read_teacher(
         cfg.sft.teacher, known_ids, held_out, encoder.encode, cfg.data.on_bad_line
     )
@@ -404,7 +405,7 @@ def read_written(path: Path, todo: list[Prompt] | list[TeacherText]) -> list[dic
 
     Raises RunError unless they are those of the first texts of `todo`.
     """
-    rows = []
+    rows: list[dict] = []
     with report_write_errors(path):
         if path.exists():
             rows, end = _read_complete_lines(path)
