@@ -34,7 +34,10 @@ TEMPLATE = (
 )
 COLOURS = ["red", "green", "blue", "black", "white"]
 THINGS = ["lamp", "chair", "table", "shirt", "kettle", "guitar", "camera", "bicycle"]
-MORE = "find buy the a cheap good for my house and with old new small big naïve café ユーザー 12 345 don't Assistant: user".split()
+MORE = (
+    "find buy the a cheap good for my house and with old new small big "
+    "naïve café ユーザー 12 345 don't Assistant: user"
+).split()
 
 
 @functools.cache
@@ -123,7 +126,7 @@ def tiny_model(
 
 
 def oracle(model: Decoder) -> PreTrainedModel:
-    """transformers' model with the same shape and weights. Its own generation settings are cleared."""
+    """transformers' model with the same shape and weights. Its generation settings are cleared."""
     # seconds, which a rank of a torchrun job does not wait for
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -228,9 +231,8 @@ def write_data(folder) -> dict[str, str]:
             ),
         )
         write(f"{split}_qrels", (f"{q}\td{d}\t{1 + i % 3}" for i, (q, d) in enumerate(rows)))
-    assert any(is_validation(f"train{i}") for i in range(60)) and not all(
-        is_validation(f"train{i}") for i in range(60)
-    )
+    assert any(is_validation(f"train{i}") for i in range(60))
+    assert not all(is_validation(f"train{i}") for i in range(60))
     return paths
 
 
@@ -297,10 +299,8 @@ def refused(argv, capsys, main=train.main) -> str:
     capsys.readouterr()
     assert run_guarded(main, argv) == 2
     err = capsys.readouterr().err
-    assert (
-        err.startswith("recr1: ")
-        and err.count("\n") == 1
-        and err.endswith("\n")
-        and "Traceback" not in err
-    )
+    assert err.startswith("recr1: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert "Traceback" not in err
     return err
