@@ -54,6 +54,7 @@ def evaluate_prompts(
             make_row(*of_prompt)
             for of_prompt in zip(local_prompts, raw_answers, raw_terms, rewards)
         ]
+
     rows = []
     for rows_of_rank in dist.gather_to_rank0(local_rows) or []:
         rows += rows_of_rank

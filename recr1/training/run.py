@@ -273,6 +273,7 @@ class Run(RunParts):
         heartbeat.enter_phase("step")
         first = len(record.stats) - len(micro_batches)
         losses = [stats["loss"] for stats in record.stats[first:]]
+
         error = None
         try:
             grad_norm, lr = self.progress.optimizer.step(sum(losses))
@@ -285,6 +286,7 @@ class Run(RunParts):
             self.progress.num_skipped_in_a_row = 0
             return grad_norm, lr
 
+        # Not finite: keep what led to it for who looks for the cause.
         self.progress.num_skipped_in_a_row += 1
         where = self.log.keep_nonfinite(step, micro_batches, losses, record.describe_texts())
         if error:
@@ -315,7 +317,9 @@ class Run(RunParts):
         """
         heartbeat.enter_phase("log")
         records = dist.gather_to_rank0(record)
-        # validation and writing are no part of the step's seconds
+
+        # Rank 0 logs the ranks' records as one. Validation and writing are no part of the step's
+        # seconds.
         self.log.seconds["step"] = time.perf_counter() - self.step_start
         with dist.fail_together():
             row = {}
@@ -325,6 +329,7 @@ class Run(RunParts):
                     merged.merge(other)
                 row = merged.write_and_summarize(step, self.log, self.cfg, **metrics)
 
+        # From here on the step stands: a run that is stopped goes on behind it.
         self.progress.mark_finished(step, row)
         self._validate_and_log()
         if records is not None and self.loop == "train":
@@ -343,7 +348,7 @@ class Run(RunParts):
                 self.log.write_metrics(row)
                 self.tracker.send(row)
                 self.progress.mark_validated(validation.get(f"val_{self.cfg.reward.metric}"))
-        self.progress.row = None
+        self.progress.row = None  # it is written
 
         is_printed = step % self.cfg.log.print_every == 0 or step in (1, self.num_steps)
         if dist.rank() == 0 and (validation or is_printed):
