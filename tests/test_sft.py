@@ -1,4 +1,4 @@
-"""SFT: which tokens are learnt, its loss against torch's, the two teachers, and that it is a run
+"""SFT: which tokens are learned, its loss against torch's, the two teachers, and that it is a run
 like GRPO's.
 """
 
@@ -45,7 +45,7 @@ def run(world, tmp_path_factory):
     return runs_of(sft.main, world, tmp_path_factory)
 
 
-# --- what is learnt -------------------------------------------------------------------------------
+# --- what is learned -------------------------------------------------------------------------------
 
 
 TEXTS = [
@@ -55,9 +55,9 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(
-    "mask, learnt", [(True, {"a": [10, 11], "b": [12]}), (False, {"a": [2, 3, 10, 11], "b": [12]})]
+    "mask, learned", [(True, {"a": [10, 11], "b": [12]}), (False, {"a": [2, 3, 10, 11], "b": [12]})]
 )
-def test_which_tokens_are_learnt_and_what_is_read_before_them(mask, learnt):
+def test_which_tokens_are_learned_and_what_is_read_before_them(mask, learned):
     """Each target is predicted from the row of the token before it, which sees all that stands
     before.
     """
@@ -66,7 +66,7 @@ def test_which_tokens_are_learnt_and_what_is_read_before_them(mask, learnt):
     for i, r in enumerate(TEXTS):
         whole = [*r.prompt.ids, *r.ids]
         mine = batch.rollout == i
-        assert batch.target[mine].tolist() == learnt[r.prompt.id]
+        assert batch.target[mine].tolist() == learned[r.prompt.id]
         rows = batch.predict_from[mine]
         assert batch.tokens[rows].tolist() == whole[-1 - len(rows) : -1]
         assert batch.positions[rows].tolist() == list(

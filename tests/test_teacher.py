@@ -179,7 +179,7 @@ def teacher(world, path: Path, *lines: str) -> str:
     return f"sft.teacher={path}"
 
 
-def test_a_file_is_learnt(world, tmp_path, capsys):
+def test_a_file_is_learned(world, tmp_path, capsys):
     """Every query answered by its first word: the loss falls, the policy comes to answer so."""
     argv = [
         world,
