@@ -37,6 +37,12 @@ FILES = {
     "report.html",
     "versions.json",
 }
+METRICS = set(
+    "reward ndcg reward_spread zero_variance kl clip_share entropy grad_norm lr unparsable "
+    "completion_tokens unfinished rollout_tokens_per_s logprob_gap_mean logprob_gap_p999 "
+    "max_logprob_gap seconds".split()
+)
+ROLLOUT_KEYS = set("step prompt sibling count text finished reward parts error adv".split())
 PER_TOKEN = ["ids", "sampler_logp", "trainer_logp", "ref_logp", "old_logp", "entropy"]
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,25 +73,7 @@ def test_metrics(run):
         steps.setdefault(row["step"], []).append(row)
     assert [row["step"] for row in rows] == [1, 2, 3] == sorted(steps)
     for row in rows:
-        assert {
-            "reward",
-            "ndcg",
-            "reward_spread",
-            "zero_variance",
-            "kl",
-            "clip_share",
-            "entropy",
-            "grad_norm",
-            "lr",
-            "unparsable",
-            "completion_tokens",
-            "unfinished",
-            "rollout_tokens_per_s",
-            "logprob_gap_mean",
-            "logprob_gap_p999",
-            "max_logprob_gap",
-            "seconds",
-        } <= row.keys()
+        assert METRICS <= row.keys()
         texts = steps[row["step"]]
         groups = {}
         for t in texts:
@@ -113,18 +101,7 @@ def test_rollouts(run):
     tokenizer = tiny_tokenizer()
     groups = {}
     for row in rows:
-        assert {
-            "step",
-            "prompt",
-            "sibling",
-            "count",
-            "text",
-            "finished",
-            "reward",
-            "parts",
-            "error",
-            "adv",
-        } <= row.keys()
+        assert ROLLOUT_KEYS <= row.keys()
         groups.setdefault((row["step"], row["prompt"]), []).append(row)
         # log.tokens_every is 2
         assert ("ids" in row) == ("prompt_ids" in row) == (row["step"] in (1, 2))
@@ -188,60 +165,64 @@ def test_logged_floats_read_back_to_the_same_float32():
     assert rows[0]["ref_logp"] is None
 
 
-def test_evaluations_and_summary(run, world):
+def test_evaluations(run, world):
     folder = run()
     cfg = configs.load_config(world, [])
     before = jsonl(folder / "eval_before.jsonl")
     after = jsonl(folder / "eval_after.jsonl")
     queries = {row["id"]: row["text"] for row in jsonl(Path(cfg.data.test_queries))}
+    metrics = ["ndcg", "recall", "mrr", "hit"]
+    raw_metrics = [f"{name}_raw" for name in metrics]
     for rows in (before, after):
         assert {row["id"]: row["raw"] for row in rows} == queries
         assert len(rows) == 12
         for row in rows:
-            assert set(row) == {
-                "id",
-                "raw",
-                "rewrite",
-                "text",
-                "error",
-                *(
-                    part + side
-                    for part in ("ndcg", "recall", "mrr", "hit")
-                    for side in ("", "_raw")
-                ),
-            }
+            assert set(row) == {"id", "raw", "rewrite", "text", "error", *metrics, *raw_metrics}
             assert (row["rewrite"] is None) == (row["error"] is not None)
             assert row["error"] is None or row["ndcg"] == 0
             assert row["error"] or row["rewrite"] in row["text"]
-    assert [row["ndcg_raw"] for row in before] == [row["ndcg_raw"] for row in after]
-    assert 0 < sum(row["ndcg_raw"] for row in before) < 12
-    s = json.loads((folder / "summary.json").read_text())
-    assert (
-        s["task"],
-        s["retriever"],
-        s["metric"],
-        s["n_eval"],
-        s["seed"],
-        s["steps"],
-        s["world_size"],
-        s["threads"],
-    ) == ("product_search", "bm25", "ndcg@10", 12, 0, 3, 1, 1)
-    raw, b, a = (
-        math.fsum(row[k] for row in rows) / 12
-        for rows, k in ((before, "ndcg_raw"), (before, "ndcg"), (after, "ndcg"))
+
+    raw_before = [row["ndcg_raw"] for row in before]
+    assert raw_before == [row["ndcg_raw"] for row in after]
+    assert 0 < sum(raw_before) < 12
+
+
+def test_summary(run):
+    folder = run()
+    summary = json.loads((folder / "summary.json").read_text())
+    expected = dict(
+        task="product_search",
+        retriever="bm25",
+        metric="ndcg@10",
+        n_eval=12,
+        seed=0,
+        steps=3,
+        world_size=1,
+        threads=1,
     )
-    for name, want in dict(
-        raw=raw, before=b, after=a, gain=a - raw, after_minus_before=a - b
-    ).items():
-        assert s[name] == pytest.approx(want, abs=1e-12), name
+    assert {name: summary[name] for name in expected} == expected
+    assert summary["wall_s"] > 0
+    assert summary["rollout_tokens_per_s"] > 0
+
+    # the figures are those of the rows
+    rows_before = jsonl(folder / "eval_before.jsonl")
+    rows_after = jsonl(folder / "eval_after.jsonl")
+    raw = math.fsum(row["ndcg_raw"] for row in rows_before) / 12
+    before = math.fsum(row["ndcg"] for row in rows_before) / 12
+    after = math.fsum(row["ndcg"] for row in rows_after) / 12
+    figures = dict(
+        raw=raw, before=before, after=after, gain=after - raw, after_minus_before=after - before
+    )
+    for name, value in figures.items():
+        assert summary[name] == pytest.approx(value, abs=1e-12), name
     for name in ("gain", "after_minus_before"):
-        low, high = s[name + "_ci95"]
-        assert low <= s[name] <= high
-    assert s["wall_s"] > 0
-    assert s["rollout_tokens_per_s"] > 0
+        low, high = summary[f"{name}_ci95"]
+        assert low <= summary[name] <= high
+
     gaps = [row["max_logprob_gap"] for row in jsonl(folder / "metrics.jsonl")]
-    assert s["max_logprob_gap"] == max(gaps)
-    assert 0 <= s["logprob_gap_mean"] <= s["logprob_gap_p999"] <= s["max_logprob_gap"]
+    assert summary["max_logprob_gap"] == max(gaps)
+    assert 0 <= summary["logprob_gap_mean"] <= summary["logprob_gap_p999"]
+    assert summary["logprob_gap_p999"] <= summary["max_logprob_gap"]
 
 
 def weights(folder: Path) -> bytes:
