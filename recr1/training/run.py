@@ -154,6 +154,7 @@ class Run(RunParts):
 
         A step that has moved weights is first finished, if that is soon.
         """
+        # 0: no. 1: a rank was asked to stop. 2: so long ago that no step can be finished any more.
         stop_requested = dist.all_reduce_max(interrupts.stop_requested())
         if stop_requested > self.progress.is_mid_step():
             raise Stopped(NOTHING_NEW)
@@ -236,12 +237,12 @@ class Run(RunParts):
 
     @property
     def loss_reference(self) -> Sharded | None:
-        """The reference where the KL is a part of the loss (loss.kl_in), else None."""
+        """Return the reference where the KL is a part of the loss (loss.kl_in), else None."""
         return self.reference if self.cfg.loss.kl_in == "loss" else None
 
     @property
     def reward_reference(self) -> Sharded | None:
-        """The reference where the KL is taken off the rewards (loss.kl_in), else None."""
+        """Return the reference where the KL is taken off the rewards (loss.kl_in), else None."""
         return None if self.cfg.loss.kl_in == "loss" else self.reference
 
     def iterate_micro_batches(self, micro_batches: list[MicroBatch]) -> Iterator[MicroBatch]:
