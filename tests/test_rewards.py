@@ -146,18 +146,18 @@ def test_the_sum_of_the_parts():
     ndcg = (1 / math.log2(3)) / (1 + 1 / math.log2(3))
     want = dict(ndcg=ndcg, recall=0.5, diversity=(2 / 3 + 1 + 1 / 2) / 3, category=2 / 3, hit=1.0)
     assert found == pytest.approx(want)
-    reward = parts.reward("text", "answer", None, found, 0.0)
+    reward = parts.make_reward("text", "answer", None, found, 0.0)
     assert (
         reward.total
         == pytest.approx(0.1 + ndcg + 0.25 + 0.1 * want["diversity"] + 0.2 * want["category"])
         and reward.terms == found
     )
-    missed = parts.reward(
+    missed = parts.make_reward(
         "text", "answer", None, parts(dict(text="q"), None, ["a", "c"], {"z": 1.0}), 0.0
     )
     # other parts are paid without a hit too, the bonus is not
     assert missed.total == pytest.approx(-0.2 + 0.1 * 1.0)
-    bad = parts.reward("text", None, "tags", None, 0.0)
+    bad = parts.make_reward("text", None, "tags", None, 0.0)
     assert (bad.total, bad.terms, bad.error) == (-3.0, dict.fromkeys(want, 0.0), "tags")
 
 
@@ -184,7 +184,7 @@ def test_a_function_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     parts = RewardTerms(RewardConfig(weights={"ndcg": 1.0, "my_reward:short": 2.0}, bonus=0.0), 3)
     found = parts(dict(text="a b"), "one two three", ["b", "a"], {"a": 1.0})
-    assert found["my_reward:short"] == 0.5 and parts.total(found) == pytest.approx(
+    assert found["my_reward:short"] == 0.5 and parts.compute_total(found) == pytest.approx(
         1 / math.log2(3) + 1.0
     )
     for name, message in (

@@ -480,9 +480,9 @@ def test_a_task_that_is_none_is_refused():
     for name, message in (
         ("search", "not one of product_search, sequential, rerank, recommend_list"),
         ("nowhere:Task", "cannot be loaded"),
-        ("builtins:str", "has no places, needs"),
+        ("builtins:str", "has no placeholders, required_fields"),
         ("collections:Counter", "raised TypeError"),
-        ("recr1.records:Nothing", "cannot be loaded"),
+        ("recr1.data_types:Nothing", "cannot be loaded"),
     ):
         with pytest.raises(ConfigError, match=message):
             build_task(Config(task=name))
