@@ -442,14 +442,14 @@ def run_generate(args: argparse.Namespace) -> None:
     if args.seed is not None and not args.temperature:
         raise ConfigError("--seed: nothing is drawn at temperature 0; add --temperature 1")
     rewriter = Rewriter(args.model, args.config)
-    prompt = rewriter.prompt(args.query)
+    prompt = rewriter.make_prompt(args.query)
     # The corpus is read first: an error in it is reported before anything is sampled.
     if args.corpus:
         retriever = make_retriever(args)
         texts = read_texts(args)
 
-    rollout = rewriter.stream(prompt, args.temperature, args.seed or 0, print_now)
-    query, error = rewriter.parsed(rollout)
+    rollout = rewriter.stream_answer(prompt, args.temperature, args.seed or 0, print_now)
+    query, error = rewriter.parse_answer(rollout)
     if query is None:
         cut = ""
         if not rollout.finished:
