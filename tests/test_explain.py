@@ -173,14 +173,14 @@ def test_numpy_is_float64_autograd(setting, seed):
         ]
     )
     x = explain.compute_by_hand(cfg, rows)
-    assert x["loss"].sum() == pytest.approx(loss.item(), rel=1e-10, abs=1e-14)
-    assert np.abs(x["d_logp"] - slopes.numpy()).max() <= 1e-12
+    assert x.loss.sum() == pytest.approx(loss.item(), rel=1e-10, abs=1e-14)
+    assert np.abs(x.grad_logp - slopes.numpy()).max() <= 1e-12
     # float32 once, where the run rounds: the KL's share of the reward
-    assert x["adv"] == pytest.approx(
+    assert x.advantages == pytest.approx(
         [row["adv"] for row in rows for _ in range(row["count"])],
         abs=1e-4 if cfg.loss.kl_in == "reward" else 1e-12,
     )
-    assert seed == 1 or setting["kind"] in ("rloo", "reinforce") or (x["rho"] != x["bound"]).any()
+    assert seed == 1 or setting["kind"] in ("rloo", "reinforce") or (x.ratio != x.clipped_ratio).any()
 
 
 @pytest.fixture(scope="module")
@@ -507,7 +507,7 @@ def test_refused(run, tmp_path, capsys, monkeypatch):
     assert "no such file" in refused(tmp_path / "nowhere")
     assert "train.inner_steps is 2" in refused(run("train.inner_steps=2", "train.steps=1"))
     (tmp_path / "my_gain.py").write_text(
-        "def gain(logp, old, batch, c):\n    return batch.adv * logp\ngain.per_token = True\n"
+        "def gain(logp, old, batch, c):\n    return batch.advantages * logp\ngain.per_token = True\n"
         "def adv(r, c):\n    return r - r.mean(1, keepdim=True)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
