@@ -277,7 +277,10 @@ def test_more_hits_than_documents_are_no_more_than_documents(world, capsys):
 
 
 def test_a_closed_pipe_and_a_poor_terminal_end_in_no_traceback(world):
-    command = f"{sys.executable} -m recr1.cli search --corpus {world[0].data.corpus} 'ユーザー lamp house' -k 40 | head -1"
+    command = (
+        f"{sys.executable} -m recr1.cli search --corpus {world[0].data.corpus} "
+        "'ユーザー lamp house' -k 40 | head -1"
+    )
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=ROOT,

@@ -38,7 +38,10 @@ def rows_of(seed: int, kl: bool, on_policy: bool = False) -> list[dict]:
             count = min(left, int(torch.randint(1, 4, (1,), generator=g)))
             left -= count
             old = -3 * torch.rand(n, generator=g) - 0.01
-            near = lambda by: (old + by * torch.randn(n, generator=g)).tolist()
+
+            def near(by):
+                return (old + by * torch.randn(n, generator=g)).tolist()
+
             rows.append(
                 dict(
                     prompt=f"q{p}",
@@ -180,7 +183,8 @@ def test_numpy_is_float64_autograd(setting, seed):
         [row["adv"] for row in rows for _ in range(row["count"])],
         abs=1e-4 if cfg.loss.kl_in == "reward" else 1e-12,
     )
-    assert seed == 1 or setting["kind"] in ("rloo", "reinforce") or (x.ratio != x.clipped_ratio).any()
+    is_clipped = x.ratio != x.clipped_ratio
+    assert seed == 1 or setting["kind"] in ("rloo", "reinforce") or is_clipped.any()
 
 
 @pytest.fixture(scope="module")
@@ -229,12 +233,11 @@ def test_agrees_with_the_run(name, run):
     for step in (1, 3):  # the initial weights; those of a checkpoint
         text, result = explain.explain_step(str(run(*RUNS[name])), step)
         figures = result["checks"]
-        print(
-            f"{name}, step {step}: "
-            + ", ".join(f"{key} {c['off']:.1e}" for key, c in figures.items()),
-            "plain loss",
-            f"{abs(figures['loss']['ours'] - figures['loss']['logged']) / max(1e-30, abs(figures['loss']['logged'])):.1e}",
-        )
+        ours = figures["loss"]["ours"]
+        logged = figures["loss"]["logged"]
+        plain = abs(ours - logged) / max(1e-30, abs(logged))
+        errors = ", ".join(f"{key} {c['off']:.1e}" for key, c in figures.items())
+        print(f"{name}, step {step}: {errors} plain loss {plain:.1e}")
         assert result["agrees"] and "not checked" not in text and "DISAGREES" not in text
         assert (
             figures["dlogp_norm"]["off"] <= 1e-5
@@ -507,7 +510,8 @@ def test_refused(run, tmp_path, capsys, monkeypatch):
     assert "no such file" in refused(tmp_path / "nowhere")
     assert "train.inner_steps is 2" in refused(run("train.inner_steps=2", "train.steps=1"))
     (tmp_path / "my_gain.py").write_text(
-        "def gain(logp, old, batch, c):\n    return batch.advantages * logp\ngain.per_token = True\n"
+        "def gain(logp, old, batch, c):\n    return batch.advantages * logp\n"
+        "gain.per_token = True\n"
         "def adv(r, c):\n    return r - r.mean(1, keepdim=True)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)

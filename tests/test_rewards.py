@@ -178,8 +178,13 @@ def test_what_is_measured():
 
 def test_a_function_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "my_reward.py").write_text(
-        "def short(answer, ranked, gains, row):\n    return -len(answer.split()) / len(row['text'].split()) + ('a' in gains) + ranked.index('a')\n"
-        "def nan(answer, ranked, gains, row):\n    return float('nan')\ndef text(*_):\n    return 'x'\n"
+        "def short(answer, ranked, gains, row):\n"
+        "    share = len(answer.split()) / len(row['text'].split())\n"
+        "    return -share + ('a' in gains) + ranked.index('a')\n"
+        "def nan(answer, ranked, gains, row):\n"
+        "    return float('nan')\n"
+        "def text(*_):\n"
+        "    return 'x'\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     parts = RewardTerms(RewardConfig(weights={"ndcg": 1.0, "my_reward:short": 2.0}, bonus=0.0), 3)
@@ -279,7 +284,7 @@ def test_items_are_read_where_a_weight_asks_for_them(tmp_path):
             )
 
 
-# --- the paired test ------------------------------------------------------------------------------------------------------------
+# --- the paired test ------------------------------------------------------------------------------
 
 
 def test_the_sign_flip_test_is_scipys():
@@ -307,7 +312,7 @@ def test_the_sign_flip_tests_edges():
         compute_sign_flip_p(np.array([]))
 
 
-# --- recr1 reward ---------------------------------------------------------------------------------------------------------------
+# --- recr1 reward ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from recr1.training.launch import run_guarded
 
 SCRIPT = Path(__file__).resolve().parents[1] / "experiments/score_lists.py"
 sys.path.insert(0, str(SCRIPT.parent))
-import score_lists
+import score_lists  # noqa: E402
 
 
 def write(path, rows) -> str:
@@ -254,7 +254,8 @@ GOOD = dict(retrieved=["a"], target=["a"])
         ({"7_shoes": GOOD | {"ndcg@10": "0.5"}}, ("'7_shoes'", "'ndcg@10'", "str")),
         ({"7_shoes": GOOD | {"ndcg@10": 10**400}}, ("'7_shoes'", "'ndcg@10'", "int")),
         (
-            '{"7_shoes": {"retrieved": [], "target": ["a"]}, "7_shoes": {"retrieved": [], "target": ["b"]}}',
+            '{"7_shoes": {"retrieved": [], "target": ["a"]}, '
+            '"7_shoes": {"retrieved": [], "target": ["b"]}}',
             ("'7_shoes'", "twice"),
         ),
         ('{"7_shoes": {"retrieved": []', ("not JSON",)),

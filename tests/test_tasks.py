@@ -40,7 +40,7 @@ def title(id):
     return " ".join(TITLES[id].split())
 
 
-# --- prompts --------------------------------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def test_what_the_prompts_show():
@@ -203,7 +203,7 @@ def test_rows_that_a_task_cannot_use_are_named(tmp_path, task, broken, message):
     assert {p.id for part in parts for p in part} == {f"q{i}" for i in range(60)} - {"q7"}
 
 
-# --- parsers --------------------------------------------------------------------------------------------------------------------
+# --- parsers --------------------------------------------------------------------------------------
 
 ROW = dict(text="lamps", candidates=["a", "b", "c"])
 
@@ -320,7 +320,7 @@ def test_fuzz_of_the_lists():
     assert wanted <= set(outcomes) and all(outcomes[error] >= 20 for error in wanted), outcomes
 
 
-# --- scoring --------------------------------------------------------------------------------------------------------------------
+# --- scoring --------------------------------------------------------------------------------------
 
 
 class Words:
@@ -473,7 +473,7 @@ def test_where_the_prompt_has_closed_the_thought_the_answer_stands_alone():
         assert [r.error for r in rewards] == want and [r.text for r in rewards] == [bare, thought]
 
 
-# --- the config's task ----------------------------------------------------------------------------------------------------------
+# --- the config's task ----------------------------------------------------------------------------
 
 
 def test_a_task_that_is_none_is_refused():

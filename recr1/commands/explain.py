@@ -46,7 +46,7 @@ EXACT = 1e-5
 GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 # The surrogates that this file can compute.
-WORKED = {
+KNOWN_SURROGATES = {
     losses.clipped_surrogate,
     losses.sequence_clipped_surrogate,
     losses.cispo_surrogate,
@@ -67,7 +67,7 @@ PER_TOKEN_KEYS = ("ids", "sampler_logp", "old_logp", "trainer_logp", "entropy")
 class Recipe(NamedTuple):
     """The loss of a run."""
 
-    surrogate: Callable | None  # None: not one of WORKED
+    surrogate: Callable | None  # None: not one of KNOWN_SURROGATES
     advantage: str | None  # a key of ADVANTAGES; None: not one of them
     average: str
 
@@ -176,7 +176,7 @@ def get_recipe(config: LossConfig) -> Recipe:
     """Return the loss that a config names, with None for what is not ours."""
     default = (None, "mean_std", "token")
     surrogate, advantage, average = losses.RECIPES.get(config.kind, default)
-    if surrogate not in WORKED:
+    if surrogate not in KNOWN_SURROGATES:
         surrogate = None
     advantage = config.advantage or advantage
     if advantage not in advantages.ADVANTAGES:
@@ -188,7 +188,7 @@ def get_recipe(config: LossConfig) -> Recipe:
 
 
 @dataclass(frozen=True)
-class WorkedStep:
+class NumpyStep:
     """The step computed again in numpy: float64, from the float32 values that the run logged."""
 
     num_tokens: np.ndarray  # (D,)
@@ -212,7 +212,7 @@ class WorkedStep:
     grad_entropy: np.ndarray  # (N,) d loss / d entropy
 
 
-class WorkedAdvantages(NamedTuple):
+class NumpyAdvantages(NamedTuple):
     """The rewards of the groups, and their advantages."""
 
     rewards: np.ndarray  # (P, G)
@@ -222,7 +222,7 @@ class WorkedAdvantages(NamedTuple):
     advantages: np.ndarray  # (R,)
 
 
-class WorkedSurrogate(NamedTuple):
+class NumpySurrogate(NamedTuple):
     """The surrogate of each token before importance weights."""
 
     ratio: np.ndarray  # (N,)
@@ -231,7 +231,7 @@ class WorkedSurrogate(NamedTuple):
     slope: np.ndarray  # (N,) d value / d logp; of the sequence's ratio: d value / d log ratio
 
 
-def compute_by_hand(cfg: Config, rows: list[dict]) -> WorkedStep:
+def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
     """Compute the step in numpy, from its rewards and per-token log-probs to d loss / d logp."""
     config = cfg.loss
     recipe = get_recipe(config)
@@ -254,7 +254,7 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> WorkedStep:
 
     # Rewards and advantages.
     text_rewards = _compute_text_rewards(cfg, rows, text, kl)  # (D,)
-    worked = _compute_advantages(cfg, text_rewards, count)
+    group_advantages = _compute_advantages(cfg, text_rewards, count)
     token_advantages = np.repeat([row["adv"] for row in rows], num_tokens)  # (N,)
 
     # The surrogate, and the weight w_t / T of each token.
@@ -274,7 +274,7 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> WorkedStep:
         grad_surrogate = (np.bincount(text, grad_surrogate) / num_tokens)[text]
     loss = weight * (kl_in_loss * kl - importance * surrogate.value - config.entropy * entropy)
     kl_slope = _differentiate_kl(config.kl_estimator, log_ref_ratio)
-    return WorkedStep(
+    return NumpyStep(
         num_tokens=num_tokens,
         count=count,
         text=text,
@@ -289,7 +289,7 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> WorkedStep:
         loss=loss,
         grad_logp=kl_in_loss * weight * kl_slope - grad_surrogate,
         grad_entropy=-config.entropy * weight,
-        **worked._asdict(),
+        **group_advantages._asdict(),
     )
 
 
@@ -329,7 +329,7 @@ def _compute_text_rewards(
 
 def _compute_advantages(
     cfg: Config, text_rewards: np.ndarray, count: np.ndarray
-) -> WorkedAdvantages:
+) -> NumpyAdvantages:
     """Compute the advantages of all siblings from the rewards of the distinct texts."""
     advantage = get_recipe(cfg.loss).advantage
     rewards = np.repeat(text_rewards.astype(float), count)  # (R,)
@@ -345,8 +345,8 @@ def _compute_advantages(
     }
     all_equal = rewards.max(1, keepdims=True) == rewards.min(1, keepdims=True)  # (P, 1)
     divide_by = np.where(all_equal, 1.0, divisors[advantage])
-    group_advantages = np.where(all_equal, 0.0, (rewards - mean) / divide_by)
-    return WorkedAdvantages(rewards, mean, std, divide_by, group_advantages.ravel())
+    advantages_by_group = np.where(all_equal, 0.0, (rewards - mean) / divide_by)
+    return NumpyAdvantages(rewards, mean, std, divide_by, advantages_by_group.ravel())
 
 
 def _compute_surrogate(
@@ -356,7 +356,7 @@ def _compute_surrogate(
     token_advantages: np.ndarray,
     text: np.ndarray,
     num_tokens: np.ndarray,
-) -> WorkedSurrogate:
+) -> NumpySurrogate:
     """Compute the surrogate of each token, and its derivative by log pi."""
     kind = get_recipe(cfg.loss).surrogate
     if kind is losses.sequence_clipped_surrogate:
@@ -370,16 +370,16 @@ def _compute_surrogate(
 
     if kind is losses.cispo_surrogate:
         slope = clipped_ratio * token_advantages
-        return WorkedSurrogate(ratio, clipped_ratio, slope * logp, slope)
+        return NumpySurrogate(ratio, clipped_ratio, slope * logp, slope)
     if kind is losses.reinforce_surrogate:
         slope = token_advantages
-        return WorkedSurrogate(ratio, clipped_ratio, slope * logp, slope)
+        return NumpySurrogate(ratio, clipped_ratio, slope * logp, slope)
 
     unclipped = ratio * token_advantages
     clipped = clipped_ratio * token_advantages
     value = np.minimum(unclipped, clipped)
     slope = np.where(unclipped <= clipped, unclipped, 0.0)
-    return WorkedSurrogate(ratio, clipped_ratio, value, slope)
+    return NumpySurrogate(ratio, clipped_ratio, value, slope)
 
 
 def _count_denominator(cfg: Config, count: np.ndarray, num_tokens: np.ndarray) -> int:
@@ -443,42 +443,42 @@ def estimate_noise(step: LoggedStep) -> float:
     return step.metrics["logprob_gap_mean"]
 
 
-def compare_with_log(step: LoggedStep, worked: WorkedStep) -> list[Check]:
+def compare_with_log(step: LoggedStep, numpy_step: NumpyStep) -> list[Check]:
     """Compare the advantages, the loss and the norm of d loss / d logp with the run's."""
     noise = estimate_noise(step)
-    term_sizes = np.abs(worked.loss).sum()
+    term_sizes = np.abs(numpy_step.loss).sum()
     loss = _make_check(
         "loss",
         step.metrics["loss"],
-        worked.loss.sum(),
+        numpy_step.loss.sum(),
         allowed=EXACT + 10 * noise,
         min_scale=max(1e-30, term_sizes / 10),
     )
     dlogp_norm = _make_check(
         "dlogp_norm",
         step.metrics["dlogp_norm"],
-        math.sqrt((worked.grad_logp**2).sum()),
+        math.sqrt((numpy_step.grad_logp**2).sum()),
         allowed=EXACT + noise,
     )
-    return [_compare_advantages(step, worked), loss, dlogp_norm]
+    return [_compare_advantages(step, numpy_step), loss, dlogp_norm]
 
 
-def _compare_advantages(step: LoggedStep, worked: WorkedStep) -> Check:
+def _compare_advantages(step: LoggedStep, numpy_step: NumpyStep) -> Check:
     """Compare the advantage that is furthest off, beyond what float32 rounds."""
-    logged = np.repeat([row["adv"] for row in step.rows], worked.count)  # (R,)
+    logged = np.repeat([row["adv"] for row in step.rows], numpy_step.count)  # (R,)
 
     # A difference of rewards in float32, divided by how far they are apart.
-    max_rewards = np.abs(worked.rewards).max(1)  # (P,)
-    group_rounding = 4 * 2.0**-24 * max_rewards / worked.divide_by[:, 0]
-    group_size = worked.rewards.shape[1]
+    max_rewards = np.abs(numpy_step.rewards).max(1)  # (P,)
+    group_rounding = 4 * 2.0**-24 * max_rewards / numpy_step.divide_by[:, 0]
+    group_size = numpy_step.rewards.shape[1]
     rounding = np.repeat(group_rounding, group_size)  # (R,)
 
-    error = np.abs(worked.advantages - logged) / np.maximum(1.0, np.abs(logged))
+    error = np.abs(numpy_step.advantages - logged) / np.maximum(1.0, np.abs(logged))
     worst = int(np.argmax(error - rounding))
     return Check(
         "advantages",
         logged[worst],
-        worked.advantages[worst],
+        numpy_step.advantages[worst],
         error[worst],
         EXACT + rounding[worst],
     )
@@ -495,7 +495,7 @@ def _make_check(
 # --- the gradient of the parameters, by torch -----------------------------------------------------
 
 
-def compute_gradient(step: LoggedStep, worked: WorkedStep) -> tuple[Check, float | None]:
+def compute_gradient(step: LoggedStep, numpy_step: NumpyStep) -> tuple[Check, float | None]:
     """Compute the norm of the parameters' gradient from numpy's d loss / d logp.
 
     The weights are those before the step.
@@ -514,10 +514,10 @@ def compute_gradient(step: LoggedStep, worked: WorkedStep) -> tuple[Check, float
     rollouts, _, _ = step.replay.step(step.replay.steps.index(step.step) + 1)
     texts, _ = packing.deduplicate(rollouts)
     assert [text.ids for text in texts] == [tuple(row["ids"]) for row in step.rows]
-    first_tokens = worked.num_tokens.cumsum()[:-1]
-    all_tokens = np.arange(len(worked.text))
+    first_tokens = numpy_step.num_tokens.cumsum()[:-1]
+    all_tokens = np.arange(len(numpy_step.text))
     tokens_of_text = np.split(all_tokens, first_tokens)
-    trained = [i for i, tokens in enumerate(tokens_of_text) if worked.is_trained[tokens[0]]]
+    trained = [i for i, tokens in enumerate(tokens_of_text) if numpy_step.is_trained[tokens[0]]]
     batches = packing.pack_rollouts(
         [texts[i] for i in trained], cfg.train.tokens_per_micro_batch, dist.device()
     )
@@ -528,13 +528,13 @@ def compute_gradient(step: LoggedStep, worked: WorkedStep) -> tuple[Check, float
         tokens = np.concatenate([tokens_of_text[trained[i]] for i in packed_texts])  # (n,)
         logp, entropy = compute_log_probs(policy, batch, cfg.sampling.temperature)
         our_logp = logp.detach().cpu().double().numpy()
-        batch_gap = np.abs(our_logp - worked.logp[tokens]).max()
+        batch_gap = np.abs(our_logp - numpy_step.logp[tokens]).max()
         gap = max(gap, float(batch_gap))
         torch.autograd.backward(
             [logp, entropy],
             [
-                _to_tensor(worked.grad_logp[tokens], logp),
-                _to_tensor(worked.grad_entropy[tokens], entropy),
+                _to_tensor(numpy_step.grad_logp[tokens], logp),
+                _to_tensor(numpy_step.grad_entropy[tokens], entropy),
             ],
         )
 
@@ -606,30 +606,30 @@ def explain_step(run: str, step: int, prompt: str | None = None) -> tuple[str, d
         "agrees"}.
     """
     logged = read_logged_step(run, step)
-    worked = compute_by_hand(logged.cfg, logged.rows)
-    gradient_check, gap = compute_gradient(logged, worked)
-    checks = [*compare_with_log(logged, worked), gradient_check]
+    numpy_step = compute_by_hand(logged.cfg, logged.rows)
+    gradient_check, gap = compute_gradient(logged, numpy_step)
+    checks = [*compare_with_log(logged, numpy_step), gradient_check]
 
-    story = StepStory(logged, worked, _choose_shown(logged, worked, prompt))
+    story = StepStory(logged, numpy_step, _choose_shown(logged, numpy_step, prompt))
     lines = [*story.tell(), "", *_format_verdict(checks, gap)]
 
-    P, G = worked.rewards.shape
+    P, G = numpy_step.rewards.shape
     result = dict(
         run=run,
         step=step,
-        shapes=dict(P=P, G=G, R=P * G, D=len(logged.rows), N=len(worked.text)),
+        shapes=dict(P=P, G=G, R=P * G, D=len(logged.rows), N=len(numpy_step.text)),
         checks={check.name: check.to_json() for check in checks},
         agrees=all(check.agrees for check in checks),
     )
     return "\n".join(lines), result
 
 
-def _choose_shown(step: LoggedStep, worked: WorkedStep, prompt: str | None) -> list[int]:
+def _choose_shown(step: LoggedStep, numpy_step: NumpyStep, prompt: str | None) -> list[int]:
     """Choose the rows to show: the named prompt's, or those of the group with the largest std."""
     if prompt is None:
-        group = int(worked.std.argmax())
-        first_rollout = np.cumsum(worked.count) - worked.count  # (D,)
-        first_row = int(np.searchsorted(first_rollout, group * worked.rewards.shape[1]))
+        group = int(numpy_step.std.argmax())
+        first_rollout = np.cumsum(numpy_step.count) - numpy_step.count  # (D,)
+        first_row = int(np.searchsorted(first_rollout, group * numpy_step.rewards.shape[1]))
         prompt = step.rows[first_row]["prompt"]
     shown_rows = [i for i, row in enumerate(step.rows) if row["prompt"] == prompt]
     if not shown_rows:
@@ -662,18 +662,18 @@ class StepStory:
     its place in the source.
     """
 
-    def __init__(self, step: LoggedStep, worked: WorkedStep, shown_rows: list[int]):
+    def __init__(self, step: LoggedStep, numpy_step: NumpyStep, shown_rows: list[int]):
         self.step = step
-        self.worked = worked
+        self.numpy_step = numpy_step
         self.shown_rows = shown_rows
         self.config = step.cfg.loss
         self.recipe = get_recipe(step.cfg.loss)
         self.decode = _make_decoder(step)
-        self.num_prompts, self.group_size = worked.rewards.shape
+        self.num_prompts, self.group_size = numpy_step.rewards.shape
         self.num_rollouts = self.num_prompts * self.group_size
-        first_rollout = np.cumsum(worked.count) - worked.count  # (D,)
+        first_rollout = np.cumsum(numpy_step.count) - numpy_step.count  # (D,)
         self.group = int(first_rollout[shown_rows[0]]) // self.group_size
-        self.per_token = f"(N,) = ({len(worked.text)},)"
+        self.per_token = f"(N,) = ({len(numpy_step.text)},)"
         self.per_rollout = f"(R,) = ({self.num_rollouts},)"
         self.lines: list[str] = []
 
@@ -716,7 +716,7 @@ class StepStory:
             f"({surrogate.__name__}, {advantage}, per {average}), "
             f"P = {self.num_prompts} prompts x G = {self.group_size} siblings "
             f"= {self.num_rollouts} rollouts, "
-            f"D = {num_texts} distinct texts, N = {len(self.worked.text)} tokens of them; "
+            f"D = {num_texts} distinct texts, N = {len(self.numpy_step.text)} tokens of them; "
             f"shown: prompt {prompt}"
         )
 
@@ -742,12 +742,12 @@ class StepStory:
         for i in self.shown_rows:
             row = self.step.rows[i]
             self.lines.append(
-                f"{'':<14}{i:>5}: x {row['count']}, {self.worked.num_tokens[i]:>3} tokens, "
+                f"{'':<14}{i:>5}: x {row['count']}, {self.numpy_step.num_tokens[i]:>3} tokens, "
                 f"reward {row['reward']:.4g}  {_fit_line(row['text'])}"
             )
 
     def _add_rewards(self) -> None:
-        worked = self.worked
+        numpy_step = self.numpy_step
         equation = "r = reward of the text"
         sources = [locate_source(Scorer.score_texts, "self.parts.reward(")]
         if self.config.kl > 0 and self.config.kl_in == "reward":
@@ -759,12 +759,12 @@ class StepStory:
         self._add(
             "rewards",
             equation,
-            f"(P, G) = {worked.rewards.shape}",
-            _format_vector(worked.rewards[self.group]),
+            f"(P, G) = {numpy_step.rewards.shape}",
+            _format_vector(numpy_step.rewards[self.group]),
             *sources,
         )
-        mean = worked.mean[self.group, 0]
-        std = worked.std[self.group, 0]
+        mean = numpy_step.mean[self.group, 0]
+        std = numpy_step.std[self.group, 0]
         self._add(
             "mean and std",
             "mean_G r, std_G r (divided by G - 1)",
@@ -780,7 +780,7 @@ class StepStory:
             "leave_one_out": "A = (r - mean) G / (G - 1)",
         }
         equation = equations[self.recipe.advantage]
-        group_advantages = self.worked.advantages.reshape(-1, self.group_size)  # (P, G)
+        group_advantages = self.numpy_step.advantages.reshape(-1, self.group_size)  # (P, G)
         self._add(
             "advantages",
             equation + ", exactly 0 where a group's rewards are equal",
@@ -799,7 +799,7 @@ class StepStory:
         if not self.step.cfg.train.replay:
             equation += "; one optimiser step per batch: log pi_old is log pi, "
             equation += "every ratio is exactly 1"
-        ratio = self.worked.ratio
+        ratio = self.numpy_step.ratio
         self._add(
             "ratio",
             equation,
@@ -809,10 +809,10 @@ class StepStory:
         )
 
     def _add_clip(self) -> None:
-        worked = self.worked
+        numpy_step = self.numpy_step
         low = 1 - self.config.clip
         high = 1 + self.config.high
-        is_outside = worked.is_trained & (worked.ratio != worked.clipped_ratio)  # (N,)
+        is_outside = numpy_step.is_trained & (numpy_step.ratio != numpy_step.clipped_ratio)  # (N,)
         example = f"{int(is_outside.sum())} tokens outside"
         if self.recipe.surrogate is losses.cispo_surrogate:
             equation = f"gain_t = sg(min(rho_t, {high:g})) A log pi_t"
@@ -821,9 +821,9 @@ class StepStory:
             equation = f"gain_t = min(rho_t A, clip(rho_t, {low:g}, {high:g}) A)"
             source = locate_source(losses.clipped_surrogate, "torch.minimum")
             # Of the tokens outside, those where the minimum is the clipped term have gradient 0.
-            clipped = worked.clipped_ratio * worked.token_advantages
-            takes_clipped = (worked.surrogate == clipped) & (worked.token_advantages != 0)
-            siblings = worked.count[worked.text]  # (N,)
+            clipped = numpy_step.clipped_ratio * numpy_step.token_advantages
+            takes_clipped = (numpy_step.surrogate == clipped) & (numpy_step.token_advantages != 0)
+            siblings = numpy_step.count[numpy_step.text]  # (N,)
             num_inert = int((siblings * (is_outside & takes_clipped)).sum())
             example += f"; the clip takes the gradient of {num_inert} (siblings counted)"
         self._add("clip", equation, self.per_token, example, source)
@@ -878,7 +878,7 @@ class StepStory:
         self._add(
             "loss",
             f"L = sum_t -w_t ({terms}) / T,  {weights[average]}",
-            f"T = {self.worked.denominator}, L = {self.worked.loss.sum():.9g}",
+            f"T = {self.numpy_step.denominator}, L = {self.numpy_step.loss.sum():.9g}",
             "",
             locate_source(policy_loss.count_denominator, '"constant":'),
             locate_source(
@@ -889,7 +889,7 @@ class StepStory:
         )
 
     def _add_gradient(self) -> None:
-        norm = math.sqrt((self.worked.grad_logp**2).sum())
+        norm = math.sqrt((self.numpy_step.grad_logp**2).sum())
         self._add(
             "d loss/d logp",
             "dL / d log pi_t, what each token's grad log pi_t is multiplied by",
@@ -913,7 +913,7 @@ class StepStory:
         """Format the tokens of the shown text whose advantage is largest, a line each."""
         shown = max(self.shown_rows, key=lambda i: abs(self.step.rows[i]["adv"]))
         row = self.step.rows[shown]
-        tokens = np.flatnonzero(self.worked.text == shown)
+        tokens = np.flatnonzero(self.numpy_step.text == shown)
         lines = [
             f"tokens of text {shown}, A = {row['adv']:.6g}, {row['count']} of its group wrote it:",
             f"{'t':>4}{'id':>9} {'token':<16}{'log pi':>11}{'log pi_old':>11}{'rho':>10}"
@@ -927,14 +927,14 @@ class StepStory:
 
     def _format_token(self, token_id: int, position: int, token: int) -> str:
         """Format one token: its place in the text, and its row `token` of the N tokens."""
-        worked = self.worked
+        numpy_step = self.numpy_step
         word = _fit_line(self.decode([token_id]), 15)
         return (
             f"{position:>4}{token_id:>9} {word:<16}"
-            f"{worked.logp[token]:>11.5f}{worked.old_logp[token]:>11.5f}"
-            f"{worked.ratio[token]:>10.5f}{worked.clipped_ratio[token]:>10.5f}"
-            f"{worked.surrogate[token]:>11.5f}{worked.loss[token]:>12.4e}"
-            f"{worked.grad_logp[token]:>12.4e}"
+            f"{numpy_step.logp[token]:>11.5f}{numpy_step.old_logp[token]:>11.5f}"
+            f"{numpy_step.ratio[token]:>10.5f}{numpy_step.clipped_ratio[token]:>10.5f}"
+            f"{numpy_step.surrogate[token]:>11.5f}{numpy_step.loss[token]:>12.4e}"
+            f"{numpy_step.grad_logp[token]:>12.4e}"
         )
 
 
