@@ -244,16 +244,16 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
     entropy = _concatenate(rows, "entropy")
 
     # KL to the reference: of the trained policy in the loss, of the sampler in the reward.
-    kl_in_loss = config.kl * (config.kl_in == "loss")  # its coefficient, 0: not in the loss
+    kl_coef = config.kl if config.kl_in == "loss" else 0.0  # in the loss
     log_ref_ratio: Any = 0.0  # d = log pi_ref - log pi
-    kl: Any = 0.0
+    token_kl: Any = 0.0
     if config.kl > 0:
-        policy_logp = logp if kl_in_loss else sampler_logp
+        policy_logp = logp if kl_coef else sampler_logp
         log_ref_ratio = _concatenate(rows, "ref_logp") - policy_logp  # (N,)
-        kl = _estimate_kl(config.kl_estimator, log_ref_ratio)  # (N,)
+        token_kl = _estimate_kl(config.kl_estimator, log_ref_ratio)  # (N,)
 
     # Rewards and advantages.
-    text_rewards = _compute_text_rewards(cfg, rows, text, kl)  # (D,)
+    text_rewards = _compute_text_rewards(cfg, rows, text, token_kl)  # (D,)
     group_advantages = _compute_advantages(cfg, text_rewards, count)
     token_advantages = np.repeat([row["adv"] for row in rows], num_tokens)  # (N,)
 
@@ -263,7 +263,7 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
     if config.importance_cap > 0:
         importance = np.exp(old_logp - sampler_logp).clip(max=config.importance_cap)
     denominator = _count_denominator(cfg, count, num_tokens)
-    is_trained = (token_advantages != 0) | (kl_in_loss > 0)  # as train.make_updates selects them
+    is_trained = (token_advantages != 0) | (kl_coef > 0)  # as train.make_updates selects them
     text_weight = count / num_tokens if recipe.average == "sequence" else count  # (D,)
     weight = is_trained * text_weight[text] / denominator  # (N,)
 
@@ -272,7 +272,7 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
     if recipe.surrogate is losses.sequence_clipped_surrogate:
         # A token moves the one ratio of its rollout by 1 / num_tokens.
         grad_surrogate = (np.bincount(text, grad_surrogate) / num_tokens)[text]
-    loss = weight * (kl_in_loss * kl - importance * surrogate.value - config.entropy * entropy)
+    loss = weight * (kl_coef * token_kl - importance * surrogate.value - config.entropy * entropy)
     kl_slope = _differentiate_kl(config.kl_estimator, log_ref_ratio)
     return NumpyStep(
         num_tokens=num_tokens,
@@ -287,7 +287,7 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
         denominator=denominator,
         is_trained=is_trained,
         loss=loss,
-        grad_logp=kl_in_loss * weight * kl_slope - grad_surrogate,
+        grad_logp=kl_coef * weight * kl_slope - grad_surrogate,
         grad_entropy=-config.entropy * weight,
         **group_advantages._asdict(),
     )

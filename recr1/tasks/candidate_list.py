@@ -70,6 +70,7 @@ class CandidateRanking:
     Nothing is searched. The baseline is the order in which the data give the candidates.
     """
 
+    placeholders: tuple[str, ...]
     required_fields: tuple[str, ...] = ("candidates",)
     uses_retriever = False
     key = ""  # of the list in the answer's JSON

@@ -24,8 +24,8 @@ class ProductSearch:
     `row` is always one line of the query file: its "text" and the keys of `required_fields`.
     """
 
-    placeholders = ("query",)  # the names that prompt.user holds in braces: {query}
-    required_fields = ()  # keys that a row must have beside "text"
+    placeholders: tuple[str, ...] = ("query",)  # names that prompt.user holds in braces: {query}
+    required_fields: tuple[str, ...] = ()  # keys that a row must have beside "text"
     uses_retriever = True  # False: `rank` never searches, and no index is built
 
     def __init__(self, reward: RewardConfig):

@@ -13,7 +13,7 @@ from recr1.tasks.rerank import Rerank
 from recr1.tasks.sequential import Sequential
 from recr1.tasks.user_task import UserTask
 
-TASKS = {
+TASKS: dict[str, Callable[[RewardConfig], Task]] = {
     "product_search": ProductSearch,
     "sequential": Sequential,
     "rerank": Rerank,
@@ -76,8 +76,9 @@ class Task(Protocol):
 
 def build_task(cfg: Config) -> Task:
     """Build the task that the config names, checked. Raises ConfigError."""
-    task_class = TASKS.get(cfg.task)
-    if task_class is None:
+    if cfg.task in TASKS:
+        task_class = TASKS[cfg.task]
+    else:
         task_class = plugins.load_function("task", cfg.task, TASKS)
     with plugins.calling_plugin(f"task: {cfg.task!r}, called with the config's reward,"):
         task = task_class(cfg.reward)
