@@ -126,9 +126,9 @@ def sample_and_score(run: Run, step: int, cache) -> tuple[list[Rollout], list[Re
                 run.draw_uniforms(step, prompts),
                 cache,
                 top_p=s.top_p,
-                room=run.get_kv_cache_budget(),
+                max_cache_tokens=run.get_kv_cache_budget(),
                 kernels=run.cfg.model.kernels,
-                done=scored.submit,
+                on_group_finished=scored.submit,
             )
         with run.log.time_phase("reward"):
             rewards = scored.results()  # what is still to be done: the step waits for it

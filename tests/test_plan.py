@@ -153,7 +153,7 @@ def test_the_cache_grows_as_planned(prompts, group, asked, new):
     cache = make_cache(model)
     sizes = set()
     reserve = cache._reserve
-    cache._reserve = lambda *need: (reserve(*need), sizes.add(cache.store.nbytes))
+    cache._reserve = lambda *need: (reserve(*need), sizes.add(cache.kv.nbytes))
     texts = [
         Prompt(
             f"q{i}",

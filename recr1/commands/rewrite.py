@@ -94,7 +94,7 @@ class Rewriter:
                     stream.hear(id)
 
             [rollout] = generate(
-                self.policy, [prompt], 1, temperature or 1.0, new, self.stops, uniforms, heard=heard
+                self.policy, [prompt], 1, temperature or 1.0, new, self.stops, uniforms, on_token=heard
             )
         return rollout
 

@@ -387,7 +387,7 @@ class MemoryEstimate:
                 )
             )
         B, first, parted, last = prompts * group, *self.stores(rows, group)
-        store = "2 e L K D rows slots  (KVCache.store)"
+        store = "2 e L K D rows slots  (KVCache.kv)"
         held = MemoryTerm(
             "distribution", "8 B V of the token before  (sample.generate)", 8 * B * self.V
         )
@@ -403,7 +403,7 @@ class MemoryEstimate:
             held,
             MemoryTerm(
                 "rows copied",
-                "2 e L K D (B - P) p  (KVCache.rearrange)",
+                "2 e L K D (B - P) p  (KVCache.reorder)",
                 2 * self.e * self.L * self.K * self.D * (B - prompts) * self.p,
             ),
         ]
