@@ -42,4 +42,9 @@ def compute_group_advantages(
     return torch.where(same, 0.0, advantage(r, c)).flatten()
 
 
-ADVANTAGES = {f.__name__: f for f in (normalize_by_std, subtract_mean, subtract_leave_one_out_mean)}
+# The names are those of the config: loss.advantage.
+ADVANTAGES = {
+    "mean_std": normalize_by_std,
+    "mean": subtract_mean,
+    "leave_one_out": subtract_leave_one_out_mean,
+}

@@ -65,6 +65,10 @@ def open_trackio(folder: Path, id: str, config: dict) -> Opened:
     return lambda values, step: run.log(values, step=step), run.write_results
 
 
+# The names are those of the config: log.track.
+OPENERS = {"tensorboard": open_tensorboard, "wandb": open_wandb, "trackio": open_trackio}
+
+
 class Tracker:
     """`send` a row of metrics.jsonl, `close` at the end; with log.track: none both do nothing.
     Raises ConfigError where it cannot start.
@@ -78,9 +82,7 @@ class Tracker:
             return
         self.id, self.last = self._begun()
         try:
-            self._send, self._close = {
-                f.__name__: f for f in (open_tensorboard, open_wandb, open_trackio)
-            }[self.kind](folder, self.id, dataclasses.asdict(cfg))
+            self._send, self._close = OPENERS[self.kind](folder, self.id, dataclasses.asdict(cfg))
         except ImportError as e:
             raise ConfigError(
                 f"log.track: {self.kind} cannot be imported ({describe_exception(e)}); pip install {PACKAGES[self.kind]}, or set log.track=none"
