@@ -48,7 +48,7 @@ def overrides(ranks: int, memory: str, *more) -> dict | None:
 
 
 def test_the_papers_3b_fits_where_it_should():
-    assert MemoryEstimate(*loaded(), 1).P == 3_085_938_688  # as published
+    assert MemoryEstimate(*loaded(), 1).num_weights == 3_085_938_688  # as published
     # nothing on the host, nothing else changed
     assert overrides(2, "48GB") == overrides(2, "80GB") == {}
     assert overrides(1, "48GB") == {"optimizer.on_host": True}
@@ -180,7 +180,7 @@ def test_the_cache_grows_as_planned(prompts, group, asked, new):
     planned = MemoryEstimate(
         replace(cfg, train=replace(cfg.train, prompts_per_step=prompts)), model.config, 1, gpu=False
     )
-    assert sizes == set(planned.stores(prompts, group))
+    assert sizes == set(planned.count_cache_growth(prompts, group))
 
 
 def test_predictions_are_within_a_tenth_of_what_a_step_allocates():
