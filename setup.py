@@ -10,7 +10,7 @@ readme = Path(__file__).parent / "README.md"
 
 setup(
     name="recr1",
-    version="0.1.0",
+    version="0.2.0",
     description="Rec-R1 and RecLLM-R1 from scratch: GRPO for recommendation and product search in plain PyTorch",
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
@@ -18,7 +18,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["recr1", "recr1.*"]) + ["recr1.kernels"],
-    package_data={"recr1.report": ["page/*"]},
+    package_data={"recr1": ["py.typed"], "recr1.report": ["page/*"]},
     package_dir={"recr1": "recr1", "recr1.kernels": "kernels"},
     entry_points={"console_scripts": ["recr1=recr1.cli:command"]},
     install_requires=[
@@ -46,6 +46,10 @@ setup(
         "dev": [
             "pytest",
             "pytest-xdist",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "types-tqdm",
             "bm25s",
             "faiss-cpu",
             "matplotlib",
