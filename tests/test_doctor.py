@@ -87,7 +87,7 @@ def clean(tmp_path_factory) -> tuple[int, dict, str]:
 def quick(clean) -> str:
     """Code that lets a clean run's imports stand in."""
     probes = {name: clean[1]["facts"][name] for name in doctor.PROBES}
-    return f"import json\ndoctor.probe = lambda: json.loads({json.dumps(probes)!r})"
+    return f"import json\ndoctor.probe_packages = lambda: json.loads({json.dumps(probes)!r})"
 
 
 def test_nothing_is_wrong_here(clean):
@@ -251,9 +251,7 @@ STAGED = {
 def test_a_staged_clash_is_found(name, clean, quick, tmp_path):
     stage, files, env, broken, what, do = STAGED[name]
     if name.startswith("flash-attn"):
-        quick += (
-            "\nclean = doctor.probe()\nclean['torch']['gpus'] = []\ndoctor.probe = lambda: clean"
-        )
+        quick += "\nclean = doctor.probe_packages()\nclean['torch']['gpus'] = []\ndoctor.probe_packages = lambda: clean"
     (tmp_path / "here").mkdir()
     for path, text in files.items():
         (tmp_path / "here" / path).parent.mkdir(exist_ok=True)
@@ -399,7 +397,7 @@ def test_on_a_gpu(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for key, value in env.items():
         monkeypatch.setenv(key, value)
-    found = doctor.check_devices(dict(torch=GPU | change, versions={"torch": "2.13.0"}))
+    found = list(doctor.check_devices(dict(torch=GPU | change, versions={"torch": "2.13.0"})))
     assert [f.broken for f in found] == ([want[0]] if want else []) and (
         not want or want[1] in found[0].what
     )
@@ -417,7 +415,7 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch):
         )
         assert finding.broken and words in finding.what
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert not doctor.check_devices(dict(torch=GPU | dict(gpus=[]), versions={}))
+    assert not list(doctor.check_devices(dict(torch=GPU | dict(gpus=[]), versions={})))
 
 
 def test_by_the_command(clean, capsys, monkeypatch, tmp_path):
