@@ -60,7 +60,8 @@ def run(
     command = (
         [
             "-c",
-            f"import sys\nfrom recr1 import doctor\n{code}\nsys.exit(doctor.main(sys.argv[1] if sys.argv[1:] else 'runs/run', True))",
+            f"import sys\nfrom recr1 import doctor\n{code}\n"
+            "sys.exit(doctor.main(sys.argv[1] if sys.argv[1:] else 'runs/run', True))",
         ]
         if code
         else ["-m", "recr1.doctor", "--json", *(["--run"] if arguments else [])]
@@ -251,7 +252,10 @@ STAGED = {
 def test_a_staged_clash_is_found(name, clean, quick, tmp_path):
     stage, files, env, broken, what, do = STAGED[name]
     if name.startswith("flash-attn"):
-        quick += "\nclean = doctor.probe_packages()\nclean['torch']['gpus'] = []\ndoctor.probe_packages = lambda: clean"
+        quick += (
+            "\nclean = doctor.probe_packages()\nclean['torch']['gpus'] = []"
+            "\ndoctor.probe_packages = lambda: clean"
+        )
     (tmp_path / "here").mkdir()
     for path, text in files.items():
         (tmp_path / "here" / path).parent.mkdir(exist_ok=True)
@@ -350,7 +354,9 @@ def test_the_run_folder_s_disk(quick, tmp_path):
     _, found, _ = run(
         tmp_path,
         None,
-        f"import shutil\nshutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**8)\n{quick}",
+        "import shutil\n"
+        "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**8)\n"
+        f"{quick}",
     )
     assert any(
         "0.1 GiB are free; a checkpoint takes 16 bytes a weight" in f["what"]

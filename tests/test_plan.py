@@ -23,6 +23,7 @@ from recr1.memory.plan import (
     apply_overrides,
     format_announcement,
     get_usable_bytes,
+    make_plan,
     parse_bytes,
     try_settings,
 )
@@ -223,6 +224,12 @@ def test_the_command_says_what_to_add(capsys):
     assert "fits as configured" in again
 
 
+def test_a_plan_without_room_for_more_tokens():
+    """Nothing larger than the config's token budget fits: the plan says only what to add."""
+    text, why = make_plan(*loaded(), 4, 24e9)
+    assert not why and "there is room for" not in text
+
+
 def test_bad_input_is_one_line(tmp_path, capsys):
     def plan(*argv):
         return refused(capsys, "plan", *argv)
@@ -254,7 +261,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 def test_a_run_says_what_it_expects_and_logs_what_it_took(tmp_path, capsys):
     assert run_guarded(train.main, [write_yaml(tmp_path), "train.steps=2"]) == 0
     assert re.search(
-        r"memory predicted per rank, at most: sample [\d,]+ MiB, train [\d,]+ MiB, evaluate [\d,]+ MiB\n",
+        r"memory predicted per rank, at most: "
+        r"sample [\d,]+ MiB, train [\d,]+ MiB, evaluate [\d,]+ MiB\n",
         capsys.readouterr().out,
     )
     summary = json.loads((tmp_path / "run/summary.json").read_text())["memory"]
