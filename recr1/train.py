@@ -170,9 +170,9 @@ def sample_once(
             run.draw_uniforms(step, prompts),
             cache,
             top_p=sampling.top_p,
-            room=run.get_kv_cache_budget(),
+            max_cache_tokens=run.get_kv_cache_budget(),
             kernels=run.cfg.model.kernels,
-            done=async_rewards.submit,
+            on_group_finished=async_rewards.submit,
         )
     with run.log.time_phase("reward"):
         rewards = async_rewards.results()  # what is not scored yet: the step waits for it

@@ -154,7 +154,8 @@ def chain(folder, ids, new) -> list[str]:
             model.lm_head.weight[b] += 40 * embed[a] / embed[a].norm() ** 2
     save(model, folder / "policy", TOKENIZER, frozenset([EOS]))
     (folder / "recipe.yaml").write_text(
-        f"prompt: {{user: 'find: {{query}}', max_tokens: 64}}\nsampling: {{max_new_tokens: {new}}}\n"
+        f"prompt: {{user: 'find: {{query}}', max_tokens: 64}}\n"
+        f"sampling: {{max_new_tokens: {new}}}\n"
     )
     return ["generate", "--model", str(folder / "policy"), "--config", str(folder / "recipe.yaml")]
 

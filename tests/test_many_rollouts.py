@@ -267,7 +267,7 @@ def test_what_counts_as_different():
 
 
 @pytest.mark.skipif(
-    "room" not in inspect.signature(generate).parameters, reason="generate() has no budget here"
+    "max_cache_tokens" not in inspect.signature(generate).parameters, reason="generate() has no budget here"
 )
 def test_a_text_does_not_depend_on_the_budget():
     """Room for one group, for a little more, for all; the prompts in another order; and no more
@@ -285,7 +285,7 @@ def test_a_text_does_not_depend_on_the_budget():
                 [call.prompts[i] for i in rng.permutation(len(call.prompts))],
             ):
                 cache = make_cache(mine)
-                got = run(call._replace(prompts=some), cache, mine, room=room)
+                got = run(call._replace(prompts=some), cache, mine, max_cache_tokens=room)
                 is_whole(call._replace(prompts=some), got)
                 assert held(cache) <= 1.05 * slot_bytes(mine) * room, (room, call.slots())
                 rows = rows + len(got)

@@ -116,7 +116,7 @@ class Rewriter:
                 self.max_new_tokens,
                 self.stops,
                 uniforms,
-                heard=show_token,
+                on_token=show_token,
             )
         return rollout
 

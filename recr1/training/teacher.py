@@ -189,7 +189,7 @@ def sample_best_of(run: Run, prompts: list[Prompt], cache: KVCache | None) -> li
         run.draw_uniforms(0, prompts),
         cache,
         top_p=sampling.top_p,
-        room=run.get_kv_cache_budget(),
+        max_cache_tokens=run.get_kv_cache_budget(),
         kernels=run.cfg.model.kernels,
     )
     rewards = run.train_scorer.score(rollouts)
