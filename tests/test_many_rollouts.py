@@ -267,7 +267,8 @@ def test_what_counts_as_different():
 
 
 @pytest.mark.skipif(
-    "max_cache_tokens" not in inspect.signature(generate).parameters, reason="generate() has no budget here"
+    "max_cache_tokens" not in inspect.signature(generate).parameters,
+    reason="generate() has no budget here",
 )
 def test_a_text_does_not_depend_on_the_budget():
     """Room for one group, for a little more, for all; the prompts in another order; and no more
