@@ -260,24 +260,24 @@ class MemoryEstimate:
         H = self.shape.num_attention_heads
         K = self.shape.num_key_value_heads
         D = self.shape.head_dim
-        kept = []
-        running = []
+        saved = []
+        temporary = []
         for B, T, S, masks in calls:
             scores = B * H * T * S
             padded = e * B * D * (T * H + 2 * S * K)
             if T * S <= SHORT_ROWS:  # eager_attention: matmul's reshape repeats heads
-                kept.append(e * (B * H * D * (T + 2 * S) + scores))
-                running.append(2 * e * scores)
+                saved.append(e * (B * H * D * (T + 2 * S) + scores))
+                temporary.append(2 * e * scores)
             elif self.gpu and H != K:
-                kept.append(4 * (B * H * D * (T + 2 * S) + scores))
-                running.append(8 * scores)
+                saved.append(4 * (B * H * D * (T + 2 * S) + scores))
+                temporary.append(8 * scores)
             else:
-                kept.append(padded + B * H * T * (e * D + 4) + e * masks * T * S)
-                running.append(padded + e * B * H * T * D if with_grad else 0)
+                saved.append(padded + B * H * T * (e * D + 4) + e * masks * T * S)
+                temporary.append(padded + e * B * H * T * D if with_grad else 0)
         if with_grad:
-            return sum(kept), max(running)
+            return sum(saved), max(temporary)
         # Without autograd only one call's rows are there at a time.
-        return 0, max(k + r for k, r in zip(kept, running))
+        return 0, max(k + r for k, r in zip(saved, temporary))
 
     def count_block_forward(self, tokens: float, calls: list[AttentionRows]) -> MemoryTerm:
         """Count one block's forward without autograd: its MLP or its attention."""
@@ -386,14 +386,14 @@ class MemoryEstimate:
         layers = shape.num_hidden_layers
 
         # What autograd keeps of a block.
-        kept, running = self.count_attention(batch.attention, with_grad=True)
+        attention_saved, attention_temporary = self.count_attention(batch.attention, with_grad=True)
         heads = shape.num_attention_heads
         all_heads = heads + shape.num_key_value_heads
         has_head_norms = shape.family == "qwen3"
         head_norms = tokens * all_heads * shape.head_dim * (4 + e) * has_head_norms
         norms = 2 * tokens * width * (4 + 2 * e) + head_norms
         linear_inputs = e * tokens * (heads * shape.head_dim + 4 * shape.intermediate_size)
-        block_activations = norms + kept + linear_inputs
+        block_activations = norms + attention_saved + linear_inputs
         if self.cfg.train.checkpointing:
             formula = "L e M C  (blocks' inputs)"
             saved_bytes = layers * (e * tokens * width)
@@ -418,7 +418,7 @@ class MemoryEstimate:
             shared=shared,
             saved=MemoryTerm("activations kept", formula, saved_bytes),
             block_activations=block_activations,
-            attention_temporaries=running,
+            attention_temporaries=attention_temporary,
             held_gradients=4 * self.trained_weights * sharding * (not is_first),
             reduction_bytes=0 if adds_in_place else reduced,
         )

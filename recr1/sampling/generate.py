@@ -77,14 +77,7 @@ def generate(
     cache.reset(max_running, slots_per_row, reserve=use_graphs)
 
     with packed_for_sampling(model, get_lm_head_weight(model)) as head_weight:
-        sample_tokens = partial(
-            sample_from_hidden,
-            weight=head_weight,
-            temperature=temperature,
-            policy=make_distribution,
-            top_p=top_p,
-            backend=kernels,
-        )
+        sample_tokens = _make_token_sampler(head_weight, temperature, top_p, kernels)
         return _decode_loop(
             model,
             batch,
@@ -96,6 +89,20 @@ def generate(
             on_token=on_token,
             on_group_finished=on_group_finished,
         )
+
+
+def _make_token_sampler(
+    head_weight: torch.Tensor, temperature: float, top_p: float, kernels: str
+) -> Callable:
+    """Return sample_tokens(hidden (B, C), uniforms=...) -> (ids, log-probs, truncated mass)."""
+    return partial(
+        sample_from_hidden,
+        weight=head_weight,
+        temperature=temperature,
+        policy=make_distribution,
+        top_p=top_p,
+        backend=kernels,
+    )
 
 
 def count_max_running(num_sequences: int, slots_per_row: int, max_cache_tokens: int | None) -> int:
