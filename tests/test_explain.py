@@ -364,7 +364,7 @@ def test_a_step_without_variance(run):
 
 def test_the_story(run):
     """Every link is there, with shapes and a place in the source where that very line stands."""
-    root = Path(explain.__file__).parents[1]
+    root = Path(explain.__file__).parents[2]
     for overrides in RUNS.values():
         text, result = explain.explain_step(str(run(*overrides)), 3)
         P = result["shapes"]["P"]

@@ -438,7 +438,7 @@ def locate_source(function, text: str) -> str:
     function = inspect.unwrap(function)
     lines, start = inspect.getsourcelines(function)
     [at] = [i for i, line in enumerate(lines) if text in line]
-    path = Path(inspect.getsourcefile(function)).relative_to(Path(__file__).parents[1])
+    path = Path(inspect.getsourcefile(function)).relative_to(Path(__file__).parents[2])
     return f"{path.as_posix()}:{start + at}  {lines[at].split('  # ')[0].strip()}"
 
 
