@@ -1,4 +1,4 @@
-"""One optimiser step's gradient, and three steps' weights, by the code of the loop: on the ranks of
+"""One optimizer step's gradient, and three steps' weights, by the code of the loop: on the ranks of
 a torchrun job or in this process.
 
 torchrun --nproc-per-node N tests/ranks.py FILE writes {case: {name: tensor}} for every case;
@@ -380,7 +380,7 @@ def lesson_texts() -> list[Rollout]:
 
 
 def lesson(name: str) -> dict[str, torch.Tensor]:
-    """{"grad NAME": tensor, "loss"}: one optimiser step of SFT on this rank's share, by the code of
+    """{"grad NAME": tensor, "loss"}: one optimizer step of SFT on this rank's share, by the code of
     its loop, in float64.
     """
     mask, budget, head, reduce = LESSONS[name]

@@ -1,4 +1,4 @@
-"""The optimiser against torch's own AdamW and clipping; nothing moves on a non-finite gradient."""
+"""The optimizer against torch's own AdamW and clipping; nothing moves on a non-finite gradient."""
 
 import pytest
 import torch

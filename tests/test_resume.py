@@ -148,7 +148,7 @@ def test_several_stops_with_all_that_a_config_can_ask_for(
 
 
 def test_a_step_that_has_moved_weights_is_finished_first(world, tmp_path, monkeypatch, capsys):
-    """Two optimiser steps of two micro-batches each: the signal comes in the second one."""
+    """Two optimizer steps of two micro-batches each: the signal comes in the second one."""
     argv = [
         world,
         "train.inner_steps=2",

@@ -109,16 +109,11 @@ def _gradient(value: float, step: int) -> None:
 
 
 def _reward(value: float, step: int) -> None:
-    _patch(
-        train,
-        "sample_and_score",
-        step,
-        lambda found: (
-            found[0],
-            [dataclasses.replace(found[1][0], total=value), *found[1][1:]],
-            *found[2:],
-        ),
-    )
+    def change_first(samples: train.Samples) -> train.Samples:
+        first = dataclasses.replace(samples.rewards[0], total=value)
+        return samples._replace(rewards=[first, *samples.rewards[1:]])
+
+    _patch(train, "sample_and_score", step, change_first)
 
 
 def _logp(value: float, step: int) -> None:
