@@ -1,22 +1,28 @@
-"""The group-advantage loss on log-probs, by Triton: rewards (P, G) to advantages, then one pass
-over the N tokens for loss, statistics and d loss / d logp. In torch the same formulas stand in
-recr1/rl/policy_loss.py (group_advantages, policy_loss, k3), which the tests hold this against.
+"""The group-advantage loss on log-probs, by Triton.
 
-    A_i = (r_i - mean) / (std + floor) | r_i - mean | r_i - mean of the others;  exactly 0 where a
-    group's rewards are equal gain = min(rho A, clip(rho, 1 - low, 1 + high) A),  rho = exp(logp -
-    old)          CISPO: sg(clip(rho, ..)) A logp loss = (-sum w min(exp(old - sampler), cap) gain +
-    kl sum w (e^d - d - 1)) / total,  d = ref - logp
+Rewards (P, G) become advantages; then one pass over the N tokens makes loss, statistics and
+d loss / d logp. The same formulas in torch are in recr1/rl (advantages.py, losses.py, kl.py,
+policy_loss.py), which the tests compare this with.
 
-Denominators are the caller's: `total` is a token count or a constant, a mean over sequences goes
-into the weights. Lengths are run-time values. DeepSeekMath (arXiv 2402.03300) eq. 3, DAPO
-(2503.14476), Dr.GRPO (2503.20783), RLOO (2402.14740), CISPO (2506.13585).
+    A_i        (r_i - mean) / (std + floor) | r_i - mean | r_i - mean of the others;
+               exactly 0 where a group's rewards are equal
+    ratio      exp(logp - old_logp)
+    surrogate  min(ratio A, clip(ratio, 1 - low, 1 + high) A)
+               CISPO: stop_gradient(clip(ratio, ..)) A logp
+    loss       (-sum w min(exp(old_logp - sampler_logp), cap) surrogate + kl sum w (e^d - d - 1))
+               / denominator,  d = ref_logp - logp
+
+The caller gives the denominator, a token count or a constant; a mean over sequences goes into the
+weights. Lengths are run-time values. DeepSeekMath (arXiv 2402.03300) eq. 3, DAPO (2503.14476),
+Dr. GRPO (2503.20783), RLOO (2402.14740), CISPO (2506.13585).
 
 A token takes 28 bytes read and 4 written: 65,536 tokens are 2.1 MB, 0.7 us at 3.0 TB/s, less than a
-launch (arithmetic, not measured). Joined with the head (`on_logits_`, through logprob.fused_linear_loss)
-the loss stands between two visits of a row of logits in one program. If the second visit finds the
-row in the L2 cache, 4 bytes a logit move instead of 6, and kernels/logprob.py's count becomes 474 / 507
-TF/s; two programs of 32 registers and 1,024 threads share a multiprocessor, 264 rows of 304 KB are
-80 MB and H100's L2 holds 50, so expect a part of that.
+launch (arithmetic, not measured). Joined with the head (`on_logits_`, through
+logprob.fused_linear_loss) the loss is computed between two visits of a row of logits, in one
+program. If the second visit finds the row in the L2 cache, 4 bytes a logit move instead of 6, and
+the count of kernels/logprob.py becomes 474 / 507 TF/s. Two programs of 32 registers and 1,024
+threads share a multiprocessor, 264 rows of 304 KB are 80 MB and H100's L2 holds 50, so expect a
+part of that.
 
 Legend: P groups, G siblings, N tokens, n rows of a chunk, V vocabulary.
 """
@@ -34,7 +40,10 @@ from recr1.kernels.availability import require_backend
 
 ADVANTAGES = ("std", "mean", "leave_one_out")
 
+# The sums that a kernel stores for each program, in this order.
 STATISTICS = ("loss", "clipped", "kl", "weight", "gap", "square")
+
+TOKEN_TILE = 1024  # tokens of a program of the token kernel
 
 
 @dataclass(frozen=True)
@@ -52,81 +61,79 @@ class LossRule:
 
 @dataclass
 class GroupTokenLoss:
-    """The loss as a Pull of logprob.fused_linear_loss, and with `on_logits_` joined to the head: rewards
-    and hidden states in, gradients out.
+    """The loss as a TokenLoss of logprob.fused_linear_loss.
 
-    rewards (P, G), or None where `adv` (P * G,) is given; of each token: rollout (N,) = p * G + g,
-    or -1 for none, weight (N,), sampler (N,), and old and ref (N,) or None.
-    `sums` gathers, over tokens and weighted: loss, clipped tokens, k3, the weight itself, |logp -
-    sampler|, (d loss / d logp)^2.
+    With `on_logits_` it is joined to the head: rewards and hidden states in, gradients out. It has
+    the interface of policy_loss.TorchTokenLoss: `__call__` and `stats`.
+
+    `sums` adds up, over tokens and weighted: loss, clipped tokens, k3, the weight itself,
+    |logp - sampler_logp|, and, not weighted, (d loss / d logp)^2.
     """
 
     rule: LossRule
-    rewards: torch.Tensor | None
-    rollout: torch.Tensor
-    weight: torch.Tensor
-    sampler: torch.Tensor
-    total: float
-    old: torch.Tensor | None = None
-    ref: torch.Tensor | None = None
-    adv: torch.Tensor | None = None
-    sums: torch.Tensor = field(init=False)
+    rewards: torch.Tensor | None  # (P, G); None: `advantages` are given
+    rollout: torch.Tensor  # (N,) = p * G + g of each token; -1: none
+    weight: torch.Tensor  # (N,)
+    sampler_logp: torch.Tensor  # (N,)
+    denominator: float
+    old_logp: torch.Tensor | None = None  # (N,); None: logp itself
+    ref_logp: torch.Tensor | None = None  # (N,)
+    advantages: torch.Tensor | None = None  # (P * G,)
+    sums: torch.Tensor = field(init=False)  # (len(STATISTICS),)
 
-    def __post_init__(self):
-        N = len(self.rollout)
+    def __post_init__(self) -> None:
         require_backend("triton", self.rollout.device)
-        for name in ("weight", "sampler", "old", "ref"):
-            x = getattr(self, name)
-            assert x is None or (
-                x.shape == (N,) and x.dtype == torch.float32 and x.is_contiguous()
-            ), f"{name}: wants float32 ({N},), contiguous"
-        assert self.rollout.is_contiguous()
-        assert self.rule.kl == 0 or self.ref is not None, "kl needs the reference's log-probs"
-        if self.adv is None:
+        self._check_token_tensors()
+        if self.advantages is None:
             assert self.rewards.ndim == 2 and self.rewards.dtype == torch.float32
-            self.adv = compute_advantages(self.rewards, self.rule)
-        self.sums = self.adv.new_zeros(len(STATISTICS))
+            self.advantages = compute_advantages(self.rewards, self.rule)
+        self.sums = self.advantages.new_zeros(len(STATISTICS))
 
     def __call__(
         self, logp: torch.Tensor, entropy: torch.Tensor, rows: slice
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """logp (n,) of the rows -> their part of the loss, d loss / d logp (n,); the entropy has no
-        part in it.
-        """
+        """Return the loss of the rows, d loss / d logp (n,), and None: the entropy has no part."""
         n = len(logp)
-        tile = 1024
         assert logp.dtype == torch.float32 and logp.is_contiguous()
-        pull = torch.empty_like(logp)
-        sums = logp.new_empty(-(-n // tile), len(STATISTICS))
+        grad_logp = torch.empty_like(logp)
+        num_programs = -(-n // TOKEN_TILE)
+        sums = logp.new_empty(num_programs, len(STATISTICS))
         if n:
-            get_kernels().tokens[len(sums),](
+            get_kernels().token_kernel[num_programs,](
                 logp,
-                *self._of_tokens(rows),
-                self.adv,
-                pull,
+                *self._select_tokens(rows),
+                self.advantages,
+                grad_logp,
                 sums,
                 n,
                 *self._constants(),
-                TILE=tile,
+                TILE=TOKEN_TILE,
                 num_warps=4,
             )
-        return self._add(sums), pull, None
+        return self._add_sums(sums), grad_logp, None
 
     def on_logits_(
-        self, logits, target, temperature: float, rows: slice, logp, entropy
+        self,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        temperature: float,
+        rows: slice,
+        logp: torch.Tensor,
+        entropy: torch.Tensor,
     ) -> torch.Tensor:
-        """logits (n, V) of the rows -> d loss / d logits in place, logp and entropy (n,) filled;
-        returns their part of the loss.
+        """Overwrite logits (n, V) of the rows with d loss / d logits; fill logp and entropy (n,).
+
+        Returns the loss of the rows.
         """
         n, V = logits.shape
         logprob.check_rows(logits, target, logp, entropy)
         sums = logp.new_empty(n, len(STATISTICS))
-        # many warps, few rows at once: the second visit of a row looks for it in the L2 cache
-        get_kernels().joined[n,](
+        tile = logprob.choose_tile(V)["TILE"]
+        get_kernels().joined_kernel[n,](
             logits,
             target,
-            *self._of_tokens(rows),
-            self.adv,
+            *self._select_tokens(rows),
+            self.advantages,
             logp,
             entropy,
             sums,
@@ -134,126 +141,155 @@ class GroupTokenLoss:
             *self._constants(),
             V,
             logits.stride(0),
-            logprob.choose_tile(V)["TILE"],
-            num_warps=min(32, logprob.choose_tile(V)["TILE"] // 32),
+            tile,
+            # many warps, few rows at once: the second visit of a row looks for it in the L2 cache
+            num_warps=min(32, tile // 32),
         )
-        return self._add(sums)
+        return self._add_sums(sums)
 
-    def statistics(self) -> dict[str, float]:
-        """The sums so far, by name."""
+    def named_sums(self) -> dict[str, float]:
+        """Return all sums so far, by the names of STATISTICS."""
         return dict(zip(STATISTICS, self.sums.tolist()))
 
-    def logged(self) -> dict[str, float]:
-        """Those of them that policy_loss.compute_token_loss gives too, by its names."""
-        found = self.statistics()
-        return dict(
-            clip_share=0.0 if self.rule.cispo else found["clipped"], dlogp_square=found["square"]
-        ) | (dict(kl=found["kl"]) if self.ref is not None else {})
+    def stats(self) -> dict[str, float]:
+        """Return the sums so far that TorchTokenLoss has too, by the names that are logged."""
+        sums = self.named_sums()
+        stats = {
+            "clip_share": 0.0 if self.rule.cispo else sums["clipped"],
+            "dlogp_square": sums["square"],
+        }
+        if self.ref_logp is not None:
+            stats["kl"] = sums["kl"]
+        return stats
 
-    def _of_tokens(self, rows: slice):
+    def _check_token_tensors(self) -> None:
+        """Assert that the tensors (N,) are laid out as the kernels read them."""
+        N = len(self.rollout)
+        for name in ("weight", "sampler_logp", "old_logp", "ref_logp"):
+            x = getattr(self, name)
+            if x is None:
+                continue
+            is_dense = x.shape == (N,) and x.dtype == torch.float32 and x.is_contiguous()
+            assert is_dense, f"{name}: wants float32 ({N},), contiguous"
+        assert self.rollout.is_contiguous()
+        assert self.rule.kl == 0 or self.ref_logp is not None, "kl needs the reference's log-probs"
+
+    def _select_tokens(self, rows: slice) -> list[torch.Tensor | None]:
+        """Cut the tensors (N,) to the rows, in the order of the kernels' parameters."""
+        selected: list[torch.Tensor | None] = []
+        for x in (self.old_logp, self.ref_logp, self.sampler_logp, self.rollout, self.weight):
+            selected.append(None if x is None else x[rows])
+        return selected
+
+    def _constants(self) -> tuple[float | bool, ...]:
+        """Return the loss's constants in the order of the kernels' parameters."""
+        rule = self.rule
         return (
-            x if x is None else x[rows]
-            for x in (self.old, self.ref, self.sampler, self.rollout, self.weight)
+            1 / self.denominator,
+            float(1 - rule.clip_low),
+            float(1 + rule.clip_high),
+            float(rule.kl),
+            float(rule.sampler_cap),
+            rule.cispo,
+            rule.sampler_cap > 0,
         )
 
-    def _constants(self):
-        r = self.rule
-        return (
-            1 / self.total,
-            float(1 - r.clip_low),
-            float(1 + r.clip_high),
-            float(r.kl),
-            float(r.sampler_cap),
-            r.cispo,
-            r.sampler_cap > 0,
-        )
-
-    def _add(self, sums: torch.Tensor) -> torch.Tensor:
-        sums = sums.sum(0)
-        self.sums += sums
-        return sums[0]
+    def _add_sums(self, sums: torch.Tensor) -> torch.Tensor:
+        """Add the programs' sums (programs, len(STATISTICS)) to all so far. Returns their loss."""
+        total = sums.sum(0)
+        self.sums += total
+        return total[0]
 
 
-def compute_group_loss(logp: torch.Tensor, pull: GroupTokenLoss) -> torch.Tensor:
-    """logp (N,) with gradient -> the scalar loss, for head: recompute."""
-    at = logp.detach()
-    return WithGradients.apply(logp, at, *pull(at, at, slice(0, len(at))))
+def compute_group_loss(logp: torch.Tensor, token_loss: GroupTokenLoss) -> torch.Tensor:
+    """Compute the scalar loss of logp (N,) with gradient, for head: recompute."""
+    values = logp.detach()
+    loss, grad_logp, grad_entropy = token_loss(values, values, slice(0, len(values)))
+    return WithGradients.apply(logp, values, loss, grad_logp, grad_entropy)
 
 
 class WithGradients(torch.autograd.Function):
     """A loss whose derivatives at logp and entropy, (N,) each or None, are known."""
 
     @staticmethod
-    def forward(ctx, logp, entropy, loss, d_logp, d_entropy):
-        ctx.save_for_backward(d_logp, d_entropy)
+    def forward(ctx, logp, entropy, loss, grad_logp, grad_entropy):
+        ctx.save_for_backward(grad_logp, grad_entropy)
         return loss.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        return *(d if d is None else d * grad for d in ctx.saved_tensors), None, None, None
+        grad_logp, grad_entropy = ctx.saved_tensors
+        grad_logp = None if grad_logp is None else grad_logp * grad
+        grad_entropy = None if grad_entropy is None else grad_entropy * grad
+        return grad_logp, grad_entropy, None, None, None
 
 
 def compute_advantages(rewards: torch.Tensor, rule: LossRule) -> torch.Tensor:
-    """rewards (P, G) -> advantages (P * G,): advantages.compute_group_advantages, a program to a group."""
+    """Turn rewards (P, G) into advantages (P * G,), a program to a group.
+
+    As advantages.compute_group_advantages in recr1/rl.
+    """
     P, G = rewards.shape
-    adv = rewards.new_empty(P * G)
-    if P:
-        get_kernels().advantage[P,](
-            rewards.contiguous(),
-            adv,
-            rule.std_floor,
-            G,
-            max(G - 1, 1),
-            1 << (G - 1).bit_length(),
-            ADVANTAGES.index(rule.advantage),
-        )
-    return adv
+    advantages = rewards.new_empty(P * G)
+    if P == 0:
+        return advantages
+    get_kernels().advantage_kernel[P,](
+        rewards.contiguous(),
+        advantages,
+        rule.std_floor,
+        G,
+        max(G - 1, 1),
+        1 << (G - 1).bit_length(),
+        ADVANTAGES.index(rule.advantage),
+    )
+    return advantages
 
 
 @cache
 def get_kernels() -> SimpleNamespace:
-    """The Triton kernels, made at first use, as in kernels/logprob.py."""
-    global triton, tl, row_statistics, d_logits, token_loss, token_tile
+    """Make the Triton kernels at first use, as in kernels/logprob.py."""
+    # Triton finds `tl` and the helper functions among the globals of the module.
+    global triton, tl, compute_row_statistics, write_logits_gradient
+    global compute_token_loss, process_token_tile
     import triton
     import triton.language as tl
 
-    row_statistics = logprob.get_kernels().row_statistics
-    d_logits = logprob.get_kernels().d_logits
+    compute_row_statistics = logprob.get_kernels().compute_row_statistics
+    write_logits_gradient = logprob.get_kernels().write_logits_gradient
 
     @triton.jit
-    def advantage(
+    def advantage_kernel(
         rewards,
-        adv,
+        advantages,
         floor,
         G: tl.constexpr,
         OTHERS: tl.constexpr,
         TILE: tl.constexpr,
         KIND: tl.constexpr,
     ):
-        """OTHERS = max(G - 1, 1); KIND counts ADVANTAGES."""
-        i = tl.arange(0, TILE)
-        at = tl.program_id(0) * G + i
-        r = tl.load(rewards + at, mask=i < G, other=0.0)
-        centred = tl.where(i < G, r - tl.sum(r, 0) / G, 0.0)
+        """Store the advantages of one group. OTHERS = max(G - 1, 1); KIND indexes ADVANTAGES."""
+        sibling = tl.arange(0, TILE)
+        rollout = tl.program_id(0) * G + sibling
+        r = tl.load(rewards + rollout, mask=sibling < G, other=0.0)
+        centered = tl.where(sibling < G, r - tl.sum(r, 0) / G, 0.0)
         if KIND == 0:
-            a = centred / (tl.sqrt(tl.sum(centred * centred, 0) / OTHERS) + floor)
+            a = centered / (tl.sqrt(tl.sum(centered * centered, 0) / OTHERS) + floor)
         elif KIND == 1:
-            a = centred
+            a = centered
         else:
-            a = centred * (G / OTHERS)  # r - (sum - r) / (G - 1)
-        same = tl.max(tl.where(i < G, r, -float("inf")), 0) == tl.min(
-            tl.where(i < G, r, float("inf")), 0
-        )
-        tl.store(adv + at, tl.where(same, 0.0, a), mask=i < G)
+            a = centered * (G / OTHERS)  # r - (sum - r) / (G - 1)
+        highest = tl.max(tl.where(sibling < G, r, -float("inf")), 0)
+        lowest = tl.min(tl.where(sibling < G, r, float("inf")), 0)
+        tl.store(advantages + rollout, tl.where(highest == lowest, 0.0, a), mask=sibling < G)
 
     @triton.jit
-    def token_loss(
+    def compute_token_loss(
         logp,
-        old,
-        ref,
-        sampler,
+        old_logp,
+        ref_logp,
+        sampler_logp,
         weight,
-        adv,
+        advantage,
         inverse,
         low,
         high,
@@ -262,69 +298,74 @@ def get_kernels() -> SimpleNamespace:
         CISPO: tl.constexpr,
         CAPPED: tl.constexpr,
     ):
-        """Of one token or a tile: loss, d loss / d logp, clipped, k3, gap. A token of weight 0 adds
-        nothing, whatever else it holds.
+        """Return loss, d loss / d logp, clipped, k3 and gap of one token or of a tile.
+
+        A token of weight 0 adds nothing, whatever else it holds. inverse = 1 / denominator.
         """
-        if old is None:
+        if old_logp is None:
             ratio = logp * 0.0 + 1.0
         else:
-            ratio = tl.exp(logp - old)
-        bounded = tl.minimum(tl.maximum(ratio, low), high)
+            ratio = tl.exp(logp - old_logp)
+        clipped_ratio = tl.minimum(tl.maximum(ratio, low), high)
         if CISPO:
-            outside = (weight != 0) & (ratio != bounded)
-            pull = bounded * adv
-            gain = pull * logp
+            is_clipped = (weight != 0) & (ratio != clipped_ratio)
+            slope = clipped_ratio * advantage
+            surrogate = slope * logp
         else:
-            outside = (weight != 0) & (bounded * adv < ratio * adv)
-            gain = tl.minimum(ratio * adv, bounded * adv)
-            pull = tl.where(outside, 0.0, ratio * adv)
+            is_clipped = (weight != 0) & (clipped_ratio * advantage < ratio * advantage)
+            surrogate = tl.minimum(ratio * advantage, clipped_ratio * advantage)
+            slope = tl.where(is_clipped, 0.0, ratio * advantage)
+
+        # Truncated importance sampling.
         if CAPPED:
-            if old is None:
-                correction = tl.minimum(tl.exp(logp - sampler), cap)
+            if old_logp is None:
+                importance = tl.minimum(tl.exp(logp - sampler_logp), cap)
             else:
-                correction = tl.minimum(tl.exp(old - sampler), cap)
-            gain *= correction
-            pull *= correction
-        live = weight * adv != 0
-        loss = tl.where(live, -gain, 0.0)
-        pull = tl.where(live, -pull, 0.0)
+                importance = tl.minimum(tl.exp(old_logp - sampler_logp), cap)
+            surrogate *= importance
+            slope *= importance
+        has_advantage = weight * advantage != 0
+        loss = tl.where(has_advantage, -surrogate, 0.0)
+        grad_logp = tl.where(has_advantage, -slope, 0.0)
+
         k3 = logp * 0.0
-        if ref is not None:
-            d = ref - logp
+        if ref_logp is not None:
+            d = ref_logp - logp
             # e^d - 1 loses its digits for small d: there the series, whose next term is 1e-8 of it
             series = (
                 d
                 * d
                 * (0.5 + d * (1 / 6 + d * (1 / 24 + d * (1 / 120 + d * (1 / 720 + d / 5040)))))
             )
-            small = tl.abs(d) < 0.25
-            expm1 = tl.where(small, series + d, tl.exp(d) - 1.0)
-            k3 = tl.where(weight != 0, tl.where(small, series, expm1 - d), 0.0)
+            is_small = tl.abs(d) < 0.25
+            expm1 = tl.where(is_small, series + d, tl.exp(d) - 1.0)
+            k3 = tl.where(weight != 0, tl.where(is_small, series, expm1 - d), 0.0)
             loss += kl * k3
-            pull -= tl.where(weight != 0, kl * expm1, 0.0)
-        weight_in_loss = weight * inverse
-        gap = tl.where(weight != 0, weight * tl.abs(logp - sampler), 0.0)
+            grad_logp -= tl.where(weight != 0, kl * expm1, 0.0)
+
+        loss_weight = weight * inverse
+        gap = tl.where(weight != 0, weight * tl.abs(logp - sampler_logp), 0.0)
         return (
-            weight_in_loss * loss,
-            weight_in_loss * pull,
-            tl.where(outside, weight, 0.0),
+            loss_weight * loss,
+            loss_weight * grad_logp,
+            tl.where(is_clipped, weight, 0.0),
             weight * k3,
             gap,
         )
 
     @triton.jit
-    def token_tile(
-        i,
+    def process_token_tile(
+        token,
         mask,
         program,
         logp,
-        old,
-        ref,
-        sampler,
+        old_logp,
+        ref_logp,
+        sampler_logp,
         rollout,
         weight,
-        adv,
-        pull,
+        advantages,
+        grad_logp,
         sums,
         inverse,
         low,
@@ -334,38 +375,41 @@ def get_kernels() -> SimpleNamespace:
         CISPO: tl.constexpr,
         CAPPED: tl.constexpr,
     ):
-        x = tl.load(logp + i, mask)
-        s = tl.load(sampler + i, mask)
-        w = tl.load(weight + i, mask)
-        r = tl.load(rollout + i, mask)
+        """Store d loss / d logp of a tile of tokens and the tile's sums."""
+        x = tl.load(logp + token, mask)
+        s = tl.load(sampler_logp + token, mask)
+        w = tl.load(weight + token, mask)
+        r = tl.load(rollout + token, mask)
         if mask is not None:
             w = tl.where(mask, w, 0.0)
             r = tl.where(mask, r, -1)
-        a = tl.load(adv + r, mask=r >= 0, other=0.0)
-        o = old if old is None else tl.load(old + i, mask)
-        f = ref if ref is None else tl.load(ref + i, mask)
-        loss, d, outside, k3, gap = token_loss(
+        a = tl.load(advantages + r, mask=r >= 0, other=0.0)
+        o = old_logp if old_logp is None else tl.load(old_logp + token, mask)
+        f = ref_logp if ref_logp is None else tl.load(ref_logp + token, mask)
+        loss, d, clipped, k3, gap = compute_token_loss(
             x, o, f, s, w, a, inverse, low, high, kl, cap, CISPO, CAPPED
         )
-        tl.store(pull + i, d, mask)
+        tl.store(grad_logp + token, d, mask)
+
+        # in the order of STATISTICS
         sums += program * 6
         tl.store(sums, tl.sum(loss, 0))
-        tl.store(sums + 1, tl.sum(outside, 0))
+        tl.store(sums + 1, tl.sum(clipped, 0))
         tl.store(sums + 2, tl.sum(k3, 0))
         tl.store(sums + 3, tl.sum(w, 0))
         tl.store(sums + 4, tl.sum(gap, 0))
         tl.store(sums + 5, tl.sum(d * d, 0))
 
     @triton.jit(do_not_specialize=["N"])
-    def tokens(
+    def token_kernel(
         logp,
-        old,
-        ref,
-        sampler,
+        old_logp,
+        ref_logp,
+        sampler_logp,
         rollout,
         weight,
-        adv,
-        pull,
+        advantages,
+        grad_logp,
         sums,
         N,
         inverse,
@@ -377,22 +421,23 @@ def get_kernels() -> SimpleNamespace:
         CAPPED: tl.constexpr,
         TILE: tl.constexpr,
     ):
+        """Store d loss / d logp of N tokens, and the sums of each tile."""
         program = tl.program_id(0)
-        i = program * TILE + tl.arange(0, TILE)
-        # whole tiles load 16 bytes at a time, which a mask of any N forbids
+        token = program * TILE + tl.arange(0, TILE)
+        # full tiles load 16 bytes at a time, which a mask of any N forbids
         if program * TILE + TILE <= N:
-            token_tile(
-                i,
+            process_token_tile(
+                token,
                 None,
                 program,
                 logp,
-                old,
-                ref,
-                sampler,
+                old_logp,
+                ref_logp,
+                sampler_logp,
                 rollout,
                 weight,
-                adv,
-                pull,
+                advantages,
+                grad_logp,
                 sums,
                 inverse,
                 low,
@@ -403,18 +448,18 @@ def get_kernels() -> SimpleNamespace:
                 CAPPED,
             )
         else:
-            token_tile(
-                i,
-                i < N,
+            process_token_tile(
+                token,
+                token < N,
                 program,
                 logp,
-                old,
-                ref,
-                sampler,
+                old_logp,
+                ref_logp,
+                sampler_logp,
                 rollout,
                 weight,
-                adv,
-                pull,
+                advantages,
+                grad_logp,
                 sums,
                 inverse,
                 low,
@@ -426,15 +471,15 @@ def get_kernels() -> SimpleNamespace:
             )
 
     @triton.jit
-    def joined(
-        x,
+    def joined_kernel(
+        logits,
         target,
-        old,
-        ref,
-        sampler,
+        old_logp,
+        ref_logp,
+        sampler_logp,
         rollout,
         weight,
-        adv,
+        advantages,
         logp,
         entropy,
         sums,
@@ -450,33 +495,46 @@ def get_kernels() -> SimpleNamespace:
         STRIDE: tl.constexpr,
         TILE: tl.constexpr,
     ):
+        """Overwrite one row of logits with its gradient; store its logp, entropy and sums."""
+        # First visit of the row: log-prob and entropy.
         row = tl.program_id(0).to(tl.int64)
         scale = 1.0 / temperature
-        x += row * STRIDE
-        norm, spread = row_statistics(x, scale, V, STRIDE, TILE)
-        t = tl.load(target + row)
-        chosen = tl.load(x + t).to(tl.float32) * scale - norm
+        x = logits + row * STRIDE
+        logsumexp, row_entropy = compute_row_statistics(x, scale, V, STRIDE, TILE)
+        target_id = tl.load(target + row)
+        row_logp = tl.load(x + target_id).to(tl.float32) * scale - logsumexp
+
+        # The loss of the row's token.
         r = tl.load(rollout + row)
         w = tl.load(weight + row)
-        s = tl.load(sampler + row)
-        a = tl.load(adv + r, mask=r >= 0, other=0.0)
-        o = old if old is None else tl.load(old + row)
-        f = ref if ref is None else tl.load(ref + row)
-        loss, d, outside, k3, gap = token_loss(
-            chosen, o, f, s, w, a, inverse, low, high, kl, cap, CISPO, CAPPED
+        s = tl.load(sampler_logp + row)
+        a = tl.load(advantages + r, mask=r >= 0, other=0.0)
+        o = old_logp if old_logp is None else tl.load(old_logp + row)
+        f = ref_logp if ref_logp is None else tl.load(ref_logp + row)
+        loss, d, clipped, k3, gap = compute_token_loss(
+            row_logp, o, f, s, w, a, inverse, low, high, kl, cap, CISPO, CAPPED
         )
-        tl.store(logp + row, chosen)
-        tl.store(entropy + row, spread)
+        tl.store(logp + row, row_logp)
+        tl.store(entropy + row, row_entropy)
+
+        # in the order of STATISTICS
         sums += row * 6
         tl.store(sums, loss)
-        tl.store(sums + 1, outside)
+        tl.store(sums + 1, clipped)
         tl.store(sums + 2, k3)
         tl.store(sums + 3, w)
         tl.store(sums + 4, gap)
         tl.store(sums + 5, d * d)
-        # the target's logit is read by every thread before any of them overwrites it
+
+        # Second visit: the gradient. The target's logit is read by every thread before any of them
+        # overwrites it.
         tl.debug_barrier()
         for start in range(0, V, TILE):
-            d_logits(x, start + tl.arange(0, TILE), t, norm, d, None, None, scale, STRIDE)
+            column = start + tl.arange(0, TILE)
+            write_logits_gradient(x, column, target_id, logsumexp, d, None, None, scale, STRIDE)
 
-    return SimpleNamespace(advantage=advantage, tokens=tokens, joined=joined)
+    return SimpleNamespace(
+        advantage_kernel=advantage_kernel,
+        token_kernel=token_kernel,
+        joined_kernel=joined_kernel,
+    )

@@ -1,27 +1,39 @@
-"""Linear -> log-prob: from hidden states and the head's weight to each target's log-prob, never
-holding (N, V).
+"""From hidden states and the head's weight to each target's log-prob, never holding (N, V).
 
-    logp = x[target] - logsumexp(x),  x = hidden @ weight.T / T;      d logp / d (hidden @ weight.T)
-    = (onehot(target) - softmax(x)) / T H = logsumexp(x) - softmax(x) . x;
-    d H / d (hidden @ weight.T) = -softmax(x) (log softmax(x) + H) / T
+    x = hidden @ weight.T / T
+    logp = x[target] - logsumexp(x)            H = logsumexp(x) - softmax(x) . x
 
-`linear_logp` (recompute): any loss on logp; its backward makes the logits again, by slices of the
-vocabulary: with logsumexp known a slice needs no other, d_weight of a slice is one product over all
-rows (summed in the product's own float32, written once), and only the small d_hidden is added up.
-`linear_loss` (one shot): a loss that is a sum over tokens; gradients are made in the forward, by
-chunks of rows, and the logits are made once.
+    d logp / d (hidden @ weight.T) = (onehot(target) - softmax(x)) / T
+    d H    / d (hidden @ weight.T) = -softmax(x) (log softmax(x) + H) / T
+
+There are two ways.
+
+`linear_log_probs` (recompute) serves any loss on logp. Its backward makes the logits again, by
+slices of the vocabulary: with logsumexp known a slice needs no other. d_weight of a slice is one
+product over all rows (summed in the product's own float32, written once), and only the small
+d_hidden is added up.
+
+`fused_linear_loss` (one shot) serves a loss that is a sum over tokens. Gradients are made in the
+forward, by chunks of rows, and the logits are made once.
 
 Arithmetic for an H100 (not measured; 700 TF/s in products, 3.0 TB/s), V = 151,936, bf16, chunks of
 1,024 rows = 0.29 GiB, in ms per 1,024 rows at C = 896 / 2,048:
-    one shot   3 products 1.19 / 2.73, logits read, read, written 0.31, float32 d_weight read and
-    written 0.36 / 0.83: 448 / 494 TF/s recompute  4 products 1.59 / 3.64, the same passes 0.31,
-    float32 d_hidden 0.02 / 0.05: 580 / 638 TF/s, on a third more FLOP
-so on a GPU the two take about the same time, 1.87 / 3.87 and 1.92 / 4.00 ms: what the fourth
-product costs, d_weight's visits cost too. On a CPU the products are the cost and one shot wins by
+
+    one shot    3 products                          1.19 / 2.73
+                logits read, read, written          0.31
+                float32 d_weight read and written   0.36 / 0.83
+                                                    = 448 / 494 TF/s
+    recompute   4 products                          1.59 / 3.64
+                the same passes                     0.31
+                float32 d_hidden                    0.02 / 0.05
+                                                    = 580 / 638 TF/s, on a third more FLOP
+
+So on a GPU the two take about the same time, 1.87 / 3.87 and 1.92 / 4.00 ms: what the fourth
+product costs, d_weight's visits cost too. On a CPU the products are the cost, and one shot wins by
 the fourth.
 
 Legend: N trained tokens, C width, V vocabulary, n rows of a chunk, b rows of a block, v columns of
-a slice.
+a slice, k rows that have a gradient.
 """
 
 from __future__ import annotations
@@ -29,6 +41,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -39,258 +52,379 @@ from recr1.kernels.cpu_linear import multiply, multiply_into
 # GPU: 1,024 rows of Qwen's vocabulary in bf16.
 WORKSPACE_BYTES = {"cpu": 48 << 20, "cuda": 311_164_928}
 
-# torch: what the policy visits several times over, in cache on a CPU
+# torch: what the distribution visits several times over, in cache on a CPU
 BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
 
 SLICE_BYTES = {"cpu": 16 << 20, "cuda": 311_164_928}  # the recomputed logits, which come by columns
 
+GRADIENT_TILE = 4096  # columns of a row that a program of the gradient kernel overwrites
 
-# logp (n,), its rows -> that part of the loss
+# (logits (b, V), temperature) -> the policy's TokenDistribution, as recr1/model/log_probs.py has it
+MakeDistribution = Callable[[torch.Tensor, float], Any]
+
+# (logp (n,), its rows) -> the loss of these rows
 Formula = Callable[[torch.Tensor, slice], torch.Tensor]
 
-# logp (n,), entropy (n,), their rows -> that part of the loss, d loss / d logp (n,), d loss / d
-# entropy (n,) or None where it has no part
+# (logp (n,), entropy (n,), their rows) -> the loss of these rows, d loss / d logp (n,), and
+# d loss / d entropy (n,) or None where the entropy is not in the loss
 TokenLoss = Callable[
     [torch.Tensor, torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 ]
 
 
-def linear_log_probs(hidden, weight, target, temperature: float, policy, backend: str = "torch"):
-    """hidden (N, C), weight (V, C), target (N,) -> log-prob (N,) and entropy (N,), both with
-    gradient, at least float32.
+def linear_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    temperature: float,
+    make_distribution: MakeDistribution,
+    backend: str = "torch",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute log-prob (N,) and entropy (N,) with gradient, at least float32.
 
-    `policy(logits (b, V), temperature) -> Policy` is the definition (model/log_probs.py); backend "triton"
-    computes the same in its kernels. Rows whose incoming gradient is 0 are left out of the
-    backward. Raises RuntimeError when the backend cannot run here.
+    Rows whose incoming gradient is 0 are left out of the backward. Raises RuntimeError when the
+    backend cannot run here.
+
+    Args:
+        hidden: (N, C); weight: (V, C); target: (N,).
+        make_distribution: the definition of the policy. Backend "triton" computes the same in its
+            kernels.
     """
     require_backend(backend, hidden.device)
-    return _LinearLogProbs.apply(hidden, weight, target, temperature, policy, backend)
+    return _LinearLogProbs.apply(hidden, weight, target, temperature, make_distribution, backend)
 
 
 def fused_linear_loss(
-    hidden, weight, target, temperature: float, policy, pull: TokenLoss, backend: str = "torch"
-):
-    """The same inputs -> loss (scalar with gradient), log-prob (N,) and entropy (N,) without; the
-    logits are made once.
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    temperature: float,
+    make_distribution: MakeDistribution,
+    token_loss: TokenLoss,
+    backend: str = "torch",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute a loss that is a sum over tokens; the logits are made once.
 
-    The loss is a sum over tokens: `pull(logp (n,), entropy (n,), rows)` returns the part of one
-    chunk, already divided by the total, and its derivatives; `by_autograd(formula)` makes a pull of
-    a formula in plain torch. `rows` is a slice of 0..N.
+    Args:
+        token_loss: returns the loss of a chunk of rows, already divided by the denominator, and its
+            derivatives. Its rows are a slice of 0..N. `make_token_loss(formula)` makes one of a
+            formula in plain torch. The other arguments are those of `linear_log_probs`.
+
+    Returns:
+        The loss (scalar with gradient), log-prob (N,) and entropy (N,) without gradient.
     """
     require_backend(backend, hidden.device)
     if not torch.is_grad_enabled():
-        # the forward would make gradients that nobody can ask for
+        # The forward would make gradients that nobody can ask for.
         hidden = hidden.detach()
         weight = weight.detach()
-    return _FusedLinearLoss.apply(hidden, weight, target, temperature, policy, pull, backend)
+    return _FusedLinearLoss.apply(
+        hidden, weight, target, temperature, make_distribution, token_loss, backend
+    )
 
 
 def make_token_loss(formula: Formula) -> TokenLoss:
-    """The Pull of a loss that is written in plain torch on logp."""
+    """Make the TokenLoss of a loss that is written in plain torch on logp."""
 
-    def pull(logp, entropy, rows):
+    def token_loss(
+        logp: torch.Tensor, entropy: torch.Tensor, rows: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
         with torch.enable_grad():
             leaf = logp.detach().requires_grad_()
             loss = formula(leaf, rows)
-        # a plain sum's is one number, expanded
-        return loss.detach(), torch.autograd.grad(loss, leaf)[0].contiguous(), None
+        [grad_logp] = torch.autograd.grad(loss, leaf)
+        # contiguous: the gradient of a plain sum is one number, expanded
+        return loss.detach(), grad_logp.contiguous(), None
 
-    return pull
+    return token_loss
 
 
 class _LinearLogProbs(torch.autograd.Function):
+    """Recompute. Forward: log-probs, chunk by chunk. Backward: gradients, slice by slice."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, target, temperature, policy, backend):
-        # (N,) each
-        logp, entropy, log_norm = (
-            hidden.new_empty(len(hidden), dtype=_accumulation_dtype(weight)) for _ in range(3)
-        )
+    def forward(ctx, hidden, weight, target, temperature, make_distribution, backend):
+        dtype = _accumulation_dtype(weight)
+        logp = hidden.new_empty(len(hidden), dtype=dtype)  # (N,)
+        entropy = hidden.new_empty(len(hidden), dtype=dtype)  # (N,)
+        logsumexp = hidden.new_empty(len(hidden), dtype=dtype)  # (N,)
         for rows, logits in _iterate_chunks(hidden, weight):
             if backend == "triton":
                 compute_statistics(
-                    logits, target[rows], temperature, logp[rows], entropy[rows], log_norm[rows]
+                    logits, target[rows], temperature, logp[rows], entropy[rows], logsumexp[rows]
                 )
                 continue
-            for here, block in _iterate_blocks(rows, logits):
-                p = policy(block, temperature)
-                logp[here], entropy[here], log_norm[here] = (
-                    p.logp(target[here, None])[:, 0],
-                    p.entropy(),
-                    p.log_norm[:, 0],
-                )
-        ctx.save_for_backward(hidden, weight, target, log_norm, entropy)
-        ctx.temperature, ctx.gradient_ = (
-            temperature,
-            triton_logits_to_gradient_ if backend == "triton" else torch_logits_to_gradient_,
-        )
+            for block_rows, block_logits in _iterate_blocks(rows, logits):
+                distribution = make_distribution(block_logits, temperature)
+                logp[block_rows] = distribution.logp(target[block_rows, None])[:, 0]
+                entropy[block_rows] = distribution.entropy()
+                logsumexp[block_rows] = distribution.logsumexp[:, 0]
+
+        ctx.save_for_backward(hidden, weight, target, logsumexp, entropy)
+        ctx.temperature = temperature
+        ctx.logits_to_gradient_ = torch_logits_to_gradient_
+        if backend == "triton":
+            ctx.logits_to_gradient_ = triton_logits_to_gradient_
         ctx.set_materialize_grads(False)
         return logp, entropy
 
     @staticmethod
-    def backward(ctx, grad, d_entropy):
-        hidden, weight, target, log_norm, entropy = ctx.saved_tensors
-        grad = torch.zeros_like(log_norm) if grad is None else grad.contiguous()
-        live = (grad if d_entropy is None else grad.abs() + d_entropy.abs()).nonzero()[:, 0]
-        some = len(live) < len(hidden)
-        h, target, log_norm, grad, entropy, d_entropy = (
-            x if x is None or not some else x.index_select(0, live)
-            for x in (hidden, target, log_norm, grad, entropy, d_entropy)
-        )
-        d_hidden = (
-            torch.zeros_like(h, dtype=_accumulation_dtype(h)) if ctx.needs_input_grad[0] else None
-        )
-        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        for columns, logits in _iterate_slices(h, weight):
-            ctx.gradient_(
-                logits, target - columns.start, log_norm, grad, ctx.temperature, entropy, d_entropy
+    def backward(ctx, grad_logp, grad_entropy):
+        hidden, weight, target, logsumexp, entropy = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        if grad_logp is None:
+            grad_logp = torch.zeros_like(logsumexp)
+        grad_logp = grad_logp.contiguous()
+
+        # Rows without a gradient are left out of all products.
+        keep = _find_rows_with_gradient(grad_logp, grad_entropy)  # (k,)
+        kept_hidden = _select_rows(hidden, keep)
+        target = _select_rows(target, keep)
+        logsumexp = _select_rows(logsumexp, keep)
+        grad_logp = _select_rows(grad_logp, keep)
+        entropy = _select_rows(entropy, keep)
+        if grad_entropy is not None:
+            grad_entropy = _select_rows(grad_entropy, keep)
+
+        d_hidden = None
+        d_weight = None
+        if needs_hidden:
+            d_hidden = torch.zeros_like(kept_hidden, dtype=_accumulation_dtype(hidden))
+        if needs_weight:
+            d_weight = torch.empty_like(weight)
+        for columns, logits in _iterate_slices(kept_hidden, weight):
+            ctx.logits_to_gradient_(
+                logits,
+                target - columns.start,
+                logsumexp,
+                grad_logp,
+                ctx.temperature,
+                entropy,
+                grad_entropy,
             )
+            d_logits = logits
             if d_hidden is not None:
-                _add_product(d_hidden, logits, weight[columns])
+                _add_product(d_hidden, d_logits, weight[columns])
             if d_weight is not None:
-                torch.mm(logits.T, h, out=d_weight[columns])
+                torch.mm(d_logits.T, kept_hidden, out=d_weight[columns])
+
         if d_hidden is not None:
             d_hidden = d_hidden.to(hidden.dtype)
-            d_hidden = torch.zeros_like(hidden).index_copy_(0, live, d_hidden) if some else d_hidden
+            if len(keep) < len(hidden):
+                d_hidden = torch.zeros_like(hidden).index_copy_(0, keep, d_hidden)
         return d_hidden, d_weight, None, None, None, None
 
 
 class _FusedLinearLoss(torch.autograd.Function):
+    """One shot. Forward: the loss and all gradients, chunk by chunk. Backward: hands them out."""
+
     @staticmethod
-    def forward(ctx, hidden, weight, target, temperature, policy, pull, backend):
-        # (N,) each
-        logp, entropy = (
-            hidden.new_empty(len(hidden), dtype=_accumulation_dtype(weight)) for _ in range(2)
-        )
+    def forward(ctx, hidden, weight, target, temperature, make_distribution, token_loss, backend):
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        dtype = _accumulation_dtype(weight)
+        logp = hidden.new_empty(len(hidden), dtype=dtype)  # (N,)
+        entropy = hidden.new_empty(len(hidden), dtype=dtype)  # (N,)
         loss = logp.new_zeros(())
-        d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = (
-            torch.empty_like(weight, dtype=_accumulation_dtype(weight))
-            if ctx.needs_input_grad[1]
-            else None
-        )
-        cleared = 0  # the first product overwrites d_weight: it is never cleared, then added to
+        d_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        d_weight = torch.empty_like(weight, dtype=dtype) if needs_weight else None
+
+        # The first product overwrites d_weight, which is never cleared; the others are added.
+        beta = 0
         for rows, logits in _iterate_chunks(hidden, weight):
             if backend == "triton":
-                live = _triton_logits_to_gradient_(
-                    rows, logits, target, temperature, pull, logp, entropy, loss
+                keep = _triton_chunk_to_gradient_(
+                    rows, logits, target, temperature, token_loss, logp, entropy, loss
                 )
             else:
-                live = _torch_logits_to_gradient_(
-                    rows, logits, target, temperature, policy, pull, logp, entropy, loss
+                keep = _torch_chunk_to_gradient_(
+                    rows,
+                    logits,
+                    target,
+                    temperature,
+                    make_distribution,
+                    token_loss,
+                    logp,
+                    entropy,
+                    loss,
                 )
-            if len(live) == 0:
+            if len(keep) == 0:
                 continue
-            d_logits = logits[: len(live)]
-            h = hidden.index_select(0, live)
+            d_logits = logits[: len(keep)]
             if d_hidden is not None:
-                d_hidden.index_copy_(0, live, multiply(d_logits, weight.T))
+                d_hidden.index_copy_(0, keep, multiply(d_logits, weight.T))
             if d_weight is not None:
-                _add_product(d_weight, d_logits.T, h, beta=cleared)
-                cleared = 1
+                kept_hidden = hidden.index_select(0, keep)
+                _add_product(d_weight, d_logits.T, kept_hidden, beta=beta)
+                beta = 1
+
         if d_weight is not None:
-            d_weight = (d_weight if cleared else d_weight.zero_()).to(weight.dtype)
+            if beta == 0:  # no row had a gradient
+                d_weight.zero_()
+            d_weight = d_weight.to(weight.dtype)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.mark_non_differentiable(logp, entropy)
         return loss, logp, entropy
 
     @staticmethod
     def backward(ctx, grad, *_):
-        scaled = (d if d is None or grad == 1 else d * grad.to(d.dtype) for d in ctx.saved_tensors)
-        return *scaled, None, None, None, None, None
+        d_hidden, d_weight = ctx.saved_tensors
+        if grad != 1:
+            d_hidden = None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype)
+            d_weight = None if d_weight is None else d_weight * grad.to(d_weight.dtype)
+        return d_hidden, d_weight, None, None, None, None, None
 
 
-def _torch_logits_to_gradient_(
-    rows, logits, target, temperature, policy, pull, logp, entropy, loss
-):
-    """Fills logp and entropy of the rows, adds their part to the loss, and packs their d_logits,
-    but those of gradient 0, to the top of `logits`. Returns the rows (k,) they belong to. The
-    policy's exponentials become the gradient, block by block, in cache.
+def _torch_chunk_to_gradient_(
+    rows: slice,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    temperature: float,
+    make_distribution: MakeDistribution,
+    token_loss: TokenLoss,
+    logp: torch.Tensor,
+    entropy: torch.Tensor,
+    loss: torch.Tensor,
+) -> torch.Tensor:
+    """Overwrite a chunk's logits with d loss / d logits, in torch (one shot).
+
+    Fills logp and entropy of `rows` and adds their part to `loss`. Rows of gradient 0 are left out:
+    the others are packed to the top of `logits`, so that the products that follow are smaller. The
+    distribution's exponentials become the gradient block by block, in cache.
+
+    Returns:
+        keep (k,): the rows of 0..N that logits[:k] belong to.
     """
-    found = []
-    top = 0
-    for here, block in _iterate_blocks(rows, logits):
-        p = policy(block, temperature)
-        logp[here], entropy[here] = p.logp(target[here, None])[:, 0], p.entropy()
-        part, g, h = pull(logp[here], entropy[here], here)
-        loss += part
-        live = (g if h is None else g.abs() + h.abs()).nonzero()[:, 0]
-        found.append(live + here.start)
+    kept_rows = []
+    num_kept = 0
+    for block_rows, block_logits in _iterate_blocks(rows, logits):
+        distribution = make_distribution(block_logits, temperature)
+        target_id = target[block_rows, None]  # (b, 1)
+        logp[block_rows] = distribution.logp(target_id)[:, 0]
+        entropy[block_rows] = distribution.entropy()
 
-        def taken(y):
-            return y if len(live) == len(g) else y[live]
+        block_loss, grad_logp, grad_entropy = token_loss(
+            logp[block_rows], entropy[block_rows], block_rows
+        )
+        loss += block_loss
 
-        weights = taken(p.weights)
-        total = taken(p.total)
-        at = taken(target[here])
-        x = taken(logp[here])[:, None]
-        slope = (taken(g) / temperature)[:, None]  # (k, 1)
-        at_target = slope * -x.expm1()  # 1 - p, exact near p = 1
-        if h is not None:
-            bonus = (taken(h) / temperature)[:, None]
-            spread = taken(entropy[here])[:, None]
-            at_target = at_target - bonus * x.exp() * (x + spread)
-            slope = slope + bonus * (taken(p.scaled) - taken(p.log_norm) + spread)  # (k, V)
-        d_logits = logits[top : top + len(live)]
+        keep = _find_rows_with_gradient(grad_logp, grad_entropy)  # (k,)
+        kept_rows.append(keep + block_rows.start)
+        weights = _select_rows(distribution.weights, keep)  # (k, V)
+        total = _select_rows(distribution.total, keep)  # (k, 1)
+        target_id = _select_rows(target_id, keep)
+        target_logp = _select_rows(logp[block_rows], keep)[:, None]  # (k, 1)
+
+        # d_logits = -p * slope, but in the target's column. slope (k, 1), or (k, V) with entropy
+        slope = (_select_rows(grad_logp, keep) / temperature)[:, None]
+        at_target = slope * -target_logp.expm1()  # slope * (1 - p), exact near p = 1
+        if grad_entropy is not None:
+            entropy_slope = (_select_rows(grad_entropy, keep) / temperature)[:, None]
+            block_entropy = _select_rows(entropy[block_rows], keep)[:, None]
+            target_p = target_logp.exp()
+            at_target = at_target - entropy_slope * target_p * (target_logp + block_entropy)
+            # No name for log p, (k, V): it would hold a block in memory.
+            slope = slope + entropy_slope * (_select_log_p(distribution, keep) + block_entropy)
+
+        # In place of logits that were already read.
+        d_logits = logits[num_kept : num_kept + len(keep)]
         torch.mul(weights, slope / -total, out=d_logits)
-        d_logits.scatter_(1, at[:, None], at_target.to(d_logits.dtype))
-        top += len(live)
-    return torch.cat(found)
+        d_logits.scatter_(1, target_id, at_target.to(d_logits.dtype))
+        num_kept += len(keep)
+    return torch.cat(kept_rows)
 
 
-def _triton_logits_to_gradient_(rows, logits, target, temperature, pull, logp, entropy, loss):
-    """The same by kernels. Rows of gradient 0 stay in place: no row may move while another program
-    still reads it.
+def _triton_chunk_to_gradient_(
+    rows: slice,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    temperature: float,
+    token_loss: TokenLoss,
+    logp: torch.Tensor,
+    entropy: torch.Tensor,
+    loss: torch.Tensor,
+) -> torch.Tensor:
+    """Overwrite a chunk's logits with d loss / d logits, by kernels (one shot).
+
+    As `_torch_chunk_to_gradient_`, but rows of gradient 0 stay in place: no row may move while
+    another program still reads it.
     """
-    # a loss with a kernel of its own: one pass (group_loss.GroupTokenLoss)
-    if hasattr(pull, "on_logits_"):
-        loss += pull.on_logits_(logits, target[rows], temperature, rows, logp[rows], entropy[rows])
-    else:
-        log_norm = torch.empty_like(logp[rows])
-        compute_statistics(logits, target[rows], temperature, logp[rows], entropy[rows], log_norm)
-        part, g, h = pull(logp[rows], entropy[rows], rows)
-        loss += part
-        if not g.any() and (h is None or not h.any()):
-            return target.new_empty(0)
-        triton_logits_to_gradient_(logits, target[rows], log_norm, g, temperature, entropy[rows], h)
-    return torch.arange(rows.start, rows.stop, device=target.device)
+    target = target[rows]
+    all_rows = torch.arange(rows.start, rows.stop, device=target.device)
+
+    # A loss with a kernel of its own is computed in the same pass (group_loss.GroupTokenLoss).
+    if hasattr(token_loss, "on_logits_"):
+        loss += token_loss.on_logits_(logits, target, temperature, rows, logp[rows], entropy[rows])
+        return all_rows
+
+    logsumexp = torch.empty_like(logp[rows])
+    compute_statistics(logits, target, temperature, logp[rows], entropy[rows], logsumexp)
+    chunk_loss, grad_logp, grad_entropy = token_loss(logp[rows], entropy[rows], rows)
+    loss += chunk_loss
+    if not grad_logp.any() and (grad_entropy is None or not grad_entropy.any()):
+        return target.new_empty(0)
+    triton_logits_to_gradient_(
+        logits, target, logsumexp, grad_logp, temperature, entropy[rows], grad_entropy
+    )
+    return all_rows
 
 
 def torch_logits_to_gradient_(
-    logits, at, log_norm, pull, temperature: float, entropy=None, d_entropy=None
+    logits: torch.Tensor,
+    target_column: torch.Tensor,
+    logsumexp: torch.Tensor,
+    grad_logp: torch.Tensor,
+    temperature: float,
+    entropy: torch.Tensor | None = None,
+    grad_entropy: torch.Tensor | None = None,
 ) -> None:
-    """logits (n, v), a slice of the vocabulary -> d loss / d logits, in place. at (n,): the
-    target's column, outside the slice too.
+    """Overwrite logits (n, v), a slice of the vocabulary, with d loss / d logits.
 
-    pull and d_entropy (n,): d loss / d logp, d loss / d entropy.
+    Args:
+        target_column: (n,) the target's column of the slice; it may be outside.
+        grad_logp, grad_entropy: (n,) d loss / d logp and d loss / d entropy; None: the entropy is
+            not in the loss, and `entropy` is not read.
     """
     x = logits.to(_accumulation_dtype(logits))
     if temperature != 1.0:
         x.div_(temperature)
-    pull = (pull / temperature)[:, None]
-    x.sub_(log_norm[:, None])
-    if d_entropy is None:
-        x.exp_().mul_(-pull)
+    slope = (grad_logp / temperature)[:, None]  # (n, 1)
+    log_p = x.sub_(logsumexp[:, None])
+    if grad_entropy is None:
+        log_p.exp_().mul_(-slope)
     else:
-        slope = (x + entropy[:, None]).mul_((d_entropy / -temperature)[:, None]).sub_(pull)
-        x.exp_().mul_(slope)
-    inside = ((at >= 0) & (at < x.shape[1]))[:, None]
-    x.scatter_add_(1, at.clamp(0, x.shape[1] - 1)[:, None], torch.where(inside, pull, 0))
+        entropy_slope = (grad_entropy / -temperature)[:, None]
+        column_slope = (log_p + entropy[:, None]).mul_(entropy_slope).sub_(slope)
+        log_p.exp_().mul_(column_slope)
+
+    num_columns = x.shape[1]
+    is_inside = (target_column >= 0) & (target_column < num_columns)
+    column = target_column.clamp(0, num_columns - 1)
+    x.scatter_add_(1, column[:, None], torch.where(is_inside[:, None], slope, 0))
     if x is not logits:
         logits.copy_(x)
 
 
-def compute_statistics(logits, target, temperature: float, logp, entropy, log_norm) -> None:
-    """Fills logp, entropy and logsumexp (n,) of logits (n, V), as log_probs.make_distribution defines them: one
-    pass, an online logsumexp, a program to a row.
+def compute_statistics(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    temperature: float,
+    logp: torch.Tensor,
+    entropy: torch.Tensor,
+    logsumexp: torch.Tensor,
+) -> None:
+    """Fill logp, entropy and logsumexp (n,) of logits (n, V), by a kernel.
+
+    They are those of log_probs.make_distribution, in one pass: an online logsumexp, a program to a
+    row.
     """
     n, V = logits.shape
-    check_rows(logits, target, logp, entropy, log_norm)
-    get_kernels().statistics[n,](
+    check_rows(logits, target, logp, entropy, logsumexp)
+    get_kernels().statistics_kernel[n,](
         logits,
         target,
         logp,
         entropy,
-        log_norm,
+        logsumexp,
         float(temperature),
         V,
         logits.stride(0),
@@ -299,30 +433,44 @@ def compute_statistics(logits, target, temperature: float, logp, entropy, log_no
 
 
 def triton_logits_to_gradient_(
-    logits, at, log_norm, pull, temperature: float, entropy=None, d_entropy=None
+    logits: torch.Tensor,
+    target_column: torch.Tensor,
+    logsumexp: torch.Tensor,
+    grad_logp: torch.Tensor,
+    temperature: float,
+    entropy: torch.Tensor | None = None,
+    grad_entropy: torch.Tensor | None = None,
 ) -> None:
-    """torch_gradient_ by a kernel: one read and one write of logits (n, v), a program to 4,096
-    columns of a row.
+    """Do the same as torch_logits_to_gradient_ by a kernel.
+
+    It reads and writes logits (n, v) once, with a program to 4,096 columns of a row.
     """
     n, v = logits.shape
-    entropy = None if d_entropy is None else entropy
-    check_rows(logits, at, log_norm, pull, *(x for x in (entropy, d_entropy) if x is not None))
-    if n:
-        get_kernels().gradient[n, -(-v // 4096)](
-            logits,
-            at,
-            log_norm,
-            pull,
-            entropy,
-            d_entropy,
-            float(temperature),
-            logits.stride(0),
-            4096,
-            num_warps=4,
-        )
+    of_rows = [target_column, logsumexp, grad_logp]
+    if grad_entropy is None:
+        entropy = None
+    else:
+        of_rows += [entropy, grad_entropy]
+    check_rows(logits, *of_rows)
+    if n == 0:
+        return
+    num_tiles = -(-v // GRADIENT_TILE)
+    get_kernels().gradient_kernel[n, num_tiles](
+        logits,
+        target_column,
+        logsumexp,
+        grad_logp,
+        entropy,
+        grad_entropy,
+        float(temperature),
+        logits.stride(0),
+        GRADIENT_TILE,
+        num_warps=4,
+    )
 
 
-def check_rows(logits, *of_rows) -> None:
+def check_rows(logits: torch.Tensor, *of_rows: torch.Tensor) -> None:
+    """Assert that logits (n, V) and the tensors (n,) are laid out as the kernels read them."""
     n = len(logits)
     stride = logits.stride()
     assert stride[1] == 1 and stride[0] % 16 == 0, (
@@ -334,8 +482,9 @@ def check_rows(logits, *of_rows) -> None:
 
 
 def choose_tile(V: int) -> dict[str, int]:
-    """A power of two of columns for a program that walks a row of V, 32 to a thread where there are
-    so many.
+    """Choose how many columns a program visits at once on its walk along a row of V.
+
+    It is a power of two, with 32 columns to a thread where there are so many.
     """
     tile = min(8192, 1 << max(4, (V - 1).bit_length()))
     return dict(TILE=tile, num_warps=max(1, tile // 1024))
@@ -343,20 +492,20 @@ def choose_tile(V: int) -> dict[str, int]:
 
 @cache
 def get_kernels() -> SimpleNamespace:
-    """The Triton kernels, made at first use: importing this file needs no Triton, and Triton finds
-    `tl` and helpers among a module's globals.
+    """Make the Triton kernels at first use: importing this file needs no Triton.
 
-    V and a workspace's stride are constants of the model, other sizes run-time values: a new batch
-    compiles nothing. A tile is loaded whole up to the stride, and what stands behind V is masked
-    after the load: masked by an odd V the load would go number by number.
+    V and a workspace's stride are constants of the model, other sizes are run-time values: a new
+    batch compiles nothing. A tile is loaded in full up to the stride, and what is behind V is
+    masked after the load: masked by an odd V the load would go number by number.
     """
-    global triton, tl, row_statistics, d_logits
+    # Triton finds `tl` and the helper functions among the globals of the module.
+    global triton, tl, compute_row_statistics, write_logits_gradient
     import triton
     import triton.language as tl
 
     @triton.jit
-    def row_statistics(x, scale, V: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr):
-        """Of the row at x, scaled by 1 / T: logsumexp, entropy."""
+    def compute_row_statistics(x, scale, V: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr):
+        """Return logsumexp and entropy of the row at x, scaled by 1 / T."""
         peak = -float("inf")
         total = 0.0
         moment = 0.0
@@ -364,141 +513,188 @@ def get_kernels() -> SimpleNamespace:
             column = start + tl.arange(0, TILE)
             value = tl.load(x + column, mask=column < STRIDE, other=0.0).to(tl.float32) * scale
             value = tl.where(column < V, value, -float("inf"))
-            higher = tl.maximum(peak, tl.max(value, 0))
-            weight = tl.exp(value - higher)
-            shrink = tl.exp(peak - higher)
+            new_peak = tl.maximum(peak, tl.max(value, 0))
+            weight = tl.exp(value - new_peak)
+            shrink = tl.exp(peak - new_peak)
             total = total * shrink + tl.sum(weight, 0)
             moment = moment * shrink + tl.sum(tl.where(weight > 0, weight * value, 0.0), 0)
-            peak = higher
-        log_norm = peak + tl.log(total)
-        return log_norm, log_norm - moment / total
+            peak = new_peak
+        logsumexp = peak + tl.log(total)
+        return logsumexp, logsumexp - moment / total
 
     @triton.jit
-    def d_logits(x, column, target, log_norm, pull, entropy, d_entropy, scale, STRIDE):
-        """Overwrites a tile of the row at x with (pull (onehot - softmax) - d_entropy softmax (log
-        softmax + entropy)) / T.
+    def write_logits_gradient(
+        x, column, target, logsumexp, grad_logp, entropy, grad_entropy, scale, STRIDE
+    ):
+        """Overwrite a tile of the row at x with its gradient.
+
+        (grad_logp (onehot - softmax) - grad_entropy softmax (log softmax + entropy)) / T
         """
         value = tl.load(x + column, mask=column < STRIDE, other=0.0)
-        log_p = value.to(tl.float32) * scale - log_norm
+        log_p = value.to(tl.float32) * scale - logsumexp
         p = tl.exp(log_p)
-        d = pull * tl.where(column == target, 1.0 - p, -p)
-        if d_entropy is not None:
-            d -= d_entropy * p * (log_p + entropy)
+        d = grad_logp * tl.where(column == target, 1.0 - p, -p)
+        if grad_entropy is not None:
+            d -= grad_entropy * p * (log_p + entropy)
         d *= scale
         tl.store(x + column, d.to(value.dtype), mask=column < STRIDE)
 
     @triton.jit
-    def statistics(
-        x,
+    def statistics_kernel(
+        logits,
         target,
         logp,
         entropy,
-        log_norm,
+        logsumexp,
         temperature,
         V: tl.constexpr,
         STRIDE: tl.constexpr,
         TILE: tl.constexpr,
     ):
+        """Store log-prob, entropy and logsumexp of one row."""
         row = tl.program_id(0).to(tl.int64)
         scale = 1.0 / temperature
-        norm, spread = row_statistics(x + row * STRIDE, scale, V, STRIDE, TILE)
-        chosen = tl.load(x + row * STRIDE + tl.load(target + row)).to(tl.float32) * scale
-        tl.store(logp + row, chosen - norm)
-        tl.store(entropy + row, spread)
-        tl.store(log_norm + row, norm)
+        x = logits + row * STRIDE
+        row_logsumexp, row_entropy = compute_row_statistics(x, scale, V, STRIDE, TILE)
+        target_logit = tl.load(x + tl.load(target + row)).to(tl.float32) * scale
+        tl.store(logp + row, target_logit - row_logsumexp)
+        tl.store(entropy + row, row_entropy)
+        tl.store(logsumexp + row, row_logsumexp)
 
     @triton.jit
-    def gradient(
-        x, target, log_norm, pull, entropy, d_entropy, temperature, STRIDE, TILE: tl.constexpr
+    def gradient_kernel(
+        logits,
+        target,
+        logsumexp,
+        grad_logp,
+        entropy,
+        grad_entropy,
+        temperature,
+        STRIDE,
+        TILE: tl.constexpr,
     ):
+        """Overwrite one tile of one row with its gradient."""
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * TILE + tl.arange(0, TILE)
-        spread = entropy if entropy is None else tl.load(entropy + row)
-        bonus = d_entropy if d_entropy is None else tl.load(d_entropy + row)
-        d_logits(
-            x + row * STRIDE,
+        row_entropy = entropy if entropy is None else tl.load(entropy + row)
+        row_grad_entropy = grad_entropy if grad_entropy is None else tl.load(grad_entropy + row)
+        write_logits_gradient(
+            logits + row * STRIDE,
             column,
             tl.load(target + row),
-            tl.load(log_norm + row),
-            tl.load(pull + row),
-            spread,
-            bonus,
+            tl.load(logsumexp + row),
+            tl.load(grad_logp + row),
+            row_entropy,
+            row_grad_entropy,
             1.0 / temperature,
             STRIDE,
         )
 
     return SimpleNamespace(
-        statistics=statistics, gradient=gradient, row_statistics=row_statistics, d_logits=d_logits
+        statistics_kernel=statistics_kernel,
+        gradient_kernel=gradient_kernel,
+        compute_row_statistics=compute_row_statistics,
+        write_logits_gradient=write_logits_gradient,
     )
 
 
-def _iterate_chunks(hidden, weight) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows of 0..N and their logits (n, V), one workspace for all."""
-    N = len(hidden)
-    stride = _padded_row_stride(len(weight))
-    rows = _rows_per_chunk(WORKSPACE_BYTES[hidden.device.type], stride * hidden.element_size(), N)
-    workspace = hidden.new_empty(rows, stride)
-    for start in range(0, N, rows):
-        stop = min(start + rows, N)
-        yield (
-            slice(start, stop),
-            multiply_into(workspace[: stop - start, : len(weight)], hidden[start:stop], weight),
-        )
+def _find_rows_with_gradient(
+    grad_logp: torch.Tensor, grad_entropy: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the rows (k,) whose gradient is not 0."""
+    has_gradient = grad_logp != 0
+    if grad_entropy is not None:
+        has_gradient = has_gradient | (grad_entropy != 0)
+    return has_gradient.nonzero()[:, 0]
 
 
-def _iterate_slices(hidden, weight) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Columns of 0..V and their logits (N, v), one workspace for all."""
+def _select_rows(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Return rows `keep` (k,) of x (n, ...); x itself, without a copy, when all are kept."""
+    return x if len(keep) == len(x) else x.index_select(0, keep)
+
+
+def _select_log_p(distribution: Any, keep: torch.Tensor) -> torch.Tensor:
+    """Return log p of rows `keep` of a TokenDistribution, (k, V)."""
+    scaled = _select_rows(distribution.scaled, keep)
+    return scaled - _select_rows(distribution.logsumexp, keep)
+
+
+def _iterate_chunks(
+    hidden: torch.Tensor, weight: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield rows of 0..N and their logits (n, V), in one workspace for all chunks."""
     N = len(hidden)
     V = len(weight)
-    columns = _padded_row_stride(
-        _rows_per_chunk(SLICE_BYTES[hidden.device.type], max(N, 1) * hidden.element_size(), V)
-    )
-    workspace = hidden.new_empty(N, columns)
-    for start in range(0, V, columns):
-        stop = min(start + columns, V)
-        yield (
-            slice(start, stop),
-            multiply_into(workspace[:, : stop - start], hidden, weight[start:stop]),
-        )
+    stride = _padded_row_stride(V)
+    row_bytes = stride * hidden.element_size()
+    chunk_rows = _rows_per_chunk(WORKSPACE_BYTES[hidden.device.type], row_bytes, N)
+    workspace = hidden.new_empty(chunk_rows, stride)
+    for start in range(0, N, chunk_rows):
+        stop = min(start + chunk_rows, N)
+        logits = workspace[: stop - start, :V]
+        yield slice(start, stop), multiply_into(logits, hidden[start:stop], weight)
+
+
+def _iterate_slices(
+    hidden: torch.Tensor, weight: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield columns of 0..V and their logits (N, v), in one workspace for all slices."""
+    N = len(hidden)
+    V = len(weight)
+    column_bytes = max(N, 1) * hidden.element_size()
+    num_columns = _rows_per_chunk(SLICE_BYTES[hidden.device.type], column_bytes, V)
+    num_columns = _padded_row_stride(num_columns)
+    workspace = hidden.new_empty(N, num_columns)
+    for start in range(0, V, num_columns):
+        stop = min(start + num_columns, V)
+        logits = workspace[:, : stop - start]
+        yield slice(start, stop), multiply_into(logits, hidden, weight[start:stop])
 
 
 def _iterate_blocks(rows: slice, logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The chunk in blocks: rows of 0..N and their logits (b, V)."""
-    count = _rows_per_chunk(
-        BLOCK_BYTES[logits.device.type],
-        logits.shape[1] * _accumulation_dtype(logits).itemsize,
-        len(logits),
-    )
-    for start in range(0, len(logits), count):
-        block = logits[start : start + count]
-        yield slice(rows.start + start, rows.start + start + len(block)), block
+    """Yield rows of 0..N and their logits (b, V): the chunk `rows` in blocks."""
+    n, V = logits.shape
+    row_bytes = V * _accumulation_dtype(logits).itemsize
+    num_rows = _rows_per_chunk(BLOCK_BYTES[logits.device.type], row_bytes, n)
+    for start in range(0, n, num_rows):
+        block = logits[start : start + num_rows]
+        first = rows.start + start
+        yield slice(first, first + len(block)), block
 
 
-def _rows_per_chunk(budget: int, each: int, all: int) -> int:
-    """How many fit the budget: all, or a multiple of 128 (a GPU's tile), or of 4 (below it float32
-    sums depend on the number of rows).
+def _rows_per_chunk(budget: int, row_bytes: int, num_rows: int) -> int:
+    """Return how many rows fit the budget.
+
+    That is all of them, or a multiple of 128 (a GPU's tile), or of 4 (below it float32 sums depend
+    on the number of rows).
     """
-    fit = max(budget // each, 4)
-    return max(all, 1) if fit >= all else fit - fit % (128 if fit >= 128 else 4)
+    fit = max(budget // row_bytes, 4)
+    if fit >= num_rows:
+        return max(num_rows, 1)
+    multiple = 128 if fit >= 128 else 4
+    return fit - fit % multiple
 
 
 def _padded_row_stride(columns: int) -> int:
-    """Rows of a workspace start 32 bytes apart at least: the wide loads of cuBLAS and Triton need
-    it, and real vocabularies are odd.
+    """Round up the columns of a workspace, so that its rows start 32 bytes apart at least.
+
+    The wide loads of cuBLAS and Triton need it, and real vocabularies are odd.
     """
     return -(-columns // 16) * 16
 
 
-def _add_product(out, a, b, beta: float = 1) -> None:
-    """out = beta * out + a @ b, summed in out's type, which may be wider than theirs."""
+def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, beta: float = 1) -> None:
+    """Set out = beta * out + a @ b, summed in out's type, which may be wider than theirs."""
     if out.dtype == a.dtype:
         out.addmm_(a, b, beta=beta)
     elif out.is_cuda:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+    elif beta:
+        out.mul_(beta).add_(a @ b)
     else:
-        out.mul_(beta).add_(a @ b) if beta else out.copy_(a @ b)
+        out.copy_(a @ b)
 
 
 def _accumulation_dtype(x: torch.Tensor) -> torch.dtype:
-    """The type of sums and log-probs; float64 stays float64."""
+    """Return the type of sums and log-probs; float64 stays float64."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -1,8 +1,8 @@
 """The `recr1` command: score queries as they are or rewritten by a policy, look at a search, a
 rewrite, a logged step.
 
-Files, plain or .gz, as data/readers.py reads them. With --json the last line of the output is one JSON
-object. `recr1 eval` also runs under torchrun.
+It reads files, plain or .gz, as data/readers.py does. With --json the last line of the output is
+one JSON object. `recr1 eval` also runs under torchrun.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
+import numpy as np
 import torch
 
 from recr1 import doctor, report
@@ -35,6 +37,7 @@ from recr1.commands.search import (
 from recr1.config import loader as configs
 from recr1.config.schema import ConfigError
 from recr1.data.chat_template import make_prompts
+from recr1.data_types import Prompt
 from recr1.distributed import collectives as dist
 from recr1.distributed.printing import print_rank0
 from recr1.memory.plan import make_plan, parse_bytes
@@ -46,213 +49,305 @@ from recr1.utils.terminal import make_printable
 
 
 def main(argv: list[str]) -> None:
-    args, args.overrides = build_parser().parse_known_args(argv)
-    if args.overrides and (
-        args.run not in (run_plan, run_reward)
-        or any(text.startswith("-") for text in args.overrides)
-    ):
-        build_parser().error(f"unrecognized arguments: {' '.join(args.overrides)}")
+    """Parse the command line and run its command."""
+    parser = build_parser()
+    args, overrides = parser.parse_known_args(argv)
+    args.overrides = overrides
+    takes_overrides = args.run in (run_plan, run_reward)
+    has_unknown_flag = any(text.startswith("-") for text in overrides)
+    if overrides and (has_unknown_flag or not takes_overrides):
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     args.run(args)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+    """Build the parser of all commands, in the order in which --help lists them."""
+    parser = argparse.ArgumentParser(
         prog="recr1",
         description="Rec-R1: queries, rewrites and what a retriever makes of them. "
         "Training: python -m recr1.train CONFIG.yaml",
     )
-    commands = top.add_subparsers(
+    commands = parser.add_subparsers(
         title="commands (recr1 COMMAND --help)", required=True, metavar="COMMAND"
     )
+    add_index_command(commands)
+    add_eval_queries_command(commands)
+    add_eval_command(commands)
+    add_search_command(commands)
+    add_generate_command(commands)
+    add_reward_command(commands)
+    add_losses_command(commands)
+    add_explain_command(commands)
+    add_doctor_command(commands)
+    add_report_command(commands)
+    add_plan_command(commands)
+    return parser
 
-    def command(name: str, run, text: str, more: str = "", **options) -> argparse.ArgumentParser:
-        p = commands.add_parser(
-            name, help=text, description=f"{text}; {more}" if more else text, **options
-        )
-        p.set_defaults(run=run)
-        return p
 
-    def judged(p):
-        p.add_argument("--queries", metavar="F", required=True, help='JSONL[.gz] {"id", "text"}')
-        p.add_argument(
-            "--qrels",
-            metavar="F",
-            required=True,
-            help="TSV[.gz]: query id, document id, gain; queries without a judgement are left out, aloud",
-        )
-        p.add_argument(
-            "--metrics",
-            type=parse_metrics,
-            default="ndcg@10,ndcg@100,recall@100",
-            metavar="M",
-            help="of ndcg@K, recall@K, mrr@K, hit@K",
-        )
-        p.add_argument("--json", action="store_true", help="one JSON object on the last line")
+# --- the commands and their flags -----------------------------------------------------------------
 
-    def policy(p):
-        p.add_argument("--model", metavar="DIR", required=True, help="model folder or hub id")
-        p.add_argument(
-            "--config",
-            metavar="X",
-            help="YAML with the prompt it was trained with; default: DIR/recr1.yaml",
-        )
 
-    p = command(
+def add_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    details: str = "",
+    usage: str | None = None,
+) -> argparse.ArgumentParser:
+    """Add a command without flags. The summary is listed by `recr1 --help`, the details are not."""
+    description = f"{summary}; {details}" if details else summary
+    parser = commands.add_parser(name, help=summary, description=description, usage=usage)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_index_command(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
         "index",
         run_index,
         "make or check the index of a corpus",
         "for runs and the other commands",
     )
-    add_corpus_flags(p)
-    p = command("eval-queries", run_eval_queries, "score queries as they are")
-    add_corpus_flags(p), judged(p)
-    p = command(
+    add_corpus_flags(parser)
+
+
+def add_eval_queries_command(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(commands, "eval-queries", run_eval_queries, "score queries as they are")
+    add_corpus_flags(parser)
+    add_judgement_flags(parser)
+
+
+def add_eval_command(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
         "eval",
         run_eval,
         "rewrite queries with a policy, then score them",
         "also by torchrun -m recr1.cli",
     )
-    policy(p), add_corpus_flags(p), judged(p)
-    p = command(
-        "search", run_search, "the best hits of one query", "and what each matched term contributed"
+    add_policy_flags(parser)
+    add_corpus_flags(parser)
+    add_judgement_flags(parser)
+
+
+def add_search_command(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
+        "search",
+        run_search,
+        "the best hits of one query",
+        "and what each matched term contributed",
     )
-    add_corpus_flags(p)
-    p.add_argument("query", type=check_utf8)
-    p.add_argument("-k", type=parse_positive, default=10, help="how many")
-    p = command(
+    add_corpus_flags(parser)
+    parser.add_argument("query", type=check_utf8)
+    parser.add_argument("-k", type=parse_positive, default=10, help="how many")
+
+
+def add_generate_command(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
         "generate",
         run_generate,
         "a policy's answer to one query",
         "shown as it is sampled; with --corpus both hit lists",
     )
-    policy(p), add_corpus_flags(p, required=False)
-    p.add_argument("query", type=check_utf8)
-    p.add_argument("-k", type=parse_positive, default=5, help="hits of each list")
-    p.add_argument(
+    add_policy_flags(parser)
+    add_corpus_flags(parser, required=False)
+    parser.add_argument("query", type=check_utf8)
+    parser.add_argument("-k", type=parse_positive, default=5, help="hits of each list")
+    parser.add_argument(
         "--temperature",
         type=parse_temperature,
         default=0.0,
         metavar="T",
         help="draw at this temperature; default 0: the most likely token each time",
     )
-    p.add_argument(
+    parser.add_argument(
         "--seed",
         type=parse_natural,
         metavar="N",
         help="of the draws, which are the same again for the same seed; default 0",
     )
-    p = command(
+
+
+def add_reward_command(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
         "reward",
         run_reward,
         "score stored completions: each part of the reward",
         usage="recr1 reward --config X --completions F [--json] [a.b=value ...]",
     )
-    p.add_argument(
+    parser.add_argument(
         "--config",
         metavar="X",
         required=True,
         help="a training's; its task, data, retriever and reward are used, no model",
     )
-    p.add_argument(
+    parser.add_argument(
         "--completions",
         metavar="F",
         required=True,
         help='JSONL[.gz] {"id": query id, "text": completion}, such as a run\'s eval_after.jsonl',
     )
-    p.add_argument(
-        "--json",
-        action="store_true",
-        help="one JSON object on the last line, with a row for each completion",
+    add_json_flag(parser, "one JSON object on the last line, with a row for each completion")
+
+
+def add_losses_command(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands, "losses", run_losses, "one logged step of a run under every loss"
     )
-    p = command("losses", run_losses, "one logged step of a run under every loss")
-    p.add_argument("--run", dest="folder", metavar="RUN", required=True, help="a run's folder")
-    p.add_argument(
-        "--step",
-        type=parse_positive,
-        required=True,
-        help="a step whose tokens were logged (log.tokens_every)",
-    )
-    p.add_argument(
+    add_logged_step_flags(parser)
+    parser.add_argument(
         "--new",
         metavar="DIR",
-        help="model folder of a later moment: the new log-probs come from it, and gradients of its parameters",
+        help="model folder of a later moment: the new log-probs come from it, "
+        "and gradients of its parameters",
     )
-    p.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    p = command(
+    add_json_flag(parser)
+
+
+def add_explain_command(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
         "explain",
         run_explain,
         "one logged step from prompt to gradient",
         "worked again and held against the log; exit code 1 where it disagrees",
     )
-    p.add_argument("--run", dest="folder", metavar="RUN", required=True, help="a run's folder")
-    p.add_argument(
-        "--step",
-        type=parse_positive,
-        required=True,
-        help="a step whose tokens were logged (log.tokens_every)",
-    )
-    p.add_argument(
+    add_logged_step_flags(parser)
+    parser.add_argument(
         "--prompt", metavar="ID", help="the one to show; default: whose rewards lie furthest apart"
     )
-    p.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    p = command(
+    add_json_flag(parser)
+
+
+def add_doctor_command(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
         "doctor",
-        lambda args: sys.exit(doctor.main(args.folder, args.json)),
+        run_doctor,
         "what a run here would take, what clashes and what to do",
-        "exit code 1 when something will not work (python -m recr1.doctor where this command does not even start)",
+        "exit code 1 when something will not work "
+        "(python -m recr1.doctor where this command does not even start)",
     )
-    p.add_argument(
+    parser.add_argument(
         "--run",
         dest="folder",
         metavar="RUN",
         default="runs/run",
         help="the folder that a run would write to; default: runs/run",
     )
-    p.add_argument("--json", action="store_true", help="one JSON object on the last line")
-    p = command(
-        "report", run_report, "a run as one HTML page, needing no network; two runs compared"
+    add_json_flag(parser)
+
+
+def add_report_command(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
+        "report",
+        run_report,
+        "a run as one HTML page, needing no network; two runs compared",
     )
-    p.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or two")
-    p.add_argument(
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or two")
+    parser.add_argument(
         "--out",
         metavar="F",
         default="",
         help="default: RUN/report.html, of two runs RUN/compare_OTHER.html",
     )
-    p = command(
+
+
+def add_plan_command(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands,
         "plan",
         run_plan,
         "the memory that a training needs by phase",
         "and what to set so that it fits",
         usage="recr1 plan CONFIG --gpus N --memory 48GB [a.b=value ...]",
     )
-    p.add_argument(
+    parser.add_argument(
         "config",
         metavar="CONFIG",
-        help="a training's; the model's shape comes from its folder or from shapes.yaml beside the config",
+        help="a training's; the model's shape comes from its folder "
+        "or from shapes.yaml beside the config",
     )
-    p.add_argument(
+    parser.add_argument(
         "--gpus", type=parse_positive, required=True, metavar="N", help="how many, one rank each"
     )
-    p.add_argument(
+    parser.add_argument(
         "--memory", required=True, metavar="48GB", help="of each; GB is 10^9 bytes, GiB 2^30"
     )
-    return top
+
+
+# --- flags that several commands have -------------------------------------------------------------
+
+
+def add_judgement_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --queries, --qrels, --metrics and --json."""
+    parser.add_argument("--queries", metavar="F", required=True, help='JSONL[.gz] {"id", "text"}')
+    parser.add_argument(
+        "--qrels",
+        metavar="F",
+        required=True,
+        help="TSV[.gz]: query id, document id, gain; "
+        "queries without a judgement are left out, aloud",
+    )
+    parser.add_argument(
+        "--metrics",
+        type=parse_metrics,
+        default="ndcg@10,ndcg@100,recall@100",
+        metavar="M",
+        help="of ndcg@K, recall@K, mrr@K, hit@K",
+    )
+    add_json_flag(parser)
+
+
+def add_policy_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --model and --config."""
+    parser.add_argument("--model", metavar="DIR", required=True, help="model folder or hub id")
+    parser.add_argument(
+        "--config",
+        metavar="X",
+        help="YAML with the prompt it was trained with; default: DIR/recr1.yaml",
+    )
+
+
+def add_logged_step_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --run and --step."""
+    parser.add_argument("--run", dest="folder", metavar="RUN", required=True, help="a run's folder")
+    parser.add_argument(
+        "--step",
+        type=parse_positive,
+        required=True,
+        help="a step whose tokens were logged (log.tokens_every)",
+    )
+
+
+def add_json_flag(
+    parser: argparse.ArgumentParser, help_text: str = "one JSON object on the last line"
+) -> None:
+    parser.add_argument("--json", action="store_true", help=help_text)
 
 
 def parse_positive(text: str) -> int:
+    """Parse a whole number from 1. Raises argparse.ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1, is {text!r}")
     return int(text)
 
 
 def parse_natural(text: str) -> int:
+    """Parse a whole number from 0 to 2^63 - 1. Raises argparse.ArgumentTypeError."""
     if not text.isdecimal() or int(text) >= 2**63:
         raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2^63 - 1, is {text!r}")
     return int(text)
 
 
 def parse_temperature(text: str) -> float:
+    """Parse 0 or a number from 0.001 to 1000. Raises argparse.ArgumentTypeError."""
     try:
         value = float(text)
     except ValueError:
@@ -263,6 +358,7 @@ def parse_temperature(text: str) -> float:
 
 
 def check_utf8(text: str) -> str:
+    """Return the text. Raises argparse.ArgumentTypeError for bytes that are no UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:  # bytes that the shell passed on as they were
@@ -270,90 +366,115 @@ def check_utf8(text: str) -> str:
     return text
 
 
-def run_eval(args) -> None:
+# --- what the commands do -------------------------------------------------------------------------
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    """`recr1 eval`: score queries as they are, and rewritten by a policy. A collective."""
+    # Whatever is wrong with the files or the model fails here, on every rank.
     with dist.fail_together():
         queries, qrels = read_judged_files(args)
-        index = make_retriever(args) if dist.rank() == 0 else None
+        retriever = None
+        if dist.rank() == 0:
+            retriever = make_retriever(args)
         rewriter = Rewriter(args.model, args.config)
-        prompts, long = make_prompts(
-            {id: dict(text=text) for id, text in queries.items()},
-            lambda row: (row["text"],),
-            rewriter.chat,
-            rewriter.config.prompt.max_tokens,
-            "drop",
+        max_prompt_tokens = rewriter.config.prompt.max_tokens
+        rows = {query_id: dict(text=text) for query_id, text in queries.items()}
+        prompts, too_long = make_prompts(
+            rows, lambda row: (row["text"],), rewriter.chat, max_prompt_tokens, "drop"
         )
-    mine = {
-        p.id: query
-        for p, query in zip(
-            dist.split_across_ranks(prompts), rewriter.rewrite(dist.split_across_ranks(prompts))
-        )
-    }
-    parts = dist.gather_to_rank0(mine)
-    if parts is None:
+
+    rewrite_of = rewrite_on_all_ranks(rewriter, prompts)
+    if dist.rank() != 0:
         return
-    rewrites = {id: query for part in parts for id, query in part.items()}
-    gains = [qrels[id] for id in queries]
-    raw = score_queries(index, list(queries.values()), gains, args.metrics)
-    after = score_queries(index, [rewrites.get(id) for id in queries], gains, args.metrics)
-    difference = {name: after[name] - raw[name] for name in raw}
-    unparsable = sum(rewrites.get(id) is None for id in queries) - len(long)
-    for title, values, sign in (
-        ("raw", raw, ""),
-        ("rewritten", after, ""),
-        ("difference", difference, "+"),
-    ):
-        print_rank0(
-            title + "\n" + "\n".join(format_row(name, v, sign) for name, v in values.items())
-        )
+
+    gains = [qrels[query_id] for query_id in queries]
+    raw_queries = list(queries.values())
+    rewrites = [rewrite_of.get(query_id) for query_id in queries]
+    raw_scores = score_queries(retriever, raw_queries, gains, args.metrics)
+    rewritten_scores = score_queries(retriever, rewrites, gains, args.metrics)
+    difference = {name: rewritten_scores[name] - raw_scores[name] for name in raw_scores}
+    unparsable = rewrites.count(None) - len(too_long)
+
+    print_score_table("raw", raw_scores)
+    print_score_table("rewritten", rewritten_scores)
+    print_score_table("difference", difference, sign="+")
     print_rank0(
-        f"unparsable answers: {unparsable} of {len(queries)}; prompts over {rewriter.config.prompt.max_tokens} tokens, scored 0: {len(long)}"
+        f"unparsable answers: {unparsable} of {len(queries)}; "
+        f"prompts over {max_prompt_tokens} tokens, scored 0: {len(too_long)}"
     )
-    print_json(
-        args,
-        dict(
-            n=len(queries),
-            **summarize_scores(after),
-            raw=summarize_scores(raw),
-            difference=summarize_scores(difference),
-            unparsable=unparsable,
-            too_long=len(long),
-        ),
+    result = dict(
+        n=len(queries),
+        **summarize_scores(rewritten_scores),
+        raw=summarize_scores(raw_scores),
+        difference=summarize_scores(difference),
+        unparsable=unparsable,
+        too_long=len(too_long),
     )
+    print_json(args, result)
 
 
-def run_generate(args) -> None:
+def rewrite_on_all_ranks(rewriter: Rewriter, prompts: list[Prompt]) -> dict[str, str | None]:
+    """Rewrite the prompts' queries, each rank its share.
+
+    Rank 0 gets {query id: rewrite, None where the answer holds none}; the other ranks get {}.
+    """
+    local_prompts = dist.split_across_ranks(prompts)
+    local_rewrites = rewriter.rewrite(local_prompts)
+    local_rewrite_of = {
+        prompt.id: rewrite for prompt, rewrite in zip(local_prompts, local_rewrites)
+    }
+    rewrite_of = {}
+    for rewrites_of_rank in dist.gather_to_rank0(local_rewrite_of) or []:
+        rewrite_of.update(rewrites_of_rank)
+    return rewrite_of
+
+
+def print_score_table(title: str, scores: dict[str, np.ndarray], sign: str = "") -> None:
+    lines = [title]
+    for name, values in scores.items():
+        lines.append(format_row(name, values, sign))
+    print_rank0("\n".join(lines))
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """`recr1 generate`: sample one answer, and search with it. Raises ConfigError."""
     if args.seed is not None and not args.temperature:
         raise ConfigError("--seed: nothing is drawn at temperature 0; add --temperature 1")
     rewriter = Rewriter(args.model, args.config)
-    prompt = rewriter.prompt(args.query)
-    # first: what is wrong with the files is said before anything is sampled
-    index, texts = (make_retriever(args), read_texts(args)) if args.corpus else (None, {})
-    rollout = rewriter.stream(prompt, args.temperature, args.seed or 0, print_now)
-    query, error = rewriter.parsed(rollout)
+    prompt = rewriter.make_prompt(args.query)
+    # The corpus is read first: an error in it is reported before anything is sampled.
+    if args.corpus:
+        retriever = make_retriever(args)
+        texts = read_texts(args)
+
+    rollout = rewriter.stream_answer(prompt, args.temperature, args.seed or 0, print_now)
+    query, error = rewriter.parse_answer(rollout)
     if query is None:
-        cut = (
-            ""
-            if rollout.finished
-            else f"; it was cut at sampling.max_new_tokens = {len(rollout.ids)}"
-        )
+        cut = ""
+        if not rollout.finished:
+            cut = f"; it was cut at sampling.max_new_tokens = {len(rollout.ids)}"
         raise ConfigError(
-            f"the policy's answer holds no query ({error}){cut}; is its prompt the one it was trained with?"
+            f"the policy's answer holds no query ({error}){cut}; "
+            "is its prompt the one it was trained with?"
         )
+
     print_rank0(make_printable(query))
     if args.corpus:
         for title, words in (("raw", args.query), ("rewritten", query)):
-            print_rank0(
-                f"\n{title}: {make_printable(words)}\n{format_hits(index, texts, words, args.k)}"
-            )
+            hits = format_hits(retriever, texts, words, args.k)
+            print_rank0(f"\n{title}: {make_printable(words)}\n{hits}")
 
 
-def run_losses(args) -> None:
+def run_losses(args: argparse.Namespace) -> None:
+    """`recr1 losses`: compare the losses on one logged step."""
     result = compare_losses.compare_losses(args.folder, args.step, args.new)
     print_rank0(compare_losses.format_comparison(result))
     print_json(args, result)
 
 
-def run_explain(args) -> None:
+def run_explain(args: argparse.Namespace) -> None:
+    """`recr1 explain`: work one logged step again. Exit code 1 where the log disagrees."""
     text, result = explain.explain_step(args.folder, args.step, args.prompt)
     print_rank0(make_printable(text, keep="\n"))
     print_json(args, result)
@@ -361,19 +482,28 @@ def run_explain(args) -> None:
         sys.exit(1)
 
 
-def run_report(args) -> None:
-    print_rank0(str(report.write_report(args.runs, args.out)))
+def run_doctor(args: argparse.Namespace) -> None:
+    """`recr1 doctor`: check the machine."""
+    exit_code = doctor.main(args.folder, args.json)
+    sys.exit(exit_code)
 
 
-def run_reward(args) -> None:
-    result = score_completions.score_completions(
-        configs.load_config(args.config, args.overrides), args.completions
-    )
+def run_report(args: argparse.Namespace) -> None:
+    """`recr1 report`: write the HTML page and print its path."""
+    path = report.write_report(args.runs, args.out)
+    print_rank0(str(path))
+
+
+def run_reward(args: argparse.Namespace) -> None:
+    """`recr1 reward`: score stored completions as a config's training does."""
+    cfg = configs.load_config(args.config, args.overrides)
+    result = score_completions.score_completions(cfg, args.completions)
     print_rank0(score_completions.format_scores(result))
     print_json(args, result)
 
 
-def run_plan(args) -> None:
+def run_plan(args: argparse.Namespace) -> None:
+    """`recr1 plan`: print the memory of a training. Raises ConfigError where it does not fit."""
     memory = parse_bytes(args.memory)
     cfg = configs.load_config(args.config, args.overrides)
     shape = read_model_shape(cfg.model.path, args.config)
@@ -385,27 +515,33 @@ def run_plan(args) -> None:
 
 
 def print_now(text: str) -> None:
+    """Print a piece of a line at once."""
     sys.stdout.write(make_printable(text, keep="\n"))
     sys.stdout.flush()
 
 
+# --- the process ----------------------------------------------------------------------------------
+
+
 def run_console_script() -> NoReturn:
-    """The console script."""
+    """Run the command of sys.argv, and end the process with its exit code."""
     end_process(_run)
 
 
 def _run() -> int:
+    """Run the command and return the exit code."""
     torch.set_num_threads(max(1, torch.get_num_threads() // dist.local_world_size()))
     sys.stdout.reconfigure(errors="replace")  # a title that this terminal cannot write
     try:
-        code = run_guarded(main, sys.argv[1:])
+        exit_code = run_guarded(main, sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:  # `| head`: the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        null_device = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null_device, sys.stdout.fileno())
+        exit_code = 0
     except KeyboardInterrupt:  # what was written stands
-        code = 130
-    return code
+        exit_code = 130
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""What this machine and this environment would run recr1 with, what clashes, and what to do about
-it: `recr1 doctor`, or `python -m recr1.doctor`.
+"""Report what this machine and this environment would run recr1 with, what clashes, and what to do
+about it: `recr1 doctor`, or `python -m recr1.doctor`.
 
 The second form needs nothing but Python: packages are tried in processes of their own, so one that
 cannot be imported, or crashes, is a finding.
@@ -15,14 +15,17 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 GIB = 2**30
 
-LIMIT = 300  # seconds that an import may take: the first one on a network disk is slow
+IMPORT_TIMEOUT = 300  # seconds: the first import on a network disk is slow
 
+# The packages whose versions are reported.
 VERSIONS = (
     "recr1",
     "torch",
@@ -46,7 +49,7 @@ VERSIONS = (
     "tensorboard",
 )
 
-# whose ranges are looked at, beside ours
+# The packages whose requirements are checked, beside those of recr1 ...
 DEMANDING = (
     "torch",
     "transformers",
@@ -58,7 +61,7 @@ DEMANDING = (
     "faiss-gpu-cu12",
 )
 
-# what they may ask of
+# ... and the packages that they may require a version of.
 RANGED = {
     "torch",
     "triton",
@@ -71,6 +74,7 @@ RANGED = {
     "llvmlite",
 }
 
+# The environment variables that are reported.
 ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
@@ -87,59 +91,90 @@ ENVIRONMENT = (
     "NCCL_SOCKET_IFNAME",
 )
 
-# each prints one JSON object; from the folder one stands in, as python -m recr1.train would
+# Code that sets `facts`, which a process of its own prints as one JSON object. It runs in the
+# current folder, as python -m recr1.train would.
 PROBES = {
     "torch": """
-import torch, torch.distributed as td
-gpus = [dict(name=p.name, capability=[p.major, p.minor], free=torch.cuda.mem_get_info(i)[0], total=p.total_memory)
-        for i, p in enumerate(map(torch.cuda.get_device_properties, range(torch.cuda.device_count() if torch.cuda.is_available() else 0)))]
-found = dict(cuda=torch.version.cuda, hip=torch.version.hip, gpus=gpus, arch=torch.cuda.get_arch_list(), threads=torch.get_num_threads(),
-             onednn=torch.backends.mkldnn.is_available(), cpu=torch.backends.cpu.get_cpu_capability(), nccl=td.is_available() and td.is_nccl_available(),
-             gloo=td.is_available() and td.is_gloo_available())""",
+import torch, torch.distributed
+gpus = []
+for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+    p = torch.cuda.get_device_properties(i)
+    free, _ = torch.cuda.mem_get_info(i)
+    gpus.append(
+        dict(name=p.name, capability=[p.major, p.minor], free=free, total=p.total_memory)
+    )
+is_distributed = torch.distributed.is_available()
+facts = dict(
+    cuda=torch.version.cuda,
+    hip=torch.version.hip,
+    gpus=gpus,
+    arch=torch.cuda.get_arch_list(),
+    threads=torch.get_num_threads(),
+    onednn=torch.backends.mkldnn.is_available(),
+    cpu=torch.backends.cpu.get_cpu_capability(),
+    nccl=is_distributed and torch.distributed.is_nccl_available(),
+    gloo=is_distributed and torch.distributed.is_gloo_available(),
+)""",
     "transformers": """
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import transformers.modeling_utils
-found = {}""",
+facts = {}""",
     "recr1": """
 import torch
-from recr1 import dist, train
-from recr1.config import Model, Retriever
-from recr1.kernels.launch import refusal
-from recr1.linear import inexact
-from recr1.retrieval import bm25
-from recr1.varlen import Unusable, choose
-device = dist.device()
+from recr1 import train
+from recr1.config.schema import ModelConfig, RetrieverConfig
+from recr1.distributed import collectives
+from recr1.kernels.availability import explain_unavailable
+from recr1.kernels.cpu_linear import explain_inexact
+from recr1.model.varlen_attention import AttentionUnavailable, choose_attention
+from recr1.retrieval.bm25.searcher import SCORERS, check_scorer
+device = collectives.device()
 compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-def attention(name):
+
+def try_attention(name):
     try:
-        return "can" if name != "auto" and choose(name, True, 128, compute, device) else str(choose(name, True, 128, compute, device))
-    except Unusable as e:
+        backend = choose_attention(name, True, 128, compute, device)
+    except AttentionUnavailable as e:
         return str(e)
-def scorer(name):
+    return str(backend) if name == "auto" else "can"
+
+def try_scorer(name):
     try:
-        return bm25.check(name) or "can"
+        check_scorer(name)
     except ValueError as e:
         return str(e)
-found = dict(device=device.type, compute=str(compute).removeprefix("torch."), attention={name: attention(name) for name in ("auto", "varlen", "flash", "sdpa")},
-             head=Model().head, kernels=Model().kernels, triton=refusal("triton", device) or "can", batch_invariant=inexact(compute, device) or "can",
-             scorer=Retriever().scorer, scorers={name: scorer(name) for name in bm25.SCORERS})""",
+    return "can"
+
+facts = dict(
+    device=device.type,
+    compute=str(compute).removeprefix("torch."),
+    attention={name: try_attention(name) for name in ("auto", "varlen", "flash", "sdpa")},
+    head=ModelConfig().head,
+    kernels=ModelConfig().kernels,
+    triton=explain_unavailable("triton", device) or "can",
+    batch_invariant=explain_inexact(compute, device) or "can",
+    scorer=RetrieverConfig().scorer,
+    scorers={name: try_scorer(name) for name in SCORERS},
+)""",
     "numba": """
 import numba
 numba.njit(lambda x: x + 1)(1)
-found = {}""",
+facts = {}""",
     "triton": """
 import triton, triton.language
-found = {}""",
+facts = {}""",
     "faiss": """
 import faiss
 faiss.IndexHNSWFlat, faiss.IndexFlatIP
-found = dict(version=faiss.__version__, gpus=faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0)""",
+gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
+facts = dict(version=faiss.__version__, gpus=gpus)""",
     "flash_attn": """
 import flash_attn
 flash_attn.flash_attn_varlen_func
-found = dict(version=flash_attn.__version__)""",
+facts = dict(version=flash_attn.__version__)""",
 }
 
+# Modules that may be absent, and the packages that bring them.
 OPTIONAL = {
     "numba": ("numba",),
     "triton": ("triton",),
@@ -147,7 +182,8 @@ OPTIONAL = {
     "flash_attn": ("flash-attn",),
 }
 
-MEANS = {
+# What does not work without a module.
+NEEDED_BY = {
     "numba": "retriever.scorer=numba",
     "triton": "model.kernels=triton",
     "faiss": "retriever.kind=dense",
@@ -160,8 +196,8 @@ MEANS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """broken: something will not work. Otherwise it works, but not as well as it could, or at a
-    risk.
+    """Say what is wrong and what to do. `broken`: something will not work; otherwise it works, but
+    not as well as it could, or at a risk.
     """
 
     broken: bool
@@ -169,68 +205,81 @@ class Finding:
     do: str
 
 
+def report_broken(what: str, do: str) -> Finding:
+    return Finding(True, what, do)
+
+
+def warn(what: str, do: str) -> Finding:
+    return Finding(False, what, do)
+
+
 def examine_machine(run: str = "runs/run") -> tuple[dict, list[Finding]]:
-    """Facts by section, and what is wrong. run: the folder that a run would write to."""
-    probes = probe_packages()
-    versions = {name: version for name in VERSIONS if (version := _get_version(name))}
-    facts = dict(
-        python=platform.python_version(),
-        system=f"{platform.system()} {platform.machine()}",
-        versions=versions,
-        **probes,
-        cores=count_cores(),
-        memory=measure_memory(),
-        disk=measure_disk(run),
-        kernels=locate_kernels(),
-        environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-    )
-    return facts, [
+    """Return facts by section, and what is wrong. `run`: the folder that a run would write to."""
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": get_versions(),
+        **probe_packages(),
+        "cores": count_cores(),
+        "memory": measure_memory(),
+        "disk": measure_disk(run),
+        "kernels": locate_kernels(),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+    }
+    findings = [
         *check_imports(facts),
-        *check_versions(facts),
+        *check_versions(),
         *check_packages(facts),
         *check_devices(facts),
         *check_machine(facts),
     ]
+    return facts, findings
+
+
+# --- packages ---------------------------------------------------------------------------------
 
 
 def probe_packages() -> dict[str, dict]:
-    """What each of PROBES found, or {"error": its last line, "crashed": whether it died without
-    one}; all at once.
+    """Return the facts of each of PROBES, or {"error": its last line, "crashed": whether it died
+    without one}. All run at once.
     """
-    running = {
-        name: subprocess.Popen(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                "-c",
-                f"import json\n{code}\nprint('\\n' + json.dumps(found))",
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-        )
-        for name, code in PROBES.items()
-    }
-    found = {}
-    for name, process in running.items():
-        try:
-            out, err = process.communicate(timeout=LIMIT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            found[name] = dict(error=f"no end after {LIMIT} s", crashed=True)
-            continue
-        if process.returncode == 0:
-            found[name] = json.loads(out.splitlines()[-1])
-        else:
-            last = next((line for line in reversed(err.splitlines()) if line.strip()), "")
-            found[name] = dict(
-                error=last or f"died with exit code {process.returncode}",
-                crashed=process.returncode < 0,
-            )
-    return found
+    processes = {name: _start_probe(code) for name, code in PROBES.items()}
+    return {name: _finish_probe(process) for name, process in processes.items()}
+
+
+def _start_probe(code: str) -> subprocess.Popen:
+    program = f"import json\n{code}\nprint('\\n' + json.dumps(facts))"
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+
+
+def _finish_probe(process: subprocess.Popen) -> dict:
+    try:
+        out, err = process.communicate(timeout=IMPORT_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return {"error": f"no end after {IMPORT_TIMEOUT} s", "crashed": True}
+    if process.returncode == 0:
+        return json.loads(out.splitlines()[-1])
+    messages = [line for line in err.splitlines() if line.strip()]
+    error = messages[-1] if messages else f"died with exit code {process.returncode}"
+    return {"error": error, "crashed": process.returncode < 0}
+
+
+def get_versions() -> dict[str, str]:
+    """Return the version of each of VERSIONS that is installed."""
+    versions = {}
+    for name in VERSIONS:
+        version = _get_version(name)
+        if version:
+            versions[name] = version
+    return versions
 
 
 def _get_version(name: str) -> str | None:
@@ -240,315 +289,304 @@ def _get_version(name: str) -> str | None:
         return None
 
 
-def check_imports(facts: dict) -> list[Finding]:
-    """What is there and cannot be imported. A package that the others stand on is said once."""
-    found = []
-    broken = set()
+def check_imports(facts: dict) -> Iterator[Finding]:
+    """Yield what is installed and cannot be imported.
+
+    A package that the others depend on is reported once.
+    """
+    versions = facts["versions"]
+    has_gpu = bool(facts["torch"].get("gpus"))
+    broken: set[str] = set()
     for name in PROBES:
         error = facts[name].get("error")
-        absent = name in OPTIONAL and not any(
-            package in facts["versions"] for package in OPTIONAL[name]
-        )
-        if name == "faiss" and error and absent and "No module named 'faiss'" not in error:
-            found.append(
-                Finding(
-                    True,
-                    f"faiss imports as what an uninstalled package left behind ({error}): retriever.kind=dense will not work",
-                    "pip uninstall -y faiss-cpu faiss-gpu, remove the folder faiss/ that stays, then pip install faiss-cpu",
-                )
-            )
-        elif error and not absent and not (name == "flash_attn" and not facts["torch"].get("gpus")):
-            if name in ("recr1", "transformers") and broken & {"torch", "transformers"}:
-                continue
-            broken.add(name)
-            do = {
-                "flash_attn": "it was built for another torch: pip uninstall flash-attn (model.attention=varlen needs no package), or build it anew with --no-build-isolation",
-                "recr1": "read that line; pip install -e . in the checkout, or pip install recr1 anew",
-            }.get(
-                name,
-                f"pip install --force-reinstall {' or '.join(p for p in OPTIONAL.get(name, (name,)) if p in facts['versions']) or name}",
-            )
-            found.append(
-                Finding(
-                    True, f"{name} cannot be imported ({error}): {MEANS[name]} will not work", do
-                )
-            )
-    return found
-
-
-def check_versions(facts: dict) -> list[Finding]:
-    """Installed versions outside of what recr1, and the packages it stands on, ask for."""
-    try:
-        from packaging.requirements import Requirement
-        from packaging.specifiers import SpecifierSet
-    except ImportError:
-        return [
-            Finding(
-                True,
-                "the package packaging is not installed; transformers needs it",
-                "pip install packaging",
-            )
-        ]
-    found = []
-    for demands in ("recr1", *DEMANDING):
-        try:
-            metadata = importlib.metadata.metadata(demands)
-        except importlib.metadata.PackageNotFoundError:
-            if demands == "recr1":
-                found.append(
-                    Finding(
-                        False,
-                        "recr1 is not installed here, so the version ranges in its setup.py were not looked at",
-                        "pip install -e . in the checkout",
-                    )
+        if not error:
+            continue
+        packages = OPTIONAL.get(name, (name,))
+        is_absent = name in OPTIONAL and not any(package in versions for package in packages)
+        if is_absent:
+            if name == "faiss" and "No module named 'faiss'" not in error:
+                yield report_broken(
+                    "faiss imports as what an uninstalled package left behind "
+                    f"({error}): retriever.kind=dense will not work",
+                    "pip uninstall -y faiss-cpu faiss-gpu, remove the folder faiss/ that stays, "
+                    "then pip install faiss-cpu",
                 )
             continue
-        if (python := metadata["Requires-Python"]) and not SpecifierSet(python).contains(
-            platform.python_version(), prereleases=True
-        ):
-            found.append(
-                Finding(
-                    True,
-                    f"{demands} {metadata['Version']} needs Python {python}, this is {platform.python_version()}",
-                    "make an environment with such a Python",
-                )
-            )
-        for text in metadata.get_all("Requires-Dist") or []:
-            wanted = Requirement(text)
-            if wanted.marker and not wanted.marker.evaluate(dict(extra="")):
-                continue
-            name = re.sub(r"[-_.]+", "-", wanted.name).lower()
-            version = _get_version(wanted.name)
-            if version is None and demands == "recr1":
-                found.append(
-                    Finding(
-                        True,
-                        f"{wanted.name} is not installed; recr1 needs it",
-                        f"pip install '{wanted.name}{wanted.specifier}'",
-                    )
-                )
-            elif (
-                version is not None
-                and (demands == "recr1" or name in RANGED)
-                and not wanted.specifier.contains(version, prereleases=True)
-            ):
-                found.append(
-                    Finding(
-                        True,
-                        f"{demands} {metadata['Version']} needs {wanted.name}{wanted.specifier}, {version} is installed",
-                        f"pip install '{wanted.name}{wanted.specifier}'"
-                        + (f", or another {demands}" if demands != "recr1" else ""),
-                    )
-                )
-    return found
+        if name == "flash_attn" and not has_gpu:
+            continue
+        if name in ("recr1", "transformers") and broken & {"torch", "transformers"}:
+            continue
+        broken.add(name)
+        yield report_broken(
+            f"{name} cannot be imported ({error}): {NEEDED_BY[name]} will not work",
+            _advise_import(name, [package for package in packages if package in versions]),
+        )
 
 
-def check_packages(facts: dict) -> list[Finding]:
-    """Packages that spoil each other although each is in range."""
+def _advise_import(name: str, installed: list[str]) -> str:
+    """Return what to do about a module that cannot be imported."""
+    if name == "flash_attn":
+        return (
+            "it was built for another torch: pip uninstall flash-attn "
+            "(model.attention=varlen needs no package), "
+            "or build it anew with --no-build-isolation"
+        )
+    if name == "recr1":
+        return "read that line; pip install -e . in the checkout, or pip install recr1 anew"
+    return f"pip install --force-reinstall {' or '.join(installed) or name}"
+
+
+def check_versions() -> Iterator[Finding]:
+    """Yield installed versions outside of what recr1, and the packages it depends on, ask for."""
+    try:
+        import packaging.requirements  # noqa: F401
+    except ImportError:
+        yield report_broken(
+            "the package packaging is not installed; transformers needs it",
+            "pip install packaging",
+        )
+        return
+    for package in ("recr1", *DEMANDING):
+        try:
+            metadata = importlib.metadata.metadata(package)
+        except importlib.metadata.PackageNotFoundError:
+            if package == "recr1":
+                yield warn(
+                    "recr1 is not installed here, "
+                    "so the version ranges in its setup.py were not looked at",
+                    "pip install -e . in the checkout",
+                )
+            continue
+        yield from _check_python(package, metadata)
+        for requirement in metadata.get_all("Requires-Dist") or []:
+            yield from _check_requirement(package, metadata["Version"], requirement)
+
+
+def _check_python(package: str, metadata: Any) -> Iterator[Finding]:
+    """Yield a Python version that the package does not run on."""
+    from packaging.specifiers import SpecifierSet
+
+    wanted = metadata["Requires-Python"]
+    installed = platform.python_version()
+    if wanted and not SpecifierSet(wanted).contains(installed, prereleases=True):
+        yield report_broken(
+            f"{package} {metadata['Version']} needs Python {wanted}, this is {installed}",
+            "make an environment with such a Python",
+        )
+
+
+def _check_requirement(package: str, package_version: str, text: str) -> Iterator[Finding]:
+    """Yield a requirement of the package that is not met."""
+    from packaging.requirements import Requirement
+
+    wanted = Requirement(text)
+    if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+        return
+    is_ours = package == "recr1"
+    version = _get_version(wanted.name)
+    install = f"pip install '{wanted.name}{wanted.specifier}'"
+    if version is None:
+        if is_ours:
+            yield report_broken(f"{wanted.name} is not installed; recr1 needs it", install)
+        return
+    normalized_name = re.sub(r"[-_.]+", "-", wanted.name).lower()
+    is_checked = is_ours or normalized_name in RANGED
+    if is_checked and not wanted.specifier.contains(version, prereleases=True):
+        alternative = "" if is_ours else f", or another {package}"
+        yield report_broken(
+            f"{package} {package_version} needs {wanted.name}{wanted.specifier}, "
+            f"{version} is installed",
+            install + alternative,
+        )
+
+
+def check_packages(facts: dict) -> Iterator[Finding]:
+    """Yield packages that spoil each other although each is in range."""
     versions = facts["versions"]
-    found = []
     faiss = [name for name in OPTIONAL["faiss"] if name in versions]
     if len(faiss) > 1:
-        found.append(
-            Finding(
-                True,
-                f"{' and '.join(faiss)} are installed together and spoil each other: retriever.kind=dense will not work",
-                f"pip uninstall -y {' '.join(faiss)}, then pip install one of them: uninstalling one alone leaves the other broken",
-            )
+        yield report_broken(
+            f"{' and '.join(faiss)} are installed together and spoil each other: "
+            "retriever.kind=dense will not work",
+            f"pip uninstall -y {' '.join(faiss)}, then pip install one of them: "
+            "uninstalling one alone leaves the other broken",
         )
-    if (
-        "triton" in versions
-        and "numpy" in versions
-        and _parse_numbers(versions["triton"]) < (3, 7, 1)
-        and _parse_numbers(versions["numpy"]) >= (2, 4)
-    ):
-        found.append(
-            Finding(
-                False,
-                f"triton {versions['triton']} in its interpreter (TRITON_INTERPRET=1) fails under numpy {versions['numpy']} in loops whose end is known "
+    if "triton" in versions and "numpy" in versions:
+        is_old_triton = _parse_numbers(versions["triton"]) < (3, 7, 1)
+        is_new_numpy = _parse_numbers(versions["numpy"]) >= (2, 4)
+        if is_old_triton and is_new_numpy:
+            yield warn(
+                f"triton {versions['triton']} in its interpreter (TRITON_INTERPRET=1) "
+                f"fails under numpy {versions['numpy']} in loops whose end is known "
                 "at run time only; on a GPU nothing is wrong",
                 "pip install 'numpy<2.4', or a torch whose triton is 3.7.1 or newer",
             )
+    yield from _check_kernels(facts["kernels"])
+    torch_sees_no_gpu = not facts["torch"].get("gpus") and not facts["torch"].get("error")
+    if "flash-attn" in versions and torch_sees_no_gpu:
+        yield warn(
+            f"flash-attn {versions['flash-attn']} is installed, but torch sees no GPU: "
+            "model.attention=flash will not run here",
+            "leave model.attention at auto, or pip uninstall flash-attn",
         )
-    stray = facts["kernels"]["found"]
-    theirs = facts["kernels"]["installed"]
-    if stray and theirs and stray != theirs:
-        found.append(
-            Finding(
-                True,
-                f"{stray} shadows Hugging Face's package kernels: transformers will not import where it is asked for",
-                "start from another folder, or rename that one; recr1's own kernels/ has no __init__.py and shadows nothing",
-            )
-        )
-    elif stray and not theirs and facts["kernels"]["package"]:
-        found.append(
-            Finding(
-                False,
-                f"{stray} is a top-level package named as Hugging Face's kernels: transformers imports it to see what it is",
-                "start from another folder, or rename it",
-            )
-        )
-    if (
-        "flash-attn" in versions
-        and not facts["torch"].get("gpus")
-        and not facts["torch"].get("error")
-    ):
-        found.append(
-            Finding(
-                False,
-                f"flash-attn {versions['flash-attn']} is installed, but torch sees no GPU: model.attention=flash will not run here",
-                "leave model.attention at auto, or pip uninstall flash-attn",
-            )
-        )
-    return found
 
 
-def check_devices(facts: dict) -> list[Finding]:
-    """A GPU that is there and would not be used, or not well."""
+def _check_kernels(kernels: dict) -> Iterator[Finding]:
+    """Yield a top-level package that is named as Hugging Face's kernels."""
+    imported = kernels["found"]
+    installed = kernels["installed"]
+    if not imported:
+        return
+    if installed and imported != installed:
+        yield report_broken(
+            f"{imported} shadows Hugging Face's package kernels: "
+            "transformers will not import where it is asked for",
+            "start from another folder, or rename that one; "
+            "recr1's own kernels/ has no __init__.py and shadows nothing",
+        )
+    if not installed and kernels["package"]:
+        yield warn(
+            f"{imported} is a top-level package named as Hugging Face's kernels: "
+            "transformers imports it to see what it is",
+            "start from another folder, or rename it",
+        )
+
+
+# --- devices ----------------------------------------------------------------------------------
+
+
+def check_devices(facts: dict) -> Iterator[Finding]:
+    """Yield a GPU that is there and would not be used, or not well; and what torch lacks."""
     torch = facts["torch"]
-    versions = facts["versions"]
-    found = []
     if torch.get("error"):
-        return []
-    nvidia = Path("/dev/nvidia0").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-    if nvidia and not torch["gpus"]:
-        found.append(
-            Finding(
-                True,
-                f"this machine has an NVIDIA GPU and torch {versions.get('torch')} does not see it: "
-                + (
-                    f"it is built for CUDA {torch['cuda']}, the driver may be too old"
-                    if torch["cuda"]
-                    else "it is a build without CUDA"
-                ),
-                "compare the CUDA version that nvidia-smi shows, and install a torch for that one or an older; CUDA_VISIBLE_DEVICES='' for a run on the CPU",
-            )
+        return
+    gpus = torch["gpus"]
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if not gpus and not is_hidden and Path("/dev/nvidia0").exists():
+        reason = "it is a build without CUDA"
+        if torch["cuda"]:
+            reason = f"it is built for CUDA {torch['cuda']}, the driver may be too old"
+        yield report_broken(
+            f"this machine has an NVIDIA GPU and torch {facts['versions'].get('torch')} "
+            f"does not see it: {reason}",
+            "compare the CUDA version that nvidia-smi shows, "
+            "and install a torch for that one or an older; "
+            "CUDA_VISIBLE_DEVICES='' for a run on the CPU",
         )
-    for gpu in torch["gpus"]:
-        major, minor = gpu["capability"]
-        built = [
-            tuple(map(int, re.fullmatch(r"(\d+)(\d)", name[3:].rstrip("af")).groups()))
-            for name in torch["arch"]
-            if name.startswith("sm_")
-        ]
-        if (
-            built
-            and not any(m == major and n <= minor for m, n in built)
-            and not any(name.startswith("compute_") for name in torch["arch"])
-        ):
-            found.append(
-                Finding(
-                    True,
-                    f"{gpu['name']} has compute capability {major}.{minor}; this torch holds code for {', '.join(torch['arch'])}",
-                    "install a torch whose notes name that capability",
-                )
-            )
-        elif (major, minor) < (8, 0):
-            found.append(
-                Finding(
-                    False,
-                    f"{gpu['name']} has compute capability {major}.{minor}: no bfloat16 units and no varlen attention",
-                    "model.compute=float32 model.attention=sdpa",
-                )
-            )
-    if torch["gpus"] and os.environ.get("TRITON_INTERPRET") == "1":
-        found.append(
-            Finding(
-                True,
-                "TRITON_INTERPRET=1 makes Triton's kernels run on the CPU, a thousand times slower",
-                "unset TRITON_INTERPRET",
-            )
+    for gpu in gpus:
+        yield from _check_gpu(gpu, torch["arch"])
+    if gpus and os.environ.get("TRITON_INTERPRET") == "1":
+        yield report_broken(
+            "TRITON_INTERPRET=1 makes Triton's kernels run on the CPU, a thousand times slower",
+            "unset TRITON_INTERPRET",
         )
-    if len(torch["gpus"]) > 1 and not torch["nccl"]:
-        found.append(
-            Finding(
-                True,
-                f"{len(torch['gpus'])} GPUs, but this torch has no NCCL: more than one rank will not work",
-                "install a torch with NCCL (Linux, CUDA)",
-            )
+    if len(gpus) > 1 and not torch["nccl"]:
+        yield report_broken(
+            f"{len(gpus)} GPUs, but this torch has no NCCL: more than one rank will not work",
+            "install a torch with NCCL (Linux, CUDA)",
         )
-    if not torch["gpus"] and not torch["gloo"]:
-        found.append(
-            Finding(
-                False,
-                "this torch has no gloo: only one rank on the CPU",
-                "install torch from its own index",
-            )
+    if not gpus and not torch["gloo"]:
+        yield warn(
+            "this torch has no gloo: only one rank on the CPU",
+            "install torch from its own index",
         )
-    if not torch["gpus"] and not torch["onednn"]:
-        found.append(
-            Finding(
-                False,
-                "this torch has no oneDNN: float32 products are slower on a CPU, and model.batch_invariant will not work",
-                "install torch from its own index",
-            )
+    if not gpus and not torch["onednn"]:
+        yield warn(
+            "this torch has no oneDNN: float32 products are slower on a CPU, "
+            "and model.batch_invariant will not work",
+            "install torch from its own index",
         )
-    return found
 
 
-def check_machine(facts: dict) -> list[Finding]:
-    """Cores, memory, disk, environment variables."""
-    found = []
+def _check_gpu(gpu: dict, architectures: list[str]) -> Iterator[Finding]:
+    """Yield a compute capability that this torch has no code for, or that is old.
+
+    `architectures`: what torch was built for, e.g. sm_90 (machine code, which later minor versions
+    run as well) or compute_90 (which any later GPU compiles).
+    """
+    major, minor = gpu["capability"]
+    capability = f"{gpu['name']} has compute capability {major}.{minor}"
+    has_machine_code = False
+    runs_here = any(name.startswith("compute_") for name in architectures)
+    for name in architectures:
+        if name.startswith("sm_"):
+            has_machine_code = True
+            match = re.fullmatch(r"(\d+)(\d)", name[3:].rstrip("af"))
+            built_major, built_minor = map(int, match.groups())
+            if built_major == major and built_minor <= minor:
+                runs_here = True
+    if has_machine_code and not runs_here:
+        yield report_broken(
+            f"{capability}; this torch holds code for {', '.join(architectures)}",
+            "install a torch whose notes name that capability",
+        )
+    elif (major, minor) < (8, 0):
+        yield warn(
+            f"{capability}: no bfloat16 units and no varlen attention",
+            "model.compute=float32 model.attention=sdpa",
+        )
+
+
+# --- the machine ------------------------------------------------------------------------------
+
+
+def check_machine(facts: dict) -> Iterator[Finding]:
+    """Yield what is short or in the way: cores, memory, disk, environment variables."""
     cores = facts["cores"]
-    disk = facts["disk"]
     if cores["usable"] < cores["count"]:
-        found.append(
-            Finding(
-                False,
-                f"the machine has {cores['count']} cores, this process may use {cores['usable']}: a run takes as many threads as cores",
-                f"run.threads={cores['usable']} (divided by the ranks)",
-            )
+        yield warn(
+            f"the machine has {cores['count']} cores, this process may use {cores['usable']}: "
+            "a run takes as many threads as cores",
+            f"run.threads={cores['usable']} (divided by the ranks)",
         )
-    if facts["memory"]["available"] is not None and facts["memory"]["available"] < 2 * GIB:
-        found.append(
-            Finding(
-                False,
-                f"{_format_gib(facts['memory']['available'])} GiB of memory are free",
-                "recr1 plan CONFIG says what a run needs",
-            )
+    available = facts["memory"]["available"]
+    if available is not None and available < 2 * GIB:
+        yield warn(
+            f"{_format_gib(available)} GiB of memory are free",
+            "recr1 plan CONFIG says what a run needs",
         )
+    disk = facts["disk"]
     if disk["why"]:
-        found.append(
-            Finding(
-                True,
-                f"{disk['folder']}: a run could not write there: {disk['why']}",
-                "set run.dir to a folder of yours",
-            )
+        yield report_broken(
+            f"{disk['folder']}: a run could not write there: {disk['why']}",
+            "set run.dir to a folder of yours",
         )
     elif disk["free"] < GIB:
-        found.append(
-            Finding(
-                False,
-                f"{disk['folder']}: {_format_gib(disk['free'])} GiB are free; a checkpoint takes 16 bytes a weight, and two or three stand at once",
-                "make room, set run.dir to another disk, or save.every=0",
-            )
+        yield warn(
+            f"{disk['folder']}: {_format_gib(disk['free'])} GiB are free; "
+            "a checkpoint takes 16 bytes a weight, and two or three stand at once",
+            "make room, set run.dir to another disk, or save.every=0",
         )
-    if os.environ.get("TOKENIZERS_PARALLELISM", "").lower() in ("1", "true", "yes", "on", "y"):
-        found.append(
-            Finding(
-                False,
-                "TOKENIZERS_PARALLELISM is on: a process that forks after it has tokenised can hang",
-                "unset TOKENIZERS_PARALLELISM",
-            )
+    parallelism = os.environ.get("TOKENIZERS_PARALLELISM", "")
+    if parallelism.lower() in ("1", "true", "yes", "on", "y"):
+        yield warn(
+            "TOKENIZERS_PARALLELISM is on: a process that forks after it has tokenised can hang",
+            "unset TOKENIZERS_PARALLELISM",
         )
-    return found
 
 
-def count_cores() -> dict:
-    """count: of the machine; usable: by this process, by its affinity and its control group."""
+def count_cores() -> dict[str, int]:
+    """Count the cores. count: of the machine; usable: by this process, by its affinity and its
+    control group.
+    """
     count = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count
+    usable = count
+    if hasattr(os, "sched_getaffinity"):
+        usable = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        usable = usable if quota == "max" else min(usable, max(1, -(-int(quota) // int(period))))
+        if quota != "max":
+            allowed = -(-int(quota) // int(period))  # rounded up
+            usable = min(usable, max(1, allowed))
     except (OSError, ValueError):
         pass
-    return dict(count=count, usable=usable)
+    return {"count": count, "usable": usable}
 
 
-def measure_memory() -> dict:
-    """Bytes of the machine, and what this process may still have; None where the system does not
-    say.
+def measure_memory() -> dict[str, int | None]:
+    """Measure the bytes of the machine, and what this process may still have.
+
+    They are None where the system does not say.
     """
     try:
         text = Path("/proc/meminfo").read_text()
@@ -557,155 +595,182 @@ def measure_memory() -> dict:
             for name in ("MemTotal", "MemAvailable")
         )
     except (OSError, TypeError):
-        return dict(total=None, available=None)
+        return {"total": None, "available": None}
     try:
         group = Path("/sys/fs/cgroup")
-        available = min(
-            available,
-            int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()),
-        )
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        available = min(available, limit - used)
     except (OSError, ValueError):  # no control group, or "max"
         pass
-    return dict(total=total, available=available)
+    return {"total": total, "available": available}
 
 
-def measure_disk(run: str) -> dict:
-    """The disk of the folder that a run would write to, which need not exist yet; why: it could
-    not.
+def measure_disk(run: str) -> dict[str, Any]:
+    """Measure the disk of the folder that a run would write to, which need not exist yet.
+
+    why: the reason that it could not be written to, or empty.
     """
     folder = Path(run).absolute()
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    usage = shutil.disk_usage(there)
-    why = (
-        ""
-        if there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-        else f"{there} is {'not writable' if there.is_dir() else 'no folder'}"
-    )
-    return dict(folder=str(folder), free=usage.free, total=usage.total, why=why)
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    usage = shutil.disk_usage(existing)
+    why = ""
+    if not existing.is_dir():
+        why = f"{existing} is no folder"
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        why = f"{existing} is not writable"
+    return {"folder": str(folder), "free": usage.free, "total": usage.total, "why": why}
 
 
-def locate_kernels() -> dict:
-    """What `import kernels` finds from here, whether that is a package (a bare folder is none), and
-    where Hugging Face's own lies.
+def locate_kernels() -> dict[str, Any]:
+    """Find what `import kernels` would import from here, whether that is a package (a bare folder
+    is none), and where Hugging Face's own is installed.
     """
+    path = [os.getcwd(), *(entry for entry in sys.path if entry)]
+    spec = PathFinder.find_spec("kernels", path)
+    imported = None
+    if spec:
+        imported = spec.origin or next(iter(spec.submodule_search_locations))
+
+    installed = None
     try:
-        spec = PathFinder.find_spec("kernels", [os.getcwd(), *(p for p in sys.path if p)])
-        package = bool(spec and spec.origin)
-        found = spec and (spec.origin or next(iter(spec.submodule_search_locations)))
-        theirs = next(
-            (
-                f
-                for f in importlib.metadata.files("kernels") or ()
-                if f.as_posix() == "kernels/__init__.py"
-            ),
-            None,
-        )
+        files = importlib.metadata.files("kernels") or ()
     except importlib.metadata.PackageNotFoundError:
-        theirs = None
-    return dict(
-        found=str(Path(found).resolve()) if found else None,
-        package=package,
-        installed=str(Path(theirs.locate()).resolve()) if theirs else None,
-    )
+        files = ()
+    for file in files:
+        if file.as_posix() == "kernels/__init__.py":
+            installed = file.locate()
+            break
+    return {
+        "found": str(Path(imported).resolve()) if imported else None,
+        "package": bool(spec and spec.origin),
+        "installed": str(Path(installed).resolve()) if installed else None,
+    }
 
 
 def _parse_numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])[:3]))
+    """Return the first three numbers of a version: "3.7.1+cu13" -> (3, 7, 1)."""
+    public, _, _ = version.partition("+")
+    numbers = re.findall(r"\d+", public)
+    return tuple(map(int, numbers[:3]))
 
 
-def _format_gib(n: int | None) -> str:
-    return "?" if n is None else f"{n / GIB:.1f}"
+# --- the report -------------------------------------------------------------------------------
 
 
 def format_report(facts: dict, findings: list[Finding]) -> str:
-    """As text."""
-    torch = facts["torch"]
-    ours = facts["recr1"]
-    lines = [
+    """Return the report as text: the facts, then the findings, the broken ones first."""
+    versions = facts["versions"]
+    rows = [
         ("python", f"{facts['python']}, {facts['system']}"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items())),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        *_list_torch_rows(facts["torch"]),
+        *_list_recr1_rows(facts["recr1"]),
+        *_list_machine_rows(facts),
     ]
-    if not torch.get("error"):
-        gpus = [
-            f"{g['name']} ({g['capability'][0]}.{g['capability'][1]}), {_format_gib(g['free'])} of {_format_gib(g['total'])} GiB free"
-            for g in torch["gpus"]
-        ]
-        lines.append(
-            (
-                "devices",
-                "; ".join(gpus)
-                or f"cpu ({torch['cpu']}{', oneDNN' * torch['onednn']}); torch is built {'for CUDA ' + torch['cuda'] if torch['cuda'] else 'without CUDA'}",
-            )
+    if facts["environment"]:
+        settings = [f"{name}={value}" for name, value in facts["environment"].items()]
+        rows.append(("environment", " ".join(settings)))
+    lines = [f"{name:<13}{value}" for name, value in rows]
+    lines.append("")
+
+    for finding in sorted(findings, key=lambda finding: not finding.broken):
+        weight = "BROKEN " if finding.broken else "warning"
+        lines.append(f"{weight} {finding.what}")
+        lines.append(f"        do: {finding.do}")
+    broken = sum(finding.broken for finding in findings)
+    if findings:
+        lines.append(f"will not work: {broken}, warnings: {len(findings) - broken}")
+    else:
+        lines.append("nothing is wrong")
+    return "\n".join(lines)
+
+
+def _list_torch_rows(torch: dict) -> Iterator[tuple[str, str]]:
+    if torch.get("error"):
+        return
+    gpus = []
+    for gpu in torch["gpus"]:
+        major, minor = gpu["capability"]
+        free = _format_gib(gpu["free"])
+        gpus.append(
+            f"{gpu['name']} ({major}.{minor}), {free} of {_format_gib(gpu['total'])} GiB free"
         )
-        lines.append(
-            (
-                "ranks",
-                f"joined by {'nccl' if gpus else 'gloo' if torch['gloo'] else 'nothing: one rank only'}",
-            )
-        )
-    if not ours.get("error"):
-        lines += [
-            (
-                "compute",
-                f"{ours['compute']} on {ours['device']} (model.compute=auto); batch_invariant: {ours['batch_invariant']}",
-            ),
-            ("attention", f"{ours['attention']['auto']} (model.attention=auto, heads of 128)"),
-            *((f"  {name}", ours["attention"][name]) for name in ("varlen", "flash")),
-            ("kernels", f"head {ours['head']} by {ours['kernels']} (the defaults)"),
-            ("  triton", ours["triton"]),
-            ("scorer", f"{ours['scorer']} (the default)"),
-            *(
-                (f"  {name}", why)
-                for name, why in ours["scorers"].items()
-                if name != ours["scorer"]
-            ),
-        ]
+    if gpus:
+        yield "devices", "; ".join(gpus)
+    else:
+        build = f"for CUDA {torch['cuda']}" if torch["cuda"] else "without CUDA"
+        onednn = ", oneDNN" if torch["onednn"] else ""
+        yield "devices", f"cpu ({torch['cpu']}{onednn}); torch is built {build}"
+
+    backend = "nothing: one rank only"
+    if gpus:
+        backend = "nccl"
+    elif torch["gloo"]:
+        backend = "gloo"
+    yield "ranks", f"joined by {backend}"
+
+
+def _list_recr1_rows(recr1: dict) -> Iterator[tuple[str, str]]:
+    if recr1.get("error"):
+        return
+    yield (
+        "compute",
+        f"{recr1['compute']} on {recr1['device']} (model.compute=auto); "
+        f"batch_invariant: {recr1['batch_invariant']}",
+    )
+    attention = recr1["attention"]
+    yield "attention", f"{attention['auto']} (model.attention=auto, heads of 128)"
+    for name in ("varlen", "flash"):
+        yield f"  {name}", attention[name]
+    yield "kernels", f"head {recr1['head']} by {recr1['kernels']} (the defaults)"
+    yield "  triton", recr1["triton"]
+    yield "scorer", f"{recr1['scorer']} (the default)"
+    for name, verdict in recr1["scorers"].items():
+        if name != recr1["scorer"]:
+            yield f"  {name}", verdict
+
+
+def _list_machine_rows(facts: dict) -> Iterator[tuple[str, str]]:
     faiss = facts["faiss"]
-    lines += [
-        (
+    if faiss.get("error"):
+        yield (
             "dense",
-            "faiss is not there or not usable: pip install faiss-cpu for retriever.kind=dense"
-            if faiss.get("error")
-            else f"faiss {faiss['version']}, {faiss['gpus']} GPUs",
-        ),
-        (
-            "cores",
-            f"{facts['cores']['usable']} of {facts['cores']['count']} usable"
-            + (f", torch takes {torch['threads']} threads" if "threads" in torch else ""),
-        ),
-        (
-            "memory",
-            f"{_format_gib(facts['memory']['available'])} of {_format_gib(facts['memory']['total'])} GiB free",
-        ),
-        (
-            "disk",
-            f"{facts['disk']['folder']}: {_format_gib(facts['disk']['free'])} of {_format_gib(facts['disk']['total'])} GiB free; a checkpoint takes 16 bytes a weight",
-        ),
-    ]
-    lines += [
-        ("environment", " ".join(f"{k}={v}" for k, v in facts["environment"].items()))
-    ] * bool(facts["environment"])
-    text = [f"{name:<13}{value}" for name, value in lines] + [""]
-    for f in sorted(findings, key=lambda f: not f.broken):
-        text += [f"{'BROKEN ' if f.broken else 'warning'} {f.what}", f"        do: {f.do}"]
-    broken = sum(f.broken for f in findings)
-    return "\n".join(
-        text
-        + [
-            f"will not work: {broken}, warnings: {len(findings) - broken}"
-            if findings
-            else "nothing is wrong"
-        ]
+            "faiss is not there or not usable: pip install faiss-cpu for retriever.kind=dense",
+        )
+    else:
+        yield "dense", f"faiss {faiss['version']}, {faiss['gpus']} GPUs"
+
+    cores = facts["cores"]
+    torch = facts["torch"]
+    threads = f", torch takes {torch['threads']} threads" if "threads" in torch else ""
+    yield "cores", f"{cores['usable']} of {cores['count']} usable{threads}"
+
+    memory = facts["memory"]
+    available = _format_gib(memory["available"])
+    yield "memory", f"{available} of {_format_gib(memory['total'])} GiB free"
+
+    disk = facts["disk"]
+    free = _format_gib(disk["free"])
+    yield (
+        "disk",
+        f"{disk['folder']}: {free} of {_format_gib(disk['total'])} GiB free; "
+        "a checkpoint takes 16 bytes a weight",
     )
 
 
+def _format_gib(size: int | None) -> str:
+    return "?" if size is None else f"{size / GIB:.1f}"
+
+
 def main(run: str, as_json: bool) -> int:
-    """Prints the report; 1 when something will not work."""
+    """Print the report. Return 1 when something will not work, else 0."""
     facts, findings = examine_machine(run)
     print(format_report(facts, findings))
-    ok = not any(f.broken for f in findings)
+    ok = not any(finding.broken for finding in findings)
     if as_json:
-        print(json.dumps(dict(ok=ok, facts=facts, findings=[asdict(f) for f in findings])))
+        report = {"ok": ok, "facts": facts, "findings": [asdict(f) for f in findings]}
+        print(json.dumps(report))
     return 0 if ok else 1
 
 

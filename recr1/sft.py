@@ -43,13 +43,15 @@ def train(cfg: Config) -> None:
     policy = run.policy
     objective = resolve_objective(CROSS_ENTROPY, cfg.model)
     texts, about_teacher = load_sft_data(run)  # one Rollout each
-    run.num_steps = cfg.sft.epochs * count_steps_per_epoch(len(texts), per_step) or cfg.train.steps
+    steps_per_epoch = count_steps_per_epoch(len(texts), per_step)
+    run.num_steps = cfg.sft.epochs * steps_per_epoch or cfg.train.steps
     optimizer = Optimizer(policy, cfg.optimizer, run.num_steps)
 
     with run.resume_or_start(optimizer):  # when asked to stop, it saves a checkpoint
         before = run.evaluate_test("eval_before.jsonl")
         for step in run.steps():
             with run.log.time_phase("train"):
+                # Cross-entropy of this step's texts, averaged over the tokens of all ranks.
                 targets = choose_targets(texts, step, cfg)
                 update = make_update(targets, cfg.train.tokens_per_micro_batch)
                 record = SftStepRecord(targets)

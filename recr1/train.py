@@ -130,10 +130,13 @@ def sample_groups(run: Run, step: int, cache: KVCache | None) -> Samples:
     groups: list[ScoredGroup] = []
     spare_groups: list[ScoredGroup] = []
     num_sampled_groups = 0
+
+    # Each turn draws other prompts for the groups that are still missing.
     for turn in range(1 + resample):
         prompts = run.prompts(step, turn)[: num_prompts - len(groups)]
         rollouts, rewards = sample_once(run, step, prompts, cache)
         num_sampled_groups += len(prompts)
+
         for start in range(0, len(rollouts), group_size):
             siblings = slice(start, start + group_size)
             group = ScoredGroup(rollouts[siblings], rewards[siblings])
@@ -143,6 +146,7 @@ def sample_groups(run: Run, step: int, cache: KVCache | None) -> Samples:
                 groups.append(group)
         if len(groups) == num_prompts:
             break
+
     return join_groups([*groups, *spare_groups][:num_prompts], num_sampled_groups)
 
 
@@ -166,9 +170,9 @@ def sample_once(
             run.draw_uniforms(step, prompts),
             cache,
             top_p=sampling.top_p,
-            room=run.get_kv_cache_budget(),
+            max_cache_tokens=run.get_kv_cache_budget(),
             kernels=run.cfg.model.kernels,
-            done=async_rewards.submit,
+            on_group_finished=async_rewards.submit,
         )
     with run.log.time_phase("reward"):
         rewards = async_rewards.results()  # what is not scored yet: the step waits for it
@@ -199,6 +203,8 @@ def compute_kl_penalty(
         return torch.zeros(len(rollouts))
     micro_batches = make_micro_batches(unique, cfg)
     micro_batches = add_ref_logp(reference, micro_batches, cfg.sampling.temperature)
+
+    # Siblings with the same text have the same KL.
     kl_by_unique = sum_kl_by_rollout(micro_batches, len(unique), cfg.loss.kl_estimator)  # (U,)
     index_by_text = {(text.group, text.ids): index for index, text in enumerate(unique)}
     indices = [index_by_text[rollout.group, rollout.ids] for rollout in rollouts]
@@ -284,12 +290,14 @@ def make_updates(
     temperature = cfg.sampling.temperature
     updates = []
     for number in range(num_updates):
+        # This update's share of the groups, and how many tokens or rollouts all ranks have in it.
         share = [i for i, r in enumerate(unique) if r.group * num_updates // num_groups == number]
         local_count = count_denominator(
             [unique[i] for i in share], agg_mode, cfg.sampling.max_new_tokens
         )
         [denominator] = dist.all_reduce_sum(local_count)
 
+        # What the loss needs at each token beside the text itself.
         trained = [i for i in share if advantages[i] != 0 or reference]
         micro_batches = make_micro_batches([unique[i] for i in trained], cfg)
         micro_batches = add_ref_logp(reference, micro_batches, temperature)

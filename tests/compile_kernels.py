@@ -30,33 +30,33 @@ D = "*fp64"
 I = "*i64"
 H = "*bf16"
 LOSS = dict(inverse="fp32", low="fp32", high="fp32", kl="fp32", cap="fp32")
-TOKEN = dict(old=F, ref=F, sampler=F, rollout=I, weight=F, adv=F)
+TOKEN = dict(old_logp=F, ref_logp=F, sampler_logp=F, rollout=I, weight=F, advantages=F)
 FLAGS = dict(CISPO=False, CAPPED=True)
 
 head = logprob.get_kernels()
 group = group_loss.get_kernels()
 CASES = {  # name: kernel, types of its arguments, constants, warps
     "statistics": (
-        head.statistics,
-        dict(x=H, target=I, logp=F, entropy=F, log_norm=F, temperature="fp32"),
+        head.statistics_kernel,
+        dict(logits=H, target=I, logp=F, entropy=F, logsumexp=F, temperature="fp32"),
         dict(V=V, STRIDE=STRIDE, TILE=8192),
         8,
     ),
     "gradient": (
-        head.gradient,
-        dict(x=H, target=I, log_norm=F, pull=F, temperature="fp32", STRIDE="i32"),
-        dict(entropy=None, d_entropy=None, TILE=4096),
+        head.gradient_kernel,
+        dict(logits=H, target=I, logsumexp=F, grad_logp=F, temperature="fp32", STRIDE="i32"),
+        dict(entropy=None, grad_entropy=None, TILE=4096),
         4,
     ),
     "gradient with entropy": (
-        head.gradient,
+        head.gradient_kernel,
         dict(
-            x=H,
+            logits=H,
             target=I,
-            log_norm=F,
-            pull=F,
+            logsumexp=F,
+            grad_logp=F,
             entropy=F,
-            d_entropy=F,
+            grad_entropy=F,
             temperature="fp32",
             STRIDE="i32",
         ),
@@ -64,32 +64,42 @@ CASES = {  # name: kernel, types of its arguments, constants, warps
         4,
     ),
     "tokens": (
-        group.tokens,
-        dict(logp=F, **TOKEN, pull=F, sums=F, N="i32", **LOSS),
+        group.token_kernel,
+        dict(logp=F, **TOKEN, grad_logp=F, sums=F, N="i32", **LOSS),
         dict(**FLAGS, TILE=1024),
         4,
     ),
     "tokens, first step": (
-        group.tokens,
-        dict(logp=F, sampler=F, rollout=I, weight=F, adv=F, pull=F, sums=F, N="i32", **LOSS),
-        dict(old=None, ref=None, CISPO=False, CAPPED=False, TILE=1024),
+        group.token_kernel,
+        dict(
+            logp=F,
+            sampler_logp=F,
+            rollout=I,
+            weight=F,
+            advantages=F,
+            grad_logp=F,
+            sums=F,
+            N="i32",
+            **LOSS,
+        ),
+        dict(old_logp=None, ref_logp=None, CISPO=False, CAPPED=False, TILE=1024),
         4,
     ),
     "joined": (
-        group.joined,
-        dict(x=H, target=I, **TOKEN, logp=F, entropy=F, sums=F, temperature="fp32", **LOSS),
+        group.joined_kernel,
+        dict(logits=H, target=I, **TOKEN, logp=F, entropy=F, sums=F, temperature="fp32", **LOSS),
         dict(**FLAGS, V=V, STRIDE=STRIDE, TILE=8192),
         32,
     ),
     **{
         f"choose {name}": (
-            sample_token.get_kernels().choose,
+            sample_token.get_kernels().sample_token_kernel,
             dict(
-                x=kind,
+                logits=kind,
                 **({} if greedy else dict(uniforms=D)),
                 ids=I,
                 logp=F,
-                cut=F,
+                truncated_mass=F,
                 temperature="fp32",
                 top_p="fp32",
             ),
@@ -107,8 +117,8 @@ CASES = {  # name: kernel, types of its arguments, constants, warps
         )
     },
     "advantage": (
-        group.advantage,
-        dict(rewards=F, adv=F, floor="fp32"),
+        group.advantage_kernel,
+        dict(rewards=F, advantages=F, floor="fp32"),
         dict(G=12, OTHERS=11, TILE=16, KIND=0),
         4,
     ),
@@ -117,7 +127,7 @@ CASES = {  # name: kernel, types of its arguments, constants, warps
 
 def compiled(kernel, types: dict, constants: dict, warps: int, capability: int):
     # as the launcher would: pointers of torch's allocator and strides are multiples of 16, and N is
-    # not specialised
+    # not specialized
     whole = [name for name, kind in types.items() if kind.startswith("*") or name == "STRIDE"]
     attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in whole}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -162,7 +172,9 @@ def measured(binary) -> dict:
 def variants(lengths) -> int:
     """Different keys under which the launcher would look for `tokens`."""
     bind = create_function_from_signature(
-        group.tokens.signature, group.tokens.params, make_backend(GPUTarget("cuda", 90, 32))
+        group.token_kernel.signature,
+        group.token_kernel.params,
+        make_backend(GPUTarget("cuda", 90, 32)),
     )
     x = torch.zeros(16)
     index = torch.zeros(16, dtype=torch.int64)

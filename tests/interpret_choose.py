@@ -1,5 +1,6 @@
-"""The kernel of kernels/sample_token.py against float64 in Triton's interpreter. Run by test_kernels.py,
-as interpret_kernels.py is.
+"""Compare the kernel of kernels/sample_token.py with float64 in Triton's interpreter.
+
+Run by test_kernels.py, as interpret_kernels.py is.
 """
 
 import os
@@ -30,7 +31,7 @@ def rows(B, V, dtype, g, size=2.0):
 
 
 def distribution(logits, temperature, top_p):
-    """float64: p (B, V), 0 outside the nucleus and not renormalised; log p of the whole; what p
+    """float64: p (B, V), 0 outside the nucleus and not renormalized; log p of the whole; what p
     lacks of 1 (B,).
     """
     log_p = (logits.double() / temperature).log_softmax(-1)

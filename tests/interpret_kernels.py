@@ -63,33 +63,33 @@ def test_head(N, C, V, temperature, size, monkeypatch):
     hidden = (hidden * size).requires_grad_()
     weight = weight.requires_grad_()
     target = torch.randint(V, (N,), generator=g)
-    pull = torch.randn(N, generator=g)
+    grad_logp = torch.randn(N, generator=g)
     if N > 4:
-        pull[1] = 0
-        for name in ("WORKSPACE", "SLICE"):
+        grad_logp[1] = 0
+        for name in ("WORKSPACE_BYTES", "SLICE_BYTES"):
             monkeypatch.setitem(getattr(logprob, name), "cpu", N * V)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     want, want_entropy = full(*exact, target, temperature)
     logp, entropy = linear_log_probs(
         hidden, weight, target, temperature, make_distribution, "triton"
     )
-    formula = make_token_loss(lambda x, rows: (x * pull[rows]).sum())
+    formula = make_token_loss(lambda x, rows: (x * grad_logp[rows]).sum())
     loss, logp_again, entropy_again = fused_linear_loss(
         hidden, weight, target, temperature, make_distribution, formula, "triton"
     )
     assert torch.equal(logp, logp_again) and torch.equal(entropy, entropy_again)
     close(logp, want, terms=(hidden @ weight.T).abs().max().item() / temperature)
     assert (entropy - want_entropy).abs().max() <= 1e-5 * max(1, want.abs().max())
-    theirs = torch.autograd.grad(want, exact, pull.double())
+    theirs = torch.autograd.grad(want, exact, grad_logp.double())
     plain = torch.autograd.grad(
-        full(hidden, weight, target, temperature)[0], (hidden, weight), pull
+        full(hidden, weight, target, temperature)[0], (hidden, weight), grad_logp
     )
     for ours in (
-        torch.autograd.grad(logp, (hidden, weight), pull),
+        torch.autograd.grad(logp, (hidden, weight), grad_logp),
         torch.autograd.grad(loss, (hidden, weight)),
     ):
         for a, b, c, other in zip(ours, theirs, plain, (weight, hidden)):
-            close(a, b, c, (pull.norm() * other.abs().max()).item())
+            close(a, b, c, (grad_logp.norm() * other.abs().max()).item())
 
 
 @pytest.mark.parametrize("N, C, V", SIZES)
@@ -99,12 +99,13 @@ def test_entropy_has_its_gradient(N, C, V):
         torch.randn(*shape, generator=g).requires_grad_() for shape in ((N, C), (V, C))
     )
     target = torch.randint(V, (N,), generator=g)
-    pull = torch.randn(N, generator=g)
-    bonus = torch.randn(N, generator=g)
+    grad_logp = torch.randn(N, generator=g)
+    grad_entropy = torch.randn(N, generator=g)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     parts = full(*exact, target, 0.7)
     theirs = torch.autograd.grad(
-        sum((x * y).sum() for x, y in zip(parts, (pull.double(), bonus.double()))), exact
+        sum((x * y).sum() for x, y in zip(parts, (grad_logp.double(), grad_entropy.double()))),
+        exact,
     )
     logp, entropy = linear_log_probs(hidden, weight, target, 0.7, make_distribution, "triton")
     shot, _, _ = fused_linear_loss(
@@ -114,13 +115,13 @@ def test_entropy_has_its_gradient(N, C, V):
         0.7,
         make_distribution,
         lambda x, e, rows: (
-            (x * pull[rows]).sum() + (e * bonus[rows]).sum(),
-            pull[rows],
-            bonus[rows],
+            (x * grad_logp[rows]).sum() + (e * grad_entropy[rows]).sum(),
+            grad_logp[rows],
+            grad_entropy[rows],
         ),
         "triton",
     )
-    for loss in ((logp * pull).sum() + (entropy * bonus).sum(), shot):
+    for loss in ((logp * grad_logp).sum() + (entropy * grad_entropy).sum(), shot):
         for a, b, other in zip(
             torch.autograd.grad(loss, (hidden, weight)), theirs, (weight, hidden)
         ):
@@ -128,7 +129,10 @@ def test_entropy_has_its_gradient(N, C, V):
                 a,
                 b,
                 terms=10
-                * ((pull.norm() + bonus.norm() * (1 + parts[1].max())) * other.abs().max()).item(),
+                * (
+                    (grad_logp.norm() + grad_entropy.norm() * (1 + parts[1].max()))
+                    * other.abs().max()
+                ).item(),
             )
 
 
@@ -163,8 +167,9 @@ def test_one_shot_of_a_plain_sum():
     ids=str,
 )
 def test_policy_loss_of_the_loop(loss):
-    """kernels: triton against kernels: torch on a packed batch, fused where kernels/group_loss.py has the
-    loss, else its head under the torch loss.
+    """Compare kernels: triton with kernels: torch on a packed batch.
+
+    The loss is fused where kernels/group_loss.py has it, else it is torch's over Triton's head.
     """
     policy_ = tiny_model(1)
     o = [
@@ -181,7 +186,7 @@ def test_policy_loss_of_the_loop(loss):
     near = compute_log_probs(policy_, batch, 1.3)[0].detach()
     batch = replace(
         batch,
-        adv=torch.randn(n, generator=g),
+        advantages=torch.randn(n, generator=g),
         weight=torch.randint(1, 3, (n,), generator=g).float(),
         **{
             name: near + 0.3 * torch.randn(n, generator=g)
@@ -250,7 +255,7 @@ def exact_loss(logp, p: GroupTokenLoss):
     rule = p.rule
     rewards = p.rewards
     sampler, old, ref, weight = (
-        x if x is None else x.double() for x in (p.sampler, p.old, p.ref, p.weight)
+        x if x is None else x.double() for x in (p.sampler_logp, p.old_logp, p.ref_logp, p.weight)
     )
     old = logp.detach() if old is None else old
     adv = exact_advantages(rewards, rule.advantage, rule.std_floor)
@@ -264,7 +269,7 @@ def exact_loss(logp, p: GroupTokenLoss):
     if rule.sampler_cap:
         gain = gain * (old - sampler).exp().clamp(max=rule.sampler_cap)
     k3 = torch.zeros_like(logp) if ref is None else torch.expm1(ref - logp) - (ref - logp)
-    loss = (weight * (rule.kl * k3 - gain)).sum() / p.total
+    loss = (weight * (rule.kl * k3 - gain)).sum() / p.denominator
     [slope] = torch.autograd.grad(loss, logp, retain_graph=True)
     return loss, [
         x.item()
@@ -284,7 +289,10 @@ def tokens(N, key, gap=0.2, P=4, G=5):
     weights with 0; log-probs `gap` apart.
     """
     g = draw(N, *key)
-    near = lambda x, by: x + by * torch.randn(N, generator=g)
+
+    def near(x, by):
+        return x + by * torch.randn(N, generator=g)
+
     rewards = torch.rand(P, G, generator=g)
     rewards[0] = 0.1
     rollout = torch.randint((P - 1) * G, (N,), generator=g)
@@ -298,10 +306,10 @@ def tokens(N, key, gap=0.2, P=4, G=5):
         rewards=rewards,
         rollout=rollout,
         weight=weight,
-        sampler=near(old, 0.1),
-        old=old,
-        ref=ref,
-        total=float(max(N, 1) + 3),
+        sampler_logp=near(old, 0.1),
+        old_logp=old,
+        ref_logp=ref,
+        denominator=float(max(N, 1) + 3),
     )
 
 
@@ -333,25 +341,25 @@ RULES = [
 def test_group_loss(N, gap, rule):
     for first_step in (False, True):
         logp, given = tokens(N, (gap,), gap)
-        given["old"] = None if first_step else off_the_edge(logp, given["old"], rule)
+        given["old_logp"] = None if first_step else off_the_edge(logp, given["old_logp"], rule)
         p = GroupTokenLoss(rule, **given)
         x = logp.clone().requires_grad_()
         y = logp.double().requires_grad_()
         loss = compute_group_loss(x, p)
         want, sums = exact_loss(y, p)
-        ratio = 1 if first_step else (logp - given["old"]).exp()
+        ratio = 1 if first_step else (logp - given["old_logp"]).exp()
         # an advantage is a difference of rewards of size 1, in float32
         close(
             torch.autograd.grad(loss * 3, x)[0],
             torch.autograd.grad(want * 3, y)[0],
-            terms=10 * (p.weight * ratio).norm().item() / p.total,
+            terms=10 * (p.weight * ratio).norm().item() / p.denominator,
         )
         # a loss is a difference of gains: its error is small beside them, not beside itself
-        scale = (p.weight * (0.1 + p.adv[p.rollout].abs())).sum().item() / p.total * (
+        scale = (p.weight * (0.1 + p.advantages[p.rollout].abs())).sum().item() / p.denominator * (
             1 + (sums[2] + 5) * (gap > 1)
         ) + sums[2]
         assert abs(loss.item() - want.item()) <= 1e-5 * scale
-        for name, ours, theirs in zip(p.statistics(), p.statistics().values(), sums):
+        for name, ours, theirs in zip(p.named_sums(), p.named_sums().values(), sums):
             assert name == "loss" or ours == pytest.approx(theirs, rel=1e-5, abs=1e-6 * gap * N), (
                 name
             )
@@ -359,7 +367,7 @@ def test_group_loss(N, gap, rule):
 
 def test_huge_gaps_end_in_no_nan_for_tokens_that_do_not_count():
     logp, given = tokens(8, ("huge",))
-    given["old"] = logp - 200  # e^200 is infinite in float32
+    given["old_logp"] = logp - 200  # e^200 is infinite in float32
     given["weight"][:4], given["rollout"][4:] = 0, 0  # group 0 has no advantage
     x = logp.clone().requires_grad_()
     compute_group_loss(x, GroupTokenLoss(LossRule(), **given)).backward()
@@ -382,7 +390,7 @@ def test_clip_takes_the_gradient_exactly():
         old,
     )
     compute_group_loss(logp, p).backward()
-    assert logp.grad[0] == 0 and logp.grad[3] == 0 and p.statistics()["clipped"] == 2
+    assert logp.grad[0] == 0 and logp.grad[3] == 0 and p.named_sums()["clipped"] == 2
     torch.testing.assert_close(logp.grad[1:3], torch.tensor([-0.5 / 4, 1.5 / 4]))
 
 
@@ -414,9 +422,11 @@ def test_joined(rule, dtype, monkeypatch):
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     want_logp = full(*exact, target, temperature)[0]
     _, given = tokens(N, ("joined",))
-    shift = want_logp.detach().float() - given["old"]
-    given |= {name: given[name] + shift for name in ("old", "ref", "sampler")}
-    given["old"] = off_the_edge(want_logp, given["old"] + 0.2 * torch.randn(N, generator=g), rule)
+    shift = want_logp.detach().float() - given["old_logp"]
+    given |= {name: given[name] + shift for name in ("old_logp", "ref_logp", "sampler_logp")}
+    given["old_logp"] = off_the_edge(
+        want_logp, given["old_logp"] + 0.2 * torch.randn(N, generator=g), rule
+    )
     p = GroupTokenLoss(rule, **given)
     apart = GroupTokenLoss(rule, **given)
     loss, logp, entropy = fused_linear_loss(
@@ -436,7 +446,7 @@ def test_joined(rule, dtype, monkeypatch):
         (loss, logp, entropy, *ours),
         (separate, logp_, entropy_, *torch.autograd.grad(separate, (hidden, weight))),
     )
-    assert p.statistics() == pytest.approx(apart.statistics(), rel=1e-5, abs=1e-6)
+    assert p.named_sums() == pytest.approx(apart.named_sums(), rel=1e-5, abs=1e-6)
     if dtype == torch.float32:  # in bfloat16 a token may fall on the other side of the clip
         want, _ = exact_loss(want_logp, p)
         for a, b in zip((logp, *ours), (want_logp, *torch.autograd.grad(want, exact))):

@@ -337,7 +337,8 @@ def test_the_newest_stand_in_has_the_real_signature(stand, installed):
             "torch_2_11",
             True,
             dict(window_size=(-1, 0)),
-            "keys and values are repeated for every query head: torch before 2.12 has no enable_gqa",
+            "keys and values are repeated for every query head: "
+            "torch before 2.12 has no enable_gqa",
         ),
         ("torch_2_12", False, dict(window_size=(-1, 0)), ""),
         ("torch_2_12", True, dict(window_size=(-1, 0), enable_gqa=True), ""),
@@ -429,7 +430,8 @@ def top_left(m):
             "flash",
             not_installed,
             {},
-            "the package flash-attn 2.1 or newer, which is not usable here (import of flash_attn halted",
+            "the package flash-attn 2.1 or newer, which is not usable here "
+            "(import of flash_attn halted",
         ),
         (
             "flash",
@@ -441,7 +443,8 @@ def top_left(m):
             "flash",
             top_left,
             {},
-            "flash-attn 2.1 or newer, which aligns a short query with the end of its keys; this is 2.0.9",
+            "flash-attn 2.1 or newer, which aligns a short query with the end of its keys; "
+            "this is 2.0.9",
         ),
     ],
 )
@@ -468,9 +471,9 @@ def test_flash_pads_an_odd_head_itself(gpu, monkeypatch):
 @pytest.mark.parametrize("asked", ["varlen", "flash"])
 def test_a_run_refuses_what_cannot_run(no_gpu, tmp_path, capsys, asked):
     err = refused([write_yaml(tmp_path), f"model.attention={asked}"], capsys)
-    assert (
-        err
-        == f"recr1: model.attention: {asked} needs a GPU, this process computes on the cpu; sdpa runs everywhere\n"
+    assert err == (
+        f"recr1: model.attention: {asked} needs a GPU, this process computes on the cpu; "
+        "sdpa runs everywhere\n"
     )
     assert "model.attention: 'eager' is not one of auto, varlen, flash, sdpa" in refused(
         [write_yaml(tmp_path), "model.attention=eager"], capsys

@@ -149,9 +149,11 @@ def test_a_template_that_opens_the_thought_is_not_followed_by_a_second_opening(o
 BOS = "<|begin_of_text|>"
 LLAMA = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 LLAMA_TEMPLATE = (
-    "{{ bos_token }}{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y %H:%M:%S.%f') %}{% endif %}"
+    "{{ bos_token }}{% if date_string is not defined %}"
+    "{% set date_string = strftime_now('%d %b %Y %H:%M:%S.%f') %}{% endif %}"
     "<|start_header_id|>system<|end_header_id|>\n\nToday Date: {{ date_string }}\n\n<|eot_id|>"
-    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 
@@ -163,7 +165,8 @@ def llama_tokenizer():
     vocab, merges = vocabulary()
     core = Tokenizer(models.BPE(vocab=dict(vocab), merges=list(merges), ignore_merges=True))
     words = Regex(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -268,7 +271,11 @@ def test_several_places_are_filled_where_they_stand():
     c = ChatTemplate(
         tiny_tokenizer(), "be good", PLACED, "<think>", ("candidates", "profile", "history")
     )
-    want = "<|system|>be good<|end|><|user|>for a user\nred lamp\nof\nItem_1: chair.<|end|><|assistant|><think>"
+    want = (
+        "<|system|>be good<|end|>"
+        "<|user|>for a user\nred lamp\nof\nItem_1: chair.<|end|>"
+        "<|assistant|><think>"
+    )
     assert c.prompt("Item_1: chair", "a user", "red lamp") == ids(want)
 
 
@@ -305,7 +312,9 @@ USER = "<\uff5cUser\uff5c>"
 ASSISTANT = "<\uff5cAssistant\uff5c>"
 DISTILL_BOS = "<\uff5cbegin\u2581of\u2581sentence\uff5c>"
 DISTILL_TEMPLATE = (
-    "{% set ns = namespace(system='') %}{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = m['content'] %}{% endif %}{% endfor %}"
+    "{% set ns = namespace(system='') %}"
+    "{% for m in messages %}{% if m['role'] == 'system' %}"
+    "{% set ns.system = m['content'] %}{% endif %}{% endfor %}"
     "{{ bos_token }}{{ ns.system }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '"
     + USER
     + "' + m['content'] }}{% endif %}{% endfor %}"
@@ -348,8 +357,10 @@ def test_a_distill_prompt_opens_the_thought_once(system):
 
 def test_a_qwen2_prompt_has_the_templates_own_system_text_unless_one_is_given():
     template = (
-        "{% if messages[0]['role'] == 'system' %}<|system|>{{ messages[0]['content'] }}<|end|>{% else %}<|system|>You are Qwen.<|end|>{% endif %}"
-        "{% for m in messages %}{% if m['role'] != 'system' %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
+        "{% if messages[0]['role'] == 'system' %}<|system|>{{ messages[0]['content'] }}<|end|>"
+        "{% else %}<|system|>You are Qwen.<|end|>{% endif %}"
+        "{% for m in messages %}{% if m['role'] != 'system' %}"
+        "<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     for system, shown in (("", "You are Qwen."), ("be good", "be good")):

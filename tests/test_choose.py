@@ -74,7 +74,7 @@ def test_first_tokens_of_generate_come_as_often_as_transformers_softmax_says(tem
     chance = unlikely(ids, exact(want, temperature, top_p))
     print(f"temperature {temperature}, top_p {top_p}: p = {chance:.3f}")
     assert chance > 1e-3
-    # the policy's, not renormalised over the nucleus
+    # the policy's, not renormalized over the nucleus
     log_p = (want.double() / temperature).log_softmax(-1)[ids]
     assert (log_p - torch.tensor([r.sampler_logp[0] for r in rollouts])).abs().max() < 1e-4
 

@@ -57,7 +57,8 @@ def refused(capsys, *argv) -> str:
     capsys.readouterr()
     assert run_guarded(cli.main, [str(a) for a in argv]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("recr1: ") and err.count("\n") == 1
+    assert err.startswith("recr1: ")
+    assert err.count("\n") == 1
     return err
 
 
@@ -114,9 +115,8 @@ def test_raw_queries_of_the_bundled_sets_score_as_pytrec_eval_says(name, capsys)
         low, high = result["ci95"][ours]
         assert low < result["metrics"][ours] < high
     *_, ten, hundred, tolerance = SETS[name]
-    assert result["metrics"]["ndcg@10"] == pytest.approx(ten, abs=tolerance) and result["metrics"][
-        "ndcg@100"
-    ] == pytest.approx(hundred, abs=tolerance)
+    assert result["metrics"]["ndcg@10"] == pytest.approx(ten, abs=tolerance)
+    assert result["metrics"]["ndcg@100"] == pytest.approx(hundred, abs=tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -165,14 +165,11 @@ def test_eval_scores_the_trained_policy_as_its_run_did(world, capsys):
     rows = jsonl(folder / "eval_after.jsonl")
     summary = json.loads((folder / "summary.json").read_text())
     name = f"ndcg@{cfg.reward.k_eval}"
-    assert result["n"] == 12 and result["metrics"][name] == pytest.approx(
-        summary["after"], abs=1e-9
-    )
+    assert result["n"] == 12
+    assert result["metrics"][name] == pytest.approx(summary["after"], abs=1e-9)
     assert result["raw"]["metrics"][name] == pytest.approx(summary["raw"], abs=1e-9)
-    assert (
-        result["difference"]["metrics"][name] == pytest.approx(summary["gain"], abs=1e-9)
-        and result["difference"]["ci95"][name] == summary["gain_ci95"]
-    )
+    assert result["difference"]["metrics"][name] == pytest.approx(summary["gain"], abs=1e-9)
+    assert result["difference"]["ci95"][name] == summary["gain_ci95"]
     assert result["unparsable"] == sum(row["error"] is not None for row in rows)
 
 
@@ -205,10 +202,8 @@ def test_generate_prints_text_and_rewrite_of_the_evaluation_and_both_hit_lists(w
     cfg, folder = world
     row = next(row for row in jsonl(folder / "eval_after.jsonl") if row["rewrite"])
     shown = f"{row['text']}\n{row['rewrite']}\n"
-    assert (
-        run(capsys, "generate", "--model", folder / "model", row["raw"]) == shown
-        and parse_query(row["text"])[0] == row["rewrite"]
-    )
+    assert run(capsys, "generate", "--model", folder / "model", row["raw"]) == shown
+    assert parse_query(row["text"])[0] == row["rewrite"]
     out = run(
         capsys,
         "generate",
@@ -220,14 +215,16 @@ def test_generate_prints_text_and_rewrite_of_the_evaluation_and_both_hit_lists(w
         "-k",
         2,
     )
-    assert out.startswith(f"{shown}\nraw: {row['raw']}\n") and f"rewritten: {row['rewrite']}" in out
+    assert out.startswith(f"{shown}\nraw: {row['raw']}\n")
+    assert f"rewritten: {row['rewrite']}" in out
 
 
 def test_search_shows_terms_that_add_up_to_the_score(world, capsys):
     out = run(capsys, "search", "--corpus", world[0].data.corpus, "red lamp for my house", "-k", 4)
     hits = out.splitlines()[::2]
     terms = out.splitlines()[1::2]
-    assert len(hits) == 4 and "red lamp" in hits[0]
+    assert len(hits) == 4
+    assert "red lamp" in hits[0]
     for hit, parts in zip(hits, terms):
         assert sum(float(x) for x in re.findall(r"\d\.\d{3}", parts)) == pytest.approx(
             float(hit.split()[1]), abs=2e-3
@@ -240,7 +237,8 @@ def test_control_characters_of_the_data_do_not_reach_the_terminal(tmp_path, caps
         json.dumps(dict(id="a", title="red \x1b[31m lamp\x07\u009b2J\u202e")) + "\n"
     )
     out = run(capsys, "search", "--corpus", tmp_path / "c.jsonl", "lamp")
-    assert "lamp" in out and not set(out) & set("\x1b\x07\u009b\u202e")
+    assert "lamp" in out
+    assert not set(out) & set("\x1b\x07\u009b\u202e")
 
 
 def test_queries_without_judgement_are_left_out_aloud(world, tmp_path, capsys):
@@ -255,11 +253,9 @@ def test_queries_without_judgement_are_left_out_aloud(world, tmp_path, capsys):
         *flags(cfg.data.corpus, tmp_path / "q.jsonl", tmp_path / "r.tsv"),
         "--json",
     )
-    assert (
-        "first: extra" in out
-        and "first: ghost" in out
-        and json.loads(out.splitlines()[-1])["n"] == 12
-    )
+    assert "first: extra" in out
+    assert "first: ghost" in out
+    assert json.loads(out.splitlines()[-1])["n"] == 12
 
 
 def test_more_hits_than_documents_are_no_more_than_documents(world, capsys):
@@ -277,7 +273,10 @@ def test_more_hits_than_documents_are_no_more_than_documents(world, capsys):
 
 
 def test_a_closed_pipe_and_a_poor_terminal_end_in_no_traceback(world):
-    command = f"{sys.executable} -m recr1.cli search --corpus {world[0].data.corpus} 'ユーザー lamp house' -k 40 | head -1"
+    command = (
+        f"{sys.executable} -m recr1.cli search --corpus {world[0].data.corpus} "
+        "'ユーザー lamp house' -k 40 | head -1"
+    )
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=ROOT,
@@ -285,7 +284,8 @@ def test_a_closed_pipe_and_a_poor_terminal_end_in_no_traceback(world):
         text=True,
         env=os.environ | dict(PYTHONIOENCODING="ascii"),
     )
-    assert done.stdout.startswith("  1 ") and "Traceback" not in done.stderr
+    assert done.stdout.startswith("  1 ")
+    assert "Traceback" not in done.stderr
 
 
 def test_bad_input_is_one_line(world, tmp_path, capsys):
@@ -349,7 +349,8 @@ def test_unknown_metrics_are_refused(metrics, capsys):
                 metrics,
             ]
         )
-    assert e.value.code == 2 and "ndcg@10" in capsys.readouterr().err
+    assert e.value.code == 2
+    assert "ndcg@10" in capsys.readouterr().err
 
 
 def test_help_fits_one_screen():
@@ -361,7 +362,9 @@ def test_help_fits_one_screen():
         env=os.environ | dict(COLUMNS="80"),
     )
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) <= 24 and max(map(len, lines)) <= 80
+    assert done.returncode == 0
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
     assert all(name in done.stdout for name in ("eval-queries", "eval ", "search", "generate"))
 
 
@@ -373,7 +376,5 @@ def test_the_bundled_policy_answers_as_the_quickstart_asks():
     assert yaml.safe_load(configs.dump_answering_config(quickstart)) == yaml.safe_load(
         (ROOT / "experiments/policy/recr1.yaml").read_text()
     )
-    assert (
-        recipe.prompt == quickstart.prompt
-        and recipe.sampling.max_new_tokens == quickstart.sampling.max_new_tokens
-    )
+    assert recipe.prompt == quickstart.prompt
+    assert recipe.sampling.max_new_tokens == quickstart.sampling.max_new_tokens

@@ -89,7 +89,8 @@ def test_every_metric_and_every_name_of_the_line_has_a_row_in_the_glossary(
         lines.append(format_console_line(rows[-1] | dict(rollout_tokens_per_s=None, kl=None), 2))
     for line in lines:
         said = fields(line)
-        assert said.pop("step") and len(said) >= (4 if loop is sft else 8)
+        assert said.pop("step")
+        assert len(said) >= (4 if loop is sft else 8)
         assert said.keys() <= known.keys(), (
             f"in the line per step and not in the glossary: {sorted(said.keys() - known.keys())}"
         )
@@ -173,29 +174,26 @@ def test_lines_keep_to_the_width_and_nothing_in_them_drives_the_terminal(columns
     lines = format_rollout_table(
         step((hostile, wide, 1.0), (wide, accents, 0.0), (accents, hostile * 9, -1.0)), columns
     ).split("\n")
-    assert (
-        len(lines) == 4
-        and {width(line) for line in lines} <= set(range(columns + 1))
-        and len({width(line) for line in lines}) == 1
-    )
+    assert len(lines) == 4
+    assert {width(line) for line in lines} <= set(range(columns + 1))
+    assert len({width(line) for line in lines}) == 1
     for line in lines:
-        assert line.isprintable() and make_printable(line) == line
-    assert "red" in lines[1] and ".." in lines[1] and re.search(r" +0\.250 +\+1\.000$", lines[1])
+        assert line.isprintable()
+        assert make_printable(line) == line
+    assert "red" in lines[1]
+    assert ".." in lines[1]
+    assert re.search(r" +0\.250 +\+1\.000$", lines[1])
 
 
 def test_fit():
-    assert (
-        fit_to_width("lamp", 6) == "lamp  "
-        and fit_to_width("lampshade", 6) == "lamp.."
-        and fit_to_width("ユーザー", 6) == "ユー.."
-        and fit_to_width("ユーザー", 5) == "ユ.. "
-    )
-    assert (
-        fit_to_width("ユーザー", 8) == "ユーザー"
-        and fit_to_width("", 3) == "   "
-        and fit_to_width("ab", 2) == "ab"
-        and fit_to_width("abc", 2) == ".."
-    )
+    assert fit_to_width("lamp", 6) == "lamp  "
+    assert fit_to_width("lampshade", 6) == "lamp.."
+    assert fit_to_width("ユーザー", 6) == "ユー.."
+    assert fit_to_width("ユーザー", 5) == "ユ.. "
+    assert fit_to_width("ユーザー", 8) == "ユーザー"
+    assert fit_to_width("", 3) == "   "
+    assert fit_to_width("ab", 2) == "ab"
+    assert fit_to_width("abc", 2) == ".."
     assert fit_to_width("a\tb\x1b", 4) == "a b "
 
 
@@ -216,11 +214,11 @@ def test_tables_come_every_few_steps_and_the_word_about_the_loss_once(
             for i, line in enumerate(out.splitlines())
             if re.match("  query +answer +reward +advantage$", line)
         ]
-        assert len(heads) == tables and out.count("a GRPO loss near 0 is no fault") == words
+        assert len(heads) == tables
+        assert out.count("a GRPO loss near 0 is no fault") == words
         for i in heads:
-            assert re.match(r"step +[12]/3 ", out.splitlines()[i - 1]) and all(
-                len(line) < 70 for line in out.splitlines()[i : i + 4]
-            )
+            assert re.match(r"step +[12]/3 ", out.splitlines()[i - 1])
+            assert all(len(line) < 70 for line in out.splitlines()[i : i + 4])
 
 
 def test_a_terminal_that_cannot_write_a_character_ends_no_run(monkeypatch):

@@ -138,8 +138,8 @@ def on_cpu(monkeypatch):
         seen.ran.append(pair)
         rows, width, _ = pair
         assert (
-            self.cache.live <= rows <= self.cache.store.shape[1]
-            and self.cache.width < width <= self.cache.store.shape[3]
+            self.cache.num_rows <= rows <= self.cache.kv.shape[1]
+            and self.cache.max_len < width <= self.cache.kv.shape[3]
         )
         step(self, *pair)
 
@@ -152,12 +152,12 @@ def on_cpu(monkeypatch):
                 [
                     place(x)
                     for x in (
-                        self.cache.store,
+                        self.cache.kv,
                         self.cache.lengths,
                         self.ids,
                         self.uniforms,
                         self.logp,
-                        self.cut,
+                        self.truncated_mass,
                     )
                 ],
             )
@@ -172,22 +172,24 @@ def on_cpu(monkeypatch):
         current_stream=lambda: main,
     ).items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(cuda_graphs, "SLOTS", 16)  # the tiny texts pass several widths
+    monkeypatch.setattr(
+        cuda_graphs, "GRAPH_SLOT_MULTIPLE", 16
+    )  # the tiny texts pass several widths
     monkeypatch.setattr(DecodeGraphs, "_step", noted)
     monkeypatch.setattr(DecodeGraphs, "__init__", remembered)
     monkeypatch.setattr(sampler, "SYNC_EVERY", {"cpu": 8})
-    monkeypatch.setattr(sampler, "DEVICES", ("cpu",))
+    monkeypatch.setattr(sampler, "GRAPH_DEVICES", ("cpu",))
     yield seen
     for self, places in seen.made:
         assert places == [
             place(x)
             for x in (
-                self.cache.store,
+                self.cache.kv,
                 self.cache.lengths,
                 self.ids,
                 self.uniforms,
                 self.logp,
-                self.cut,
+                self.truncated_mass,
             )
         ], "what graphs use has moved"
         assert all(graph is None or graph.replays for graph in self.graphs.values())
@@ -217,10 +219,10 @@ CASES = {  # prompts, siblings, new tokens, what else
     "one text": (1, 1, 40, {}),
     "odd number of rows": (13, 1, 21, {}),
     "top_p": (6, 2, 24, dict(top_p=0.8)),
-    "late": (16, 2, 30, dict(room=900)),  # 64 slots a text: 14 at once
-    "late, alone": (25, 1, 30, dict(room=900)),
+    "late": (16, 2, 30, dict(max_cache_tokens=900)),  # 64 slots a text: 14 at once
+    "late, alone": (25, 1, 30, dict(max_cache_tokens=900)),
     "greedy": (14, 1, 40, dict(greedy=True)),
-    "greedy, late": (25, 1, 40, dict(greedy=True, room=1000)),
+    "greedy, late": (25, 1, 40, dict(greedy=True, max_cache_tokens=1000)),
 }
 
 
@@ -240,8 +242,8 @@ def draw(model, case, cache=None, **more):
         STOPS,
         u,
         cache,
-        heard=lambda r, t: heard.setdefault(r, []).append(t),
-        done=lambda group: done.append([r.ids for r in group]),
+        on_token=lambda r, t: heard.setdefault(r, []).append(t),
+        on_group_finished=lambda group: done.append([r.ids for r in group]),
         **options,
         **more,
     )
@@ -282,7 +284,7 @@ def world(request, monkeypatch):
     def plain(case, **more):
         with monkeypatch.context() as m:
             m.setattr(sampler, "SYNC_EVERY", {"cpu": 1})
-            m.setattr(sampler, "DEVICES", ())
+            m.setattr(sampler, "GRAPH_DEVICES", ())
             return draw(model, case, **more)
 
     return model, bound, plain
@@ -318,8 +320,7 @@ def test_a_cache_of_before_is_used_again(world, on_cpu):
         same(draw(model, case, cache), plain(case), bound)
     (first, _), (second, _), (third, _) = on_cpu.made
     assert (
-        second.cache is cache
-        and third.cache.store.shape == second.cache.store.shape != first.ids.shape
+        second.cache is cache and third.cache.kv.shape == second.cache.kv.shape != first.ids.shape
     )
     del on_cpu.made[0]  # its memory grew for the second
 
@@ -333,7 +334,7 @@ def test_rows_that_are_nobodys_change_nothing(on_cpu):
         runs = []
         for spoil in (False, True):
             cache = sampler.make_cache(model)
-            cache.clear(9, 64, at_once=True)
+            cache.reset(9, 64, reserve=True)
             graphs = DecodeGraphs(
                 model,
                 cache,
@@ -343,7 +344,7 @@ def test_rows_that_are_nobodys_change_nothing(on_cpu):
             )
             if spoil:
                 cache.lengths[1:] = torch.arange(0, 4000, 500)
-                cache.store[:, 1:] = 1e3
+                cache.kv[:, 1:] = 1e3
             u = torch.from_numpy(np.random.default_rng(0).random((30, 2, 1)))
             tokens = sampler.sample_from_hidden(
                 sampler.prefill(model, [a], cache),
@@ -367,7 +368,7 @@ def test_rows_that_are_nobodys_change_nothing(on_cpu):
             assert cache.lengths[:2].tolist() == [
                 len(a.ids) + 29,
                 len(b.ids) + 18,
-            ] and cache.width == max(cache.lengths[:2].tolist())
+            ] and cache.max_len == max(cache.lengths[:2].tolist())
     assert runs[0] == runs[1]
     assert {rows for rows, _, _ in on_cpu.ran} == {8}
 
@@ -424,7 +425,7 @@ def test_a_cache_that_moves_is_noticed(on_cpu, monkeypatch):
 
     def moving(self, rows, room):
         reserve(self, rows, room)
-        self.store = self.store.clone()
+        self.kv = self.kv.clone()
 
     monkeypatch.setattr(KVCache, "_reserve", moving)
     got = draw(model, "greedy")
@@ -443,12 +444,12 @@ def test_nothing_of_the_graphs_is_left(on_cpu):
 def test_the_cpu_keeps_its_growing_cache_and_has_no_graphs():
     model = tiny_model(seed=4)
     cache = sampler.make_cache(tiny_model(seed=4))
-    assert cuda_graphs.DEVICES == ("cuda",) and sampler.SYNC_EVERY["cpu"] == 1
+    assert cuda_graphs.GRAPH_DEVICES == ("cuda",) and sampler.SYNC_EVERY["cpu"] == 1
     draw(model, "one text", cache)
-    cache.clear(1000, 1024)
-    assert cache.store.shape[1] < 1000
-    cache.clear(1000, 1024, at_once=True)
-    assert cache.store.shape[1] == 1000 and cache.store.shape[3] == 1024
+    cache.reset(1000, 1024)
+    assert cache.kv.shape[1] < 1000
+    cache.reset(1000, 1024, reserve=True)
+    assert cache.kv.shape[1] == 1000 and cache.kv.shape[3] == 1024
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: no CUDA graph was captured")
@@ -466,9 +467,9 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: no CUDA 
 @pytest.mark.parametrize("case", CASES)
 def test_on_a_gpu_graphs_change_nothing(case, kernels, dtype, bound, monkeypatch):
     model = tiny_model(seed=4).to("cuda", dtype)
-    monkeypatch.setattr(cuda_graphs, "SLOTS", 16)
+    monkeypatch.setattr(cuda_graphs, "GRAPH_SLOT_MULTIPLE", 16)
     ours = draw(model, case, kernels=kernels)
-    monkeypatch.setattr(sampler, "DEVICES", ())
+    monkeypatch.setattr(sampler, "GRAPH_DEVICES", ())
     monkeypatch.setattr(sampler, "SYNC_EVERY", {"cuda": 1})
     same(ours, draw(model, case, kernels=kernels), bound)
 
@@ -493,7 +494,9 @@ def test_on_a_gpu_a_replayed_step_waits_for_nothing(kernels, monkeypatch):
     checked = []
 
     def quiet(self, *inputs):
-        known = self.graphs.get(self.pair(len(inputs[0]), inputs[1] is not None)) is not None
+        known = (
+            self.graphs.get(self.choose_graph(len(inputs[0]), inputs[1] is not None)) is not None
+        )
         torch.cuda.set_sync_debug_mode("error" if known else "default")
         try:
             return step(self, *inputs)

@@ -60,7 +60,8 @@ def run(
     command = (
         [
             "-c",
-            f"import sys\nfrom recr1 import doctor\n{code}\nsys.exit(doctor.main(sys.argv[1] if sys.argv[1:] else 'runs/run', True))",
+            f"import sys\nfrom recr1 import doctor\n{code}\n"
+            "sys.exit(doctor.main(sys.argv[1] if sys.argv[1:] else 'runs/run', True))",
         ]
         if code
         else ["-m", "recr1.doctor", "--json", *(["--run"] if arguments else [])]
@@ -87,7 +88,7 @@ def clean(tmp_path_factory) -> tuple[int, dict, str]:
 def quick(clean) -> str:
     """Code that lets a clean run's imports stand in."""
     probes = {name: clean[1]["facts"][name] for name in doctor.PROBES}
-    return f"import json\ndoctor.probe = lambda: json.loads({json.dumps(probes)!r})"
+    return f"import json\ndoctor.probe_packages = lambda: json.loads({json.dumps(probes)!r})"
 
 
 def test_nothing_is_wrong_here(clean):
@@ -252,7 +253,8 @@ def test_a_staged_clash_is_found(name, clean, quick, tmp_path):
     stage, files, env, broken, what, do = STAGED[name]
     if name.startswith("flash-attn"):
         quick += (
-            "\nclean = doctor.probe()\nclean['torch']['gpus'] = []\ndoctor.probe = lambda: clean"
+            "\nclean = doctor.probe_packages()\nclean['torch']['gpus'] = []"
+            "\ndoctor.probe_packages = lambda: clean"
         )
     (tmp_path / "here").mkdir()
     for path, text in files.items():
@@ -352,7 +354,9 @@ def test_the_run_folder_s_disk(quick, tmp_path):
     _, found, _ = run(
         tmp_path,
         None,
-        f"import shutil\nshutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**8)\n{quick}",
+        "import shutil\n"
+        "shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**8)\n"
+        f"{quick}",
     )
     assert any(
         "0.1 GiB are free; a checkpoint takes 16 bytes a weight" in f["what"]
@@ -399,7 +403,7 @@ def test_on_a_gpu(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for key, value in env.items():
         monkeypatch.setenv(key, value)
-    found = doctor.check_devices(dict(torch=GPU | change, versions={"torch": "2.13.0"}))
+    found = list(doctor.check_devices(dict(torch=GPU | change, versions={"torch": "2.13.0"})))
     assert [f.broken for f in found] == ([want[0]] if want else []) and (
         not want or want[1] in found[0].what
     )
@@ -417,7 +421,7 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch):
         )
         assert finding.broken and words in finding.what
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert not doctor.check_devices(dict(torch=GPU | dict(gpus=[]), versions={}))
+    assert not list(doctor.check_devices(dict(torch=GPU | dict(gpus=[]), versions={})))
 
 
 def test_by_the_command(clean, capsys, monkeypatch, tmp_path):

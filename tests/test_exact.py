@@ -87,7 +87,14 @@ def test_a_texts_bits_do_not_depend_on_the_batch():
     for at in ([3], [8, 2, 5], list(range(9))[::-1]):
         for room in (None, 400):
             some = generate(
-                model, [prompts[i] for i in at], 4, 1.0, 40, frozenset([7]), u[at], room=room
+                model,
+                [prompts[i] for i in at],
+                4,
+                1.0,
+                40,
+                frozenset([7]),
+                u[at],
+                max_cache_tokens=room,
             )
             assert [(r.ids, r.sampler_logp) for r in some] == [
                 (whole[4 * i + s].ids, whole[4 * i + s].sampler_logp) for i in at for s in range(4)

@@ -154,14 +154,26 @@ def chain(folder, ids, new) -> list[str]:
             model.lm_head.weight[b] += 40 * embed[a] / embed[a].norm() ** 2
     save(model, folder / "policy", TOKENIZER, frozenset([EOS]))
     (folder / "recipe.yaml").write_text(
-        f"prompt: {{user: 'find: {{query}}', max_tokens: 64}}\nsampling: {{max_new_tokens: {new}}}\n"
+        f"prompt: {{user: 'find: {{query}}', max_tokens: 64}}\n"
+        f"sampling: {{max_new_tokens: {new}}}\n"
     )
     return ["generate", "--model", str(folder / "policy"), "--config", str(folder / "recipe.yaml")]
 
 
-def subprocess_of(argv, **how) -> subprocess.Popen:
+# The command, waiting after each piece of text that it has written: what is to come while it is
+# at work comes in time, however busy the machine is.
+SLOWLY = """
+import time
+from recr1 import cli
+write = cli.print_now
+cli.print_now = lambda text: (write(text), time.sleep(0.1))
+cli.run_console_script()
+"""
+
+
+def subprocess_of(argv, program=("-m", "recr1.cli"), **how) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "recr1.cli", *argv],
+        [sys.executable, *program, *argv],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -247,7 +259,7 @@ def test_ctrl_c_and_a_closed_pipe_end_in_what_was_written(tmp_path):
     words = [TOKENIZER(f" {w}")["input_ids"][0] for w in ("lamp", "chair")]
     # without an end
     argv = chain(tmp_path, [TOKENIZER.convert_tokens_to_ids("<think>"), *words, words[0]], 440)
-    asked = subprocess_of([*argv, "x"])
+    asked = subprocess_of([*argv, "x"], ("-c", SLOWLY))
     assert asked.stdout.read(5) == b" lamp"
     asked.send_signal(signal.SIGINT)
     rest, err = asked.communicate(timeout=120)
@@ -255,7 +267,7 @@ def test_ctrl_c_and_a_closed_pipe_end_in_what_was_written(tmp_path):
     assert set(rest.split()) <= {b"lamp", b"chair"} and len(rest.split()) < 439, (
         "the text was finished before the signal came"
     )
-    closed = subprocess_of([*argv, "x"])
+    closed = subprocess_of([*argv, "x"], ("-c", SLOWLY))
     assert closed.stdout.read(5) == b" lamp"
     closed.stdout.close()
     assert b"Traceback" not in closed.stderr.read() and closed.wait(120) == 0

@@ -217,5 +217,6 @@ def test_packed_gradient_equals_the_padded_one(family, group_size, tied):
             assert error <= 1e-12, (name, budget, error)
     assert 1 in batch_counts and max(batch_counts) > 2
     print(
-        f"{family}, groups of {group_size}, tied {tied}: largest ||a-b||/||b|| {worst:.1e} over micro-batch counts {sorted(batch_counts)}"
+        f"{family}, groups of {group_size}, tied {tied}: largest ||a-b||/||b|| {worst:.1e} "
+        f"over micro-batch counts {sorted(batch_counts)}"
     )

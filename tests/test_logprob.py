@@ -1,5 +1,6 @@
-"""linear_logp and linear_loss in torch against the full float64 log-softmax: values, gradients,
-entropy, at odd sizes and across chunks.
+"""Compare linear_log_probs and fused_linear_loss in torch with the full float64 log-softmax.
+
+Values, gradients, entropy, at odd sizes and across chunks.
 """
 
 import pytest
@@ -29,8 +30,8 @@ def inputs(N, C, V, dtype=torch.float64, seed=0):
         for shape in ((N, C), (V, C))
     )
     target = torch.randint(V, (N,), generator=g)
-    pull = torch.randn(N, generator=g, dtype=torch.float64)
-    return hidden, weight, target, pull.to(torch.promote_types(dtype, torch.float32))
+    grad_logp = torch.randn(N, generator=g, dtype=torch.float64)
+    return hidden, weight, target, grad_logp.to(torch.promote_types(dtype, torch.float32))
 
 
 def full(hidden, weight, target, temperature):
@@ -38,21 +39,23 @@ def full(hidden, weight, target, temperature):
     return logp[torch.arange(len(target)), target], -(logp.exp() * logp).sum(-1)
 
 
-def weighted(pull):
+def weighted(grad_logp):
     """A loss whose derivative by logp depends on logp, and the same on a chunk."""
-    return lambda logp, rows=slice(None): (pull[rows] * (logp + 0.1 * logp**2)).sum() / len(pull)
+    return lambda logp, rows=slice(None): (
+        (grad_logp[rows] * (logp + 0.1 * logp**2)).sum() / len(grad_logp)
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
 @pytest.mark.parametrize("N, C, V", SIZES)
 def test_equals_the_full_log_softmax(N, C, V, temperature):
-    hidden, weight, target, pull = inputs(N, C, V)
+    hidden, weight, target, grad_logp = inputs(N, C, V)
     logp, entropy = linear_log_probs(hidden, weight, target, temperature, make_distribution)
     want, want_entropy = full(hidden, weight, target, temperature)
     assert logp.dtype == torch.float64 and logp.shape == entropy.shape == (N,)
     torch.testing.assert_close(logp, want, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(entropy, want_entropy, rtol=1e-12, atol=1e-12)
-    ours, theirs = (torch.autograd.grad(x, (hidden, weight), pull) for x in (logp, want))
+    ours, theirs = (torch.autograd.grad(x, (hidden, weight), grad_logp) for x in (logp, want))
     for a, b in zip(ours, theirs):
         assert (a - b).norm() <= 1e-13 * b.norm()
 
@@ -61,9 +64,12 @@ def test_equals_the_full_log_softmax(N, C, V, temperature):
 @pytest.mark.parametrize("N, C, V", SIZES)
 def test_entropy_has_its_gradient_in_both_heads(N, C, V, temperature):
     """Of a loss with both, of one with the entropy alone, and where some rows have neither."""
-    hidden, weight, target, pull = inputs(N, C, V)
-    bonus = pull.flip(0) * (torch.arange(N) % 3 > 0)
-    for g, h in ((pull * (torch.arange(N) % 2), bonus), (torch.zeros(N, dtype=pull.dtype), bonus)):
+    hidden, weight, target, grad_logp = inputs(N, C, V)
+    grad_entropy = grad_logp.flip(0) * (torch.arange(N) % 3 > 0)
+    for g, h in (
+        (grad_logp * (torch.arange(N) % 2), grad_entropy),
+        (torch.zeros(N, dtype=grad_logp.dtype), grad_entropy),
+    ):
         want = sum((x * y).sum() for x, y in zip(full(hidden, weight, target, temperature), (g, h)))
         logp, entropy = linear_log_probs(hidden, weight, target, temperature, make_distribution)
         shot, _, _ = fused_linear_loss(
@@ -84,12 +90,12 @@ def test_entropy_has_its_gradient_in_both_heads(N, C, V, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
 @pytest.mark.parametrize("N, C, V", SIZES)
 def test_one_shot_equals_the_full_log_softmax(N, C, V, temperature):
-    hidden, weight, target, pull = inputs(N, C, V)
+    hidden, weight, target, grad_logp = inputs(N, C, V)
     loss, logp, entropy = fused_linear_loss(
-        hidden, weight, target, temperature, make_distribution, make_token_loss(weighted(pull))
+        hidden, weight, target, temperature, make_distribution, make_token_loss(weighted(grad_logp))
     )
     want, want_entropy = full(hidden, weight, target, temperature)
-    want_loss = weighted(pull)(want)
+    want_loss = weighted(grad_logp)(want)
     assert not logp.requires_grad and not entropy.requires_grad
     torch.testing.assert_close(logp, want.detach(), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(entropy, want_entropy.detach(), rtol=1e-12, atol=1e-12)
@@ -105,20 +111,23 @@ def test_one_shot_equals_the_full_log_softmax(N, C, V, temperature):
 
 @pytest.mark.parametrize("dead", ["some", "all"])
 def test_rows_of_gradient_zero_are_left_out(dead):
-    hidden, weight, target, pull = inputs(37, 13, 101)
-    pull = pull * (0 if dead == "all" else (torch.arange(37) % 3 > 0))
+    hidden, weight, target, grad_logp = inputs(37, 13, 101)
+    grad_logp = grad_logp * (0 if dead == "all" else (torch.arange(37) % 3 > 0))
     want = torch.autograd.grad(
-        weighted(pull)(full(hidden, weight, target, 0.7)[0]), (hidden, weight)
+        weighted(grad_logp)(full(hidden, weight, target, 0.7)[0]), (hidden, weight)
     )
     with torch.no_grad():
-        hidden[pull == 0] = float("inf")  # whatever stands there, it must not be touched
+        hidden[grad_logp == 0] = float("inf")  # whatever stands there, it must not be touched
     logp, _ = linear_log_probs(hidden, weight, target, 0.7, make_distribution)
-    logp = torch.where(pull == 0, 0.0, logp)
-    formula = lambda logp, rows: weighted(pull)(torch.where(pull[rows] == 0, 0.0, logp), rows)
+    logp = torch.where(grad_logp == 0, 0.0, logp)
+
+    def formula(logp, rows):
+        return weighted(grad_logp)(torch.where(grad_logp[rows] == 0, 0.0, logp), rows)
+
     one_shot, *_ = fused_linear_loss(
         hidden, weight, target, 0.7, make_distribution, make_token_loss(formula)
     )
-    for loss in (weighted(pull)(logp), one_shot):
+    for loss in (weighted(grad_logp)(logp), one_shot):
         for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), want):
             assert (a - b).norm() <= 1e-12 * b.norm()
 
@@ -143,13 +152,13 @@ def test_a_plain_sum():
 
 
 def test_gradcheck():
-    hidden, weight, target, pull = inputs(5, 3, 7)
+    hidden, weight, target, grad_logp = inputs(5, 3, 7)
     assert torch.autograd.gradcheck(
         lambda h, w: linear_log_probs(h, w, target, 1.3, make_distribution)[0], (hidden, weight)
     )
     assert torch.autograd.gradcheck(
         lambda h, w: fused_linear_loss(
-            h, w, target, 1.3, make_distribution, make_token_loss(weighted(pull))
+            h, w, target, 1.3, make_distribution, make_token_loss(weighted(grad_logp))
         )[0],
         (hidden, weight),
     )
@@ -157,14 +166,14 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both", "no_grad"])
 def test_gradients_nobody_needs_are_not_made(frozen):
-    hidden, weight, target, pull = inputs(6, 4, 11)
+    hidden, weight, target, grad_logp = inputs(6, 4, 11)
     (
         hidden.requires_grad_(frozen in ("weight", "no_grad")),
         weight.requires_grad_(frozen in ("hidden", "no_grad")),
     )
     with torch.set_grad_enabled(frozen != "no_grad"):
         loss, *_ = fused_linear_loss(
-            hidden, weight, target, 1.0, make_distribution, make_token_loss(weighted(pull))
+            hidden, weight, target, 1.0, make_distribution, make_token_loss(weighted(grad_logp))
         )
         logp, _ = linear_log_probs(hidden, weight, target, 1.0, make_distribution)
     if frozen in ("both", "no_grad"):
@@ -174,14 +183,14 @@ def test_gradients_nobody_needs_are_not_made(frozen):
     saved = [x for x in loss.grad_fn.saved_tensors if x is not None]
     assert [x.shape for x in saved] == [leaf.shape]
     for a, b in (
-        (loss, weighted(pull)(full(hidden, weight, target, 1.0)[0])),
+        (loss, weighted(grad_logp)(full(hidden, weight, target, 1.0)[0])),
         (logp.sum(), full(hidden, weight, target, 1.0)[0].sum()),
     ):
         torch.testing.assert_close(*(torch.autograd.grad(x, leaf)[0] for x in (a, b)))
 
 
 def test_float32_is_as_good_as_float32_can_be():
-    hidden, weight, target, pull = inputs(300, 64, 1001, torch.float32)
+    hidden, weight, target, grad_logp = inputs(300, 64, 1001, torch.float32)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     want, _ = full(*exact, target, 1.3)
     logp, _ = linear_log_probs(hidden, weight, target, 1.3, make_distribution)
@@ -191,16 +200,16 @@ def test_float32_is_as_good_as_float32_can_be():
         target,
         1.3,
         make_distribution,
-        make_token_loss(lambda logp, rows: (logp * pull[rows]).sum()),
+        make_token_loss(lambda logp, rows: (logp * grad_logp[rows]).sum()),
     )
     assert (
         logp.dtype == torch.float32
         and (logp - want).norm() < 1e-6 * want.norm()
         and torch.equal(logp, again)
     )
-    theirs = torch.autograd.grad(want, exact, pull.double())
+    theirs = torch.autograd.grad(want, exact, grad_logp.double())
     for ours in (
-        torch.autograd.grad(logp, (hidden, weight), pull),
+        torch.autograd.grad(logp, (hidden, weight), grad_logp),
         torch.autograd.grad(loss, (hidden, weight)),
     ):
         for a, b in zip(ours, theirs):
@@ -213,7 +222,7 @@ def errors_in_bf16(backend: str) -> dict[str, float]:
     """
     ratios: dict[str, list[float]] = {}
     for seed in range(20):
-        hidden, weight, target, pull = inputs(50, 33, 301, torch.bfloat16, seed)
+        hidden, weight, target, grad_logp = inputs(50, 33, 301, torch.bfloat16, seed)
         hidden, weight = ((x.detach() * 0.5).requires_grad_() for x in (hidden, weight))
         exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
         logits = (hidden @ weight.T).float() / 0.7
@@ -231,14 +240,17 @@ def errors_in_bf16(backend: str) -> dict[str, float]:
                 (hidden, weight),
             ),
         ):
-            results[name] = (logp.detach(), *torch.autograd.grad(logp, leaves, pull.to(logp.dtype)))
+            results[name] = (
+                logp.detach(),
+                *torch.autograd.grad(logp, leaves, grad_logp.to(logp.dtype)),
+            )
         loss, logp, _ = fused_linear_loss(
             hidden,
             weight,
             target,
             0.7,
             make_distribution,
-            make_token_loss(lambda logp, rows: (logp * pull[rows]).sum()),
+            make_token_loss(lambda logp, rows: (logp * grad_logp[rows]).sum()),
             backend,
         )
         results["one_shot"] = (logp, *torch.autograd.grad(loss, (hidden, weight)))
@@ -258,9 +270,9 @@ def test_bfloat16_is_as_good_as_torchs_own(request):
 
 
 def test_large_logits_stay_finite():
-    hidden, weight, target, pull = inputs(9, 4, 11)
+    hidden, weight, target, grad_logp = inputs(9, 4, 11)
     logp, entropy = linear_log_probs(hidden * 1e4, weight, target, 1.0, make_distribution)
-    grads = torch.autograd.grad(logp, (hidden, weight), pull)
+    grads = torch.autograd.grad(logp, (hidden, weight), grad_logp)
     assert (
         all(t.isfinite().all() for t in (logp, entropy, *grads))
         and (logp <= 0).all()
@@ -270,12 +282,18 @@ def test_large_logits_stay_finite():
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    hidden, weight, target, pull = inputs(6, 4, 11, torch.float32)
+    hidden, weight, target, grad_logp = inputs(6, 4, 11, torch.float32)
     with pytest.raises(RuntimeError, match="kernels: triton needs"):
         linear_log_probs(hidden, weight, target, 1.0, make_distribution, "triton")
     with pytest.raises(RuntimeError, match="kernels: 'cuda' is none of torch, triton"):
         fused_linear_loss(
-            hidden, weight, target, 1.0, make_distribution, make_token_loss(weighted(pull)), "cuda"
+            hidden,
+            weight,
+            target,
+            1.0,
+            make_distribution,
+            make_token_loss(weighted(grad_logp)),
+            "cuda",
         )
 
 

@@ -242,7 +242,8 @@ def test_a_users_loss_and_advantage_are_named_in_the_config(
         re.DOTALL,
     )
     (tmp_path / "my_loss.py").write_text(
-        text + "\n\ndef whole(logp, old, batch, c):\n    return (logp - old).exp() * batch.advantages\n"
+        text
+        + "\n\ndef whole(logp, old, batch, c):\n    return (logp - old).exp() * batch.advantages\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     folder = run("loss.kind='my_loss:soft'", "loss.advantage='my_loss:ranks'")

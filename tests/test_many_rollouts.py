@@ -110,14 +110,13 @@ def is_whole(call: Call, rollouts: list[Rollout]) -> None:
     ]
     for r in rollouts:
         end = next((t for t, i in enumerate(r.ids, 1) if i in call.stops), None)
-        assert (
-            len(r.ids) == (end or call.new)
-            and r.finished == (end is not None)
-            and len(r.sampler_logp) == len(r.ids)
-        )
+        assert len(r.ids) == (end or call.new)
+        assert r.finished == (end is not None)
+        assert len(r.sampler_logp) == len(r.ids)
         assert all(0 <= i < VOCAB for i in r.ids)
     logp = np.array([x for r in rollouts for x in r.sampler_logp])
-    assert np.isfinite(logp).all() and (logp <= 0).all()
+    assert np.isfinite(logp).all()
+    assert (logp <= 0).all()
 
 
 def live_tensors() -> tuple[int, int]:
@@ -168,7 +167,8 @@ def test_ten_thousand_rollouts_lose_no_row_and_leave_nothing_behind():
     del rollouts
     assert live_tensors() == before
     print(f"{len(calls())} calls, {count} rollouts, {tokens} tokens, {finished} ended by a stop id")
-    assert count >= 10_000 and 0.2 * count < finished < 0.8 * count
+    assert count >= 10_000
+    assert 0.2 * count < finished < 0.8 * count
 
 
 def test_a_cache_that_is_kept_holds_no_more_than_the_largest_call_needs():
@@ -184,12 +184,14 @@ def test_a_cache_that_is_kept_holds_no_more_than_the_largest_call_needs():
     after = held(cache)
     tensors = live_tensors()
     print(
-        f"the cache holds {after / (slot_bytes() * most_rows * most_slots):.2f} of {most_rows} rows x {most_slots} slots"
+        f"the cache holds {after / (slot_bytes() * most_rows * most_slots):.2f} "
+        f"of {most_rows} rows x {most_slots} slots"
     )
     assert 0 < after <= 1.05 * slot_bytes() * most_rows * most_slots
     for call in some:
         kept = run(call, cache)
-    assert held(cache) == after and live_tensors() == tensors
+    assert held(cache) == after
+    assert live_tensors() == tensors
 
 
 @functools.cache
@@ -213,14 +215,16 @@ def parts(mine, call: Call, ours: Rollout, other: Rollout) -> bool:
         ).logits[0, -1]
     cdf = logits.softmax(-1).cumsum(0)[min(ours.ids[at], other.ids[at])].item()
     assert abs(u - cdf) < 1e-5, (
-        f"{ours.prompt.id}, sibling {ours.sibling} differs at token {at}, where u = {u} is clear of {cdf}"
+        f"{ours.prompt.id}, sibling {ours.sibling} differs at token {at}, "
+        f"where u = {u} is clear of {cdf}"
     )
     return True
 
 
 def different(mine, call: Call, want: list[Rollout], got: list[Rollout]) -> int:
     theirs = {(r.prompt.id, r.sibling): r for r in want}
-    assert got and all((r.prompt.id, r.sibling) in theirs for r in got)
+    assert got
+    assert all((r.prompt.id, r.sibling) in theirs for r in got)
     return sum(parts(mine, call, theirs[r.prompt.id, r.sibling], r) for r in got)
 
 
@@ -263,7 +267,8 @@ def test_what_counts_as_different():
 
 
 @pytest.mark.skipif(
-    "room" not in inspect.signature(generate).parameters, reason="generate() has no budget here"
+    "max_cache_tokens" not in inspect.signature(generate).parameters,
+    reason="generate() has no budget here",
 )
 def test_a_text_does_not_depend_on_the_budget():
     """Room for one group, for a little more, for all; the prompts in another order; and no more
@@ -281,7 +286,7 @@ def test_a_text_does_not_depend_on_the_budget():
                 [call.prompts[i] for i in rng.permutation(len(call.prompts))],
             ):
                 cache = make_cache(mine)
-                got = run(call._replace(prompts=some), cache, mine, room=room)
+                got = run(call._replace(prompts=some), cache, mine, max_cache_tokens=room)
                 is_whole(call._replace(prompts=some), got)
                 assert held(cache) <= 1.05 * slot_bytes(mine) * room, (room, call.slots())
                 rows = rows + len(got)

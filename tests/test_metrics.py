@@ -29,12 +29,12 @@ def test_worked_by_hand():
     assert compute_ndcg(ranked, GAINS, 2) == pytest.approx(
         2 / math.log2(3) / (3 + 2 / math.log2(3)), abs=1e-12
     )
-    assert compute_recall(ranked, GAINS, 10) == 2 / 3 and compute_recall(ranked, GAINS, 2) == 1 / 3
-    assert (
-        compute_reciprocal_rank(ranked, GAINS, 10) == 1 / 2
-        and compute_reciprocal_rank(ranked, GAINS, 1) == 0
-    )
-    assert compute_hit_rate(ranked, GAINS, 2) == 1 and compute_hit_rate(ranked, GAINS, 1) == 0
+    assert compute_recall(ranked, GAINS, 10) == 2 / 3
+    assert compute_recall(ranked, GAINS, 2) == 1 / 3
+    assert compute_reciprocal_rank(ranked, GAINS, 10) == 1 / 2
+    assert compute_reciprocal_rank(ranked, GAINS, 1) == 0
+    assert compute_hit_rate(ranked, GAINS, 2) == 1
+    assert compute_hit_rate(ranked, GAINS, 1) == 0
 
 
 def test_perfect_order_is_one_at_every_k():
@@ -93,10 +93,8 @@ def test_a_repeat_gains_nothing_and_keeps_its_rank():
     twice = ["x", "b", "b", "d"]
     for metric in ALL:
         assert metric(twice, GAINS, 4) == metric(once, GAINS, 4)
-    assert (
-        compute_ndcg(["a"] * 10, {"a": 1}, 10) == 1
-        and compute_recall(["a"] * 10, {"a": 1, "b": 1}, 10) == 0.5
-    )
+    assert compute_ndcg(["a"] * 10, {"a": 1}, 10) == 1
+    assert compute_recall(["a"] * 10, {"a": 1, "b": 1}, 10) == 0.5
 
 
 def test_a_negative_gain_counts_as_zero():
@@ -130,7 +128,8 @@ def test_interval_is_cut_at_the_percentiles_of_the_last_partial_chunk_too():
     # 2 resamples at a time, 5 in all: chunks of 2, 2, 1
     values = np.random.default_rng(3).random(400_000)
     low, high = compute_bootstrap_ci(values, samples=5)
-    assert abs(low - values.mean()) < 0.002 and abs(high - values.mean()) < 0.002
+    assert abs(low - values.mean()) < 0.002
+    assert abs(high - values.mean()) < 0.002
 
 
 def test_interval_memory_stays_small():

@@ -102,15 +102,14 @@ def test_a_task_of_ones_own_that_fails_is_named_with_its_method_and_query(
         )
 
     [raw], rewards = ask()
-    assert (
-        raw["ndcg"] == 0
-        and [(r.answer, r.error) for r in rewards] == [(["1"], None), (None, "empty")]
-        and rewards[0].terms["ndcg"] > 0
-    )
+    assert raw["ndcg"] == 0
+    assert [(r.answer, r.error) for r in rewards] == [(["1"], None), (None, "empty")]
+    assert rewards[0].terms["ndcg"] > 0
     monkeypatch.setattr(Mine, "change", change)
     with pytest.raises(ConfigError, match=message) as e:
         ask()
-    assert "test_own_task:Mine" in str(e.value) and str(e.value).isprintable()
+    assert "test_own_task:Mine" in str(e.value)
+    assert str(e.value).isprintable()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""pack and distinct: every token once, no padding, prompts once per group, budgets kept. (Their
-gradient: test_gradient.py.)
+"""Test pack_rollouts and deduplicate: every token once, no padding, prompts once per group.
+
+Their gradient: test_gradient.py.
 """
 
 import pytest

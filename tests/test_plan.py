@@ -23,6 +23,7 @@ from recr1.memory.plan import (
     apply_overrides,
     format_announcement,
     get_usable_bytes,
+    make_plan,
     parse_bytes,
     try_settings,
 )
@@ -48,7 +49,7 @@ def overrides(ranks: int, memory: str, *more) -> dict | None:
 
 
 def test_the_papers_3b_fits_where_it_should():
-    assert MemoryEstimate(*loaded(), 1).P == 3_085_938_688  # as published
+    assert MemoryEstimate(*loaded(), 1).num_weights == 3_085_938_688  # as published
     # nothing on the host, nothing else changed
     assert overrides(2, "48GB") == overrides(2, "80GB") == {}
     assert overrides(1, "48GB") == {"optimizer.on_host": True}
@@ -153,7 +154,7 @@ def test_the_cache_grows_as_planned(prompts, group, asked, new):
     cache = make_cache(model)
     sizes = set()
     reserve = cache._reserve
-    cache._reserve = lambda *need: (reserve(*need), sizes.add(cache.store.nbytes))
+    cache._reserve = lambda *need: (reserve(*need), sizes.add(cache.kv.nbytes))
     texts = [
         Prompt(
             f"q{i}",
@@ -180,7 +181,7 @@ def test_the_cache_grows_as_planned(prompts, group, asked, new):
     planned = MemoryEstimate(
         replace(cfg, train=replace(cfg.train, prompts_per_step=prompts)), model.config, 1, gpu=False
     )
-    assert sizes == set(planned.stores(prompts, group))
+    assert sizes == set(planned.count_cache_growth(prompts, group))
 
 
 def test_predictions_are_within_a_tenth_of_what_a_step_allocates():
@@ -223,6 +224,12 @@ def test_the_command_says_what_to_add(capsys):
     assert "fits as configured" in again
 
 
+def test_a_plan_without_room_for_more_tokens():
+    """Nothing larger than the config's token budget fits: the plan says only what to add."""
+    text, why = make_plan(*loaded(), 4, 24e9)
+    assert not why and "there is room for" not in text
+
+
 def test_bad_input_is_one_line(tmp_path, capsys):
     def plan(*argv):
         return refused(capsys, "plan", *argv)
@@ -254,7 +261,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 def test_a_run_says_what_it_expects_and_logs_what_it_took(tmp_path, capsys):
     assert run_guarded(train.main, [write_yaml(tmp_path), "train.steps=2"]) == 0
     assert re.search(
-        r"memory predicted per rank, at most: sample [\d,]+ MiB, train [\d,]+ MiB, evaluate [\d,]+ MiB\n",
+        r"memory predicted per rank, at most: "
+        r"sample [\d,]+ MiB, train [\d,]+ MiB, evaluate [\d,]+ MiB\n",
         capsys.readouterr().out,
     )
     summary = json.loads((tmp_path / "run/summary.json").read_text())["memory"]

@@ -100,10 +100,8 @@ def test_category_consistency_worked_by_hand():
         assert compute_category_consistency(ranked, gains, ITEMS.category, k) == pytest.approx(
             want
         ), ranked
-    assert (
-        compute_category_consistency(["e", "a"], {"e": 1.0}, ITEMS.category, 5) == 0.0
-        and compute_category_consistency(["a"], {}, ITEMS.category, 5) == 0.0
-    )
+    assert compute_category_consistency(["e", "a"], {"e": 1.0}, ITEMS.category, 5) == 0.0
+    assert compute_category_consistency(["a"], {}, ITEMS.category, 5) == 0.0
 
 
 def test_weighted_lcs_against_every_subsequence():
@@ -146,18 +144,17 @@ def test_the_sum_of_the_parts():
     ndcg = (1 / math.log2(3)) / (1 + 1 / math.log2(3))
     want = dict(ndcg=ndcg, recall=0.5, diversity=(2 / 3 + 1 + 1 / 2) / 3, category=2 / 3, hit=1.0)
     assert found == pytest.approx(want)
-    reward = parts.reward("text", "answer", None, found, 0.0)
-    assert (
-        reward.total
-        == pytest.approx(0.1 + ndcg + 0.25 + 0.1 * want["diversity"] + 0.2 * want["category"])
-        and reward.terms == found
+    reward = parts.make_reward("text", "answer", None, found, 0.0)
+    assert reward.total == pytest.approx(
+        0.1 + ndcg + 0.25 + 0.1 * want["diversity"] + 0.2 * want["category"]
     )
-    missed = parts.reward(
+    assert reward.terms == found
+    missed = parts.make_reward(
         "text", "answer", None, parts(dict(text="q"), None, ["a", "c"], {"z": 1.0}), 0.0
     )
     # other parts are paid without a hit too, the bonus is not
     assert missed.total == pytest.approx(-0.2 + 0.1 * 1.0)
-    bad = parts.reward("text", None, "tags", None, 0.0)
+    bad = parts.make_reward("text", None, "tags", None, 0.0)
     assert (bad.total, bad.terms, bad.error) == (-3.0, dict.fromkeys(want, 0.0), "tags")
 
 
@@ -178,15 +175,19 @@ def test_what_is_measured():
 
 def test_a_function_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "my_reward.py").write_text(
-        "def short(answer, ranked, gains, row):\n    return -len(answer.split()) / len(row['text'].split()) + ('a' in gains) + ranked.index('a')\n"
-        "def nan(answer, ranked, gains, row):\n    return float('nan')\ndef text(*_):\n    return 'x'\n"
+        "def short(answer, ranked, gains, row):\n"
+        "    share = len(answer.split()) / len(row['text'].split())\n"
+        "    return -share + ('a' in gains) + ranked.index('a')\n"
+        "def nan(answer, ranked, gains, row):\n"
+        "    return float('nan')\n"
+        "def text(*_):\n"
+        "    return 'x'\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     parts = RewardTerms(RewardConfig(weights={"ndcg": 1.0, "my_reward:short": 2.0}, bonus=0.0), 3)
     found = parts(dict(text="a b"), "one two three", ["b", "a"], {"a": 1.0})
-    assert found["my_reward:short"] == 0.5 and parts.total(found) == pytest.approx(
-        1 / math.log2(3) + 1.0
-    )
+    assert found["my_reward:short"] == 0.5
+    assert parts.compute_total(found) == pytest.approx(1 / math.log2(3) + 1.0)
     for name, message in (
         ("nan", "returned nan"),
         ("text", "raised ValueError"),
@@ -196,7 +197,8 @@ def test_a_function_of_ones_own(tmp_path, monkeypatch):
             RewardTerms(RewardConfig(weights={f"my_reward:{name}": 1.0}), 3)(
                 dict(text="b c"), "x", ["b"], {}
             )
-        assert f"reward.weights: my_reward:{name}" in str(e.value) and "\n" not in str(e.value)
+        assert f"reward.weights: my_reward:{name}" in str(e.value)
+        assert "\n" not in str(e.value)
     with pytest.raises(ConfigError, match="reward.weights: 'my_reward:none' cannot be loaded"):
         RewardTerms(RewardConfig(weights={"my_reward:none": 1.0}), 3)
 
@@ -279,7 +281,7 @@ def test_items_are_read_where_a_weight_asks_for_them(tmp_path):
             )
 
 
-# --- the paired test ------------------------------------------------------------------------------------------------------------
+# --- the paired test ------------------------------------------------------------------------------
 
 
 def test_the_sign_flip_test_is_scipys():
@@ -297,17 +299,17 @@ def test_the_sign_flip_test_is_scipys():
 
 
 def test_the_sign_flip_tests_edges():
-    assert compute_sign_flip_p(np.zeros(7)) == 1.0 and compute_sign_flip_p(np.array([0.5])) == 1.0
-    assert compute_sign_flip_p(np.full(40, 0.1)) == 1 / 10_001 and compute_sign_flip_p(
-        np.full(3, 0.1)
-    ) == pytest.approx(0.25, abs=0.02)
+    assert compute_sign_flip_p(np.zeros(7)) == 1.0
+    assert compute_sign_flip_p(np.array([0.5])) == 1.0
+    assert compute_sign_flip_p(np.full(40, 0.1)) == 1 / 10_001
+    assert compute_sign_flip_p(np.full(3, 0.1)) == pytest.approx(0.25, abs=0.02)
     values = np.random.default_rng(1).normal(0, 1, 200_000)
     assert compute_sign_flip_p(values, samples=20) == compute_sign_flip_p(values, samples=20)
     with pytest.raises(ValueError, match="sign_flip_p needs"):
         compute_sign_flip_p(np.array([]))
 
 
-# --- recr1 reward ---------------------------------------------------------------------------------------------------------------
+# --- recr1 reward ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -348,12 +350,10 @@ def test_stored_completions_are_scored_part_by_part(world, tmp_path, capsys):
     ]
     result, out = command(world, rows, tmp_path, capsys, "reward.k_train=40")
     first, second, third, fourth = result["rows"]
-    assert (
-        first["recall"] == 1.0
-        and 0 < first["ndcg"] < 1
-        and first["total"] == pytest.approx(first["ndcg"] + 0.5)
-        and first["answer"] == thing
-    )
+    assert first["recall"] == 1.0
+    assert 0 < first["ndcg"] < 1
+    assert first["total"] == pytest.approx(first["ndcg"] + 0.5)
+    assert first["answer"] == thing
     assert (second["total"], second["error"], third["error"], fourth["total"], fourth["error"]) == (
         -1.0,
         "no_think_end",
@@ -367,12 +367,13 @@ def test_stored_completions_are_scored_part_by_part(world, tmp_path, capsys):
         40,
         {"no_think_end": 2},
     )
-    assert result["metrics"]["total"] == pytest.approx(
-        ((first["total"] - 1) / 2 - 1 + 0) / 3
-    ) and set(result["metrics"]) == {"total", "ndcg", "recall", "mrr", "hit"}
-    assert "unparsable: 2" in out and "no_think_end" in out
+    assert result["metrics"]["total"] == pytest.approx(((first["total"] - 1) / 2 - 1 + 0) / 3)
+    assert set(result["metrics"]) == {"total", "ndcg", "recall", "mrr", "hit"}
+    assert "unparsable: 2" in out
+    assert "no_think_end" in out
     alone, _ = command(world, rows[:1], tmp_path, capsys, "reward.k_train=1")
-    assert alone["rows"][0]["recall"] <= 1 and alone["k"] == 1
+    assert alone["rows"][0]["recall"] <= 1
+    assert alone["k"] == 1
 
 
 def test_a_prompt_that_closes_the_thought(world, tmp_path, capsys):
@@ -391,7 +392,9 @@ def test_bad_completions_are_one_line(world, tmp_path, capsys):
         ([], "the file is empty"),
     ):
         err = command(world, rows, tmp_path, capsys)
-        assert message in err and err.startswith("recr1: ") and err.count("\n") == 1
+        assert message in err
+        assert err.startswith("recr1: ")
+        assert err.count("\n") == 1
     assert "unknown key reward.k" in command(
         world, [dict(id="test0", text="x")], tmp_path, capsys, "reward.k=3"
     )

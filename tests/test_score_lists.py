@@ -16,7 +16,7 @@ from recr1.training.launch import run_guarded
 
 SCRIPT = Path(__file__).resolve().parents[1] / "experiments/score_lists.py"
 sys.path.insert(0, str(SCRIPT.parent))
-import score_lists
+import score_lists  # noqa: E402
 
 
 def write(path, rows) -> str:
@@ -32,7 +32,8 @@ def scored(path, capsys, *options) -> dict:
 def refused(path, capsys, *options) -> str:
     assert run_guarded(score_lists.main, [path, *options]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("recr1: ") and err.count("\n") == 1
+    assert err.startswith("recr1: ")
+    assert err.count("\n") == 1
     return err
 
 
@@ -96,13 +97,10 @@ def test_upstreams_stored_figures_come_out(tmp_path, capsys):
     for name in ("ndcg@10", "ndcg@20", "ndcg@100", "recall@100"):
         entry = result["metrics"][name]
         mean = sum(row[name] for row in released().values()) / 3
-        assert entry["upstream"] == pytest.approx(mean, abs=1e-12) and entry["stored"][
-            "mean"
-        ] == pytest.approx(mean, abs=1e-12)
-        assert (
-            entry["stored"]["differ_from_upstream"]["n"] == 0
-            and entry["stored"]["differ_from_upstream"]["key"] is None
-        )
+        assert entry["upstream"] == pytest.approx(mean, abs=1e-12)
+        assert entry["stored"]["mean"] == pytest.approx(mean, abs=1e-12)
+        assert entry["stored"]["differ_from_upstream"]["n"] == 0
+        assert entry["stored"]["differ_from_upstream"]["key"] is None
         assert entry["stored"]["differ_from_ours"]["n"] == (2 if name.startswith("ndcg") else 0)
     # row 0 by hand, ours: eight distinct targets, three in the first ten
     ideal = sum(1 / math.log2(rank + 1) for rank in range(1, 9))
@@ -110,9 +108,8 @@ def test_upstreams_stored_figures_come_out(tmp_path, capsys):
     alone = scored(write(tmp_path / "one.json", dict(list(released().items())[:1])), capsys)[
         "metrics"
     ]["ndcg@10"]
-    assert alone["ours"] == pytest.approx(ours, abs=1e-12) and alone["difference"] == pytest.approx(
-        ours - 0.24261785528500343, abs=1e-12
-    )
+    assert alone["ours"] == pytest.approx(ours, abs=1e-12)
+    assert alone["difference"] == pytest.approx(ours - 0.24261785528500343, abs=1e-12)
 
 
 @pytest.mark.parametrize("as_text", [True, False], ids=["strings", "lists"])
@@ -161,7 +158,8 @@ def test_a_document_retrieved_twice(tmp_path, capsys):
     )
     entry = scored(path, capsys, "--metrics", "ndcg@3")["metrics"]["ndcg@3"]
     ideal = 1 + 1 / math.log2(3)
-    assert entry["ours"] == pytest.approx(1 / ideal) and entry["upstream"] == pytest.approx(1.0)
+    assert entry["ours"] == pytest.approx(1 / ideal)
+    assert entry["upstream"] == pytest.approx(1.0)
 
 
 def test_stored_figures_are_compared_not_trusted(tmp_path, capsys):
@@ -176,26 +174,21 @@ def test_stored_figures_are_compared_not_trusted(tmp_path, capsys):
     *text, last = capsys.readouterr().out.splitlines()
     metrics = json.loads(last)["metrics"]
     wrong = metrics["ndcg@10"]["stored"]["differ_from_upstream"]
-    assert (wrong["n"], wrong["key"]) == (1, "1_switch") and wrong["largest"] == pytest.approx(
-        0.9 - 0.09803928583135704
-    )
+    assert (wrong["n"], wrong["key"]) == (1, "1_switch")
+    assert wrong["largest"] == pytest.approx(0.9 - 0.09803928583135704)
     assert (
         metrics["ndcg@10"]["upstream"]
         == scored(write(tmp_path / "good.json", released()), capsys)["metrics"]["ndcg@10"][
             "upstream"
         ]
     )
-    assert (
-        metrics["ndcg@20"]["stored"]["n"] == 2
-        and metrics["recall@100"]["stored"]["differ_from_ours"]["n"] == 1
-    )
+    assert metrics["ndcg@20"]["stored"]["n"] == 2
+    assert metrics["recall@100"]["stored"]["differ_from_ours"]["n"] == 1
     text = "\n".join(text)
-    assert (
-        "'1_switch'" in text
-        and "2 of 3 queries" in text
-        and "not a number" in text
-        and "not compared: mrr@10" in text
-    )
+    assert "'1_switch'" in text
+    assert "2 of 3 queries" in text
+    assert "not a number" in text
+    assert "not compared: mrr@10" in text
 
 
 def test_an_interval_is_over_queries_and_k_beyond_the_lists_is_said(tmp_path, capsys):
@@ -212,7 +205,8 @@ def test_an_interval_is_over_queries_and_k_beyond_the_lists_is_said(tmp_path, ca
         line for line in out.splitlines() if line.startswith("ndcg@1 ")
     )
     entry = scored(path, capsys)["metrics"]["recall@10"]
-    assert entry["ours"] == 0.5 and entry["ci95"] == [0.0, 1.0]
+    assert entry["ours"] == 0.5
+    assert entry["ci95"] == [0.0, 1.0]
 
 
 def test_gzip_and_the_command_itself(tmp_path):
@@ -254,7 +248,8 @@ GOOD = dict(retrieved=["a"], target=["a"])
         ({"7_shoes": GOOD | {"ndcg@10": "0.5"}}, ("'7_shoes'", "'ndcg@10'", "str")),
         ({"7_shoes": GOOD | {"ndcg@10": 10**400}}, ("'7_shoes'", "'ndcg@10'", "int")),
         (
-            '{"7_shoes": {"retrieved": [], "target": ["a"]}, "7_shoes": {"retrieved": [], "target": ["b"]}}',
+            '{"7_shoes": {"retrieved": [], "target": ["a"]}, '
+            '"7_shoes": {"retrieved": [], "target": ["b"]}}',
             ("'7_shoes'", "twice"),
         ),
         ('{"7_shoes": {"retrieved": []', ("not JSON",)),

@@ -1,4 +1,4 @@
-"""SFT: which tokens are learnt, its loss against torch's, the two teachers, and that it is a run
+"""SFT: which tokens are learned, its loss against torch's, the two teachers, and that it is a run
 like GRPO's.
 """
 
@@ -45,7 +45,7 @@ def run(world, tmp_path_factory):
     return runs_of(sft.main, world, tmp_path_factory)
 
 
-# --- what is learnt -----------------------------------------------------------------------------------------------------------------
+# --- what is learned -------------------------------------------------------------------------------
 
 
 TEXTS = [
@@ -55,9 +55,9 @@ TEXTS = [
 
 
 @pytest.mark.parametrize(
-    "mask, learnt", [(True, {"a": [10, 11], "b": [12]}), (False, {"a": [2, 3, 10, 11], "b": [12]})]
+    "mask, learned", [(True, {"a": [10, 11], "b": [12]}), (False, {"a": [2, 3, 10, 11], "b": [12]})]
 )
-def test_which_tokens_are_learnt_and_what_is_read_before_them(mask, learnt):
+def test_which_tokens_are_learned_and_what_is_read_before_them(mask, learned):
     """Each target is predicted from the row of the token before it, which sees all that stands
     before.
     """
@@ -66,7 +66,7 @@ def test_which_tokens_are_learnt_and_what_is_read_before_them(mask, learnt):
     for i, r in enumerate(TEXTS):
         whole = [*r.prompt.ids, *r.ids]
         mine = batch.rollout == i
-        assert batch.target[mine].tolist() == learnt[r.prompt.id]
+        assert batch.target[mine].tolist() == learned[r.prompt.id]
         rows = batch.predict_from[mine]
         assert batch.tokens[rows].tolist() == whole[-1 - len(rows) : -1]
         assert batch.positions[rows].tolist() == list(
@@ -87,9 +87,8 @@ def test_loss_and_gradient_are_torchs_cross_entropy(mask, temperature, budget, h
     texts = ranks.lesson_texts()
     want_loss, want = padded_cross_entropy(model, texts, mask, temperature)
     total, batches = make_update([select_targets(r, mask) for r in texts], budget)
-    assert (len(batches) == 1) == (budget == 10_000) and total == sum(
-        len(r.ids) + (not mask) * (len(r.prompt.ids) - 1) for r in texts
-    )
+    assert (len(batches) == 1) == (budget == 10_000)
+    assert total == sum(len(r.ids) + (not mask) * (len(r.prompt.ids) - 1) for r in texts)
     loss = 0.0
     for batch in batches:
         value, stats = compute_cross_entropy(
@@ -130,18 +129,19 @@ def test_a_runs_first_loss_is_that_of_the_lines_it_keeps(mask, run, world):
     ]
     want, grads = padded_cross_entropy(load_model(cfg.model.path).double(), texts, mask)
     [row] = jsonl(folder / "metrics.jsonl")
-    assert len(lines) > 3 and row["loss"] == pytest.approx(want, rel=1e-5) and row["epoch"] == 1
+    assert len(lines) > 3
+    assert row["loss"] == pytest.approx(want, rel=1e-5)
+    assert row["epoch"] == 1
     assert row["grad_norm"] == pytest.approx(
         torch.nn.utils.get_total_norm(grads.values()).item(), rel=1e-4
     )
     assert row["tokens"] == sum(len(r.ids) + (not mask) * (len(r.prompt.ids) - 1) for r in texts)
     about = json.loads((folder / "summary.json").read_text())["teacher"]
-    assert (about["texts"], about["kept"]) == (56, len(lines)) and about["score_kept"] > about[
-        "raw_kept"
-    ]
+    assert (about["texts"], about["kept"]) == (56, len(lines))
+    assert about["score_kept"] > about["raw_kept"]
 
 
-# --- a run like GRPO's --------------------------------------------------------------------------------------------------------------
+# --- a run like GRPO's ----------------------------------------------------------------------------
 
 
 MOMENTS = {  # when SIGTERM comes: the step after which the run is saved, 0: none is
@@ -169,19 +169,18 @@ def test_sigterm_then_the_same_command_is_the_undisturbed_run(
     assert stop(what, argv, monkeypatch) == 0
     said = capsys.readouterr().out
     saved = sorted(p.name for p in (tmp_path / "run/checkpoints").glob("step_*"))
-    assert "recr1: stopped" in said and not (tmp_path / "run/summary.json").exists()
+    assert "recr1: stopped" in said
+    assert not (tmp_path / "run/summary.json").exists()
     assert MOMENTS[what] is None or saved[-1:] == [f"step_{MOMENTS[what]:06d}"] * bool(
         MOMENTS[what]
     )
     if what == "teach@3":
-        assert (
-            "teacher.jsonl, the same command goes on behind them" in said
-            and len(jsonl(tmp_path / "run/teacher.jsonl")) == 8
-        )
+        assert "teacher.jsonl, the same command goes on behind them" in said
+        assert len(jsonl(tmp_path / "run/teacher.jsonl")) == 8
         with open(tmp_path / "run/teacher.jsonl", "a") as f:
             f.write('{"id": "torn')  # as a kill within a write would leave it
         monkeypatch.setattr(
-            "recr1.teacher.generate",
+            "recr1.training.teacher.generate",
             lambda model, prompts, *a, **k: (
                 pytest.fail("sampled again")
                 if prompts[0].index < 8
@@ -206,9 +205,8 @@ def test_two_ranks_are_the_run_on_one(world, run, tmp_path):
     many = tmp_path / "many"
     torchrun(2, "-m", "recr1.sft", *argv, f"run.dir={many}")
     assert {p.name for p in one.iterdir()} == {p.name for p in many.iterdir()}
-    assert jsonl(one / "teacher.jsonl") == jsonl(many / "teacher.jsonl") and jsonl(
-        one / "eval_before.jsonl"
-    ) == jsonl(many / "eval_before.jsonl")
+    assert jsonl(one / "teacher.jsonl") == jsonl(many / "teacher.jsonl")
+    assert jsonl(one / "eval_before.jsonl") == jsonl(many / "eval_before.jsonl")
     for a, b in zip(jsonl(one / "metrics.jsonl"), jsonl(many / "metrics.jsonl"), strict=True):
         for key in a.keys() - {"seconds", "memory", "tokens_per_s"}:
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
@@ -231,11 +229,9 @@ def test_a_step_that_is_not_finite_moves_no_weight(value, world, tmp_path, monke
         assert "optimiser step 2: the gradient norm is nan" in refused(argv, capsys, sft.main)
     [folder] = (tmp_path / "run/nonfinite").iterdir()
     note = json.loads((folder / "rank_00000.json").read_text())
-    assert (
-        note["step"] == 2
-        and len(note["texts"]) == 4
-        and {"prompt", "ids"} == note["texts"][0].keys()
-    )
+    assert note["step"] == 2
+    assert len(note["texts"]) == 4
+    assert {"prompt", "ids"} == note["texts"][0].keys()
 
 
 def test_sft_then_grpo(run, tmp_path):
@@ -305,11 +301,9 @@ def test_a_dry_run(more, world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run_guarded(sft.main, [world, *more, "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert (
-        "dry run passed" in out
-        and float(re.search(r"grad +([\d.]+)", out)[1]) > 0
-        and not list(tmp_path.iterdir())
-    )
+    assert "dry run passed" in out
+    assert float(re.search(r"grad +([\d.]+)", out)[1]) > 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_make_policy_starts_from_nothing_and_learns(tmp_path, capsys):
@@ -330,4 +324,5 @@ def test_make_policy_starts_from_nothing_and_learns(tmp_path, capsys):
         1024,
     )
     want, _ = padded_cross_entropy(make_policy.initialize_model(0).double(), TEXTS, True)
-    assert losses[0] == pytest.approx(want, rel=1e-5) and losses[-1] < 0.5 * losses[0]
+    assert losses[0] == pytest.approx(want, rel=1e-5)
+    assert losses[-1] < 0.5 * losses[0]

@@ -36,6 +36,11 @@ def test_bench_runs_dry():
     }
     for who in ("TRL", "ours"):
         row = dict(zip(table["seconds"], map(float, table[who])))
-        assert row["length"] == 8 and 0 < row["reward"] < 1 and row["norm"] > 0 and row["step"] > 0
+        assert row["length"] == 8
+        assert 0 < row["reward"] < 1
+        assert row["norm"] > 0
+        assert row["step"] > 0
     time, gradient = json.loads(done.stdout.splitlines()[-1])["bars"]
-    assert time["ok"] and gradient["ok"] and gradient["value"] < 1e-5
+    assert time["ok"]
+    assert gradient["ok"]
+    assert gradient["value"] < 1e-5

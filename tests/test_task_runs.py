@@ -51,16 +51,16 @@ def test_two_steps_on_one_rank_and_on_two(name, tmp_path):
         torchrun(2, "-m", "recr1.train", config, f"run.dir={folders[1]}")
     shown, other = (content(folder / "report.html")["ranking"] for folder in folders)
     # its lists have the scores that the run logged
-    assert shown["why"] == other["why"] == "" and shown["listed"] == (TASKS[name] != "sequential")
+    assert shown["why"] == other["why"] == ""
+    assert shown["listed"] == (TASKS[name] != "sequential")
     weights = configs.load_config(config, []).reward.weights
     one, two = (jsonl(folder / "metrics.jsonl") for folder in folders)
-    assert [row["step"] for row in one] == [1, 2] and all(
-        row["grad_norm"] > 0 and row["reward_spread"] > 0 for row in one
-    )
-    assert [row["errors"] for row in one] == [row["errors"] for row in two] and sum(
-        one[0]["errors"].values()
-    ) == round(one[0]["unparsable"] * 32)
-    assert one[1]["val_ndcg"] is not None and set(weights) <= one[0].keys()
+    assert [row["step"] for row in one] == [1, 2]
+    assert all(row["grad_norm"] > 0 and row["reward_spread"] > 0 for row in one)
+    assert [row["errors"] for row in one] == [row["errors"] for row in two]
+    assert sum(one[0]["errors"].values()) == round(one[0]["unparsable"] * 32)
+    assert one[1]["val_ndcg"] is not None
+    assert set(weights) <= one[0].keys()
     # the second step's texts too
     for a, b in zip(*(jsonl(folder / "rollouts.jsonl.gz") for folder in folders), strict=True):
         assert {k: a[k] for k in ("prompt", "text", "count", "reward", "parts", "error")} == {
@@ -84,11 +84,9 @@ def test_two_steps_on_one_rank_and_on_two(name, tmp_path):
         *(f"{name}_raw" for name in named),
     }
     s = json.loads((folders[0] / "summary.json").read_text())
-    assert (
-        s["task"] == TASKS[name]
-        and (s["retriever"] is None) == (TASKS[name] != "sequential")
-        and set(s["parts"]) == named
-    )
+    assert s["task"] == TASKS[name]
+    assert (s["retriever"] is None) == (TASKS[name] != "sequential")
+    assert set(s["parts"]) == named
     for part, found in s["parts"].items():
         raw, b, a = (
             sum(row[key] for row in rows) / 8
@@ -97,10 +95,8 @@ def test_two_steps_on_one_rank_and_on_two(name, tmp_path):
         assert [
             found[key] for key in ("raw", "before", "after", "gain", "after_minus_before")
         ] == pytest.approx([raw, b, a, a - raw, a - b], abs=1e-12)
-        assert (
-            found["gain_ci95"][0] <= found["gain"] <= found["gain_ci95"][1]
-            and 0 < found["gain_p"] <= 1
-        )
+        assert found["gain_ci95"][0] <= found["gain"] <= found["gain_ci95"][1]
+        assert 0 < found["gain_p"] <= 1
     assert {key: s[key] for key in s["parts"]["ndcg"]} == s["parts"]["ndcg"]
 
 
@@ -124,12 +120,12 @@ def test_the_metric_of_the_evaluation_may_be_another(tmp_path):
         json.loads((tmp_path / "run/summary.json").read_text()),
         jsonl(tmp_path / "run/metrics.jsonl"),
     )
-    assert (
-        s["metric"] == "mrr@8"
-        and s["raw"] == s["parts"]["mrr"]["raw"]
-        and set(s["parts"]) == PARTS | {"lcs"}
-    )
-    assert "val_mrr" in row and "val_ndcg" not in row and {"mrr", "lcs", "hit"} <= row.keys()
+    assert s["metric"] == "mrr@8"
+    assert s["raw"] == s["parts"]["mrr"]["raw"]
+    assert set(s["parts"]) == PARTS | {"lcs"}
+    assert "val_mrr" in row
+    assert "val_ndcg" not in row
+    assert {"mrr", "lcs", "hit"} <= row.keys()
 
 
 def test_answers_without_a_thought(tmp_path):
@@ -143,7 +139,8 @@ def test_answers_without_a_thought(tmp_path):
         train.train(cfg)
         rows = jsonl(Path(cfg.run.dir) / "rollouts.jsonl.gz")
     good = [row for row in rows if row["error"] is None]
-    assert good and all("<answer>" in row["text"] and "</think>" not in row["text"] for row in good)
+    assert good
+    assert all("<answer>" in row["text"] and "</think>" not in row["text"] for row in good)
 
 
 def test_the_readmes_own_task(tmp_path, monkeypatch, capsys):
@@ -173,9 +170,8 @@ def test_the_readmes_own_task(tmp_path, monkeypatch, capsys):
         row["id"]: row["text"]
         for row in jsonl(Path(configs.load_config(config, []).data.test_queries))
     }
-    assert all(
-        row["raw"] == queries[row["id"]].split() and row["ndcg_raw"] >= 0 for row in rows
-    ) and "no_words" in {row["error"] for row in rows}
+    assert all(row["raw"] == queries[row["id"]].split() and row["ndcg_raw"] >= 0 for row in rows)
+    assert "no_words" in {row["error"] for row in rows}
     code = run_guarded(train.main, [config, "--dry-run"])
     said = capsys.readouterr()
     assert code == 0 and "dry run passed" in said.out, said.err
@@ -200,10 +196,8 @@ def test_a_fault_of_ones_own_reward_is_one_line(tmp_path, monkeypatch, capsys):
             == 2
         )
     err = capsys.readouterr().err
-    assert (
-        err.startswith("recr1: reward.weights: broken_reward:part raised KeyError")
-        and err.count("\n") == 1
-    )
+    assert err.startswith("recr1: reward.weights: broken_reward:part raised KeyError")
+    assert err.count("\n") == 1
 
 
 def test_a_policy_of_another_task_rewrites_nothing(tmp_path, capsys):
@@ -212,6 +206,5 @@ def test_a_policy_of_another_task_rewrites_nothing(tmp_path, capsys):
         Path(cfg.model.path, "recr1.yaml").write_text(configs.dump_answering_config(cfg))
         capsys.readouterr()
         assert run_guarded(cli.main, ["generate", "--model", cfg.model.path, "lamp"]) == 2
-    assert (
-        "trained for the task rerank" in (err := capsys.readouterr().err) and err.count("\n") == 1
-    )
+    assert "trained for the task rerank" in (err := capsys.readouterr().err)
+    assert err.count("\n") == 1

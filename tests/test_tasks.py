@@ -40,7 +40,7 @@ def title(id):
     return " ".join(TITLES[id].split())
 
 
-# --- prompts --------------------------------------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def test_what_the_prompts_show():
@@ -66,7 +66,8 @@ def test_what_the_prompts_show():
     assert RecommendList(RULE).render(
         dict(text="x", profile=" ", history=[], candidates=["a"]), title
     ) == ("unknown", "none", "Item_1: red lamp")
-    assert list_mentioned(row) == ["a", "d", "b", "c"] and list_mentioned(dict(text="x")) == []
+    assert list_mentioned(row) == ["a", "d", "b", "c"]
+    assert list_mentioned(dict(text="x")) == []
 
 
 def write(folder: Path, corpus, queries, gains=None) -> DataConfig:
@@ -194,16 +195,14 @@ def test_rows_that_a_task_cannot_use_are_named(tmp_path, task, broken, message):
     data = write(tmp_path, CORPUS, rows)
     with pytest.raises(DataError) as e:
         splits(data, task, USERS[task])
-    assert (
-        message in str(e.value)
-        and ("q.jsonl:8: " in str(e.value) or "query 'q7'" in str(e.value))
-        and "\n" not in str(e.value)
-    )
+    assert message in str(e.value)
+    assert "q.jsonl:8: " in str(e.value) or "query 'q7'" in str(e.value)
+    assert "\n" not in str(e.value)
     parts = splits(DataConfig(**vars(data) | dict(on_bad_line="drop")), task, USERS[task])[:3]
     assert {p.id for part in parts for p in part} == {f"q{i}" for i in range(60)} - {"q7"}
 
 
-# --- parsers --------------------------------------------------------------------------------------------------------------------
+# --- parsers --------------------------------------------------------------------------------------
 
 ROW = dict(text="lamps", candidates=["a", "b", "c"])
 
@@ -320,7 +319,7 @@ def test_fuzz_of_the_lists():
     assert wanted <= set(outcomes) and all(outcomes[error] >= 20 for error in wanted), outcomes
 
 
-# --- scoring --------------------------------------------------------------------------------------------------------------------
+# --- scoring --------------------------------------------------------------------------------------
 
 
 class Words:
@@ -329,7 +328,7 @@ class Words:
     """
 
     doc_ids = [f"d{i}" for i in range(20)]
-    how = "by hand"
+    description = "by hand"
 
     def search(self, queries, k):
         rows = np.full((len(queries), k), -1)
@@ -384,11 +383,9 @@ def test_product_search_totals_are_the_published_rule_to_the_bit(rule):
         ranked = [f"d{int(w)}" for w in dict.fromkeys(query.split()) if int(w) < 20][:5]
         value = compute_ndcg(ranked, gains, 5)
         if "<answer>" in texts[r.ids]:
-            assert (
-                reward.total == (rule.bonus + value if value > 0 else rule.miss)
-                and reward.terms == {"ndcg": value}
-                and reward.answer == query
-            )
+            assert reward.total == (rule.bonus + value if value > 0 else rule.miss)
+            assert reward.terms == {"ndcg": value}
+            assert reward.answer == query
         else:
             assert (reward.total, reward.terms, reward.error, reward.answer) == (
                 rule.unparsable,
@@ -411,17 +408,13 @@ def test_a_completion_is_searched_once_and_each_query_has_its_own_judgements():
     one = rollout(wrap('{"query": "1 2"}'))
     other = Rollout(Prompt("p", 1, "", (), dict(text="x")), 1, 0, one.ids, (0.0,), True)
     first = s.score([one, one, other])
-    assert (
-        first[0] is first[1]
-        and first[0].total == 1.1
-        and first[2].total == pytest.approx(0.1 + 1 / np.log2(3))
-        and s.retriever.asked == ["1 2", "1 2"]
-    )
-    assert (
-        s.score([other, one]) == [first[2], first[0]]
-        and len(s.retriever.asked) == 2
-        and s.score([]) == []
-    )
+    assert first[0] is first[1]
+    assert first[0].total == 1.1
+    assert first[2].total == pytest.approx(0.1 + 1 / np.log2(3))
+    assert s.retriever.asked == ["1 2", "1 2"]
+    assert s.score([other, one]) == [first[2], first[0]]
+    assert len(s.retriever.asked) == 2
+    assert s.score([]) == []
 
 
 def test_what_was_seen_is_removed_and_the_rest_moves_up():
@@ -430,9 +423,8 @@ def test_what_was_seen_is_removed_and_the_rest_moves_up():
     ranked = [f"d{i}" for i in range(8)]
     query = wrap(json.dumps({"query": " ".join(d[1:] for d in ranked)}))
     for remove, place in ((False, 4), (True, 2)):
-        [reward] = scorer(task := Sequential(RewardConfig(remove_seen=remove)), gains, k=4).score(
-            [rollout(query, row=row)]
-        )
+        task = Sequential(RewardConfig(remove_seen=remove))
+        [reward] = scorer(task, gains, k=4).score([rollout(query, row=row)])
         assert reward.terms["ndcg"] == pytest.approx(1 / np.log2(place + 1))
         found = task.rank(
             ["0 1 2 3 4 5", "0 1"], [row, dict(text="", history=[])], 3, scorer(task, {}).search
@@ -453,12 +445,10 @@ def test_lists_are_scored_as_they_are_ordered_and_compared_with_the_given_order(
                 for order in ((3, 1, 2), (2, 1, 3), (1, 1, 2))
             ]
         )
-        assert (
-            best.total == 1.1
-            and best.answer == ["c", "a", "b"]
-            and 0.1 < worst.total < 0.9
-            and (bad.total, bad.error) == (-2.0, "repeated_item")
-        )
+        assert best.total == 1.1
+        assert best.answer == ["c", "a", "b"]
+        assert 0.1 < worst.total < 0.9
+        assert (bad.total, bad.error) == (-2.0, "repeated_item")
         [raw] = s.score_answers([Prompt("q", 0, "", (), ROW)], [task.baseline_answer(ROW)])
         assert raw["ndcg"] == compute_ndcg(["a", "b", "c"], gains["q"], 3)
 
@@ -470,26 +460,28 @@ def test_where_the_prompt_has_closed_the_thought_the_answer_stands_alone():
         rewards = scorer(ProductSearch(RULE), {"q": {"d1": 1.0}}, closed=closed).score(
             [rollout(bare), rollout(thought)]
         )
-        assert [r.error for r in rewards] == want and [r.text for r in rewards] == [bare, thought]
+        assert [r.error for r in rewards] == want
+        assert [r.text for r in rewards] == [bare, thought]
 
 
-# --- the config's task ----------------------------------------------------------------------------------------------------------
+# --- the config's task ----------------------------------------------------------------------------
 
 
 def test_a_task_that_is_none_is_refused():
     for name, message in (
         ("search", "not one of product_search, sequential, rerank, recommend_list"),
         ("nowhere:Task", "cannot be loaded"),
-        ("builtins:str", "has no places, needs"),
+        ("builtins:str", "has no placeholders, required_fields"),
         ("collections:Counter", "raised TypeError"),
-        ("recr1.records:Nothing", "cannot be loaded"),
+        ("recr1.data_types:Nothing", "cannot be loaded"),
     ):
         with pytest.raises(ConfigError, match=message):
             build_task(Config(task=name))
     with pytest.raises(ConfigError, match="data.shuffle_words"):
         build_task(Config(task="rerank", data=DataConfig(shuffle_words=0.5)))
     own = build_task(Config(task="recr1.tasks.rerank:Rerank"))
-    assert isinstance(own.task, Rerank) and (
+    assert isinstance(own.task, Rerank)
+    assert (
         own.placeholders,
         own.required_fields,
         own.uses_retriever,

@@ -45,7 +45,7 @@ def prompts_of(cfg) -> list[Prompt]:
     return [Prompt(id, i, text, chat.prompt(text)) for i, (id, text) in enumerate(queries.items())]
 
 
-# --- its own teacher ----------------------------------------------------------------------------------------------------------------
+# --- its own teacher ------------------------------------------------------------------------------
 
 
 def test_self_keeps_the_best_of_each_prompts_samples(run, world):
@@ -103,7 +103,8 @@ def test_self_keeps_the_best_of_each_prompts_samples(run, world):
             best[4],
         )
         assert line["reward"] == line["score"] == pytest.approx(best[0], abs=1e-8)
-    assert unusable and len({line["sibling"] for line in lines}) == 4
+    assert unusable
+    assert len({line["sibling"] for line in lines}) == 4
     ties = [
         line
         for line in lines
@@ -136,7 +137,8 @@ def test_the_rule_of_what_is_kept(keep, least, run):
             "better": line["score"] > line["raw"],
         }[keep]
     ]
-    assert lines == jsonl(run() / "teacher.jsonl") and 0 < len(want) < len(lines)
+    assert lines == jsonl(run() / "teacher.jsonl")
+    assert 0 < len(want) < len(lines)
     assert json.loads((folder / "summary.json").read_text())["teacher"]["kept"] == len(want)
 
 
@@ -157,7 +159,7 @@ def weights(folder: Path) -> bytes:
     return (folder / "model/model.safetensors").read_bytes()
 
 
-# --- a teacher's file ---------------------------------------------------------------------------------------------------------------
+# --- a teacher's file -----------------------------------------------------------------------------
 
 
 def answer(query: str) -> str:
@@ -177,7 +179,7 @@ def teacher(world, path: Path, *lines: str) -> str:
     return f"sft.teacher={path}"
 
 
-def test_a_file_is_learnt(world, tmp_path, capsys):
+def test_a_file_is_learned(world, tmp_path, capsys):
     """Every query answered by its first word: the loss falls, the policy comes to answer so."""
     argv = [
         world,
@@ -191,22 +193,16 @@ def test_a_file_is_learnt(world, tmp_path, capsys):
     ]
     assert run_guarded(sft.main, argv) == 0
     rows = jsonl(tmp_path / "run/metrics.jsonl")
-    assert (
-        len(rows) == 40 * (56 // 14)
-        and rows[-1]["epoch"] == 40
-        and rows[-1]["loss"] < 0.2 * rows[0]["loss"]
-    )
+    assert len(rows) == 40 * (56 // 14)
+    assert rows[-1]["epoch"] == 40
+    assert rows[-1]["loss"] < 0.2 * rows[0]["loss"]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert (
-        summary["after_minus_before"] > 0
-        and summary["loop"] == "sft"
-        and summary["steps"] == len(rows)
-        and "max_logprob_gap" not in summary
-    )
-    assert (
-        summary["teacher"]["score"] > 0 < summary["teacher"]["raw"]
-        and summary["memory"]["predicted"] is None
-    )
+    assert summary["after_minus_before"] > 0
+    assert summary["loop"] == "sft"
+    assert summary["steps"] == len(rows)
+    assert "max_logprob_gap" not in summary
+    assert summary["teacher"]["score"] > 0 < summary["teacher"]["raw"]
+    assert summary["memory"]["predicted"] is None
     tokenizer = tiny_tokenizer()
     for line, p in zip(
         jsonl(tmp_path / "run/teacher.jsonl"),
@@ -216,9 +212,8 @@ def test_a_file_is_learnt(world, tmp_path, capsys):
         assert line["ids"] == [*tokenizer(line["text"])["input_ids"], tokenizer.eos_token_id]
         assert line["text"] == answer(p.text.split()[0])
     out = capsys.readouterr().out
-    assert (
-        "56 texts, 56 kept" in out and "nothing is sampled, sampling.group_size are not read" in out
-    )
+    assert "56 texts, 56 kept" in out
+    assert "nothing is sampled, sampling.group_size are not read" in out
 
 
 VALIDATION = next(f"train{i}" for i in range(60) if is_validation(f"train{i}"))
@@ -238,11 +233,9 @@ def test_a_bad_line_stops_the_run_or_is_left_out(name, world, tmp_path, capsys):
     line, message = BAD[name]
     override = teacher(world, tmp_path / "t.jsonl", json.dumps(line) if line else "")
     said = refused([world, override, f"run.dir={tmp_path / 'run'}"], capsys, sft.main)
-    assert (
-        f"{tmp_path}/t.jsonl:1: " in said
-        and message in said
-        and not (tmp_path / "run/teacher.jsonl").exists()
-    )
+    assert f"{tmp_path}/t.jsonl:1: " in said
+    assert message in said
+    assert not (tmp_path / "run/teacher.jsonl").exists()
     argv = [
         world,
         override,
@@ -253,11 +246,9 @@ def test_a_bad_line_stops_the_run_or_is_left_out(name, world, tmp_path, capsys):
     ]
     assert run_guarded(sft.main, argv) == 0
     out = capsys.readouterr().out
-    assert (
-        "1 lines of the teacher left out" in out
-        and message in out
-        and len(jsonl(tmp_path / "drop/teacher.jsonl")) == 56
-    )
+    assert "1 lines of the teacher left out" in out
+    assert message in out
+    assert len(jsonl(tmp_path / "drop/teacher.jsonl")) == 56
 
 
 @pytest.mark.parametrize(
@@ -270,7 +261,8 @@ def test_answers_to_what_is_held_out_are_a_leak(id, drop, world, tmp_path, capsy
         capsys,
         sft.main,
     )
-    assert f"t.jsonl:1: '{id}' is a validation or test query" in said and "leak" in said
+    assert f"t.jsonl:1: '{id}' is a validation or test query" in said
+    assert "leak" in said
 
 
 def test_what_cannot_be_parsed_or_stands_twice_is_counted_and_said(world, tmp_path, capsys):
@@ -290,12 +282,11 @@ def test_what_cannot_be_parsed_or_stands_twice_is_counted_and_said(world, tmp_pa
     ]
     assert run_guarded(sft.main, argv) == 0
     out = capsys.readouterr().out
-    assert (
-        "2 lines of the teacher left out, first: " in out
-        and "t.jsonl:3: 'train0' had the same text before" in out
-    )
+    assert "2 lines of the teacher left out, first: " in out
+    assert "t.jsonl:3: 'train0' had the same text before" in out
     assert "'ids' of 1 lines of the teacher do not spell their text" in out
-    assert "59 texts, 58 kept" in out and "nothing to learn from 1 {'no_think_end': 1}" in out
+    assert "59 texts, 58 kept" in out
+    assert "nothing to learn from 1 {'no_think_end': 1}" in out
     assert json.loads((tmp_path / "run/summary.json").read_text())["teacher"]["errors"] == {
         "no_think_end": 1
     }

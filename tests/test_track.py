@@ -195,12 +195,11 @@ def test_wandb_and_trackio_go_on_with_the_same_run(kind, world, tmp_path, monkey
     assert [(step, values) for step, values in sent.rows] == [
         (row["step"], flatten_row({k: v for k, v in row.items() if k != "step"})) for row in rows
     ]
-    assert [step for step, _ in sent.rows] == [1, 2, 3, 4] and sent.ended == 1
-    assert (
-        sent.begun[0] == sent.begun[1]
-        and sent.begun[0][0] == "recr1"
-        and sent.begun[0][2] == "allow"
-    )
+    assert [step for step, _ in sent.rows] == [1, 2, 3, 4]
+    assert sent.ended == 1
+    assert sent.begun[0] == sent.begun[1]
+    assert sent.begun[0][0] == "recr1"
+    assert sent.begun[0][2] == "allow"
     assert sent.config == dataclasses.asdict(configs.load_config(world, argv[1:]))
     # another run is another one to the tracker
     assert (
@@ -217,13 +216,10 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(
     monkeypatch.setitem(sys.modules, "wandb", sent.module)
     assert run_guarded(train.main, [world, "log.track=wandb", f"run.dir={tmp_path / 'run'}"]) == 0
     [line] = [line for line in capsys.readouterr().out.splitlines() if "log.track" in line]
-    assert (
-        "wandb failed at step 2: ConnectionError: gone away" in line
-        and "metrics.jsonl has every step" in line
-    )
-    assert [step for step, _ in sent.rows] == [1] and [
-        row["step"] for row in jsonl(tmp_path / "run/metrics.jsonl")
-    ] == [1, 2, 3, 4]
+    assert "wandb failed at step 2: ConnectionError: gone away" in line
+    assert "metrics.jsonl has every step" in line
+    assert [step for step, _ in sent.rows] == [1]
+    assert [row["step"] for row in jsonl(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -236,11 +232,10 @@ def test_one_that_is_not_installed_is_refused_before_training(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, kind, None)
     line = refused([world, f"log.track={kind}", f"run.dir={tmp_path / 'run'}"], capsys)
-    assert f"log.track: {kind} cannot be imported" in line and f"pip install {package}," in line
-    assert (
-        not (tmp_path / "run/metrics.jsonl").exists()
-        and not (tmp_path / "run/eval_before.jsonl").exists()
-    )
+    assert f"log.track: {kind} cannot be imported" in line
+    assert f"pip install {package}," in line
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    assert not (tmp_path / "run/eval_before.jsonl").exists()
 
 
 def test_one_that_does_not_start_is_refused_and_without_it_the_same_run_starts(
@@ -285,9 +280,10 @@ def test_another_tracker_begins_with_the_step_it_is_named_at(world, tmp_path, mo
     monkeypatch.setitem(sys.modules, "wandb", sent.module)
     tracker = Tracker(configs.load_config(world, ["log.track=wandb"]), tmp_path)
     tracker.send(dict(step=6, reward=1.0))
-    assert sent.rows == [(6, dict(reward=1.0))] and json.loads(
-        (tmp_path / "tracked.json").read_text()
-    ) == dict(tracker="wandb", id=sent.begun[0][1], step=6)
+    assert sent.rows == [(6, dict(reward=1.0))]
+    assert json.loads((tmp_path / "tracked.json").read_text()) == dict(
+        tracker="wandb", id=sent.begun[0][1], step=6
+    )
 
 
 def test_only_rank_0_tracks_and_a_dry_run_does_not(world, tmp_path, monkeypatch):
@@ -300,4 +296,6 @@ def test_only_rank_0_tracks_and_a_dry_run_does_not(world, tmp_path, monkeypatch)
         tracker.close()
     monkeypatch.chdir(tmp_path)
     assert run_guarded(train.main, [world, "log.track=wandb", "--dry-run"]) == 0
-    assert not sent.begun and not sent.rows and not list(tmp_path.glob("tracked*"))
+    assert not sent.begun
+    assert not sent.rows
+    assert not list(tmp_path.glob("tracked*"))

@@ -37,6 +37,12 @@ FILES = {
     "report.html",
     "versions.json",
 }
+METRICS = set(
+    "reward ndcg reward_spread zero_variance kl clip_share entropy grad_norm lr unparsable "
+    "completion_tokens unfinished rollout_tokens_per_s logprob_gap_mean logprob_gap_p999 "
+    "max_logprob_gap seconds".split()
+)
+ROLLOUT_KEYS = set("step prompt sibling count text finished reward parts error adv".split())
 PER_TOKEN = ["ids", "sampler_logp", "trainer_logp", "ref_logp", "old_logp", "entropy"]
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,25 +73,7 @@ def test_metrics(run):
         steps.setdefault(row["step"], []).append(row)
     assert [row["step"] for row in rows] == [1, 2, 3] == sorted(steps)
     for row in rows:
-        assert {
-            "reward",
-            "ndcg",
-            "reward_spread",
-            "zero_variance",
-            "kl",
-            "clip_share",
-            "entropy",
-            "grad_norm",
-            "lr",
-            "unparsable",
-            "completion_tokens",
-            "unfinished",
-            "rollout_tokens_per_s",
-            "logprob_gap_mean",
-            "logprob_gap_p999",
-            "max_logprob_gap",
-            "seconds",
-        } <= row.keys()
+        assert METRICS <= row.keys()
         texts = steps[row["step"]]
         groups = {}
         for t in texts:
@@ -97,13 +85,11 @@ def test_metrics(run):
         assert row["zero_variance"] == (rewards.max(1) == rewards.min(1)).mean()
         assert row["unparsable"] == sum(t["count"] for t in texts if t["error"]) / 16
         assert row["unfinished"] == sum(t["count"] for t in texts if not t["finished"]) / 16
-        assert (
-            row["kl"] is None
-            and row["clip_share"] == 0
-            and row["grad_norm"] > 0
-            and row["lr"] == 1e-3
-            and row["rollout_tokens_per_s"] > 0
-        )
+        assert row["kl"] is None
+        assert row["clip_share"] == 0
+        assert row["grad_norm"] > 0
+        assert row["lr"] == 1e-3
+        assert row["rollout_tokens_per_s"] > 0
         assert (
             0 <= row["logprob_gap_mean"] <= row["logprob_gap_p999"] <= row["max_logprob_gap"] < 1e-4
         )
@@ -115,18 +101,7 @@ def test_rollouts(run):
     tokenizer = tiny_tokenizer()
     groups = {}
     for row in rows:
-        assert {
-            "step",
-            "prompt",
-            "sibling",
-            "count",
-            "text",
-            "finished",
-            "reward",
-            "parts",
-            "error",
-            "adv",
-        } <= row.keys()
+        assert ROLLOUT_KEYS <= row.keys()
         groups.setdefault((row["step"], row["prompt"]), []).append(row)
         # log.tokens_every is 2
         assert ("ids" in row) == ("prompt_ids" in row) == (row["step"] in (1, 2))
@@ -134,30 +109,27 @@ def test_rollouts(run):
         if "ids" in row:
             assert row["ref_logp"] is None
             assert len({len(row[name]) for name in PER_TOKEN if row[name] is not None}) == 1
-            assert (
-                row["old_logp"] == row["trainer_logp"]
-                and max(row["sampler_logp"]) <= 0
-                and min(row["entropy"]) >= 0
-            )
+            assert row["old_logp"] == row["trainer_logp"]
+            assert max(row["sampler_logp"]) <= 0
+            assert min(row["entropy"]) >= 0
             assert np.abs(np.subtract(row["sampler_logp"], row["trainer_logp"])).max() < 1e-4
-            assert row["finished"] == (row["ids"][-1] == tokenizer.eos_token_id) and (
-                row["finished"] or len(row["ids"]) == 12
-            )
+            assert row["finished"] == (row["ids"][-1] == tokenizer.eos_token_id)
+            assert row["finished"] or len(row["ids"]) == 12
             assert row["text"] == tokenizer.decode(
                 row["ids"][:-1] if row["finished"] else row["ids"]
             )
             assert tokenizer.decode(row["prompt_ids"]).startswith("<|user|>find: ")
     assert len(groups) == 12
     for group in groups.values():
-        assert sum(row["count"] for row in group) == 4 and len(
-            {row["text"] for row in group}
-        ) == len(group)
+        assert sum(row["count"] for row in group) == 4
+        assert len({row["text"] for row in group}) == len(group)
         rewards = torch.tensor([row["reward"] for row in group for _ in range(row["count"])])
         want = compute_group_advantages(rewards, 4, normalize_by_std, LossConfig(std_floor=0.1))
         assert [row["adv"] for row in group for _ in range(row["count"])] == pytest.approx(
             want.tolist(), abs=1e-5
         )
-    assert any(row["adv"] != 0 for row in rows) and any(row["count"] > 1 for row in rows)
+    assert any(row["adv"] != 0 for row in rows)
+    assert any(row["count"] > 1 for row in rows)
 
 
 def test_logged_floats_read_back_to_the_same_float32():
@@ -189,67 +161,68 @@ def test_logged_floats_read_back_to_the_same_float32():
         assert np.array_equal(
             np.array([row[name] for row in rows], dtype=np.float32), values.numpy()
         )
-    assert [np.float32(row["adv"]) for row in rows] == values[:, 0].tolist() and rows[0][
-        "ref_logp"
-    ] is None
+    assert [np.float32(row["adv"]) for row in rows] == values[:, 0].tolist()
+    assert rows[0]["ref_logp"] is None
 
 
-def test_evaluations_and_summary(run, world):
+def test_evaluations(run, world):
     folder = run()
     cfg = configs.load_config(world, [])
     before = jsonl(folder / "eval_before.jsonl")
     after = jsonl(folder / "eval_after.jsonl")
     queries = {row["id"]: row["text"] for row in jsonl(Path(cfg.data.test_queries))}
+    metrics = ["ndcg", "recall", "mrr", "hit"]
+    raw_metrics = [f"{name}_raw" for name in metrics]
     for rows in (before, after):
-        assert {row["id"]: row["raw"] for row in rows} == queries and len(rows) == 12
+        assert {row["id"]: row["raw"] for row in rows} == queries
+        assert len(rows) == 12
         for row in rows:
-            assert set(row) == {
-                "id",
-                "raw",
-                "rewrite",
-                "text",
-                "error",
-                *(
-                    part + side
-                    for part in ("ndcg", "recall", "mrr", "hit")
-                    for side in ("", "_raw")
-                ),
-            }
-            assert (row["rewrite"] is None) == (row["error"] is not None) and (
-                row["error"] is None or row["ndcg"] == 0
-            )
+            assert set(row) == {"id", "raw", "rewrite", "text", "error", *metrics, *raw_metrics}
+            assert (row["rewrite"] is None) == (row["error"] is not None)
+            assert row["error"] is None or row["ndcg"] == 0
             assert row["error"] or row["rewrite"] in row["text"]
-    assert [row["ndcg_raw"] for row in before] == [row["ndcg_raw"] for row in after] and 0 < sum(
-        row["ndcg_raw"] for row in before
-    ) < 12
-    s = json.loads((folder / "summary.json").read_text())
-    assert (
-        s["task"],
-        s["retriever"],
-        s["metric"],
-        s["n_eval"],
-        s["seed"],
-        s["steps"],
-        s["world_size"],
-        s["threads"],
-    ) == ("product_search", "bm25", "ndcg@10", 12, 0, 3, 1, 1)
-    raw, b, a = (
-        math.fsum(row[k] for row in rows) / 12
-        for rows, k in ((before, "ndcg_raw"), (before, "ndcg"), (after, "ndcg"))
+
+    raw_before = [row["ndcg_raw"] for row in before]
+    assert raw_before == [row["ndcg_raw"] for row in after]
+    assert 0 < sum(raw_before) < 12
+
+
+def test_summary(run):
+    folder = run()
+    summary = json.loads((folder / "summary.json").read_text())
+    expected = dict(
+        task="product_search",
+        retriever="bm25",
+        metric="ndcg@10",
+        n_eval=12,
+        seed=0,
+        steps=3,
+        world_size=1,
+        threads=1,
     )
-    for name, want in dict(
-        raw=raw, before=b, after=a, gain=a - raw, after_minus_before=a - b
-    ).items():
-        assert s[name] == pytest.approx(want, abs=1e-12), name
+    assert {name: summary[name] for name in expected} == expected
+    assert summary["wall_s"] > 0
+    assert summary["rollout_tokens_per_s"] > 0
+
+    # the figures are those of the rows
+    rows_before = jsonl(folder / "eval_before.jsonl")
+    rows_after = jsonl(folder / "eval_after.jsonl")
+    raw = math.fsum(row["ndcg_raw"] for row in rows_before) / 12
+    before = math.fsum(row["ndcg"] for row in rows_before) / 12
+    after = math.fsum(row["ndcg"] for row in rows_after) / 12
+    figures = dict(
+        raw=raw, before=before, after=after, gain=after - raw, after_minus_before=after - before
+    )
+    for name, value in figures.items():
+        assert summary[name] == pytest.approx(value, abs=1e-12), name
     for name in ("gain", "after_minus_before"):
-        low, high = s[name + "_ci95"]
-        assert low <= s[name] <= high
-    assert s["wall_s"] > 0 and s["rollout_tokens_per_s"] > 0
+        low, high = summary[f"{name}_ci95"]
+        assert low <= summary[name] <= high
+
     gaps = [row["max_logprob_gap"] for row in jsonl(folder / "metrics.jsonl")]
-    assert (
-        s["max_logprob_gap"] == max(gaps)
-        and 0 <= s["logprob_gap_mean"] <= s["logprob_gap_p999"] <= s["max_logprob_gap"]
-    )
+    assert summary["max_logprob_gap"] == max(gaps)
+    assert 0 <= summary["logprob_gap_mean"] <= summary["logprob_gap_p999"]
+    assert summary["logprob_gap_p999"] <= summary["max_logprob_gap"]
 
 
 def weights(folder: Path) -> bytes:
@@ -264,7 +237,8 @@ def test_the_model_loads_in_transformers_and_has_moved(run, world):
         AutoModelForCausalLM.from_pretrained(p).state_dict()
         for p in (folder / "model", configs.load_config(world, []).model.path)
     )
-    assert theirs.keys() == start.keys() and all(t.isfinite().all() for t in theirs.values())
+    assert theirs.keys() == start.keys()
+    assert all(t.isfinite().all() for t in theirs.values())
     assert all(not torch.equal(t, start[name]) for name, t in theirs.items())
     assert (
         AutoTokenizer.from_pretrained(folder / "model")("find: lamp")["input_ids"]
@@ -300,17 +274,16 @@ def test_same_seed_same_bytes_another_seed_another_run(run):
     assert weights(a) == weights(b) != weights(c)
     for name in ("rollouts.jsonl.gz", "eval_before.jsonl", "eval_after.jsonl"):
         assert jsonl(a / name) == jsonl(b / name)
-    assert jsonl(a / "rollouts.jsonl.gz") != jsonl(c / "rollouts.jsonl.gz") and jsonl(
-        a / "eval_before.jsonl"
-    ) == jsonl(c / "eval_before.jsonl")
+    assert jsonl(a / "rollouts.jsonl.gz") != jsonl(c / "rollouts.jsonl.gz")
+    assert jsonl(a / "eval_before.jsonl") == jsonl(c / "eval_before.jsonl")
 
 
 def test_kl_is_measured_against_the_initial_policy(run):
     folder = run("loss.kl=0.05")
     rows = {row["step"]: row for row in jsonl(folder / "metrics.jsonl")}
-    assert (
-        rows[1]["kl"] == pytest.approx(0, abs=1e-6) and rows[2]["kl"] > 1e-6 and rows[3]["kl"] > 0
-    )
+    assert rows[1]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[2]["kl"] > 1e-6
+    assert rows[3]["kl"] > 0
     total = 0.0
     tokens = 0
     for row in jsonl(folder / "rollouts.jsonl.gz"):
@@ -336,7 +309,8 @@ def test_shuffled_words_are_the_same_words(run):
         }
         for folder in (run(), run("data.shuffle_words=1.0", "train.steps=1"))
     )
-    assert plain.keys() == mixed.keys() and plain != mixed
+    assert plain.keys() == mixed.keys()
+    assert plain != mixed
 
     def words(text):
         return sorted(text.removeprefix("<|user|>find: ").split("<|end|>")[0].split())
@@ -439,10 +413,8 @@ REFUSED = {
 def test_refused_in_one_line_before_training(name, world, tmp_path, capsys):
     overrides, message = REFUSED[name]
     assert message in refused([world, *overrides, f"run.dir={tmp_path / 'run'}"], capsys)
-    assert (
-        not (tmp_path / "run/metrics.jsonl").exists()
-        and not (tmp_path / "run/eval_before.jsonl").exists()
-    )
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    assert not (tmp_path / "run/eval_before.jsonl").exists()
 
 
 def test_a_corrupt_line_is_named(world, tmp_path, capsys):
@@ -493,11 +465,9 @@ def test_dropped_prompts_and_lines_are_counted(world, tmp_path, capsys):
     ]
     assert run_guarded(train.main, argv) == 0
     out = capsys.readouterr().out
-    assert (
-        "1 prompts over the limit left out, first: query 'long'" in out
-        and "1 data lines left out" in out
-        and "train.queries.jsonl:2" in out
-    )
+    assert "1 prompts over the limit left out, first: query 'long'" in out
+    assert "1 data lines left out" in out
+    assert "train.queries.jsonl:2" in out
     assert len(jsonl(tmp_path / "run/metrics.jsonl")) == 1
 
 
@@ -517,9 +487,8 @@ def test_three_files_are_enough(world, tmp_path):
         q for q in queries if int(hashlib.sha256(q.encode()).hexdigest(), 16) % 10 == 1
     ]
     trained = {row["prompt"] for row in jsonl(tmp_path / "run/rollouts.jsonl.gz")}
-    assert trained and not any(
-        int(hashlib.sha256(q.encode()).hexdigest(), 16) % 10 in (0, 1) for q in trained
-    )
+    assert trained
+    assert not any(int(hashlib.sha256(q.encode()).hexdigest(), 16) % 10 in (0, 1) for q in trained)
 
 
 def test_half_a_test_split_is_refused(world, tmp_path, capsys):

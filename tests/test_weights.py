@@ -39,7 +39,9 @@ LLAMA3 = dict(
 
 
 def theirs_in_our_words(family, raw):
-    """What transformers' config class makes of a config.json, as the arguments of our ModelConfig."""
+    """Return what transformers' config class makes of a config.json, as our DecoderConfig's
+    arguments.
+    """
     c = AutoConfig.for_model(
         family, **{key: value for key, value in raw.items() if key != "model_type"}
     )
@@ -492,10 +494,14 @@ def test_a_hub_id_is_found_in_transformers_cache_without_a_network(tmp_path):
         (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
     (store / "refs" / "main").write_text("0123abcd")
     code = (
-        "from recr1.hub import ModelFolderError, load_tokenizer, resolve\nfrom recr1.weights import load_model\n"
-        "folder = resolve('org/name')\nprint(folder)\nprint(load_model(folder, len(load_tokenizer(folder))).config.hidden_size)\n"
+        "from recr1.utils.hf_hub import ModelFolderError, load_tokenizer\n"
+        "from recr1.utils.hf_hub import resolve_model_folder\n"
+        "from recr1.model.hf_weights import load_model\n"
+        "folder = resolve_model_folder('org/name')\n"
+        "print(folder)\n"
+        "print(load_model(folder, len(load_tokenizer(folder))).config.hidden_size)\n"
         "for path in ('org/absent', 'absent/folder/deep', 'absent', './absent', '', 'setup.py'):\n"
-        "    try: print(resolve(path))\n"
+        "    try: print(resolve_model_folder(path))\n"
         "    except ModelFolderError as e: print(e)\n"
     )
     done = subprocess.run(

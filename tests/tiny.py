@@ -34,7 +34,10 @@ TEMPLATE = (
 )
 COLOURS = ["red", "green", "blue", "black", "white"]
 THINGS = ["lamp", "chair", "table", "shirt", "kettle", "guitar", "camera", "bicycle"]
-MORE = "find buy the a cheap good for my house and with old new small big naïve café ユーザー 12 345 don't Assistant: user".split()
+MORE = (
+    "find buy the a cheap good for my house and with old new small big "
+    "naïve café ユーザー 12 345 don't Assistant: user"
+).split()
 
 
 @functools.cache
@@ -123,26 +126,24 @@ def tiny_model(
 
 
 def oracle(model: Decoder) -> PreTrainedModel:
-    """transformers' model with the same shape and weights. Its own generation settings are cleared."""
+    """transformers' model with the same shape and weights. Its generation settings are cleared."""
     # seconds, which a rank of a torchrun job does not wait for
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    c = asdict(model.config)
-    family = c.pop("family")
-    scaling = c.pop("rope_scaling")
-    rope = dict(
-        rope_theta=c.pop("rope_theta"),
-        **(dict(rope_type="llama3", **scaling) if scaling else dict(rope_type="default")),
-    )
-    config = AutoConfig.for_model(
-        family, **c, rope_parameters=rope, bos_token_id=None, eos_token_id=None, pad_token_id=None
-    )
-    theirs = AutoModelForCausalLM.from_config(config)
+    settings = asdict(model.config)
+    family = settings.pop("family")
+    scaling = settings.pop("rope_scaling")
+    rope = dict(rope_theta=settings.pop("rope_theta"), rope_type="default")
+    if scaling:
+        rope |= dict(rope_type="llama3", **scaling)
+    no_tokens = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    config = AutoConfig.for_model(family, **settings, rope_parameters=rope, **no_tokens)
+    hf_model = AutoModelForCausalLM.from_config(config)
     state = dict(model.state_dict())
-    if c["tie_word_embeddings"]:
+    if settings["tie_word_embeddings"]:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    theirs.to(model.head_weight.dtype).load_state_dict(state)
-    return theirs.eval()
+    hf_model.to(model.head_weight.dtype).load_state_dict(state)
+    return hf_model.eval()
 
 
 def answering_model(seed: int = 0, **overrides) -> Decoder:
@@ -191,47 +192,55 @@ def write_policy(folder, seed: int = 0, **overrides) -> str:
 
 
 def write_data(folder) -> dict[str, str]:
-    """40 products, each a colour and a thing; 60 train and 12 test queries, whose judgements are
-    the products of that colour and thing.
+    """Write 40 products, each a color and a thing; 60 train and 12 test queries.
+
+    The judgements of a query are the products of its color and thing. Returns the data settings.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pairs = [(c, t) for c in COLOURS for t in THINGS]
-    docs = [
-        dict(id=f"d{i}", title=f"{c} {t}", text=f"a {MORE[i % len(MORE)]} {t} for my house")
-        for i, (c, t) in enumerate(pairs)
-    ]
-    paths = {
-        key: str(folder / name)
-        for key, name in dict(
-            corpus="corpus.jsonl",
-            train_queries="train.queries.jsonl",
-            train_qrels="train.qrels.tsv",
-            test_queries="test.queries.jsonl",
-            test_qrels="test.qrels.tsv",
-        ).items()
-    }
+    products = [(color, thing) for color in COLOURS for thing in THINGS]
+    lines = {"corpus.jsonl": format_products(products)}
+    for split, count, step in (("train", 60, 7), ("test", 12, 11)):
+        # (query id, the product it looks for)
+        wanted = [(f"{split}{i}", i * step % len(products)) for i in range(count)]
+        lines[f"{split}.queries.jsonl"] = format_queries(wanted, products)
+        lines[f"{split}.qrels.tsv"] = [
+            f"{query}\td{product}\t{1 + i % 3}" for i, (query, product) in enumerate(wanted)
+        ]
+    for name, lines_of_file in lines.items():
+        text = "".join(line + "\n" for line in lines_of_file)
+        (folder / name).write_text(text, encoding="utf-8")
 
-    def write(key, lines):
-        Path(paths[key]).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-    write("corpus", (json.dumps(doc, ensure_ascii=False) for doc in docs))
-    for split, n, step in (("train", 60, 7), ("test", 12, 11)):
-        rows = [(f"{split}{i}", i * step % len(pairs)) for i in range(n)]
-        write(
-            f"{split}_queries",
-            (
-                json.dumps(
-                    dict(id=q, text=f"{pairs[d][i % 2]} {MORE[i % len(MORE)]}"), ensure_ascii=False
-                )
-                for i, (q, d) in enumerate(rows)
-            ),
-        )
-        write(f"{split}_qrels", (f"{q}\td{d}\t{1 + i % 3}" for i, (q, d) in enumerate(rows)))
-    assert any(is_validation(f"train{i}") for i in range(60)) and not all(
-        is_validation(f"train{i}") for i in range(60)
+    held_out = [is_validation(f"train{i}") for i in range(60)]
+    assert any(held_out)
+    assert not all(held_out)
+    return dict(
+        corpus=str(folder / "corpus.jsonl"),
+        train_queries=str(folder / "train.queries.jsonl"),
+        train_qrels=str(folder / "train.qrels.tsv"),
+        test_queries=str(folder / "test.queries.jsonl"),
+        test_qrels=str(folder / "test.qrels.tsv"),
     )
-    return paths
+
+
+def format_products(products: list[tuple[str, str]]) -> list[str]:
+    """Format a document per product as lines of JSON."""
+    lines = []
+    for i, (color, thing) in enumerate(products):
+        text = f"a {MORE[i % len(MORE)]} {thing} for my house"
+        document = dict(id=f"d{i}", title=f"{color} {thing}", text=text)
+        lines.append(json.dumps(document, ensure_ascii=False))
+    return lines
+
+
+def format_queries(wanted: list[tuple[str, int]], products: list[tuple[str, str]]) -> list[str]:
+    """Format a query per (id, product) as lines of JSON: the color, or the thing, and a word."""
+    lines = []
+    for i, (query, product) in enumerate(wanted):
+        word = products[product][i % 2]
+        row = dict(id=query, text=f"{word} {MORE[i % len(MORE)]}")
+        lines.append(json.dumps(row, ensure_ascii=False))
+    return lines
 
 
 def write_yaml(folder, **dotted_overrides) -> str:
@@ -297,10 +306,8 @@ def refused(argv, capsys, main=train.main) -> str:
     capsys.readouterr()
     assert run_guarded(main, argv) == 2
     err = capsys.readouterr().err
-    assert (
-        err.startswith("recr1: ")
-        and err.count("\n") == 1
-        and err.endswith("\n")
-        and "Traceback" not in err
-    )
+    assert err.startswith("recr1: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert "Traceback" not in err
     return err

@@ -72,8 +72,8 @@ class Case:
             rewards=draw(4, GROUP),
             rollout=rollout,
             weight=torch.ones(N, device=device),
-            sampler=logp + 0.1 * draw(N),
-            total=float(N),
+            sampler_logp=logp + 0.1 * draw(N),
+            denominator=float(N),
         )
 
     def mean(self, logp, rows=None):

@@ -219,7 +219,7 @@ class Ours:
                 reward=float(np.mean([r.total for r in rewards])),
                 length=float(np.mean([len(r.ids) for r in rollouts])),
                 norm=norm,
-                distinct=len(done.texts) / len(rollouts),
+                distinct=len(done.unique) / len(rollouts),
             )
         )
 
@@ -235,7 +235,7 @@ class Ours:
         )
         done = StepRecord(rollouts, rewards, adv.tolist(), texts, first)
         for total, batches in make_updates(
-            self.policy, None, texts, adv[first], cfg, self.loss.average
+            self.policy, None, texts, adv[first], cfg, self.loss.agg_mode
         ):
             for batch in batches:
                 with clock.phase("forward"):

@@ -1,9 +1,11 @@
-"""One logged GRPO step with its real tensors, from prompt to gradient, worked again in numpy and
-held against what the run logged: `recr1 explain`.
+"""Explain one logged GRPO step with its real tensors, from prompt to gradient: `recr1 explain`.
 
-The chain is checked link by link, each with the inputs that the run itself had: rewards ->
-advantages; advantages and per-token log-probs -> loss and d loss / d logp; that, pulled through the
-weights before the update by torch -> the gradient's norm.
+The step is computed again in numpy and compared with what the run logged. The chain is checked link
+by link, each with the inputs that the run itself had:
+
+    rewards -> advantages
+    advantages and per-token log-probs -> loss and d loss / d logp
+    d loss / d logp, through the weights before the update, by torch -> the gradient's norm
 
 Legend: P prompts, G group, R = P*G rollouts, D distinct texts, N their tokens. A text's identical
 siblings are one row of weight `count`.
@@ -14,8 +16,10 @@ from __future__ import annotations
 import inspect
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,27 +37,371 @@ from recr1.training.optimizer import Optimizer
 from recr1.utils.files import Damaged, check_file, read_manifest
 from recr1.utils.hf_hub import ModelFolderError, load_tokenizer, resolve_model_folder
 
-# relative; of a loss, whose terms cancel, to a tenth of their sizes where that is more: float32
-# knows it no better
+# The allowed error of advantages, loss and d loss / d logp, relative. The terms of a loss cancel:
+# its error is relative to a tenth of their sizes where that is more, float32 knows it no better.
 EXACT = 1e-5
 
-# bfloat16: 2e-5 with other micro-batches on one CPU; other kernels round otherwise
+# The allowed error of the gradient's norm, relative. bfloat16: 2e-5 with other micro-batches on one
+# CPU; other kernels round otherwise.
 GRADIENT = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
-WORKED = {
+# The surrogates that this file can compute.
+KNOWN_SURROGATES = {
     losses.clipped_surrogate,
     losses.sequence_clipped_surrogate,
     losses.cispo_surrogate,
     losses.reinforce_surrogate,
 }
 
+# Those whose value contains log pi itself, not only a ratio.
+LOG_PROB_SURROGATES = (losses.cispo_surrogate, losses.reinforce_surrogate)
+
 SHOWN = 16  # tokens of the text that is shown
+
+PER_TOKEN_KEYS = ("ids", "sampler_logp", "old_logp", "trainer_logp", "entropy")
+
+
+# --- what the run logged --------------------------------------------------------------------------
+
+
+class Recipe(NamedTuple):
+    """The loss of a run."""
+
+    surrogate: Callable | None  # None: not one of KNOWN_SURROGATES
+    advantage: str | None  # a key of ADVANTAGES; None: not one of them
+    average: str
+
+
+@dataclass(frozen=True)
+class LoggedStep:
+    """A step as its run logged it."""
+
+    run: Path
+    step: int
+    cfg: Config
+    replay: Replay
+    rows: list[dict]  # (D,) of rollouts.jsonl.gz, siblings adjacent
+    metrics: dict  # its line of metrics.jsonl
+
+
+def read_logged_step(run: str, step: int) -> LoggedStep:
+    """Read a logged step. Raises ReplayError, and ConfigError for what cannot be computed again."""
+    folder = Path(run)
+    cfg = configs.load_config(str(folder / "config.yaml"), [])
+    replay = Replay(str(folder / "rollouts.jsonl.gz"))
+    if step not in replay.steps:
+        logged_steps = ", ".join(map(str, replay.steps))
+        raise ConfigError(
+            f"{run}: step {step} is not logged with its tokens (log.tokens_every); "
+            f"those are: {logged_steps}"
+        )
+    _check_loss_is_known(run, cfg)
+
+    rows = replay.rows[replay.steps.index(step)]
+    metrics_path = folder / "metrics.jsonl"
+    metrics = _read_metrics(metrics_path, step)
+    missing = []
+    for name in ("loss", "dlogp_norm", "grad_norm"):
+        if metrics.get(name) is None:
+            missing.append(name)
+    if missing:
+        raise ConfigError(
+            f"{metrics_path}: step {step} has no {', '.join(missing)}; "
+            "the run was made by an older recr1, or is still at this step"
+        )
+    logged = LoggedStep(folder, step, cfg, replay, rows, metrics)
+    _check_rows(logged)
+    return logged
+
+
+def _check_loss_is_known(run: str, cfg: Config) -> None:
+    """Raise ConfigError for a run whose loss cannot be computed again."""
+    if cfg.train.inner_steps > 1:
+        raise ConfigError(
+            f"{run}: train.inner_steps is {cfg.train.inner_steps}: the log-probs of the second "
+            "optimiser step on a batch are not saved, so its loss cannot be worked again; "
+            "explain a run with train.inner_steps=1"
+        )
+    recipe = get_recipe(cfg.loss)
+    if recipe.surrogate is None:
+        raise ConfigError(
+            f"{run}: loss.kind is {cfg.loss.kind!r}, a function of yours; "
+            f"explain knows {', '.join(losses.RECIPES)}"
+        )
+    if recipe.advantage is None:
+        raise ConfigError(
+            f"{run}: loss.advantage is {cfg.loss.advantage!r}, a function of yours; "
+            f"explain knows {', '.join(advantages.ADVANTAGES)}"
+        )
+
+
+def _read_metrics(path: Path, step: int) -> dict:
+    """Read the step's line of metrics.jsonl; {} where it has none. Raises ConfigError."""
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            if row["step"] == step:
+                return row
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ConfigError(f"{path}: cannot be read: {e}") from None
+    return {}
+
+
+def _check_rows(logged: LoggedStep) -> None:
+    """Raise ConfigError unless every row has its per-token values, and they fit the config."""
+    cfg = logged.cfg
+    have_equal_lengths = True
+    have_reference = set()
+    try:
+        for row in logged.rows:
+            lengths = {len(row[key]) for key in PER_TOKEN_KEYS}
+            have_equal_lengths &= len(lengths) == 1
+            have_reference.add(row["ref_logp"] is not None)
+    except (KeyError, TypeError) as e:
+        raise ConfigError(
+            f"{logged.replay.path}: a row of step {logged.step} lacks per-token values: {e}"
+        ) from None
+
+    needs_reference = cfg.loss.kl > 0
+    group_sizes = logged.replay.sizes
+    fits_config = have_reference == {needs_reference} and group_sizes == {cfg.sampling.group_size}
+    if not have_equal_lengths or not fits_config:
+        raise ConfigError(
+            f"{logged.replay.path}: step {logged.step} is not what {logged.run / 'config.yaml'} "
+            "would log; the files are not of one run"
+        )
+
+
+def get_recipe(config: LossConfig) -> Recipe:
+    """Return the loss that a config names, with None for what is not ours."""
+    default = (None, "mean_std", "token")
+    surrogate, advantage, average = losses.RECIPES.get(config.kind, default)
+    if surrogate not in KNOWN_SURROGATES:
+        surrogate = None
+    advantage = config.advantage or advantage
+    if advantage not in advantages.ADVANTAGES:
+        advantage = None
+    return Recipe(surrogate, advantage, config.average or average)
+
+
+# --- the step in numpy ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NumpyStep:
+    """The step computed again in numpy: float64, from the float32 values that the run logged."""
+
+    num_tokens: np.ndarray  # (D,)
+    count: np.ndarray  # (D,) identical siblings
+    text: np.ndarray  # (N,) the text of each token
+    logp: np.ndarray  # (N,)
+    old_logp: np.ndarray  # (N,)
+    rewards: np.ndarray  # (P, G)
+    mean: np.ndarray  # (P, 1)
+    std: np.ndarray  # (P, 1)
+    divide_by: np.ndarray  # (P, 1)
+    advantages: np.ndarray  # (R,)
+    token_advantages: np.ndarray  # (N,) as the run had them
+    ratio: np.ndarray  # (N,)
+    clipped_ratio: np.ndarray  # (N,)
+    surrogate: np.ndarray  # (N,)
+    denominator: int
+    is_trained: np.ndarray  # (N,) bool
+    loss: np.ndarray  # (N,) their sum is the loss
+    grad_logp: np.ndarray  # (N,) d loss / d logp
+    grad_entropy: np.ndarray  # (N,) d loss / d entropy
+
+
+class NumpyAdvantages(NamedTuple):
+    """The rewards of the groups, and their advantages."""
+
+    rewards: np.ndarray  # (P, G)
+    mean: np.ndarray  # (P, 1)
+    std: np.ndarray  # (P, 1)
+    divide_by: np.ndarray  # (P, 1)
+    advantages: np.ndarray  # (R,)
+
+
+class NumpySurrogate(NamedTuple):
+    """The surrogate of each token before importance weights."""
+
+    ratio: np.ndarray  # (N,)
+    clipped_ratio: np.ndarray  # (N,)
+    value: np.ndarray  # (N,)
+    slope: np.ndarray  # (N,) d value / d logp; of the sequence's ratio: d value / d log ratio
+
+
+def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
+    """Compute the step in numpy, from its rewards and per-token log-probs to d loss / d logp."""
+    config = cfg.loss
+    recipe = get_recipe(config)
+    num_tokens = np.array([len(row["ids"]) for row in rows])  # (D,)
+    count = np.array([row["count"] for row in rows])  # (D,)
+    text = np.repeat(np.arange(len(rows)), num_tokens)  # (N,)
+    logp = _concatenate(rows, "trainer_logp")  # (N,)
+    old_logp = _concatenate(rows, "old_logp")
+    sampler_logp = _concatenate(rows, "sampler_logp")
+    entropy = _concatenate(rows, "entropy")
+
+    # KL to the reference: of the trained policy in the loss, of the sampler in the reward.
+    kl_coef = config.kl if config.kl_in == "loss" else 0.0  # in the loss
+    log_ref_ratio: Any = 0.0  # d = log pi_ref - log pi
+    token_kl: Any = 0.0
+    if config.kl > 0:
+        policy_logp = logp if kl_coef else sampler_logp
+        log_ref_ratio = _concatenate(rows, "ref_logp") - policy_logp  # (N,)
+        token_kl = _estimate_kl(config.kl_estimator, log_ref_ratio)  # (N,)
+
+    # Rewards and advantages.
+    text_rewards = _compute_text_rewards(cfg, rows, text, token_kl)  # (D,)
+    group_advantages = _compute_advantages(cfg, text_rewards, count)
+    token_advantages = np.repeat([row["adv"] for row in rows], num_tokens)  # (N,)
+
+    # The surrogate, and the weight w_t / T of each token.
+    surrogate = _compute_surrogate(cfg, logp - old_logp, logp, token_advantages, text, num_tokens)
+    importance: Any = 1.0
+    if config.importance_cap > 0:
+        importance = np.exp(old_logp - sampler_logp).clip(max=config.importance_cap)
+    denominator = _count_denominator(cfg, count, num_tokens)
+    is_trained = (token_advantages != 0) | (kl_coef > 0)  # as train.make_updates selects them
+    text_weight = count / num_tokens if recipe.average == "sequence" else count  # (D,)
+    weight = is_trained * text_weight[text] / denominator  # (N,)
+
+    # The loss and its derivatives.
+    grad_surrogate = weight * importance * surrogate.slope  # (N,)
+    if recipe.surrogate is losses.sequence_clipped_surrogate:
+        # A token moves the one ratio of its rollout by 1 / num_tokens.
+        grad_surrogate = (np.bincount(text, grad_surrogate) / num_tokens)[text]
+    loss = weight * (kl_coef * token_kl - importance * surrogate.value - config.entropy * entropy)
+    kl_slope = _differentiate_kl(config.kl_estimator, log_ref_ratio)
+    return NumpyStep(
+        num_tokens=num_tokens,
+        count=count,
+        text=text,
+        logp=logp,
+        old_logp=old_logp,
+        token_advantages=token_advantages,
+        ratio=surrogate.ratio,
+        clipped_ratio=surrogate.clipped_ratio,
+        surrogate=surrogate.value,
+        denominator=denominator,
+        is_trained=is_trained,
+        loss=loss,
+        grad_logp=kl_coef * weight * kl_slope - grad_surrogate,
+        grad_entropy=-config.entropy * weight,
+        **group_advantages._asdict(),
+    )
+
+
+def _concatenate(rows: list[dict], name: str) -> np.ndarray:
+    """Concatenate the per-token values of the rows, (N,)."""
+    return np.concatenate([row[name] for row in rows])
+
+
+def _estimate_kl(estimator: str, log_ref_ratio: np.ndarray) -> np.ndarray:
+    """Compute the k1, k2 or k3 of each token."""
+    if estimator == "k1":
+        return -log_ref_ratio
+    if estimator == "k2":
+        return log_ref_ratio**2 / 2
+    return np.expm1(log_ref_ratio) - log_ref_ratio
+
+
+def _differentiate_kl(estimator: str, log_ref_ratio: Any) -> Any:
+    """Compute the derivative of the estimate by log pi."""
+    if estimator == "k1":
+        return 1.0
+    if estimator == "k2":
+        return -log_ref_ratio
+    return -np.expm1(log_ref_ratio)
+
+
+def _compute_text_rewards(
+    cfg: Config, rows: list[dict], text: np.ndarray, token_kl: Any
+) -> np.ndarray:
+    """Return the reward of each distinct text, less its KL where loss.kl_in is "reward"."""
+    text_rewards = np.array([row["reward"] for row in rows], np.float32)  # (D,)
+    if cfg.loss.kl == 0 or cfg.loss.kl_in == "loss":
+        return text_rewards
+    text_kl = np.bincount(text, token_kl).astype(np.float32)  # (D,)
+    return text_rewards - np.float32(cfg.loss.kl) * text_kl
+
+
+def _compute_advantages(
+    cfg: Config, text_rewards: np.ndarray, count: np.ndarray
+) -> NumpyAdvantages:
+    """Compute the advantages of all siblings from the rewards of the distinct texts."""
+    advantage = get_recipe(cfg.loss).advantage
+    rewards = np.repeat(text_rewards.astype(float), count)  # (R,)
+    rewards = rewards.reshape(-1, cfg.sampling.group_size)  # (P, G)
+    group_size = rewards.shape[1]
+    mean = rewards.mean(1, keepdims=True)  # (P, 1)
+    std = rewards.std(1, ddof=1, keepdims=True)
+
+    divisors = {
+        "mean_std": std + cfg.loss.std_floor,
+        "mean": 1.0,
+        "leave_one_out": (group_size - 1) / group_size,
+    }
+    all_equal = rewards.max(1, keepdims=True) == rewards.min(1, keepdims=True)  # (P, 1)
+    divide_by = np.where(all_equal, 1.0, divisors[advantage])
+    advantages_by_group = np.where(all_equal, 0.0, (rewards - mean) / divide_by)
+    return NumpyAdvantages(rewards, mean, std, divide_by, advantages_by_group.ravel())
+
+
+def _compute_surrogate(
+    cfg: Config,
+    log_ratio: np.ndarray,
+    logp: np.ndarray,
+    token_advantages: np.ndarray,
+    text: np.ndarray,
+    num_tokens: np.ndarray,
+) -> NumpySurrogate:
+    """Compute the surrogate of each token, and its derivative by log pi."""
+    kind = get_recipe(cfg.loss).surrogate
+    if kind is losses.sequence_clipped_surrogate:
+        mean_log_ratio = np.bincount(text, log_ratio) / num_tokens  # (D,)
+        ratio = np.exp(mean_log_ratio)[text]  # (N,)
+    else:
+        ratio = np.exp(log_ratio)
+    low = 0.0 if kind is losses.cispo_surrogate else 1 - cfg.loss.clip
+    high = 1 + cfg.loss.high
+    clipped_ratio = ratio.clip(low, high)
+
+    if kind is losses.cispo_surrogate:
+        slope = clipped_ratio * token_advantages
+        return NumpySurrogate(ratio, clipped_ratio, slope * logp, slope)
+    if kind is losses.reinforce_surrogate:
+        slope = token_advantages
+        return NumpySurrogate(ratio, clipped_ratio, slope * logp, slope)
+
+    unclipped = ratio * token_advantages
+    clipped = clipped_ratio * token_advantages
+    value = np.minimum(unclipped, clipped)
+    slope = np.where(unclipped <= clipped, unclipped, 0.0)
+    return NumpySurrogate(ratio, clipped_ratio, value, slope)
+
+
+def _count_denominator(cfg: Config, count: np.ndarray, num_tokens: np.ndarray) -> int:
+    """Count what the loss is divided by: tokens, rollouts, or the tokens there could be."""
+    num_rollouts = count.sum()
+    denominators = {
+        "token": (count * num_tokens).sum(),
+        "sequence": num_rollouts,
+        "constant": num_rollouts * cfg.sampling.max_new_tokens,
+    }
+    return max(1, denominators[get_recipe(cfg.loss).average])
+
+
+# --- the comparison with the log ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Check:
-    """A figure of the run beside ours. `off`: relative error (advantages: the largest error of
-    one); allowed: what `off` may be; why: not checked.
+    """A figure of the run beside ours.
+
+    `off` is the relative error (advantages: the largest error of one), `allowed` what it may be;
+    `why` says why the figure was not checked.
     """
 
     name: str
@@ -67,625 +415,581 @@ class Check:
     def agrees(self) -> bool:
         return bool(self.why) or bool(self.off <= self.allowed)  # NaN: no
 
-    def figures(self) -> dict:
-        """As JSON."""
-        return {
-            name: float(v) if isinstance(v, np.floating) else v for name, v in vars(self).items()
-        } | dict(agrees=self.agrees)
-
-
-@dataclass(frozen=True)
-class LoggedStep:
-    """A step as its run logged it. rows: of rollouts.jsonl.gz, siblings adjacent; metrics: its line
-    of metrics.jsonl.
-    """
-
-    run: Path
-    step: int
-    cfg: Config
-    replay: Replay
-    rows: list[dict]
-    metrics: dict
-
-
-def read_logged_step(run: str, step: int) -> LoggedStep:
-    """Raises ConfigError for what cannot be worked again, ReplayError."""
-    folder = Path(run)
-    cfg = configs.load_config(str(folder / "config.yaml"), [])
-    replay = Replay(str(folder / "rollouts.jsonl.gz"))
-    if step not in replay.steps:
-        raise ConfigError(
-            f"{run}: step {step} is not logged with its tokens (log.tokens_every); those are: {', '.join(map(str, replay.steps))}"
-        )
-    if cfg.train.inner_steps > 1:
-        raise ConfigError(
-            f"{run}: train.inner_steps is {cfg.train.inner_steps}: the log-probs of the second optimiser step on a batch are not saved, so its "
-            "loss cannot be worked again; explain a run with train.inner_steps=1"
-        )
-    gain, advantage, _ = get_recipe(cfg.loss)
-    for key, value, known in (
-        ("kind", gain, losses.RECIPES),
-        ("advantage", advantage, advantages.ADVANTAGES),
-    ):
-        if value is None:
-            raise ConfigError(
-                f"{run}: loss.{key} is {getattr(cfg.loss, key)!r}, a function of yours; explain knows {', '.join(known)}"
-            )
-    rows = replay.rows[replay.steps.index(step)]
-    path = folder / "metrics.jsonl"
-    try:
-        metrics = next(
-            (
-                row
-                for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())
-                if row["step"] == step
-            ),
-            {},
-        )
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ConfigError(f"{path}: cannot be read: {e}") from None
-    if lacks := [name for name in ("loss", "dlogp_norm", "grad_norm") if metrics.get(name) is None]:
-        raise ConfigError(
-            f"{path}: step {step} has no {', '.join(lacks)}; the run was made by an older recr1, or is still at this step"
-        )
-    try:
-        lengths = {
-            len(
-                {
-                    len(row[name])
-                    for name in ("ids", "sampler_logp", "old_logp", "trainer_logp", "entropy")
-                }
-            )
-            for row in rows
-        }
-        reference = {row["ref_logp"] is not None for row in rows}
-    except (KeyError, TypeError) as e:
-        raise ConfigError(
-            f"{replay.path}: a row of step {step} lacks per-token values: {e}"
-        ) from None
-    if (
-        lengths != {1}
-        or reference != {cfg.loss.kl > 0}
-        or replay.sizes != {cfg.sampling.group_size}
-    ):
-        raise ConfigError(
-            f"{replay.path}: step {step} is not what {folder / 'config.yaml'} would log; the files are not of one run"
-        )
-    return LoggedStep(folder, step, cfg, replay, rows, metrics)
-
-
-def get_recipe(c: LossConfig) -> tuple:
-    """Gain function, advantage's name (None: not ours), average."""
-    gain, advantage, average = losses.RECIPES.get(c.kind, (None, "mean_std", "token"))
-    name = c.advantage or advantage
-    return (
-        gain if gain in WORKED else None,
-        name if name in advantages.ADVANTAGES else None,
-        c.average or average,
-    )
-
-
-def compute_by_hand(cfg: Config, rows: list[dict]) -> dict:
-    """The step in numpy: arrays by name, of R, D or N numbers as the comments say. float64, from
-    the float32 values that the run logged.
-    """
-    c, (gain, advantage, average) = cfg.loss, get_recipe(cfg.loss)
-    # (D,), (D,)
-    n, count = (np.array(x) for x in zip(*((len(row["ids"]), row["count"]) for row in rows)))
-    text = np.repeat(np.arange(len(rows)), n)  # (N,)
-    # (N,)
-    logp, old, sampler, H = (
-        np.concatenate([row[name] for row in rows])
-        for name in ("trainer_logp", "old_logp", "sampler_logp", "entropy")
-    )
-    r = np.array([row["reward"] for row in rows], np.float32)  # (D,)
-    in_loss = c.kl * (c.kl_in == "loss")
-    d = 0.0
-    kl = 0.0
-    if c.kl > 0:
-        d = np.concatenate([row["ref_logp"] for row in rows]) - (logp if in_loss else sampler)
-        kl = {"k1": -d, "k2": d**2 / 2, "k3": np.expm1(d) - d}[c.kl_estimator]  # (N,)
-    if c.kl > 0 and not in_loss:
-        r = r - np.float32(c.kl) * np.bincount(text, kl).astype(np.float32)
-    r = np.repeat(r.astype(float), count).reshape(-1, cfg.sampling.group_size)  # (P, G)
-    # (P, 1)
-    mean = r.mean(1, keepdims=True)
-    std = r.std(1, ddof=1, keepdims=True)
-    G = r.shape[1]
-    same = r.max(1, keepdims=True) == r.min(1, keepdims=True)
-    # (P, 1)
-    divide_by = np.where(
-        same,
-        1.0,
-        {"mean_std": std + c.std_floor, "mean": 1.0, "leave_one_out": (G - 1) / G}[advantage],
-    )
-    adv = np.where(same, 0.0, (r - mean) / divide_by).ravel()  # (R,)
-    A = np.repeat([row["adv"] for row in rows], n)  # (N,), as the run had them
-    # (N,)
-    rho = (
-        np.exp(np.bincount(text, logp - old) / n)[text]
-        if gain is losses.sequence_clipped_surrogate
-        else np.exp(logp - old)
-    )
-    low = 0.0 if gain is losses.cispo_surrogate else 1 - c.clip
-    high = 1 + c.high
-    bound = rho.clip(low, high)
-    if gain in (losses.cispo_surrogate, losses.reinforce_surrogate):
-        slope = bound * A if gain is losses.cispo_surrogate else A  # d gain / d logp
-        gains = slope * logp
-    else:
-        gains = np.minimum(rho * A, bound * A)
-        slope = np.where(rho * A <= bound * A, rho * A, 0.0)
-    trust = np.exp(old - sampler).clip(max=c.importance_cap) if c.importance_cap > 0 else 1.0
-    total = max(
-        1,
-        {
-            "token": (count * n).sum(),
-            "sequence": count.sum(),
-            "constant": count.sum() * cfg.sampling.max_new_tokens,
-        }[average],
-    )
-    live = (A != 0) | (in_loss > 0)  # what the loop trains on: train.make_updates
-    w = live * (count / n if average == "sequence" else count)[text] / total  # (N,)
-    pull = w * trust * slope
-    if gain is losses.sequence_clipped_surrogate:
-        # a token moves the one ratio of its rollout by 1/n
-        pull = (np.bincount(text, pull) / n)[text]
-    loss = w * (in_loss * kl - trust * gains - c.entropy * H)  # (N,), their sum is the loss
-    slope_kl = {"k1": 1.0, "k2": -d, "k3": -np.expm1(d)}[c.kl_estimator]
-    return dict(
-        n=n,
-        count=count,
-        text=text,
-        logp=logp,
-        old=old,
-        r=r,
-        mean=mean,
-        std=std,
-        divide_by=divide_by,
-        adv=adv,
-        A=A,
-        rho=rho,
-        bound=bound,
-        gain=gains,
-        trust=trust,
-        kl=kl,
-        total=total,
-        live=live,
-        loss=loss,
-        d_logp=in_loss * w * slope_kl - pull,
-        d_entropy=-c.entropy * w,
-    )
+    def to_json(self) -> dict:
+        """Return the figures as JSON holds them."""
+        figures = {}
+        for name, value in vars(self).items():
+            figures[name] = float(value) if isinstance(value, np.floating) else value
+        figures["agrees"] = self.agrees
+        return figures
 
 
 def estimate_noise(step: LoggedStep) -> float:
-    """By how much a token's log-prob in training may differ from the logged one, which stood in
-    another micro-batch: nothing where the loss does not ask, else the gap that the run measured
-    between its sampler and its trainer (1e-7 in float32, 1e-3 and more in bfloat16).
+    """Estimate by how much a token's log-prob in training may differ from the logged one.
+
+    The logged one was computed in another micro-batch. The estimate is the gap that the run
+    measured between its sampler and its trainer (1e-7 in float32, 1e-3 and more in bfloat16), and 0
+    where the value of the loss does not depend on it.
     """
-    c = step.cfg.loss
-    asks = (
-        get_recipe(c)[0] in (losses.cispo_surrogate, losses.reinforce_surrogate)
-        or c.importance_cap > 0
-        or c.entropy > 0
-        or c.kl > 0
-        and c.kl_in == "loss"
+    config = step.cfg.loss
+    depends_on_logp = (
+        get_recipe(config).surrogate in LOG_PROB_SURROGATES
+        or config.importance_cap > 0
+        or config.entropy > 0
+        or (config.kl > 0 and config.kl_in == "loss")
     )
-    return step.metrics["logprob_gap_mean"] if asks and not step.cfg.train.replay else 0.0
+    if not depends_on_logp or step.cfg.train.replay:
+        return 0.0
+    return step.metrics["logprob_gap_mean"]
 
 
-def compare_with_log(step: LoggedStep, x: dict) -> list[Check]:
-    """Advantages, loss and the norm of d loss / d logp: the run's against numpy's."""
-    theirs = np.repeat([row["adv"] for row in step.rows], x["count"])
-    loose = estimate_noise(step)
-    # a difference of rewards in float32, divided by how far they lie apart
-    rounding = np.repeat(
-        4 * 2.0**-24 * np.abs(x["r"]).max(1) / x["divide_by"][:, 0], x["r"].shape[1]
+def compare_with_log(step: LoggedStep, numpy_step: NumpyStep) -> list[Check]:
+    """Compare the advantages, the loss and the norm of d loss / d logp with the run's."""
+    noise = estimate_noise(step)
+    term_sizes = np.abs(numpy_step.loss).sum()
+    loss = _make_check(
+        "loss",
+        step.metrics["loss"],
+        numpy_step.loss.sum(),
+        allowed=EXACT + 10 * noise,
+        min_scale=max(1e-30, term_sizes / 10),
     )
-    off = np.abs(x["adv"] - theirs) / np.maximum(1.0, np.abs(theirs))
-    worst = int(np.argmax(off - rounding))
-    found = [
-        Check("advantages", theirs[worst], x["adv"][worst], off[worst], EXACT + rounding[worst])
-    ]
-    size = np.abs(x["loss"]).sum()
-    found.append(
-        _make_check(
-            "loss",
-            step.metrics["loss"],
-            x["loss"].sum(),
-            EXACT + 10 * loose,
-            least=max(1e-30, size / 10),
-        )
+    dlogp_norm = _make_check(
+        "dlogp_norm",
+        step.metrics["dlogp_norm"],
+        math.sqrt((numpy_step.grad_logp**2).sum()),
+        allowed=EXACT + noise,
     )
-    return found + [
-        _make_check(
-            "dlogp_norm",
-            step.metrics["dlogp_norm"],
-            math.sqrt((x["d_logp"] ** 2).sum()),
-            EXACT + loose,
-        )
-    ]
+    return [_compare_advantages(step, numpy_step), loss, dlogp_norm]
+
+
+def _compare_advantages(step: LoggedStep, numpy_step: NumpyStep) -> Check:
+    """Compare the advantage that is furthest off, beyond what float32 rounds."""
+    logged = np.repeat([row["adv"] for row in step.rows], numpy_step.count)  # (R,)
+
+    # A difference of rewards in float32, divided by how far they are apart.
+    max_rewards = np.abs(numpy_step.rewards).max(1)  # (P,)
+    group_rounding = 4 * 2.0**-24 * max_rewards / numpy_step.divide_by[:, 0]
+    group_size = numpy_step.rewards.shape[1]
+    rounding = np.repeat(group_rounding, group_size)  # (R,)
+
+    error = np.abs(numpy_step.advantages - logged) / np.maximum(1.0, np.abs(logged))
+    worst = int(np.argmax(error - rounding))
+    return Check(
+        "advantages",
+        logged[worst],
+        numpy_step.advantages[worst],
+        error[worst],
+        EXACT + rounding[worst],
+    )
 
 
 def _make_check(
-    name: str, logged: float, ours: float, allowed: float, least: float = 1e-30
+    name: str, logged: float, ours: float, allowed: float, min_scale: float = 1e-30
 ) -> Check:
-    """By its error relative to the logged figure, or to `least` where that is more."""
-    return Check(name, logged, ours, abs(ours - logged) / max(abs(logged), least), allowed)
+    """Make a check by the error relative to the logged figure, or to `min_scale` where more."""
+    scale = max(abs(logged), min_scale)
+    return Check(name, logged, ours, abs(ours - logged) / scale, allowed)
 
 
-def compute_gradient(step: LoggedStep, x: dict) -> tuple[Check, float | None]:
-    """The norm of the parameters' gradient by torch from numpy's d loss / d logp, with the weights
-    before the step; and the largest |log-prob - logged| on the way.
+# --- the gradient of the parameters, by torch -----------------------------------------------------
+
+
+def compute_gradient(step: LoggedStep, numpy_step: NumpyStep) -> tuple[Check, float | None]:
+    """Compute the norm of the parameters' gradient from numpy's d loss / d logp.
+
+    The weights are those before the step.
+
+    Returns:
+        The check of the norm, and the largest |log-prob - logged| on the way; None where the
+        weights are gone.
     """
     cfg = step.cfg
     try:
-        folder, device = _find_weights_before(step)
-        compute = COMPUTE_DTYPES[
-            cfg.model.compute
-            if cfg.model.compute != "auto"
-            else "bfloat16"
-            if device == "cuda"
-            else "float32"
-        ]
-        policy = load_policy(
-            folder,
-            len(load_tokenizer(folder)),
-            compute,
-            cfg.train.checkpointing,
-            cfg.train.frozen,
-            "sdpa",
-            False,
-            cfg.model.head_float32,
-        )
+        policy, compute_dtype = _load_policy_before(step)
     except (ModelFolderError, Damaged, OSError) as e:
         return Check("grad_norm", step.metrics["grad_norm"], why=str(e)), None
+
+    # The distinct texts, as the run packed them: only those that it trained on.
     rollouts, _, _ = step.replay.step(step.replay.steps.index(step.step) + 1)
     texts, _ = packing.deduplicate(rollouts)
-    assert [t.ids for t in texts] == [tuple(row["ids"]) for row in step.rows]
-    places = np.split(np.arange(len(x["text"])), x["n"].cumsum()[:-1])
-    live = [i for i, at in enumerate(places) if x["live"][at[0]]]
+    assert [text.ids for text in texts] == [tuple(row["ids"]) for row in step.rows]
+    first_tokens = numpy_step.num_tokens.cumsum()[:-1]
+    all_tokens = np.arange(len(numpy_step.text))
+    tokens_of_text = np.split(all_tokens, first_tokens)
+    trained = [i for i, tokens in enumerate(tokens_of_text) if numpy_step.is_trained[tokens[0]]]
+    batches = packing.pack_rollouts(
+        [texts[i] for i in trained], cfg.train.tokens_per_micro_batch, dist.device()
+    )
+
     gap = 0.0
-    for batch in packing.pack_rollouts(
-        [texts[i] for i in live], cfg.train.tokens_per_micro_batch, dist.device()
-    ):
-        at = np.concatenate([places[live[i]] for i in batch.rollout.unique_consecutive().tolist()])
+    for batch in batches:
+        packed_texts = batch.rollout.unique_consecutive().tolist()
+        tokens = np.concatenate([tokens_of_text[trained[i]] for i in packed_texts])  # (n,)
         logp, entropy = compute_log_probs(policy, batch, cfg.sampling.temperature)
-        gap = max(gap, float(np.abs(logp.detach().cpu().double().numpy() - x["logp"][at]).max()))
+        our_logp = logp.detach().cpu().double().numpy()
+        batch_gap = np.abs(our_logp - numpy_step.logp[tokens]).max()
+        gap = max(gap, float(batch_gap))
         torch.autograd.backward(
             [logp, entropy],
             [
-                torch.as_tensor(x[name][at], dtype=y.dtype, device=y.device)
-                for name, y in (("d_logp", logp), ("d_entropy", entropy))
+                _to_tensor(numpy_step.grad_logp[tokens], logp),
+                _to_tensor(numpy_step.grad_entropy[tokens], entropy),
             ],
         )
-    return _make_check(
-        "grad_norm",
-        step.metrics["grad_norm"],
-        Optimizer(policy, cfg.optimizer, 1).compute_norm(),
-        GRADIENT[compute],
-    ), gap
+
+    norm = Optimizer(policy, cfg.optimizer, 1).compute_norm()
+    check = _make_check("grad_norm", step.metrics["grad_norm"], norm, GRADIENT[compute_dtype])
+    return check, gap
+
+
+def _to_tensor(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=like.dtype, device=like.device)
+
+
+def _load_policy_before(step: LoggedStep) -> tuple[torch.nn.Module, torch.dtype]:
+    """Load the policy as it was before the step, in the type that the run computed in.
+
+    Raises ModelFolderError, Damaged, OSError.
+    """
+    model = step.cfg.model
+    folder, device_type = _find_weights_before(step)
+    dtype_name = model.compute
+    if dtype_name == "auto":
+        dtype_name = "bfloat16" if device_type == "cuda" else "float32"
+    compute_dtype = COMPUTE_DTYPES[dtype_name]
+    policy = load_policy(
+        folder,
+        len(load_tokenizer(folder)),
+        compute_dtype,
+        step.cfg.train.checkpointing,
+        step.cfg.train.frozen,
+        "sdpa",
+        False,
+        model.head_float32,
+    )
+    return policy, compute_dtype
 
 
 def _find_weights_before(step: LoggedStep) -> tuple[str, str]:
-    """The folder of the weights that the step began with, and the kind of device that the run
-    computed on. Raises ModelFolderError, Damaged.
+    """Find the weights that the step began with.
+
+    Returns:
+        Their folder, and the kind of device that the run computed on. Raises ModelFolderError,
+        Damaged.
     """
-    checkpoint = step.run / f"checkpoints/step_{step.step - 1:06d}"
     if step.step == 1:
         return resolve_model_folder(step.cfg.model.path), dist.device().type
+    checkpoint = step.run / f"checkpoints/step_{step.step - 1:06d}"
     if not checkpoint.is_dir():
         raise ModelFolderError(
             f"the weights before the step are gone: no {checkpoint} (save.every, save.keep)"
         )
-    files = read_manifest(checkpoint)
-    for name in files:
+    manifest = read_manifest(checkpoint)
+    for name, entry in manifest.items():
         if name.startswith("model/") or name == "state.json":
-            check_file(checkpoint, name, files[name])
-    return str(checkpoint / "model"), json.loads(
-        (checkpoint / "state.json").read_text(encoding="utf-8")
-    )["device"]
+            check_file(checkpoint, name, entry)
+    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    return str(checkpoint / "model"), state["device"]
+
+
+# --- the text -------------------------------------------------------------------------------------
 
 
 def explain_step(run: str, step: int, prompt: str | None = None) -> tuple[str, dict]:
-    """The text of `recr1 explain`, and {"run", "step", "shapes", "checks": {name: figures},
-    "agrees"}. prompt: the id of the one that is shown.
+    """Explain a logged step.
+
+    Args:
+        prompt: the id of the prompt to show; None: the one whose rewards differ most.
+    Returns:
+        The text of `recr1 explain`, and {"run", "step", "shapes", "checks": {name: figures},
+        "agrees"}.
     """
     logged = read_logged_step(run, step)
-    x = compute_by_hand(logged.cfg, logged.rows)
-    norm, gap = compute_gradient(logged, x)
-    found = [*compare_with_log(logged, x), norm]
-    wrong = [c.name for c in found if not c.agrees]
-    text = "\n".join(
-        [
-            *_tell_story(logged, x, _choose_shown(logged, x, prompt)),
-            "",
-            *_format_verdict(logged, found, gap, wrong),
-        ]
-    )
-    P, G = x["r"].shape
-    shapes = dict(P=P, G=G, R=P * G, D=len(logged.rows), N=len(x["text"]))
-    return text, dict(
+    numpy_step = compute_by_hand(logged.cfg, logged.rows)
+    gradient_check, gap = compute_gradient(logged, numpy_step)
+    checks = [*compare_with_log(logged, numpy_step), gradient_check]
+
+    story = StepStory(logged, numpy_step, _choose_shown(logged, numpy_step, prompt))
+    lines = [*story.tell(), "", *_format_verdict(checks, gap)]
+
+    P, G = numpy_step.rewards.shape
+    result = dict(
         run=run,
         step=step,
-        shapes=shapes,
-        checks={c.name: c.figures() for c in found},
-        agrees=not wrong,
+        shapes=dict(P=P, G=G, R=P * G, D=len(logged.rows), N=len(numpy_step.text)),
+        checks={check.name: check.to_json() for check in checks},
+        agrees=all(check.agrees for check in checks),
     )
+    return "\n".join(lines), result
 
 
-def _choose_shown(step: LoggedStep, x: dict, prompt: str | None) -> list[int]:
-    """Rows of the group to be shown: the named prompt's, or the one whose rewards lie furthest
-    apart.
-    """
+def _choose_shown(step: LoggedStep, numpy_step: NumpyStep, prompt: str | None) -> list[int]:
+    """Choose the rows to show: the named prompt's, or those of the group with the largest std."""
     if prompt is None:
-        first = np.cumsum(x["count"]) - x["count"]
-        prompt = step.rows[int(np.searchsorted(first, int(x["std"].argmax()) * x["r"].shape[1]))][
-            "prompt"
-        ]
-    rows = [i for i, row in enumerate(step.rows) if row["prompt"] == prompt]
-    if not rows:
+        group = int(numpy_step.std.argmax())
+        first_rollout = np.cumsum(numpy_step.count) - numpy_step.count  # (D,)
+        first_row = int(np.searchsorted(first_rollout, group * numpy_step.rewards.shape[1]))
+        prompt = step.rows[first_row]["prompt"]
+    shown_rows = [i for i, row in enumerate(step.rows) if row["prompt"] == prompt]
+    if not shown_rows:
+        prompts = dict.fromkeys(row["prompt"] for row in step.rows)
         raise ConfigError(
-            f"--prompt: {prompt!r} is not in step {step.step}; there are {', '.join(dict.fromkeys(row['prompt'] for row in step.rows))}"
+            f"--prompt: {prompt!r} is not in step {step.step}; there are {', '.join(prompts)}"
         )
-    return rows
+    return shown_rows
 
 
-def locate_source(function, text: str) -> str:
-    """Where the line of `function` that holds `text` stands, and the line: "recr1/rl/policy_loss.py:66  rho =
-    (logp - old).exp()".
+def locate_source(function: Callable, text: str) -> str:
+    """Find the line of `function` that holds `text`.
+
+    Returns:
+        Its place and the line: "recr1/rl/policy_loss.py:66  rho = (logp - old).exp()".
     """
     function = inspect.unwrap(function)
     lines, start = inspect.getsourcelines(function)
-    [at] = [i for i, line in enumerate(lines) if text in line]
-    path = Path(inspect.getsourcefile(function)).relative_to(Path(__file__).parents[1])
-    return f"{path.as_posix()}:{start + at}  {lines[at].split('  # ')[0].strip()}"
+    [index] = [i for i, line in enumerate(lines) if text in line]
+    source_path = Path(inspect.getsourcefile(function))
+    path = source_path.relative_to(Path(__file__).parents[1])
+    code = lines[index].split("  # ")[0].strip()
+    return f"{path.as_posix()}:{start + index}  {code}"
 
 
-def _tell_story(step: LoggedStep, x: dict, rows: list[int]) -> list[str]:
-    """From prompt to gradient: each line with its equation, shape, an example from the group that
-    is shown, and its place in the source.
+class StepStory:
+    """The text of a step from prompt to gradient.
+
+    Each link of the chain has its equation, its shape, an example from the group that is shown, and
+    its place in the source.
     """
-    cfg, c, (gain, advantage, average) = step.cfg, step.cfg.loss, get_recipe(step.cfg.loss)
-    (P, G), N, D = x["r"].shape, len(x["text"]), len(step.rows)
-    show = max(rows, key=lambda i: abs(step.rows[i]["adv"]))
-    row = step.rows[rows[0]]
-    g = int((np.cumsum(x["count"]) - x["count"])[rows[0]]) // G
-    words = _make_decoder(step)
-    by_rollout = gain is losses.sequence_clipped_surrogate
-    lines = [
-        f"step {step.step} of {step.run}: loss {c.kind} ({gain.__name__}, {advantage}, per {average}), P = {P} prompts x G = {G} siblings = {P * G} rollouts, "
-        f"D = {D} distinct texts, N = {N} tokens of them; shown: prompt {row['prompt']}",
-        "",
-    ]
 
-    def add(name: str, equation: str, shape: str, example: str = "", *places: str):
-        lines.append(f"{name:<14}{equation}" + f"   {shape}" * bool(shape))
-        lines.extend(f"{'':<14}{part}" for part in (example, *places) if part)
+    def __init__(self, step: LoggedStep, numpy_step: NumpyStep, shown_rows: list[int]):
+        self.step = step
+        self.numpy_step = numpy_step
+        self.shown_rows = shown_rows
+        self.config = step.cfg.loss
+        self.recipe = get_recipe(step.cfg.loss)
+        self.decode = _make_decoder(step)
+        self.num_prompts, self.group_size = numpy_step.rewards.shape
+        self.num_rollouts = self.num_prompts * self.group_size
+        first_rollout = np.cumsum(numpy_step.count) - numpy_step.count  # (D,)
+        self.group = int(first_rollout[shown_rows[0]]) // self.group_size
+        self.per_token = f"(N,) = ({len(numpy_step.text)},)"
+        self.per_rollout = f"(R,) = ({self.num_rollouts},)"
+        self.lines: list[str] = []
 
-    if cfg.train.replay:
-        add(
-            "prompt",
-            "token ids, chat template around the query; this run replays logged rollouts",
-            f"({len(row['prompt_ids'])},)",
-            words(row["prompt_ids"]),
-            locate_source(train.sample_and_score, "run.replay.step"),
+    def tell(self) -> list[str]:
+        """Return the lines of the story, link by link."""
+        self.lines = [self._format_title(), ""]
+        self._add_prompt()
+        self._add_group()
+        self._add_rewards()
+        self._add_advantages()
+        if self.recipe.surrogate is losses.reinforce_surrogate:
+            source = locate_source(self.recipe.surrogate, "return")
+            self._add("gain", "gain_t = A log pi_t", self.per_token, "", source)
+        else:
+            self._add_ratio()
+            self._add_clip()
+        self._add_importance()
+        self._add_kl_and_entropy()
+        self._add_loss()
+        self._add_gradient()
+        self.lines += ["", *self._format_tokens()]
+        return self.lines
+
+    def _add(self, name: str, equation: str, shape: str, example: str = "", *sources: str) -> None:
+        """Add a link of the chain; what is empty has no line."""
+        first_line = f"{name:<14}{equation}"
+        if shape:
+            first_line += f"   {shape}"
+        self.lines.append(first_line)
+        for line in (example, *sources):
+            if line:
+                self.lines.append(" " * 14 + line)
+
+    def _format_title(self) -> str:
+        num_texts = len(self.step.rows)
+        surrogate, advantage, average = self.recipe
+        prompt = self.step.rows[self.shown_rows[0]]["prompt"]
+        return (
+            f"step {self.step.step} of {self.step.run}: loss {self.config.kind} "
+            f"({surrogate.__name__}, {advantage}, per {average}), "
+            f"P = {self.num_prompts} prompts x G = {self.group_size} siblings "
+            f"= {self.num_rollouts} rollouts, "
+            f"D = {num_texts} distinct texts, N = {len(self.numpy_step.text)} tokens of them; "
+            f"shown: prompt {prompt}"
         )
-    else:
-        add(
-            "prompt",
-            "token ids, chat template around the query",
-            f"({len(row['prompt_ids'])},)",
-            words(row["prompt_ids"]),
-            locate_source(train.sample_once, "generate("),
+
+    def _add_prompt(self) -> None:
+        prompt_ids = self.step.rows[self.shown_rows[0]]["prompt_ids"]
+        equation = "token ids, chat template around the query"
+        if self.step.cfg.train.replay:
+            equation += "; this run replays logged rollouts"
+            source = locate_source(train.sample_and_score, "run.replay.step")
+        else:
+            source = locate_source(train.sample_and_score, "generate(")
+        self._add("prompt", equation, f"({len(prompt_ids)},)", self.decode(prompt_ids), source)
+
+    def _add_group(self) -> None:
+        num_texts = len(self.step.rows)
+        self._add(
+            "group",
+            f"{self.group_size} completions of it; identical siblings are one row, counted",
+            f"{self.per_rollout}, distinct ({num_texts},)",
+            "",
+            locate_source(packing.deduplicate, "counts[r.group"),
         )
-    add(
-        "group",
-        f"{G} completions of it; identical siblings are one row, counted",
-        f"(R,) = ({P * G},), distinct ({D},)",
-        "",
-        locate_source(packing.deduplicate, "counts[r.group"),
-    )
-    lines += [
-        f"{'':<14}{i:>5}: x {step.rows[i]['count']}, {x['n'][i]:>3} tokens, reward {step.rows[i]['reward']:.4g}  {_fit_line(step.rows[i]['text'])}"
-        for i in rows
-    ]
-    ours = " ".join(f"{v:.4g}" for v in x["r"][g])
-    kl_in_reward = c.kl > 0 and c.kl_in == "reward"
-    add(
-        "rewards",
-        "r = reward of the text"
-        + f" - {c.kl:g} sum_t KL_t ({c.kl_estimator}, of the sampler's log-probs)" * kl_in_reward,
-        f"(P, G) = {P, G}",
-        f"[{ours}]",
-        locate_source(Scorer.score_texts, "self.parts.reward("),
-        *[locate_source(train.train, "divergence = ")] * kl_in_reward,
-    )
-    add(
-        "mean and std",
-        "mean_G r, std_G r (divided by G - 1)",
-        f"(P, 1) = {P, 1}",
-        f"{x['mean'][g, 0]:.6g}, {x['std'][g, 0]:.6g}",
-        locate_source(advantages.subtract_mean, "return"),
-    )
-    add(
-        "advantages",
-        {
-            "mean_std": f"A = (r - mean) / (std + {c.std_floor:g})",
+        for i in self.shown_rows:
+            row = self.step.rows[i]
+            self.lines.append(
+                f"{'':<14}{i:>5}: x {row['count']}, {self.numpy_step.num_tokens[i]:>3} tokens, "
+                f"reward {row['reward']:.4g}  {_fit_line(row['text'])}"
+            )
+
+    def _add_rewards(self) -> None:
+        numpy_step = self.numpy_step
+        equation = "r = reward of the text"
+        sources = [locate_source(Scorer.score_texts, "self.parts.reward(")]
+        if self.config.kl > 0 and self.config.kl_in == "reward":
+            estimator = self.config.kl_estimator
+            equation += (
+                f" - {self.config.kl:g} sum_t KL_t ({estimator}, of the sampler's log-probs)"
+            )
+            sources.append(locate_source(train.train, "divergence = "))
+        self._add(
+            "rewards",
+            equation,
+            f"(P, G) = {numpy_step.rewards.shape}",
+            _format_vector(numpy_step.rewards[self.group]),
+            *sources,
+        )
+        mean = numpy_step.mean[self.group, 0]
+        std = numpy_step.std[self.group, 0]
+        self._add(
+            "mean and std",
+            "mean_G r, std_G r (divided by G - 1)",
+            f"(P, 1) = {self.num_prompts, 1}",
+            f"{mean:.6g}, {std:.6g}",
+            locate_source(advantages.subtract_mean, "return"),
+        )
+
+    def _add_advantages(self) -> None:
+        equations = {
+            "mean_std": f"A = (r - mean) / (std + {self.config.std_floor:g})",
             "mean": "A = r - mean",
             "leave_one_out": "A = (r - mean) G / (G - 1)",
-        }[advantage]
-        + ", exactly 0 where a group's rewards are equal",
-        f"(R,) = ({P * G},)",
-        "[" + " ".join(f"{v:.4g}" for v in x["adv"][g * G : g * G + G]) + "]",
-        locate_source(advantages.ADVANTAGES[advantage], "return"),
-        locate_source(advantages.compute_group_advantages, "torch.where"),
-    )
-    if gain is not losses.reinforce_surrogate:
-        same = "; one optimiser step per batch: log pi_old is log pi, every ratio is exactly 1" * (
-            not cfg.train.replay
+        }
+        equation = equations[self.recipe.advantage]
+        group_advantages = self.numpy_step.advantages.reshape(-1, self.group_size)  # (P, G)
+        self._add(
+            "advantages",
+            equation + ", exactly 0 where a group's rewards are equal",
+            self.per_rollout,
+            _format_vector(group_advantages[self.group]),
+            locate_source(advantages.ADVANTAGES[self.recipe.advantage], "return"),
+            locate_source(advantages.compute_group_advantages, "torch.where"),
         )
-        formula = (
-            "rho = exp(mean_t (log pi_t - log pi_old,t)), one per rollout"
-            if by_rollout
-            else "rho_t = exp(log pi_t - log pi_old,t)"
-        )
-        add(
+
+    def _add_ratio(self) -> None:
+        by_rollout = self.recipe.surrogate is losses.sequence_clipped_surrogate
+        if by_rollout:
+            equation = "rho = exp(mean_t (log pi_t - log pi_old,t)), one per rollout"
+        else:
+            equation = "rho_t = exp(log pi_t - log pi_old,t)"
+        if not self.step.cfg.train.replay:
+            equation += "; one optimiser step per batch: log pi_old is log pi, "
+            equation += "every ratio is exactly 1"
+        ratio = self.numpy_step.ratio
+        self._add(
             "ratio",
-            formula + same,
-            f"(N,) = ({N},)",
-            f"from {x['rho'].min():.6g} to {x['rho'].max():.6g}",
-            locate_source(gain, "mean_log = " if by_rollout else "exp()"),
+            equation,
+            self.per_token,
+            f"from {ratio.min():.6g} to {ratio.max():.6g}",
+            locate_source(self.recipe.surrogate, "mean_log = " if by_rollout else "exp()"),
         )
-        clipped = x["live"] & (x["rho"] != x["bound"])
-        inert = int(
-            (
-                x["count"][x["text"]]
-                * (clipped & (x["gain"] == x["bound"] * x["A"]) & (x["A"] != 0))
-            ).sum()
-        )
-        formula = (
-            f"gain_t = sg(min(rho_t, {1 + c.high:g})) A log pi_t"
-            if gain is losses.cispo_surrogate
-            else f"gain_t = min(rho_t A, clip(rho_t, {1 - c.clip:g}, {1 + c.high:g}) A)"
-        )
-        where = "return" if gain is losses.cispo_surrogate else "torch.minimum"
-        add(
-            "clip",
-            formula,
-            f"(N,) = ({N},)",
-            f"{int(clipped.sum())} tokens outside"
-            + f"; the clip takes the gradient of {inert} (siblings counted)"
-            * (gain is not losses.cispo_surrogate),
-            locate_source(
-                gain if gain is losses.cispo_surrogate else losses.clipped_surrogate, where
-            ),
-        )
-    else:
-        add("gain", "gain_t = A log pi_t", f"(N,) = ({N},)", "", locate_source(gain, "return"))
-    if c.importance_cap > 0:
-        add(
-            "trust",
-            f"gain_t *= min(exp(log pi_old,t - log pi_sampler,t), {c.importance_cap:g})",
-            f"(N,) = ({N},)",
-            "",
-            locate_source(policy_loss.compute_token_loss, "gain = gain * "),
-        )
-    terms = "gain_t"
-    if c.kl > 0 and c.kl_in == "loss":
-        formula = {"k1": "-d", "k2": "d^2 / 2", "k3": "e^d - 1 - d"}[c.kl_estimator]
-        add(
-            "KL",
-            f"KL_t = {formula},  d = log pi_ref,t - log pi_t",
-            f"(N,) = ({N},)",
-            "",
-            locate_source(kl.KL_ESTIMATORS[c.kl_estimator], "return"),
-        )
-        terms += f" - {c.kl:g} KL_t"
-    if c.entropy > 0:
-        add(
-            "entropy",
-            "H_t of the policy at the token",
-            f"(N,) = ({N},)",
-            "",
-            locate_source(policy_loss.compute_token_loss, "d_entropy = "),
-        )
-        terms += f" + {c.entropy:g} H_t"
-    weight = {
-        "token": "w = siblings; T = tokens of all rollouts",
-        "sequence": "w = siblings / tokens of the text; T = rollouts",
-        "constant": f"w = siblings; T = rollouts x {cfg.sampling.max_new_tokens} (sampling.max_new_tokens)",
-    }[average]
-    add(
-        "loss",
-        f"L = sum_t -w_t ({terms}) / T,  {weight}",
-        f"T = {x['total']}, L = {x['loss'].sum():.9g}",
-        "",
-        locate_source(policy_loss.count_denominator, '"constant":'),
-        locate_source(
-            policy_loss.compute_token_weights,
-            "batch.weight / size" if average == "sequence" else "return batch.weight\n",
-        ),
-        locate_source(policy_loss.compute_token_loss, "loss = -("),
-    )
-    add(
-        "d loss/d logp",
-        "dL / d log pi_t, what each token's grad log pi_t is multiplied by",
-        f"(N,) = ({N},), norm {math.sqrt((x['d_logp'] ** 2).sum()):.9g}",
-        "",
-        locate_source(policy_loss.compute_token_loss, "[d_logp] = "),
-    )
-    add(
-        "gradient",
-        "dL / d theta = sum_t dL / d log pi_t  d log pi_t / d theta"
-        + f" - {c.entropy:g} sum_t w_t / T  dH_t / d theta" * (c.entropy > 0),
-        "",
-        "",
-        locate_source(train.train, "loss.backward()"),
-        locate_source(Optimizer.compute_norm, "_foreach_norm"),
-    )
-    return lines + ["", *_format_tokens(step, x, show, words)]
 
+    def _add_clip(self) -> None:
+        numpy_step = self.numpy_step
+        low = 1 - self.config.clip
+        high = 1 + self.config.high
+        is_outside = numpy_step.is_trained & (numpy_step.ratio != numpy_step.clipped_ratio)  # (N,)
+        example = f"{int(is_outside.sum())} tokens outside"
+        if self.recipe.surrogate is losses.cispo_surrogate:
+            equation = f"gain_t = sg(min(rho_t, {high:g})) A log pi_t"
+            source = locate_source(self.recipe.surrogate, "return")
+        else:
+            equation = f"gain_t = min(rho_t A, clip(rho_t, {low:g}, {high:g}) A)"
+            source = locate_source(losses.clipped_surrogate, "torch.minimum")
+            # Of the tokens outside, those where the minimum is the clipped term have gradient 0.
+            clipped = numpy_step.clipped_ratio * numpy_step.token_advantages
+            takes_clipped = (numpy_step.surrogate == clipped) & (numpy_step.token_advantages != 0)
+            siblings = numpy_step.count[numpy_step.text]  # (N,)
+            num_inert = int((siblings * (is_outside & takes_clipped)).sum())
+            example += f"; the clip takes the gradient of {num_inert} (siblings counted)"
+        self._add("clip", equation, self.per_token, example, source)
 
-def _format_tokens(step: LoggedStep, x: dict, i: int, words) -> list[str]:
-    """The text's tokens, a line each."""
-    at = np.flatnonzero(x["text"] == i)
-    row = step.rows[i]
-    lines = [
-        f"tokens of text {i}, A = {row['adv']:.6g}, {row['count']} of its group wrote it:",
-        f"{'t':>4}{'id':>9} {'token':<16}{'log pi':>11}{'log pi_old':>11}{'rho':>10}{'clip(rho)':>10}{'gain':>11}{'loss_t':>12}{'dL/dlogp_t':>12}",
-    ]
-    lines += [
-        f"{t:>4}{row['ids'][t]:>9} {_fit_line(words(row['ids'][t : t + 1]), 15):<16}"
-        + f"{x['logp'][j]:>11.5f}{x['old'][j]:>11.5f}{x['rho'][j]:>10.5f}{x['bound'][j]:>10.5f}"
-        f"{x['gain'][j]:>11.5f}{x['loss'][j]:>12.4e}{x['d_logp'][j]:>12.4e}"
-        for t, j in enumerate(at[:SHOWN])
-    ]
-    return lines + [f"{'':>4}... {len(at) - SHOWN} more"] * (len(at) > SHOWN)
-
-
-def _format_verdict(
-    step: LoggedStep, found: list[Check], gap: float | None, wrong: list[str]
-) -> list[str]:
-    lines = [f"{'':<14}{'logged':>18}{'here':>18}{'off by':>10}{'allowed':>10}"]
-    for c in found:
-        lines.append(
-            f"{c.name:<14}{c.logged:>18.9g}"
-            + (
-                f"{'-':>18}  not checked: {c.why}"
-                if c.why
-                else f"{c.ours:>18.9g}{c.off:>10.1e}{c.allowed:>10.1e}  {'agrees' if c.agrees else 'DISAGREES'}"
+    def _add_importance(self) -> None:
+        cap = self.config.importance_cap
+        if cap > 0:
+            self._add(
+                "trust",
+                f"gain_t *= min(exp(log pi_old,t - log pi_sampler,t), {cap:g})",
+                self.per_token,
+                "",
+                locate_source(policy_loss.compute_token_loss, "gain = gain * "),
             )
+
+    def _add_kl_and_entropy(self) -> None:
+        if self._has_kl_in_loss():
+            formulas = {"k1": "-d", "k2": "d^2 / 2", "k3": "e^d - 1 - d"}
+            formula = formulas[self.config.kl_estimator]
+            self._add(
+                "KL",
+                f"KL_t = {formula},  d = log pi_ref,t - log pi_t",
+                self.per_token,
+                "",
+                locate_source(kl.KL_ESTIMATORS[self.config.kl_estimator], "return"),
+            )
+        if self.config.entropy > 0:
+            self._add(
+                "entropy",
+                "H_t of the policy at the token",
+                self.per_token,
+                "",
+                locate_source(policy_loss.compute_token_loss, "d_entropy = "),
+            )
+
+    def _has_kl_in_loss(self) -> bool:
+        return self.config.kl > 0 and self.config.kl_in == "loss"
+
+    def _add_loss(self) -> None:
+        terms = "gain_t"
+        if self._has_kl_in_loss():
+            terms += f" - {self.config.kl:g} KL_t"
+        if self.config.entropy > 0:
+            terms += f" + {self.config.entropy:g} H_t"
+        max_new_tokens = self.step.cfg.sampling.max_new_tokens
+        weights = {
+            "token": "w = siblings; T = tokens of all rollouts",
+            "sequence": "w = siblings / tokens of the text; T = rollouts",
+            "constant": f"w = siblings; T = rollouts x {max_new_tokens} (sampling.max_new_tokens)",
+        }
+        average = self.recipe.average
+        self._add(
+            "loss",
+            f"L = sum_t -w_t ({terms}) / T,  {weights[average]}",
+            f"T = {self.numpy_step.denominator}, L = {self.numpy_step.loss.sum():.9g}",
+            "",
+            locate_source(policy_loss.count_denominator, '"constant":'),
+            locate_source(
+                policy_loss.compute_token_weights,
+                "batch.weight / size" if average == "sequence" else "return batch.weight\n",
+            ),
+            locate_source(policy_loss.compute_token_loss, "loss = -("),
         )
-    lines.append(
-        "advantages, loss, dlogp_norm: numpy, float64, from the logged values; grad_norm: torch, from numpy's d loss / d logp and the weights before the step"
-        + (
-            f" (their log-probs differ from the logged ones by {gap:.1e} at most)"
-            if gap is not None
-            else ""
+
+    def _add_gradient(self) -> None:
+        norm = math.sqrt((self.numpy_step.grad_logp**2).sum())
+        self._add(
+            "d loss/d logp",
+            "dL / d log pi_t, what each token's grad log pi_t is multiplied by",
+            f"{self.per_token}, norm {norm:.9g}",
+            "",
+            locate_source(policy_loss.compute_token_loss, "[d_logp] = "),
         )
+        equation = "dL / d theta = sum_t dL / d log pi_t  d log pi_t / d theta"
+        if self.config.entropy > 0:
+            equation += f" - {self.config.entropy:g} sum_t w_t / T  dH_t / d theta"
+        self._add(
+            "gradient",
+            equation,
+            "",
+            "",
+            locate_source(train.train, "value.backward()"),
+            locate_source(Optimizer.compute_norm, "_foreach_norm"),
+        )
+
+    def _format_tokens(self) -> list[str]:
+        """Format the tokens of the shown text whose advantage is largest, a line each."""
+        shown = max(self.shown_rows, key=lambda i: abs(self.step.rows[i]["adv"]))
+        row = self.step.rows[shown]
+        tokens = np.flatnonzero(self.numpy_step.text == shown)
+        lines = [
+            f"tokens of text {shown}, A = {row['adv']:.6g}, {row['count']} of its group wrote it:",
+            f"{'t':>4}{'id':>9} {'token':<16}{'log pi':>11}{'log pi_old':>11}{'rho':>10}"
+            f"{'clip(rho)':>10}{'gain':>11}{'loss_t':>12}{'dL/dlogp_t':>12}",
+        ]
+        for position, token in enumerate(tokens[:SHOWN]):
+            lines.append(self._format_token(row["ids"][position], position, token))
+        if len(tokens) > SHOWN:
+            lines.append(f"{'':>4}... {len(tokens) - SHOWN} more")
+        return lines
+
+    def _format_token(self, token_id: int, position: int, token: int) -> str:
+        """Format one token: its place in the text, and its row `token` of the N tokens."""
+        numpy_step = self.numpy_step
+        word = _fit_line(self.decode([token_id]), 15)
+        return (
+            f"{position:>4}{token_id:>9} {word:<16}"
+            f"{numpy_step.logp[token]:>11.5f}{numpy_step.old_logp[token]:>11.5f}"
+            f"{numpy_step.ratio[token]:>10.5f}{numpy_step.clipped_ratio[token]:>10.5f}"
+            f"{numpy_step.surrogate[token]:>11.5f}{numpy_step.loss[token]:>12.4e}"
+            f"{numpy_step.grad_logp[token]:>12.4e}"
+        )
+
+
+def _format_verdict(checks: list[Check], gap: float | None) -> list[str]:
+    """Format the table of checks, how they were made, and what disagrees."""
+    lines = [f"{'':<14}{'logged':>18}{'here':>18}{'off by':>10}{'allowed':>10}"]
+    for check in checks:
+        line = f"{check.name:<14}{check.logged:>18.9g}"
+        if check.why:
+            line += f"{'-':>18}  not checked: {check.why}"
+        else:
+            verdict = "agrees" if check.agrees else "DISAGREES"
+            line += f"{check.ours:>18.9g}{check.off:>10.1e}{check.allowed:>10.1e}  {verdict}"
+        lines.append(line)
+
+    method = (
+        "advantages, loss, dlogp_norm: numpy, float64, from the logged values; grad_norm: torch, "
+        "from numpy's d loss / d logp and the weights before the step"
     )
+    if gap is not None:
+        method += f" (their log-probs differ from the logged ones by {gap:.1e} at most)"
+    lines.append(method)
+
+    wrong = [check.name for check in checks if not check.agrees]
     if wrong:
         lines.append(
-            f"{', '.join(wrong)}: not what the run logged. Either the files were changed since, or the code was, or the loss is not what it says"
+            f"{', '.join(wrong)}: not what the run logged. Either the files were changed since, "
+            "or the code was, or the loss is not what it says"
         )
     return lines
 
 
-def _make_decoder(step: LoggedStep):
-    """ids -> text on one line; without a tokenizer at hand the ids themselves."""
+def _make_decoder(step: LoggedStep) -> Callable[[Sequence[int]], str]:
+    """Make a function of ids to text on one line; without a tokenizer it shows the ids."""
     for folder in (step.run / "model", Path(step.cfg.model.path)):
+        if not folder.is_dir():
+            continue
         try:
-            if folder.is_dir():
-                tokenizer = load_tokenizer(str(folder))
-                return lambda ids: _fit_line(
-                    tokenizer.decode(ids, clean_up_tokenization_spaces=False), 200
-                )
+            tokenizer = load_tokenizer(str(folder))
         except ModelFolderError:
-            pass
+            continue
+        return lambda ids: _fit_line(
+            tokenizer.decode(ids, clean_up_tokenization_spaces=False), max_chars=200
+        )
     return lambda ids: " ".join(map(str, ids))
 
 
-def _fit_line(text: str, most: int = 80) -> str:
-    text = repr(text)[1:-1]
-    return text if len(text) <= most else text[: most - 3] + "..."
+def _format_vector(values: np.ndarray) -> str:
+    numbers = " ".join(f"{value:.4g}" for value in values)
+    return f"[{numbers}]"
+
+
+def _fit_line(text: str, max_chars: int = 80) -> str:
+    """Escape the text to one line, and cut it."""
+    escaped = repr(text)[1:-1]
+    if len(escaped) <= max_chars:
+        return escaped
+    return escaped[: max_chars - 3] + "..."

@@ -1,11 +1,11 @@
-"""A policy at work: the rewrites of queries, of many at once, or of one with its text shown while
-it is sampled.
+"""Use a trained policy: rewrite many queries at once, or one query with its text shown while it is
+sampled.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 
 import numpy as np
 
@@ -24,8 +24,10 @@ from recr1.utils.hf_hub import load_tokenizer, read_stop_token_ids, resolve_mode
 
 
 class Rewriter:
-    """The policy of a model folder or hub id, with the prompt it was trained with: that of the YAML
-    `recipe`, by default its own recr1.yaml.
+    """The policy of a model folder or hub id, with the prompt that it was trained with.
+
+    The prompt is that of the YAML `recipe`, by default the folder's own recr1.yaml. Raises
+    ConfigError where the recipe is missing, of another task, or too long for the model.
     """
 
     def __init__(self, model: str, recipe: str | None):
@@ -33,105 +35,133 @@ class Rewriter:
         self.recipe = recipe or str(Path(folder) / "recr1.yaml")
         if not recipe and not Path(self.recipe).exists():
             raise ConfigError(
-                f"{self.recipe}: no such file; it says with which prompt the policy was trained: name a config with --config X.yaml"
+                f"{self.recipe}: no such file; it says with which prompt the policy was trained: "
+                "name a config with --config X.yaml"
             )
         self.config = configs.load_config(self.recipe, [])
         if self.config.task != "product_search":
             raise ConfigError(
-                f"{self.recipe}: the policy was trained for the task {self.config.task}, and this command rewrites queries; "
-                "its run has scored it in eval_after.jsonl, and `recr1 reward` scores completions of any task"
+                f"{self.recipe}: the policy was trained for the task {self.config.task}, "
+                "and this command rewrites queries; its run has scored it in eval_after.jsonl, "
+                "and `recr1 reward` scores completions of any task"
             )
+
         self.tokenizer = load_tokenizer(folder)
         self.stops = read_stop_token_ids(folder, self.tokenizer)
+
         prompt = self.config.prompt
-        most = read_config(folder).max_position_embeddings
-        if prompt.max_tokens + self.config.sampling.max_new_tokens > most:
+        self.max_new_tokens = self.config.sampling.max_new_tokens
+        max_positions = read_config(folder).max_position_embeddings
+        if prompt.max_tokens + self.max_new_tokens > max_positions:
             raise ConfigError(
-                f"{self.recipe}: prompt.max_tokens + sampling.max_new_tokens exceeds the model's max_position_embeddings = {most}"
+                f"{self.recipe}: prompt.max_tokens + sampling.max_new_tokens exceeds "
+                f"the model's max_position_embeddings = {max_positions}"
             )
         self.chat = ChatTemplate(self.tokenizer, prompt.system, prompt.user, prompt.assistant)
         self.policy = load_policy(folder, len(self.tokenizer), resolve_compute_dtype("auto"))
 
     def rewrite(self, prompts: list[Prompt]) -> list[str | None]:
-        """The queries of the most likely answers, None where one holds none. A collective of all
-        ranks.
+        """Return the queries of the most likely answers, None where an answer holds none.
+
+        A collective of all ranks.
         """
-        return [
-            self.parsed(r)[0]
-            for r in generate_greedily(
-                self.policy, prompts, self.stops, self.config.sampling.max_new_tokens
-            )
-        ]
+        rollouts = generate_greedily(self.policy, prompts, self.stops, self.max_new_tokens)
+        queries = []
+        for rollout in rollouts:
+            query, _error = self.parse_answer(rollout)
+            queries.append(query)
+        return queries
 
-    def parsed(self, rollout: Rollout) -> tuple[str | None, str | None]:
-        """(query, None) or (None, error), as in training."""
-        return parse_query("</think>" * self.chat.thought_closed + self.decode(rollout))
+    def parse_answer(self, rollout: Rollout) -> tuple[str | None, str | None]:
+        """Return (query, None) or (None, error), as in training."""
+        completion = self.decode_completion(rollout)
+        if self.chat.thought_closed:
+            completion = "</think>" + completion
+        return parse_query(completion)
 
-    def prompt(self, query: str) -> Prompt:
-        """Raises ConfigError when it is too long."""
+    def make_prompt(self, query: str) -> Prompt:
+        """Make the prompt of a query. Raises ConfigError when it is too long."""
         ids = self.chat.prompt(query)
-        most = self.config.prompt.max_tokens
-        if len(ids) > most:
+        max_tokens = self.config.prompt.max_tokens
+        if len(ids) > max_tokens:
             raise ConfigError(
-                f"the query makes a prompt of {len(ids)} tokens, prompt.max_tokens is {most}; shorten it, or raise that in {self.recipe}"
+                f"the query makes a prompt of {len(ids)} tokens, "
+                f"prompt.max_tokens is {max_tokens}; shorten it, or raise that in {self.recipe}"
             )
         return Prompt("query", 0, query, ids)
 
-    def stream(
+    def stream_answer(
         self, prompt: Prompt, temperature: float, seed: int, write: Callable[[str], None]
     ) -> Rollout:
-        """One answer, written while it is sampled. Temperature 0: the most likely token each time."""
-        new = self.config.sampling.max_new_tokens
-        uniforms = (
-            counter_rng.draw_uniforms(seed, 0, np.array([prompt.index]), 1, new)
-            if temperature
-            else None
-        )
-        with unsharded(self.policy), TextStream(self.text, write) as stream:
+        """Sample one answer, and write its text while it is sampled.
 
-            def heard(_, id: int) -> None:
-                if id not in self.stops:
-                    stream.hear(id)
+        At temperature 0 the most likely token is taken each time, and `seed` is not used.
+        """
+        uniforms = None
+        if temperature:
+            prompt_indices = np.array([prompt.index])
+            uniforms = counter_rng.draw_uniforms(seed, 0, prompt_indices, 1, self.max_new_tokens)
+
+        with unsharded(self.policy), TextStream(self.decode_ids, write) as stream:
+
+            def show_token(_: int, token_id: int) -> None:
+                if token_id not in self.stops:
+                    stream.hear(token_id)
 
             [rollout] = generate(
-                self.policy, [prompt], 1, temperature or 1.0, new, self.stops, uniforms, heard=heard
+                self.policy,
+                [prompt],
+                1,
+                temperature or 1.0,
+                self.max_new_tokens,
+                self.stops,
+                uniforms,
+                on_token=show_token,
             )
         return rollout
 
-    def text(self, ids: Sequence[int]) -> str:
-        # as sampled: Llama's would drop spaces
+    def decode_ids(self, ids: Sequence[int]) -> str:
+        """Decode token ids as they were sampled: Llama's clean-up would drop spaces."""
         return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
-    def decode(self, rollout: Rollout) -> str:
-        """Its text, without the end token."""
-        return self.text(rollout.ids[:-1] if rollout.ids[-1] in self.stops else rollout.ids)
+    def decode_completion(self, rollout: Rollout) -> str:
+        """Decode the completion without its end token."""
+        ids = rollout.ids
+        if ids[-1] in self.stops:
+            ids = ids[:-1]
+        return self.decode_ids(ids)
 
 
 class TextStream:
-    """Writes the text of the ids it hears, each character as soon as it is whole; at the end what
-    is left of it, and the line's end.
+    """Write the text of the token ids it hears, each character as soon as it is complete.
 
-    The bytes of a character may be spread over tokens: all ids are decoded anew, and U+FFFD at the
-    end, which may yet become a character, is held back.
+    On exit it writes the rest and the end of the line.
+
+    The bytes of a character may be spread over tokens. So all ids are decoded anew each time, and
+    U+FFFD at the end is held back: it may yet become a character.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], write: Callable[[str], None]):
         self.decode = decode
         self.write = write
         self.ids: list[int] = []
-        self.shown = 0  # characters
+        self.num_shown = 0  # characters
 
     def __enter__(self) -> TextStream:
         return self
 
-    def hear(self, id: int) -> None:
-        self.ids.append(id)
-        self._show(self.decode(self.ids).rstrip("\ufffd"))
+    def hear(self, token_id: int) -> None:
+        """Add a token, and write the characters that are now complete."""
+        self.ids.append(token_id)
+        text = self.decode(self.ids)
+        self._show(text.rstrip("\ufffd"))
 
-    def __exit__(self, *error) -> None:
-        self._show(self.decode(self.ids) + "\n")
+    def __exit__(self, *error: object) -> None:
+        text = self.decode(self.ids)
+        self._show(text + "\n")
 
     def _show(self, text: str) -> None:
-        if len(text) > self.shown:
-            self.write(text[self.shown :])
-            self.shown = len(text)
+        """Write what of `text` is not written yet."""
+        if len(text) > self.num_shown:
+            self.write(text[self.num_shown :])
+            self.num_shown = len(text)

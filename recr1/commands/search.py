@@ -1,5 +1,5 @@
-"""What the `recr1` command does with a corpus: make an index, show a query's hits, score queries
-against judgements. Any retriever of the config.
+"""Work with a corpus from the command line: make its index, show a query's hits, score queries
+against judgements. With any retriever of the config.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import dataclasses
 import json
 import re
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,63 +27,81 @@ from recr1.utils.terminal import make_printable
 
 SETTINGS = {field.name: field for field in dataclasses.fields(RetrieverConfig)}
 
+QUERIES_PER_SEARCH = 1024
 
-def add_corpus_flags(p: argparse.ArgumentParser, required: bool = True) -> None:
-    """--corpus, and a flag for each setting of the config's `retriever`; its kind is --retriever."""
-    p.add_argument(
+Metric = Callable[..., float]  # f(ranked, gains, k)
+
+
+def add_corpus_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add --corpus, and a flag for each setting of the config's `retriever`.
+
+    The flag of the setting `kind` is --retriever.
+    """
+    parser.add_argument(
         "--corpus", metavar="F", required=required, help='JSONL[.gz] {"id", "title", "text"}'
     )
-    p.add_argument(
+    parser.add_argument(
         "--retriever",
         dest="kind",
         metavar="KIND",
         default="bm25",
         help=f"{', '.join(configs.RETRIEVERS)} or module:function; the flags below "
-        "are the keys of `retriever` in recr1/config.py",
+        "are the keys of `retriever` in recr1/config/schema.py",
     )
-    p.add_argument(
+    parser.add_argument(
         "--on-bad-line",
         choices=configs.CHOICES["data.on_bad_line"],
         default="stop",
         help="what a bad line of the corpus does; default: stop",
     )
     for name, field in SETTINGS.items():
-        flag = "--" + name.replace("_", "-")
-        default = field.default
-        if isinstance(default, bool):
-            p.add_argument(flag, action="store_true")
-        elif isinstance(default, tuple):
-            p.add_argument(flag, default=default, nargs=len(default), metavar="X")
-        elif name != "kind":
-            p.add_argument(
-                flag,
-                default=default,
-                type=type(default),
-                metavar="X",
-                choices=configs.CHOICES.get(f"retriever.{name}"),
-                help="keep the index there; default: in memory only"
-                if name == "index_dir"
-                else f"default: {default}".rstrip(": "),
-            )
+        if name != "kind":
+            _add_setting_flag(parser, name, field.default)
 
 
-def make_retriever(args) -> interface.Retriever:
-    """The retriever that the flags name over --corpus. Raises ConfigError, DataError."""
-    return _make_from_flags(
-        args,
-        lambda r: build_retriever(r)(
-            args.corpus, args.on_bad_line, r.index_dir or None, print_rank0
-        ),
+def _add_setting_flag(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
+    """Add the flag of one setting, of the type that its default has."""
+    flag = "--" + name.replace("_", "-")
+    if isinstance(default, bool):
+        parser.add_argument(flag, action="store_true")
+        return
+    if isinstance(default, tuple):
+        parser.add_argument(flag, default=default, nargs=len(default), metavar="X")
+        return
+
+    help_text = f"default: {default}".rstrip(": ")
+    if name == "index_dir":
+        help_text = "keep the index there; default: in memory only"
+    choices = configs.CHOICES.get(f"retriever.{name}")
+    parser.add_argument(
+        flag, default=default, type=type(default), metavar="X", choices=choices, help=help_text
     )
 
 
-def _make_from_flags(args, how) -> interface.Retriever:
-    settings = {name: getattr(args, name) for name in SETTINGS}
-    chosen = configs.check_config(
-        Config(retriever=RetrieverConfig(**settings | dict(prefixes=tuple(args.prefixes))))
-    ).retriever
+def make_retriever(args: argparse.Namespace) -> interface.Retriever:
+    """Make the retriever that the flags name, over --corpus. Raises ConfigError, DataError."""
+
+    def build(settings: RetrieverConfig) -> tuple[interface.Retriever, str]:
+        build_over = build_retriever(settings)
+        index_dir = settings.index_dir or None
+        return build_over(args.corpus, args.on_bad_line, index_dir, print_rank0)
+
+    return _build_from_flags(args, build)
+
+
+def _build_from_flags(
+    args: argparse.Namespace,
+    build: Callable[[RetrieverConfig], tuple[interface.Retriever, str]],
+) -> interface.Retriever:
+    """Call `build` with the checked settings of the flags, and print what it left out.
+
+    Raises ConfigError, DataError.
+    """
+    values = {name: getattr(args, name) for name in SETTINGS}
+    values["prefixes"] = tuple(args.prefixes)
+    cfg = configs.check_config(Config(retriever=RetrieverConfig(**values)))
     try:
-        retriever, left_out = how(chosen)
+        retriever, left_out = build(cfg.retriever)
     except readers.DataError:
         raise
     except (ValueError, OSError) as e:
@@ -91,139 +111,178 @@ def _make_from_flags(args, how) -> interface.Retriever:
     return retriever
 
 
-def run_index(args) -> None:
-    """`recr1 index`: one that is there and fits is kept, any other is replaced."""
+def run_index(args: argparse.Namespace) -> None:
+    """`recr1 index`: keep an index that is there and fits, replace any other."""
     if args.kind not in RETRIEVERS_WITH_INDEX or not args.index_dir:
         raise ConfigError(
-            f"recr1 index: --retriever must be one that keeps an index, {' or '.join(RETRIEVERS_WITH_INDEX)}, and --index-dir D says where"
+            "recr1 index: --retriever must be one that keeps an index, "
+            f"{' or '.join(RETRIEVERS_WITH_INDEX)}, and --index-dir D says where"
         )
+
+    def build(settings: RetrieverConfig) -> tuple[interface.Retriever, str]:
+        return rebuild_retriever(
+            settings, args.corpus, args.on_bad_line, settings.index_dir, print_rank0
+        )
+
     started = time.perf_counter()
-    retriever = _make_from_flags(
-        args,
-        lambda r: rebuild_retriever(r, args.corpus, args.on_bad_line, r.index_dir, print_rank0),
-    )
-    size = sum(path.stat().st_size for path in Path(args.index_dir).rglob("*") if path.is_file())
+    retriever = _build_from_flags(args, build)
+
+    num_bytes = 0
+    for path in Path(args.index_dir).rglob("*"):
+        if path.is_file():
+            num_bytes += path.stat().st_size
+    mib = num_bytes / 2**20
+    seconds = time.perf_counter() - started
     print_rank0(
-        f"{args.index_dir}: {len(retriever.doc_ids)} documents, {size / 2**20:.1f} MiB, {time.perf_counter() - started:.1f} s; {retriever.description}"
+        f"{args.index_dir}: {len(retriever.doc_ids)} documents, {mib:.1f} MiB, {seconds:.1f} s; "
+        f"{retriever.description}"
     )
 
 
-def read_texts(args) -> dict[str, str]:
-    """The corpus by document id, to be shown."""
-    ids, texts, _ = readers.read_corpus(args.corpus, args.on_bad_line)
-    return dict(zip(ids, texts))
+def read_texts(args: argparse.Namespace) -> dict[str, str]:
+    """Read the texts of the corpus, {document id: text}, to show them."""
+    doc_ids, texts, _dropped = readers.read_corpus(args.corpus, args.on_bad_line)
+    return dict(zip(doc_ids, texts))
 
 
-def run_eval_queries(args) -> None:
-    index = make_retriever(args)
+def run_eval_queries(args: argparse.Namespace) -> None:
+    """`recr1 eval-queries`: score queries as they are."""
+    retriever = make_retriever(args)
     queries, qrels = read_judged_files(args)
-    values = score_queries(
-        index, list(queries.values()), [qrels[id] for id in queries], args.metrics
-    )
-    result = dict(n=len(queries), **summarize_scores(values))
-    print_rank0("\n".join(format_row(name, v) for name, v in values.items()))
+    gains = [qrels[query_id] for query_id in queries]
+    scores = score_queries(retriever, list(queries.values()), gains, args.metrics)
+    lines = [format_row(name, values) for name, values in scores.items()]
+    result = dict(n=len(queries), **summarize_scores(scores))
+    print_rank0("\n".join(lines))
     print_json(args, result)
 
 
-def run_search(args) -> None:
-    print_rank0(format_hits(make_retriever(args), read_texts(args), args.query, args.k))
+def run_search(args: argparse.Namespace) -> None:
+    """`recr1 search`: print the hits of one query."""
+    retriever = make_retriever(args)
+    texts = read_texts(args)
+    print_rank0(format_hits(retriever, texts, args.query, args.k))
 
 
-def read_judged_files(args) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
-    """Queries that have a judgement, and the judgements. What has no partner in the other file is
-    reported.
+def read_judged_files(
+    args: argparse.Namespace,
+) -> tuple[dict[str, str], dict[str, dict[str, float]]]:
+    """Read the queries that have a judgement, and the judgements.
+
+    An id that only one of the two files has is reported and left out. Raises ConfigError where no
+    id is in both, DataError.
     """
-    queries, (qrels, repeats) = (
-        readers.read_queries(args.queries)[0],
-        readers.read_qrels(args.qrels),
-    )
-    for path, other, lost in (
-        (args.queries, args.qrels, queries.keys() - qrels.keys()),
-        (args.qrels, args.queries, qrels.keys() - queries.keys()),
-    ):
-        if lost:
-            print_rank0(
-                f"recr1: {path}: {len(lost)} query ids are not in {other} and left out, first: {make_printable(min(lost))}"
-            )
+    queries, _dropped = readers.read_queries(args.queries)
+    qrels, repeats = readers.read_qrels(args.qrels)
+    _report_missing(args.queries, args.qrels, queries.keys() - qrels.keys())
+    _report_missing(args.qrels, args.queries, qrels.keys() - queries.keys())
     if repeats:
-        print_rank0(
-            f"recr1: {len(repeats)} judgements given twice, first: {make_printable(repeats[0])}"
-        )
-    if not queries.keys() & qrels.keys():
+        first = make_printable(repeats[0])
+        print_rank0(f"recr1: {len(repeats)} judgements given twice, first: {first}")
+
+    judged_queries = {}
+    for query_id, text in queries.items():
+        if query_id in qrels:
+            judged_queries[query_id] = text
+    if not judged_queries:
         raise ConfigError(f"{args.queries}: none of its query ids is judged in {args.qrels}")
-    return {id: text for id, text in queries.items() if id in qrels}, qrels
+    return judged_queries, qrels
+
+
+def _report_missing(path: str, other_path: str, query_ids: Iterable[str]) -> None:
+    """Print how many query ids of one file the other file lacks."""
+    missing = sorted(query_ids)
+    if missing:
+        print_rank0(
+            f"recr1: {path}: {len(missing)} query ids are not in {other_path} and left out, "
+            f"first: {make_printable(missing[0])}"
+        )
 
 
 def score_queries(
-    index: interface.Retriever,
+    retriever: interface.Retriever,
     queries: list[str | None],
     gains: list[dict[str, float]],
-    metrics: dict[str, tuple],
+    metrics: dict[str, tuple[Metric, int]],
 ) -> dict[str, np.ndarray]:
-    """{metric: (Q,)}; no query (None) scores 0."""
-    depth = min(max(k for _, k in metrics.values()), len(index.doc_ids))
-    values = {name: np.zeros(len(queries)) for name in metrics}
-    asked = [i for i, query in enumerate(queries) if query is not None]
-    for start in range(0, len(asked), 1024):
-        at = asked[start : start + 1024]
-        for i, ranking in zip(at, index.search([queries[i] for i in at], depth)[0].tolist()):
-            ranked = [index.doc_ids[r] for r in ranking if r >= 0]
+    """Search the Q queries and score each ranking.
+
+    Args:
+        queries: None where there is no query; that scores 0.
+        gains: of each query, {document id: gain}.
+        metrics: {name: (function, k)}.
+    Returns:
+        {name: (Q,) float64}.
+    """
+    depth = max(k for _metric, k in metrics.values())
+    depth = min(depth, len(retriever.doc_ids))
+    scores = {name: np.zeros(len(queries)) for name in metrics}
+
+    present = [i for i, query in enumerate(queries) if query is not None]
+    for start in range(0, len(present), QUERIES_PER_SEARCH):
+        chunk = present[start : start + QUERIES_PER_SEARCH]
+        indices, _scores = retriever.search([queries[i] for i in chunk], depth)  # (chunk, depth)
+        for i, query_indices in zip(chunk, indices.tolist()):
+            ranked = [retriever.doc_ids[index] for index in query_indices if index >= 0]
             for name, (metric, k) in metrics.items():
-                values[name][i] = metric(ranked, gains[i], k)
-    return values
+                scores[name][i] = metric(ranked, gains[i], k)
+    return scores
 
 
-def summarize_scores(values: dict[str, np.ndarray]) -> dict:
-    """{"metrics": {name: mean}, "ci95": {name: [low, high]}}."""
-    found = {name: compute_mean_ci(v) for name, v in values.items()}
-    return dict(
-        metrics={name: mean for name, (mean, _) in found.items()},
-        ci95={name: ci for name, (_, ci) in found.items()},
-    )
+def summarize_scores(scores: dict[str, np.ndarray]) -> dict[str, dict]:
+    """Summarize {metric: (Q,)} as {"metrics": {name: mean}, "ci95": {name: [low, high]}}."""
+    means = {}
+    intervals = {}
+    for name, values in scores.items():
+        means[name], intervals[name] = compute_mean_ci(values)
+    return dict(metrics=means, ci95=intervals)
 
 
 def format_row(name: str, values: np.ndarray, sign: str = "") -> str:
+    """Format the mean of a metric and its 95% interval; sign "+" shows the sign of all numbers."""
     mean, (low, high) = compute_mean_ci(values)
     return (
         f"  {name:<12}{mean:{sign}8.4f}   95% [{low:{sign}.4f}, {high:{sign}.4f}]   n {len(values)}"
     )
 
 
-def print_json(args, result: dict) -> None:
+def print_json(args: argparse.Namespace, result: dict) -> None:
+    """Print the result as one line of JSON, with --json."""
     if args.json:
         print_rank0(json.dumps(result))
 
 
-def format_hits(index: interface.Retriever, texts: dict[str, str], query: str, k: int) -> str:
-    """The best k as text: rank, score, id, the document's beginning; below it, where the retriever
-    can explain, what each matched term adds to the score.
+def format_hits(retriever: interface.Retriever, texts: dict[str, str], query: str, k: int) -> str:
+    """Format the best k hits: rank, score, id and the beginning of the document.
+
+    Below each, where the retriever can explain it, what each matched term adds to the score.
     """
-    rows, found = index.search([query], min(k, len(index.doc_ids)))
+    indices, scores = retriever.search([query], min(k, len(retriever.doc_ids)))
+    explain = getattr(retriever, "explain", None)
     lines = []
-    for rank, (r, score) in enumerate(zip(rows[0].tolist(), found[0].tolist()), 1):
-        if r >= 0:
-            id = index.doc_ids[r]
-            lines.append(
-                f"{rank:>3}  {score:7.3f}  {make_printable(id)}  {make_printable(texts[id])[:80]}"
-            )
-            if explain := getattr(index, "explain", None):
-                lines.append(
-                    "              "
-                    + "  ".join(
-                        f"{make_printable(term)} {part:.3f}" for term, part in explain(query, r)
-                    )
-                )
+    for rank, (index, score) in enumerate(zip(indices[0].tolist(), scores[0].tolist()), 1):
+        if index < 0:  # after the last hit
+            break
+        doc_id = retriever.doc_ids[index]
+        beginning = make_printable(texts[doc_id])[:80]
+        lines.append(f"{rank:>3}  {score:7.3f}  {make_printable(doc_id)}  {beginning}")
+        if explain is not None:
+            term_scores = explain(query, index)
+            terms = [f"{make_printable(term)} {value:.3f}" for term, value in term_scores]
+            lines.append(" " * 14 + "  ".join(terms))
     return "\n".join(lines) or "  no hits"
 
 
-def parse_metrics(text: str) -> dict[str, tuple]:
-    """ "ndcg@10,recall@100" -> {name: (function, k)}."""
-    found = {}
-    for name in text.split(","):
-        match = re.fullmatch(rf"({'|'.join(METRICS)})@([1-9]\d*)", name.strip())
+def parse_metrics(text: str) -> dict[str, tuple[Metric, int]]:
+    """Parse "ndcg@10,recall@100" to {name: (function, k)}. Raises argparse.ArgumentTypeError."""
+    names = "|".join(METRICS)
+    metrics = {}
+    for part in text.split(","):
+        name = part.strip()
+        match = re.fullmatch(rf"({names})@([1-9]\d*)", name)
         if not match:
             raise argparse.ArgumentTypeError(
-                f"{name.strip()!r} is no metric; write {', '.join(METRICS)} with @K, such as ndcg@10"
+                f"{name!r} is no metric; write {', '.join(METRICS)} with @K, such as ndcg@10"
             )
-        found[match[0]] = METRICS[match[1]], int(match[2])
-    return found
+        metrics[name] = (METRICS[match[1]], int(match[2]))
+    return metrics

@@ -1,5 +1,5 @@
-"""YAML + a.b=value -> Config. Every key and type is checked before anything else happens; nothing
-is guessed.
+"""Read a Config from YAML and `a.b=value` overrides. Every key and type is checked before anything
+else happens; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ import math
 import re
 import typing
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from recr1.config.schema import Config, ConfigError
 
+# The values that a setting may have.
 CHOICES = {
     "reward.metric": ("ndcg", "recall", "mrr", "hit"),
     "model.attention": ("auto", "varlen", "flash", "sdpa"),
@@ -39,6 +41,7 @@ CHOICES = {
     "log.track": ("none", "tensorboard", "wandb", "trackio"),
 }
 
+# The least value that a setting may have.
 MINIMUMS = {
     "run.threads": 0,
     "sampling.group_size": 2,
@@ -86,11 +89,14 @@ MINIMUMS = {
     "sft.epochs": 0,
 }
 
+# The greatest value that a setting may have.
+MAXIMUMS = {"data.shuffle_words": 1, "sampling.top_p": 1, "optimizer.final_lr": 1}
+
 RETRIEVERS = ("bm25", "dense", "rank_bm25")
 
 REWARD_TERMS = ("ndcg", "recall", "mrr", "hit", "lcs", "category", "diversity", "novelty")
 
-# what only one of the loops reads: elsewhere such a setting would do nothing
+# What only one of the loops reads: with the other one such a setting would do nothing.
 READ_ONLY_BY = {
     "train": (
         "loss.",
@@ -104,262 +110,337 @@ READ_ONLY_BY = {
     "sft": ("sft.",),
 }
 
-# ValueError: of Python, where YAML itself is well formed: bytes that are no UTF-8, a date that no
-# calendar has, an integer of thousands of digits
+# What reading YAML raises. ValueError is Python's, where YAML itself is well formed: bytes that are
+# not UTF-8, a date that no calendar has, an integer of thousands of digits.
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 
-MAXIMUMS = {"data.shuffle_words": 1, "sampling.top_p": 1, "optimizer.final_lr": 1}
+
+# --- reading ----------------------------------------------------------------------------------
 
 
 def load_config(path: str, overrides: list[str]) -> Config:
-    """YAML file, then each `a.b=value` (value in YAML) on top. Raises ConfigError: unknown key,
-    wrong type, bad value, no file.
+    """Read a YAML file, put each override `a.b=value` (value in YAML) on top, and check the result.
 
-    `base: other.yaml` (named from the file's own folder): that file's settings, those of this one
-    on top. A base has no base.
+    `base: other.yaml`, named from the file's own folder: that file's settings, with those of this
+    one on top. A base has no base. Raises ConfigError: unknown key, wrong type, bad value, no file.
     """
+    folder = Path(path).parent
     tree = _read_yaml(Path(path), str(path))
     if "base" in tree:
-        name = f"{path}: base"
-        below = _read_yaml(Path(path).parent / _check_value(str, tree.pop("base"), name), name)
-        if "base" in below:
-            raise ConfigError(f"{name}: that file has a base itself; one level is all there is")
-        tree = _merge_trees(below, tree)
-    for item in overrides:
-        key, equals, text = item.partition("=")
-        if not equals:
-            raise ConfigError(f"override {item!r}: write it as key=value, e.g. train.steps=10")
-        try:
-            value = yaml.safe_load(text)
-        except UNREADABLE:
-            raise ConfigError(f"override {item[:200]!r}: the value is not YAML; quote it") from None
-        node = tree
-        *sections, last = key.split(".")
-        for name in sections:
-            node = node.setdefault(name, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"override {item!r}: {name} is not a section")
-        node[last] = value
-    _include_prompt(tree, Path(path).parent)
-    return check_config(_build_dataclass(Config, tree, ""))
+        tree = _add_base(tree, folder, f"{path}: base")
+    for override in overrides:
+        _apply_override(tree, override)
+    _include_prompt(tree, folder)
+    config = _build_dataclass(Config, tree, "")
+    return check_config(config)
 
 
-def _read_yaml(path: Path, said: str) -> dict:
-    """A file's tree; said: what named it."""
-    said = said if str(path) == said else f"{said}: {path}"
+def _add_base(tree: dict, folder: Path, name: str) -> dict:
+    """Return the settings of the tree's `base` with those of the tree on top."""
+    base_path = _check_value(str, tree.pop("base"), name)
+    base = _read_yaml(folder / base_path, name)
+    if "base" in base:
+        raise ConfigError(f"{name}: that file has a base itself; one level is all there is")
+    return _merge_trees(base, tree)
+
+
+def _apply_override(tree: dict, override: str) -> None:
+    """Set the value of an override `a.b=value` in the tree."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r}: write it as key=value, e.g. train.steps=10")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.safe_load(text)
+    except UNREADABLE:
+        raise ConfigError(f"override {override[:200]!r}: the value is not YAML; quote it") from None
+
+    section = tree
+    *section_names, last_name = key.split(".")
+    for name in section_names:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"override {override!r}: {name} is not a section")
+    section[last_name] = value
+
+
+def _read_yaml(path: Path, named_by: str) -> dict:
+    """Return a file's tree. `named_by`: what named the file, for messages."""
+    source = named_by if str(path) == named_by else f"{named_by}: {path}"
+    try:
+        text = path.read_text(encoding="utf-8")
+        tree = yaml.safe_load(text)
     except FileNotFoundError:
-        raise ConfigError(f"{said}: no such file") from None
+        raise ConfigError(f"{source}: no such file") from None
     except (OSError, *UNREADABLE) as e:
-        raise ConfigError(f"{said}: not readable as YAML: {' '.join(str(e).split())}") from None
+        message = " ".join(str(e).split())
+        raise ConfigError(f"{source}: not readable as YAML: {message}") from None
     if tree is not None and not isinstance(tree, dict):
         raise ConfigError(
-            f"{said}: expected `key: value` lines at the top, found {type(tree).__name__}"
+            f"{source}: expected `key: value` lines at the top, found {type(tree).__name__}"
         )
     return tree or {}
 
 
-def _merge_trees(below: dict, above: dict) -> dict:
-    """The two trees as one; where both have a key the upper one's value stands, sections are
-    joined.
-    """
-    both = {
-        key: _merge_trees(below[key], above[key])
-        for key in below.keys() & above.keys()
-        if isinstance(below[key], dict) and isinstance(above[key], dict)
-    }
-    return below | above | both
+def _merge_trees(lower: dict, upper: dict) -> dict:
+    """Merge two trees: sections are joined, and of two values the upper one's is taken."""
+    merged = lower | upper
+    for key in lower.keys() & upper.keys():
+        if isinstance(lower[key], dict) and isinstance(upper[key], dict):
+            merged[key] = _merge_trees(lower[key], upper[key])
+    return merged
 
 
-def _include_prompt(tree: dict, beside: Path) -> None:
-    """`prompt.file`: a YAML of the section's keys, named from the config's own folder; keys that
-    the config itself has stand.
+def _include_prompt(tree: dict, folder: Path) -> None:
+    """Read `prompt.file`: a YAML of the section's keys, named from the config's own folder.
+
+    Keys that the config itself has take precedence.
     """
     prompt = tree.get("prompt")
     if not isinstance(prompt, dict) or "file" not in prompt:
         return
-    name = prompt.pop("file")
-    texts = _read_yaml(beside / _check_value(str, name, "prompt.file"), "prompt.file")
+    name = _check_value(str, prompt.pop("file"), "prompt.file")
+    texts = _read_yaml(folder / name, "prompt.file")
     tree["prompt"] = texts | prompt
 
 
+# --- checking ---------------------------------------------------------------------------------
+
+
 def check_config(config: Config) -> Config:
-    """The config itself. Raises ConfigError for values that are out of range or do not go together."""
+    """Return the config itself. Raises ConfigError for values that are out of range or contradict
+    each other.
+    """
+    _check_ranges(config)
+    _check_step(config)
+    _check_reward_weights(config)
+    _check_retriever(config)
+    if bool(config.data.test_queries) != bool(config.data.test_qrels):
+        raise ConfigError(
+            "data.test_queries, data.test_qrels: give both files, "
+            "or neither for a hash tenth of the train queries"
+        )
+    betas = config.optimizer.betas
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ConfigError(f"optimizer.betas: each must be at least 0 and below 1, is {list(betas)}")
+    return config
+
+
+def _check_ranges(config: Config) -> None:
     for key, allowed in CHOICES.items():
-        if get_value(config, key) not in allowed:
-            raise ConfigError(
-                f"{key}: {get_value(config, key)!r} is not one of {', '.join(allowed)}"
-            )
-    for key, least in MINIMUMS.items():
-        if get_value(config, key) < least:
-            raise ConfigError(f"{key}: must be at least {least}, is {get_value(config, key)}")
-    for key, most in MAXIMUMS.items():
-        if get_value(config, key) > most:
-            raise ConfigError(f"{key}: must be at most {most}, is {get_value(config, key)}")
-    if config.train.prompts_per_step % config.train.inner_steps:
+        value = get_value(config, key)
+        if value not in allowed:
+            raise ConfigError(f"{key}: {value!r} is not one of {', '.join(allowed)}")
+    for key, minimum in MINIMUMS.items():
+        value = get_value(config, key)
+        if value < minimum:
+            raise ConfigError(f"{key}: must be at least {minimum}, is {value}")
+    for key, maximum in MAXIMUMS.items():
+        value = get_value(config, key)
+        if value > maximum:
+            raise ConfigError(f"{key}: must be at most {maximum}, is {value}")
+
+
+def _check_step(config: Config) -> None:
+    prompts = config.train.prompts_per_step
+    inner_steps = config.train.inner_steps
+    if prompts % inner_steps:
         raise ConfigError(
-            f"train.inner_steps: {config.train.inner_steps} must divide train.prompts_per_step = {config.train.prompts_per_step}"
+            f"train.inner_steps: {inner_steps} must divide train.prompts_per_step = {prompts}"
         )
-    if config.reward.overlong > config.sampling.max_new_tokens:
+    overlong = config.reward.overlong
+    max_new_tokens = config.sampling.max_new_tokens
+    if overlong > max_new_tokens:
         raise ConfigError(
-            f"reward.overlong: {config.reward.overlong} exceeds sampling.max_new_tokens = {config.sampling.max_new_tokens}"
+            f"reward.overlong: {overlong} exceeds sampling.max_new_tokens = {max_new_tokens}"
         )
+
+
+def _check_reward_weights(config: Config) -> None:
     weights = config.reward.weights
     for name in weights:
         if name not in REWARD_TERMS and ":" not in name:
             raise ConfigError(
-                f"reward.weights: {name!r} is not one of {', '.join(REWARD_TERMS)}; a function of yours is written module:function"
+                f"reward.weights: {name!r} is not one of {', '.join(REWARD_TERMS)}; "
+                "a function of yours is written module:function"
             )
     if not any(weights.values()):
         raise ConfigError(
             "reward.weights: at least one must be other than 0, or there is nothing to learn"
         )
-    r = config.retriever
-    if r.kind not in RETRIEVERS and ":" not in r.kind:
-        raise ConfigError(
-            f"retriever.kind: {r.kind!r} is not one of {', '.join(RETRIEVERS)}; a function of yours is written module:function"
-        )
-    if bool(r.encoder) != (r.kind == "dense"):
-        raise ConfigError(
-            "retriever.encoder: goes with retriever.kind=dense, which needs one: a Hugging Face encoder's folder or hub id"
-        )
-    if r.timeout and r.kind in RETRIEVERS:
-        raise ConfigError(
-            f"retriever.timeout: is for a function of yours (module:function); {r.kind} takes none"
-        )
-    if bool(config.data.test_queries) != bool(config.data.test_qrels):
-        raise ConfigError(
-            "data.test_queries, data.test_qrels: give both files, or neither for a hash tenth of the train queries"
-        )
-    if not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise ConfigError(
-            f"optimizer.betas: each must be at least 0 and below 1, is {list(config.optimizer.betas)}"
-        )
-    return config
 
 
-def get_value(config: Config, key: str):
-    """The value at a dotted key."""
+def _check_retriever(config: Config) -> None:
+    retriever = config.retriever
+    kind = retriever.kind
+    if kind not in RETRIEVERS and ":" not in kind:
+        raise ConfigError(
+            f"retriever.kind: {kind!r} is not one of {', '.join(RETRIEVERS)}; "
+            "a function of yours is written module:function"
+        )
+    has_encoder = bool(retriever.encoder)
+    if has_encoder != (kind == "dense"):
+        raise ConfigError(
+            "retriever.encoder: goes with retriever.kind=dense, which needs one: "
+            "a Hugging Face encoder's folder or hub id"
+        )
+    if retriever.timeout and kind in RETRIEVERS:
+        raise ConfigError(
+            f"retriever.timeout: is for a function of yours (module:function); {kind} takes none"
+        )
+
+
+def get_value(config: Config, key: str) -> Any:
+    """Return the value of a dotted key."""
+    value: Any = config
     for name in key.split("."):
-        config = getattr(config, name)
-    return config
+        value = getattr(value, name)
+    return value
 
 
 def check_settings_used(config: Config, loop: str) -> None:
-    """Raises ConfigError for what `python -m recr1.LOOP`, train or sft, would not read and that is
-    not at its default.
+    """Raise ConfigError for a setting that is not at its default and that `python -m recr1.LOOP`
+    (train or sft) would not read.
     """
-    [(other, foreign)] = [item for item in READ_ONLY_BY.items() if item[0] != loop]
-    if keys := list_changed_keys(config, foreign):
+    other = "sft" if loop == "train" else "train"
+    unused_keys = list_changed_keys(config, READ_ONLY_BY[other])
+    if unused_keys:
         raise ConfigError(
-            f"{', '.join(keys)}: for python -m recr1.{other} only, recr1.{loop} does not read that; leave it out"
+            f"{', '.join(unused_keys)}: for python -m recr1.{other} only, "
+            f"recr1.{loop} does not read that; leave it out"
         )
-    if loop == "sft":
-        if not config.sft.teacher:
-            raise ConfigError(
-                'sft.teacher: is empty; name a JSONL file of {"id", "text"}, or self for the best of the policy\'s own samples'
-            )
-        if config.sft.epochs and list_changed_keys(config, ("train.steps",)):
-            raise ConfigError("sft.epochs, train.steps: give one of the two")
+    if loop == "train":
+        return
+    if not config.sft.teacher:
+        raise ConfigError(
+            'sft.teacher: is empty; name a JSONL file of {"id", "text"}, '
+            "or self for the best of the policy's own samples"
+        )
+    if config.sft.epochs and list_changed_keys(config, ("train.steps",)):
+        raise ConfigError("sft.epochs, train.steps: give one of the two")
 
 
 def list_changed_keys(config: Config, prefixes: tuple[str, ...]) -> list[str]:
-    """Keys that begin with one of `prefixes` and are not at their default."""
-    keys = (
-        f"{section.name}.{f.name}"
-        for section in dataclasses.fields(Config)
-        if dataclasses.is_dataclass(getattr(config, section.name))
-        for f in dataclasses.fields(getattr(config, section.name))
-    )
-    return [
-        key
-        for key in keys
-        if key.startswith(prefixes) and get_value(config, key) != get_value(Config(), key)
-    ]
+    """Return the keys that begin with one of `prefixes` and are not at their default."""
+    defaults = Config()
+    changed = []
+    for section_field in dataclasses.fields(Config):
+        section = getattr(config, section_field.name)
+        if not dataclasses.is_dataclass(section):
+            continue
+        for setting in dataclasses.fields(section):
+            key = f"{section_field.name}.{setting.name}"
+            if key.startswith(prefixes) and get_value(config, key) != get_value(defaults, key):
+                changed.append(key)
+    return changed
+
+
+# --- writing ----------------------------------------------------------------------------------
 
 
 def dump_config(config: Config) -> str:
-    """YAML that `load` reads back to an equal Config."""
-    plain = {k: _to_plain(v) for k, v in dataclasses.asdict(config).items()}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    """Return YAML that `load_config` reads back to an equal Config."""
+    tree = _to_plain(dataclasses.asdict(config))
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def dump_answering_config(config: Config) -> str:
-    """YAML of what a trained policy needs to answer as it did in training: the task, the prompt and
-    how long the answer may be.
+    """Return YAML of what a trained policy needs to answer as it did in training: the task, the
+    prompt and how long the answer may be.
     """
-    prompt = {k: _to_plain(v) for k, v in dataclasses.asdict(config.prompt).items()}
-    return yaml.safe_dump(
-        dict(
-            task=config.task,
-            prompt=prompt,
-            sampling=dict(max_new_tokens=config.sampling.max_new_tokens),
-        ),
-        sort_keys=False,
-        allow_unicode=True,
-    )
+    tree = {
+        "task": config.task,
+        "prompt": _to_plain(dataclasses.asdict(config.prompt)),
+        "sampling": {"max_new_tokens": config.sampling.max_new_tokens},
+    }
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
-def _to_plain(value):
-    return (
-        {k: _to_plain(v) for k, v in value.items()}
-        if isinstance(value, dict)
-        else list(value)
-        if isinstance(value, tuple)
-        else value
-    )
+def _to_plain(value: Any) -> Any:
+    """Return the value with tuples as lists, which YAML can write."""
+    if isinstance(value, dict):
+        return {key: _to_plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return list(value)
+    return value
 
 
-def _build_dataclass(cls, tree, where: str):
+# --- trees to dataclasses ---------------------------------------------------------------------
+
+
+def _build_dataclass(cls: type, tree: Any, prefix: str) -> Any:
+    """Make a `cls` of a tree, whose keys and types are checked. `prefix`: its dotted key and a dot,
+    for messages.
+    """
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where[:-1]}: expected a section of key: value lines, found {tree!r}")
-    hints = typing.get_type_hints(cls)
+        raise ConfigError(f"{prefix[:-1]}: expected a section of key: value lines, found {tree!r}")
+    types = typing.get_type_hints(cls)
     values = {}
-    for key, value in tree.items():
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1)
-            hint = f"did you mean {where}{near[0]}?" if near else f"known here: {', '.join(hints)}"
-            raise ConfigError(f"unknown key {where}{key}: {hint}")
-        kind = hints[key]
-        values[key] = (
-            _build_dataclass(kind, value, f"{where}{key}.")
-            if dataclasses.is_dataclass(kind)
-            else _check_value(kind, value, where + key)
-        )
+    for name, value in tree.items():
+        if name not in types:
+            similar = difflib.get_close_matches(str(name), types, 1)
+            hint = f"known here: {', '.join(types)}"
+            if similar:
+                hint = f"did you mean {prefix}{similar[0]}?"
+            raise ConfigError(f"unknown key {prefix}{name}: {hint}")
+        if dataclasses.is_dataclass(types[name]):
+            values[name] = _build_dataclass(types[name], value, f"{prefix}{name}.")
+        else:
+            values[name] = _check_value(types[name], value, prefix + name)
     return cls(**values)
 
 
-def _check_value(kind, value, key: str):
-    if (
-        kind is float
-        and isinstance(value, str)
-        and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value)
-    ):
-        value = float(value)  # YAML 1.1 reads 1e-6 as a string: it is meant as a number
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if typing.get_origin(kind) is tuple:
-        kinds = typing.get_args(kind)
-        if not isinstance(value, list) or len(value) != len(kinds):
-            raise ConfigError(f"{key}: expected a list of {len(kinds)} values, found {value!r}")
-        return tuple(_check_value(k, v, key) for k, v in zip(kinds, value))
-    if typing.get_origin(kind) is dict:
-        names, kinds = typing.get_args(kind)
-        if not isinstance(value, dict):
-            raise ConfigError(f"{key}: expected name: value pairs, found {value!r}")
-        return {
-            _check_value(names, name, key): _check_value(kinds, v, f"{key}.{name}")
-            for name, v in value.items()
-        }
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+def _check_value(expected: Any, value: Any, key: str) -> Any:
+    """Return the value as the type `expected`. Raises ConfigError where it is none."""
+    if expected is float:
+        value = _to_float(value)
+    origin = typing.get_origin(expected)
+    if origin is tuple:
+        return _check_tuple(expected, value, key)
+    if origin is dict:
+        return _check_dict(expected, value, key)
+
+    # A bool is an int in Python, but not in a config.
+    is_stray_bool = isinstance(value, bool) and expected is not bool
+    if is_stray_bool or not isinstance(value, expected):
         raise ConfigError(
-            f"{key}: expected {kind.__name__}, found {type(value).__name__} {value!r}"
+            f"{key}: expected {expected.__name__}, found {type(value).__name__} {value!r}"
         )
-    if kind is str and re.search("[\0\ud800-\udfff]", value):
+    if expected is str and re.search("[\0\ud800-\udfff]", value):
         raise ConfigError(
-            f"{key}: {value[:80]!r} holds the character 0, or half of a character, which no path or file can hold; delete it"
+            f"{key}: {value[:80]!r} holds the character 0, or half of a character, "
+            "which no path or file can hold; delete it"
         )
-    if kind is float and not math.isfinite(value):
+    if expected is float and not math.isfinite(value):
         raise ConfigError(f"{key}: must be a finite number, is {value}")
     return value
+
+
+def _to_float(value: Any) -> Any:
+    """Return a number as float, any other value as it is.
+
+    YAML 1.1 reads 1e-6 as a string: it is meant as a number.
+    """
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if is_integer:
+        return float(value)
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def _check_tuple(expected: Any, value: Any, key: str) -> tuple:
+    types = typing.get_args(expected)
+    if not isinstance(value, list) or len(value) != len(types):
+        raise ConfigError(f"{key}: expected a list of {len(types)} values, found {value!r}")
+    return tuple(_check_value(type, item, key) for type, item in zip(types, value))
+
+
+def _check_dict(expected: Any, value: Any, key: str) -> dict:
+    name_type, value_type = typing.get_args(expected)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key}: expected name: value pairs, found {value!r}")
+    checked = {}
+    for name, item in value.items():
+        name = _check_value(name_type, name, key)
+        checked[name] = _check_value(value_type, item, f"{key}.{name}")
+    return checked

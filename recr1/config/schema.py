@@ -1,5 +1,7 @@
-"""Every setting, its default and what it means, as frozen dataclasses. config/loader.py reads them
-from YAML and checks them.
+"""Every setting, its default and what it means, as frozen dataclasses.
+
+config/loader.py reads them from YAML and checks them. The comment of a setting is behind it, or on
+the lines above it.
 """
 
 from dataclasses import dataclass, field
@@ -11,191 +13,227 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class RunConfig:
-    # everything the run writes: new, or a run of this very config, which then goes on
+    # The folder of everything that the run writes. It is new, or that of a run of this very config,
+    # which is then resumed.
     dir: str = "runs/run"
-    seed: int = 0
-    threads: int = 0  # torch's threads per process; 0: the machine's cores, shared by its ranks
-    # seconds a rank waits for the others in one collective, once training has begun
+    seed: int = 0  # What all random numbers depend on.
+    # torch's threads in each process. 0: the machine's cores, divided by its ranks.
+    threads: int = 0
+    # Seconds that a rank waits for the others in one collective, once training has begun.
     patience: int = 300
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    # HF folder (config.json, safetensors, tokenizer, chat template) or hub id (org/name)
+    # A Hugging Face folder (config.json, safetensors, tokenizer, chat template) or hub id
+    # (org/name).
     path: str = ""
-    # sdpa | varlen | flash (GPU, bfloat16) | auto: varlen where it can run, else sdpa
+    # sdpa | varlen | flash (GPU, bfloat16) | auto: varlen where it can run, else sdpa.
     attention: str = "auto"
-    # one_shot: gradients made in the forward, losses that are sums over tokens | recompute: any
-    # loss
+    # one_shot: the head's gradients are computed in the forward, for losses that are sums over
+    # tokens | recompute: the backward computes the logits a second time, for any loss.
     head: str = "one_shot"
-    head_float32: bool = False  # logits by a float32 product where the rest computes in bfloat16
-    kernels: str = "torch"  # torch | triton (GPU)
-    # CPU, float32: log-probs do not depend on the batch; sampler's and trainer's are equal bit for
-    # bit
+    # Compute the logits by a float32 product where the rest computes in bfloat16.
+    head_float32: bool = False
+    kernels: str = "torch"  # What computes the head and chooses tokens: torch | triton (GPU).
+    # On a CPU in float32: log-probs do not depend on the batch, and those of the sampler and the
+    # trainer are equal bit for bit.
     batch_invariant: bool = False
-    # float32 | bfloat16 | auto (bfloat16 on a GPU); masters and optimizer are float32
+    # What the model computes in: float32 | bfloat16 | auto: bfloat16 on a GPU, else float32. The
+    # master weights and the optimizer are float32.
     compute: str = "auto"
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    corpus: str = ""  # JSONL[.gz] {id, title, text}
-    # JSONL[.gz] {id, text, what the task needs}; a fixed hash tenth of it is validation
+    corpus: str = ""  # JSONL[.gz] with id, title, text.
+    # JSONL[.gz] with id, text and what the task needs. A fixed tenth of it, chosen by a hash, is
+    # for validation.
     train_queries: str = ""
-    train_qrels: str = ""  # TSV[.gz] query id, document id, gain
-    test_queries: str = ""  # both empty: a second hash tenth of the train queries
+    train_qrels: str = ""  # TSV[.gz] with query id, document id, gain.
+    # The test split. Both empty: a second tenth of the train queries, chosen by the same hash.
+    test_queries: str = ""
     test_qrels: str = ""
-    on_bad_line: str = "stop"  # stop | drop (counted)
-    on_long_prompt: str = "stop"  # stop | drop (counted)
-    shuffle_words: float = 0.0  # share of training prompts whose words stand in random order
+    # What a line that cannot be used does: stop | drop (they are counted).
+    on_bad_line: str = "stop"
+    # What a prompt longer than prompt.max_tokens does: stop | drop (they are counted).
+    on_long_prompt: str = "stop"
+    # The share of training prompts whose words are put in random order.
+    shuffle_words: float = 0.0
 
 
 @dataclass(frozen=True)
 class RetrieverConfig:
-    kind: str = "bm25"  # bm25 | dense | rank_bm25 | module:function
-    variant: str = "lucene"  # lucene | okapi
-    length: str = "exact"  # exact | lucene (its one-byte lengths)
-    k1: float = 1.2
-    b: float = 0.75
-    scorer: str = "torch"  # torch | numba (extra [fast], CPU, the faster one)
-    # search "(contents:QUERY)" as the published code does, which loses the query's first word
+    kind: str = "bm25"  # bm25 | dense | rank_bm25 | module:function of yours.
+    variant: str = "lucene"  # BM25's formula: lucene | okapi.
+    # BM25's document lengths: exact | lucene: rounded to the one byte that Lucene stores.
+    length: str = "exact"
+    k1: float = 1.2  # BM25: the larger, the more the repetitions of a term count.
+    b: float = 0.75  # BM25: how much a document's length counts, from 0 to 1.
+    scorer: str = "torch"  # What computes BM25: torch | numba (extra [fast], CPU, the faster one).
+    # Search for "(contents:QUERY)" as the published code does, which loses the query's first word.
     upstream_wrapping: bool = False
-    index_dir: str = ""  # where the index is kept; empty: beside the run
-    encoder: str = ""  # dense: HF folder or hub id
-    pooling: str = "cls"  # cls | mean
-    max_length: int = 512  # tokens of a text that the encoder reads; longer ones are cut
-    # what stands before each query and before each document (E5)
+    index_dir: str = ""  # The folder that keeps the index. Empty: beside the run.
+    encoder: str = ""  # The dense retriever's Hugging Face folder or hub id.
+    pooling: str = "cls"  # A text's vector from its tokens': cls | mean.
+    max_length: int = 512  # Tokens of a text that the encoder reads. Longer texts are cut.
+    # What is put before each query and before each document (E5 has such prefixes).
     prefixes: tuple[str, str] = ("", "")
-    dtype: str = "float32"  # float32 | float16 | bfloat16: what the encoder computes in
-    index: str = "exact"  # exact | hnsw
-    ef_search: int = 512  # hnsw: how many candidates a search keeps
-    timeout: float = 0.0  # seconds that one search by a module:function may take; 0: no limit
+    dtype: str = "float32"  # What the encoder computes in: float32 | float16 | bfloat16.
+    index: str = "exact"  # The dense index: exact | hnsw.
+    ef_search: int = 512  # hnsw: how many candidates a search keeps.
+    # Seconds that one search by a module:function may take. 0: there is no limit.
+    timeout: float = 0.0
 
 
 @dataclass(frozen=True)
 class PromptConfig:
-    system: str = ""  # empty: no system message
-    # {query} is where the user's text goes; the task says which places there are
+    system: str = ""  # The system message. Empty: there is none.
+    # The user's message. The text of the data replaces {query}; the task says which placeholders
+    # there are.
     user: str = "{query}"
-    assistant: str = "<think>"  # what the answer begins with, given, not sampled
-    max_tokens: int = 256
-    title_words: int = 0  # titles of items are cut to so many words; 0: whole
+    assistant: str = "<think>"  # What every answer begins with: it is given, not sampled.
+    max_tokens: int = 256  # No prompt may have more tokens (data.on_long_prompt).
+    title_words: int = 0  # Titles of items are cut to so many words. 0: they are not cut.
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    k_train: int = 1000  # depth of the ranking that is rewarded
-    k_eval: int = 100  # depth of the ranking that is reported
-    k_list: int = 10  # depth that diversity and novelty look at
-    metric: str = "ndcg"  # what evaluations compare: ndcg | recall | mrr | hit
-    # of the parts (tasks/rewards.py), module:function for one of yours
+    k_train: int = 1000  # The depth of the ranking that is rewarded.
+    k_eval: int = 100  # The depth of the ranking that is reported.
+    k_list: int = 10  # The depth that diversity and novelty look at.
+    metric: str = "ndcg"  # What evaluations compare: ndcg | recall | mrr | hit.
+    # The weights of the reward's terms (tasks/rewards.py); module:function names one of yours.
     weights: dict[str, float] = field(default_factory=lambda: {"ndcg": 1.0})
-    remove_seen: bool = False  # sequential: what stands in the history is no hit
-    bonus: float = 0.1  # added when the accuracy (weighted ndcg, recall, mrr, hit, lcs) is above 0
-    miss: float = 0.0  # in place of both when it is 0
-    unparsable: float = -2.0  # total when there is no answer to score
-    overlong: int = 0  # DAPO: tokens before max_new_tokens over which a penalty grows to 1; 0: none
+    remove_seen: bool = False  # sequential: items of the history are no hits.
+    # Added when the accuracy (weighted ndcg, recall, mrr, hit, lcs) is above 0.
+    bonus: float = 0.1
+    # The reward in place of accuracy and bonus when the accuracy is 0.
+    miss: float = 0.0
+    unparsable: float = -2.0  # The total when there is no answer to score.
+    # DAPO: over so many tokens before max_new_tokens a penalty grows to 1. 0: there is none.
+    overlong: int = 0
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    group_size: int = 8
-    temperature: float = 1.0
-    # below 1 the gradient is biased: said at start and in summary.json, the mass cut off is logged
+    group_size: int = 8  # Completions of each prompt.
+    temperature: float = 1.0  # Logits are divided by it, in sampling and in training.
+    # Below 1 the gradient is biased. The run says so at its start and in summary.json, and logs the
+    # probability that was cut off.
     top_p: float = 1.0
-    max_new_tokens: int = 512
-    # of keys and values at once: more texts wait; 0: a GPU's free memory, on a CPU all
+    max_new_tokens: int = 512  # A completion that is so long ends unfinished.
+    # GiB of keys and values at once; sequences that do not fit wait. 0: the free memory of a GPU,
+    # no limit on a CPU.
     cache_gib: float = 0.0
-    # DAPO: rounds of other prompts in place of groups whose rewards are all equal
+    # DAPO's dynamic sampling: how many times other prompts are drawn in place of the groups whose
+    # rewards are all equal.
     resample: int = 0
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    kind: str = "grpo"  # grpo | dr_grpo | dapo | gspo | cispo | rloo | reinforce | module:function
-    advantage: str = ""  # mean_std | mean | leave_one_out | module:function; empty: the kind's own
-    average: str = ""  # token | sequence | constant; empty: the kind's own
-    clip: float = 0.2
-    clip_high: float = 0.0  # upper side (DAPO's clip-higher); 0: as clip
-    kl: float = 0.0  # weight of the KL to the initial policy; 0: no reference is kept
-    kl_estimator: str = "k3"  # k1 | k2 | k3
-    kl_in: str = "loss"  # loss | reward
-    reference_on_host: bool = False  # the reference's shards lie in host memory
-    entropy: float = 0.0  # weight of the entropy bonus
-    # cap of exp(trainer - sampler) as a weight (truncated importance sampling); 0: not applied
+    # grpo | dr_grpo | dapo | gspo | cispo | rloo | reinforce | module:function of yours.
+    kind: str = "grpo"
+    # How rewards become advantages: mean_std | mean | leave_one_out | module:function of yours.
+    # Empty: that of the kind.
+    advantage: str = ""
+    # How token losses are averaged: token | sequence | constant. Empty: that of the kind.
+    average: str = ""
+    clip: float = 0.2  # The ratio of probabilities is clipped to 1 - clip and 1 + clip_high.
+    clip_high: float = 0.0  # The upper side (DAPO's clip-higher). 0: as clip.
+    # The weight of the KL to the initial policy. 0: no reference is kept.
+    kl: float = 0.0
+    kl_estimator: str = "k3"  # k1 | k2 | k3 (rl/kl.py).
+    kl_in: str = "loss"  # Where the KL is a term: loss | reward.
+    reference_on_host: bool = False  # Keep the reference's shards in host memory.
+    entropy: float = 0.0  # The weight of the entropy bonus.
+    # Truncated importance sampling: the weight exp(trainer - sampler) of a token is at most this.
+    # 0: tokens have no such weight.
     importance_cap: float = 0.0
     std_floor: float = 1e-6  # advantage = (r - mean) / (std + std_floor)
 
     @property
     def high(self) -> float:
-        """The clip's upper side."""
+        """Return the clip's upper side."""
         return self.clip_high or self.clip
 
 
 @dataclass(frozen=True)
-class SftConfig:  # python -m recr1.sft alone
-    # JSONL[.gz] {id of a train query, text of the completion} | self: the best of
-    # sampling.group_size samples
+class SftConfig:
+    """The settings that only `python -m recr1.sft` reads."""
+
+    # JSONL[.gz] with the id of a train query and the text of a completion | self: the best of
+    # sampling.group_size samples of the policy.
     teacher: str = ""
-    # all | no_worse | better: texts whose reward.metric@k_train is at least, or above, that of the
-    # raw answer
+    # Which texts are learned: all | no_worse | better: those whose reward.metric@k_train is at
+    # least, or above, that of the raw answer.
     keep: str = "all"
-    least: float = 0.0  # reward.metric@k_train that a text must reach to be kept
-    # false: the prompt's tokens but the first are learnt too, as Rec-R1's SFT did
+    # The reward.metric@k_train that a text must reach to be learned.
+    least: float = 0.0
+    # False: all tokens of the prompt but the first are learned too, as in Rec-R1's SFT.
     mask_prompt: bool = True
-    epochs: int = 0  # passes over what is kept; 0: train.steps
+    epochs: int = 0  # Passes over the texts that are learned. 0: train.steps counts.
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    kind: str = "adamw"  # adamw | muon (matrices by Muon, the rest by AdamW)
-    lr: float = 1e-6
-    muon_lr: float = 0.02
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    kind: str = "adamw"  # adamw | muon (matrices by Muon, the rest by AdamW).
+    lr: float = 1e-6  # AdamW's learning rate.
+    muon_lr: float = 0.02  # Muon's learning rate.
+    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's decay of its two moments.
+    eps: float = 1e-8  # AdamW's addend to the denominator.
     weight_decay: float = 0.01
-    warmup_steps: int = 0
-    final_lr: float = 1.0  # share of lr that the linear decay ends at; 1: constant
-    clip_norm: float = 1.0
-    on_nonfinite: str = "stop"  # stop | skip (the step; counted)
-    max_skips: int = 10  # stop after so many skipped in a row
-    on_host: bool = False  # AdamW's moments lie in host memory and come to the GPU shard by shard
+    warmup_steps: int = 0  # The learning rate grows linearly over so many steps.
+    final_lr: float = 1.0  # The share of lr at which the linear decay ends. 1: lr is constant.
+    clip_norm: float = 1.0  # A gradient of a larger norm is scaled to this one.
+    # What a gradient that is not finite does: stop | skip: leave that step out (they are counted).
+    on_nonfinite: str = "stop"
+    max_skips: int = 10  # Stop after so many skipped steps in a row.
+    # Keep AdamW's moments in host memory; they come to the GPU shard by shard.
+    on_host: bool = False
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     steps: int = 100
-    prompts_per_step: int = 32
-    inner_steps: int = 1  # optimiser steps per batch of rollouts, over equal shares of its prompts
+    prompts_per_step: int = 32  # On all ranks together.
+    # Optimizer steps per batch of rollouts, each over an equal share of its prompts.
+    inner_steps: int = 1
+    # Packed tokens in one forward and backward, at most. It changes memory, not the gradient.
     tokens_per_micro_batch: int = 16384
-    checkpointing: bool = False  # keep only each block's input and compute it again in the backward
-    # when gradients are summed over ranks: micro_batch | step (whole gradients are kept: less
-    # traffic)
+    # Keep only each block's input, and compute the block a second time in the backward.
+    checkpointing: bool = False
+    # When gradients are summed over ranks: micro_batch | step: every rank keeps full gradients,
+    # which is less traffic.
     reduce: str = "micro_batch"
-    # weights that are not trained: patterns of names, e.g. "model.embed_tokens.*, *norm.weight"
+    # Weights that are not trained: patterns of names, e.g. "model.embed_tokens.*, *norm.weight".
     frozen: str = ""
-    replay: str = ""  # rollouts.jsonl.gz of a run: train on its logged steps, without a sampler
-    eval_every: int = 100  # steps between validations; 0: none
-    eval_queries: int = 0  # how many of the validation queries; 0: all
+    # The rollouts.jsonl.gz of a run: train on its logged steps, without sampling.
+    replay: str = ""
+    eval_every: int = 100  # Steps between validations. 0: there are none.
+    eval_queries: int = 0  # How many of the validation queries are used. 0: all.
 
 
 @dataclass(frozen=True)
 class SaveConfig:
-    every: int = 100  # steps between checkpoints; 0: none but at SIGTERM
-    keep: int = 2  # so many of the last, and the best on validation
+    every: int = 100  # Steps between checkpoints. 0: only one at SIGTERM.
+    keep: int = 2  # How many of the last ones are kept, beside the best on validation.
 
 
 @dataclass(frozen=True)
 class LogConfig:
-    tokens_every: int = 10  # steps between rollouts logged with their per-token values
-    print_every: int = 1
-    show_every: int = 10  # steps between tables of three rollouts on the console; 0: none
-    track: str = "none"  # tensorboard | wandb | trackio: where metrics.jsonl's rows go beside
+    tokens_every: int = 10  # Steps between rollouts that are logged with their per-token values.
+    print_every: int = 1  # Steps between lines on the console.
+    # Steps between tables of three rollouts on the console. 0: there are none.
+    show_every: int = 10
+    # Where the rows of metrics.jsonl are sent as well: none | tensorboard | wandb | trackio.
+    track: str = "none"
 
 
 @dataclass(frozen=True)
 class Config:
-    # product_search | sequential | rerank | recommend_list | module:Class
+    # product_search | sequential | rerank | recommend_list | module:Class of yours.
     task: str = "product_search"
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -54,6 +54,7 @@ def evaluate_prompts(
             make_row(*of_prompt)
             for of_prompt in zip(local_prompts, raw_answers, raw_terms, rewards)
         ]
+
     rows = []
     for rows_of_rank in dist.gather_to_rank0(local_rows) or []:
         rows += rows_of_rank
@@ -132,7 +133,7 @@ def compare_evaluations(before: list[dict], after: list[dict], metric: str) -> d
     (compute_sign_flip_p).
     """
     columns = collect_columns(before, after, metric)
-    figures = dict(
+    figures: dict[str, float | list[float]] = dict(
         raw=float(columns.raw.mean()),
         before=float(columns.before.mean()),
         after=float(columns.after.mean()),

@@ -1,22 +1,23 @@
 """The memory that a run needs on each rank, by phase, before it starts: what `recr1 plan` adds up.
 
-A phase needs what its largest moment needs; a moment is a sum of terms, each with the formula by
+A phase needs what its largest moment needs. A moment is a sum of terms, each with the formula by
 which the code named beside it allocates. Nothing is fitted to measurements
-(experiments/bench/plan.py compares). Texts are taken to be as long as the config lets them be, all
-siblings to differ, micro-batches to be full: the worst that can happen.
+(experiments/bench/plan.py compares). The worst case is counted: completions are as long as the
+config lets them be, all siblings differ, micro-batches are full.
 
-Legend: P weights, R of the root (embedding, norm, head), U of a block; P', R', U' those that are
-trained; W ranks; e bytes of a number in compute; L layers, C width, F inner width, V vocabulary, H
-query heads, K kv heads, D head dim; M tokens, N targets of a micro-batch; attention's rows: B of T
-queries and S slots; in sampling B rows in all.
+Legend of the formulas: P weights, R of the root (embedding, norm, head), U of a block; P', R', U'
+those that are trained; W ranks; e bytes of a number in the compute dtype; L layers, C width, F
+inner width, V vocabulary, H query heads, K kv heads, D head dim; M tokens, N targets of a
+micro-batch; attention's rows: B of T queries and S slots; in sampling B rows in all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import ceil
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -26,21 +27,74 @@ from recr1.kernels.logprob import BLOCK_BYTES, SLICE_BYTES, WORKSPACE_BYTES
 from recr1.model.decoder import Decoder
 from recr1.model.packed_attention import ROW_MULTIPLE, SHORT_ROWS, SLOT_MULTIPLE
 from recr1.model.rope import DecoderConfig
-from recr1.sampling.kv_cache import count_slots
+from recr1.sampling.kv_cache import count_slots, grow
 
 ROWS_AT_ONCE = 512  # prompts that are decoded together in an evaluation, at most
 
+CACHE_FORMULA = "2 e L K D rows slots  (KVCache.kv)"
+BLOCK_FORMULA = "2 M C (4 + 2 e) + e M (4 F + H D) + attention's rows"  # one block's activations
+
 
 class MemoryTerm(NamedTuple):
+    """Name an allocation, its formula, and its bytes on one rank."""
+
     name: str
     formula: str
     bytes: float
 
 
+Moment = list[MemoryTerm]  # what is allocated at the same time
+
+
+class AttentionRows(NamedTuple):
+    """Describe the padded rows of one attention call: B rows of T queries and S slots."""
+
+    rows: float
+    queries: int
+    slots: int
+    masks: float  # how many masks (T, S) there are: one for all rows, or one for each
+
+
+class MicroBatchSize(NamedTuple):
+    """Describe a full micro-batch. Numbers may be fractions of a group: lengths vary."""
+
+    tokens: float  # M
+    targets: float  # N
+    attention: list[AttentionRows]
+    is_only_one: bool  # of its optimizer step
+
+
+class CacheGrowth(NamedTuple):
+    """Hold the bytes of the sampler's cache as it grows."""
+
+    after_prompts: int
+    after_fork: int  # once siblings have chosen different first tokens
+    at_end: int
+
+
+class WeightCounts(NamedTuple):
+    """Count the weights of the root or of a block."""
+
+    trained: int
+    frozen: int
+
+
+class TrainingTerms(NamedTuple):
+    """Hold what the moments of a micro-batch's forward and backward have in common."""
+
+    batch: MicroBatchSize
+    shared: Moment  # gathered weights, layout
+    saved: MemoryTerm  # activations kept for the backward
+    block_activations: float  # of one block, without gradient checkpointing
+    attention_temporaries: float  # of one block's largest attention call
+    held_gradients: float  # of the micro-batches before
+    reduction_bytes: float  # per weight; 0: groups add to what is held already
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """A config's on `ranks` devices: `phases()`, `peak()`, both in bytes per rank; `evaluated`:
-    prompts decoded together in an evaluation.
+    """Estimate the memory of a config on `ranks` devices: `phases()` and `peak()`, in bytes
+    per rank.
     """
 
     cfg: Config
@@ -48,85 +102,153 @@ class MemoryEstimate:
     ranks: int
     gpu: bool = True
 
-    def __post_init__(self):
-        c = self.cfg
-        s = self.shape
-        kind = c.model.compute
-        put = self.__dict__.update  # frozen: what follows from the fields, once
-        put(
-            e=2 if kind == "bfloat16" or kind == "auto" and self.gpu else 4,
-            W=self.ranks,
-            L=s.num_hidden_layers,
-            C=s.hidden_size,
-            F=s.intermediate_size,
-            V=s.vocab_size,
-            H=s.num_attention_heads,
-            K=s.num_key_value_heads,
-            D=s.head_dim,
-            p=c.prompt.max_tokens,
-            G=c.sampling.group_size,
-            inputs=c.sampling.max_new_tokens - 1,
-            prompts=ceil(c.train.prompts_per_step / self.ranks),
-        )
-        (R, r), *blocks = _count_weights(s, c.train.frozen)
-        put(
-            R=R + r,
-            U=sum(blocks[0]),
-            P=R + r + sum(map(sum, blocks)),
-            R1=R,
-            U1=max(u for u, _ in blocks),
-            P1=R + sum(u for u, _ in blocks),
-            longest=self.p + self.inputs + 1,
-            evaluated=min(ROWS_AT_ONCE, max(64, self.prompts * self.G)),
-        )
-        put(group=self.p + self.G * self.inputs)
-        put(step_tokens=ceil(self.prompts / c.train.inner_steps) * self.group)
+    # --- sizes of the config ----------------------------------------------------------------------
 
-    # --- terms that several moments share ----------------------------------------------------------------------------------------
+    @cached_property
+    def number_bytes(self) -> int:
+        """Return e, the bytes of a number in the compute dtype."""
+        kind = self.cfg.model.compute
+        is_bfloat16 = kind == "bfloat16" or kind == "auto" and self.gpu
+        return 2 if is_bfloat16 else 4
 
-    def state(self, grads: float = 0, cache: bool = True) -> list[MemoryTerm]:
-        # a rank's numbers; of the zeros at a unit's end nothing is said
-        c = self.cfg
-        n = self.P / self.W
-        kept = cache and not self.gpu and not c.train.replay
+    @cached_property
+    def weight_counts(self) -> list[WeightCounts]:
+        """Return the weights of the root, then of each block."""
+        return _count_weights(self.shape, self.cfg.train.frozen)
+
+    @cached_property
+    def root_weights(self) -> int:
+        """Return R."""
+        root = self.weight_counts[0]
+        return root.trained + root.frozen
+
+    @cached_property
+    def block_weights(self) -> int:
+        """Return U."""
+        first_block = self.weight_counts[1]
+        return first_block.trained + first_block.frozen
+
+    @cached_property
+    def num_weights(self) -> int:
+        """Return P."""
+        return sum(map(sum, self.weight_counts))
+
+    @cached_property
+    def trained_root_weights(self) -> int:
+        """Return R'."""
+        return self.weight_counts[0].trained
+
+    @cached_property
+    def trained_block_weights(self) -> int:
+        """Return U', of the block with the most trained weights."""
+        return max(block.trained for block in self.weight_counts[1:])
+
+    @cached_property
+    def trained_weights(self) -> int:
+        """Return P'."""
+        return sum(counts.trained for counts in self.weight_counts)
+
+    @property
+    def prompt_len(self) -> int:
+        return self.cfg.prompt.max_tokens
+
+    @property
+    def group_size(self) -> int:
+        return self.cfg.sampling.group_size
+
+    @property
+    def completion_inputs(self) -> int:
+        """Return the tokens of a completion that are inputs: all but the last."""
+        return self.cfg.sampling.max_new_tokens - 1
+
+    @property
+    def prompts_per_rank(self) -> int:
+        return ceil(self.cfg.train.prompts_per_step / self.ranks)
+
+    @property
+    def longest(self) -> int:
+        """Return the tokens of the longest sequence."""
+        return self.prompt_len + self.completion_inputs + 1
+
+    @property
+    def group(self) -> int:
+        """Return the packed tokens of a group: the prompt once, and each completion's inputs."""
+        return self.prompt_len + self.group_size * self.completion_inputs
+
+    @property
+    def step_tokens(self) -> int:
+        """Return the packed tokens of a rank's share of one optimizer step."""
+        return ceil(self.prompts_per_rank / self.cfg.train.inner_steps) * self.group
+
+    @property
+    def evaluated(self) -> int:
+        """Return how many prompts are decoded together in an evaluation."""
+        rollouts = self.prompts_per_rank * self.group_size
+        return min(ROWS_AT_ONCE, max(64, rollouts))
+
+    @property
+    def slot_bytes(self) -> int:
+        """Return the bytes of one token's keys and values in all layers."""
+        shape = self.shape
+        heads = shape.num_key_value_heads
+        return 2 * self.number_bytes * shape.num_hidden_layers * heads * shape.head_dim
+
+    @property
+    def device_type(self) -> str:
+        return "cuda" if self.gpu else "cpu"
+
+    # --- terms that several moments share ---------------------------------------------------------
+
+    def count_state(self, gradients: float = 0, cache: bool = True) -> Moment:
+        """Return what a rank holds from step to step; the padding of its shards is not counted."""
+        cfg = self.cfg
+        weights_per_rank = self.num_weights / self.ranks
+        moments_on_device = not cfg.optimizer.on_host
+        reference_on_device = cfg.loss.kl > 0 and not cfg.loss.reference_on_host
+        keeps_cache = cache and not self.gpu and not cfg.train.replay
         return [
-            MemoryTerm("master weights", "4 P/W  (fsdp.Unit.shard)", 4 * n),
+            MemoryTerm("master weights", "4 P/W  (fsdp.ParamGroup.shard)", 4 * weights_per_rank),
             MemoryTerm(
                 "Adam's moments",
-                "8 P'/W  (optim.py); optimizer.on_host: 0",
-                8 * self.P1 / self.W * (not c.optimizer.on_host),
+                "8 P'/W  (optimizer.py); optimizer.on_host: 0",
+                8 * self.trained_weights / self.ranks * moments_on_device,
             ),
             MemoryTerm(
                 "reference",
                 "e P/W  (load_reference); loss.reference_on_host: 0",
-                self.e * n * (c.loss.kl > 0 and not c.loss.reference_on_host),
+                self.number_bytes * weights_per_rank * reference_on_device,
             ),
             MemoryTerm(
                 "gradients",
-                "4 P'/W  (shard.grad), once a micro-batch is behind; train.reduce=step: 4 P', whole",
-                grads,
+                "4 P'/W  (shard.grad), after a micro-batch; train.reduce=step: 4 P', not sharded",
+                gradients,
             ),
             MemoryTerm(
                 "cache, kept",
                 "2 e L K D rows slots  (train.py: on a CPU it stays for the next step)",
-                self.stores()[-1] * kept,
+                self.count_cache_growth()[-1] * keeps_cache,
             ),
         ]
 
-    def gathered(self, blocks: int) -> list[MemoryTerm]:
-        e = 0 if self.W == 1 and self.e == 4 else self.e  # the shard is the whole and has the type
+    def count_gathered(self, blocks: int) -> Moment:
+        """Return the gathered weights of the root and of so many blocks."""
+        number_bytes = self.number_bytes
+        if self.ranks == 1 and number_bytes == 4:
+            number_bytes = 0  # the shard is the full weight, in the same dtype
+        next_shard = (self.ranks > 1) / self.ranks
         return [
-            MemoryTerm("gathered root", "e R  (Sharded.root)", e * self.R),
+            MemoryTerm("gathered root", "e R  (Sharded.root)", number_bytes * self.root_weights),
             MemoryTerm(
                 "gathered blocks",
-                "2 e U, and e U/W where W > 1: the running one, the next and its shard; all L in sampling",
-                e * self.U * (blocks + (self.W > 1) / self.W),
+                "2 e U, and e U/W where W > 1: the running one, the next and its shard; "
+                "all L in sampling",
+                number_bytes * self.block_weights * (blocks + next_shard),
             ),
         ]
 
-    def attention(self, rows: list[tuple], grad: bool) -> tuple[float, float]:
-        """Of one layer's attend(): bytes that autograd keeps, and what its largest call takes
-        beside that while it runs.
+    def count_attention(self, calls: list[AttentionRows], with_grad: bool) -> tuple[float, float]:
+        """Count the attention of one layer: the bytes that autograd keeps, and what the largest
+        call takes beside them while it runs.
 
         The library's temporaries: SDPA with a mask is on a CPU its flash kernel (keeps out,
         logsumexp and the mask as numbers; runs d q, k, v and a copy of d out). On a GPU no fused
@@ -134,16 +256,16 @@ class MemoryEstimate:
         counted: q, k, v in float32 with heads repeated, softmax (B, H, T, S) in float32; twice that
         more while it runs.
         """
-        H = self.H
-        K = self.K
-        D = self.D
-        e = self.e
+        e = self.number_bytes
+        H = self.shape.num_attention_heads
+        K = self.shape.num_key_value_heads
+        D = self.shape.head_dim
         kept = []
         running = []
-        for B, T, S, masks in rows:
+        for B, T, S, masks in calls:
             scores = B * H * T * S
             padded = e * B * D * (T * H + 2 * S * K)
-            if T * S <= SHORT_ROWS:  # _attend's own: matmul's reshape repeats heads
+            if T * S <= SHORT_ROWS:  # eager_attention: matmul's reshape repeats heads
                 kept.append(e * (B * H * D * (T + 2 * S) + scores))
                 running.append(2 * e * scores)
             elif self.gpu and H != K:
@@ -151,338 +273,460 @@ class MemoryEstimate:
                 running.append(8 * scores)
             else:
                 kept.append(padded + B * H * T * (e * D + 4) + e * masks * T * S)
-                running.append(padded + e * B * H * T * D if grad else 0)
-        return (sum(kept), max(running)) if grad else (0, max(k + r for k, r in zip(kept, running)))
+                running.append(padded + e * B * H * T * D if with_grad else 0)
+        if with_grad:
+            return sum(kept), max(running)
+        # Without autograd only one call's rows are there at a time.
+        return 0, max(k + r for k, r in zip(kept, running))
 
-    def forward_only(self, M: float, rows: list[tuple]) -> MemoryTerm:
-        attention = (
-            self.e * M * (2 * self.C + (2 * self.H + 3 * self.K) * self.D)
-            + self.attention(rows, False)[1]
-        )
+    def count_block_forward(self, tokens: float, calls: list[AttentionRows]) -> MemoryTerm:
+        """Count one block's forward without autograd: its MLP or its attention."""
+        e = self.number_bytes
+        shape = self.shape
+        heads = 2 * shape.num_attention_heads + 3 * shape.num_key_value_heads
+        _, padded_rows = self.count_attention(calls, with_grad=False)
+        attention = e * tokens * (2 * shape.hidden_size + heads * shape.head_dim) + padded_rows
+        mlp = e * tokens * (2 * shape.hidden_size + 3 * shape.intermediate_size)
         return MemoryTerm(
             "one block's forward",
             "e M (2 C + 3 F), or attention: e M (2 C + (2 H + 3 K) D) + padded rows",
-            max(self.e * M * (2 * self.C + 3 * self.F), attention),
+            max(mlp, attention),
         )
 
-    def head(self, N: float, gradient: bool) -> Iterator[list[MemoryTerm]]:
-        """The moments of kernels/logprob.py's forward; with `gradient` those of one_shot."""
-        device = "cuda" if self.gpu else "cpu"
-        e = self.e
-        d_weight = 4 * self.V * self.C
-        space = min(WORKSPACE_BYTES[device], N * self.V * e)
-        both = [
-            MemoryTerm("selected hidden", "e N C  (policy._head_inputs)", e * N * self.C),
-            MemoryTerm("logits workspace", "e n V <= logprob.WORKSPACE", space),
+    def iterate_head_moments(self, targets: float, with_grad: bool) -> Iterator[Moment]:
+        """Yield the moments of kernels/logprob.py's forward; `with_grad`: those of one_shot."""
+        e = self.number_bytes
+        width = self.shape.hidden_size
+        vocab = self.shape.vocab_size
+        d_weight = 4 * vocab * width
+        workspace = min(WORKSPACE_BYTES[self.device_type], targets * vocab * e)
+        moment = [
+            self._count_selected_hidden(targets),
+            MemoryTerm("logits workspace", "e n V <= logprob.WORKSPACE_BYTES", workspace),
         ]
-        if gradient:
-            both += [
-                MemoryTerm("head: d hidden", "e N C", e * N * self.C),
-                MemoryTerm("head: d weight", "4 V C", d_weight),
-            ]
-        copies = 3 + (e == 2 or self.cfg.sampling.temperature != 1)
-        yield both + [
-            MemoryTerm(
-                "policy on a block",
-                "4 b V <= logprob.BLOCK: exp twice, entropy's product; scaled unless it is the logits",
-                copies * min(BLOCK_BYTES[device], space * 4 / e),
-            )
-        ]
-        if gradient and e == 2:
-            yield both + [
-                MemoryTerm(
-                    "head: d weight's cast",
-                    "e V C; on a CPU a product and its float32 copy more  (_add_product)",
-                    e * self.V * self.C + d_weight * (not self.gpu),
-                )
-            ]
+        if with_grad:
+            moment.append(MemoryTerm("head: d hidden", "e N C", e * targets * width))
+            moment.append(MemoryTerm("head: d weight", "4 V C", d_weight))
 
-    def micro_batch(self) -> tuple[float, float, list[tuple], bool]:
-        """M, N, attention's rows (B, T, S, masks), and whether it is the only one of its optimiser
-        step. Fractions of a group: lengths vary.
-        """
+        scales_logits = e == 2 or self.cfg.sampling.temperature != 1
+        copies = 3 + scales_logits
+        distribution = MemoryTerm(
+            "policy on a block",
+            "4 b V <= logprob.BLOCK_BYTES: exp twice, entropy's product; "
+            "scaled unless it is the logits",
+            copies * min(BLOCK_BYTES[self.device_type], workspace * 4 / e),
+        )
+        yield moment + [distribution]
+
+        if with_grad and e == 2:
+            cast = MemoryTerm(
+                "head: d weight's cast",
+                "e V C; on a CPU a product and its float32 copy more  (_add_product)",
+                e * vocab * width + d_weight * (not self.gpu),
+            )
+            yield moment + [cast]
+
+    def _count_selected_hidden(self, targets: float) -> MemoryTerm:
+        return MemoryTerm(
+            "selected hidden",
+            "e N C  (log_probs._head_inputs)",
+            self.number_bytes * targets * self.shape.hidden_size,
+        )
+
+    def count_micro_batch(self) -> MicroBatchSize:
+        """Count what a full micro-batch holds."""
         budget = self.cfg.train.tokens_per_micro_batch
-        share = ceil(self.prompts / self.cfg.train.inner_steps)
-        groups, texts = (
-            (min(share, budget / self.group),) * 2
-            if self.group <= budget
-            else (1, (budget - self.p) / self.inputs / self.G)
-        )
-        B = texts * self.G
-        rows = [(groups, round_up(self.p, ROW_MULTIPLE), round_up(self.p, SLOT_MULTIPLE), 1)] + [
-            (
-                B,
-                round_up(self.inputs, ROW_MULTIPLE),
-                round_up(self.p + self.inputs, SLOT_MULTIPLE),
-                B,
+        inputs = self.completion_inputs
+        if self.group <= budget:
+            prompts_per_update = ceil(self.prompts_per_rank / self.cfg.train.inner_steps)
+            groups = min(prompts_per_update, budget / self.group)
+            full_groups = groups
+        else:  # a part of one group, with its prompt
+            groups = 1
+            full_groups = (budget - self.prompt_len) / inputs / self.group_size
+        completions = full_groups * self.group_size
+
+        calls = [self._pad_prompts(groups)]
+        if inputs > 0:
+            calls.append(
+                AttentionRows(
+                    completions,
+                    round_up(inputs, ROW_MULTIPLE),
+                    round_up(self.prompt_len + inputs, SLOT_MULTIPLE),
+                    masks=completions,
+                )
             )
-        ] * (self.inputs > 0)
-        return (
-            groups * self.p + B * self.inputs,
-            B * (self.inputs + 1),
-            rows,
-            self.step_tokens <= budget,
+        return MicroBatchSize(
+            tokens=groups * self.prompt_len + completions * inputs,
+            targets=completions * (inputs + 1),
+            attention=calls,
+            is_only_one=self.step_tokens <= budget,
         )
 
-    # --- moments -----------------------------------------------------------------------------------------------------------------
+    def _pad_prompts(self, prompts: float) -> AttentionRows:
+        queries = round_up(self.prompt_len, ROW_MULTIPLE)
+        slots = round_up(self.prompt_len, SLOT_MULTIPLE)
+        return AttentionRows(prompts, queries, slots, masks=1)
 
-    def training(self) -> Iterator[list[MemoryTerm]]:
-        M, N, rows, only = self.micro_batch()
-        e = self.e
-        C = self.C
-        F = self.F
-        checkpointing = self.cfg.train.checkpointing
-        kept, running = self.attention(rows, True)
-        norms = 2 * M * C * (4 + 2 * e) + M * (self.H + self.K) * self.D * (4 + e) * (
-            self.shape.family == "qwen3"
+    # --- moments of training ----------------------------------------------------------------------
+
+    def iterate_training_moments(self) -> Iterator[Moment]:
+        """Yield the moments of a micro-batch's forward and backward, in order."""
+        terms = self._count_training_terms()
+        yield from self._iterate_loss_moments(terms)
+        yield from self._iterate_block_moments(terms)
+        yield self._count_root_moment(terms)
+
+    def _count_training_terms(self) -> TrainingTerms:
+        batch = self.count_micro_batch()
+        e = self.number_bytes
+        tokens = batch.tokens
+        shape = self.shape
+        width = shape.hidden_size
+        layers = shape.num_hidden_layers
+
+        # What autograd keeps of a block.
+        kept, running = self.count_attention(batch.attention, with_grad=True)
+        heads = shape.num_attention_heads
+        all_heads = heads + shape.num_key_value_heads
+        has_head_norms = shape.family == "qwen3"
+        head_norms = tokens * all_heads * shape.head_dim * (4 + e) * has_head_norms
+        norms = 2 * tokens * width * (4 + 2 * e) + head_norms
+        linear_inputs = e * tokens * (heads * shape.head_dim + 4 * shape.intermediate_size)
+        block_activations = norms + kept + linear_inputs
+        if self.cfg.train.checkpointing:
+            formula = "L e M C  (blocks' inputs)"
+            saved_bytes = layers * (e * tokens * width)
+        else:
+            formula = f"L x ({BLOCK_FORMULA})"
+            saved_bytes = layers * block_activations
+
+        # Gradients: the full ones where a step reduces them once, else shards.
+        reduces_once = self.cfg.train.reduce == "step"
+        is_first = batch.is_only_one
+        sharding = 1 if reduces_once else 1 / self.ranks
+        adds_in_place = reduces_once and not is_first
+        reduced = 4 + 4 / self.ranks * (self.ranks > 1)
+
+        layout = sum(8 * B * (T + S) + masks * T * S for B, T, S, masks in batch.attention)
+        shared = self.count_gathered(2) + [
+            MemoryTerm("rope", "2 e M D", 2 * e * tokens * shape.head_dim),
+            MemoryTerm("layout", "8 B (T + S) ids, B T S masks  (PackedAttention)", layout),
+        ]
+        return TrainingTerms(
+            batch=batch,
+            shared=shared,
+            saved=MemoryTerm("activations kept", formula, saved_bytes),
+            block_activations=block_activations,
+            attention_temporaries=running,
+            held_gradients=4 * self.trained_weights * sharding * (not is_first),
+            reduction_bytes=0 if adds_in_place else reduced,
         )
-        block = norms + kept + e * M * (self.H * self.D + 4 * F)
-        one = "2 M C (4 + 2 e) + e M (4 F + H D) + attention's rows"
-        saved = MemoryTerm(
-            "activations kept",
-            "L e M C  (blocks' inputs)" if checkpointing else f"L x ({one})",
-            self.L * (e * M * C if checkpointing else block),
-        )
-        step = self.cfg.train.reduce == "step"
-        before = 4 * self.P1 * (1 if step else 1 / self.W) * (not only)
-        # bytes of a number; 0: units add to what is held already
-        vector = 0 if step and not only else 4 + 4 / self.W * (self.W > 1)
-        shared = self.gathered(2) + [
-            MemoryTerm("rope", "2 e M D", 2 * e * M * self.D),
+
+    def _iterate_loss_moments(self, terms: TrainingTerms) -> Iterator[Moment]:
+        """Yield the moments of the head: its forward, and its gradients' way into the backward."""
+        e = self.number_bytes
+        targets = terms.batch.targets
+        width = self.shape.hidden_size
+        last_norm = MemoryTerm("last norm", "M C (4 + e)", terms.batch.tokens * width * (4 + e))
+        base = self.count_state(terms.held_gradients) + terms.shared + [terms.saved, last_norm]
+
+        for moment in self.iterate_head_moments(
+            targets, with_grad=self.cfg.model.head == "one_shot"
+        ):
+            yield base + moment
+        if self.cfg.model.head == "recompute":
+            yield base + self._count_recomputed_head(targets)
+
+        d_weight = self._count_head_gradient()
+        yield base + [
+            MemoryTerm("head: d hidden", "e N C", e * targets * width),
+            d_weight,
             MemoryTerm(
-                "layout",
-                "8 B (T + S) ids, B T S masks  (PackedAttention)",
-                sum(8 * B * (T + S) + masks * T * S for B, T, S, masks in rows),
+                "head: d weight once more",
+                "e V C, as the gradient of head[:reachable]",
+                d_weight.bytes,
             ),
         ]
-        last_norm = MemoryTerm("last norm", "M C (4 + e)", M * C * (4 + e))
-        for moment in self.head(N, self.cfg.model.head == "one_shot"):
-            yield self.state(before) + shared + [saved, last_norm] + moment
-        if self.cfg.model.head == "recompute":
-            space = min(SLICE_BYTES["cuda" if self.gpu else "cpu"], N * self.V * e)
-            yield (
-                self.state(before)
-                + shared
-                + [
-                    saved,
-                    last_norm,
-                    MemoryTerm("selected hidden", "e N C  (policy._head_inputs)", e * N * C),
-                    MemoryTerm(
-                        "logits workspace",
-                        "e N v <= logprob.SLICE, and 4 N v when e = 2",
-                        space * (3 if e == 2 else 1),
-                    ),
-                    MemoryTerm(
-                        "head: d hidden",
-                        "4 N C, and e N C when it is cast",
-                        (4 + e * (e == 2)) * N * C,
-                    ),
-                    MemoryTerm("head: d weight", "e V C", e * self.V * C),
-                ]
-            )
-        once = block if checkpointing else 0
-        mlp = e * (M * (C + 2 * F) + F * C)
-        attend = (
-            running
-            - e * 4 * M * F
-            - M * C * (4 + 2 * e)
-            + e * (2 * M * C + 3 * F * C + C * self.H * self.D)
-        )
-        flight = MemoryTerm(
+
+    def _count_recomputed_head(self, targets: float) -> Moment:
+        """Return the terms of the backward that computes the logits a second time."""
+        e = self.number_bytes
+        width = self.shape.hidden_size
+        vocab = self.shape.vocab_size
+        is_half = e == 2
+        logits = min(SLICE_BYTES[self.device_type], targets * vocab * e)
+        copies = 3 if is_half else 1
+        return [
+            self._count_selected_hidden(targets),
+            MemoryTerm(
+                "logits workspace",
+                "e N v <= logprob.SLICE_BYTES, and 4 N v when e = 2",
+                logits * copies,
+            ),
+            MemoryTerm(
+                "head: d hidden",
+                "4 N C, and e N C when it is cast",
+                (4 + e * is_half) * targets * width,
+            ),
+            MemoryTerm("head: d weight", "e V C", e * vocab * width),
+        ]
+
+    def _count_head_gradient(self) -> MemoryTerm:
+        gradient = self.number_bytes * self.shape.vocab_size * self.shape.hidden_size
+        return MemoryTerm("head: d weight", "e V C, until the root's reduction", gradient)
+
+    def _count_gradient_in_flight(self, terms: TrainingTerms) -> MemoryTerm:
+        return MemoryTerm(
             "gradient under way",
             "4 U' (1 + 1/W)  (Sharded._reduce: while the block before runs)",
-            vector * self.U1,
+            terms.reduction_bytes * self.trained_block_weights,
         )
-        d_weight = MemoryTerm("head: d weight", "e V C, until the root's reduction", e * self.V * C)
-        yield (
-            self.state(before)
-            + shared
-            + [
-                saved,
-                last_norm,
-                MemoryTerm("head: d hidden", "e N C", e * N * C),
-                d_weight,
-                MemoryTerm(
-                    "head: d weight once more",
-                    "e V C, as the gradient of head[:reachable]",
-                    d_weight.bytes,
-                ),
-            ]
+
+    def _iterate_block_moments(self, terms: TrainingTerms) -> Iterator[Moment]:
+        """Yield the moments of three blocks' backward: the last, the one before it, the first."""
+        e = self.number_bytes
+        layers = self.shape.num_hidden_layers
+        recomputed = MemoryTerm(
+            "block computed again",
+            BLOCK_FORMULA,
+            terms.block_activations if self.cfg.train.checkpointing else 0,
         )
-        root = max(
-            2 * d_weight.bytes,
-            d_weight.bytes * (2 - self.shape.tie_word_embeddings) + vector * self.R1,
+        backward = MemoryTerm(
+            "block's backward",
+            "e (M (C + 2 F) + C F), or attention's where that is more",
+            self._count_block_backward(terms),
         )
-        # blocks whose backward is over, the last one's gradient under way: the last block, the one
-        # before, the first
-        for behind in (0, 1, self.L - 1):
-            left = saved._replace(bytes=saved.bytes * (1 - behind / self.L))
+        gradient = MemoryTerm(
+            "block's gradient",
+            "e U' as computed, 4 U' as reduced",
+            (e + terms.reduction_bytes) * self.trained_block_weights,
+        )
+        in_flight = self._count_gradient_in_flight(terms)
+
+        # Of the blocks whose backward is over, the last one's gradient is under way.
+        for blocks_done in (0, 1, layers - 1):
+            gradients = terms.held_gradients
+            if terms.batch.is_only_one:
+                reduced_blocks = max(0, blocks_done - 1)
+                gradients = 4 * self.trained_block_weights / self.ranks * reduced_blocks
+            saved_bytes = terms.saved.bytes * (1 - blocks_done / layers)
+            flight_bytes = in_flight.bytes * (blocks_done > 0)
             common = (
-                self.state(4 * self.U1 / self.W * max(0, behind - 1) if only else before)
-                + shared
-                + [left, d_weight, flight._replace(bytes=flight.bytes * (behind > 0))]
+                self.count_state(gradients)
+                + terms.shared
+                + [
+                    terms.saved._replace(bytes=saved_bytes),
+                    self._count_head_gradient(),
+                    in_flight._replace(bytes=flight_bytes),
+                ]
             )
-            yield common + [
-                MemoryTerm("block computed again", one, once),
-                MemoryTerm(
-                    "block's backward",
-                    "e (M (C + 2 F) + C F), or attention's where that is more",
-                    max(mlp, attend),
-                ),
-            ]
-            yield common + [
-                MemoryTerm(
-                    "block's gradient", "e U' as computed, 4 U' as reduced", (e + vector) * self.U1
-                )
-            ]
-        yield (
-            self.state(before if not only else 4 * (self.P1 - self.R1) / self.W)
-            + self.gathered(0)
+            yield common + [recomputed, backward]
+            yield common + [gradient]
+
+    def _count_block_backward(self, terms: TrainingTerms) -> float:
+        """Return the bytes that a block's backward takes beside the activations: in its MLP or in
+        its attention, when the MLP's activations are freed.
+        """
+        e = self.number_bytes
+        M = terms.batch.tokens
+        C = self.shape.hidden_size
+        F = self.shape.intermediate_size
+        H = self.shape.num_attention_heads
+        D = self.shape.head_dim
+        mlp = e * (M * (C + 2 * F) + F * C)
+        freed_mlp = e * 4 * M * F
+        freed_norm = M * C * (4 + 2 * e)
+        gradients = e * (2 * M * C + 3 * F * C + C * H * D)
+        attention = terms.attention_temporaries - freed_mlp - freed_norm + gradients
+        return max(mlp, attention)
+
+    def _count_root_moment(self, terms: TrainingTerms) -> Moment:
+        """Return the last moment of the backward: the gradient of embedding, norm and head."""
+        d_weight = self._count_head_gradient().bytes
+        matrices = 2 - self.shape.tie_word_embeddings
+        as_reduced = d_weight * matrices + terms.reduction_bytes * self.trained_root_weights
+        gradients = terms.held_gradients
+        if terms.batch.is_only_one:
+            gradients = 4 * (self.trained_weights - self.trained_root_weights) / self.ranks
+        return (
+            self.count_state(gradients)
+            + self.count_gathered(0)
             + [
-                flight,
+                self._count_gradient_in_flight(terms),
                 MemoryTerm(
                     "root's gradient",
                     "e V C of the embedding and of the head, one where tied, and 4 R' as reduced",
-                    root,
+                    max(2 * d_weight, as_reduced),
                 ),
             ]
         )
 
-    def stores(self, rows: int = 0, group: int = 0) -> list[float]:
-        """Bytes of the sampler's cache as it grows: after the prompts, after the siblings part, at
-        the end (cache._reserve).
+    # --- moments of sampling ----------------------------------------------------------------------
+
+    def count_cache_growth(self, prompts: int = 0, group_size: int = 0) -> CacheGrowth:
+        """Return the bytes of the sampler's cache as it grows (KVCache._reserve).
+
+        0 prompts, group_size: those of the config.
         """
-        prompts = rows or self.prompts
-        group = group or self.G
-        most = count_slots(self.longest)
-        slot = 2 * self.e * self.L * self.K * self.D
-        all = min(
-            prompts * group,
-            int(self.cfg.sampling.cache_gib * 2**30 / slot) // most or prompts * group,
-        )
-        prompts = min(prompts, all)
-        have = 0
-        room = 0
-        found = []
-        for need, width in (
-            (prompts, count_slots(self.p)),
-            (all, count_slots(self.p + 1)),
-            (all, count_slots(self.p + self.inputs)),
+        prompts = prompts or self.prompts_per_rank
+        group_size = group_size or self.group_size
+        max_slots = count_slots(self.longest)
+
+        # sampling.cache_gib limits how many sequences run at once.
+        budget = self.cfg.sampling.cache_gib * 2**30
+        max_rows = int(budget / self.slot_bytes) // max_slots
+        rows = prompts * group_size
+        if max_rows:
+            rows = min(rows, max_rows)
+        prompts = min(prompts, rows)
+
+        allocated_rows = 0
+        allocated_slots = 0
+        sizes = []
+        for needed_rows, needed_tokens in (
+            (prompts, self.prompt_len),
+            (rows, self.prompt_len + 1),
+            (rows, self.prompt_len + self.completion_inputs),
         ):
-            have = have if need <= have else max(need, min(2 * need, all))
-            room = room if width <= room else max(width, min(2 * width, most))
-            found.append(slot * have * room)
-        return found
+            needed_slots = count_slots(needed_tokens)
+            allocated_rows = grow(allocated_rows, needed_rows, rows)
+            allocated_slots = grow(allocated_slots, needed_slots, max_slots)
+            sizes.append(self.slot_bytes * allocated_rows * allocated_slots)
+        return CacheGrowth(*sizes)
 
-    def sampling(self, rows: int = 0, group: int = 0) -> Iterator[list[MemoryTerm]]:
-        prompts = rows or self.prompts
-        group = group or self.G
-        base = self.state(cache=rows > 0) + self.gathered(self.L)
-        if not self.gpu and self.e == 4:
-            base.append(
-                MemoryTerm(
-                    "weights in oneDNN's order",
-                    "e (L U + V C)  (linear.sampling)",
-                    self.e * (self.L * self.U + self.V * self.C),
-                )
-            )
-        B, first, parted, last = prompts * group, *self.stores(rows, group)
-        store = "2 e L K D rows slots  (KVCache.store)"
-        held = MemoryTerm(
-            "distribution", "8 B V of the token before  (sample.generate)", 8 * B * self.V
+    def iterate_sampling_moments(self, prompts: int = 0, group_size: int = 0) -> Iterator[Moment]:
+        """Yield the moments of a generate(): prefill, fork of the siblings, growth, decode step."""
+        e = self.number_bytes
+        base = self.count_state(cache=prompts > 0) + self.count_gathered(
+            self.shape.num_hidden_layers
         )
-        yield base + [
-            MemoryTerm("cache", store, first),
-            self.forward_only(
-                prompts * self.p,
-                [(prompts, round_up(self.p, ROW_MULTIPLE), round_up(self.p, SLOT_MULTIPLE), 1)],
-            ),
-        ]
-        yield base + [
-            MemoryTerm("cache", store, parted),
-            held,
-            MemoryTerm(
-                "rows copied",
-                "2 e L K D (B - P) p  (KVCache.rearrange)",
-                2 * self.e * self.L * self.K * self.D * (B - prompts) * self.p,
-            ),
-        ]
-        for old, new in ((first, parted), (parted, last)):
-            if old != new:
-                yield base + [
-                    MemoryTerm("cache", store, new),
-                    held,
-                    MemoryTerm(
-                        "cache before it grew", "copied from, then freed  (KVCache._reserve)", old
-                    ),
-                ]
-        warm = group > 1 and self.cfg.sampling.temperature != 1
-        yield base + [
-            MemoryTerm("cache", store, last),
-            held,
-            MemoryTerm(
-                "policy",
-                "(8 + e) B V: logits, scaled, exp  (policy.policy)",
-                (8 + self.e * (self.e == 2 or warm)) * B * self.V,
-            ),
-        ]
+        if not self.gpu and e == 4:
+            base.append(self._count_packed_weights())
+        growth = self.count_cache_growth(prompts, group_size)
+        prompts = prompts or self.prompts_per_rank
+        group_size = group_size or self.group_size
+        rows = prompts * group_size
+        distribution = MemoryTerm(
+            "distribution",
+            "8 B V of the token before  (generate)",
+            8 * rows * self.shape.vocab_size,
+        )
 
-    def phases(self) -> dict[str, list[MemoryTerm]]:
-        """{phase: the terms of its largest moment}."""
-        M, N, rows, _ = self.micro_batch()
-        grads = 4 * self.P1 / self.W
-        biggest = max(self.R1, self.U1) / self.W
-        host = self.cfg.optimizer.on_host
+        yield base + [
+            _make_cache_term(growth.after_prompts),
+            self.count_block_forward(prompts * self.prompt_len, [self._pad_prompts(prompts)]),
+        ]
+        copied = MemoryTerm(
+            "rows copied",
+            "2 e L K D (B - P) p  (KVCache.reorder)",
+            self.slot_bytes * (rows - prompts) * self.prompt_len,
+        )
+        yield base + [_make_cache_term(growth.after_fork), distribution, copied]
+        for old, new in (
+            (growth.after_prompts, growth.after_fork),
+            (growth.after_fork, growth.at_end),
+        ):
+            if old != new:
+                outgrown = MemoryTerm(
+                    "cache before it grew", "copied from, then freed  (KVCache._reserve)", old
+                )
+                yield base + [_make_cache_term(new), distribution, outgrown]
+
+        scales_logits = e == 2 or group_size > 1 and self.cfg.sampling.temperature != 1
+        policy = MemoryTerm(
+            "policy",
+            "(8 + e) B V: logits, scaled, exp  (log_probs.make_distribution)",
+            (8 + e * scales_logits) * rows * self.shape.vocab_size,
+        )
+        yield base + [_make_cache_term(growth.at_end), distribution, policy]
+
+    def _count_packed_weights(self) -> MemoryTerm:
+        shape = self.shape
+        blocks = shape.num_hidden_layers * self.block_weights
+        head = shape.vocab_size * shape.hidden_size
+        return MemoryTerm(
+            "weights in oneDNN's order",
+            "e (L U + V C)  (packed_for_sampling)",
+            self.number_bytes * (blocks + head),
+        )
+
+    # --- phases -----------------------------------------------------------------------------------
+
+    def phases(self) -> dict[str, Moment]:
+        """Return {phase: the terms of its largest moment}."""
         moments = {
-            "loading": [
-                [t for t in self.state(cache=False) if t.name in ("master weights", "reference")]
-                + [MemoryTerm("a weight read", "4 V C", 4 * self.V * self.C)]
-            ],
-            "sampling": self.sampling(),
-            "evaluation": self.sampling(self.evaluated, 1),
-            "scoring": [
-                self.state() + self.gathered(2) + moment
-                for moment in ([self.forward_only(M, rows)], *self.head(N, False))
-            ],
-            "training": self.training(),
-            "update": [
-                self.state(grads)
-                + [
-                    MemoryTerm(
-                        "moments on their way",
-                        "2 x 8 n of the largest shard  (offload.py)",
-                        16 * biggest * host,
-                    ),
-                    MemoryTerm(
-                        "gradient norm",
-                        "8 n of the largest shard, on a CPU  (_foreach_norm in float64)",
-                        8 * biggest * (not self.gpu),
-                    ),
-                ]
-            ],
+            "loading": [self._count_loading_moment()],
+            "sampling": self.iterate_sampling_moments(),
+            "evaluation": self.iterate_sampling_moments(self.evaluated, 1),
+            "scoring": self._iterate_scoring_moments(),
+            "training": self.iterate_training_moments(),
+            "update": [self._count_update_moment()],
         }
-        return {phase: max(found, key=sum_bytes) for phase, found in moments.items()}
+        return {phase: max(candidates, key=sum_bytes) for phase, candidates in moments.items()}
 
     def peak(self) -> float:
+        """Return the bytes of the largest phase."""
         return max(map(sum_bytes, self.phases().values()))
+
+    def _count_loading_moment(self) -> Moment:
+        read = 4 * self.shape.vocab_size * self.shape.hidden_size
+        state = self.count_state(cache=False)
+        loaded = [term for term in state if term.name in ("master weights", "reference")]
+        return loaded + [MemoryTerm("a weight read", "4 V C", read)]
+
+    def _iterate_scoring_moments(self) -> Iterator[Moment]:
+        """Yield the moments of the log-probs without gradients: the reference's, old ones."""
+        batch = self.count_micro_batch()
+        base = self.count_state() + self.count_gathered(2)
+        yield base + [self.count_block_forward(batch.tokens, batch.attention)]
+        for moment in self.iterate_head_moments(batch.targets, with_grad=False):
+            yield base + moment
+
+    def _count_update_moment(self) -> Moment:
+        largest_group = max(self.trained_root_weights, self.trained_block_weights)
+        largest_shard = largest_group / self.ranks
+        moments_on_host = self.cfg.optimizer.on_host
+        return self.count_state(4 * self.trained_weights / self.ranks) + [
+            MemoryTerm(
+                "moments on their way",
+                "2 x 8 n of the largest shard  (offloaded_adamw.py)",
+                16 * largest_shard * moments_on_host,
+            ),
+            MemoryTerm(
+                "gradient norm",
+                "8 n of the largest shard, on a CPU  (_foreach_norm in float64)",
+                8 * largest_shard * (not self.gpu),
+            ),
+        ]
+
+
+def _make_cache_term(size: float) -> MemoryTerm:
+    return MemoryTerm("cache", CACHE_FORMULA, size)
 
 
 @lru_cache
-def _count_weights(shape: DecoderConfig, frozen: str) -> list[list[int]]:
-    """[trained, frozen] weights of the root, then of each block."""
+def _count_weights(shape: DecoderConfig, frozen: str) -> list[WeightCounts]:
+    """Count the trained and the frozen weights of the root, then of each block."""
+    patterns = tuple(filter(None, map(str.strip, frozen.split(","))))
     with torch.device("meta"):
-        units = params_by_block(
-            Decoder(shape), tuple(filter(None, map(str.strip, frozen.split(","))))
-        )
-    return [
-        [sum(getattr(module, attribute).numel() for _, module, attribute in some) for some in unit]
-        for unit in units
-    ]
+        units = params_by_block(Decoder(shape), patterns)
+    counts = []
+    for trained, frozen_params in units:
+        counts.append(WeightCounts(_count_numbers(trained), _count_numbers(frozen_params)))
+    return counts
 
 
-def sum_bytes(terms: list[MemoryTerm]) -> float:
-    return sum(t.bytes for t in terms)
+def _count_numbers(params: list) -> int:
+    """Return the numbers of parameters (name, module, attribute)."""
+    return sum(getattr(module, attribute).numel() for _, module, attribute in params)
+
+
+def sum_bytes(terms: Moment) -> float:
+    """Return the bytes of a moment."""
+    return sum(term.bytes for term in terms)
 
 
 def round_up(n: int, multiple: int) -> int:
+    """Return the least multiple of `multiple` that is not below n."""
     return -(-n // multiple) * multiple

@@ -1,5 +1,6 @@
-"""The peak of this process's memory over a stretch of time: what torch allocated on the GPU, or
-without one the resident high-water mark. And its pages.
+"""Measure the peak of this process's memory over a stretch of time, and keep freed pages.
+
+The peak is what torch allocated on the GPU, or without one the resident high-water mark.
 """
 
 from __future__ import annotations
@@ -12,10 +13,14 @@ from pathlib import Path
 
 import torch
 
+# glibc's mallopt: M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+MALLOC_OPTIONS = ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20))
+
 
 def restart_peak() -> str:
-    """The stretch begins here. Returns what `peak` will be: where the kernel does not let a process
-    reset its mark, that of its whole life.
+    """Begin the stretch. Return what `measure_peak` will measure.
+
+    Where the kernel does not let a process reset its mark, that is the peak of its whole life.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -28,39 +33,43 @@ def restart_peak() -> str:
 
 
 def measure_peak() -> int:
-    """Bytes, since `restart`."""
+    """Return the peak in bytes since `restart_peak`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:
-        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024
-        )
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def get_free_bytes() -> int | None:
-    """Bytes of this rank's GPU that nothing holds; None without one."""
+    """Return the bytes of this rank's GPU that nothing holds; None without a GPU."""
     if not torch.cuda.is_available():
         return None
-    return (
-        torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    )
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
 def get_installed_bytes() -> int | None:
-    """Bytes of this rank's GPU; None without one."""
-    return torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None
+    """Return the bytes of this rank's GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    _, total = torch.cuda.mem_get_info()
+    return total
 
 
 def keep_freed_pages() -> None:
-    """Memory that torch frees on a CPU stays this process's own, ready for the next tensor.
+    """Let this process keep the memory that torch frees on a CPU, ready for the next tensor.
 
     By default glibc gives freed tensors of 32 MiB and more back to the system, and what lies at its
-    heap's end, and the next one of their size costs a page fault every 4 KiB: 22 ms for 19 MB here,
+    heap's end. The next tensor of their size costs a page fault every 4 KiB: 22 ms for 19 MB here,
     where writing it takes 1 ms. Elsewhere than on Linux with glibc nothing is done.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
-        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20)):
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        for option, value in MALLOC_OPTIONS:
             libc.mallopt(option, value)

@@ -1,32 +1,33 @@
 """`recr1 plan`: whether a run fits its GPUs, what to set so that it does, and the prediction that a
 run logs beside what it measures.
 
-The prediction is memory/estimate.py's sum. Options are tried from the cheapest to the dearest; of the
-token budgets the largest that fits is taken.
+The prediction is the sum of memory/estimate.py. Options are tried from the cheapest to the most
+expensive; of the token budgets the largest that fits is taken.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 from recr1.config.loader import get_value
 from recr1.config.schema import Config, ConfigError
 from recr1.memory.estimate import MemoryEstimate, sum_bytes
 from recr1.model.rope import DecoderConfig
 
-# left free: the CUDA context, cuBLAS's and NCCL's buffers; a share of all for what fragments
-CONTEXT = 1.5e9
+# What a run may not use: bytes for the CUDA context and the buffers of cuBLAS and NCCL, and a share
+# of a device's memory that fragmentation takes.
+CONTEXT_BYTES = 1.5e9
+FRAGMENTATION = 0.05
 
-FRAGMENTS = 0.05
-
-MOST_RANKS = 64
+MAX_RANKS = 64  # how many GPUs are tried when nothing fits
 
 BUDGET = "train.tokens_per_micro_batch"
 
-# from cheap to dear: each line goes on top of those before it, and a smaller token budget on top of
-# a line that does not fit by itself
-LADDER = (
+# From cheap to expensive. Each line is added to those before it (None takes an option back), and a
+# smaller token budget to a line that does not fit by itself.
+LADDER: tuple[dict[str, Any], ...] = (
     {},
     {"train.reduce": "micro_batch"},
     {"train.checkpointing": True},
@@ -35,7 +36,7 @@ LADDER = (
     {"loss.reference_on_host": True},
 )
 
-# tracking/run_log.py's names: ours
+# The phases that a run measures (tracking/run_log.py), and ours that they include.
 RUN_PHASES = {
     "sample": ("sampling",),
     "train": ("scoring", "training", "update"),
@@ -44,180 +45,227 @@ RUN_PHASES = {
 
 
 def parse_bytes(text: str) -> float:
-    """ "48GB" (1e9) or "141GiB" (2^30) -> bytes. Raises ConfigError."""
+    """Return the bytes of "48GB" (1e9 each) or "141GiB" (2^30 each). Raises ConfigError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(GB|GiB)", text.strip())
     if not match or not float(match[1]):
         raise ConfigError(
             f"--memory: {text!r} is no size; write 48GB (10^9 bytes) or 141GiB (2^30 bytes)"
         )
-    return float(match[1]) * (1e9 if match[2] == "GB" else 2**30)
+    number, unit = match.groups()
+    return float(number) * (1e9 if unit == "GB" else 2**30)
 
 
 def get_usable_bytes(memory: float) -> float:
-    """What of a device's memory a run may use."""
-    return memory * (1 - FRAGMENTS) - CONTEXT
+    """Return what a run may use of a device's memory."""
+    return memory * (1 - FRAGMENTATION) - CONTEXT_BYTES
 
 
-def apply_overrides(cfg: Config, options: dict) -> Config:
-    for key, value in options.items():
-        section, name = key.split(".")
-        cfg = replace(cfg, **{section: replace(getattr(cfg, section), **{name: value})})
+def apply_overrides(cfg: Config, overrides: dict[str, Any]) -> Config:
+    """Return the config with the values of dotted keys replaced."""
+    for key, value in overrides.items():
+        section_name, name = key.split(".")
+        section = replace(getattr(cfg, section_name), **{name: value})
+        cfg = replace(cfg, **{section_name: section})
     return cfg
 
 
-def list_budgets(most: int, least: int) -> list[int]:
-    """Token budgets to try, largest first: `most`, then 2^k and 3 2^k below it, at last `least`."""
-    return [
-        most,
-        *(
-            b
-            for b in sorted({m << k for m in (2, 3) for k in range(1, 30)}, reverse=True)
-            if least < b < most
-        ),
-        *[least] * (least < most),
-    ]
+def list_budgets(largest: int, smallest: int) -> list[int]:
+    """Return the token budgets to try, from the largest: it, then 2^k and 3 2^k, the smallest."""
+    budgets = [largest]
+    powers = {factor << k for factor in (2, 3) for k in range(1, 30)}
+    for budget in sorted(powers, reverse=True):
+        if smallest < budget < largest:
+            budgets.append(budget)
+    if smallest < largest:
+        budgets.append(smallest)
+    return budgets
 
 
 def try_settings(
     cfg: Config, shape: DecoderConfig, ranks: int, usable: float
-) -> list[tuple[dict, MemoryEstimate]]:
-    """(overrides, footprint) of what was tried, in turn. The last one fits, unless nothing does:
-    then it is the one with every option.
+) -> list[tuple[dict[str, Any], MemoryEstimate]]:
+    """Return (overrides, estimate) of what was tried, in order.
 
-    A budget below a whole group, whose prompt is then computed several times, comes after all other
-    options.
+    The last one fits, unless nothing does: then it is the one with every option. A budget below a
+    whole group, whose prompt is then computed several times, comes after all other options.
     """
-    found = MemoryEstimate(cfg, shape, ranks)
-    options = {}
-    lines = []
-    for more in LADDER:
-        options = {key: value for key, value in (options | more).items() if value is not None}
-        changes = {
-            key: value
-            for key, value in options.items()
-            if get_value(cfg, key) != value and (key != "loss.reference_on_host" or cfg.loss.kl > 0)
-        }
-        lines += [changes] if changes not in lines else []
-    tried = []
-    most = get_value(cfg, BUDGET)
-    for least in (max(found.group, found.longest), found.longest):
-        for changes in lines:
-            for budget in list_budgets(most, least):
-                overrides = changes | ({BUDGET: budget} if budget < most else {})
-                found = MemoryEstimate(apply_overrides(cfg, overrides), shape, ranks)
-                if found.peak() <= usable:
-                    return tried + [(overrides, found)]
-                if overrides == changes and len(tried) < len(lines):
-                    tried.append((overrides, found))
-    return tried + [(overrides, found)]
+    estimate = MemoryEstimate(cfg, shape, ranks)
+    option_sets = _list_option_sets(cfg)
+    configured_budget = get_value(cfg, BUDGET)
+    tried: list[tuple[dict[str, Any], MemoryEstimate]] = []
+    for smallest in (max(estimate.group, estimate.longest), estimate.longest):
+        for options in option_sets:
+            for budget in list_budgets(configured_budget, smallest):
+                overrides = dict(options)
+                if budget < configured_budget:
+                    overrides[BUDGET] = budget
+                estimate = MemoryEstimate(apply_overrides(cfg, overrides), shape, ranks)
+                if estimate.peak() <= usable:
+                    return tried + [(overrides, estimate)]
+                is_first_time = len(tried) < len(option_sets)
+                if overrides == options and is_first_time:
+                    tried.append((overrides, estimate))
+    return tried + [(overrides, estimate)]
+
+
+def _list_option_sets(cfg: Config) -> list[dict[str, Any]]:
+    """Return the overrides of each line of LADDER, without those that change nothing."""
+    option_sets: list[dict[str, Any]] = []
+    added: dict[str, Any] = {}
+    for line in LADDER:
+        merged = added | line
+        added = {key: value for key, value in merged.items() if value is not None}
+        overrides = {}
+        for key, value in added.items():
+            has_reference = cfg.loss.kl > 0
+            if key == "loss.reference_on_host" and not has_reference:
+                continue
+            if get_value(cfg, key) != value:
+                overrides[key] = value
+        if overrides not in option_sets:
+            option_sets.append(overrides)
+    return option_sets
 
 
 def make_plan(cfg: Config, shape: DecoderConfig, ranks: int, memory: float) -> tuple[str, str]:
-    """The text of `recr1 plan`, and why nothing fits, empty when something does."""
+    """Return the text of `recr1 plan`, and why nothing fits, empty when something does."""
     if cfg.sft.teacher:
         raise ConfigError(
-            "recr1 plan: counts GRPO's memory, and this config is for recr1.sft (sft.teacher), whose training it does not cover"
+            "recr1 plan: counts GRPO's memory, and this config is for recr1.sft (sft.teacher), "
+            "whose training it does not cover"
         )
     usable = get_usable_bytes(memory)
     tried = try_settings(cfg, shape, ranks, usable)
     overrides, last = tried[-1]
-    fits = last.peak() <= usable
     lines = [
-        f"{cfg.model.path}: {last.P:,} weights on {ranks} x {format_gib(memory)} GiB, of which {format_gib(usable)} are counted on: "
-        f"{FRAGMENTS:.0%} are left to fragmentation, {format_gib(CONTEXT)} to CUDA, cuBLAS and NCCL",
+        f"{cfg.model.path}: {last.num_weights:,} weights on {ranks} x {format_gib(memory)} GiB, "
+        f"of which {format_gib(usable)} are counted on: "
+        f"{FRAGMENTATION:.0%} are left to fragmentation, "
+        f"{format_gib(CONTEXT_BYTES)} to CUDA, cuBLAS and NCCL",
         "",
         format_phase_table(last),
         "",
     ]
-    for changes, found in tried:
-        phase, need = format_largest(found)
-        lines.append(
-            f"{format_gib(need):>8} GiB  {phase:<11} {'fits' if need <= usable else 'too much':<9} {format_overrides(changes) or 'as configured'}"
-        )
-    if not fits:
-        larger = next(
-            (
-                w
-                for w in range(ranks + 1, MOST_RANKS + 1)
-                if try_settings(cfg, shape, w, usable)[-1][1].peak() <= usable
-            ),
-            None,
-        )
+    for tried_overrides, estimate in tried:
+        phase, needed = find_largest_phase(estimate)
+        verdict = "fits" if needed <= usable else "too much"
+        options = format_overrides(tried_overrides) or "as configured"
+        lines.append(f"{format_gib(needed):>8} GiB  {phase:<11} {verdict:<9} {options}")
+    if last.peak() > usable:
+        enough_ranks = _find_enough_ranks(cfg, shape, ranks, usable)
+        advice = f"nor do {MAX_RANKS} such GPUs"
+        if enough_ranks is not None:
+            advice = f"take --gpus {enough_ranks}"
         return "\n".join(lines), (
-            f"nothing fits {ranks} x {format_gib(memory)} GiB: with {format_overrides(overrides)} a GPU still needs {format_gib(last.peak())} GiB, "
-            f"{format_gib(usable)} can be counted on; "
-            + (f"take --gpus {larger}" if larger else f"nor do {MOST_RANKS} such GPUs")
+            f"nothing fits {ranks} x {format_gib(memory)} GiB: "
+            f"with {format_overrides(overrides)} a GPU still needs {format_gib(last.peak())} GiB, "
+            f"{format_gib(usable)} can be counted on; {advice}"
         )
-    larger = (
-        MemoryEstimate(apply_overrides(last.cfg, {BUDGET: b}), shape, ranks)
-        for b in list_budgets(last.step_tokens, get_value(last.cfg, BUDGET))[:-1]
-    )
-    more = [get_value(found.cfg, BUDGET) for found in larger if found.peak() <= usable]
-    lines += ["", f"add: {format_overrides(overrides)}" if overrides else "fits as configured"]
-    return "\n".join(lines + [f"there is room for {BUDGET}={more[0]}"] * bool(more)), ""
+
+    lines.append("")
+    lines.append(f"add: {format_overrides(overrides)}" if overrides else "fits as configured")
+    larger_budget = _find_larger_budget(last, usable)
+    if larger_budget is not None:
+        lines.append(f"there is room for {BUDGET}={larger_budget}")
+    return "\n".join(lines), ""
 
 
-def format_phase_table(found: MemoryEstimate) -> str:
-    """Phases by terms in GiB, then each term's formula."""
-    phases = found.phases()
-    terms = {t.name: t.formula for terms in phases.values() for t in terms if t.bytes}
-    wide, unit, name_of = (
-        max(map(len, terms)),
-        *((2**30, "GiB") if found.peak() >= 2**30 else (2**20, "MiB")),
-    )
-
-    def cell(n: float) -> str:
-        return f"{n / unit:11.1f}"
-
-    lines = [f"{f'{name_of} per rank':<{wide}}" + "".join(f"{name:>11}" for name in phases)]
-    for name in terms:
-        cells = [sum(t.bytes for t in moment if t.name == name) for moment in phases.values()]
-        lines.append(f"{name:<{wide}}" + "".join(cell(n) if n else " " * 11 for n in cells))
-    lines += [
-        f"{'sum':<{wide}}" + "".join(cell(sum_bytes(moment)) for moment in phases.values()),
-        "",
-    ]
-    return "\n".join(lines + [f"{name:<{wide}}  {formula}" for name, formula in terms.items()])
+def _find_enough_ranks(cfg: Config, shape: DecoderConfig, ranks: int, usable: float) -> int | None:
+    """Return the least number of ranks above `ranks` on which something fits."""
+    for more_ranks in range(ranks + 1, MAX_RANKS + 1):
+        _, last = try_settings(cfg, shape, more_ranks, usable)[-1]
+        if last.peak() <= usable:
+            return more_ranks
+    return None
 
 
-def predict_by_run_phase(found: MemoryEstimate) -> dict[str, int]:
-    """Bytes per rank by the phases that a run measures."""
-    phases = found.phases()
-    return {
-        name: round(max(sum_bytes(phases[phase]) for phase in ours))
-        for name, ours in RUN_PHASES.items()
-    }
+def _find_larger_budget(estimate: MemoryEstimate, usable: float) -> int | None:
+    """Return the largest token budget above the config's that fits, if there is one."""
+    budget = get_value(estimate.cfg, BUDGET)
+    for larger in list_budgets(estimate.step_tokens, budget)[:-1]:
+        cfg = apply_overrides(estimate.cfg, {BUDGET: larger})
+        if MemoryEstimate(cfg, estimate.shape, estimate.ranks).peak() <= usable:
+            return larger
+    return None
 
 
-def format_announcement(found: MemoryEstimate, memory: int | None) -> str:
-    """What a run says at its start: the prediction, and advice when it exceeds the GPU's `memory`."""
-    text = "recr1: memory predicted per rank, at most: " + ", ".join(
-        f"{name} {n / 2**20:,.0f} MiB" for name, n in predict_by_run_phase(found).items()
-    )
-    phase, need = format_largest(found)
-    if memory is None or need <= get_usable_bytes(memory):
+def format_phase_table(estimate: MemoryEstimate) -> str:
+    """Return a table of phases by terms, in GiB or MiB, then the formula of each term."""
+    phases = estimate.phases()
+    formulas = {}
+    for terms in phases.values():
+        for term in terms:
+            if term.bytes:
+                formulas[term.name] = term.formula
+    name_width = max(map(len, formulas))
+    is_large = estimate.peak() >= 2**30
+    unit = 2**30 if is_large else 2**20
+    unit_name = "GiB" if is_large else "MiB"
+
+    def format_row(name: str, cells: list[str]) -> str:
+        return f"{name:<{name_width}}" + "".join(f"{cell:>11}" for cell in cells)
+
+    lines = [format_row(f"{unit_name} per rank", list(phases))]
+    for name in formulas:
+        cells = []
+        for terms in phases.values():
+            size = sum(term.bytes for term in terms if term.name == name)
+            cells.append(f"{size / unit:.1f}" if size else "")
+        lines.append(format_row(name, cells))
+    sums = [f"{sum_bytes(terms) / unit:.1f}" for terms in phases.values()]
+    lines.append(format_row("sum", sums))
+    lines.append("")
+    for name, formula in formulas.items():
+        lines.append(f"{name:<{name_width}}  {formula}")
+    return "\n".join(lines)
+
+
+def predict_by_run_phase(estimate: MemoryEstimate) -> dict[str, int]:
+    """Return bytes per rank by the phases that a run measures."""
+    phases = estimate.phases()
+    predicted = {}
+    for run_phase, names in RUN_PHASES.items():
+        largest = max(sum_bytes(phases[name]) for name in names)
+        predicted[run_phase] = round(largest)
+    return predicted
+
+
+def format_announcement(estimate: MemoryEstimate, memory: int | None) -> str:
+    """Return what a run prints at its start: the prediction, and advice when it exceeds the GPU's
+    `memory`.
+    """
+    predicted = predict_by_run_phase(estimate)
+    sizes = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in predicted.items())
+    text = f"recr1: memory predicted per rank, at most: {sizes}"
+    if memory is None:
         return text
-    overrides, last = try_settings(found.cfg, found.shape, found.ranks, get_usable_bytes(memory))[
-        -1
-    ]
-    advice = (
-        f"this fits: {format_overrides(overrides)}"
-        if last.peak() <= get_usable_bytes(memory)
-        else f"nothing fits {found.ranks} of them: take more GPUs"
-    )
-    return f"{text}\nrecr1: warning: {phase} may need {format_gib(need)} GiB, and of this GPU's {format_gib(memory)} {format_gib(get_usable_bytes(memory))} can be counted on; {advice}"
+    usable = get_usable_bytes(memory)
+    phase, needed = find_largest_phase(estimate)
+    if needed <= usable:
+        return text
 
-
-def format_largest(found: MemoryEstimate) -> tuple[str, float]:
-    return max(
-        ((phase, sum_bytes(moment)) for phase, moment in found.phases().items()),
-        key=lambda item: item[1],
+    ranks = estimate.ranks
+    overrides, last = try_settings(estimate.cfg, estimate.shape, ranks, usable)[-1]
+    advice = f"nothing fits {ranks} of them: take more GPUs"
+    if last.peak() <= usable:
+        advice = f"this fits: {format_overrides(overrides)}"
+    return (
+        f"{text}\nrecr1: warning: {phase} may need {format_gib(needed)} GiB, "
+        f"and of this GPU's {format_gib(memory)} {format_gib(usable)} can be counted on; {advice}"
     )
 
 
-def format_overrides(overrides: dict) -> str:
+def find_largest_phase(estimate: MemoryEstimate) -> tuple[str, float]:
+    """Return the phase that needs the most memory, and its bytes."""
+    sizes = {phase: sum_bytes(terms) for phase, terms in estimate.phases().items()}
+    largest = max(sizes, key=sizes.__getitem__)
+    return largest, sizes[largest]
+
+
+def format_overrides(overrides: dict[str, Any]) -> str:
+    """Return the overrides as they are written on a command line."""
     return " ".join(f"{key}={str(value).lower()}" for key, value in overrides.items())
 
 
-def format_gib(n: float) -> str:
-    return f"{n / 2**30:.1f}"
+def format_gib(size: float) -> str:
+    return f"{size / 2**30:.1f}"

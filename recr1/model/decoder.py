@@ -1,14 +1,16 @@
-"""The Qwen2, Qwen3 and Llama 3 decoder, with Hugging Face's parameter names, on packed rows: no
-batch dimension, no padding, no mask.
+"""The Qwen2, Qwen3 and Llama 3 decoder, with Hugging Face's parameter names, on packed rows.
 
-One block for the three: Qwen2 has a bias on q, k, v; Qwen3 a norm over each head of q and k; Llama
-3 neither, and may have scaled rope.
+There is no batch dimension, no padding and no mask. One block serves the three families: Qwen2 has
+a bias on q, k, v; Qwen3 a norm over each head of q and k; Llama 3 neither, and its rope may be
+scaled.
 
-Legend: M packed tokens, C width, H query heads, K kv heads, D head dim, V vocabulary. Attention is
-passed in as a callable (layer, q, k, v) -> (M, H, D): packed rows in training (model/packed_attention.py), the
-KV cache in sampling (sampling/kv_cache.py).
+Attention is passed in as a callable (layer, q, k, v) -> (M, H, D): over packed rows in training
+(model/packed_attention.py), over the KV cache in sampling (sampling/kv_cache.py).
+
+Legend: M packed tokens, C width, H query heads, K kv heads, D head dim, V vocabulary.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -19,124 +21,155 @@ from recr1.kernels.cpu_linear import Linear
 from recr1.model.rope import DecoderConfig, apply_rotary_emb, compute_rope_cos_sin
 from recr1.model.varlen_attention import AttentionBackend
 
+# (layer, q (M, H, D), k (M, K, D), v (M, K, D)) -> (M, H, D)
+AttentionFunction = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+RopeCosSin = tuple[torch.Tensor, torch.Tensor]
+
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, in float32 at least (float64 stays) up to the weight."""
+    """Compute torch's RMSNorm, in float32 at least (float64 stays) up to the weight."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * F.rms_norm(wide, self.normalized_shape, eps=self.eps).to(x.dtype)
+        upcast = x.to(torch.promote_types(x.dtype, torch.float32))
+        normalized = F.rms_norm(upcast, self.normalized_shape, eps=self.eps).to(x.dtype)
+        return self.weight * normalized
 
 
 class Attention(nn.Module):
-    def __init__(self, c: DecoderConfig, layer: int):
+    """Self-attention of one layer: projections, rope, and the attention callable between them."""
+
+    def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.head_dim = c.head_dim
-        bias = c.family == "qwen2"
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=bias)
-        self.k_proj, self.v_proj = (
-            Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=bias) for _ in "kv"
-        )
-        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
-        self.q_norm, self.k_norm = (
-            RMSNorm(c.head_dim, c.rms_norm_eps) if c.family == "qwen3" else nn.Identity()
-            for _ in "qk"
-        )
+        self.head_dim = config.head_dim
+        width = config.hidden_size
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        has_bias = config.family == "qwen2"
 
-    def forward(self, x, rope, attention):
-        # (M, heads, D)
-        q, k, v = (
-            f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        self.q_proj = Linear(width, q_size, bias=has_bias)
+        self.k_proj = Linear(width, kv_size, bias=has_bias)
+        self.v_proj = Linear(width, kv_size, bias=has_bias)
+        self.o_proj = Linear(q_size, width, bias=False)
+
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if config.family == "qwen3":
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self, x: torch.Tensor, rope: RopeCosSin, attention: AttentionFunction
+    ) -> torch.Tensor:
+        q = self._split_heads(self.q_proj(x))  # (M, H, D)
+        k = self._split_heads(self.k_proj(x))  # (M, K, D)
+        v = self._split_heads(self.v_proj(x))  # (M, K, D)
         q = self.q_norm(q)
         k = self.k_norm(k)
-        # (M, C)
-        return self.o_proj(
-            attention(self.layer, apply_rotary_emb(q, rope), apply_rotary_emb(k, rope), v).flatten(
-                1
-            )
-        )
+        q = apply_rotary_emb(q, rope)
+        k = apply_rotary_emb(k, rope)
+        out = attention(self.layer, q, k, v)  # (M, H, D)
+        return self.o_proj(out.flatten(1))  # (M, C)
+
+    def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
 
 
 class MLP(nn.Module):
+    """The gated feed-forward network of one layer (SwiGLU)."""
+
     exact = False  # model.batch_invariant
 
-    def __init__(self, c: DecoderConfig):
+    def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.gate_proj, self.up_proj = (
-            Linear(c.hidden_size, c.intermediate_size, bias=False) for _ in range(2)
-        )
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate = self.gate_proj(x)
-        # torch's silu takes other bits for what is left of a thread's share than for whole vectors;
-        # exp does not
-        return self.down_proj(
-            (gate / (1 + (-gate).exp()) if self.exact else F.silu(gate)) * self.up_proj(x)
-        )
+        if self.exact:
+            # torch's silu gives other bits to the rest of a thread's share than to full vectors;
+            # exp does not.
+            activated = gate / (1 + (-gate).exp())
+        else:
+            activated = F.silu(gate)
+        return self.down_proj(activated * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, c: DecoderConfig, layer: int):
-        super().__init__()
-        self.self_attn = Attention(c, layer)
-        self.mlp = MLP(c)
-        self.input_layernorm, self.post_attention_layernorm = (
-            RMSNorm(c.hidden_size, c.rms_norm_eps) for _ in range(2)
-        )
+    """One transformer block, with norms before attention and MLP."""
 
-    def forward(self, x, rope, attention):
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: torch.Tensor, rope: RopeCosSin, attention: AttentionFunction
+    ) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, attention)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """tokens (M,), positions (M,) -> hidden (M, C), after the last norm. The head stands apart: see
-    `head_weight`.
+    """Compute hidden states: tokens (M,), positions (M,) -> hidden (M, C), after the last norm.
+
+    The head is applied outside: see `head_weight`.
+
+    Args:
+        reachable: how many ids the tokenizer has. Nobody samples or scores ids beyond
+            (model/log_probs.py). None: all of the vocabulary.
     """
 
-    # the block in which `head_weight` may be used together with the forward; distributed/fsdp.py gathers it
-    # there
+    # The block in which `head_weight` may be used together with the forward. distributed/fsdp.py
+    # gathers the weight there.
     root = nullcontext
 
     def __init__(self, config: DecoderConfig, reachable: int | None = None):
         super().__init__()
-        # set_backend changes it
         self.config = config
-        self.backend = AttentionBackend()
-        # ids the tokenizer has: nobody samples or scores beyond (model/log_probs.py)
+        self.backend = AttentionBackend()  # set_backend changes it
         self.reachable = reachable or config.vocab_size
+        # The order in which modules are made is the order of their random numbers.
+        embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers = [DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)]
         self.model = nn.ModuleDict(
             dict(
-                embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-                layers=nn.ModuleList(
-                    DecoderLayer(config, i) for i in range(config.num_hidden_layers)
-                ),
+                embed_tokens=embed_tokens,
+                layers=nn.ModuleList(layers),
                 norm=RMSNorm(config.hidden_size, config.rms_norm_eps),
             )
         )
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens: torch.Tensor, positions: torch.Tensor, attention) -> torch.Tensor:
+    def forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, attention: AttentionFunction
+    ) -> torch.Tensor:
         x = F.embedding(tokens, self.model.embed_tokens.weight)
         rope = compute_rope_cos_sin(positions, self.config, x.dtype)
-        for block in self.model.layers:
-            x = block(x, rope, attention)
+        for layer in self.model.layers:
+            x = layer(x, rope, attention)
         return self.model.norm(x)
 
     def set_backend(self, backend: AttentionBackend) -> None:
-        """How attention is computed, and whether all is exact (model/varlen_attention.py). Before it is sharded."""
+        """Set how attention is computed, and whether all is exact (model/varlen_attention.py).
+
+        Call it before the decoder is sharded.
+        """
         self.backend = backend
-        for block in self.model.layers:
-            block.mlp.exact = backend.exact
+        for layer in self.model.layers:
+            layer.mlp.exact = backend.exact
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """(V', C): the rows of the head that the tokenizer can reach; the embedding's own when
-        tied.
+        """Return the head's rows that the tokenizer can reach, (V', C).
+
+        They are the embedding's own when tied.
         """
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return head.weight[: self.reachable]

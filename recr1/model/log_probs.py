@@ -1,9 +1,11 @@
-"""The policy's distribution, defined once for sampler and trainer (DESIGN decision 1): p =
-softmax(logits / temperature).
+"""The policy's distribution, defined once for sampler and trainer (DESIGN decision 1).
 
-Temperature is part of the policy, and ids that the tokenizer lacks are no part of it:
-`Decoder.head_weight` ends before them. Legend: M packed tokens, N trained tokens, C width, V
-vocabulary.
+    p = softmax(logits / temperature)
+
+Temperature is part of the policy. Ids that the tokenizer lacks are not: `Decoder.head_weight` ends
+before them.
+
+Legend: M packed tokens, N trained tokens, C width, V vocabulary.
 """
 
 from typing import NamedTuple
@@ -16,26 +18,34 @@ from recr1.model.packed_attention import PackedAttention
 
 
 class TokenDistribution(NamedTuple):
-    """p = weights / total for each of N positions; log p = scaled - log_norm."""
+    """p = weights / total for each of N positions; log p = scaled - logsumexp."""
 
     scaled: torch.Tensor  # (N, V) logits / temperature, at least float32; float64 stays float64
     weights: torch.Tensor  # (N, V) exp(scaled - max)
-    total: torch.Tensor  # (N, 1) their sum
-    log_norm: torch.Tensor  # (N, 1) logsumexp(scaled)
+    total: torch.Tensor  # (N, 1) sum of the weights
+    logsumexp: torch.Tensor  # (N, 1) logsumexp(scaled)
 
     def logp(self, target: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of target (N, K) -> (N, K)."""
-        return self.scaled.gather(-1, target) - self.log_norm
+        """Return log-probabilities of target (N, K) -> (N, K)."""
+        return self.scaled.gather(-1, target) - self.logsumexp
 
     def entropy(self) -> torch.Tensor:
-        """-sum p log p, (N,) nats."""
-        return (
-            self.log_norm - torch.linalg.vecdot(self.weights, self.scaled)[:, None] / self.total
-        )[:, 0]
+        """Return -sum p log p, (N,) nats."""
+        weighted_sum = torch.linalg.vecdot(self.weights, self.scaled)[:, None]
+        entropy = self.logsumexp - weighted_sum / self.total  # (N, 1)
+        return entropy[:, 0]
+
+
+class HeadInputs(NamedTuple):
+    """What the head computes log-probs of."""
+
+    hidden: torch.Tensor  # (N, C) the states that predict
+    weight: torch.Tensor  # (V, C)
+    target: torch.Tensor  # (N,)
 
 
 def make_distribution(logits: torch.Tensor, temperature: float) -> TokenDistribution:
-    """logits (N, V) -> Policy."""
+    """Make the policy's distribution of logits (N, V)."""
     scaled = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1.0:
         scaled = scaled / temperature
@@ -48,45 +58,45 @@ def make_distribution(logits: torch.Tensor, temperature: float) -> TokenDistribu
 def compute_log_probs(
     model: torch.nn.Module, batch: MicroBatch, temperature: float, kernels: str = "torch"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob (N,) with gradient and entropy (N,) of the batch's targets, by a Decoder, sharded or
-    not.
+    """Compute log-prob (N,) and entropy (N,) of the batch's targets, with gradient.
+
+    `model` is a Decoder, sharded or not.
     """
     with model.root():  # one gather for embedding and head
-        return linear_log_probs(
-            *_head_inputs(model, batch), temperature, make_distribution, kernels
-        )
+        inputs = _compute_head_inputs(model, batch)
+        return linear_log_probs(*inputs, temperature, make_distribution, kernels)
 
 
 def compute_fused_loss(
     model: torch.nn.Module,
     batch: MicroBatch,
     temperature: float,
-    pull: TokenLoss,
+    token_loss: TokenLoss,
     kernels: str = "torch",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One shot: the loss that `pull` (kernels/logprob.py) makes of the log-probs, with gradient;
-    log-prob (N,) and entropy (N,) without.
+    """Compute the loss that `token_loss` makes of the log-probs, in one shot.
+
+    Returns:
+        The loss, a scalar with gradient; log-prob (N,) and entropy (N,) without gradient.
     """
     with model.root():
-        return fused_linear_loss(
-            *_head_inputs(model, batch), temperature, make_distribution, pull, kernels
-        )
+        inputs = _compute_head_inputs(model, batch)
+        return fused_linear_loss(*inputs, temperature, make_distribution, token_loss, kernels)
 
 
-def get_lm_head_weight(model) -> torch.Tensor:
-    """The head's weight (V, C) as logits are made with it: in float32 where model.head_float32 says
-    so.
+def get_lm_head_weight(model: torch.nn.Module) -> torch.Tensor:
+    """Return the head's weight (V, C) that logits are made with.
+
+    It is float32 where model.head_float32 says so.
     """
-    return model.head_weight.float() if model.backend.float32_head else model.head_weight
+    weight = model.head_weight
+    return weight.float() if model.backend.float32_head else weight
 
 
-def _head_inputs(model, batch: MicroBatch):
-    """Hidden states that predict (N, C), head weight (V, C), targets (N,)."""
-    # (M, C)
-    hidden = model(
-        batch.tokens,
-        batch.positions,
-        PackedAttention(*batch.layout, batch.tokens.device, model.backend),
-    )
-    head = get_lm_head_weight(model)
-    return hidden.index_select(0, batch.predict_from).to(head.dtype), head, batch.target
+def _compute_head_inputs(model: torch.nn.Module, batch: MicroBatch) -> HeadInputs:
+    """Run the model over the batch and select the hidden states that predict."""
+    attention = PackedAttention(*batch.layout, batch.tokens.device, model.backend)
+    hidden = model(batch.tokens, batch.positions, attention)  # (M, C)
+    weight = get_lm_head_weight(model)
+    predicting = hidden.index_select(0, batch.predict_from)  # (N, C)
+    return HeadInputs(predicting.to(weight.dtype), weight, batch.target)

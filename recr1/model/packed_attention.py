@@ -1,9 +1,19 @@
-"""attend() over a packed layout. Legend: M packed tokens, P prompts, R rollouts, H query heads, K
-kv heads, D head dim.
+"""Attention over a packed layout.
 
-Prompts read themselves causally, once per group; completions read their prompt's keys and their
-own. The gradient of a prompt's keys is the sum over its siblings, as in the padded way, but its
-rows are computed once (DESIGN decision 14).
+Prompts read themselves causally, once per group. Completions read their prompt's keys and their
+own. The gradient of a prompt's keys is the sum over its siblings, as with padded rows, but its rows
+are computed once (DESIGN decision 14). A prompt `a b` with two completions that begin with c and d:
+
+    row               0   1 |  2 |  3
+    token             a   b |  c |  d
+
+    row 0 reads       a               keys of the prompt:        rows 0 1 . .
+    row 1 reads       a   b           (padded to SLOT_MULTIPLE)
+    row 2 reads       a   b    c      keys of completion c:      rows 0 1 2 .
+    row 3 reads       a   b        d  keys of completion d:      rows 0 1 3 .
+
+Legend: M packed tokens, P prompts, R rollouts, H query heads, K kv heads, D head dim, B sequences,
+T queries of a sequence, S key slots of a sequence.
 """
 
 from __future__ import annotations
@@ -15,30 +25,34 @@ import torch.nn.functional as F
 
 from recr1.model.varlen_attention import AttentionBackend
 
-# Query rows and key slots are padded to these, and keys stand in one order, so that sampler and
-# trainer sum alike: on CPU in float32
-# the mean |sampler - trainer| log-prob falls from 1.4e-7 to 3e-9, the 99.9th percentile from 9e-6
-# to 1e-6, at no measurable cost.
+# Query rows and key slots are padded to these, and keys are in one order, so that sampler and
+# trainer sum alike: on CPU in float32 the mean |sampler - trainer| log-prob falls from 1.4e-7 to
+# 3e-9, the 99.9th percentile from 9e-6 to 1e-6, at no measurable cost.
 ROW_MULTIPLE = 4
 
 SLOT_MULTIPLE = 16
 
-# slots that an exact product sums at once: MKL cuts longer sums by their length, of which masked
-# slots are part
-BLOCK_BYTES = 128
+# Slots that an exact product sums at once: MKL cuts longer sums by their length, in which masked
+# slots are counted.
+EXACT_BLOCK_SLOTS = 128
 
-# queries x keys of a row below which a plain product beats SDPA's blocks on CPU (4.6x at 12 x 24,
-# 1.3x at 128 x 256)
+# Queries x keys of a row below which a plain product is faster than SDPA's blocks on CPU (4.6x at
+# 12 x 24, 1.3x at 128 x 256).
 SHORT_ROWS = 64 * 128
+
+SDPA = AttentionBackend()
 
 
 class PackedAttention:
-    """softmax(q k^T / sqrt(D)) v for the rows of one layout (data_types.py); call it as (layer, q, k,
-    v).
+    """Compute softmax(q k^T / sqrt(D)) v for the rows of one layout (data_types.py).
 
-    q (M, H, D), k and v (M, K, D) -> (M, H, D). Index tensors are made once and serve all layers.
-    SDPA needs padded rows: padding lives only inside the call, at the end of a row, where causality
-    or the mask hides it. `varlen` (model/varlen_attention.py) needs none.
+    Call it as (layer, q, k, v): q (M, H, D), k and v (M, K, D) -> (M, H, D). Index tensors are made
+    once and serve all layers. SDPA needs padded rows: padding exists only inside the call, at the
+    end of a row, where causality or the mask hides it. `backend.varlen` (model/varlen_attention.py)
+    needs none.
+
+    Args:
+        prompt_lengths: (P,); completion_lengths: (R,); prompt_of: (R,). See PackedLayout.
     """
 
     def __init__(
@@ -46,158 +60,207 @@ class PackedAttention:
         prompt_lengths: torch.Tensor,
         completion_lengths: torch.Tensor,
         prompt_of: torch.Tensor,
-        device=None,
-        backend: AttentionBackend = AttentionBackend(),
+        device: torch.device | str | None = None,
+        backend: AttentionBackend = SDPA,
     ):
         self.varlen = backend.varlen and backend.varlen(
             prompt_lengths, completion_lengths, prompt_of, device
         )
         self.exact = backend.exact
-        # (P,), (R,), (R,)
-        lengths, own, prompt_of = (
-            t.to(device) for t in (prompt_lengths, completion_lengths, prompt_of)
-        )
-        start = lengths.cumsum(0) - lengths
-        own_start = lengths.sum() + own.cumsum(0) - own
-        # keys of sequence i as the sampler's cache holds them: a completion's prompt's, then its
-        # own, without a gap
-        # (R,)
-        before = lengths[prompt_of]
-        whole = lengths[prompt_of] + own
-        slot = torch.arange(round_up(whole, SLOT_MULTIPLE), device=device)
-        self.keys_p, _ = _pad_rows(start, lengths, round_up(lengths, SLOT_MULTIPLE))  # (P, S)
-        self.keys_c = torch.where(
-            slot < before[:, None],
-            start[prompt_of, None] + slot,
-            # (R, S')
-            torch.where(slot < whole[:, None], (own_start - before)[:, None] + slot, 0),
-        )
+
+        # All prompts come first, then all completions.
+        prompt_lengths = prompt_lengths.to(device)
+        completion_len = completion_lengths.to(device)
+        prompt_of = prompt_of.to(device)
+        prompt_start = prompt_lengths.cumsum(0) - prompt_lengths  # (P,)
+        completion_start = prompt_lengths.sum() + completion_len.cumsum(0) - completion_len  # (R,)
+        prompt_len = prompt_lengths[prompt_of]  # (R,)
+        total_len = prompt_len + completion_len  # (R,)
+
+        # Keys of a sequence as the sampler's cache holds them: a completion's are its prompt's,
+        # then its own, without a gap.
+        num_slots = _round_up_longest(prompt_lengths, SLOT_MULTIPLE)
+        self.keys_p, _ = _pad_rows(prompt_start, prompt_lengths, num_slots)  # (P, S)
+        slot = torch.arange(_round_up_longest(total_len, SLOT_MULTIPLE), device=device)
+        is_prompt_key = slot < prompt_len[:, None]  # (R, S)
+        is_key = slot < total_len[:, None]
+        prompt_row = prompt_start[prompt_of, None] + slot
+        completion_row = (completion_start - prompt_len)[:, None] + slot
+        completion_row = torch.where(is_key, completion_row, 0)
+        self.keys_c = torch.where(is_prompt_key, prompt_row, completion_row)  # (R, S)
         if self.varlen:
             return
-        self.rows_p, real_p = _pad_rows(start, lengths, round_up(lengths, ROW_MULTIPLE))  # (P, L)
-        self.rows_c, real_c = _pad_rows(own_start, own, round_up(own, ROW_MULTIPLE))  # (R, T)
-        self.unpad_p = real_p.flatten().nonzero()[:, 0]
-        self.unpad_c = real_c.flatten().nonzero()[:, 0]
+
+        # Queries, and where the real ones are among the padded.
+        num_rows = _round_up_longest(prompt_lengths, ROW_MULTIPLE)
+        self.queries_p, is_real = _pad_rows(prompt_start, prompt_lengths, num_rows)  # (P, T)
+        self.unpad_p = is_real.flatten().nonzero()[:, 0]
+        num_rows = _round_up_longest(completion_len, ROW_MULTIPLE)
+        self.queries_c, is_real = _pad_rows(completion_start, completion_len, num_rows)  # (R, T)
+        self.unpad_c = is_real.flatten().nonzero()[:, 0]
+
+        nothing_before = torch.zeros_like(prompt_lengths[:1])
         self.mask_p = _make_causal_mask(
-            torch.zeros_like(lengths[:1]), self.rows_p.shape[1], self.keys_p.shape[1]
+            nothing_before, self.queries_p.shape[1], self.keys_p.shape[1]
         )
-        self.mask_c = _make_causal_mask(before, self.rows_c.shape[1], len(slot))
+        self.mask_c = _make_causal_mask(prompt_len, self.queries_c.shape[1], len(slot))
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         if self.varlen:
             return self.varlen(q, k, v)
-        out = _attend(
-            _gather_rows(q, self.rows_p),
+        prompts = _attend(
+            _gather_rows(q, self.queries_p),
             _gather_rows(k, self.keys_p),
             _gather_rows(v, self.keys_p),
             self.mask_p,
             self.exact,
         )
-        out = out.transpose(1, 2).flatten(0, 1).index_select(0, self.unpad_p)
+        prompts = _unpad_rows(prompts, self.unpad_p)
         if not len(self.unpad_c):
-            return out
+            return prompts
         completions = _attend(
-            _gather_rows(q, self.rows_c),
+            _gather_rows(q, self.queries_c),
             _gather_rows(k, self.keys_c),
             _gather_rows(v, self.keys_c),
             self.mask_c,
             self.exact,
         )
-        return torch.cat(
-            [out, completions.transpose(1, 2).flatten(0, 1).index_select(0, self.unpad_c)]
-        )
-
-
-def round_up(lengths: torch.Tensor, multiple: int) -> int:
-    """The longest of `lengths`, rounded up to a multiple."""
-    return -(-int(lengths.max()) // multiple) * multiple if len(lengths) else 0
+        completions = _unpad_rows(completions, self.unpad_c)
+        return torch.cat([prompts, completions])
 
 
 def attend_decode(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, exact: bool = False
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    decode_bias: torch.Tensor,
+    exact: bool = False,
 ) -> torch.Tensor:
-    """Decode: one query per row. q (B, H, D), k and v (B, K, S, D), mask of `reads` (B, 1, 1, 1, S)
-    -> (B, H, D).
+    """Attend from one query per row, for decoding.
 
-    The H/K query heads of a kv head stand as rows of one small product: heads are never repeated. S
-    is a multiple of SLOTS.
+    The H/K query heads of a kv head are the rows of one small product: heads are never repeated.
+
+    Args:
+        q: (B, H, D); k, v: (B, K, S, D), S a multiple of SLOT_MULTIPLE.
+        decode_bias: (B, 1, 1, 1, S) of `make_decode_bias`.
+
+    Returns:
+        (B, H, D)
     """
     B, H, D = q.shape
-    q = q.view(B, k.shape[1], -1, D)
-    per_head = q.shape[2]
-    return _eager_attention(
-        F.pad(q, (0, 0, 0, -per_head % ROW_MULTIPLE))[:, :, None], k, v, mask, exact
-    )[:, :, 0, :per_head].reshape(B, H, D)
+    q = q.view(B, k.shape[1], -1, D)  # (B, K, H/K, D)
+    heads_per_kv = q.shape[2]
+    padded = F.pad(q, (0, 0, 0, -heads_per_kv % ROW_MULTIPLE))
+    out = _eager_attention(padded[:, :, None], k, v, decode_bias, exact)
+    return out[:, :, 0, :heads_per_kv].reshape(B, H, D)
 
 
-def make_decode_bias(last: torch.Tensor, slots: int, dtype) -> torch.Tensor:
-    """What is added to scores so that row b reads slots 0 .. last[b]: 0 or -inf, (B, 1, 1, 1,
-    slots).
+def make_decode_bias(last: torch.Tensor, num_slots: int, dtype: torch.dtype) -> torch.Tensor:
+    """Make what is added to scores so that row b reads slots 0 .. last[b] only.
+
+    Returns 0 or -inf, (B, 1, 1, 1, num_slots).
     """
-    beyond = torch.arange(slots, device=last.device) > last[:, None]
-    return torch.zeros(beyond.shape, dtype=dtype, device=last.device).masked_fill_(
-        beyond, float("-inf")
-    )[:, None, None, None]
+    is_beyond = torch.arange(num_slots, device=last.device) > last[:, None]
+    zeros = torch.zeros(is_beyond.shape, dtype=dtype, device=last.device)
+    decode_bias = zeros.masked_fill_(is_beyond, float("-inf"))
+    return decode_bias[:, None, None, None]
 
 
-def _make_causal_mask(before: torch.Tensor, width: int, keys: int) -> torch.Tensor:
-    """Query t of row b reads slots 0 .. before[b] + t. before (B,) -> (B, 1, width, keys)."""
-    last = before[:, None] + torch.arange(width, device=before.device)  # (B, width)
-    return (torch.arange(keys, device=before.device) <= last[..., None])[:, None]
+def _make_causal_mask(num_before: torch.Tensor, num_queries: int, num_slots: int) -> torch.Tensor:
+    """Make the mask by which query t of sequence b reads slots 0 .. num_before[b] + t.
+
+    num_before (B,) -> bool (B, 1, num_queries, num_slots).
+    """
+    query = torch.arange(num_queries, device=num_before.device)
+    last = num_before[:, None] + query  # (B, T)
+    slot = torch.arange(num_slots, device=num_before.device)
+    causal_mask = slot <= last[..., None]  # (B, T, S)
+    return causal_mask[:, None]
+
+
+def _round_up_longest(lengths: torch.Tensor, multiple: int) -> int:
+    """Return the longest of `lengths`, rounded up to a multiple; 0 when there is none."""
+    if not len(lengths):
+        return 0
+    return -(-int(lengths.max()) // multiple) * multiple
 
 
 def _pad_rows(
-    start: torch.Tensor, lengths: torch.Tensor, width: int
+    start: torch.Tensor, lengths: torch.Tensor, padded_len: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row numbers (B, width) of each sequence and which are real; padding points at row 0 and is
-    masked or dropped.
+    """Return the packed rows (B, padded_len) of each sequence, and which are real.
+
+    Padding points at row 0 and is masked or dropped.
     """
-    slot = torch.arange(width, device=start.device)
-    real = slot < lengths[:, None]
-    return torch.where(real, start[:, None] + slot, 0), real
+    slot = torch.arange(padded_len, device=start.device)
+    is_real = slot < lengths[:, None]
+    rows = torch.where(is_real, start[:, None] + slot, 0)
+    return rows, is_real
 
 
 def _gather_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """(M, heads, D) -> (B, heads, S, D). index_select, not x[rows]: its backward is deterministic
-    and fast on CPU.
+    """Gather padded sequences: x (M, heads, D), rows (B, S) -> (B, heads, S, D).
+
+    By index_select, not by x[rows]: its backward is deterministic and fast on CPU.
     """
-    return x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
+    gathered = x.index_select(0, rows.flatten())
+    return gathered.view(*rows.shape, *x.shape[1:]).transpose(1, 2)
+
+
+def _unpad_rows(x: torch.Tensor, real_rows: torch.Tensor) -> torch.Tensor:
+    """Drop the padding of x (B, H, T, D) -> (number of real rows, H, D)."""
+    return x.transpose(1, 2).flatten(0, 1).index_select(0, real_rows)
 
 
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, exact: bool
 ) -> torch.Tensor:
-    """q (B, H, T, D), k and v (B, K, S, D), mask (B or 1, 1, T, S) of which keys are read -> (B, H,
-    T, D).
+    """Attend over padded sequences, by SDPA or, for short rows, by a plain product.
+
+    Args:
+        q: (B, H, T, D); k, v: (B, K, S, D).
+        mask: bool (B or 1, 1, T, S), True where a key is read.
+
+    Returns:
+        (B, H, T, D)
     """
-    B, H, T, D = q.shape
+    H, T = q.shape[1:3]
     K, S = k.shape[1:3]
     if T * S > SHORT_ROWS and not exact:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != K)
-    hidden = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(
-        ~mask, float("-inf")
-    )
-    return _eager_attention(q.unflatten(1, (K, -1)), k, v, hidden[:, :, None], exact).flatten(1, 2)
+    zeros = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
+    attention_bias = zeros.masked_fill_(~mask, float("-inf"))
+    grouped_q = q.unflatten(1, (K, -1))  # (B, K, H/K, T, D)
+    out = _eager_attention(grouped_q, k, v, attention_bias[:, :, None], exact)
+    return out.flatten(1, 2)
 
 
 def _eager_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, hidden: torch.Tensor, exact: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    attention_bias: torch.Tensor,
+    exact: bool,
 ) -> torch.Tensor:
-    """q (B, K, H/K, T, D), k and v (B, K, S, D), hidden (B or 1, 1, 1, T, S), -inf where not read
-    -> (B, K, H/K, T, D): heads are not repeated.
+    """Compute attention by plain products; heads are not repeated.
 
-    `exact` (CPU, float32): a query's result is a function of itself and the keys it reads, bit for
-    bit, whatever B, T and S are.
+    Args:
+        q: (B, K, H/K, T, D); k, v: (B, K, S, D).
+        attention_bias: (B or 1, 1, 1, T, S), -inf where a key is not read.
+        exact: on CPU in float32 a query's result is a function of itself and the keys that it
+            reads, bit for bit, whatever B, T and S are.
+
+    Returns:
+        (B, K, H/K, T, D)
     """
-    weights = ((q * q.shape[-1] ** -0.5) @ k[:, :, None].mT + hidden).softmax(-1)
+    scale = q.shape[-1] ** -0.5
+    # In one expression: a name would hold the scores, (.., T, S), in memory beside the weights.
+    weights = ((q * scale) @ k[:, :, None].mT + attention_bias).softmax(-1)
+    v = v[:, :, None]
     if not exact:
-        return weights @ v[:, :, None]
-    return reduce(
-        torch.add,
-        (
-            w @ x
-            for w, x in zip(weights.split(BLOCK_BYTES, -1), v[:, :, None].split(BLOCK_BYTES, -2))
-        ),
-    )
+        return weights @ v
+    blocks = zip(weights.split(EXACT_BLOCK_SLOTS, -1), v.split(EXACT_BLOCK_SLOTS, -2))
+    products = (block_weights @ block_v for block_weights, block_v in blocks)
+    return reduce(torch.add, products)

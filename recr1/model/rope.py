@@ -1,4 +1,7 @@
-"""Rotary position embeddings (RoFormer, arXiv 2104.09864) and the shape of a decoder."""
+"""Rotary position embeddings (RoFormer, arXiv 2104.09864) and the shape of a decoder.
+
+Legend: M packed tokens, D head dim.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,8 +12,9 @@ import torch
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3.1's rope for contexts longer than it was first trained on ("llama3" in config.json):
-    see `frequencies`.
+    """Llama 3.1's rope for contexts longer than it was first trained on, "llama3" in config.json.
+
+    See `compute_inv_freq`.
     """
 
     factor: float
@@ -21,7 +25,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The shape, in config.json's words."""
+    """The shape of a decoder, in config.json's words."""
 
     family: str  # qwen2 | qwen3 | llama
     vocab_size: int
@@ -39,37 +43,49 @@ class DecoderConfig:
 
 
 @lru_cache
-def compute_inv_freq(c: DecoderConfig, device, dtype) -> torch.Tensor:
-    """(D/2,): radians per position of RoPE's pairs (RoFormer, eq. 15), made once. Each operation is
-    transformers' own: at position 8000 another order of them turns a pair by 5e-4 less in float32.
+def compute_inv_freq(
+    config: DecoderConfig, device: torch.device | str, dtype: torch.dtype
+) -> torch.Tensor:
+    """Compute the radians per position of RoPE's pairs, (D/2,) (RoFormer, eq. 15).
+
+    Each operation is transformers' own: at position 8000 another order of them turns a pair by 5e-4
+    less in float32.
 
     Scaled (Llama 3.1): a pair that turns more often than `high_freq_factor` times in the original
-    context stays, one that turns less often than `low_freq_factor` is slowed by `factor`, and the
-    pairs between go from one to the other in a straight line.
+    context keeps its frequency, one that turns less often than `low_freq_factor` times is slowed
+    down by `factor`, and between them the frequency is interpolated linearly.
     """
-    speed = 1 / c.rope_theta ** (
-        torch.arange(0, c.head_dim, 2, device=device, dtype=dtype) / c.head_dim
-    )
-    if (s := c.rope_scaling) is None:
-        return speed
-    turns = s.original_max_position_embeddings * speed / (2 * pi)
-    stay = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
-    return stay * speed + (1 - stay) * speed / s.factor
+    pair = torch.arange(0, config.head_dim, 2, device=device, dtype=dtype)
+    inv_freq = 1 / config.rope_theta ** (pair / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inv_freq
+    turns_in_context = scaling.original_max_position_embeddings * inv_freq / (2 * pi)
+    smooth_range = scaling.high_freq_factor - scaling.low_freq_factor
+    smooth_factor = ((turns_in_context - scaling.low_freq_factor) / smooth_range).clamp(0, 1)
+    return smooth_factor * inv_freq + (1 - smooth_factor) * inv_freq / scaling.factor
 
 
 def compute_rope_cos_sin(
-    positions: torch.Tensor, c: DecoderConfig, dtype
+    positions: torch.Tensor, config: DecoderConfig, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of RoPE's angles, each (M, 1, D), for halves laid out as Hugging Face does."""
-    wide = torch.promote_types(dtype, torch.float32)
-    angle = positions.to(wide)[:, None] * compute_inv_freq(c, positions.device, wide)  # (M, D/2)
-    return tuple(
-        torch.cat([x, x], dim=-1)[:, None] for x in (angle.cos().to(dtype), angle.sin().to(dtype))
-    )
+    """Compute cos and sin of RoPE's angles, each (M, 1, D), for halves as Hugging Face has them."""
+    angle_dtype = torch.promote_types(dtype, torch.float32)
+    inv_freq = compute_inv_freq(config, positions.device, angle_dtype)
+    angles = positions.to(angle_dtype)[:, None] * inv_freq  # (M, D/2)
+    cos = angles.cos().to(dtype)
+    sin = angles.sin().to(dtype)
+    cos = torch.cat([cos, cos], dim=-1)[:, None]
+    sin = torch.cat([sin, sin], dim=-1)[:, None]
+    return cos, sin
 
 
 def apply_rotary_emb(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turns each pair (x_i, x_{i+D/2}) by its angle. x (M, heads, D)."""
+    """Turn each pair (x_i, x_{i+D/2}) by its angle. x (M, heads, D)."""
     cos, sin = rope
+    return x * cos + _rotate_half(x) * sin
+
+
+def _rotate_half(x: torch.Tensor) -> torch.Tensor:
     half = x.shape[-1] // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+    return torch.cat([-x[..., half:], x[..., :half]], dim=-1)

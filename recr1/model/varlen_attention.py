@@ -1,14 +1,14 @@
-"""Attention over packed rows of unequal length without padding, by FlashAttention on a GPU: torch's
-varlen_attn or the package flash-attn.
+"""Attention over packed rows of unequal length without padding, by FlashAttention on a GPU.
 
-Legend: P prompts, R rollouts, B sequences, M packed tokens, H query heads, K kv heads, D head dim.
+The kernel is torch's varlen_attn or that of the package flash-attn. It takes q (M, H, D), k and v
+(N, K, D), cu_q and cu_k (B + 1,) int32, the cumulative lengths, and max_q and max_k, the longest,
+as Python ints. It is causal from the end: where a sequence has fewer queries than keys, its last
+query reads all of them. flash-attn does so from 2.1 on (docstring of flash_attn_varlen_func:
+"aligned to the bottom right corner"), and so do the same kernels inside torch (pull request 193630:
+"Flash variable-length attention aligns the causal diagonal to the bottom right").
 
-A kernel takes q (M, H, D), k and v (N, K, D), cu_q and cu_k (B + 1,) int32, the cumulative lengths,
-max_q and max_k, the longest, as Python ints. It is causal from the end: where a sequence has fewer
-queries than keys, its last query reads all of them. flash-attn does so from 2.1 on (docstring of
-flash_attn_varlen_func: "aligned to the bottom right corner"), and so do the same kernels inside
-torch (pull request 193630: "Flash variable-length attention aligns the causal diagonal to the
-bottom right").
+Legend: P prompts, R rollouts, B sequences, M packed tokens, N keys, H query heads, K kv heads,
+D head dim.
 """
 
 from __future__ import annotations
@@ -26,53 +26,60 @@ class AttentionUnavailable(ValueError):
 
 
 class AttentionBackend(NamedTuple):
-    """How attention over packed rows is computed, and what a run says of it."""
+    """How attention over packed rows is computed, and what a run prints about it."""
 
     name: str = "sdpa"
-    # (lengths, own, prompt_of, device) -> Varlen; None: SDPA over padded rows (model/packed_attention.py)
+    # (prompt_lengths, completion_lengths, prompt_of, device) -> VarlenAttention; None: SDPA over
+    # padded rows (model/packed_attention.py)
     varlen: Callable | None = None
     note: str = ""
     float32_head: bool = False  # model.head_float32: see log_probs.get_lm_head_weight
     exact: bool = False  # model.batch_invariant: see packed_attention._eager_attention
 
     def __str__(self) -> str:
-        said = "; ".join(filter(None, (self.note, "batch invariant" * self.exact)))
-        return f"{self.name} ({said})" if said else self.name
+        notes = []
+        if self.note:
+            notes.append(self.note)
+        if self.exact:
+            notes.append("batch invariant")
+        return f"{self.name} ({'; '.join(notes)})" if notes else self.name
 
 
 def choose_attention(
     asked: str, grouped: bool, head_dim: int, compute: torch.dtype, device: torch.device
 ) -> AttentionBackend:
-    """model.attention -> Backend. `grouped`: fewer kv heads than query heads. auto: varlen where it
-    can run, else sdpa, never flash.
+    """Choose the backend that model.attention names.
 
-    Raises Unusable when one that is named cannot run.
+    auto is varlen where it can run, else sdpa, never flash. Raises AttentionUnavailable when one
+    that is named cannot run.
+
+    Args:
+        asked: sdpa, varlen, flash or auto.
+        grouped: whether there are fewer kv heads than query heads.
     """
     if asked == "sdpa":
         return AttentionBackend()
+    name = "flash" if asked == "flash" else "varlen"
     try:
-        name = "flash" if asked == "flash" else "varlen"
         _check_flash_limits(name, head_dim, compute, device)
         kernel, note = _load_flash() if asked == "flash" else _load_varlen(grouped)
     except AttentionUnavailable as e:
         if asked == "auto":
             return AttentionBackend(note=f"auto: {e}")
         raise
-    return AttentionBackend(
-        name,
-        partial(VarlenAttention, kernel),
-        "; ".join(
-            filter(
-                None, [f"auto: torch {torch.__version__} has it" if asked == "auto" else "", note]
-            )
-        ),
-    )
+
+    notes = []
+    if asked == "auto":
+        notes.append(f"auto: torch {torch.__version__} has it")
+    if note:
+        notes.append(note)
+    return AttentionBackend(name, partial(VarlenAttention, kernel), "; ".join(notes))
 
 
 def _check_flash_limits(
     name: str, head_dim: int, compute: torch.dtype, device: torch.device
 ) -> None:
-    """What FlashAttention's kernels ask for, from whichever package."""
+    """Raise AttentionUnavailable where FlashAttention's kernels, of either package, cannot run."""
     if device.type != "cuda":
         raise AttentionUnavailable(
             f"{name} needs a GPU, this process computes on the {device.type}"
@@ -82,33 +89,40 @@ def _check_flash_limits(
             f"{name} is for NVIDIA's GPUs; how ROCm's kernels align short queries was not checked"
         )
     if compute not in (torch.bfloat16, torch.float16):
+        compute_name = str(compute).removeprefix("torch.")
         raise AttentionUnavailable(
-            f"{name} computes in bfloat16 or float16, model.compute is {str(compute).removeprefix('torch.')}"
+            f"{name} computes in bfloat16 or float16, model.compute is {compute_name}"
         )
     if torch.cuda.get_device_capability(device) < (8, 0):
         raise AttentionUnavailable(
-            f"{name} needs an Ampere GPU (compute capability 8.0) or newer, this is {torch.cuda.get_device_name(device)}"
+            f"{name} needs an Ampere GPU (compute capability 8.0) or newer, "
+            f"this is {torch.cuda.get_device_name(device)}"
         )
     # flash-attn pads to a multiple of 8 itself
-    if head_dim > 256 or name == "varlen" and head_dim % 8:
+    needs_multiple = name == "varlen"
+    if head_dim > 256 or needs_multiple and head_dim % 8:
+        multiple = ", a multiple of 8" if needs_multiple else ""
         raise AttentionUnavailable(
-            f"{name} needs a head_dim of at most 256{', a multiple of 8' * (name == 'varlen')}; the model's is {head_dim}"
+            f"{name} needs a head_dim of at most 256{multiple}; the model's is {head_dim}"
         )
 
 
 def _load_varlen(grouped: bool) -> tuple[Callable, str]:
-    """varlen_attn of this torch, by its signature: window_size from 2.11 on (2.10 had is_causal),
+    """Return varlen_attn of this torch, causal, and a note.
+
+    What it can do is read from its signature: window_size from 2.11 on (2.10 had is_causal),
     enable_gqa from 2.12 on.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn
 
-        takes = inspect.signature(varlen_attn).parameters
+        parameters = inspect.signature(varlen_attn).parameters
     except ImportError:
-        takes = {}
-    if "window_size" not in takes:
+        parameters = {}
+    if "window_size" not in parameters:
         raise AttentionUnavailable(
-            f"varlen needs torch.nn.attention.varlen.varlen_attn with window_size, torch 2.11's or newer; this is torch {torch.__version__}"
+            "varlen needs torch.nn.attention.varlen.varlen_attn with window_size, "
+            f"torch 2.11's or newer; this is torch {torch.__version__}"
         )
     if not torch.backends.cuda.is_flash_attention_available():
         raise AttentionUnavailable(
@@ -117,27 +131,30 @@ def _load_varlen(grouped: bool) -> tuple[Callable, str]:
     causal = partial(varlen_attn, window_size=(-1, 0))  # a tuple: 2.11 to 2.13 compare it with one
     if not grouped:
         return causal, ""
-    if "enable_gqa" in takes:
+    if "enable_gqa" in parameters:
         return partial(causal, enable_gqa=True), ""
-    return partial(
-        _repeat_heads, causal
-    ), "keys and values are repeated for every query head: torch before 2.12 has no enable_gqa"
+    note = "keys and values are repeated for every query head: torch before 2.12 has no enable_gqa"
+    return partial(_repeat_heads, causal), note
 
 
 def _load_flash() -> tuple[Callable, str]:
+    """Return flash_attn_varlen_func of the package flash-attn, causal, and a note."""
     try:
         import flash_attn
 
         kernel = flash_attn.flash_attn_varlen_func
         version = flash_attn.__version__
     except (ImportError, AttributeError) as e:
+        reason = " ".join(str(e).split())
         raise AttentionUnavailable(
-            f"flash needs the package flash-attn 2.1 or newer, which is not usable here ({' '.join(str(e).split())}); "
-            "varlen needs no package"
+            "flash needs the package flash-attn 2.1 or newer, which is not usable here "
+            f"({reason}); varlen needs no package"
         ) from None
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 1):
+    numbers = [int(number) for number in re.findall(r"\d+", version)]
+    if tuple(numbers[:2]) < (2, 1):
         raise AttentionUnavailable(
-            f"flash needs flash-attn 2.1 or newer, which aligns a short query with the end of its keys; this is {version}"
+            "flash needs flash-attn 2.1 or newer, which aligns a short query with the end of its "
+            f"keys; this is {version}"
         )
     return partial(kernel, causal=True), f"flash-attn {version}"
 
@@ -145,70 +162,95 @@ def _load_flash() -> tuple[Callable, str]:
 def _repeat_heads(
     kernel: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *lengths
 ) -> torch.Tensor:
-    """The one place where heads are repeated: varlen_attn of torch 2.11 is documented for as many
-    kv heads as query heads only.
+    """Repeat kv heads for every query head; this is the one place where heads are repeated.
+
+    varlen_attn of torch 2.11 is documented only for as many kv heads as query heads.
     """
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    heads_per_kv = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(heads_per_kv, 1)
+    v = v.repeat_interleave(heads_per_kv, 1)
     return kernel(q, k, v, *lengths)
 
 
-class VarlenAttention:
-    """Attention of one layout (data_types.py) by a kernel; call it as (q, k, v): (M, H, D), (M, K, D),
-    (M, K, D) -> (M, H, D).
+class KernelLengths(NamedTuple):
+    """The lengths of the sequences of one call, in the order of the kernel's arguments."""
 
-    Two calls without a row of padding: prompts over themselves, completions over their prompt's
+    cu_q: torch.Tensor  # (B + 1,) int32
+    cu_k: torch.Tensor  # (B + 1,) int32
+    max_q: int
+    max_k: int
+
+
+class VarlenAttention:
+    """Attention of one layout (data_types.py) by a kernel.
+
+    Call it as (q, k, v): (M, H, D), (M, K, D), (M, K, D) -> (M, H, D). There are two calls of the
+    kernel without a row of padding: prompts over themselves, and completions over their prompt's
     keys and their own.
+
+    Args:
+        prompt_lengths: (P,); completion_lengths: (R,); prompt_of: (R,). They are on the CPU: the
+            longest are then known without waiting for a GPU.
     """
 
     def __init__(
         self,
         kernel: Callable,
-        lengths: torch.Tensor,
-        own: torch.Tensor,
+        prompt_lengths: torch.Tensor,
+        completion_lengths: torch.Tensor,
         prompt_of: torch.Tensor,
-        device=None,
+        device: torch.device | str | None = None,
     ):
-        """lengths (P,), own (R,), prompt_of (R,), on the CPU: the longest are then known without
-        waiting for a GPU.
-        """
         self.kernel = kernel
-        self.prompt_rows = int(lengths.sum())
-        cu = _cumulate_lengths(lengths).to(device)
-        longest = int(lengths.max())
-        # one tensor: torch 2.15 asks for that before it lets cuDNN be causal
-        self.prompts = cu, cu, longest, longest
-        start = lengths.cumsum(0) - lengths
-        own_start = self.prompt_rows + own.cumsum(0) - own
-        # a completion without inputs has no row; in the kernels, sequences without queries go wrong
-        # (flash-attention issues 1537, 1619)
-        own, own_start, prompt_of = (x[own > 0] for x in (own, own_start, prompt_of))
-        self.completions = None
-        if not len(own):
+        self.num_prompt_rows = int(prompt_lengths.sum())
+        # one tensor for both: torch 2.15 asks for that before it lets cuDNN be causal
+        cu_prompt = _cumulate_lengths(prompt_lengths).to(device)
+        longest = int(prompt_lengths.max())
+        self.prompts = KernelLengths(cu_prompt, cu_prompt, longest, longest)
+
+        # A completion without inputs has no row. In the kernels, sequences without queries go wrong
+        # (flash-attention issues 1537, 1619).
+        completion_end = self.num_prompt_rows + completion_lengths.cumsum(0)
+        completion_start = completion_end - completion_lengths
+        has_rows = completion_lengths > 0
+        completion_len = completion_lengths[has_rows]
+        completion_start = completion_start[has_rows]
+        prompt_of = prompt_of[has_rows]
+        self.completions: KernelLengths | None = None
+        if not len(completion_len):
             return
-        before = lengths[prompt_of]
-        cu_k = _cumulate_lengths(lengths[prompt_of] + own)
-        row = torch.arange(len(own)).repeat_interleave(before + own)  # (keys,): whose key it is
-        slot = torch.arange(len(row)) - cu_k[row]  # (keys,): which of them
-        self.keys = torch.where(
-            slot < before[row], start[prompt_of][row] + slot, (own_start - before)[row] + slot
-        ).to(device)
-        self.completions = (
-            _cumulate_lengths(own).to(device),
-            cu_k.to(device),
-            int(own.max()),
-            int((before + own).max()),
+
+        # Rows of the completions' keys: their prompt's, then their own.
+        prompt_start = (prompt_lengths.cumsum(0) - prompt_lengths)[prompt_of]
+        prompt_len = prompt_lengths[prompt_of]
+        total_len = prompt_len + completion_len
+        cu_total = _cumulate_lengths(total_len)
+        # (keys,): whose key it is, and which of them
+        completion = torch.arange(len(completion_len)).repeat_interleave(total_len)
+        slot = torch.arange(len(completion)) - cu_total[completion]
+        prompt_row = prompt_start[completion] + slot
+        completion_row = (completion_start - prompt_len)[completion] + slot
+        is_prompt_key = slot < prompt_len[completion]
+        self.keys = torch.where(is_prompt_key, prompt_row, completion_row).to(device)
+        self.completions = KernelLengths(
+            _cumulate_lengths(completion_len).to(device),
+            cu_total.to(device),
+            int(completion_len.max()),
+            int(total_len.max()),
         )
 
     def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        n = self.prompt_rows
-        out = self.kernel(q[:n], k[:n], v[:n], *self.prompts)
+        n = self.num_prompt_rows
+        prompts = self.kernel(q[:n], k[:n], v[:n], *self.prompts)
         if self.completions is None:
-            return out
+            return prompts
         # a prompt's keys once per sibling; the backward sums them
-        k, v = (x.index_select(0, self.keys) for x in (k, v))
-        return torch.cat([out, self.kernel(q[n:], k, v, *self.completions)])
+        k = k.index_select(0, self.keys)
+        v = v.index_select(0, self.keys)
+        completions = self.kernel(q[n:], k, v, *self.completions)
+        return torch.cat([prompts, completions])
 
 
 def _cumulate_lengths(lengths: torch.Tensor) -> torch.Tensor:
-    """(B,) -> (B + 1,) int32, from 0."""
+    """Return the cumulative lengths from 0: (B,) -> (B + 1,) int32."""
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

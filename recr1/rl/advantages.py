@@ -1,4 +1,7 @@
-"""Rewards of a group of siblings to advantages."""
+"""Turn the rewards of a group of siblings into advantages.
+
+Legend: P groups, G siblings, R = P*G rollouts.
+"""
 
 from typing import Callable
 
@@ -6,40 +9,49 @@ import torch
 
 from recr1.config.schema import LossConfig
 
-# --- advantages: rewards (P, G) -> (P, G) ---------------------------------------------------------------------------------------
+# --- advantages: rewards (P, G) -> (P, G) ---------------------------------------------------------
 
 
-def normalize_by_std(r: torch.Tensor, c: LossConfig) -> torch.Tensor:
-    """(r - mean) / (std + std_floor), unbiased std (GRPO: DeepSeekMath, arXiv 2402.03300, section
-    4.1.2).
+def normalize_by_std(rewards: torch.Tensor, config: LossConfig) -> torch.Tensor:
+    """Compute (r - mean) / (std + std_floor), with the unbiased std.
+
+    GRPO: DeepSeekMath, arXiv 2402.03300, section 4.1.2.
     """
-    return subtract_mean(r, c) / (r.std(1, keepdim=True) + c.std_floor)
+    std = rewards.std(1, keepdim=True)
+    return subtract_mean(rewards, config) / (std + config.std_floor)
 
 
-def subtract_mean(r: torch.Tensor, c: LossConfig) -> torch.Tensor:
-    """r - mean: no group counts for more because its rewards lie close together (Dr. GRPO, arXiv
-    2503.20783, section 3.2).
+def subtract_mean(rewards: torch.Tensor, config: LossConfig) -> torch.Tensor:
+    """Compute r - mean: no group counts for more because its rewards are close together.
+
+    Dr. GRPO, arXiv 2503.20783, section 3.2.
     """
-    return r - r.mean(1, keepdim=True)
+    return rewards - rewards.mean(1, keepdim=True)
 
 
-def subtract_leave_one_out_mean(r: torch.Tensor, c: LossConfig) -> torch.Tensor:
-    """r - the mean of its siblings, an unbiased baseline (RLOO, arXiv 2402.14740, section 2.2)."""
-    return subtract_mean(r, c) * r.shape[1] / (r.shape[1] - 1)
+def subtract_leave_one_out_mean(rewards: torch.Tensor, config: LossConfig) -> torch.Tensor:
+    """Compute r - the mean of its siblings, an unbiased baseline.
+
+    RLOO: arXiv 2402.14740, section 2.2.
+    """
+    group_size = rewards.shape[1]
+    return subtract_mean(rewards, config) * group_size / (group_size - 1)
 
 
 def compute_group_advantages(
-    rewards: torch.Tensor, group_size: int, advantage: Callable, c: LossConfig
+    rewards: torch.Tensor, group_size: int, advantage: Callable, config: LossConfig
 ) -> torch.Tensor:
-    """`advantage` over each group of adjacent siblings. rewards (R,) -> (R,).
+    """Apply `advantage` to each group of adjacent siblings. rewards (R,) -> (R,).
 
-    A group of equal rewards is exactly 0, never the rounding of its mean divided by a tiny floor.
+    A group of equal rewards gets exactly 0, never the rounding of its mean divided by a tiny floor.
     """
     if not len(rewards):
-        return rewards  # a rank without a share
-    r = rewards.view(-1, group_size)  # (P, G)
-    same = r.amax(1, keepdim=True) == r.amin(1, keepdim=True)
-    return torch.where(same, 0.0, advantage(r, c)).flatten()
+        return rewards  # a rank without prompts
+    rewards = rewards.view(-1, group_size)  # (P, G)
+    highest = rewards.amax(1, keepdim=True)
+    lowest = rewards.amin(1, keepdim=True)
+    advantages = torch.where(highest == lowest, 0.0, advantage(rewards, config))
+    return advantages.flatten()
 
 
 # The names are those of the config: loss.advantage.

@@ -1,8 +1,8 @@
-"""Rewards of groups that have ended, made in a thread while others are still being sampled.
+"""Score groups that are finished in a thread while others are still being sampled.
 
 Where the policy samples on the CPU itself and the retriever computes there too, the two would only
-take each other's cores (9% of the quickstart's step): then nothing is done beside, and `results`
-scores all groups in one call.
+take each other's cores (9% of the quickstart's step). Then there is no thread, and `results` scores
+all groups in one call.
 """
 
 from __future__ import annotations
@@ -15,54 +15,73 @@ from recr1.data_types import Reward, Rollout
 
 
 class AsyncRewards:
-    """`submit` takes a group as it ends, `results` waits for the rest: one Reward per rollout, in
-    the groups' order.
+    """Score the groups of a step: `submit` takes one as it finishes, `results` waits for the rest.
 
-    What waits is scored in one call, so a retriever that is slower than the sampler gets few large
-    batches. An exception of `score` comes out of `results`. A run that is stopped in between leaves
-    the thread behind: it ends with the process. beside: whether there is a thread at all.
+    Groups that wait are scored in one call, so a retriever that is slower than the sampler gets few
+    large batches. `results` raises what `score` raised. A run that is stopped in between leaves the
+    thread behind: it ends with the process.
+
+    Args:
+        score: rollouts of whole groups -> one Reward per rollout, in the same order.
+        in_thread: whether there is a thread at all.
     """
 
-    def __init__(self, score: Callable[[list[Rollout]], list[Reward]], beside: bool):
+    def __init__(self, score: Callable[[list[Rollout]], list[Reward]], in_thread: bool):
         self.score = score
-        self.waiting = SimpleQueue()
-        self.rewards = {}
-        self.error = None
-        self.thread = (
-            threading.Thread(target=self._work, name="rewards", daemon=True) if beside else None
-        )
+        self.waiting: SimpleQueue = SimpleQueue()  # groups; None: there are no more
+        self.rewards_by_group: dict[int, list[Reward]] = {}
+        self.error: BaseException | None = None
+        self.thread: threading.Thread | None = None
+        if in_thread:
+            self.thread = threading.Thread(target=self._score_all, name="rewards", daemon=True)
 
     def submit(self, group: list[Rollout]) -> None:
+        """Take a finished group."""
         if self.thread and not self.thread.ident:
             self.thread.start()
         self.waiting.put(group)
 
     def results(self) -> list[Reward]:
-        """Call it once, after the last `submit`."""
+        """Return one Reward per rollout, in the groups' order. Call it once, after all `submit`."""
         self.waiting.put(None)
         if not self.thread:
-            self._work()
-        elif self.thread.ident:
+            self._score_all()
+        elif self.thread.ident:  # else it never started: no group was submitted
             self.thread.join()
         if self.error:
             raise self.error
-        return [reward for _, rewards in sorted(self.rewards.items()) for reward in rewards]
 
-    def _work(self) -> None:
-        last = False
+        rewards: list[Reward] = []
+        for group in sorted(self.rewards_by_group):
+            rewards += self.rewards_by_group[group]
+        return rewards
+
+    def _score_all(self) -> None:
+        """Score what waits, again and again, until the mark that there is no more."""
+        is_last = False
         try:
-            while not last:
-                groups = [self.waiting.get()]
-                while not self.waiting.empty():
-                    groups.append(self.waiting.get())
-                last = groups[-1] is None
-                groups = [group for group in groups if group]
-                rewards = iter(
-                    self.score([rollout for group in groups for rollout in group]) if groups else ()
-                )
-                for group in groups:
-                    self.rewards[group[0].group] = [next(rewards) for _ in group]
-        except (
-            BaseException
-        ) as e:  # also what would only end this thread: the step must not go on without its rewards
+            while not is_last:
+                groups = self._take_waiting()
+                is_last = groups[-1] is None
+                self._score_groups([group for group in groups if group])
+        # Also what would only end this thread: the step must not go on without its rewards.
+        except BaseException as e:
             self.error = e
+
+    def _take_waiting(self) -> list[list[Rollout] | None]:
+        """Wait for a group and return it with all others that wait."""
+        groups = [self.waiting.get()]
+        while not self.waiting.empty():
+            groups.append(self.waiting.get())
+        return groups
+
+    def _score_groups(self, groups: list[list[Rollout]]) -> None:
+        """Score some groups in one call."""
+        if not groups:
+            return
+        rollouts: list[Rollout] = []
+        for group in groups:
+            rollouts += group
+        rewards = iter(self.score(rollouts))
+        for group in groups:
+            self.rewards_by_group[group[0].group] = [next(rewards) for _ in group]

@@ -1,25 +1,32 @@
-"""Estimators of the KL divergence to the reference policy (Schulman 2020, http://joschu.net/blog/kl-approx.html)."""
+"""Estimate the KL divergence to the reference policy, token by token.
+
+Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html. There and here
+d = ref_logp - logp. Legend: n tokens.
+"""
 
 import torch
 
 from recr1.data_types import MicroBatch
 
-# --- KL(policy || reference) per token, d = ref - logp (Schulman 2020, "Approximating KL divergence") ----------------------------
+# --- estimators of KL(policy || reference): log-probs (n,) -> (n,) --------------------------------
 
 
-def k1(logp: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
-    """-d: unbiased; in the loss its gradient is 0 in the mean, so it belongs into the reward."""
-    return logp - ref
+def k1(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
+    """Estimate by -d: unbiased.
+
+    In the loss its gradient has the mean 0, so it belongs in the reward.
+    """
+    return logp - ref_logp
 
 
-def k2(logp: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
-    """d^2 / 2: biased, but its gradient is that of the KL."""
-    return (ref - logp).square() / 2
+def k2(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
+    """Estimate by d^2 / 2: biased, but its gradient is that of the KL."""
+    return (ref_logp - logp).square() / 2
 
 
-def k3(logp: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
-    """e^d - 1 - d: unbiased and never negative."""
-    d = ref - logp
+def k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
+    """Estimate by e^d - 1 - d: unbiased and never negative."""
+    d = ref_logp - logp
     # not exp(d) - 1 - d: that is noise, even negative, for small d in float32
     return torch.expm1(d) - d
 
@@ -27,15 +34,16 @@ def k3(logp: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
 KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
-def sum_kl_by_rollout(batches: list[MicroBatch], count: int, estimator: str) -> torch.Tensor:
-    """KL to the reference summed over each packed rollout's tokens, (count,): what `kl_in: reward`
-    takes off the rewards. Uses the sampler's log-probs.
+def sum_kl_by_rollout(batches: list[MicroBatch], num_rollouts: int, estimator: str) -> torch.Tensor:
+    """Sum the KL to the reference over each packed rollout's tokens. Returns (num_rollouts,).
+
+    This is what `kl_in: reward` subtracts from the rewards. It uses the sampler's log-probs.
     """
-    sums = torch.zeros(count + 1)  # the last one: idle batches' rollout -1
-    for b in batches:
-        sums.index_add_(
-            0,
-            b.rollout.cpu() % (count + 1),
-            KL_ESTIMATORS[estimator](b.sampler_logp, b.ref_logp).cpu(),
-        )
-    return sums[:count]
+    # The last element collects the tokens of idle batches, whose rollout is -1.
+    num_sums = num_rollouts + 1
+    sums = torch.zeros(num_sums)
+    for batch in batches:
+        kl = KL_ESTIMATORS[estimator](batch.sampler_logp, batch.ref_logp)  # (n,)
+        rollout = batch.rollout.cpu() % num_sums
+        sums.index_add_(0, rollout, kl.cpu())
+    return sums[:num_rollouts]

@@ -1,4 +1,7 @@
-"""The surrogate objectives of GRPO's family, and which of them each published loss is made of."""
+"""The surrogate objectives of GRPO's family, and which of them each published loss is made of.
+
+Legend: n tokens.
+"""
 
 from dataclasses import dataclass
 from typing import Callable
@@ -10,55 +13,74 @@ from recr1.config.schema import ConfigError, LossConfig, ModelConfig
 from recr1.data_types import MicroBatch
 from recr1.rl.advantages import ADVANTAGES
 
-# --- gains: log-probs (n,) -> what each token adds to the objective, (n,), to be made large --------------------------------------
-# old (n,): log-probs under the policy that sampled, without gradient; one optimiser step per batch:
-# logp itself, ratio 1.
+# --- surrogates: log-probs (n,) -> what each token adds to the objective, (n,), to be maximized ---
 
 
-def clipped_surrogate(
-    logp: torch.Tensor, old: torch.Tensor, batch: MicroBatch, c: LossConfig
-) -> torch.Tensor:
-    """min(rho A, clip(rho, 1 - clip, 1 + clip_high) A), rho = e^(logp - old) (DeepSeekMath, eq. 3;
-    DAPO, arXiv 2503.14476, eq. 8).
+def per_token(surrogate: Callable) -> Callable:
+    """Mark a surrogate whose value at a token depends on that token alone.
+
+    With `head: one_shot` the batch may then be cut into chunks anywhere.
     """
-    rho = (logp - old).exp()
-    return torch.minimum(
-        rho * batch.advantages, rho.clamp(1 - c.clip, 1 + c.high) * batch.advantages
-    )
+    surrogate.per_token = True  # type: ignore[attr-defined]
+    return surrogate
+
+
+@per_token
+def clipped_surrogate(
+    logp: torch.Tensor, old_logp: torch.Tensor, batch: MicroBatch, config: LossConfig
+) -> torch.Tensor:
+    """Clip the ratio of new to old policy (DeepSeekMath, eq. 3; DAPO, arXiv 2503.14476, eq. 8).
+
+        min(ratio A, clip(ratio, 1 - clip, 1 + clip_high) A),  ratio = e^(logp - old_logp)
+
+    old_logp (n,): log-probs under the policy that sampled, without gradient. With one optimizer
+    step per batch they are logp itself, and the ratio is 1.
+    """
+    ratio = (logp - old_logp).exp()
+    clipped_ratio = ratio.clamp(1 - config.clip, 1 + config.high)
+    return torch.minimum(ratio * batch.advantages, clipped_ratio * batch.advantages)
 
 
 def sequence_clipped_surrogate(
-    logp: torch.Tensor, old: torch.Tensor, batch: MicroBatch, c: LossConfig
+    logp: torch.Tensor, old_logp: torch.Tensor, batch: MicroBatch, config: LossConfig
 ) -> torch.Tensor:
-    """The same with one rho per rollout: e^mean_t(logp - old) (GSPO, arXiv 2507.18071, eq. 5-7)."""
-    _, index, size = batch.rollout.unique(return_inverse=True, return_counts=True)
-    mean_log = (
-        torch.zeros(len(size), dtype=logp.dtype, device=logp.device).index_add(0, index, logp - old)
-        / size
-    )
-    return clipped_surrogate(mean_log.index_select(0, index), torch.zeros_like(old), batch, c)
+    """Clip one ratio per rollout: e^mean_t(logp - old_logp) (GSPO, arXiv 2507.18071, eq. 5-7)."""
+    _, rollout_index, num_tokens = batch.rollout.unique(return_inverse=True, return_counts=True)
+    zeros = torch.zeros(len(num_tokens), dtype=logp.dtype, device=logp.device)
+    sum_log_ratio = zeros.index_add(0, rollout_index, logp - old_logp)  # (rollouts,)
+    mean_log_ratio = sum_log_ratio / num_tokens
+    token_log_ratio = mean_log_ratio.index_select(0, rollout_index)  # (n,)
+    return clipped_surrogate(token_log_ratio, torch.zeros_like(old_logp), batch, config)
 
 
+@per_token
 def cispo_surrogate(
-    logp: torch.Tensor, old: torch.Tensor, batch: MicroBatch, c: LossConfig
+    logp: torch.Tensor, old_logp: torch.Tensor, batch: MicroBatch, config: LossConfig
 ) -> torch.Tensor:
-    """sg(min(rho, 1 + clip_high)) A logp: weights are cut, gradients never (CISPO, MiniMax-M1,
-    arXiv 2506.13585, eq. 4-5).
+    """Weight A logp by a cut ratio: weights are cut, gradients never.
+
+    stop_gradient(min(ratio, 1 + clip_high)) A logp    (CISPO, MiniMax-M1, arXiv 2506.13585,
+                                                        eq. 4-5)
     """
-    return (logp.detach() - old).exp().clamp(max=1 + c.high) * batch.advantages * logp
+    ratio = (logp.detach() - old_logp).exp()
+    return ratio.clamp(max=1 + config.high) * batch.advantages * logp
 
 
+@per_token
 def reinforce_surrogate(
-    logp: torch.Tensor, old: torch.Tensor, batch: MicroBatch, c: LossConfig
+    logp: torch.Tensor, old_logp: torch.Tensor, batch: MicroBatch, config: LossConfig
 ) -> torch.Tensor:
-    """A logp (Williams 1992); `old` has no part in it, so it is meant for one optimiser step per
-    batch.
+    """Multiply A by logp (Williams 1992).
+
+    old_logp is not used, so this is meant for one optimizer step per batch.
     """
     return batch.advantages * logp
 
 
-# gain, advantage, average (token: mean over all tokens; sequence: mean over rollouts of their
-# means; constant: sum over R * max_new_tokens)
+# kind -> (surrogate, advantage, average). The average of a loss is
+#   token: the mean over all tokens
+#   sequence: the mean over rollouts of the mean over each rollout's tokens
+#   constant: the sum over R * max_new_tokens
 RECIPES = {
     # Rec-R1's verl; average: sequence is DeepSeekMath's own eq. 3
     "grpo": (clipped_surrogate, "mean_std", "token"),
@@ -74,42 +96,59 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss with its names resolved: what `policy_loss` and the loop need of the config."""
+    """A loss with its names resolved: what the loop and `compute_policy_loss` need of a config."""
 
     config: LossConfig
     surrogate: Callable
     advantage: Callable
-    agg_mode: str
+    agg_mode: str  # token | sequence | constant
     head: str  # one_shot | recompute
     kernels: str  # torch | triton
 
     @property
     def fused(self) -> bool:
-        """Whether kernels/group_loss.py has this loss: with kernels: triton it then takes the place
-        of `pulled`.
+        """Whether kernels/group_loss.py computes this loss instead of torch.
+
+        It does so with `kernels: triton`, for the losses that it has.
         """
-        c = self.config
+        config = self.config
+        kernel_has_kl = config.kl == 0 or config.kl_in == "reward" or config.kl_estimator == "k3"
         return (
             self.kernels == "triton"
             and self.surrogate in (clipped_surrogate, cispo_surrogate)
             and self.agg_mode != "sequence"
-            and c.entropy == 0
-            and (c.kl == 0 or c.kl_in == "reward" or c.kl_estimator == "k3")
+            and config.entropy == 0
+            and kernel_has_kl
         )
 
 
-def resolve_objective(c: LossConfig, model: ModelConfig) -> Objective:
-    """Resolves loss.kind, loss.advantage, loss.average. Raises ConfigError."""
-    gain, name, average = RECIPES.get(c.kind) or (
-        plugins.load_function("loss.kind", c.kind, RECIPES),
-        "mean_std",
-        "token",
-    )
-    name = c.advantage or name
-    advantage = ADVANTAGES.get(name) or plugins.load_function("loss.advantage", name, ADVANTAGES)
-    if model.head == "one_shot" and not getattr(gain, "per_token", False):
+def resolve_objective(config: LossConfig, model: ModelConfig) -> Objective:
+    """Resolve loss.kind, loss.advantage and loss.average to functions.
+
+    Raises ConfigError for an unknown name, and for a loss that the head cannot compute.
+    """
+    recipe = RECIPES.get(config.kind)
+    if recipe is None:
+        user_surrogate = plugins.load_function("loss.kind", config.kind, RECIPES)
+        recipe = (user_surrogate, "mean_std", "token")
+    surrogate, default_advantage, default_agg_mode = recipe
+
+    advantage_name = config.advantage or default_advantage
+    advantage = ADVANTAGES.get(advantage_name)
+    if advantage is None:
+        advantage = plugins.load_function("loss.advantage", advantage_name, ADVANTAGES)
+
+    # One shot cuts rollouts into chunks.
+    if model.head == "one_shot" and not getattr(surrogate, "per_token", False):
         raise ConfigError(
-            f"loss.kind: {c.kind} needs whole rollouts, or does not say that it needs none (function.per_token = True); "
-            "set model.head=recompute"
+            f"loss.kind: {config.kind} needs whole rollouts, or does not say that it needs none "
+            "(function.per_token = True); set model.head=recompute"
         )
-    return Objective(c, gain, advantage, c.average or average, model.head, model.kernels)
+    return Objective(
+        config=config,
+        surrogate=surrogate,
+        advantage=advantage,
+        agg_mode=config.average or default_agg_mode,
+        head=model.head,
+        kernels=model.kernels,
+    )

@@ -1,17 +1,19 @@
-"""GRPO's family: advantages, gains, KL estimators, and the one line of the loop, `policy_loss`.
-Plain tensors in, plain tensors out.
+"""The loss of a micro-batch: the one line of the training loop, `compute_policy_loss`.
 
-    loss = sum_t w_t (-gain_t + kl KL_t - entropy H_t) / total
+    loss = sum_t w_t (-surrogate_t + kl KL_t - entropy H_t) / denominator
 
-A loss is an advantage, a gain per token and an average; RECIPES names those of the papers, and
-`loss.kind`, `loss.advantage` take a function of yours (`module:function`) with the same signature.
-w_t counts identical siblings; `total` is the average's denominator over the whole optimiser step,
-all ranks and micro-batches. Masks do not exist: a Batch holds real tokens only.
+A loss of GRPO's family is an advantage (rl/advantages.py), a surrogate per token (rl/losses.py), a
+KL estimator (rl/kl.py) and an average. RECIPES in rl/losses.py names those of the papers.
+`loss.kind` and `loss.advantage` also take a function of yours (`module:function`) with the same
+signature.
 
-Legend: P prompts, G group, R = P*G rollouts, N trained tokens, n of a chunk.
+w_t counts identical siblings. The denominator is counted over the whole optimizer step: all ranks,
+all micro-batches. There are no masks: a MicroBatch holds real tokens only.
+
+Legend: N trained tokens, n tokens of a chunk.
 """
 
-from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -19,92 +21,103 @@ from recr1.data_types import MicroBatch, Rollout
 from recr1.kernels.group_loss import GroupTokenLoss, LossRule, WithGradients
 from recr1.model.log_probs import compute_fused_loss, compute_log_probs
 from recr1.rl.kl import KL_ESTIMATORS
-from recr1.rl.losses import Objective, cispo_surrogate, clipped_surrogate, reinforce_surrogate
-
-for gain in (clipped_surrogate, cispo_surrogate, reinforce_surrogate):
-    # a token's gain depends on that token alone: head: one_shot may cut the batch into chunks
-    gain.per_token = True
+from recr1.rl.losses import Objective, cispo_surrogate
 
 
-def count_denominator(texts: list[Rollout], average: str, max_new_tokens: int) -> int:
-    """This rank's part of `total`; texts count for their identical siblings."""
-    siblings = sum(r.count for r in texts)
-    return {
-        "token": sum(r.count * len(r.ids) for r in texts),
-        "sequence": siblings,
-        "constant": siblings * max_new_tokens,
-    }[average]
+class PolicyLoss(NamedTuple):
+    """The loss of one micro-batch."""
+
+    value: torch.Tensor  # scalar with gradient
+    logp: torch.Tensor  # (N,) without gradient
+    stats: dict[str, float]  # sums over the micro-batch's tokens
+
+
+class TokenLossTerms(NamedTuple):
+    """The loss of some tokens, its derivatives, and its statistics."""
+
+    loss: torch.Tensor  # scalar
+    grad_logp: torch.Tensor  # (n,) d loss / d logp
+    grad_entropy: (
+        torch.Tensor | None
+    )  # (n,) d loss / d entropy; None: the entropy is not in the loss
+    stats: dict[str, torch.Tensor]  # sums over the tokens
+
+
+def count_denominator(rollouts: list[Rollout], agg_mode: str, max_new_tokens: int) -> int:
+    """Count what this rank adds to the denominator. A rollout counts for its identical siblings."""
+    num_siblings = sum(rollout.count for rollout in rollouts)
+    num_tokens = sum(rollout.count * len(rollout.ids) for rollout in rollouts)
+    denominators = {
+        "token": num_tokens,
+        "sequence": num_siblings,
+        "constant": num_siblings * max_new_tokens,
+    }
+    return denominators[agg_mode]
 
 
 def compute_policy_loss(
-    model: torch.nn.Module, batch: MicroBatch, total: float, temperature: float, o: Objective
-):
-    """A micro-batch -> (loss, scalar with gradient; logp (N,); statistics, sums over its tokens).
+    policy: torch.nn.Module,
+    batch: MicroBatch,
+    denominator: float,
+    temperature: float,
+    objective: Objective,
+) -> PolicyLoss:
+    """Compute the loss of one micro-batch.
 
-    head one_shot: the loss goes down to the head, which makes gradients chunk by chunk. recompute:
-    log-probs come up, the loss is made of all of them. Either way d loss / d logp and d entropy,
-    (N,), come from `pull`.
+    Both heads ask `token_loss` for d loss / d logp and d loss / d entropy, (N,) each.
+
+    Args:
+        denominator: what the average divides by, counted over the whole optimizer step: all ranks,
+            all micro-batches.
     """
-    weight = compute_token_weights(batch, o)
-    sums: dict[str, torch.Tensor] = {}
+    token_loss = _build_token_loss(batch, denominator, objective)
 
-    def by_tokens(logp, entropy, rows):
-        cut = {
-            name: x[rows]
-            for name, x in vars(batch).items()
-            if name not in ("tokens", "positions", "layout") and x is not None
-        }
-        part, *gradients, stats = compute_token_loss(
-            logp, entropy, replace(batch, **cut), weight[rows], total, o
+    if objective.head == "one_shot":
+        # The head calls token_loss chunk by chunk and makes its gradients in the forward pass.
+        loss, logp, entropy = compute_fused_loss(
+            policy, batch, temperature, token_loss, objective.kernels
         )
-        for name, value in stats.items():
-            sums[name] = sums.get(name, 0.0) + value
-        return part, *gradients
-
-    pull = _build_fused_token_loss(batch, total, o) if o.fused else by_tokens
-    if o.head == "one_shot":
-        loss, logp, entropy = compute_fused_loss(model, batch, temperature, pull, o.kernels)
     else:
-        logp, entropy = compute_log_probs(model, batch, temperature, o.kernels)
-        loss = WithGradients.apply(
-            logp, entropy, *pull(logp.detach(), entropy.detach(), slice(0, len(logp)))
-        )
-    if o.fused:
-        sums = pull.logged()
+        # The log-probs of all tokens come first, the loss is made of them.
+        logp, entropy = compute_log_probs(policy, batch, temperature, objective.kernels)
+        all_tokens = slice(0, len(logp))
+        value, grad_logp, grad_entropy = token_loss(logp.detach(), entropy.detach(), all_tokens)
+        loss = WithGradients.apply(logp, entropy, value, grad_logp, grad_entropy)
+
     logp = logp.detach()
-    w = batch.weight
-    old = logp if batch.old_logp is None else batch.old_logp
-    sums |= dict(
-        ratio_off=(w * (logp - old).expm1().abs()).sum(),
-        trust=(w * (old - batch.sampler_logp).exp()).sum(),
-        entropy=(w * entropy.detach()).sum(),
-        trained=w.sum(),
-    )
-    return loss, logp, {name: float(value) for name, value in sums.items()}
+    sums = token_loss.stats() | _sum_policy_stats(batch, logp, entropy.detach())
+    stats = {name: float(value) for name, value in sums.items()}
+    return PolicyLoss(loss, logp, stats)
 
 
-def _build_fused_token_loss(batch: MicroBatch, total: float, o: Objective) -> GroupTokenLoss:
-    """The same loss by its kernel; every token is given its own advantage."""
-    c = o.config
-    kl = c.kl if c.kl_in == "loss" else 0.0
-    rule = LossRule(
-        clip_low=1.0 if o.surrogate is cispo_surrogate else c.clip,
-        clip_high=c.high,
-        kl=kl,
-        cispo=o.surrogate is cispo_surrogate,
-        sampler_cap=c.importance_cap,
-    )
-    return GroupTokenLoss(
-        rule,
-        None,
-        torch.arange(len(batch.target), device=batch.target.device),
-        batch.weight,
-        batch.sampler_logp,
-        total,
-        batch.old_logp,
-        batch.ref_logp if kl else None,
-        batch.advantages,
-    )
+class TorchTokenLoss:
+    """The token loss in plain torch, for any slice of a micro-batch's tokens.
+
+    It is a TokenLoss of kernels/logprob.py: call it as (logp (n,), entropy (n,), tokens).
+    kernels/group_loss.py has the same interface as one Triton kernel: GroupTokenLoss.
+    """
+
+    def __init__(self, batch: MicroBatch, denominator: float, objective: Objective):
+        self.batch = batch
+        self.weight = compute_token_weights(batch, objective)  # (N,)
+        self.denominator = denominator
+        self.objective = objective
+        self.sums: dict[str, torch.Tensor] = {}
+
+    def __call__(
+        self, logp: torch.Tensor, entropy: torch.Tensor, tokens: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Return the loss of `tokens`, d loss / d logp (n,), d loss / d entropy (n,) or None."""
+        chunk = self.batch.select_tokens(tokens)
+        weight = self.weight[tokens]
+        terms = compute_token_loss(logp, entropy, chunk, weight, self.denominator, self.objective)
+        for name, value in terms.stats.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        return terms.loss, terms.grad_logp, terms.grad_entropy
+
+    def stats(self) -> dict[str, torch.Tensor]:
+        """Return the sums over all tokens so far, by the names that are logged."""
+        return self.sums
 
 
 def compute_token_loss(
@@ -112,49 +125,104 @@ def compute_token_loss(
     entropy: torch.Tensor,
     batch: MicroBatch,
     weight: torch.Tensor,
-    total: float,
-    o: Objective,
-):
-    """(loss of these tokens, d loss / d logp (n,), d loss / d entropy (n,) or None, statistics)."""
-    c = o.config
-    with torch.enable_grad():
-        x = logp.detach().requires_grad_()
-        old = logp if batch.old_logp is None else batch.old_logp
-        gain = o.surrogate(x, old, batch, c)  # (n,)
-        [slope] = torch.autograd.grad(gain.sum(), x, retain_graph=True)
-        # truncated importance sampling: the sampler's arithmetic is another (Yao et al. 2025)
-        if c.importance_cap > 0:
-            gain = gain * (old - batch.sampler_logp).exp().clamp(max=c.importance_cap)
-        loss = -(weight * gain).sum() / total
-        # (n,)
-        divergence = (
-            KL_ESTIMATORS[c.kl_estimator](x, batch.ref_logp)
-            if c.kl > 0 and c.kl_in == "loss"
-            else None
-        )
-        if divergence is not None:
-            loss = loss + c.kl * (weight * divergence).sum() / total
-        [d_logp] = torch.autograd.grad(loss, x)
-    d_entropy = -c.entropy / total * weight
-    stats = dict(
-        clip_share=(batch.weight * ((slope == 0) & (batch.advantages != 0))).sum(),
-        dlogp_square=d_logp.square().sum(),
-    )
-    if divergence is not None:
-        stats["kl"] = (batch.weight * divergence.detach()).sum()
-    return (
-        loss.detach() + (d_entropy * entropy).sum(),
-        d_logp,
-        d_entropy if c.entropy else None,
-        stats,
-    )
+    denominator: float,
+    objective: Objective,
+) -> TokenLossTerms:
+    """Compute the loss of the batch's tokens and its derivatives.
 
-
-def compute_token_weights(batch: MicroBatch, o: Objective) -> torch.Tensor:
-    """w (N,): identical siblings; in a mean over sequences shared by the tokens of each. A batch
-    holds rollouts whole.
+    Args:
+        logp: (n,) log-probs of the tokens; its own gradient is not used.
+        entropy: (n,) entropy of the policy at the tokens.
+        weight: (n,) w, see `compute_token_weights`.
     """
-    if o.agg_mode != "sequence":
+    config = objective.config
+    has_kl = config.kl > 0 and config.kl_in == "loss"
+    old_logp = logp if batch.old_logp is None else batch.old_logp
+
+    with torch.enable_grad():
+        new_logp = logp.detach().requires_grad_()
+        surrogate = objective.surrogate(new_logp, old_logp, batch, config)  # (n,)
+        [grad_surrogate] = torch.autograd.grad(surrogate.sum(), new_logp, retain_graph=True)
+
+        # Truncated importance sampling: the sampler's arithmetic is another (Yao et al. 2025).
+        if config.importance_cap > 0:
+            importance = (old_logp - batch.sampler_logp).exp()
+            surrogate = surrogate * importance.clamp(max=config.importance_cap)
+        loss = -(weight * surrogate).sum() / denominator
+
+        if has_kl:
+            kl = KL_ESTIMATORS[config.kl_estimator](new_logp, batch.ref_logp)  # (n,)
+            loss = loss + config.kl * (weight * kl).sum() / denominator
+        [grad_logp] = torch.autograd.grad(loss, new_logp)
+
+    # The loss is linear in the entropy: its derivative needs no autograd.
+    grad_entropy = -config.entropy / denominator * weight
+    loss = loss.detach() + (grad_entropy * entropy).sum()
+
+    is_clipped = (grad_surrogate == 0) & (batch.advantages != 0)
+    stats = {
+        "clip_share": (batch.weight * is_clipped).sum(),
+        "dlogp_square": grad_logp.square().sum(),
+    }
+    if has_kl:
+        stats["kl"] = (batch.weight * kl.detach()).sum()
+    return TokenLossTerms(loss, grad_logp, grad_entropy if config.entropy else None, stats)
+
+
+def compute_token_weights(batch: MicroBatch, objective: Objective) -> torch.Tensor:
+    """Compute w (N,): the number of identical siblings of each token's rollout.
+
+    In a mean over sequences a rollout's weight is shared by its tokens. This needs whole rollouts,
+    and a micro-batch holds whole rollouts.
+    """
+    if objective.agg_mode != "sequence":
         return batch.weight
-    _, index, size = batch.rollout.unique(return_inverse=True, return_counts=True)
-    return batch.weight / size[index]
+    _, rollout_index, num_tokens = batch.rollout.unique(return_inverse=True, return_counts=True)
+    return batch.weight / num_tokens[rollout_index]
+
+
+def _build_token_loss(
+    batch: MicroBatch, denominator: float, objective: Objective
+) -> TorchTokenLoss | GroupTokenLoss:
+    """Return the loss as a Triton kernel where one has it and is asked for, else in torch."""
+    if not objective.fused:
+        return TorchTokenLoss(batch, denominator, objective)
+
+    config = objective.config
+    is_cispo = objective.surrogate is cispo_surrogate
+    kl_coef = config.kl if config.kl_in == "loss" else 0.0
+    rule = LossRule(
+        clip_low=1.0 if is_cispo else config.clip,
+        clip_high=config.high,
+        kl=kl_coef,
+        cispo=is_cispo,
+        sampler_cap=config.importance_cap,
+    )
+    return GroupTokenLoss(
+        rule=rule,
+        rewards=None,
+        # The kernel looks up an advantage by rollout: here every token has its own.
+        rollout=torch.arange(len(batch.target), device=batch.target.device),
+        weight=batch.weight,
+        sampler_logp=batch.sampler_logp,
+        denominator=denominator,
+        old_logp=batch.old_logp,
+        ref_logp=batch.ref_logp if kl_coef else None,
+        advantages=batch.advantages,
+    )
+
+
+def _sum_policy_stats(
+    batch: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Sum over the tokens what is logged of the policy whatever the loss is. logp, entropy (N,)."""
+    weight = batch.weight
+    old_logp = logp if batch.old_logp is None else batch.old_logp
+    ratio_deviation = (logp - old_logp).expm1().abs()
+    importance = (old_logp - batch.sampler_logp).exp()
+    return {
+        "ratio_off": (weight * ratio_deviation).sum(),
+        "trust": (weight * importance).sum(),
+        "entropy": (weight * entropy).sum(),
+        "trained": weight.sum(),
+    }

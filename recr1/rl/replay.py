@@ -1,5 +1,6 @@
-"""Steps of a run read back from its rollouts.jsonl.gz: for training without a sampler, and for
-laying one batch under every loss.
+"""Read steps of a run back from its rollouts.jsonl.gz.
+
+It is used for training without a sampler, and to compute every loss of one batch.
 """
 
 from __future__ import annotations
@@ -17,73 +18,99 @@ class ReplayError(ValueError):
 
 
 class Replay:
-    """The logged steps that kept their token ids (log.tokens_every), in order. `rows[i]`: the
-    file's own rows of step `steps[i]`.
+    """The logged steps that have their token ids (log.tokens_every), in order.
+
+    `rows[i]` are the file's own rows of step `steps[i]`.
     """
 
     def __init__(self, path: str, group_size: int | None = None):
-        by_step: dict[int, list[dict]] = {}
-        try:
-            with gzip.open(path, "rt", encoding="utf-8", errors="surrogatepass") as file:
-                for number, line in enumerate(file, 1):
-                    row = json.loads(line)
-                    if "ids" in row:
-                        by_step.setdefault(row["step"], []).append(row)
-        except FileNotFoundError:
-            raise ReplayError(f"{path}: no such file; give a run's rollouts.jsonl.gz") from None
-        except (OSError, EOFError, zlib.error) as e:
-            raise ReplayError(
-                f"{path}: torn, or not gzip ({e}); the run's log is damaged"
-            ) from None
-        except (ValueError, KeyError, TypeError) as e:
-            raise ReplayError(f"{path}:{number}: not a row of a rollout log: {e}") from None
-        if not by_step:
+        rows_by_step = _read_rows_with_ids(path)
+        if not rows_by_step:
             raise ReplayError(f"{path}: no step kept its token ids; run with log.tokens_every=1")
         self.path = path
-        self.steps = sorted(by_step)
-        self.rows = [by_step[s] for s in sorted(by_step)]
-        self.sizes = {
-            sum(row["count"] for row in group)
-            for rows in self.rows
-            for group in _split_by_prompt(rows)
-        }
+        self.steps = sorted(rows_by_step)
+        self.rows = [rows_by_step[step] for step in self.steps]
+        self.sizes = _collect_group_sizes(self.rows)
         if group_size and self.sizes != {group_size}:
             raise ReplayError(
-                f"{path}: its groups have {sorted(self.sizes)} siblings; set sampling.group_size to that"
+                f"{path}: its groups have {sorted(self.sizes)} siblings; "
+                "set sampling.group_size to that"
             )
 
     def step(self, step: int) -> tuple[list[Rollout], list[Reward], int]:
-        """Rollouts and rewards of this rank's share of the groups of logged step number `step`
-        (from 1; after the last the first again).
+        """Return the rollouts and rewards of this rank's share of a step, and its number of groups.
+
+        Steps are counted from 1 along the logged ones; after the last comes the first again.
         """
-        groups = dist.split_across_ranks(_split_by_prompt(self.rows[(step - 1) % len(self.steps)]))
-        rollouts = []
-        rewards = []
-        for g, group in enumerate(groups):
+        rows = self.rows[(step - 1) % len(self.steps)]
+        groups = dist.split_across_ranks(_split_by_prompt(rows))
+        rollouts: list[Rollout] = []
+        rewards: list[Reward] = []
+        for group_index, group in enumerate(groups):
             sibling = 0
             for row in group:
-                prompt = Prompt(row["prompt"], g, "", tuple(row["prompt_ids"]))
+                prompt = Prompt(row["prompt"], group_index, "", tuple(row["prompt_ids"]))
+                # A row stands for `count` identical siblings.
                 for _ in range(row["count"]):
-                    rollouts.append(
-                        Rollout(
-                            prompt,
-                            g,
-                            sibling,
-                            tuple(row["ids"]),
-                            tuple(row["sampler_logp"]),
-                            row["finished"],
-                        )
-                    )
-                    rewards.append(
-                        Reward(row["reward"], row["parts"], row["error"], None, row["text"])
-                    )
+                    rollouts.append(_make_rollout(row, prompt, group_index, sibling))
+                    rewards.append(_make_reward(row))
                     sibling += 1
         return rollouts, rewards, len(groups)
 
 
+def _read_rows_with_ids(path: str) -> dict[int, list[dict]]:
+    """Read the rows that have token ids, by step. Raises ReplayError when the file is damaged."""
+    rows_by_step: dict[int, list[dict]] = {}
+    line_number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8", errors="surrogatepass") as file:
+            for line in file:
+                line_number += 1
+                row = json.loads(line)
+                if "ids" in row:
+                    rows_by_step.setdefault(row["step"], []).append(row)
+    except FileNotFoundError:
+        raise ReplayError(f"{path}: no such file; give a run's rollouts.jsonl.gz") from None
+    except (OSError, EOFError, zlib.error) as e:
+        raise ReplayError(f"{path}: torn, or not gzip ({e}); the run's log is damaged") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise ReplayError(f"{path}:{line_number}: not a row of a rollout log: {e}") from None
+    return rows_by_step
+
+
+def _collect_group_sizes(steps: list[list[dict]]) -> set[int]:
+    """Return the different numbers of siblings that the groups of all steps have."""
+    sizes = set()
+    for rows in steps:
+        for group in _split_by_prompt(rows):
+            sizes.add(sum(row["count"] for row in group))
+    return sizes
+
+
 def _split_by_prompt(rows: list[dict]) -> list[list[dict]]:
-    """Rows of a step by prompt: no prompt comes twice in a step."""
+    """Split the rows of a step by prompt: no prompt comes twice in a step."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(row["prompt"], []).append(row)
     return list(groups.values())
+
+
+def _make_rollout(row: dict, prompt: Prompt, group: int, sibling: int) -> Rollout:
+    return Rollout(
+        prompt=prompt,
+        group=group,
+        sibling=sibling,
+        ids=tuple(row["ids"]),
+        sampler_logp=tuple(row["sampler_logp"]),
+        finished=row["finished"],
+    )
+
+
+def _make_reward(row: dict) -> Reward:
+    return Reward(
+        total=row["reward"],
+        terms=row["parts"],
+        error=row["error"],
+        answer=None,
+        text=row["text"],
+    )

@@ -1,9 +1,10 @@
-"""generate(): batched KV-cache sampling with the training modules. Legend: P prompts, G siblings, R
-= P*G texts, B live rows, V vocabulary.
+"""Sample completions with a KV cache, by the modules that are trained.
 
-Siblings that are still the same text are one row (DESIGN decision 13): each draws with its own
-uniform, and the row splits where they choose differently. Prefill once per prompt is the case of
-the empty completion. Same text as one row each.
+Siblings whose tokens so far are equal share one row of the cache (DESIGN decision 13): each draws
+with its own uniform, and the row forks where they choose differently. Computing a prompt once for
+its whole group is the case of the empty completion. The texts are those of one row each.
+
+Legend: P prompts, G siblings, R = P*G sequences, B running rows, C width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from recr1.kernels.sample_token import sample_from_hidden
 from recr1.model.decoder import Decoder
 from recr1.model.log_probs import get_lm_head_weight, make_distribution
 from recr1.model.packed_attention import PackedAttention
-from recr1.sampling.cuda_graphs import DEVICES, DecodeGraphs
+from recr1.sampling.cuda_graphs import GRAPH_DEVICES, DecodeGraphs
 from recr1.sampling.kv_cache import KVCache, count_slots
-from recr1.sampling.sequences import SequenceBatch
+from recr1.sampling.sequences import SequenceBatch, stack_to_host
 
-# tokens between two looks at who has stopped: a GPU would wait for each look, longer than some
-# tokens that nobody reads take
+# Decode steps between two looks at which sequences have stopped. A GPU would wait for each look,
+# longer than some tokens that nobody reads take.
 SYNC_EVERY = {"cpu": 1, "cuda": 8}
 
 
@@ -36,84 +37,136 @@ def generate(
     group_size: int,
     temperature: float,
     max_new_tokens: int,
-    stops: frozenset[int],
+    stop_token_ids: frozenset[int],
     uniforms: np.ndarray | None,
     cache: KVCache | None = None,
     *,
     top_p: float = 1.0,
-    room: int | None = None,
+    max_cache_tokens: int | None = None,
     kernels: str = "torch",
-    heard: Callable[[int, int], None] | None = None,
-    done: Callable[[list[Rollout]], None] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+    on_group_finished: Callable[[list[Rollout]], None] | None = None,
 ) -> list[Rollout]:
-    """P prompts -> P * G rollouts, siblings adjacent, in order.
+    """Sample P * G rollouts for P prompts, siblings adjacent, in order.
 
-    `uniforms` (P, G, max_new_tokens) in (0, 1), one per token, chooses by inverse CDF; None is
-    greedy. A text ends with any id of `stops`, which it keeps, or unfinished at max_new_tokens.
-    Log-probs are those of the policy at `temperature`; top_p < 1 draws from the fewest most likely
-    ids that hold so much of it.
-    `kernels`, torch or triton, make the choice; on a GPU steps in which no row is shared are CUDA
-    graphs (sampling/cuda_graphs.py). A `cache` of `new_cache` saves its memory from one call to the next:
-    fresh pages cost a third of a small model's step. `room`: the cache's slots, rows times their
-    length; texts beyond it wait and enter as others end. `heard(r, id)` gets every token of text r
-    in order, `done(siblings)` each group once its last text has ended. Raises ValueError when
-    `room` does not hold one text.
+    Args:
+        temperature: log-probs are those of the policy at this temperature.
+        max_new_tokens: a sequence that is so long ends unfinished.
+        stop_token_ids: each of them ends a sequence, which keeps it.
+        uniforms: (P, G, max_new_tokens) in (0, 1), choose by inverse CDF. None is greedy.
+        cache: from `make_cache`, keeps its memory from one call to the next: fresh pages cost a
+            third of a small model's step.
+        top_p: below 1, draw from the fewest most likely ids that hold so much of the probability.
+        max_cache_tokens: slots of the cache, rows times their length. Sequences that do not fit
+            wait, and enter as others end. Raises ValueError when one does not fit alone.
+        kernels: torch or triton, what chooses the tokens. On a GPU, decode steps in which no row
+            is shared are CUDA graphs (sampling/cuda_graphs.py).
+        on_token: called as on_token(r, id) with every token of sequence r, in order.
+        on_group_finished: called with a group's siblings once the last of them has ended.
     """
     if not prompts:
         return []  # a rank without a share
     cache = cache or make_cache(model)
-    texts = SequenceBatch(prompts, group_size, max_new_tokens, stops, model.config.vocab_size)
-    widest = count_slots(max(len(p.ids) for p in prompts) + max_new_tokens)
-    # texts at once
-    most = len(texts.length) if room is None else min(room // widest, len(texts.length))
-    if not most:
-        raise ValueError(f"room for {room} slots does not hold one text of {widest}")
-    graphed = cache.lengths.device.type in DEVICES
-    cache.clear(most, widest, at_once=graphed)
-    with packed_for_sampling(model, get_lm_head_weight(model)) as head:
-        choice = partial(
+    vocab_size = model.config.vocab_size
+    batch = SequenceBatch(prompts, group_size, max_new_tokens, stop_token_ids, vocab_size)
+
+    longest_prompt = max(len(prompt.ids) for prompt in prompts)
+    slots_per_row = count_slots(longest_prompt + max_new_tokens)
+    max_running = count_max_running(batch.num_sequences, slots_per_row, max_cache_tokens)
+    use_graphs = cache.lengths.device.type in GRAPH_DEVICES
+    cache.reset(max_running, slots_per_row, reserve=use_graphs)
+
+    with packed_for_sampling(model, get_lm_head_weight(model)) as head_weight:
+        sample_tokens = partial(
             sample_from_hidden,
-            weight=head,
+            weight=head_weight,
             temperature=temperature,
             policy=make_distribution,
             top_p=top_p,
             backend=kernels,
         )
-        graphs = DecodeGraphs(model, cache, choice) if graphed else None
-        return _decode_loop(model, texts, most, cache, choice, graphs, uniforms, heard, done)
+        return _decode_loop(
+            model,
+            batch,
+            max_running,
+            cache,
+            sample_tokens,
+            cuda_graphs=DecodeGraphs(model, cache, sample_tokens) if use_graphs else None,
+            uniforms=uniforms,
+            on_token=on_token,
+            on_group_finished=on_group_finished,
+        )
 
 
-def _decode_loop(model, texts, most, cache, choice, graphs, uniforms, heard, done) -> list[Rollout]:
+def count_max_running(num_sequences: int, slots_per_row: int, max_cache_tokens: int | None) -> int:
+    """Return how many sequences may run at once: each may become a row of its own.
+
+    Raises ValueError when the cache does not hold one.
+    """
+    if max_cache_tokens is None:
+        return num_sequences
+    max_running = min(max_cache_tokens // slots_per_row, num_sequences)
+    if not max_running:
+        raise ValueError(
+            f"room for {max_cache_tokens} slots does not hold one text of {slots_per_row}"
+        )
+    return max_running
+
+
+def _decode_loop(
+    model: Decoder,
+    batch: SequenceBatch,
+    max_running: int,
+    cache: KVCache,
+    sample_tokens: Callable,
+    *,
+    cuda_graphs: DecodeGraphs | None,
+    uniforms: np.ndarray | None,
+    on_token: Callable[[int, int], None] | None,
+    on_group_finished: Callable[[list[Rollout]], None] | None,
+) -> list[Rollout]:
+    """Prefill and decode until every sequence is finished (continuous batching).
+
+    Waiting sequences enter as others leave. Returns the rollouts of all groups.
+    """
     device = cache.lengths.device
-    tokens = ()
+    sync_every = SYNC_EVERY[device.type]
+    last_tokens = torch.zeros(0, dtype=torch.int64, device=device)
     while True:
-        entering = texts.enter(most)
-        if not len(texts.who):
-            return texts.rollouts(done)
-        chosen = []
-        for u in texts.draws(uniforms, SYNC_EVERY[device.type], device):
-            if graphs and not entering and texts.rows == len(texts.who):
-                chosen.append(graphs(tokens, u))
+        new_prompts = batch.admit(max_running)
+        if batch.num_running == 0:
+            return batch.collect_finished(on_group_finished)
+
+        # A GPU runs several tokens ahead before the host looks which sequences have stopped.
+        sampled = []
+        for step_uniforms in batch.uniforms_until_next_sync(uniforms, sync_every, device):
+            if cuda_graphs and not new_prompts and not batch.has_shared_rows:
+                tokens = cuda_graphs(last_tokens, step_uniforms)
             else:
-                hidden = [decode(model, tokens, cache)] if len(tokens) else []
-                if entering:
-                    hidden = [*hidden, prefill(model, entering, cache)]
-                    entering = []
-                chosen.append(choice(torch.cat(hidden), uniforms=u))  # of hidden (B, C)
-            tokens = chosen[-1][0][:, 0]
-        texts.write(*(torch.stack(x).cpu().numpy() for x in zip(*chosen)), heard)
-        texts.rollouts(done)
-        tokens = texts.part(cache).to(device)
+                hidden = []
+                if len(last_tokens):
+                    hidden.append(decode(model, last_tokens, cache))
+                if new_prompts:
+                    hidden.append(prefill(model, new_prompts, cache))
+                    new_prompts = []
+                tokens = sample_tokens(torch.cat(hidden), uniforms=step_uniforms)  # of (B, C)
+            sampled.append(tokens)
+            ids, _, _ = tokens
+            last_tokens = ids[:, 0]
+
+        batch.append_tokens(stack_to_host(sampled), on_token)  # the one wait for the device
+        batch.collect_finished(on_group_finished)
+        last_tokens = batch.fork_rows(cache).to(device)
 
 
 def make_cache(model: Decoder) -> KVCache:
-    """An empty cache in the model's shape, type and place."""
-    c = model.config
+    """Return an empty cache in the model's shape, dtype and device."""
+    config = model.config
     weight = model.head_weight
     return KVCache(
-        c.num_hidden_layers,
-        c.num_key_value_heads,
-        c.head_dim,
+        config.num_hidden_layers,
+        config.num_key_value_heads,
+        config.head_dim,
         weight.dtype,
         weight.device,
         model.backend.exact,
@@ -121,48 +174,70 @@ def make_cache(model: Decoder) -> KVCache:
 
 
 def prefill(model: Decoder, prompts: list[Prompt], cache: KVCache) -> torch.Tensor:
-    """The prompts' packed forward, what all begin with computed once; they take the cache's next
-    rows. Returns the hidden states (P, C) that predict the first tokens.
+    """Compute the prompts in one packed forward, and put them into the next rows of the cache.
+
+    What all prompts begin with is computed once. Returns the hidden states (P, C) that predict the
+    first tokens.
     """
     device = cache.lengths.device
-    first = min(p.ids for p in prompts)
-    last = max(p.ids for p in prompts)
-    same = (
-        next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), len(first))
-        if len(prompts) > 1
-        else 0
-    )
-    same = min(same, min(len(p.ids) for p in prompts) - 1)  # each has a token of its own
-    sequences = [first[:same]] * (same > 0) + [p.ids[same:] for p in prompts]
+    prompt_lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
+
+    # Pack the shared prefix, if there is one, then each prompt's remainder.
+    num_shared = count_shared_tokens(prompts)
+    sequences = [prompt.ids[num_shared:] for prompt in prompts]
+    starts = [num_shared] * len(prompts)  # the position of each sequence's first token
+    if num_shared:
+        sequences.insert(0, prompts[0].ids[:num_shared])
+        starts.insert(0, 0)
+
+    token_ids: list[int] = []
+    positions: list[int] = []
+    for ids, start in zip(sequences, starts):
+        token_ids += ids
+        positions += range(start, start + len(ids))
+
+    # The shared prefix is the one "prompt", which every remainder continues.
     lengths = torch.tensor([len(ids) for ids in sequences])
-    if same:
-        packed = PackedAttention(
-            lengths[:1],
-            lengths[1:],
-            torch.zeros(len(prompts), dtype=torch.int64),
-            device,
-            model.backend,
-        )
+    if num_shared:
+        prompt_of = torch.zeros(len(prompts), dtype=torch.int64)
+        packed = PackedAttention(lengths[:1], lengths[1:], prompt_of, device, model.backend)
     else:
         none = torch.zeros(0, dtype=torch.int64)
         packed = PackedAttention(lengths, none, none, device, model.backend)
-    tokens = torch.tensor([t for ids in sequences for t in ids], device=device)
-    positions = torch.tensor(
-        [
-            t
-            for i, ids in enumerate(sequences)
-            for t in range(same * (i > 0), same * (i > 0) + len(ids))
-        ],
-        device=device,
-    )
+
     hidden = model(
-        tokens, positions, cache.prefill(packed, torch.tensor([len(p.ids) for p in prompts]))
+        torch.tensor(token_ids, device=device),
+        torch.tensor(positions, device=device),
+        cache.prefill(packed, prompt_lengths),
     )
-    return hidden.index_select(0, (lengths.cumsum(0) - 1)[-len(prompts) :].to(device))
+    last_token = (lengths.cumsum(0) - 1)[-len(prompts) :]  # (P,)
+    return hidden.index_select(0, last_token.to(device))
+
+
+def count_shared_tokens(prompts: list[Prompt]) -> int:
+    """Return how many tokens all prompts begin with, at most all but one token of each.
+
+    The longest common prefix of all is that of the first and the last in lexicographic order.
+    """
+    if len(prompts) == 1:
+        return 0
+    first = min(prompt.ids for prompt in prompts)
+    last = max(prompt.ids for prompt in prompts)
+    num_shared = 0
+    for first_id, last_id in zip(first, last):
+        if first_id != last_id:
+            break
+        num_shared += 1
+    shortest = min(len(prompt.ids) for prompt in prompts)
+    return min(num_shared, shortest - 1)  # each has a token of its own
 
 
 def decode(model: Decoder, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """The live rows' next tokens (B,) -> the hidden states (B, C) that predict those after them."""
-    hidden = model(tokens, cache.next(), cache)
+    """Compute the running rows' next tokens (B,).
+
+    Returns the hidden states (B, C) that predict the tokens after them.
+    """
+    positions = cache.begin_decode_step()
+    hidden = model(tokens, positions, cache)
     cache.advance()
     return hidden

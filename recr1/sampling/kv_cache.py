@@ -1,11 +1,13 @@
-"""The KV cache of the sampler. It owns its rows' lengths; the model never sees them (DESIGN: cache
-passed in, no globals).
+"""The KV cache of the sampler. It owns the lengths of its rows; the model never sees them (DESIGN:
+the cache is passed in, there are no globals).
 
-Legend: B live rows, S slots, K kv heads, D head dim. Rows 0..B-1 are live: no row that is finished
-is computed again.
+Legend: B running rows, S slots, K kv heads, D head dim. A slot holds the key and the value of one
+token. Rows 0..B-1 are the running ones: a row that is finished is never computed again.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -19,123 +21,163 @@ from recr1.model.packed_attention import (
 
 
 class KVCache:
-    """Keys and values by layer, (rows, K, S, D). As a callable (layer, q, k, v) it is the attention
-    of one decode step.
+    """Store keys and values by layer. Called with (layer, q, k, v), attend for one decode step.
 
-    `lengths` (rows,) counts the tokens a row holds; `live` is B. Slots beyond a row's length are
-    masked. Room grows as needed, to twice that, but not past `most`.
+    Slots beyond a row's length are masked. The memory grows as needed, to twice what is needed, but
+    never past `max_shape`.
+
+    Attributes:
+        kv: (2 * layers, rows, K, S, D), the keys of all layers, then their values.
+        lengths: (rows,), how many tokens each row holds.
+        num_rows: B, how many rows are running.
+        max_len: the length of the longest running row, in tokens; known to the host.
+        max_shape: (rows, slots) that the sequences of this call need at most.
     """
 
     def __init__(
-        self, layers: int, kv_heads: int, head_dim: int, dtype, device, exact: bool = False
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        exact: bool = False,
     ):
-        # keys, then values, by layer
-        self.store = torch.zeros(2 * layers, 0, kv_heads, 0, head_dim, dtype=dtype, device=device)
-        self.layers = layers
-        self.live = 0
-        self.exact = exact
+        self.kv = torch.zeros(2 * layers, 0, kv_heads, 0, head_dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(0, dtype=torch.int64, device=device)
-        self.width = 0  # the longest live row, in tokens
+        self.layers = layers
+        self.exact = exact
+        self.num_rows = 0
+        self.max_len = 0
 
-    def clear(self, rows: int, room: int, at_once: bool = False) -> None:
-        """No row is live any more; the texts to come need at most so many rows of so many slots.
-        `at_once`: these are there from now on.
-        """
-        self.live = 0
-        self.width = 0
-        self.most = (rows, room)
-        if at_once:
-            self._reserve(rows, room)
+    def reset(self, rows: int, slots: int, reserve: bool = False) -> None:
+        """Drop all running rows and set what the coming sequences need at most.
 
-    def prefill(self, packed: PackedAttention, lengths: torch.Tensor):
-        """The attention callable of the prompts' packed forward: it writes their keys and values
-        into the next rows on the way.
+        `reserve`: allocate all of it now, so that it never moves (CUDA graphs).
         """
-        # rows of k and v, for each sequence that samples
-        kept = packed.keys_c if len(packed.keys_c) else packed.keys_p
-        start = self.live
-        width = kept.shape[1]
-        self._reserve(start + len(lengths), max(width, self._slots()))
-        self.live = start + len(lengths)
-        self.width = max(self.width, int(lengths.max()))
-        self.lengths[start : self.live] = lengths.to(self.lengths.device)
+        self.num_rows = 0
+        self.max_len = 0
+        self.max_shape = (rows, slots)
+        if reserve:
+            self._reserve(rows, slots)
+
+    def prefill(
+        self, packed: PackedAttention, lengths: torch.Tensor
+    ) -> Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Add rows for prompts of `lengths`. Return the attention of their packed forward.
+
+        It is a callable (layer, q, k, v) that also writes the prompts' keys and values into the
+        new rows.
+        """
+        # For each prompt, which packed tokens it reads, padded: its own, and the shared ones.
+        token_index = packed.keys_c if len(packed.keys_c) else packed.keys_p  # (P, S)
+        slots = token_index.shape[1]
+
+        # The prompts take the next rows.
+        first_row = self.num_rows
+        end_row = first_row + len(lengths)
+        self._reserve(end_row, max(slots, self._count_slots_to_read()))
+        self.num_rows = end_row
+        self.max_len = max(self.max_len, int(lengths.max()))
+        self.lengths[first_row:end_row] = lengths.to(self.lengths.device)
 
         def attention(layer, q, k, v):
-            for at, new in ((layer, k), (self.layers + layer, v)):
-                padded = new.index_select(0, kept.flatten()).view(-1, width, *new.shape[1:])
-                self.store[at, start : self.live, :, :width] = padded.transpose(1, 2)
+            for index, packed_kv in ((layer, k), (self.layers + layer, v)):
+                flat = packed_kv.index_select(0, token_index.flatten())
+                padded = flat.view(-1, slots, *packed_kv.shape[1:])  # (P, S, K, D)
+                self.kv[index, first_row:end_row, :, :slots] = padded.transpose(1, 2)
             return packed(layer, q, k, v)
 
         return attention
 
-    def next(self, rows: int = 0, width: int = 0) -> torch.Tensor:
-        """Positions (B,) of the live rows' next tokens, for which a decode step begins. A graph
-        takes `rows` and `width`, both may be more.
+    def begin_decode_step(self, rows: int = 0, slots: int = 0) -> torch.Tensor:
+        """Prepare one decode step. Return the positions (B,) of the running rows' next tokens.
+
+        A CUDA graph passes `rows` and `slots`, which may be more than the step needs.
         """
-        rows = rows or self.live
-        self.reading = width or self._slots()
+        rows = rows or self.num_rows
+        self.slots_to_read = slots or self._count_slots_to_read()
         self.row = torch.arange(rows, device=self.lengths.device)
-        self.at = self.lengths[:rows].clamp(max=self.reading - 1)
-        self.mask = make_decode_bias(self.at, self.reading, self.store.dtype)
-        return self.at
+        self.slot = self.lengths[:rows].clamp(max=self.slots_to_read - 1)
+        self.attention_bias = make_decode_bias(self.slot, self.slots_to_read, self.kv.dtype)
+        return self.slot
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        # (B, K, S, D)
-        keys, values = (
-            self.store[at, : len(self.row), :, : self.reading]
-            for at in (layer, self.layers + layer)
-        )
-        keys[self.row, :, self.at], values[self.row, :, self.at] = k, v
-        return attend_decode(q, keys, values, self.mask, self.exact)
+        """Write this step's keys and values of one layer, and attend to all that the rows hold."""
+        rows = len(self.row)
+        keys = self.kv[layer, :rows, :, : self.slots_to_read]  # (B, K, S, D)
+        values = self.kv[self.layers + layer, :rows, :, : self.slots_to_read]
+        keys[self.row, :, self.slot] = k
+        values[self.row, :, self.slot] = v
+        return attend_decode(q, keys, values, self.attention_bias, self.exact)
 
     def advance(self) -> None:
-        """After a decode step through all layers: every live row holds one token more."""
-        self.lengths[: self.live] += 1
-        self.width += 1
+        """Count one token more in every running row, after a decode step through all layers."""
+        self.lengths[: self.num_rows] += 1
+        self.max_len += 1
 
-    def rearrange(self, parents: np.ndarray) -> np.ndarray:
-        """Row i to come continues row parents[i] (ascending): copied where a row continues as
-        several, others stay, and fill places that became free. Returns where each now stands; rows
-        0..n-1 are the live ones.
+    def reorder(self, parents: np.ndarray) -> np.ndarray:
+        """Let child i continue row parents[i]. Return the row that each child is in.
+
+        `parents` (n,) ascends. A row that continues as several is copied, a row that no child
+        continues is overwritten, every other one stays where it is, so that rows 0..n-1 are the
+        running ones. Example: parents [0, 0, 3] -> rows [0, 1, 2]: row 1 becomes a copy of row 0,
+        row 2 of row 3.
         """
         n = len(parents)
-        stays = (parents < n) & np.diff(parents, prepend=-1).astype(bool)
-        place = parents.copy()
-        place[~stays] = np.setdiff1d(np.arange(n), parents[stays])
-        self._reserve(n, self._slots())
+
+        # A parent's first child stays in its row, if that is one of the n rows to come.
+        is_first_child = np.diff(parents, prepend=-1).astype(bool)
+        stays = (parents < n) & is_first_child
+
+        # The others fill the rows that nobody stays in.
+        rows = parents.copy()
+        rows[~stays] = np.setdiff1d(np.arange(n), parents[stays])
+
+        self._reserve(n, self._count_slots_to_read())
         if not stays.all():
-            src, dst = (
-                torch.from_numpy(x[~stays]).to(self.lengths.device) for x in (parents, place)
-            )
-            self.lengths[dst] = self.lengths[src]
-            self.store[:, dst, :, : self.width] = self.store[:, src, :, : self.width]
-        self.live = n
-        self.width = int(self.lengths[:n].max()) if n else 0
-        return place
+            source = torch.from_numpy(parents[~stays]).to(self.lengths.device)
+            target = torch.from_numpy(rows[~stays]).to(self.lengths.device)
+            self.lengths[target] = self.lengths[source]
+            self.kv[:, target, :, : self.max_len] = self.kv[:, source, :, : self.max_len]
+        self.num_rows = n
+        self.max_len = int(self.lengths[:n].max()) if n else 0
+        return rows
 
-    def _slots(self) -> int:
-        """Key slots that the next decode step reads: room for one token more, rounded up."""
-        return count_slots(self.width + 1)
+    def _count_slots_to_read(self) -> int:
+        """Return the slots that the next decode step reads: one token more, rounded up."""
+        return count_slots(self.max_len + 1)
 
-    def _reserve(self, rows: int, room: int) -> None:
-        """Place for `rows` rows of `room` slots, with as much again to grow into, up to `most`.
-        Zeros, not empty: 0 * NaN in a masked slot is NaN.
+    def _reserve(self, rows: int, slots: int) -> None:
+        """Make sure that there are `rows` rows of `slots` slots.
+
+        The new memory is zeros, not empty: 0 * NaN in a masked slot is NaN.
         """
-        _, have_rows, heads, have_slots, dim = self.store.shape
-        if rows <= have_rows and room <= have_slots:
+        _, allocated_rows, heads, allocated_slots, dim = self.kv.shape
+        if rows <= allocated_rows and slots <= allocated_slots:
             return
-        rows = have_rows if rows <= have_rows else max(rows, min(2 * rows, self.most[0]))
-        room = have_slots if room <= have_slots else max(room, min(2 * room, self.most[1]))
-        bigger = self.store.new_zeros(2 * self.layers, rows, heads, room, dim)
-        bigger[:, : self.live, :, : self.width] = self.store[:, : self.live, :, : self.width]
+        max_rows, max_slots = self.max_shape
+        rows = grow(allocated_rows, rows, max_rows)
+        slots = grow(allocated_slots, slots, max_slots)
+
+        kv = self.kv.new_zeros(2 * self.layers, rows, heads, slots, dim)
         lengths = self.lengths.new_zeros(rows)
-        lengths[: self.live] = self.lengths[: self.live]
-        self.store = bigger
+        old_kv = self.kv[:, : self.num_rows, :, : self.max_len]
+        kv[:, : self.num_rows, :, : self.max_len] = old_kv
+        lengths[: self.num_rows] = self.lengths[: self.num_rows]
+        self.kv = kv
         self.lengths = lengths
 
 
+def grow(allocated: int, needed: int, maximum: int) -> int:
+    """Return what to allocate: enough, and as much again to grow into, up to `maximum`."""
+    if needed <= allocated:
+        return allocated
+    return max(needed, min(2 * needed, maximum))
+
+
 def count_slots(tokens: int) -> int:
-    """Slots of a row that holds so many tokens."""
+    """Return the slots of a row that holds so many tokens: the next multiple of SLOT_MULTIPLE."""
     return -(-tokens // SLOT_MULTIPLE) * SLOT_MULTIPLE

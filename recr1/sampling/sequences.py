@@ -1,8 +1,12 @@
-"""The sequences of one `generate` call: waiting, running, finished."""
+"""The sequences of one `generate` call: waiting, running, finished.
+
+Legend: R sequences, n running ones, B cache rows, V vocabulary.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +15,24 @@ from recr1.data_types import Prompt, Rollout
 from recr1.sampling.kv_cache import KVCache
 
 
+class SampledTokens(NamedTuple):
+    """Hold the choices of several decode steps, on the host."""
+
+    ids: np.ndarray  # (steps, B, siblings in a row; 1 where they all choose the same)
+    logp: np.ndarray  # the same shape
+    truncated_mass: np.ndarray  # (steps, B), the probability that top_p cut off
+
+
 class SequenceBatch:
-    """The R texts of a call. First they wait, then they are under way: text who[i] is in row
-    row[i], both by row; then they have ended.
+    """Keep the R sequences of a `generate` call: each is waiting, then running, then finished.
+
+    Siblings whose tokens so far are equal share one row of the KV cache.
+
+    Attributes:
+        running: (n,), the indices of the running sequences, sorted by row.
+        row: (n,), the cache row that each of them is in.
+        num_rows: B, how many rows they are in.
+        length: (R,), how many tokens each sequence has so far.
     """
 
     def __init__(
@@ -21,122 +40,184 @@ class SequenceBatch:
         prompts: list[Prompt],
         group_size: int,
         max_new_tokens: int,
-        stops: frozenset[int],
-        vocabulary: int,
+        stop_token_ids: frozenset[int],
+        vocab_size: int,
     ):
-        R = len(prompts) * group_size
         self.prompts = prompts
-        self.G = group_size
-        self.T = max_new_tokens
-        self.ids = np.zeros((R, self.T), np.int64)
-        self.logp = np.zeros((R, self.T))
-        self.cut = np.zeros(R)
-        self.length = np.zeros(R, np.int64)
-        self.ended = np.zeros(R, bool)
-        self.entered = 0
-        self.stops = np.isin(np.arange(vocabulary), list(stops))  # (V,)
-        self.who = np.zeros(0, np.int64)
+        self.group_size = group_size
+        self.max_new_tokens = max_new_tokens
+        self.vocab_size = vocab_size
+        self.is_stop_token = np.isin(np.arange(vocab_size), list(stop_token_ids))  # (V,)
+
+        # What each sequence has sampled.
+        self.num_sequences = len(prompts) * group_size  # R
+        shape = (self.num_sequences, max_new_tokens)
+        self.ids = np.zeros(shape, np.int64)
+        self.logp = np.zeros(shape)
+        self.truncated_mass = np.zeros(self.num_sequences)
+        self.length = np.zeros(self.num_sequences, np.int64)
+
+        # Where it is: sequences from num_admitted on are waiting.
+        self.num_admitted = 0
+        self.running = np.zeros(0, np.int64)
         self.row = np.zeros(0, np.int64)
-        self.rows = 0
-        self.groups: list[list[Rollout] | None] = [None] * len(prompts)
+        self.num_rows = 0
+        self.finished = np.zeros(self.num_sequences, bool)
+        self.rollouts_by_group: list[list[Rollout] | None] = [None] * len(prompts)
 
-    def enter(self, most: int) -> list[Prompt]:
-        """As many more as there may be at once, by groups where a group fits; the prompts that take
-        the next rows.
-        """
-        start = self.entered
-        while self.entered < len(self.length) and (
-            unit := min(self.G - self.entered % self.G, most)
-        ) <= most - len(self.who) - (self.entered - start):
-            self.entered += unit
-        new = np.arange(start, self.entered)
-        groups, place = np.unique(new // self.G, return_inverse=True)
-        self.who, self.row, self.rows = (
-            np.append(self.who, new),
-            np.append(self.row, self.rows + place),
-            self.rows + len(groups),
-        )
-        return [self.prompts[p] for p in groups]
+    @property
+    def num_running(self) -> int:
+        return len(self.running)
 
-    def draws(self, uniforms: np.ndarray | None, lag: int, device) -> torch.Tensor | list[None]:
-        """The uniforms of the tokens until the next look, (tokens, B, most siblings in a row), or
-        None as often: shared rows may split at any.
+    @property
+    def has_shared_rows(self) -> bool:
+        return self.num_rows < self.num_running
+
+    def admit(self, max_running: int) -> list[Prompt]:
+        """Move waiting sequences to running, whole groups where they fit.
+
+        Returns the prompts to prefill; they take the next rows of the cache.
         """
-        self.column = np.arange(len(self.who)) - np.searchsorted(self.row, self.row)
-        count = (
-            1 if self.rows < len(self.who) else min(lag, self.T - int(self.length[self.who].max()))
-        )
+        first = self.num_admitted
+        while self.num_admitted < self.num_sequences:
+            left_in_group = self.group_size - self.num_admitted % self.group_size
+            step = min(left_in_group, max_running)
+            free = max_running - self.num_running - (self.num_admitted - first)
+            if step > free:
+                break
+            self.num_admitted += step
+
+        # The siblings of a group begin in one row.
+        admitted = np.arange(first, self.num_admitted)
+        groups, group_index = np.unique(admitted // self.group_size, return_inverse=True)
+        self.running = np.append(self.running, admitted)
+        self.row = np.append(self.row, self.num_rows + group_index)
+        self.num_rows += len(groups)
+        return [self.prompts[group] for group in groups]
+
+    def uniforms_until_next_sync(
+        self, uniforms: np.ndarray | None, sync_every: int, device: torch.device
+    ) -> torch.Tensor | list[None]:
+        """Return the uniforms of the decode steps until the host looks at the tokens again.
+
+        Their shape is (steps, B, most siblings in a row); a list of as many None is greedy. A
+        shared row may fork at any token, so with one there is a single step.
+        """
+        first_in_row = np.searchsorted(self.row, self.row)
+        self.index_in_row = np.arange(self.num_running) - first_in_row
+
+        num_steps = 1
+        if not self.has_shared_rows:
+            longest = int(self.length[self.running].max())
+            num_steps = min(sync_every, self.max_new_tokens - longest)
         if uniforms is None:
-            return [None] * count
-        u = np.full((count, self.rows, self.column.max() + 1), 0.5)
-        u[:, self.row, self.column] = uniforms[
-            self.who // self.G, self.who % self.G, self.length[self.who] + np.arange(count)[:, None]
-        ]
-        return torch.from_numpy(u).to(device)  # all at once: each copy would wait for the GPU
+            return [None] * num_steps
 
-    def write(
-        self,
-        ids: np.ndarray,
-        logp: np.ndarray,
-        cut: np.ndarray,
-        heard: Callable[[int, int], None] | None,
+        prompt, sibling = np.divmod(self.running, self.group_size)
+        token = self.length[self.running] + np.arange(num_steps)[:, None]  # (steps, n)
+        padded = np.full((num_steps, self.num_rows, self.index_in_row.max() + 1), 0.5)
+        padded[:, self.row, self.index_in_row] = uniforms[prompt, sibling, token]
+        return torch.from_numpy(padded).to(device)  # all at once: each copy would wait for the GPU
+
+    def append_tokens(
+        self, sampled: SampledTokens, on_token: Callable[[int, int], None] | None
     ) -> None:
-        """Chosen ids, their log-probs (tokens, B, siblings in a row; 1 where they agree) and the
-        mass cut off (tokens, B): each text takes its own, up to its end.
-        """
-        column = self.column % ids.shape[2]
-        running = np.ones(len(self.who), bool)
-        for chosen, value, off in zip(
-            ids[:, self.row, column], logp[:, self.row, column], cut[:, self.row]
-        ):
-            who = self.who[running]
-            self.ids[who, self.length[who]], self.logp[who, self.length[who]] = (
-                chosen[running],
-                value[running],
-            )
-            self.cut[who] += off[running]
-            self.length[who] += 1
-            for r in who if heard else ():
-                heard(int(r), int(self.ids[r, self.length[r] - 1]))
-            running &= ~(self.stops[chosen] | (self.length[self.who] == self.T))
-        self.ended[self.who[~running]] = True
+        """Append to each sequence the tokens that it chose, up to its end.
 
-    def rollouts(self, done: Callable[[list[Rollout]], None] | None) -> list[Rollout]:
-        """Those of the groups that have ended, each handed to `done` when it does."""
-        for p in np.flatnonzero(self.ended.reshape(-1, self.G).all(1)):
-            if self.groups[p] is None:
-                texts = [(r, self.length[r]) for r in range(p * self.G, (p + 1) * self.G)]
-                self.groups[p] = [
-                    Rollout(
-                        self.prompts[p],
-                        int(p),
-                        s,
-                        tuple(self.ids[r, :n].tolist()),
-                        tuple(self.logp[r, :n].tolist()),
-                        bool(self.stops[self.ids[r, n - 1]]),
-                        cut=float(self.cut[r] / n),
-                    )
-                    for s, (r, n) in enumerate(texts)
-                ]
-                if done:
-                    done(self.groups[p])
-        return [rollout for group in self.groups for rollout in group or ()]
-
-    def part(self, cache: KVCache) -> torch.Tensor:
-        """Ended texts leave; each row becomes one row for each id that its texts chose. Returns
-        these ids, (B,).
+        Calls on_token(sequence, id) for every token that is appended.
         """
-        alive = ~self.ended[self.who]
-        who = self.who[alive]
-        row = self.row[alive]
-        last = self.ids[who, self.length[who] - 1]
-        V = len(self.stops)
-        branches, branch = np.unique(row * V + last, return_inverse=True)
-        row = cache.rearrange(branches // V)[branch]
-        order = np.argsort(row, kind="stable")
-        self.who = who[order]
-        self.row = row[order]
-        self.rows = len(branches)
-        tokens = np.zeros(self.rows, np.int64)
-        tokens[row] = last
+        # A row's siblings have one column each, or all the same one.
+        column = self.index_in_row % sampled.ids.shape[2]
+        ids = sampled.ids[:, self.row, column]  # (steps, n)
+        logp = sampled.logp[:, self.row, column]
+        truncated_mass = sampled.truncated_mass[:, self.row]
+
+        is_running = np.ones(self.num_running, bool)
+        for step_ids, step_logp, step_mass in zip(ids, logp, truncated_mass):
+            sequences = self.running[is_running]
+            position = self.length[sequences]
+            self.ids[sequences, position] = step_ids[is_running]
+            self.logp[sequences, position] = step_logp[is_running]
+            self.truncated_mass[sequences] += step_mass[is_running]
+            self.length[sequences] += 1
+            if on_token:
+                for sequence, token_id in zip(sequences, step_ids[is_running]):
+                    on_token(int(sequence), int(token_id))
+
+            is_full = self.length[self.running] == self.max_new_tokens
+            is_running &= ~(self.is_stop_token[step_ids] | is_full)
+        self.finished[self.running[~is_running]] = True
+
+    def collect_finished(
+        self, on_group_finished: Callable[[list[Rollout]], None] | None
+    ) -> list[Rollout]:
+        """Return the rollouts of the groups that are finished, in the order of the prompts.
+
+        Calls on_group_finished(siblings) once for each group, as soon as its last one is finished.
+        """
+        is_group_finished = self.finished.reshape(-1, self.group_size).all(1)
+        for group in np.flatnonzero(is_group_finished):
+            if self.rollouts_by_group[group] is not None:
+                continue
+            siblings = range(self.group_size)
+            self.rollouts_by_group[group] = [self._make_rollout(int(group), s) for s in siblings]
+            if on_group_finished:
+                on_group_finished(self.rollouts_by_group[group])
+
+        rollouts: list[Rollout] = []
+        for group_rollouts in self.rollouts_by_group:
+            rollouts += group_rollouts or []
+        return rollouts
+
+    def _make_rollout(self, group: int, sibling: int) -> Rollout:
+        sequence = group * self.group_size + sibling
+        length = self.length[sequence]
+        ids = self.ids[sequence, :length]
+        logp = self.logp[sequence, :length]
+        return Rollout(
+            self.prompts[group],
+            group,
+            sibling,
+            ids=tuple(ids.tolist()),
+            sampler_logp=tuple(logp.tolist()),
+            finished=bool(self.is_stop_token[ids[-1]]),
+            cut=float(self.truncated_mass[sequence] / length),
+        )
+
+    def fork_rows(self, cache: KVCache) -> torch.Tensor:
+        """Drop finished sequences and fork each row into one row per distinct next token.
+
+        Returns these tokens, (B,), on the CPU.
+        """
+        is_running = ~self.finished[self.running]
+        running = self.running[is_running]
+        row = self.row[is_running]
+        last_token = self.ids[running, self.length[running] - 1]
+
+        # A fork is a distinct pair (row, token), encoded as one integer: row * V + token. The cache
+        # copies a row that continues as several.
+        forks, fork_index = np.unique(row * self.vocab_size + last_token, return_inverse=True)
+        parent_row = forks // self.vocab_size
+        new_row = cache.reorder(parent_row)[fork_index]
+
+        by_row = np.argsort(new_row, kind="stable")
+        self.running = running[by_row]
+        self.row = new_row[by_row]
+        self.num_rows = len(forks)
+
+        tokens = np.zeros(self.num_rows, np.int64)
+        tokens[new_row] = last_token
         return torch.from_numpy(tokens)
+
+
+def stack_to_host(
+    steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+) -> SampledTokens:
+    """Stack the choices (ids, log-probs, truncated mass) of several steps and copy them to the
+    host.
+    """
+    arrays = []
+    for tensors in zip(*steps):
+        stacked = torch.stack(tensors)
+        arrays.append(stacked.cpu().numpy())
+    return SampledTokens(*arrays)

@@ -1,4 +1,4 @@
-"""What a task is, and the config's `task` -> the task."""
+"""The interface of a task, and the task that a config names."""
 
 from __future__ import annotations
 
@@ -13,40 +13,53 @@ from recr1.tasks.rerank import Rerank
 from recr1.tasks.sequential import Sequential
 from recr1.tasks.user_task import UserTask
 
-TASKS = {
+TASKS: dict[str, Callable[[RewardConfig], Task]] = {
     "product_search": ProductSearch,
     "sequential": Sequential,
     "rerank": Rerank,
     "recommend_list": RecommendList,
 }
 
+TASK_ATTRIBUTES = (
+    "placeholders",
+    "required_fields",
+    "uses_retriever",
+    "render",
+    "parse",
+    "baseline_answer",
+    "rank",
+)
+
 
 class Task(Protocol):
-    """A kind of question and how its answers are ranked. `row` is a query's line of the data:
-    "text" and the keys of `needs`.
+    """A kind of question, and how its answers are ranked.
 
-    A task keeps nothing of what it is asked: it is called from another thread than the one that
+    `row` is a query's line of the data: "text" and the keys of `required_fields`.
+
+    A task stores nothing of what it is asked: it is called from another thread than the one that
     trains.
     """
 
-    placeholders: tuple[str, ...]  # of prompt.user, {name} each, that the texts of a row go to
+    placeholders: tuple[str, ...]  # names in prompt.user, {name} each, that `render` fills
     required_fields: tuple[str, ...]  # keys that a row must have beside "text"
-    uses_retriever: bool  # whether `rank` searches; where none does no index is made
+    uses_retriever: bool  # whether `rank` searches; if not, no index is built
 
-    def __init__(self, rule: RewardConfig): ...
+    def __init__(self, reward: RewardConfig): ...
 
     def render(self, row: dict, title: Callable[[str], str]) -> tuple[str, ...]:
-        """The text for each of `places`; title(document id) is a title of what the row's "history"
-        and "candidates" name.
+        """Return one text for each of `placeholders`.
+
+        title(document id) is the title of a document of the row's "history" and "candidates".
         """
 
     def parse(self, completion: str, row: dict) -> tuple[Any, str | None]:
-        """(answer, None), or (None, the error's name). Takes any string and does not raise. An
-        answer can be written as JSON.
+        """Return (answer, None), or (None, the error's name).
+
+        Takes any string and does not raise. An answer can be written as JSON.
         """
 
     def baseline_answer(self, row: dict) -> Any:
-        """The answer that takes no policy, which it is compared with."""
+        """Return the answer that needs no policy; the policy's answers are compared with it."""
 
     def rank(
         self,
@@ -55,33 +68,33 @@ class Task(Protocol):
         k: int,
         search: Callable[[list[str], int], list[list[str]]],
     ) -> list[list[str]]:
-        """Document ids for each answer, best first; search(queries, k) asks the retriever."""
+        """Return document ids for each answer, best first.
+
+        search(queries, k) asks the retriever.
+        """
 
 
 def build_task(cfg: Config) -> Task:
-    """Raises ConfigError."""
-    kind = TASKS.get(cfg.task) or plugins.load_function("task", cfg.task, TASKS)
+    """Build the task that the config names, checked. Raises ConfigError."""
+    if cfg.task in TASKS:
+        task_class = TASKS[cfg.task]
+    else:
+        task_class = plugins.load_function("task", cfg.task, TASKS)
     with plugins.calling_plugin(f"task: {cfg.task!r}, called with the config's reward,"):
-        task = kind(cfg.reward)
-    if missing := [
-        name
-        for name in (
-            "placeholders",
-            "required_fields",
-            "uses_retriever",
-            "render",
-            "parse",
-            "baseline_answer",
-            "rank",
-        )
-        if not hasattr(task, name)
-    ]:
+        task = task_class(cfg.reward)
+
+    missing = [name for name in TASK_ATTRIBUTES if not hasattr(task, name)]
+    if missing:
         raise ConfigError(
-            f"task: {cfg.task!r} has no {', '.join(missing)}; what a task needs stands in recr1/tasks/make.py"
+            f"task: {cfg.task!r} has no {', '.join(missing)}; "
+            "what a task needs stands in recr1/tasks/registry.py"
         )
-    task = task if cfg.task in TASKS else UserTask(cfg.task, task)
+    if cfg.task not in TASKS:
+        task = UserTask(cfg.task, task)
+
     if cfg.data.shuffle_words and tuple(task.placeholders) != ("query",):
         raise ConfigError(
-            f"data.shuffle_words: shuffles the words of a query, and the prompts of {cfg.task} show more than that; set it to 0"
+            "data.shuffle_words: shuffles the words of a query, "
+            f"and the prompts of {cfg.task} show more than that; set it to 0"
         )
     return task

@@ -1,10 +1,16 @@
-"""Product re-ranking (Rec-R1's later task): a query and the retriever's first candidates -> all of
-them in a better order.
+"""Product re-ranking, the later task of Rec-R1.
 
-Stricter than the published reward, which takes a list of any length with any members and only
-refuses repeats: here a list that is not a permutation of the candidates has no score, as in the
-published evaluation.
+The policy reads a query and the first candidates of a retriever, and writes all of them in a better
+order.
+
+This is stricter than the published reward, which takes a list of any length with any members and
+refuses only repeats. Here a list that is not a permutation of the candidates has no score, as in
+the published evaluation.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable
 
 from recr1.tasks.candidate_list import CandidateRanking
 
@@ -14,5 +20,6 @@ class Rerank(CandidateRanking):
     key = "reranked_items"
     whole = True
 
-    def render(self, row, title):
-        return row["text"], self.shown(row, title)
+    def render(self, row: dict, title: Callable[[str], str]) -> tuple[str, ...]:
+        """Return the query and the candidates, one line each."""
+        return row["text"], self.format_candidates(row, title)

@@ -1,23 +1,26 @@
-"""The parts of a reward and their weighted sum. Every part is logged on its own, in training and in
+"""The terms of a reward and their weighted sum. Every term is logged on its own, in training and in
 evaluation.
 
-    ndcg recall mrr hit   accuracy of the ranking at k (reward.k_train, reward.k_eval): tasks/ranking_metrics.py
-    lcs                   accuracy as an order: the position-weighted longest common subsequence
-    below category              share of the ranking with the category of the first relevant
-    document, 0 where that is not found (Rec-R1's later reward: weight 0.2) diversity
-    intra-list distance of the first reward.k_list; between two items 1 - the share of genres they
-    have in common (or the category) novelty               self-information of the first
-    reward.k_list, divided by the largest there can be: in [0, 1]; popularity from the training data
+    ndcg recall mrr hit   accuracy of the ranking at k (reward.k_train, reward.k_eval): see
+                          tasks/ranking_metrics.py
+    lcs                   accuracy as an order: compute_weighted_lcs
+    category              share of the ranking with the category of the first relevant document, 0
+                          where that is not in it (Rec-R1's later reward: weight 0.2)
+    diversity             intra-list distance of the first reward.k_list; the distance of two items
+                          is 1 - the share of genres that they have in common (or the category)
+    novelty               self-information of the first reward.k_list, divided by its largest
+                          possible value: in [0, 1]; the popularity is that of the training data
     module:function       one of yours, f(answer, ranked, gains, row) -> number: the parsed answer,
-    document ids, {document id: gain}, the query's row
+                          document ids, {document id: gain}, the query's row
 
-    total = (bonus + A if A > 0 else miss) + the other parts weighted,   A = the accuracy parts
-    weighted;   unparsable where there is no answer
+    total = (bonus + A if A > 0 else miss) + the other terms weighted
+    A     = the accuracy terms weighted
+    total = unparsable where there is no answer
 
 With ndcg alone, weight 1, that is Rec-R1's reward. RecLLM-R1 (arXiv 2506.19235) sums recommendation
 metrics, diversity and business terms; its formula and weights are not public. One secondary account
-has a position-weighted longest common subsequence in it, without saying how it is weighted. What
-stands here is ours.
+has a position-weighted longest common subsequence in it, without saying how it is weighted. The
+formulas here are ours.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from recr1.config import plugins
 from recr1.config.loader import REWARD_TERMS
@@ -52,54 +56,74 @@ ACCURACY = (*METRICS, "lcs")
 
 @dataclass(frozen=True)
 class ItemTable:
-    """What the parts know of documents; empty where no weight asks for it."""
+    """What the terms need to know of documents; empty where no weight asks for it."""
 
     kinds: dict[str, frozenset[str]] = field(default_factory=dict)  # genres, or the category
     category: dict[str, str] = field(default_factory=dict)
-    popularity: dict[str, float] = field(default_factory=dict)
+    popularity: dict[str, float] = field(default_factory=dict)  # number of interactions
 
     def distance(self, a: str, b: str) -> float:
-        """1 - Jaccard's index of the two items' kinds; of two without any 0."""
-        a = self.kinds.get(a, frozenset())
-        b = self.kinds.get(b, frozenset())
-        return 1 - len(a & b) / len(a | b) if a | b else 0.0
+        """Compute 1 - Jaccard's index of the kinds of two documents; 0 where both have none."""
+        a_kinds = self.kinds.get(a, frozenset())
+        b_kinds = self.kinds.get(b, frozenset())
+        either = a_kinds | b_kinds
+        if not either:
+            return 0.0
+        return 1 - len(a_kinds & b_kinds) / len(either)
 
 
 def read_item_table(cfg: Config) -> ItemTable:
-    """One pass over the corpus, and only where a weight asks for it. Raises DataError."""
+    """Read the attributes that the weighted terms need, in one pass over the corpus.
+
+    Where no term needs any, the corpus is not read. Raises DataError.
+    """
     items = ItemTable()
+    needs = (
+        ("category", items.category, "category"),
+        ("diversity", items.kinds, "genres or category"),
+        ("novelty", items.popularity, "popularity"),
+    )
+    weighted_needs = [need for need in needs if need[0] in cfg.reward.weights]
+    if not weighted_needs:
+        return items
+
+    # Equal values become one object: a corpus of millions has few different categories.
+    interned: dict[Any, Any] = {}
     weights = cfg.reward.weights
-    alike = {}
-    wanted = [
-        (part, known, keys)
-        for part, known, keys in (
-            ("category", items.category, "category"),
-            ("diversity", items.kinds, "genres or category"),
-            ("novelty", items.popularity, "popularity"),
-        )
-        if part in weights
-    ]
-    for id, row in iterate_attributes(cfg.data.corpus, cfg.data.on_bad_line, []) if wanted else ():
+    for doc_id, row in iterate_attributes(cfg.data.corpus, cfg.data.on_bad_line, []):
         if "category" in weights and "category" in row:
-            items.category[id] = alike.setdefault(row["category"], row["category"])
+            category = row["category"]
+            items.category[doc_id] = interned.setdefault(category, category)
         if "diversity" in weights and ("genres" in row or "category" in row):
-            kinds = frozenset(
-                row.get("genres") or [row[key] for key in ("category",) if key in row]
-            )
-            items.kinds[id] = alike.setdefault(kinds, kinds)
+            kinds = _get_kinds(row)
+            items.kinds[doc_id] = interned.setdefault(kinds, kinds)
         if "novelty" in weights and "popularity" in row:
-            items.popularity[id] = row["popularity"]
-    for part, known, keys in wanted:
-        if not known:
+            items.popularity[doc_id] = row["popularity"]
+
+    for term, values, keys in weighted_needs:
+        if not values:
             raise DataError(
-                f"{cfg.data.corpus}: no document has {keys}, which reward.weights {part} needs; prepare the data anew, or leave {part} out"
+                f"{cfg.data.corpus}: no document has {keys}, which reward.weights {term} needs; "
+                f"prepare the data anew, or leave {term} out"
             )
     return items
 
 
+def _get_kinds(row: dict) -> frozenset[str]:
+    """Return a document's genres, or its category where it has none."""
+    genres = row.get("genres")
+    if genres:
+        return frozenset(genres)
+    if "category" in row:
+        return frozenset([row["category"]])
+    return frozenset()
+
+
 class RewardTerms:
-    """Measures rankings at k. names: the parts that are measured, those of weight 0 too; in
-    evaluations (`every`) all metrics.
+    """Measure rankings at k, and sum the terms up to a reward.
+
+    `names` are the terms that are measured, those of weight 0 too; in evaluations (`every`) all
+    metrics.
     """
 
     def __init__(
@@ -108,38 +132,58 @@ class RewardTerms:
         self.rule = rule
         self.k = k
         self.items = items
-        self.names = tuple(dict.fromkeys([rule.metric, *(METRICS if every else ()), *rule.weights]))
-        self.own = {
+        metrics = tuple(METRICS) if every else ()
+        self.names = tuple(dict.fromkeys([rule.metric, *metrics, *rule.weights]))
+        self.user_functions = {
             name: plugins.load_function("reward.weights", name, REWARD_TERMS)
             for name in self.names
             if ":" in name
         }
-        self.interactions = sum(items.popularity.values())
+        self.num_interactions = sum(items.popularity.values())
 
     def __call__(
-        self, row: dict, answer, ranked: Sequence[str], gains: Mapping[str, float]
+        self, row: dict, answer: Any, ranked: Sequence[str], gains: Mapping[str, float]
     ) -> dict[str, float]:
-        return {name: self._one(name, row, answer, ranked, gains) for name in self.names}
+        """Measure every term of one ranking."""
+        return {name: self._measure(name, row, answer, ranked, gains) for name in self.names}
 
-    def reward(
-        self, text: str, answer, error: str | None, parts: Mapping[str, float] | None, late: float
+    def make_reward(
+        self,
+        text: str,
+        answer: Any,
+        error: str | None,
+        terms: Mapping[str, float] | None,
+        penalty: float,
     ) -> Reward:
-        """A completion's: `unparsable` where it has no answer (parts None, an error), else what its
-        parts come to; `late` is added (overlong).
+        """Make the Reward of a completion: of its terms, or `unparsable` where it has no answer.
+
+        Args:
+            terms: None where there is no answer; `error` then says why.
+            penalty: added to the total (overlong).
         """
-        total = self.rule.unparsable if parts is None else self.total(parts)
-        logged = dict(parts or dict.fromkeys(self.names, 0.0)) | (
-            {"overlong": late} if self.rule.overlong else {}
-        )
-        return Reward(total + late, logged, error, answer, text)
+        if terms is None:
+            total = self.rule.unparsable
+            logged_terms = dict.fromkeys(self.names, 0.0)
+        else:
+            total = self.compute_total(terms)
+            logged_terms = dict(terms)
+        if self.rule.overlong:
+            logged_terms["overlong"] = penalty
+        return Reward(total + penalty, logged_terms, error, answer, text)
 
-    def total(self, parts: Mapping[str, float]) -> float:
-        weighted = {name: weight * parts[name] for name, weight in self.rule.weights.items()}
+    def compute_total(self, terms: Mapping[str, float]) -> float:
+        """Compute the weighted sum, with the bonus or the miss of the accuracy terms."""
+        weighted = {name: weight * terms[name] for name, weight in self.rule.weights.items()}
         accuracy = sum(value for name, value in weighted.items() if name in ACCURACY)
-        rest = sum(value for name, value in weighted.items() if name not in ACCURACY)
-        return (self.rule.bonus + accuracy if accuracy > 0 else self.rule.miss) + rest
+        other_terms = sum(value for name, value in weighted.items() if name not in ACCURACY)
+        if accuracy > 0:
+            return (self.rule.bonus + accuracy) + other_terms
+        return self.rule.miss + other_terms
 
-    def _one(self, name, row, answer, ranked, gains):
+    def _measure(
+        self, name: str, row: dict, answer: Any, ranked: Sequence[str], gains: Mapping[str, float]
+    ) -> float:
+        """Measure one term of one ranking."""
         if name in METRICS:
             return METRICS[name](ranked, gains, self.k)
         if name == "lcs":
@@ -149,60 +193,83 @@ class RewardTerms:
         if name == "diversity":
             return compute_intra_list_distance(ranked, self.items.distance, self.rule.k_list)
         if name == "novelty":
-            return (
-                compute_novelty(ranked, self.items.popularity, self.interactions, self.rule.k_list)
-                / math.log2(self.interactions)
-                if self.interactions > 1
-                else 0.0
-            )
-        where = f" for the query {row['text'][:80]!r}"
-        with plugins.calling_plugin(f"reward.weights: {name}", where):
-            value = float(self.own[name](answer, list(ranked), dict(gains), dict(row)))
+            return self._measure_novelty(ranked)
+        return self._call_user_function(name, row, answer, ranked, gains)
+
+    def _measure_novelty(self, ranked: Sequence[str]) -> float:
+        """Measure the novelty as a share of its largest value, log2 of all interactions."""
+        if self.num_interactions <= 1:
+            return 0.0
+        bits = compute_novelty(
+            ranked, self.items.popularity, self.num_interactions, self.rule.k_list
+        )
+        return bits / math.log2(self.num_interactions)
+
+    def _call_user_function(
+        self, name: str, row: dict, answer: Any, ranked: Sequence[str], gains: Mapping[str, float]
+    ) -> float:
+        """Call a term of a user's own, with copies.
+
+        Raises PluginError, also for NaN and infinity.
+        """
+        query = f" for the query {row['text'][:80]!r}"
+        with plugins.calling_plugin(f"reward.weights: {name}", query):
+            result = self.user_functions[name](answer, list(ranked), dict(gains), dict(row))
+            value = float(result)
         if not math.isfinite(value):
             raise plugins.PluginError(
-                f"reward.weights: {name} returned {value}{where}; a part is a finite number"
+                f"reward.weights: {name} returned {value}{query}; a part is a finite number"
             )
         return value
 
 
 def compute_weighted_lcs(ranked: Sequence[str], gains: Mapping[str, float], k: int) -> float:
-    """The longest common subsequence of the first k places and the label, an item at rank r
-    counting 1 / log2(r + 1); 1 for the label itself.
+    """Compute the weight of the longest common subsequence of the first k places and the label.
 
-    The label: the relevant documents, the largest gain first, equal ones in the order of the
-    judgements. A repeat counts at its first place.
+    An item at rank r counts 1 / log2(r + 1); the sum is divided by that of the label itself, so the
+    label scores 1. The label is the relevant documents, the largest gain first, equal ones in the
+    order of the judgements. A repeat counts at its first place.
     """
-    label = sorted((doc for doc, gain in gains.items() if gain > 0), key=lambda doc: -gains[doc])[
-        :k
-    ]
-    # best[i]: of the subsequences that end with label[i]
-    place = {doc: i for i, doc in enumerate(label)}
+    relevant = [doc_id for doc_id, gain in gains.items() if gain > 0]
+    relevant.sort(key=lambda doc_id: -gains[doc_id])
+    label = relevant[:k]
+    if not label:
+        return 0.0
+
+    # best[i] is the largest weight of a common subsequence that ends with label[i].
     best = [0.0] * len(label)
-    for rank, doc in enumerate(ranked[:k], 1):
-        if (i := place.pop(doc, None)) is not None:
-            best[i] = max(best[:i], default=0.0) + 1 / math.log2(rank + 1)
-    return (
-        max(best) / sum(1 / math.log2(rank + 1) for rank in range(1, len(label) + 1))
-        if label
-        else 0.0
-    )
+    place_of = {doc_id: i for i, doc_id in enumerate(label)}
+    for rank, doc_id in enumerate(ranked[:k], 1):
+        place = place_of.pop(doc_id, None)
+        if place is not None:
+            best_before = max(best[:place], default=0.0)
+            best[place] = best_before + 1 / math.log2(rank + 1)
+
+    label_weight = sum(1 / math.log2(rank + 1) for rank in range(1, len(label) + 1))
+    return max(best) / label_weight
 
 
 def compute_category_consistency(
     ranked: Sequence[str], gains: Mapping[str, float], category: Mapping[str, str], k: int
 ) -> float:
-    """Share of the first k places that have the category of the first relevant document, 0 where
-    that one is not among them.
+    """Compute the share of the first k places with the category of the first relevant document.
+
+    0 where that document is not among them.
     """
-    found = ranked[:k]
-    target = next((doc for doc, gain in gains.items() if gain > 0), None)
-    if target not in found or target not in category:
+    first_places = ranked[:k]
+    target = next((doc_id for doc_id, gain in gains.items() if gain > 0), None)
+    if target not in first_places or target not in category:
         return 0.0
-    return sum(category.get(doc) == category[target] for doc in found) / len(found)
+    target_category = category[target]
+    num_alike = sum(category.get(doc_id) == target_category for doc_id in first_places)
+    return num_alike / len(first_places)
 
 
 def compute_overlong_penalty(length: int, limit: int, buffer: int) -> float:
-    """0 while `buffer` tokens are left, then linearly to -1 at the limit (DAPO, arXiv 2503.14476,
-    eq. 13).
+    """Compute the penalty of a long completion (DAPO, arXiv 2503.14476, eq. 13).
+
+    0 while `buffer` tokens are left, then linearly to -1 at the limit.
     """
-    return min(0.0, (limit - buffer - length) / buffer) if buffer else 0.0
+    if buffer == 0:
+        return 0.0
+    return min(0.0, (limit - buffer - length) / buffer)

@@ -1,30 +1,39 @@
-"""What all tasks share: sampled ids -> text -> answer -> ranking -> the parts of the reward ->
-Reward.
+"""Score completions, the chain that all tasks share.
+
+Sampled ids -> text -> answer -> ranking -> terms of the reward -> Reward.
 """
 
-from typing import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 from recr1.data_types import Prompt, Reward, Rollout
 from recr1.retrieval.interface import Retriever
+from recr1.tasks.registry import Task
 from recr1.tasks.rewards import RewardTerms, compute_overlong_penalty
 
-MAX_REMEMBERED = (
-    500_000  # scored completions kept: a reward depends on the query and the text alone
-)
+# Scored completions that are remembered. A reward depends on the query and the text alone.
+MAX_REMEMBERED = 500_000
 
 
 class Scorer:
-    """Scores completions of a task. `qrels` {query id: {document id: gain}}; `decode` maps token
-    ids to text; limit: the length at which sampling cuts; thought_closed: the prompt has ended the
-    thought, a completion is the answer alone.
+    """Score the completions of a task.
+
+    Args:
+        qrels: the judgements, {query id: {document id: gain}}.
+        terms: measures a ranking.
+        decode: maps token ids to text.
+        stops: the end tokens, which are no part of the text.
+        limit: the number of tokens at which sampling cuts.
+        thought_closed: the prompt has ended the thought, so a completion is the answer alone.
     """
 
     def __init__(
         self,
-        task,
+        task: Task,
         retriever: Retriever,
         qrels: dict[str, dict[str, float]],
-        parts: RewardTerms,
+        terms: RewardTerms,
         decode: Callable[[Sequence[int]], str] = str,
         stops: frozenset[int] = frozenset(),
         limit: int = 0,
@@ -33,57 +42,96 @@ class Scorer:
         self.task = task
         self.retriever = retriever
         self.qrels = qrels
-        self.parts = parts
+        self.terms = terms
         self.decode = decode
         self.stops = stops
         self.limit = limit
-        self.before = "</think>" if thought_closed else ""
-        self.known: dict[tuple[str, tuple[int, ...]], Reward] = {}
+        self.text_before = "</think>" if thought_closed else ""
+        self.known_rewards: dict[tuple[str, tuple[int, ...]], Reward] = {}
 
     def score(self, rollouts: list[Rollout]) -> list[Reward]:
-        """One Reward per rollout; one that it has seen is not searched again."""
-        if len(self.known) > MAX_REMEMBERED:
-            self.known.clear()
-        new = {(r.prompt.id, r.ids): r for r in rollouts if (r.prompt.id, r.ids) not in self.known}
-        texts = [
-            self.decode(r.ids[:-1] if r.ids[-1] in self.stops else r.ids) for r in new.values()
-        ]
-        late = [
-            compute_overlong_penalty(len(r.ids), self.limit, self.parts.rule.overlong)
-            for r in new.values()
-        ]
-        self.known |= zip(new, self.score_texts([r.prompt for r in new.values()], texts, late))
-        return [self.known[r.prompt.id, r.ids] for r in rollouts]
+        """Return one Reward per rollout.
+
+        A completion that was scored before is not searched again.
+        """
+        if len(self.known_rewards) > MAX_REMEMBERED:
+            self.known_rewards.clear()
+
+        new_rollouts: dict[tuple[str, tuple[int, ...]], Rollout] = {}
+        for rollout in rollouts:
+            key = (rollout.prompt.id, rollout.ids)
+            if key not in self.known_rewards:
+                new_rollouts[key] = rollout
+
+        prompts = []
+        texts = []
+        penalties = []
+        for rollout in new_rollouts.values():
+            prompts.append(rollout.prompt)
+            texts.append(self._decode_text(rollout))
+            penalties.append(self._compute_penalty(rollout))
+        new_rewards = self.score_texts(prompts, texts, penalties)
+        self.known_rewards.update(zip(new_rollouts, new_rewards))
+
+        return [self.known_rewards[rollout.prompt.id, rollout.ids] for rollout in rollouts]
 
     def score_texts(
-        self, prompts: list[Prompt], texts: list[str], late: list[float]
+        self, prompts: list[Prompt], texts: list[str], penalties: list[float]
     ) -> list[Reward]:
-        """One Reward per completion, whatever its text holds."""
-        parsed = [self.task.parse(self.before + text, p.row) for p, text in zip(prompts, texts)]
-        good = [i for i, (_, error) in enumerate(parsed) if error is None]
-        parts = dict(
-            zip(good, self.score_answers([prompts[i] for i in good], [parsed[i][0] for i in good]))
+        """Return one Reward per completion, whatever its text holds.
+
+        Args:
+            penalties: added to each completion's total (overlong).
+        """
+        # Only a completion with an answer is ranked.
+        answers = []
+        errors = []
+        for prompt, text in zip(prompts, texts):
+            answer, error = self.task.parse(self.text_before + text, prompt.row)
+            answers.append(answer)
+            errors.append(error)
+        parsed = [i for i, error in enumerate(errors) if error is None]
+        parsed_terms = self.score_answers(
+            [prompts[i] for i in parsed], [answers[i] for i in parsed]
         )
-        return [
-            self.parts.reward(text, *parsed[i], parts.get(i), late[i])
-            for i, text in enumerate(texts)
-        ]
+        terms_of = dict(zip(parsed, parsed_terms))
+
+        rewards = []
+        for i, text in enumerate(texts):
+            reward = self.terms.make_reward(
+                text, answers[i], errors[i], terms_of.get(i), penalties[i]
+            )
+            rewards.append(reward)
+        return rewards
 
     def score_answers(self, prompts: list[Prompt], answers: list) -> list[dict[str, float]]:
-        """The parts of each answer's ranking, judged for its query."""
-        ranked = (
-            self.task.rank(answers, [p.row for p in prompts], self.parts.k, self.search)
-            if prompts
-            else []
-        )
-        return [
-            self.parts(p.row, answer, found, self.qrels.get(p.id, {}))
-            for p, answer, found in zip(prompts, answers, ranked)
-        ]
+        """Return the reward terms of each answer's ranking, with the judgements of its query."""
+        if not prompts:
+            return []
+        rows = [prompt.row for prompt in prompts]
+        rankings = self.task.rank(answers, rows, self.terms.k, self.search)
+        terms = []
+        for prompt, answer, ranked in zip(prompts, answers, rankings):
+            gains = self.qrels.get(prompt.id, {})
+            terms.append(self.terms(prompt.row, answer, ranked, gains))
+        return terms
 
     def search(self, queries: list[str], k: int) -> list[list[str]]:
-        """Document ids of each query, best first."""
-        # (Q, k), -1 where there are no more hits
-        rows = self.retriever.search(queries, k)[0]
-        names = self.retriever.doc_ids
-        return [[names[i] for i in row if i >= 0] for row in rows.tolist()]
+        """Return the document ids of each query's hits, best first."""
+        indices, _scores = self.retriever.search(queries, k)  # (Q, k), -1 after the last hit
+        doc_ids = self.retriever.doc_ids
+        rankings = []
+        for query_indices in indices.tolist():
+            rankings.append([doc_ids[index] for index in query_indices if index >= 0])
+        return rankings
+
+    def _decode_text(self, rollout: Rollout) -> str:
+        """Decode a completion without its end token."""
+        ids = rollout.ids
+        if ids[-1] in self.stops:
+            ids = ids[:-1]
+        return self.decode(ids)
+
+    def _compute_penalty(self, rollout: Rollout) -> float:
+        """Compute the overlong penalty of a completion; the end token counts."""
+        return compute_overlong_penalty(len(rollout.ids), self.limit, self.terms.rule.overlong)

@@ -35,9 +35,9 @@ class RunLog:
     def __init__(self, folder: Path, loop: str = "train"):
         self.folder = folder
         self.writes = dist.rank() == 0
-        self.growing = ("metrics.jsonl",)  # files that are appended to
+        self.growing = ["metrics.jsonl"]  # files that are appended to
         if loop == "train":
-            self.growing = ("metrics.jsonl", "rollouts.jsonl.gz")
+            self.growing.append("rollouts.jsonl.gz")
         # of the step: seconds and peak of memory, by phase
         self.seconds: dict[str, float] = {}
         self.memory: dict[str, int] = {}

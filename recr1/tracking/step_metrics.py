@@ -40,7 +40,7 @@ class StepRecord:
         self.advantages = self.advantages + other.advantages
         self.unique = self.unique + other.unique
         self.num_sampled_groups = self.num_sampled_groups + other.num_sampled_groups
-        if self.token_values is not None:
+        if self.token_values is not None and other.token_values is not None:
             self.token_values = self.token_values + other.token_values
         self.stats = self.stats + other.stats
         self.logp_diffs.merge(other.logp_diffs)
@@ -216,7 +216,7 @@ def collect_token_values(count: int, batches: list[MicroBatch], columns: list[di
             continue
         indices, sizes = batch.rollout.unique_consecutive(return_counts=True)
         for name, column in column_by_name.items():
-            pieces = [None] * len(indices)
+            pieces: list[list[float] | None] = [None] * len(indices)
             if column is not None:
                 pieces = [_shorten_floats(piece.tolist()) for piece in column.split(sizes.tolist())]
             for index, piece in zip(indices.tolist(), pieces):

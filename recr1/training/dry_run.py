@@ -126,6 +126,8 @@ def read_model_shape(model: str, config_path: str) -> DecoderConfig:
     It is that of shapes.yaml beside the config, or of the model folder's config.json.
     """
     table = Path(config_path).parent / "shapes.yaml"
+
+    # What the table says, and what the folder says.
     shapes = {}
     if table.exists():
         shapes = yaml.safe_load(table.read_text(encoding="utf-8"))
@@ -181,6 +183,8 @@ def _write_policy(shape: DecoderConfig, folder: Path, answers: list[str]) -> Non
     Its kv heads, tying and rope scaling are those of `shape`, its widths are tiny.
     """
     tokenizer = _build_tokenizer(answers)
+
+    # The family's config with the relations that the code distinguishes, and everything else tiny.
     num_kv_heads = min(2, shape.num_key_value_heads)
     queries_per_kv_head = min(3, shape.num_attention_heads // shape.num_key_value_heads)
     config = replace(
@@ -194,6 +198,7 @@ def _write_policy(shape: DecoderConfig, folder: Path, answers: list[str]) -> Non
         head_dim=HEAD_DIM,
         max_position_embeddings=MAX_POSITIONS,
     )
+
     model = Decoder(config)
     _initialize_weights(model, tokenizer.convert_tokens_to_ids([*answers, END_TOKEN]))
     save_model(

@@ -154,6 +154,7 @@ class Run(RunParts):
 
         A step that has moved weights is first finished, if that is soon.
         """
+        # 0: no. 1: a rank was asked to stop. 2: so long ago that no step can be finished any more.
         stop_requested = dist.all_reduce_max(interrupts.stop_requested())
         if stop_requested > self.progress.is_mid_step():
             raise Stopped(NOTHING_NEW)
@@ -236,12 +237,12 @@ class Run(RunParts):
 
     @property
     def loss_reference(self) -> Sharded | None:
-        """The reference where the KL is a part of the loss (loss.kl_in), else None."""
+        """Return the reference where the KL is a part of the loss (loss.kl_in), else None."""
         return self.reference if self.cfg.loss.kl_in == "loss" else None
 
     @property
     def reward_reference(self) -> Sharded | None:
-        """The reference where the KL is taken off the rewards (loss.kl_in), else None."""
+        """Return the reference where the KL is taken off the rewards (loss.kl_in), else None."""
         return None if self.cfg.loss.kl_in == "loss" else self.reference
 
     def iterate_micro_batches(self, micro_batches: list[MicroBatch]) -> Iterator[MicroBatch]:
@@ -273,6 +274,7 @@ class Run(RunParts):
         heartbeat.enter_phase("step")
         first = len(record.stats) - len(micro_batches)
         losses = [stats["loss"] for stats in record.stats[first:]]
+
         error = None
         try:
             grad_norm, lr = self.progress.optimizer.step(sum(losses))
@@ -285,6 +287,7 @@ class Run(RunParts):
             self.progress.num_skipped_in_a_row = 0
             return grad_norm, lr
 
+        # Not finite: keep what led to it for who looks for the cause.
         self.progress.num_skipped_in_a_row += 1
         where = self.log.keep_nonfinite(step, micro_batches, losses, record.describe_texts())
         if error:
@@ -315,7 +318,9 @@ class Run(RunParts):
         """
         heartbeat.enter_phase("log")
         records = dist.gather_to_rank0(record)
-        # validation and writing are no part of the step's seconds
+
+        # Rank 0 logs the ranks' records as one. Validation and writing are no part of the step's
+        # seconds.
         self.log.seconds["step"] = time.perf_counter() - self.step_start
         with dist.fail_together():
             row = {}
@@ -325,6 +330,7 @@ class Run(RunParts):
                     merged.merge(other)
                 row = merged.write_and_summarize(step, self.log, self.cfg, **metrics)
 
+        # From here on the step stands: a run that is stopped goes on behind it.
         self.progress.mark_finished(step, row)
         self._validate_and_log()
         if records is not None and self.loop == "train":
@@ -343,7 +349,7 @@ class Run(RunParts):
                 self.log.write_metrics(row)
                 self.tracker.send(row)
                 self.progress.mark_validated(validation.get(f"val_{self.cfg.reward.metric}"))
-        self.progress.row = None
+        self.progress.row = None  # it is written
 
         is_printed = step % self.cfg.log.print_every == 0 or step in (1, self.num_steps)
         if dist.rank() == 0 and (validation or is_printed):

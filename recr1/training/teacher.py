@@ -71,6 +71,8 @@ def load_sft_data(run: Run) -> SftData:
     raise.
     """
     sft = run.cfg.sft
+    # The teacher: prompts to sample for, or the texts of a file.
+    todo: list[Prompt] | list[TeacherText]
     if sft.teacher == "self":
         todo = list(run.dataset.train)
         score_chunk = partial(sample_best_of, run, cache=run.make_sampling_cache())
@@ -85,6 +87,7 @@ def load_sft_data(run: Run) -> SftData:
                 f"{', '.join(unused)} are not read"
             )
 
+    # Score them all, and keep those that pass the filter.
     rows = write_rows(run, todo, score_chunk)
     kept_rows = [row for row in rows if passes_filter(row, sft)]
     about_teacher = summarize_teacher(rows, kept_rows, sft)
@@ -186,12 +189,13 @@ def sample_best_of(run: Run, prompts: list[Prompt], cache: KVCache | None) -> li
         run.draw_uniforms(0, prompts),
         cache,
         top_p=sampling.top_p,
-        room=run.get_kv_cache_budget(),
+        max_cache_tokens=run.get_kv_cache_budget(),
         kernels=run.cfg.model.kernels,
     )
     rewards = run.train_scorer.score(rollouts)
     baselines = score_baselines(run, prompts)
 
+    # Of each group the best sample becomes a line.
     def rank_sample(index: int) -> tuple:
         rollout = rollouts[index]
         is_usable = rollout.finished and rewards[index].error is None
@@ -257,14 +261,15 @@ def read_teacher_file(run: Run) -> list[TeacherText]:
     prompts = {prompt.id: prompt for prompt in run.dataset.train}
     encoder = TeacherEncoder(run)
     held_out = {prompt.id for prompt in (*run.dataset.validation, *run.dataset.test)}
-    known_ids = prompts.keys()
+    known_ids = set(prompts)
     if cfg.data.on_long_prompt != "stop":  # then some train queries may have no prompt
         queries, _ = read_rows(cfg.data.train_queries, cfg.data.on_bad_line, ())
-        known_ids = queries.keys()
+        known_ids = set(queries)
     rows, dropped_lines = read_teacher(
         cfg.sft.teacher, known_ids, held_out, encoder.encode, cfg.data.on_bad_line
     )
 
+    # Say what of the file is not learned as it stands there.
     without_prompt = [id for id, *_ in rows if id not in prompts]
     if without_prompt:
         print_rank0(
@@ -305,6 +310,7 @@ class TeacherEncoder:
                 "which is set behind it anyway; delete that"
             )
 
+        # The line's own ids, when they spell the text; else the tokenizer's with the end token.
         if self.spells(given_ids, text):
             ids = given_ids
         else:
@@ -343,9 +349,12 @@ def write_rows(
     file was made of something else.
     """
     path = run.folder / "teacher.jsonl"
+
+    # An earlier start of this run may have written the first of them.
     with dist.fail_together():
         rows = read_written(path, todo) if dist.rank() == 0 else []
     num_written = dist.broadcast_from_rank0(len(rows))
+
     progress_bar = tqdm(
         total=len(todo),
         initial=num_written,
@@ -404,7 +413,7 @@ def read_written(path: Path, todo: list[Prompt] | list[TeacherText]) -> list[dic
 
     Raises RunError unless they are those of the first texts of `todo`.
     """
-    rows = []
+    rows: list[dict] = []
     with report_write_errors(path):
         if path.exists():
             rows, end = _read_complete_lines(path)

@@ -72,7 +72,7 @@ class Evaluator:
             return None
         return rows if query_ids == [prompt.id for prompt in self.test] else None
 
-    def validate(self, step: int) -> dict[str, float]:
+    def validate(self, step: int) -> dict[str, float | list[float]]:
         """Evaluate the validation split at every train.eval_every-th step.
 
         Returns reward.metric, its mean for the raw answer, and the gain of the policy over the raw
