@@ -11,7 +11,7 @@ readme = Path(__file__).parent / "README.md"
 setup(
     name="recr1",
     version="0.2.0",
-    description="Rec-R1 and RecLLM-R1 from scratch: GRPO for recommendation and product search in plain PyTorch",
+    description="Rec-R1 and RecLLM-R1 from scratch: GRPO for product search and recommendation",
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",

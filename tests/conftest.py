@@ -1,11 +1,39 @@
-"""The order of the test files: the longest first, so that run.sh's two workers, which take whole
-files in turn, end at about the same time.
+"""Order the test files and let them import each other.
+
+The longest files come first, so that run.sh's two workers, which take whole files in turn, end at
+about the same time. Helpers are imported as `helpers.NAME`; a few test files use functions of
+another one, by its file name, which is unique: all folders with tests are on the path.
 """
 
-LONGEST = "benches ranks resume checkpoint kernels faults plan doctor walkthrough report packaging dense_index task_runs sft train many_rollouts".split()
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+LONGEST = [
+    "test_benches",
+    "test_ranks",
+    "test_resume",
+    "test_checkpoint",
+    "test_kernels",
+    "test_faults",
+    "test_plan",
+    "test_doctor",
+    "test_walkthrough",
+    "test_report",
+    "test_packaging",
+    "test_dense_index",
+    "test_task_runs",
+    "test_sft",
+    "test_train",
+    "test_many_rollouts",
+]
+
+# Behind everything else, and without tests/faults: its modules have common names (values, inputs).
+for folder in sorted({path.parent for path in TESTS.rglob("test_*.py")}):
+    sys.path.append(str(folder))
 
 
 def pytest_collection_modifyitems(items):
-    place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
-    # stable: inside a file, and among the others, as they were found
+    """Sort stably: inside a file, and among the other files, the tests stay as they were found."""
+    place = {name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.stem, len(place)))

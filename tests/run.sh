@@ -6,6 +6,10 @@ source "$(dirname "${BASH_SOURCE[0]}")/../experiments/setup_env.sh"
 set_up dev
 
 cd "$ROOT"
+if ! "$PYTHON" -m ruff format --check --quiet . || ! "$PYTHON" -m ruff check --quiet .; then
+    echo "tests/run.sh: the lines above are not in the style of .ruff.toml: '$PYTHON -m ruff format .' formats them" >&2
+    exit 1
+fi
 start=$SECONDS
 status=0
 # testpaths, not a path: a file named in the arguments then runs alone. loadfile: what a file's tests share is made once; conftest.py has the

@@ -650,7 +650,7 @@ def locate_source(function: Callable, text: str) -> str:
     lines, start = inspect.getsourcelines(function)
     [index] = [i for i, line in enumerate(lines) if text in line]
     source_path = Path(inspect.getsourcefile(function))
-    path = source_path.relative_to(Path(__file__).parents[1])
+    path = source_path.relative_to(Path(__file__).parents[2])
     code = lines[index].split("  # ")[0].strip()
     return f"{path.as_posix()}:{start + index}  {code}"
 
@@ -727,7 +727,7 @@ class StepStory:
             equation += "; this run replays logged rollouts"
             source = locate_source(train.sample_and_score, "run.replay.step")
         else:
-            source = locate_source(train.sample_and_score, "generate(")
+            source = locate_source(train.sample_once, "generate(")
         self._add("prompt", equation, f"({len(prompt_ids)},)", self.decode(prompt_ids), source)
 
     def _add_group(self) -> None:
@@ -737,7 +737,7 @@ class StepStory:
             f"{self.group_size} completions of it; identical siblings are one row, counted",
             f"{self.per_rollout}, distinct ({num_texts},)",
             "",
-            locate_source(packing.deduplicate, "counts[r.group"),
+            locate_source(packing.deduplicate, "counts[text] += "),
         )
         for i in self.shown_rows:
             row = self.step.rows[i]
@@ -749,7 +749,7 @@ class StepStory:
     def _add_rewards(self) -> None:
         numpy_step = self.numpy_step
         equation = "r = reward of the text"
-        sources = [locate_source(Scorer.score_texts, "self.parts.reward(")]
+        sources = [locate_source(Scorer.score_texts, "self.terms.make_reward(")]
         if self.config.kl > 0 and self.config.kl_in == "reward":
             estimator = self.config.kl_estimator
             equation += (
@@ -805,7 +805,7 @@ class StepStory:
             equation,
             self.per_token,
             f"from {ratio.min():.6g} to {ratio.max():.6g}",
-            locate_source(self.recipe.surrogate, "mean_log = " if by_rollout else "exp()"),
+            locate_source(self.recipe.surrogate, "mean_log_ratio = " if by_rollout else "exp()"),
         )
 
     def _add_clip(self) -> None:
@@ -836,7 +836,7 @@ class StepStory:
                 f"gain_t *= min(exp(log pi_old,t - log pi_sampler,t), {cap:g})",
                 self.per_token,
                 "",
-                locate_source(policy_loss.compute_token_loss, "gain = gain * "),
+                locate_source(policy_loss.compute_token_loss, "surrogate = surrogate * "),
             )
 
     def _add_kl_and_entropy(self) -> None:
@@ -856,7 +856,7 @@ class StepStory:
                 "H_t of the policy at the token",
                 self.per_token,
                 "",
-                locate_source(policy_loss.compute_token_loss, "d_entropy = "),
+                locate_source(policy_loss.compute_token_loss, "grad_entropy = "),
             )
 
     def _has_kl_in_loss(self) -> bool:
@@ -883,7 +883,7 @@ class StepStory:
             locate_source(policy_loss.count_denominator, '"constant":'),
             locate_source(
                 policy_loss.compute_token_weights,
-                "batch.weight / size" if average == "sequence" else "return batch.weight\n",
+                "batch.weight / num_tokens" if average == "sequence" else "return batch.weight\n",
             ),
             locate_source(policy_loss.compute_token_loss, "loss = -("),
         )
@@ -895,7 +895,7 @@ class StepStory:
             "dL / d log pi_t, what each token's grad log pi_t is multiplied by",
             f"{self.per_token}, norm {norm:.9g}",
             "",
-            locate_source(policy_loss.compute_token_loss, "[d_logp] = "),
+            locate_source(policy_loss.compute_token_loss, "[grad_logp] = "),
         )
         equation = "dL / d theta = sum_t dL / d log pi_t  d log pi_t / d theta"
         if self.config.entropy > 0:
@@ -905,7 +905,7 @@ class StepStory:
             equation,
             "",
             "",
-            locate_source(train.train, "value.backward()"),
+            locate_source(train.train, "loss.backward()"),
             locate_source(Optimizer.compute_norm, "_foreach_norm"),
         )
 
