@@ -137,7 +137,9 @@ def looks_like_a_path(text: str) -> bool:
 
 
 def exists_near(text: str, page: Path) -> bool:
-    # a config's prompt file is beside the config
+    # Test files have unique names; a config's prompt file is beside the config.
+    if re.fullmatch(r"test_\w+\.py", text):
+        return any((ROOT / "tests").rglob(text))
     return any((base / text).exists() for base in (page.parent, ROOT, ROOT / "experiments"))
 
 
