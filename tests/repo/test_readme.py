@@ -18,7 +18,11 @@ from recr1.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP = ("recr1", "kernels", "experiments", "tests")
-PAGES = [ROOT / "README.md"] + sorted(p for top in TOP for p in (ROOT / top).rglob("README.md"))
+PAGES = [
+    ROOT / "README.md",
+    ROOT / ".github/CONTRIBUTING.md",
+    *sorted(page for top in TOP for page in (ROOT / top).rglob("README.md")),
+]
 ROOMS = [
     *(p.parent for p in sorted((ROOT / "recr1").glob("*/__init__.py"))),
     *(ROOT / "recr1", ROOT / "kernels", ROOT / "tests", ROOT / "tests/faults"),
@@ -137,7 +141,9 @@ def looks_like_a_path(text: str) -> bool:
 
 
 def exists_near(text: str, page: Path) -> bool:
-    # a config's prompt file is beside the config
+    # Test files have unique names; a config's prompt file is beside the config.
+    if re.fullmatch(r"test_\w+\.py", text):
+        return any((ROOT / "tests").rglob(text))
     return any((base / text).exists() for base in (page.parent, ROOT, ROOT / "experiments"))
 
 
@@ -238,7 +244,8 @@ def check_command(words: list[str]) -> str | None:
         return check_recr1(rest)
     if program in ("python", "torchrun") and "-m" in rest:
         return check_module(rest[rest.index("-m") + 1 :])
-    paths = [word for word in rest if re.search(r"\.(py|sh)$", word)]
+    is_script = re.compile(r"/|\.(py|sh)$" if program == "bash" else r"\.py$")
+    paths = [word for word in rest if is_script.search(word)]
     if program == "torchrun" and not paths:
         return None
     if not paths:
