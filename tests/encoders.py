@@ -12,7 +12,10 @@ from transformers import (
     RobertaTokenizerFast,
 )
 
-WORDS = "red green blue black white lamp chair table shirt kettle guitar camera bicycle for my house and with old new".split()
+WORDS = (
+    "red green blue black white lamp chair table shirt kettle guitar camera bicycle for my house "
+    "and with old new"
+).split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 
 

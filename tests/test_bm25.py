@@ -1,4 +1,4 @@
-"""BM25 against Lucene 9.5's recorded rankings, rank_bm25, bm25s and small corpora worked by hand."""
+"""Compare BM25 with Lucene 9.5's recorded rankings, rank_bm25, bm25s and corpora worked by hand."""
 
 import gzip
 import json
@@ -92,7 +92,7 @@ def ids(index: BM25Searcher, ranking: np.ndarray) -> list[str]:
     return [index.doc_ids[row] for row in ranking if row >= 0]
 
 
-# ---------------------------------------------------------------------------------------------------- against others
+# ----------------------------------------------------------------------------------- against others
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
@@ -106,7 +106,7 @@ def test_rankings_of_lucene(name, length, scorer):
     """
     searched = index(name, scorer, length=length)
     want = {}
-    for c, query, rank, doc_id, score in rows("ranking.tsv"):
+    for c, query, _, doc_id, score in rows("ranking.tsv"):
         if c == name:
             want.setdefault(query, []).append((doc_id, float(score)))
     found, scores = searched.search([queries()[query] for query in want], 20)
@@ -175,7 +175,7 @@ def test_scores_of_bm25s(name):
         np.testing.assert_allclose(got[row], want, rtol=1e-4, atol=1e-4, err_msg=query)
 
 
-# ---------------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------ by hand
 
 IDS = ["d3", "d1", "d2", "d4"]
 TEXTS = ["red fox", "red red dog", "blue fox fox and a cat", "the"]  # the last has no token at all
@@ -309,7 +309,7 @@ def test_numba_that_is_absent_is_named(monkeypatch):
         BM25Searcher.build(IDS, TEXTS, scorer="numba")
 
 
-# --------------------------------------------------------------------------------------------------- the two scorers
+# ---------------------------------------------------------------------------------- the two scorers
 
 
 @pytest.fixture
@@ -351,7 +351,7 @@ def test_both_scorers_rank_the_same(k, threads):
     assert torch.get_num_threads() == 2
 
 
-# -------------------------------------------------------------------------------------------------- upstream's wrapping
+# ------------------------------------------------------------------------------ upstream's wrapping
 
 
 def test_upstream_wrapping_loses_the_first_word():

@@ -54,7 +54,7 @@ def ids(index: BM25Searcher, query: str, k: int = 10) -> list[str]:
     return [index.doc_ids[row] for row in index.search([query], k)[0][0] if row >= 0]
 
 
-# ------------------------------------------------------------------------------------------------------------- built
+# -------------------------------------------------------------------------------------------- built
 
 
 def test_file_plain_or_packed_gives_the_index_of_its_texts(tmp_path, corpus):
@@ -129,7 +129,7 @@ def test_strings():
         strings[7]
 
 
-# ------------------------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------------------------------- faults
 
 
 def test_bad_line(tmp_path):
@@ -205,7 +205,7 @@ def test_odd_queries(corpus, tmp_path, scorer):
         index.search(["red"], 0)
 
 
-# ----------------------------------------------------------------------------------------------------- kept and refused
+# --------------------------------------------------------------------------------- kept and refused
 
 
 def test_saved_and_loaded_index_is_the_same(tmp_path):
@@ -230,7 +230,8 @@ def test_index_there_is_used_and_not_made_again(tmp_path, corpus, monkeypatch):
     [
         (
             dict(b=0.5),
-            "b is 0.5 here, 0.75 in the index; make the index anew: recr1 index --corpus {0}/corpus.jsonl --index-dir {0}/index --b 0.5",
+            "b is 0.5 here, 0.75 in the index; make the index anew: "
+            "recr1 index --corpus {0}/corpus.jsonl --index-dir {0}/index --b 0.5",
         ),
         (dict(k1=0.5), "k1 is 0.5 here, 1.2 in the index"),
         (dict(variant="okapi"), "variant is okapi here, lucene in the index"),
@@ -238,7 +239,8 @@ def test_index_there_is_used_and_not_made_again(tmp_path, corpus, monkeypatch):
         ("analyzer", "analyzer is another here"),
         (
             "corpus",
-            "corpus has changed since the index was made, or is another one; make the index anew: recr1 index --corpus",
+            "corpus has changed since the index was made, or is another one; "
+            "make the index anew: recr1 index --corpus",
         ),
     ],
 )
@@ -377,7 +379,7 @@ def test_many_at_once_never_see_a_mixed_index(tmp_path):
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- shared
+# ------------------------------------------------------------------------------------------- shared
 
 
 def pss() -> int:

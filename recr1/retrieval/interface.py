@@ -41,7 +41,7 @@ class Retriever(Protocol):
 
 
 class NoRetriever:
-    """Take the retriever's place in a task that searches nothing: no index is built."""
+    """Take a retriever's place where the task searches nothing: no index is built."""
 
     doc_ids = ()
     description = "none"
@@ -49,6 +49,7 @@ class NoRetriever:
 
     @classmethod
     def make(cls, *_: object) -> tuple[NoRetriever, str]:
+        """Stand in for the function that factory.build_retriever returns."""
         return cls(), ""
 
 
@@ -78,17 +79,17 @@ def check_corpus(doc_ids: Sequence[str], texts: Sequence[str]) -> Sequence[str]:
     if not len(doc_ids):
         raise ValueError("doc_ids: the corpus is empty; a retriever needs at least one document")
     if len(set(doc_ids)) < len(doc_ids):
-        duplicate = _first_duplicate(doc_ids)
+        duplicate = _find_duplicate(doc_ids)
         raise ValueError(
             f"doc_ids: {duplicate!r} stands there twice; every document needs its own id"
         )
     return doc_ids
 
 
-def _first_duplicate(doc_ids: Sequence[str]) -> str:
+def _find_duplicate(doc_ids: Sequence[str]) -> str:
     seen: set[str] = set()
     for doc_id in doc_ids:
         if doc_id in seen:
             return doc_id
         seen.add(doc_id)
-    raise AssertionError("no id repeats")
+    raise AssertionError("every id occurs once")

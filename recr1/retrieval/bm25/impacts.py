@@ -67,8 +67,8 @@ def build_postings(
     D = len(order)
     row_of_doc = np.empty(D, np.int64)
     row_of_doc[order] = np.arange(D)
-    row_of_token = np.repeat(row_of_doc, lengths)  # (N,)
-    pair_codes = tokens * np.int64(D) + row_of_token  # (N,)
+    pair_codes = np.repeat(row_of_doc, lengths)  # (N,)
+    pair_codes += tokens * np.int64(D)  # in place: N is large
     posting_codes, tf = np.unique(pair_codes, return_counts=True)  # (P,) by term, then row
     term_ids, docs = np.divmod(posting_codes, D)
 
@@ -98,9 +98,9 @@ def compute_impacts(
     doc_frequencies = np.diff(offsets)  # (V,)
     is_lucene = p.variant == "lucene"
     if is_lucene:
-        weights, norms = _lucene_terms(p, doc_frequencies, lengths)
+        weights, norms = _compute_lucene_factors(p, doc_frequencies, lengths)
     else:
-        weights, norms = _okapi_terms(p, doc_frequencies, lengths)
+        weights, norms = _compute_okapi_factors(p, doc_frequencies, lengths)
 
     num_postings = len(docs)
     impacts = np.empty(num_postings, np.float32)
@@ -109,20 +109,24 @@ def compute_impacts(
         # The chunk begins within one term's postings and ends within another's.
         first_term, last_term = np.searchsorted(offsets, [start, end - 1], "right") - 1
         edges = np.clip(offsets[first_term : last_term + 2], start, end)
-        w = np.repeat(weights[first_term : last_term + 1], np.diff(edges))
-        f = tf[start:end].astype(norms.dtype)
-        n = norms.take(docs[start:end])
+        num_postings_of_term = np.diff(edges)
+        weight = np.repeat(weights[first_term : last_term + 1], num_postings_of_term)
+        frequency = tf[start:end].astype(norms.dtype)
+        norm = norms.take(docs[start:end])
         if is_lucene:
-            impacts[start:end] = w - w / (1 + f * n)
+            impacts[start:end] = weight - weight / (1 + frequency * norm)
         else:
-            impacts[start:end] = w * f / (f + n)
+            impacts[start:end] = weight * frequency / (frequency + norm)
     return impacts
 
 
-def _lucene_terms(
+def _compute_lucene_factors(
     p: BM25Parameters, doc_frequencies: np.ndarray, lengths: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return idf (V,) and 1 / (k1 * (1 - b + b * length / average)) (D,), both float32."""
+    """Return idf (V,) and 1 / (k1 * (1 - b + b * length / average)) (D,), both float32.
+
+    With f and n for tf and this inverse, idf * tf / (tf + k1 * ...) is idf - idf / (1 + f * n).
+    """
     N = np.count_nonzero(lengths)
     average = np.float32(lengths.sum() / N)
     k1 = np.float32(p.k1)
@@ -136,7 +140,7 @@ def _lucene_terms(
     return idf, inverse_norms
 
 
-def _okapi_terms(
+def _compute_okapi_factors(
     p: BM25Parameters, doc_frequencies: np.ndarray, lengths: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return idf * (k1 + 1) (V,) and k1 * (1 - b + b * length / average) (D,), both float64."""

@@ -138,7 +138,7 @@ class BM25Index:
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         try:
-            arrays = self._named_arrays()
+            arrays = self._get_arrays()
             for name, values in arrays.items():
                 np.save(temporary / name, values, allow_pickle=False)
                 sync_to_disk(temporary / name)
@@ -168,7 +168,7 @@ class BM25Index:
         terms = StringTable(*arrays[2:4])
         return cls(meta, doc_ids, terms, *arrays[4:])
 
-    def _named_arrays(self) -> dict[str, np.ndarray]:
+    def _get_arrays(self) -> dict[str, np.ndarray]:
         """Return {file name: array}, in the order of ARRAY_FILES."""
         arrays = (
             self.doc_ids.text,

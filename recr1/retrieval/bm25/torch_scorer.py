@@ -190,12 +190,12 @@ def _collect_hits(sums: torch.Tensor, k: int) -> _Hits:
     floor = floor.clamp(min=torch.finfo(torch.float32).tiny)  # a hit's score is above 0
 
     reaches_floor = block_maxima >= floor[:, None]
-    kept_blocks = _flat_nonzero(reaches_floor)  # numbers in n * B
+    kept_blocks = _find_true(reaches_floor)  # numbers in n * B
     block_query = kept_blocks // num_blocks
     block_scores = sums.view(-1, block_len).index_select(0, kept_blocks).float()  # (kept blocks, L)
 
     is_hit = block_scores >= floor[block_query, None]
-    hit_index = _flat_nonzero(is_hit)  # (H,)
+    hit_index = _find_true(is_hit)  # (H,)
     block = kept_blocks[hit_index // block_len]
     return _Hits(
         query=block // num_blocks,
@@ -204,5 +204,6 @@ def _collect_hits(sums: torch.Tensor, k: int) -> _Hits:
     )
 
 
-def _flat_nonzero(mask: torch.Tensor) -> torch.Tensor:
+def _find_true(mask: torch.Tensor) -> torch.Tensor:
+    """Return the flat indices of the mask's True values, ascending."""
     return mask.view(-1).nonzero().view(-1)
