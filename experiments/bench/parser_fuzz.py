@@ -2,8 +2,8 @@
 
 python experiments/bench/parser_fuzz.py
 
-The strings are those of tests/fuzz_answers.py. The last line is JSON; the exit status is 1 when a
-bar is missed.
+The strings are those of tests/helpers/fuzz_answers.py. The last line is JSON; the exit status is 1
+when a bar is missed.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 from recr1.tasks.answer_parser import parse_query
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-from fuzz_answers import completions  # noqa: E402
+from helpers.fuzz_answers import completions  # noqa: E402
 
 BAR_MS = 50
 

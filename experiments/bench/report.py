@@ -25,7 +25,7 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from browser import Browser, installed  # noqa: E402
+from helpers.browser import Browser, installed  # noqa: E402
 
 from recr1 import report  # noqa: E402
 from recr1.config import loader as configs  # noqa: E402

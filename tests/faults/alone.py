@@ -13,7 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import Pipe
 from pathlib import Path
 
-import tiny
+from helpers import tiny_world
 from jobs import dies_with_parent
 from world import Outcome, World, result
 
@@ -137,7 +137,7 @@ class Bench:
     def listed(self) -> dict[str, Path]:
         """Data whose queries have what the tasks with lists need."""
         data = self.data()
-        ids = [row["id"] for row in tiny.jsonl(data["corpus"])]
+        ids = [row["id"] for row in tiny_world.jsonl(data["corpus"])]
         for split in ("train", "test"):
             rows = [
                 row
@@ -146,7 +146,7 @@ class Bench:
                     history=self.rng.sample(ids, 2),
                     candidates=self.rng.sample(ids, LISTED),
                 )
-                for row in tiny.jsonl(data[f"{split}_queries"])
+                for row in tiny_world.jsonl(data[f"{split}_queries"])
             ]
             data[f"{split}_queries"].write_text("".join(json.dumps(row) + "\n" for row in rows))
         return data
@@ -208,7 +208,7 @@ def logged(run: Path) -> list[dict]:
     """
 
     def rows(path: Path) -> list[dict]:
-        found = tiny.jsonl(path)
+        found = tiny_world.jsonl(path)
         expect(
             json.dumps(found, allow_nan=False) and all(isinstance(row, dict) for row in found),
             f"{path} is no JSONL",

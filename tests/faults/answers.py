@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from alone import LISTED, Bench, each, expect, logged
-from fuzz_answers import MB, wrap
+from helpers.fuzz_answers import MB, wrap
 from world import Outcome, World
 
 from recr1.config.schema import RewardConfig

@@ -186,7 +186,7 @@ def is_told_to_stop(world: World, folder: Path) -> Ending:
             read_weights(shard)
         assert not (folder / "summary.json").exists()
 
-    script = str(TESTS / "stopped.py")
+    script = str(TESTS / "helpers/interrupted.py")
     arguments = [script, "sigterm-sample@2", world.config, *STEPS, f"run.dir={folder}"]
     return Ending(arguments, 0, check)
 

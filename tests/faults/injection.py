@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from functools import partial
 
 import shaky
-import tiny
 from alone import Bench, Case, Lost, each, expect, logged, refused, said, spread
-from fuzz_answers import wrap
+from helpers import tiny_world
+from helpers.fuzz_answers import wrap
 from inputs import no_forged_ids
 from world import Outcome, World
 
@@ -84,7 +84,7 @@ def payload(rng) -> str:
 
 
 def camera(rng) -> str:
-    return wrap(json.dumps({"query": f"{rng.choice(tiny.COLOURS)} camera"}))
+    return wrap(json.dumps({"query": f"{rng.choice(tiny_world.COLOURS)} camera"}))
 
 
 def rewards(run) -> list[tuple]:
@@ -244,7 +244,7 @@ def _stopped_and_resumed(bench: Bench) -> Case:
             "the evaluation before training was made again after it",
         )
         expect(
-            {row["text"] for row in tiny.jsonl(run / "eval_after.jsonl")} == {later},
+            {row["text"] for row in tiny_world.jsonl(run / "eval_after.jsonl")} == {later},
             "eval_after.jsonl does not hold the completions",
         )
 

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import tiny
 import yaml
 from alone import Bench, Case, Lost, each, expect, logged, refused, said, spread
-from fuzz_answers import wrap
+from helpers import tiny_world
+from helpers.fuzz_answers import wrap
 from safetensors import safe_open
 from world import Outcome, World, result
 
@@ -20,7 +20,7 @@ from recr1 import cli, sft, train
 from recr1.data.readers import is_validation
 
 ALWAYS = ("10 MB", "not UTF-8", "cut", "no id", "id twice")
-CONTROL = tiny.ROLES + tiny.CONTRACT
+CONTROL = tiny_world.ROLES + tiny_world.CONTRACT
 
 
 def lines(world: World, n: int) -> Iterator[Outcome]:
@@ -57,7 +57,7 @@ def lines(world: World, n: int) -> Iterator[Outcome]:
 
 
 def _text(rng) -> str:
-    return " ".join(rng.choices(tiny.COLOURS + tiny.THINGS, k=3))
+    return " ".join(rng.choices(tiny_world.COLOURS + tiny_world.THINGS, k=3))
 
 
 def new_id(rng) -> str:
@@ -162,12 +162,16 @@ def _bad_lesson(bench: Bench, bad: str) -> Case:
     """A line of the teacher's file."""
     rng = bench.rng
     data = bench.data()
-    ids = [row["id"] for row in tiny.jsonl(data["train_queries"]) if not is_validation(row["id"])]
+    ids = [
+        row["id"] for row in tiny_world.jsonl(data["train_queries"]) if not is_validation(row["id"])
+    ]
     rows = [
         json.dumps(
             dict(
                 id=id,
-                text=wrap(json.dumps({"query": rng.choice(tiny.COLOURS) + " lamp"}), thought=""),
+                text=wrap(
+                    json.dumps({"query": rng.choice(tiny_world.COLOURS) + " lamp"}), thought=""
+                ),
             )
         ).encode()
         for id in ids
@@ -176,13 +180,13 @@ def _bad_lesson(bench: Bench, bad: str) -> Case:
     whole = data["corpus"].with_name("whole.jsonl")
     whole.write_bytes(b"\n".join(rows) + b"\n")
     at, count, (make, left_out) = rng.randrange(len(rows)), rng.randrange(1, 5), TEACHER[bad]
-    tested = rng.choice(tiny.jsonl(data["test_queries"]))["id"]
+    tested = rng.choice(tiny_world.jsonl(data["test_queries"]))["id"]
     rows[at:at] = [make(rng, rng.choice(rows), tested) for _ in range(count)]
     file.write_bytes(b"\n".join(rows) + b"\n")
 
     def learnt(path: Path, *more: str) -> tuple[str, dict]:
         out, run = bench.run(data, f"sft.teacher={path}", *more)
-        found = result(run) | dict(teacher=tiny.jsonl(run / "teacher.jsonl"))
+        found = result(run) | dict(teacher=tiny_world.jsonl(run / "teacher.jsonl"))
         expect(
             found["summary"]["teacher"].pop("source") == str(path),
             "summary.json names another teacher",
@@ -393,7 +397,7 @@ def _control_only(bench: Bench) -> Case:
 
 def no_forged_ids(run) -> None:
     """The prompts that were sampled from hold the template's control tokens and no other."""
-    tokenizer = tiny.tiny_tokenizer()
+    tokenizer = tiny_world.tiny_tokenizer()
     added = set(tokenizer.get_added_vocab().values())
     want = [
         i

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterator
 from functools import partial
 
-import tiny
 from alone import Bench, Case, each, expect, logged, refused, said, spread
-from fuzz_answers import wrap
+from helpers import tiny_world
+from helpers.fuzz_answers import wrap
 from world import Outcome, World, result
 
 from recr1 import cli, train
@@ -120,7 +120,7 @@ def _search_nothing(bench: Bench) -> Case:
 def _more_than_there_is(bench: Bench) -> Case:
     name = bench.rng.choice(sorted(FLAGS))
     k = bench.rng.randrange(41, 10**6)
-    query = f"{bench.rng.choice(tiny.COLOURS)} {bench.rng.choice(tiny.THINGS)}"
+    query = f"{bench.rng.choice(tiny_world.COLOURS)} {bench.rng.choice(tiny_world.THINGS)}"
 
     def case():
         corpus = bench.data()["corpus"]
@@ -222,11 +222,15 @@ def _ties_of_scorers(bench: Bench) -> Case:
     data = _corpus(
         bench,
         [
-            dict(id=f"p{i}", text=f"{rng.choice(tiny.COLOURS)} {rng.choice(tiny.THINGS)}")
+            dict(
+                id=f"p{i}", text=f"{rng.choice(tiny_world.COLOURS)} {rng.choice(tiny_world.THINGS)}"
+            )
             for i in rng.sample(range(1000), 300)
         ],
     )
-    queries = [" ".join(rng.choices(tiny.COLOURS + tiny.THINGS, k=2)) for _ in range(20)]
+    queries = [
+        " ".join(rng.choices(tiny_world.COLOURS + tiny_world.THINGS, k=2)) for _ in range(20)
+    ]
 
     def case():
         rankings = []
@@ -259,7 +263,7 @@ def _unjudged(bench: Bench) -> Case:
             bench.run_saying(
                 (
                     wrap(json.dumps({"query": f"red {thing}"}))
-                    for thing in itertools.cycle(tiny.THINGS)
+                    for thing in itertools.cycle(tiny_world.THINGS)
                 ),
                 data,
                 "reward.miss=-0.5",

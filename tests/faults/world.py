@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tiny
+from helpers import tiny_world
 from jobs import Job, at_events, forked
 
 STEPS = 6
@@ -58,7 +58,7 @@ class World:
         # the undisturbed run as it was after its last save
         self.config = str(folder / "config.yaml")
         self.unfinished = folder / "unfinished"
-        forked(lambda: tiny.write_yaml(folder, **SETTINGS))
+        forked(lambda: tiny_world.write_yaml(folder, **SETTINGS))
         start = time.monotonic()
         self.want = self.undisturbed()
         self.slow = max(1.0, (time.monotonic() - start) / USUAL)

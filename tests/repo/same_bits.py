@@ -47,7 +47,7 @@ LOG_VALUES: dict[str, dict[str, str]] = {
 
 # Files that a job starts or reads in a tree: old path -> new path.
 FILES: dict[str, str] = {
-    "tests/stopped.py": "tests/stopped.py",
+    "tests/stopped.py": "tests/helpers/interrupted.py",
     "experiments/quickstart.yaml": "experiments/quickstart.yaml",
 }
 

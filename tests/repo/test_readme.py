@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import test_structure
+import test_layout
 
 from recr1 import cli
 from recr1.config.loader import get_value
