@@ -137,8 +137,9 @@ def main() -> None:
 def compare_with_faiss(
     ours: DenseSearcher, vectors: np.ndarray, asked: np.ndarray, queries: list[str], pairs: int
 ) -> tuple[float, float, float]:
-    """Median over interleaved pairs of the ratio of times; our queries/s in batches and one by one.
-    The results must be equal.
+    """Return the ratio of times, and our queries/s in batches and one by one.
+
+    The ratio is the median over interleaved pairs. The results must be equal.
     """
     flat = faiss.IndexFlatIP(WIDTH)
     flat.add(vectors)
@@ -166,7 +167,7 @@ def compare_with_faiss(
 def check_torch_on_cpu(
     vectors: np.ndarray, asked: np.ndarray, ours: DenseSearcher, queries: list[str]
 ) -> list[dict]:
-    """What a GPU without faiss-gpu runs, here on the CPU: it must rank the same."""
+    """Run on the CPU what a GPU without faiss-gpu runs: it must rank the same."""
     nearest = make_torch_search(vectors, torch.device("cpu"))
     scores, _ = nearest(asked[:BATCH], K)
     off = float(np.abs(scores - ours.search(queries[:BATCH], K)[1]).max())
@@ -228,8 +229,9 @@ def measure_hnsw(
 
 
 def measure_on_gpu() -> list[dict]:
-    """A batch over 1M documents on this GPU, top-1000: the transfer of queries and results
-    included.
+    """Time a batch over 1M documents on this GPU, top-1000.
+
+    The transfer of queries and results is included.
     """
     device = dist.device()
     bars = []

@@ -281,6 +281,7 @@ def measure_copy_share(N: int, device: str, repeats: int) -> float:
 
 
 def make_bar(name: str, value: float, limit: float, ok: bool) -> dict:
+    """Return a bar for the line of JSON."""
     return dict(name=name, value=round(value, 4), bar=limit, ok=ok)
 
 

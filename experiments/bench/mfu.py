@@ -192,6 +192,7 @@ def count_flops(c: DecoderConfig, args) -> tuple[float, float]:
 
 
 def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -19,6 +19,7 @@ from recr1.evaluation.bootstrap import compute_bootstrap_ci
 
 
 def make_bar(name: str, value: float, limit: float, ok: bool) -> dict:
+    """Return a bar for the line of JSON."""
     return dict(name=name, value=round(float(value), 10), bar=limit, ok=bool(ok))
 
 

@@ -66,7 +66,7 @@ PHASES = ("sample", "reward", "forward", "backward", "optimizer", "rest", "step"
 
 
 class Size(SimpleNamespace):
-    """layers, width, inner (of the MLP), heads; the rest has defaults."""
+    """Hold layers, width, inner (of the MLP), heads; the rest has defaults."""
 
     vocabulary = 8192
     prompts = 8
@@ -102,7 +102,7 @@ DRY = Size(
 
 
 class Clock:
-    """Seconds by phase, of one step after another."""
+    """Measure seconds by phase, of one step after another."""
 
     def __init__(self):
         self.steps: list[dict[str, float]] = []
@@ -118,7 +118,7 @@ class Clock:
         self.phases[name] += perf_counter() - start
 
     def timed(self, name: str, function):
-        """The function, its calls counted to the phase."""
+        """Return the function with its calls counted to the phase."""
 
         def run(*args, **kwargs):
             with self.phase(name):
@@ -132,8 +132,9 @@ class Clock:
 
 
 def make_models(size: Size) -> tuple[Decoder, torch.nn.Module, PreTrainedTokenizerFast]:
-    """Our decoder and transformers' model with the same random weights, and a tokenizer whose
-    tokens are words: w0, w1, ...
+    """Make our decoder and transformers' model with the same random weights, and a tokenizer.
+
+    The tokenizer's tokens are words: w0, w1, ...
     """
     decoder, model = make_twins(
         make_qwen2_config(size.layers, size.width, size.inner, size.heads, size.vocabulary)
@@ -159,7 +160,7 @@ def score_text(text: str) -> float:
 
 
 class Ours:
-    """The loop of recr1/train.py, one step at a time."""
+    """Run the loop of recr1/train.py, one step at a time."""
 
     def __init__(self, size: Size, decoder: Decoder, tokenizer):
         self.size = size
@@ -297,8 +298,9 @@ class Theirs(TrainerCallback):
         self.watch(self.trainer, self.clock)
 
     def watch(self, trainer: GRPOTrainer, clock: Clock) -> None:
-        """Its phases are its own methods; the optimizer's begins at the clipping and ends with the
-        step.
+        """Time TRL's phases: they are its own methods.
+
+        The optimizer's begins at the clipping and ends with the step.
         """
         compute = clock.timed("forward", trainer.compute_loss)
         clip = trainer.accelerator.clip_grad_norm_

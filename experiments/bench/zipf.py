@@ -22,7 +22,10 @@ SHIFT = 2.7
 
 
 class Zipf:
-    """Words are numbers; `texts` spells them so that the analyzer keeps each as one token."""
+    """Draw documents and queries of words, which are numbers.
+
+    `texts` spells them so that the analyzer keeps each as one token.
+    """
 
     def __init__(self, seed: int = 0, words: int = WORDS):
         self.random = np.random.default_rng(seed)
@@ -37,7 +40,7 @@ class Zipf:
         ).astype(np.int32)
 
     def corpus(self, documents: int, mean_length: int = 15) -> tuple[np.ndarray, np.ndarray]:
-        """tokens (N,) int32 of all documents in a row, lengths (documents,)."""
+        """Draw tokens (N,) int32 of all documents in a row, and lengths (documents,)."""
         lengths = np.clip(self.random.poisson(mean_length, documents), 3, None)
         tokens = np.empty(lengths.sum(), np.int32)
         at = 0
@@ -53,7 +56,7 @@ class Zipf:
         return tokens, lengths
 
     def queries(self, n: int) -> list[list[int]]:
-        """Distinct words of each of n queries."""
+        """Draw distinct words for each of n queries."""
         found = []
         for size in self.random.integers(10, 41, n):
             topic = self.topics[self.random.integers(TOPICS)]
@@ -69,7 +72,8 @@ class Zipf:
         return found
 
 
-def texts(tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
+def spell_words(tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
+    """Spell the words."""
     words = [f"w{i}" for i in tokens.tolist()]
     ends = np.cumsum(lengths).tolist()
     return [" ".join(words[a:b]) for a, b in zip([0, *ends], ends)]

@@ -82,7 +82,7 @@ def make_splits(queries: Path, items: Path, last: int) -> tuple[dict[str, Split]
 
 def prepare(args: Namespace, out: Path) -> None:
     """Download the files and write the data set into `folder`."""
-    (queries, items), source = download.fetch(FILES, args)
+    (queries, items), source = download.fetch_files(FILES, args)
     splits, left = make_splits(queries, items, args.last)
     write_data_set(
         out,

@@ -41,6 +41,7 @@ def write_lists(
 
 
 def make_candidate_split(split: Split, index: BM25Searcher, candidates: int) -> Split:
+    """Return the queries that have enough candidates, one of them relevant."""
     # (Q, N), -1 where there are no more hits
     kept, (found, _) = Split(), index.search([row["text"] for row in split.rows], candidates)
     for row, hits in zip(split.rows, found.tolist()):
