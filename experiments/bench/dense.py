@@ -2,8 +2,8 @@
 
 python experiments/bench/dense.py [--threads 1]
 
-The hard set: 100,000 x 384, a Gaussian mixture in 192 dimensions (CENTRES centres, their spread
-SPREAD of the points' own) turned into 384, with noise, normalised; seeded. Queries come from the
+The hard set: 100,000 x 384, a Gaussian mixture in 192 dimensions (CENTERS centers, their spread
+SPREAD of the points' own) turned into 384, with noise, normalized; seeded. Queries come from the
 same mixture. On easier data (a few dimensions, tight clusters) any graph finds everything. Texts
 are numbers and the encoder is a stand-in that looks the vector up, so what is timed is the search
 as a run calls it, without encoding.
@@ -37,7 +37,7 @@ from recr1.retrieval.dense.searcher import (
     make_torch_search,
 )
 
-CENTRES = 1000
+CENTERS = 1000
 SPREAD = 0.5
 NOISE = 0.1
 WIDTH = 384
@@ -71,13 +71,13 @@ class Lookup:
 
 def draw_mixture(n: int, seed: int) -> np.ndarray:
     """Draw n points (n, 384); the mixture is the same for every seed."""
-    centres = SPREAD * np.random.default_rng(0).standard_normal((CENTRES, WIDTH // 2), np.float32)
+    centers = SPREAD * np.random.default_rng(0).standard_normal((CENTERS, WIDTH // 2), np.float32)
     turn = np.random.default_rng(1).standard_normal((WIDTH // 2, WIDTH), np.float32) / np.float32(
         (WIDTH // 2) ** 0.5
     )
     rng = np.random.default_rng(seed)
     points = (
-        centres[rng.integers(0, CENTRES, n)] + rng.standard_normal((n, WIDTH // 2), np.float32)
+        centers[rng.integers(0, CENTERS, n)] + rng.standard_normal((n, WIDTH // 2), np.float32)
     ) @ turn
     points += np.float32(NOISE) * rng.standard_normal((n, WIDTH), np.float32)
     return points / np.linalg.norm(points, axis=1, keepdims=True)

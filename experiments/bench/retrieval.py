@@ -3,7 +3,7 @@
 python experiments/bench/retrieval.py [--documents 50000,200000,1000000] [--pairs 5]
 
 Corpora: generated titles (zipf.py: Zipf-Mandelbrot with topics; no real million is at hand) and the
-two bundled catalogues. 384 queries of 10-40 distinct terms, top 1,000, k1 1.2, b .75, Lucene's
+two bundled catalogs. 384 queries of 10-40 distinct terms, top 1,000, k1 1.2, b .75, Lucene's
 formula; all sides begin with token numbers and take the batch in one call. The sides take turns, a
 row shows the median of --pairs turns; slow sides take fewer queries or turns (column `of`). Index
 seconds are from token numbers too. MB is what a fresh process grows by when it loads the saved

@@ -272,7 +272,11 @@ class Pair:
         # a process that has only imported, and its forks
         fresh = multiprocessing.get_context("forkserver")
         fresh.set_forkserver_preload(
-            ["transformers.models.qwen2.modeling_qwen2", "recr1.dryrun", "recr1.sample"]
+            [
+                "transformers.models.qwen2.modeling_qwen2",
+                "recr1.training.dry_run",
+                "recr1.sampling.generate",
+            ]
         )
         with ProcessPoolExecutor(1, fresh) as process:
             return process.submit(

@@ -6,7 +6,7 @@ python experiments/bench/step.py [--shape
 Both sides: the same Qwen2 (tied, V = 8,192, random weights) in float32, 8 prompts of 64 tokens x 8
 generations of 64 tokens (the stop id lies outside the vocabulary, so nothing stops early),
 temperature 1, the same reward on the decoded text, the token-mean loss of group advantages (TRL's
-default, dapo; our grpo), no KL, one optimiser step on everything, clipping, fused AdamW. Ours is
+default, dapo; our grpo), no KL, one optimizer step on everything, clipping, fused AdamW. Ours is
 the loop of recr1/train.py with the config's defaults; TRL's is trainer.train(), its settings stand
 in `Theirs`: no gradient checkpointing (its default has it), micro-batches of 8 (its default, and
 its fastest: see Size). TRL drives: each of its steps, from on_step_begin to on_step_end, stands
