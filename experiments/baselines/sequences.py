@@ -62,7 +62,8 @@ def load_data_set(folder: str, setting: str) -> Sequential:
     place = Path(folder)
     ids, contents, _ = readers.read_corpus(_find_file(place, "corpus.jsonl"))
     known = set(ids)
-    windows, test = (_iterate_windows(place, name, known) for name in ("train", f"test_{setting}"))
+    windows = _iterate_windows(place, "train", known)
+    test = _iterate_windows(place, f"test_{setting}", known)
     sequences: dict[str, list[tuple[list[str], list[bool]]]] = {}
     for id, user, _, history, gains in windows:
         _append_window(

@@ -97,7 +97,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     if args.dry_run:
-        args.documents, args.pairs = 3000, 2
+        args.documents = 3000
+        args.pairs = 2
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
     bars = []

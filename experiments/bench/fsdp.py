@@ -264,7 +264,8 @@ def make_their_step(args, checkpointing: bool):
     # the head is used after the root's forward
     fully_shard(model, reshard_after_forward=False, mp_policy=mixed)
     for module in (*layers, model):
-        module.set_gradient_divide_factor(1.0), module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(
         params,

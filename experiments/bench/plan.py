@@ -244,7 +244,9 @@ def measure_live(
         now += size
         for start, end, phase in spans:
             if start <= time <= end and now > most.get(phase, 0):
-                most[phase], held = now, dict(live) if phase == watched else held
+                most[phase] = now
+                if phase == watched:
+                    held = dict(live)
     places = Counter()
     for size, place in held.values():
         places[size, " > ".join(place[-3:])] += size

@@ -387,11 +387,9 @@ def measure_engines(corpus: Corpus, pairs: int, slow: bool) -> tuple[dict[str, d
                     )
     for side in sides:
         figures = found[side.name]
-        builds, turns, figures["index"] = (
-            len(figures["index"]),
-            len(figures["one"]),
-            median(figures["index"]),
-        )
+        builds = len(figures["index"])
+        turns = len(figures["one"])
+        figures["index"] = median(figures["index"])
         figures |= {
             key: median(figures[key]) if figures[key] else float("nan") for key in ("one", "two")
         }
@@ -465,11 +463,10 @@ def main() -> None:
         measure_engines(read_bundled(name, queries), pairs, True)
     for size in sizes:
         figures, ours = measure_engines(generate_corpus(size, queries), pairs, size <= 50_000)
-    name, theirs, (torch_, numba_) = (
-        ours.corpus.name,
-        figures["bm25s, numba"],
-        (figures[f"ours, {scorer}"] for scorer in ("torch", "numba")),
-    )
+    name = ours.corpus.name
+    theirs = figures["bm25s, numba"]
+    torch_ = figures["ours, torch"]
+    numba_ = figures["ours, numba"]
     reward = measure_reward(ours, pairs)
     with tempfile.TemporaryDirectory() as folder:
         ours.save(f"{folder}/index")

@@ -453,7 +453,9 @@ def measure_on_gpu(name: str, work: Work, repeats: int, dry: bool) -> list[dict]
     shape = read_model_shape(f"Qwen/Qwen2.5-{name}-Instruct", str(ROOT / "experiments/any.yaml"))
     pair = Pair(name, DRY.config if dry else shape, BFLOAT16, "cpu" if dry else "cuda")
     f = pair.measure(f"{work.prompts} of {work.prompt} x {work.group} of {work.new}", work, repeats)
-    speed, copy, (least, over) = f.speed["ours"], measure_copy_rate(pair.device), GPU_SIZES[name]
+    speed = f.speed["ours"]
+    copy = measure_copy_rate(pair.device)
+    least, over = GPU_SIZES[name]
     reached = [speed / compute_roofline(shape, work, rate) for rate in (COPY, copy)]
     print(
         f"{'':<16}{reached[0]:.3f} of the serial roofline at {COPY / 1e12:.2f} TB/s, "
@@ -540,7 +542,8 @@ def main() -> int:
         "--dry-run", action="store_true", help="tiny sizes: their times mean nothing"
     )
     args = parser.parse_args()
-    on_cpu, gpu = ([name for name in args.shape if name in sizes] for sizes in (SIZES, GPU_SIZES))
+    on_cpu = [name for name in args.shape if name in SIZES]
+    gpu = [name for name in args.shape if name in GPU_SIZES]
     if gpu and (on_cpu or args.table):
         parser.error("shapes of a GPU go alone, without --table")
     if on_cpu or args.dry_run:

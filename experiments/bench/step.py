@@ -316,7 +316,8 @@ class Theirs(TrainerCallback):
 
         trainer._generate_single_turn = clock.timed("sample", trainer._generate_single_turn)
         trainer._calculate_rewards = clock.timed("reward", trainer._calculate_rewards)
-        trainer.compute_loss, trainer.accelerator.clip_grad_norm_ = compute_loss, clip_grad_norm_
+        trainer.compute_loss = compute_loss
+        trainer.accelerator.clip_grad_norm_ = clip_grad_norm_
         trainer.accelerator.backward = clock.timed("backward", trainer.accelerator.backward)
 
     def reward(self, prompts: list[str], completions: list[str], **_) -> list[float]:
@@ -333,13 +334,10 @@ class Theirs(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         self.clock.phases["optimizer"] = perf_counter() - self.clipping
         self.clock.end()
-        number, (lengths, ids, prompts) = (
-            state.global_step - 1,
-            (
-                torch.cat([i[key] for i in self.inputs])
-                for key in ("completion_mask", "completion_ids", "prompt_ids")
-            ),
-        )
+        number = state.global_step - 1
+        lengths = torch.cat([inputs["completion_mask"] for inputs in self.inputs])
+        ids = torch.cat([inputs["completion_ids"] for inputs in self.inputs])
+        prompts = torch.cat([inputs["prompt_ids"] for inputs in self.inputs])
         assert self.asked == [
             text
             for text in self.texts[number]

@@ -43,7 +43,9 @@ def make_twins(
     They are transformers' own initialization. Plain rope only.
     """
     theirs = asdict(config)
-    family, theta, scaling = (theirs.pop(key) for key in ("family", "rope_theta", "rope_scaling"))
+    family = theirs.pop("family")
+    theta = theirs.pop("rope_theta")
+    scaling = theirs.pop("rope_scaling")
     assert scaling is None, "rope scaling is not translated"
     torch.manual_seed(0)
     with torch.device(device):

@@ -30,10 +30,8 @@ class Zipf:
     def __init__(self, seed: int = 0, words: int = WORDS):
         self.random = np.random.default_rng(seed)
         self.words = words
-        self.all, self.own = (
-            np.cumsum(p / p.sum())
-            for p in ((np.arange(1, n + 1) + SHIFT) ** -EXPONENT for n in (words, PER_TOPIC))
-        )
+        self.all = cumulate_zipf(words)
+        self.own = cumulate_zipf(PER_TOPIC)
         start = self.all[50]
         self.topics = np.searchsorted(
             self.all, start + (1 - start) * self.random.random((TOPICS, PER_TOPIC))
@@ -70,6 +68,12 @@ class Zipf:
                 query[min(int(word), self.words - 1)] = None
             found.append(list(query))
         return found
+
+
+def cumulate_zipf(n: int) -> np.ndarray:
+    """Return the cumulative probabilities (n,) of the Zipf-Mandelbrot distribution over n ranks."""
+    weights = (np.arange(1, n + 1) + SHIFT) ** -EXPONENT
+    return np.cumsum(weights / weights.sum())
 
 
 def spell_words(tokens: np.ndarray, lengths: np.ndarray) -> list[str]:

@@ -177,9 +177,8 @@ def prepare(args: Namespace, out: Path) -> None:
             for row in iterate_us_products(paths[1], ("product_description",))
             if row["product_id"] in pool
         )
-    (train, again), (asked, again_test) = (
-        collect_queries(judged, split, category) for split in ("train", "test")
-    )
+    train, again = collect_queries(judged, "train", category)
+    asked, again_test = collect_queries(judged, "test", category)
     test = Split()
     domains = {f"test_{domain.lower()}": Split() for domain in TEST_DOMAINS}
     for row in asked.rows:

@@ -105,7 +105,9 @@ def make_sequences(
         )
         return row, [(seen[end], 1.0)]
 
-    train, transductive, inductive = splits = Split(), Split(), Split()
+    train = Split()
+    transductive = Split()
+    inductive = Split()
     for user, ratings in users.items():
         apart = is_test(user)
         seen = [r.film for r in ratings if is_test(r.film) == apart]
@@ -116,7 +118,7 @@ def make_sequences(
             )
         if not apart and last >= 1:
             transductive.add(*window(user, "last", seen, last))
-    return dict(zip(("train", "test_transductive", "test_inductive"), splits))
+    return dict(train=train, test_transductive=transductive, test_inductive=inductive)
 
 
 def make_lists(
