@@ -67,7 +67,7 @@ train msrd_thought msrd_thought "model.path=$out/msrd_thought_sft/model"
 train msrd_no_thought quickstart train.steps=150 train.eval_every=50
 script perturbed perturb_thoughts.py experiments/msrd_thought.yaml --model "$out/msrd_thought/model" --out "$out/perturbed.json"
 
-# only queries whose targets lie beyond rank 10 of the raw query; another catalogue
+# only queries whose targets lie beyond rank 10 of the raw query; another catalog
 script sparse_queries sparse_queries.py experiments/quickstart.yaml --beyond 10 --out "$out/sparse.jsonl"
 train msrd_sparse quickstart "data.train_queries=$out/sparse.jsonl" train.steps=400
 script films_to_products evaluate.py experiments/esci_small.yaml --model "$out/msrd/model" --out "$out/films_to_products/eval_after.jsonl"

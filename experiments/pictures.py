@@ -200,6 +200,7 @@ def draw_hits(
 
 
 def _shorten(text: str, max_chars: int) -> str:
+    """Cut a text at `max_chars`."""
     return text if len(text) <= max_chars else text[: max_chars - 2] + ".."
 
 

@@ -27,70 +27,85 @@ def make_popularity(counts: list[int]) -> Scorer:
 def make_last_title(items: list[str], contents: list[str]) -> Scorer:
     """Search by BM25 with the last item's title: what Rec-R1's raw baseline is for sequences."""
     index = BM25Searcher.build(items, contents)
-    number = {id: n for n, id in enumerate(items)}
-    rows = np.array([number[id] for id in index.doc_ids])
+    item_numbers = {id: number for number, id in enumerate(items)}
+    item_of_row = np.array([item_numbers[id] for id in index.doc_ids])
 
-    def scores(histories: list[list[int]], texts: list[str]) -> np.ndarray:
-        found, values = index.search(texts, len(items))
-        out = np.full((len(texts), len(items)), -np.inf, np.float32)
-        for q in range(len(texts)):
-            hits = found[q] >= 0
-            out[q, rows[found[q, hits]]] = values[q, hits]
-        return out
+    def score(histories: list[list[int]], texts: list[str]) -> np.ndarray:
+        hits, hit_scores = index.search(texts, len(items))
+        scores = np.full((len(texts), len(items)), -np.inf, np.float32)
+        for query in range(len(texts)):
+            is_hit = hits[query] >= 0
+            hit_items = item_of_row[hits[query, is_hit]]
+            scores[query, hit_items] = hit_scores[query, is_hit]
+        return scores
 
-    return scores
+    return score
 
 
 def make_last_item(sequences: list[Sequence], n_items: int) -> Scorer:
-    """How often an item followed the last one directly in train: a Markov chain of first order (the
-    MC of Rendle et al. 2010).
+    """Count how often an item followed the last one directly in train.
+
+    It is a Markov chain of first order (the MC of Rendle et al. 2010).
     """
-    follows: dict[int, np.ndarray] = {}
-    pairs = [(a, b) for s in sequences for a, b, t in zip(s.items, s.items[1:], s.trained[1:]) if t]
-    for a, b in pairs:
-        follows.setdefault(a, np.zeros(n_items, np.float32))[b] += 1
-    nothing = np.zeros(n_items, np.float32)
-    return lambda histories, texts: mask_unranked(
-        np.stack([follows.get(history[-1], nothing) for history in histories])
-    )
+    followers: dict[int, np.ndarray] = {}
+    for sequence in sequences:
+        next_items = sequence.items[1:]
+        for item, next_item, is_train in zip(sequence.items, next_items, sequence.trained[1:]):
+            if is_train:
+                counts = followers.setdefault(item, np.zeros(n_items, np.float32))
+                counts[next_item] += 1
+    no_followers = np.zeros(n_items, np.float32)
+
+    def score(histories: list[list[int]], texts: list[str]) -> np.ndarray:
+        rows = [followers.get(history[-1], no_followers) for history in histories]
+        return mask_unranked(np.stack(rows))
+
+    return score
 
 
 def make_item_knn(sequences: list[list[Sequence]], n_items: int) -> Scorer:
-    """Sum over the history of the cosine between items, each a 0/1 vector over the train users who
-    have it (Sarwar et al. 2001); every neighbour counts.
+    """Sum over the history the cosine between items (Sarwar et al. 2001); every neighbor counts.
+
+    An item is a 0/1 vector over the train users who have it.
 
     sequences: by user, one list each.
     """
-    users = [
-        np.unique([item for s in parts for item, t in zip(s.items, s.trained) if t]).astype(
-            np.int64
-        )
-        for parts in sequences
-    ]
-    users = [row for row in users if len(row)]
-    # (2, interactions): user, item
-    pairs = np.concatenate(
-        [np.stack([np.full(len(row), u), row]) for u, row in enumerate(users)], axis=1
-    )
-    n_users = np.bincount(pairs[1], minlength=n_items)  # (D,)
-    order = np.argsort(pairs[1], kind="stable")
-    of_item = np.split(pairs[0][order], np.cumsum(n_users)[:-1])  # users of each item
-    norm = 1 / np.sqrt(np.maximum(n_users, 1))
+    user_items = []  # each user's train items, each once
+    for user_sequences in sequences:
+        items = list_train_items(user_sequences)
+        if items:
+            user_items.append(np.unique(items).astype(np.int64))
+    interactions = []
+    for user, items in enumerate(user_items):
+        interactions.append(np.stack([np.full(len(items), user), items]))
+    users, items = np.concatenate(interactions, axis=1)  # (interactions,) each
+    num_users = np.bincount(items, minlength=n_items)  # (D,)
+    by_item = np.argsort(items, kind="stable")
+    users_of_item = np.split(users[by_item], np.cumsum(num_users)[:-1])
+    norm = 1 / np.sqrt(np.maximum(num_users, 1))
 
-    def scores(histories: list[list[int]], texts: list[str]) -> np.ndarray:
-        out = np.zeros((len(histories), n_items), np.float32)
-        for q, history in enumerate(histories):
+    def score(histories: list[list[int]], texts: list[str]) -> np.ndarray:
+        scores = np.zeros((len(histories), n_items), np.float32)
+        for query, history in enumerate(histories):
             for item in set(history):
-                if n_users[item]:
-                    # users who have this one too
-                    both = np.bincount(
-                        np.concatenate([users[u] for u in of_item[item]]), minlength=n_items
-                    )
-                    both[item] = 0  # itself is no neighbour
-                    out[q] += both * (norm * norm[item])
-        return mask_unranked(out)
+                if num_users[item]:
+                    neighbors = np.concatenate([user_items[user] for user in users_of_item[item]])
+                    num_common_users = np.bincount(neighbors, minlength=n_items)
+                    num_common_users[item] = 0  # an item is no neighbor of itself
+                    scores[query] += num_common_users * (norm * norm[item])
+        return mask_unranked(scores)
 
-    return scores
+    return score
+
+
+def list_train_items(sequences: list[Sequence]) -> list[int]:
+    """Return the items of the sequences that are train data."""
+    items = []
+    for sequence in sequences:
+        for item, is_train in zip(sequence.items, sequence.trained):
+            if is_train:
+                items.append(item)
+    return items
 
 
 def mask_unranked(scores: np.ndarray) -> np.ndarray:

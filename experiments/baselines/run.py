@@ -93,21 +93,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=parse_natural, default=0)
     args = parser.parse_args(argv)
     start = time.monotonic()
-    found = sequences.load_data_set(args.folder, args.setting)
-    histories = [
-        sequences.extend_history(query, found.sequences, args.history) for query in found.test
-    ]
-    methods, fitted = make_scorers(found, args)
-    values = {
-        name: evaluate(scores, found.items, found.test, histories, args.remove_seen)
-        for name, scores in methods.items()
-    }
+    data = sequences.load_data_set(args.folder, args.setting)
+    histories = []
+    for query in data.test:
+        histories.append(sequences.extend_history(query, data.sequences, args.history))
+    methods, fitted = make_scorers(data, args)
+    values = {}
+    for name, scorer in methods.items():
+        values[name] = evaluate(scorer, data.items, data.test, histories, args.remove_seen)
     result = dict(
         folder=str(args.folder),
         setting=args.setting,
-        n=len(found.test),
-        items=len(found.items),
-        known_items=sum(c > 0 for c in found.counts),
+        n=len(data.test),
+        items=len(data.items),
+        known_items=sum(count > 0 for count in data.counts),
         history=args.history,
         remove_seen=args.remove_seen,
         seed=args.seed,
@@ -115,109 +114,115 @@ def main(argv: list[str]) -> None:
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         wall_s=round(time.monotonic() - start, 1),
-        methods={name: summarize(v) for name, v in values.items()},
-        differences={
-            f"SASRec - {name}": summarize({m: values["SASRec"][m] - v[m] for m in METRICS})
-            for name, v in values.items()
-            if name != "SASRec"
-        },
+        methods={name: summarize(scores) for name, scores in values.items()},
+        differences=compare_with_sasrec(values),
     )
     print_rank0(format_table(result))
     if args.out:
-        rows = {
-            query.id: {name: {m: float(v[m][i]) for m in METRICS} for name, v in values.items()}
-            for i, query in enumerate(found.test)
-        }
+        rows = {}
+        for index, query in enumerate(data.test):
+            rows[query.id] = get_query_scores(values, index)
         write_text(Path(args.out), json.dumps(result | dict(queries=rows)) + "\n")
+
+
+def compare_with_sasrec(values: dict[str, dict[str, np.ndarray]]) -> dict[str, dict]:
+    """Return the paired differences of SASRec to each other method."""
+    differences = {}
+    for name, scores in values.items():
+        if name != "SASRec":
+            difference = {metric: values["SASRec"][metric] - scores[metric] for metric in METRICS}
+            differences[f"SASRec - {name}"] = summarize(difference)
+    return differences
+
+
+def get_query_scores(values: dict[str, dict[str, np.ndarray]], index: int) -> dict:
+    """Return {method: {metric: score}} of one query."""
+    query_scores = {}
+    for name, scores in values.items():
+        query_scores[name] = {metric: float(scores[metric][index]) for metric in METRICS}
+    return query_scores
 
 
 def parse_rates(text: str) -> list[float]:
     """Parse a list of dropout rates."""
     try:
-        found = [float(part) for part in text.split(",")]
+        rates = [float(rate) for rate in text.split(",")]
     except ValueError:
-        found = [-1.0]
-    if not all(0 <= p < 1 for p in found):
+        rates = [-1.0]
+    if not all(0 <= rate < 1 for rate in rates):
         raise argparse.ArgumentTypeError(
             f"must be numbers from 0 to below 1 with commas between, is {text!r}"
         )
-    return found
+    return rates
 
 
-def make_scorers(found: sequences.Sequential, args) -> tuple[dict[str, counts.Scorer], dict]:
+def make_scorers(
+    data: sequences.Sequential, args: argparse.Namespace
+) -> tuple[dict[str, counts.Scorer], dict]:
     """Return {method: its scorer}, and how SASRec came about."""
-    parts = list(found.sequences.values())
-    flat = [sequence for user in parts for sequence in user]
-    n = len(found.items)
-    neural, fitted = tune_sasrec(found, flat, args)
-    return dict(
-        zip(
-            METHODS,
-            (
-                counts.make_popularity(found.counts),
-                counts.make_last_title(found.items, found.contents),
-                counts.make_last_item(flat, n),
-                counts.make_item_knn(parts, n),
-                neural,
-            ),
-        )
-    ), fitted
+    by_user = list(data.sequences.values())
+    all_sequences = [sequence for user_sequences in by_user for sequence in user_sequences]
+    num_items = len(data.items)
+    sasrec_scorer, fitted = tune_sasrec(data, all_sequences, args)
+    scorers = (
+        counts.make_popularity(data.counts),
+        counts.make_last_title(data.items, data.contents),
+        counts.make_last_item(all_sequences, num_items),
+        counts.make_item_knn(by_user, num_items),
+        sasrec_scorer,
+    )
+    return dict(zip(METHODS, scorers)), fitted
 
 
 def tune_sasrec(
-    found: sequences.Sequential, flat: list[sequences.Sequence], args
+    data: sequences.Sequential, all_sequences: list[sequences.Sequence], args: argparse.Namespace
 ) -> tuple[counts.Scorer, dict]:
     """Train SASRec with each dropout and take the one that is best on validation.
 
     Returns (scorer, {settings, epochs of every run}).
     """
-    known = np.flatnonzero(np.array(found.counts) > 0)
-    if not any(found.counts[item] for query in found.test for item in query.history):
+    num_items = len(data.items)
+    known_items = np.flatnonzero(np.array(data.counts) > 0)
+    if not any(data.counts[item] for query in data.test for item in query.history):
         print_rank0(
             "SASRec: not trained, because train has no item of the test's histories: "
             "it ranks nothing"
         )
-        return lambda histories, texts: np.full(
-            (len(histories), len(found.items)), -np.inf, np.float32
-        ), dict(runs=[])
-    chosen = found.validation[:: -(-len(found.validation) // MOST_VALIDATED)]
-    # not longer than the window: the sequence goes on past it
-    histories = [sequences.extend_history(query, {}, args.history) for query in chosen]
+
+        def rank_nothing(histories: list[list[int]], texts: list[str]) -> np.ndarray:
+            return np.full((len(histories), num_items), -np.inf, np.float32)
+
+        return rank_nothing, dict(runs=[])
+    every = -(-len(data.validation) // MOST_VALIDATED)
+    queries = data.validation[::every]
+    # Not longer than the window: the sequence goes on past it.
+    histories = [sequences.extend_history(query, {}, args.history) for query in queries]
 
     def validate(scorer: counts.Scorer) -> float:
-        return float(
-            evaluate(scorer, found.items, chosen, histories, args.remove_seen)["ndcg@10"].mean()
-        )
+        values = evaluate(scorer, data.items, queries, histories, args.remove_seen)
+        return float(values["ndcg@10"].mean())
 
-    runs = []
+    runs = []  # (settings, scorer, log of the epochs)
     for dropout in args.dropout:
         settings = replace(sasrec.Settings(), dropout=dropout, epochs=args.epochs)
-        runs.append(
-            (
-                settings,
-                *sasrec.fit(
-                    flat,
-                    known,
-                    len(found.items),
-                    settings,
-                    args.seed,
-                    validate,
-                    f"sasrec, dropout {dropout:g}",
-                ),
-            )
+        title = f"sasrec, dropout {dropout:g}"
+        scorer, log = sasrec.fit(
+            all_sequences, known_items, num_items, settings, args.seed, validate, title
         )
-        best = max(runs[-1][2], key=lambda row: row["validation"])
+        runs.append((settings, scorer, log))
+        best = max(log, key=lambda row: row["validation"])
         print_rank0(
-            f"SASRec, dropout {dropout:g}: validation NDCG@10 {best['validation']:.4f} (n "
-            f"{len(chosen)}) after epoch {best['epoch']} of {len(runs[-1][2])}, "
+            f"SASRec, dropout {dropout:g}: validation NDCG@10 {best['validation']:.4f} "
+            f"(n {len(queries)}) after epoch {best['epoch']} of {len(log)}, "
             f"loss {best['loss']:.3f}"
         )
-    settings, scorer, log = max(runs, key=lambda run: max(row["validation"] for row in run[2]))
-    return scorer, dict(
+    settings, scorer, _ = max(runs, key=lambda run: max(row["validation"] for row in run[2]))
+    fitted = dict(
         settings=asdict(settings),
-        validation_queries=len(chosen),
-        runs=[dict(dropout=s.dropout, log=rows) for s, _, rows in runs],
+        validation_queries=len(queries),
+        runs=[dict(dropout=run_settings.dropout, log=log) for run_settings, _, log in runs],
     )
+    return scorer, fitted
 
 
 def evaluate(
@@ -230,51 +235,64 @@ def evaluate(
     """Return {metric: (Q,)} of the best DEPTH of the whole catalog."""
     values = {name: np.zeros(len(queries)) for name in METRICS}
     for start in range(0, len(queries), AT_ONCE):
-        at = slice(start, start + AT_ONCE)
-        scores = scorer(histories[at], [query.text for query in queries[at]])
+        batch = slice(start, start + AT_ONCE)
+        texts = [query.text for query in queries[batch]]
+        scores = scorer(histories[batch], texts)
         if remove_seen:
-            for row, history in zip(scores, histories[at]):
+            for row, history in zip(scores, histories[batch]):
                 row[history] = -np.inf
-        for i, (row, query) in enumerate(zip(scores, queries[at]), start):
-            ranked = [items[d] for d in rank_items(row)]
-            for name, (metric, k) in METRICS.items():
-                values[name][i] = metric(ranked, query.gains, k)
+        for index, (row, query) in enumerate(zip(scores, queries[batch]), start):
+            ranked_ids = [items[number] for number in rank_items(row)]
+            for name, (compute_metric, k) in METRICS.items():
+                values[name][index] = compute_metric(ranked_ids, query.gains, k)
     return values
 
 
 def rank_items(row: np.ndarray) -> np.ndarray:
-    """The DEPTH best item numbers of one row of scores (D,), equal ones by number, without those
-    that are not ranked.
+    """Return the DEPTH best item numbers of one row of scores (D,), equal ones by number.
+
+    Items that are not ranked are left out.
     """
     top = np.flatnonzero(row > -np.inf)
     if len(top) > DEPTH:
-        top = top[row[top] >= np.partition(row[top], -DEPTH)[-DEPTH]]
-    return top[np.argsort(-row[top], kind="stable")][:DEPTH]
+        threshold = np.partition(row[top], -DEPTH)[-DEPTH]
+        top = top[row[top] >= threshold]
+    best_first = np.argsort(-row[top], kind="stable")
+    return top[best_first][:DEPTH]
 
 
 def summarize(values: dict[str, np.ndarray]) -> dict:
-    return {name: dict(zip(("mean", "ci95"), compute_mean_ci(v))) for name, v in values.items()}
+    """Return {metric: {mean, ci95}}."""
+    summary = {}
+    for name, scores in values.items():
+        mean, interval = compute_mean_ci(scores)
+        summary[name] = dict(mean=mean, ci95=interval)
+    return summary
 
 
 def format_table(result: dict) -> str:
-    """Format a line for each method."""
+    """Format a line for each method, then one for each paired difference."""
     seen = "left out of the rankings" if result["remove_seen"] else "ranked like all others"
     lines = [
         f"{result['setting']}: {result['n']} queries, full ranking of {result['items']:,} items, "
         f"{result['known_items']:,} of them in train; "
         f"the last {result['history']} items of a user are seen and {seen}"
     ]
-    for title, rows, cell in (
-        ("method", result["methods"], "{:.4f} [{:.4f}, {:.4f}]"),
-        ("paired", result["differences"], "{:+.4f} [{:+.4f}, {:+.4f}]"),
-    ):
-        lines.append(f"{title:<22}" + "".join(f"{name:<28}" for name in METRICS))
-        lines += [
-            f"{name:<22}"
-            + "".join(f"{cell.format(row[m]['mean'], *row[m]['ci95']):<28}" for m in METRICS)
-            for name, row in rows.items()
-        ]
+    lines += format_rows("method", result["methods"], "{:.4f} [{:.4f}, {:.4f}]")
+    lines += format_rows("paired", result["differences"], "{:+.4f} [{:+.4f}, {:+.4f}]")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def format_rows(title: str, rows: dict[str, dict], cell_format: str) -> list[str]:
+    """Format a head and a line for each row: {name: {metric: {mean, ci95}}}."""
+    lines = [f"{title:<22}" + "".join(f"{name:<28}" for name in METRICS)]
+    for name, row in rows.items():
+        line = f"{name:<22}"
+        for metric in METRICS:
+            cell = cell_format.format(row[metric]["mean"], *row[metric]["ci95"])
+            line += f"{cell:<28}"
+        lines.append(line)
+    return lines
 
 
 if __name__ == "__main__":

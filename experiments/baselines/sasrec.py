@@ -28,6 +28,8 @@ from recr1.model.log_probs import make_distribution
 
 @dataclass(frozen=True)
 class Settings:
+    """Hold the sizes of the model and of its training."""
+
     layers: int = 2
     width: int = 64
     heads: int = 2
@@ -41,6 +43,8 @@ class Settings:
 
 
 class Block(nn.Module):
+    """Apply a pre-norm Transformer block."""
+
     def __init__(self, s: Settings):
         super().__init__()
         self.heads = s.heads
@@ -70,8 +74,10 @@ class Block(nn.Module):
 
 
 class SASRec(nn.Module):
-    """items (B, L), from 0; rows are filled up on the right with any item, which causal attention
-    keeps from the positions before -> hidden (B, L, C).
+    """Map items (B, L), from 0, to hidden states (B, L, C).
+
+    Rows are filled up on the right with any item: causal attention hides it from the positions
+    before.
     """
 
     def __init__(self, n_items: int, settings: Settings):
@@ -147,8 +153,9 @@ def fit(
 def compute_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor
 ) -> torch.Tensor:
-    """Mean of -log softmax(hidden @ weight.T)[target], by the product's head: the (N, K) logits are
-    most of SASRec's time. hidden (N, C), weight (K, C).
+    """Compute the mean of -log softmax(hidden @ weight.T)[target], hidden (N, C), weight (K, C).
+
+    It uses the product's head: the (N, K) logits are most of SASRec's time.
     """
     return fused_linear_loss(
         hidden,
@@ -163,8 +170,10 @@ def compute_cross_entropy(
 def iterate_batches(
     rows: list[list[tuple[int, bool]]], s: Settings, rng: np.random.Generator
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """One epoch: every sequence cut into windows of at most `length` predictions, from another
-    place each time -> inputs, targets (B, L); -1: no target there.
+    """Yield one epoch: inputs and targets (B, L), where -1 means no target.
+
+    Every sequence is cut into windows of at most `length` predictions, from another place each
+    time.
     """
     windows = []
     for row in rows:
@@ -191,8 +200,9 @@ def iterate_batches(
 
 
 def make_scorer(model: SASRec, within: dict[int, int], n_items: int) -> Scorer:
-    """What the model says of every item after each history. `within`: item number -> the model's. A
-    history of unknown items only ranks nothing.
+    """Return what scores every item after each history.
+
+    `within`: item number -> the model's number. A history of unknown items only ranks nothing.
     """
     columns = np.array(list(within))
 

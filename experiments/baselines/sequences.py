@@ -45,6 +45,8 @@ class Sequence:
 
 @dataclass
 class Sequential:
+    """Hold a data set: items by number, sequences by user, and the queries."""
+
     items: list[str]  # D document ids
     contents: list[str]  # (D,) what BM25 indexes
     counts: list[int]  # (D,) interactions in train
@@ -60,7 +62,8 @@ def load_data_set(folder: str, setting: str) -> Sequential:
     place = Path(folder)
     ids, contents, _ = readers.read_corpus(_find_file(place, "corpus.jsonl"))
     known = set(ids)
-    windows, test = (_iterate_windows(place, name, known) for name in ("train", f"test_{setting}"))
+    windows = _iterate_windows(place, "train", known)
+    test = _iterate_windows(place, f"test_{setting}", known)
     sequences: dict[str, list[tuple[list[str], list[bool]]]] = {}
     for id, user, _, history, gains in windows:
         _append_window(
@@ -113,8 +116,9 @@ def extend_history(query: Query, sequences: dict[str, list[Sequence]], length: i
 def _append_window(
     parts: list[tuple[list[str], list[bool]]], history: list[str], targets: list[str], trained: bool
 ) -> None:
-    """A window onto the user's last sequence, or as a new one. What an earlier window has given
-    keeps its mark.
+    """Add a window to the user's last sequence, or as a new one.
+
+    What an earlier window has given keeps its mark.
     """
     if parts and (items := _join_items(parts[-1][0], history)):
         marks = parts[-1][1] + [trained] * (len(items) - len(parts[-1][0]))
@@ -145,8 +149,9 @@ def _find_file(place: Path, name: str) -> str:
 def _iterate_windows(
     place: Path, split: str, known: set[str]
 ) -> list[tuple[str, str, str, list[str], dict[str, float]]]:
-    """(id, user, text, history, relevant documents' gains) of every query. Raises DataError with
-    file and line.
+    """Yield (id, user, text, history, relevant documents' gains) of every query.
+
+    Raises DataError with file and line.
     """
     path = _find_file(place, f"{split}.queries.jsonl")
     judged = _find_file(place, f"{split}.qrels.tsv")

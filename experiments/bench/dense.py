@@ -2,8 +2,8 @@
 
 python experiments/bench/dense.py [--threads 1]
 
-The hard set: 100,000 x 384, a Gaussian mixture in 192 dimensions (CENTRES centres, their spread
-SPREAD of the points' own) turned into 384, with noise, normalised; seeded. Queries come from the
+The hard set: 100,000 x 384, a Gaussian mixture in 192 dimensions (CENTERS centers, their spread
+SPREAD of the points' own) turned into 384, with noise, normalized; seeded. Queries come from the
 same mixture. On easier data (a few dimensions, tight clusters) any graph finds everything. Texts
 are numbers and the encoder is a stand-in that looks the vector up, so what is timed is the search
 as a run calls it, without encoding.
@@ -37,7 +37,7 @@ from recr1.retrieval.dense.searcher import (
     make_torch_search,
 )
 
-CENTRES = 1000
+CENTERS = 1000
 SPREAD = 0.5
 NOISE = 0.1
 WIDTH = 384
@@ -71,13 +71,13 @@ class Lookup:
 
 def draw_mixture(n: int, seed: int) -> np.ndarray:
     """Draw n points (n, 384); the mixture is the same for every seed."""
-    centres = SPREAD * np.random.default_rng(0).standard_normal((CENTRES, WIDTH // 2), np.float32)
+    centers = SPREAD * np.random.default_rng(0).standard_normal((CENTERS, WIDTH // 2), np.float32)
     turn = np.random.default_rng(1).standard_normal((WIDTH // 2, WIDTH), np.float32) / np.float32(
         (WIDTH // 2) ** 0.5
     )
     rng = np.random.default_rng(seed)
     points = (
-        centres[rng.integers(0, CENTRES, n)] + rng.standard_normal((n, WIDTH // 2), np.float32)
+        centers[rng.integers(0, CENTERS, n)] + rng.standard_normal((n, WIDTH // 2), np.float32)
     ) @ turn
     points += np.float32(NOISE) * rng.standard_normal((n, WIDTH), np.float32)
     return points / np.linalg.norm(points, axis=1, keepdims=True)
@@ -97,7 +97,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     if args.dry_run:
-        args.documents, args.pairs = 3000, 2
+        args.documents = 3000
+        args.pairs = 2
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
     bars = []
@@ -137,8 +138,9 @@ def main() -> None:
 def compare_with_faiss(
     ours: DenseSearcher, vectors: np.ndarray, asked: np.ndarray, queries: list[str], pairs: int
 ) -> tuple[float, float, float]:
-    """Median over interleaved pairs of the ratio of times; our queries/s in batches and one by one.
-    The results must be equal.
+    """Return the ratio of times, and our queries/s in batches and one by one.
+
+    The ratio is the median over interleaved pairs. The results must be equal.
     """
     flat = faiss.IndexFlatIP(WIDTH)
     flat.add(vectors)
@@ -166,7 +168,7 @@ def compare_with_faiss(
 def check_torch_on_cpu(
     vectors: np.ndarray, asked: np.ndarray, ours: DenseSearcher, queries: list[str]
 ) -> list[dict]:
-    """What a GPU without faiss-gpu runs, here on the CPU: it must rank the same."""
+    """Run on the CPU what a GPU without faiss-gpu runs: it must rank the same."""
     nearest = make_torch_search(vectors, torch.device("cpu"))
     scores, _ = nearest(asked[:BATCH], K)
     off = float(np.abs(scores - ours.search(queries[:BATCH], K)[1]).max())
@@ -228,8 +230,9 @@ def measure_hnsw(
 
 
 def measure_on_gpu() -> list[dict]:
-    """A batch over 1M documents on this GPU, top-1000: the transfer of queries and results
-    included.
+    """Time a batch over 1M documents on this GPU, top-1000.
+
+    The transfer of queries and results is included.
     """
     device = dist.device()
     bars = []

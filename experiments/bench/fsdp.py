@@ -158,6 +158,7 @@ def compare_sides(args, checkpointing: bool) -> list[dict]:
 
 
 def make_bar(name: str, value: float, most: float) -> dict:
+    """Return a bar for the line of JSON."""
     return dict(name=name, value=value, bar=most, ok=value <= most)
 
 
@@ -207,6 +208,7 @@ def make_batch(args, step: int) -> MicroBatch:
 
 
 def compute_loss(model, batch: MicroBatch) -> torch.Tensor:
+    """Return the mean cross-entropy of a batch."""
     logp, _ = compute_log_probs(model, batch, temperature=1.0)
     return -logp.sum() / (len(batch.target) * dist.world_size())
 
@@ -262,7 +264,8 @@ def make_their_step(args, checkpointing: bool):
     # the head is used after the root's forward
     fully_shard(model, reshard_after_forward=False, mp_policy=mixed)
     for module in (*layers, model):
-        module.set_gradient_divide_factor(1.0), module.set_force_sum_reduction_for_comms(True)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(
         params,
@@ -298,8 +301,9 @@ SIDES = {"ours": make_our_step, "fully_shard": make_their_step}
 
 
 def measure_step(step, batch: MicroBatch) -> dict[str, int]:
-    """Peak above the step's start, state, gradient, and bytes that this rank receives in
-    all-gathers and gives into reduce-scatters.
+    """Return a step's peak above its start, state, gradient and traffic.
+
+    The traffic is the bytes that this rank receives in all-gathers and gives into reduce-scatters.
     """
     moved = 0
 
@@ -351,6 +355,7 @@ def measure_step(step, batch: MicroBatch) -> dict[str, int]:
 
 
 def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
     if dist.device().type == "cuda":
         torch.cuda.synchronize()
 

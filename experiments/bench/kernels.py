@@ -237,7 +237,10 @@ def print_table(paths, model, N, C, V, device, repeats) -> dict[str, dict]:
         f"{'TF/s':>11}{'share':>7}   error d_hidden, d_weight"
     )
     for path in left:
-        forward, backward, peak = (median(r[i] for r in runs[path][1:]) for i in range(3))
+        forwards, backwards, peaks = zip(*runs[path][1:])
+        forward = median(forwards)
+        backward = median(backwards)
+        peak = median(peaks)
         speed = FLOP[path] * N * C * V / (forward + backward) / 1e12
         found[path] = dict(ms=1e3 * (forward + backward), tflops=speed)
         print(
@@ -272,7 +275,8 @@ def measure_copy_share(N: int, device: str, repeats: int) -> float:
 
     run()
     copy()
-    ours, theirs = (median(time_call(f, device) for _ in range(repeats)) for f in (run, copy))
+    ours = median(time_call(run, device) for _ in range(repeats))
+    theirs = median(time_call(copy, device) for _ in range(repeats))
     print(
         f"\ntoken kernel: {32 * N / ours / 1e9:.4g} GB/s, a copy: "
         f"{8 * N / theirs / 1e9:.4g} GB/s, at {N:,} tokens"
@@ -281,6 +285,7 @@ def measure_copy_share(N: int, device: str, repeats: int) -> float:
 
 
 def make_bar(name: str, value: float, limit: float, ok: bool) -> dict:
+    """Return a bar for the line of JSON."""
     return dict(name=name, value=round(value, 4), bar=limit, ok=ok)
 
 

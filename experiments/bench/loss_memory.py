@@ -42,8 +42,9 @@ TOKENS = 64  # of a rollout, for Liger's (B, T)
 
 
 class Case:
-    """The inputs at one shape; each path leaves gradients in hidden.grad and weight.grad and
-    returns its loss.
+    """Hold the inputs at one shape.
+
+    Each path leaves gradients in hidden.grad and weight.grad and returns its loss.
     """
 
     def __init__(self, N: int, C: int, V: int):
@@ -97,7 +98,7 @@ class Case:
         )[0]
 
     def run(self, path: str) -> float:
-        """Seconds of forward and backward."""
+        """Return the seconds of forward and backward."""
         self.hidden.grad = self.weight.grad = None
         start = time.perf_counter()
         self.loss = getattr(self, path)()
@@ -200,6 +201,7 @@ def main() -> int:
 
 
 def make_bar(name: str, value: float, limit: float) -> dict:
+    """Return a bar for the line of JSON."""
     return dict(name=name, value=round(value, 4), bar=limit, ok=value <= limit)
 
 

@@ -64,14 +64,12 @@ def main() -> None:
     args = parser.parse_args()
     shape = read_model_shape(args.model, str(ROOT / "experiments/any.yaml"))
     if args.dry_run:
-        args.prompts, args.group, args.prompt, args.completion, args.repeats, args.kernels = (
-            2,
-            2,
-            8,
-            8,
-            1,
-            "torch",
-        )
+        args.prompts = 2
+        args.group = 2
+        args.prompt = 8
+        args.completion = 8
+        args.repeats = 1
+        args.kernels = "torch"
         shape = replace(
             shape,
             hidden_size=64,
@@ -192,6 +190,7 @@ def count_flops(c: DecoderConfig, args) -> tuple[float, float]:
 
 
 def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

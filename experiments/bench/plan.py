@@ -206,11 +206,12 @@ def run_steps(cfg: Config, shape: DecoderConfig) -> None:
         )
 
 
-def measure(
+def measure_live(
     cfg: Config, shape: DecoderConfig, watched: str | None
 ) -> tuple[dict[str, int], Counter]:
-    """{phase: bytes live at most}, and of the phase `watched` what those are: {(bytes of one, place
-    of allocation): bytes}.
+    """Return {phase: bytes live at most}, and what is live at the peak of the phase `watched`.
+
+    The latter is {(bytes of one, place of allocation): bytes}.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run_steps(cfg, shape)
@@ -243,7 +244,9 @@ def measure(
         now += size
         for start, end, phase in spans:
             if start <= time <= end and now > most.get(phase, 0):
-                most[phase], held = now, dict(live) if phase == watched else held
+                most[phase] = now
+                if phase == watched:
+                    held = dict(live)
     places = Counter()
     for size, place in held.values():
         places[size, " > ".join(place[-3:])] += size
@@ -255,7 +258,7 @@ def run_case(name: str, live: str | None) -> None:
     torch.set_num_threads(1)
     with process_group():
         cfg, shape, _ = make_config(name)
-        most, places = measure(cfg, shape, live)
+        most, places = measure_live(cfg, shape, live)
         if dist.rank() == 0:
             if live:
                 print(

@@ -74,7 +74,8 @@ def measure_seconds(ranks: int, threads: int, overrides: tuple, steps: int) -> f
 
 def main() -> None:
     """Run all variants in turn and print their seconds."""
-    steps, rounds = (int(x) for x in (sys.argv[1:] + ["60", "3"][len(sys.argv) - 1 :]))
+    arguments = [int(text) for text in sys.argv[1:]]
+    steps, rounds = arguments + [60, 3][len(arguments) :]
     rows = [
         {name: measure_seconds(*how, steps) for name, how in VARIANTS.items()}
         for _ in range(rounds)

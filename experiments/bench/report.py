@@ -51,10 +51,8 @@ OPENED = """new Promise((done) => { const look = () => {
 def make_run(folder: Path, cfg: Config, retriever: Retriever, steps: int, tokens: int) -> None:
     """Write the files of a finished run that is made up."""
     rnd = random.Random(0)
-    train, test = (
-        list(readers.read_queries(getattr(cfg.data, f"{split}_queries"))[0].items())
-        for split in ("train", "test")
-    )
+    train = list(readers.read_queries(cfg.data.train_queries)[0].items())
+    test = list(readers.read_queries(cfg.data.test_queries)[0].items())
     qrels = readers.read_qrels(cfg.data.test_qrels)[0]
     k = cfg.reward.k_eval
 

@@ -3,7 +3,7 @@
 python experiments/bench/retrieval.py [--documents 50000,200000,1000000] [--pairs 5]
 
 Corpora: generated titles (zipf.py: Zipf-Mandelbrot with topics; no real million is at hand) and the
-two bundled catalogues. 384 queries of 10-40 distinct terms, top 1,000, k1 1.2, b .75, Lucene's
+two bundled catalogs. 384 queries of 10-40 distinct terms, top 1,000, k1 1.2, b .75, Lucene's
 formula; all sides begin with token numbers and take the batch in one call. The sides take turns, a
 row shows the median of --pairs turns; slow sides take fewer queries or turns (column `of`). Index
 seconds are from token numbers too. MB is what a fresh process grows by when it loads the saved
@@ -76,8 +76,9 @@ COLUMNS = (
 
 
 class Corpus:
-    """Token numbers in rows: tokens (N,), lengths (D,); terms[number] spells one; queries of
-    distinct numbers.
+    """Hold token numbers in rows: tokens (N,), lengths (D,).
+
+    terms[number] spells one; queries are of distinct numbers.
     """
 
     def __init__(
@@ -117,8 +118,10 @@ def generate_corpus(documents: int, queries: int) -> Corpus:
 
 
 def read_bundled(name: str, queries: int) -> Corpus:
-    """Queries: half of the terms from one document, half from the whole catalogue, as often as they
-    stand there.
+    """Return a bundled catalog with queries.
+
+    Half of a query's terms come from one document, half from the whole catalog, as often as they
+    are there.
     """
     with gzip.open(HERE / "data" / name / "corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
         texts = [f"{row['title']} {row['text']}" for row in map(json.loads, lines)]
@@ -139,6 +142,8 @@ def read_bundled(name: str, queries: int) -> Corpus:
 
 
 class Ours:
+    """Run our BM25."""
+
     def __init__(self, scorer: str, corpus: Corpus):
         self.name = f"ours, {scorer}"
         self.scorer = scorer
@@ -148,7 +153,7 @@ class Ours:
         self.queries = [dict.fromkeys(query, 1) for query in corpus.queries]
 
     def prepare(self) -> None:
-        """What is compiled once is no index time."""
+        """Compile: what is compiled once is no index time."""
         one = np.zeros(1, np.int64)
         build_postings(one.astype(np.int32), one + 1, one, 1, self.scorer == "numba")
 
@@ -182,6 +187,8 @@ class Ours:
 
 
 class Bm25s:
+    """Run bm25s."""
+
     def __init__(self, backend: str, corpus: Corpus):
         self.name = f"bm25s, {backend}"
         self.backend = backend
@@ -223,6 +230,8 @@ class Bm25s:
 
 
 class RankBm25:
+    """Run rank_bm25."""
+
     def __init__(self, corpus: Corpus):
         self.name = "rank_bm25 (Okapi)"
         self.corpus = corpus
@@ -273,7 +282,10 @@ def measure_rss(what: str) -> int:
 def measure_growth_here(
     kind: str, folder: str, queries: list[list[int]], pipe, what: str = "Rss"
 ) -> None:
-    """In a fresh process: return by how much loading and searching makes it grow."""
+    """Return by how much loading and searching makes this fresh process grow.
+
+    It keeps in step with others where there are any.
+    """
     if kind.startswith("bm25s"):
         warm = bm25s.BM25(backend=kind.split(", ")[1])
         warm.index([[0, 1], [1, 2]], show_progress=False)
@@ -375,11 +387,9 @@ def measure_engines(corpus: Corpus, pairs: int, slow: bool) -> tuple[dict[str, d
                     )
     for side in sides:
         figures = found[side.name]
-        builds, turns, figures["index"] = (
-            len(figures["index"]),
-            len(figures["one"]),
-            median(figures["index"]),
-        )
+        builds = len(figures["index"])
+        turns = len(figures["one"])
+        figures["index"] = median(figures["index"])
         figures |= {
             key: median(figures[key]) if figures[key] else float("nan") for key in ("one", "two")
         }
@@ -402,8 +412,9 @@ def measure_engines(corpus: Corpus, pairs: int, slow: bool) -> tuple[dict[str, d
 
 
 def measure_reward(ours: Ours, pairs: int) -> float:
-    """A step's reward: 384 sampled completions -> text -> query -> ranking -> NDCG@1000. Median
-    over fresh batches, after one.
+    """Time a step's reward: 384 sampled completions -> text -> query -> ranking -> NDCG@1000.
+
+    Returns the median over fresh batches, after one.
     """
     torch.set_num_threads(2)
     tokenizer = load_tokenizer(str(HERE / "policy"))
@@ -452,11 +463,10 @@ def main() -> None:
         measure_engines(read_bundled(name, queries), pairs, True)
     for size in sizes:
         figures, ours = measure_engines(generate_corpus(size, queries), pairs, size <= 50_000)
-    name, theirs, (torch_, numba_) = (
-        ours.corpus.name,
-        figures["bm25s, numba"],
-        (figures[f"ours, {scorer}"] for scorer in ("torch", "numba")),
-    )
+    name = ours.corpus.name
+    theirs = figures["bm25s, numba"]
+    torch_ = figures["ours, torch"]
+    numba_ = figures["ours, numba"]
     reward = measure_reward(ours, pairs)
     with tempfile.TemporaryDirectory() as folder:
         ours.save(f"{folder}/index")

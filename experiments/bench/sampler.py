@@ -71,8 +71,9 @@ BFLOAT16 = torch.bfloat16
 
 @dataclass(frozen=True)
 class Work:
-    """What is asked of a side: prompts of `prompt` tokens, `group` texts of at most `new` tokens
-    each.
+    """Say what is asked of a side.
+
+    Prompts of `prompt` tokens, `group` texts of at most `new` tokens each.
     """
 
     prompts: int = 12
@@ -98,9 +99,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Batch:
+    """Hold the inputs of one call."""
+
     work: Work
     prompts: list[Prompt]
-    draw_lengths: np.ndarray  # (P, G) tokens of each text
+    lengths: np.ndarray  # (P, G) tokens of each text
     number: int
 
 
@@ -119,6 +122,8 @@ def draw_lengths(z: np.ndarray, most: int) -> np.ndarray:
 
 
 class Ours:
+    """Run our sampler."""
+
     def __init__(self, decoder: Decoder):
         self.model = decoder
         self.last = decoder.config.vocab_size - 1
@@ -144,6 +149,8 @@ class Ours:
 
 
 class Theirs:
+    """Run transformers' generate."""
+
     def __init__(self, model, static: bool):
         self.model = model
         self.static = static
@@ -188,7 +195,7 @@ class Theirs:
 
 
 class Ends(StoppingCriteria):
-    """A row is done when it has the tokens that were drawn for it."""
+    """End a row when it has the tokens that were drawn for it."""
 
     def __init__(self, lengths: torch.Tensor, prompt: int):
         self.lengths = lengths
@@ -199,7 +206,7 @@ class Ends(StoppingCriteria):
 
 
 class Pair:
-    """One shape and type: the sides on the same weights, and what they reach on a piece of work."""
+    """Compare the sides at one shape and type, on the same weights."""
 
     def __init__(self, name: str, config: DecoderConfig, dtype: torch.dtype, device: str):
         self.name = name
@@ -265,7 +272,11 @@ class Pair:
         # a process that has only imported, and its forks
         fresh = multiprocessing.get_context("forkserver")
         fresh.set_forkserver_preload(
-            ["transformers.models.qwen2.modeling_qwen2", "recr1.dryrun", "recr1.sample"]
+            [
+                "transformers.models.qwen2.modeling_qwen2",
+                "recr1.training.dry_run",
+                "recr1.sampling.generate",
+            ]
         )
         with ProcessPoolExecutor(1, fresh) as process:
             return process.submit(
@@ -326,8 +337,9 @@ class Pair:
 
 
 def count_computed(texts: list, group: int) -> float:
-    """Distinct beginnings of the texts of a group over tokens: the share of decode rows that a
-    sampler with shared rows computes.
+    """Return the share of decode rows that a sampler with shared rows computes.
+
+    These are the distinct beginnings of the texts of a group, over tokens.
     """
     rows = {
         (i // group, tuple(ids[: n + 1])) for i, ids in enumerate(texts) for n in range(len(ids))
@@ -348,6 +360,8 @@ HEADER = (
 
 @dataclass(frozen=True)
 class Size:
+    """Hold a model's shape."""
+
     config: DecoderConfig
     equal: float  # bars: ours over theirs
     ragged: float
@@ -364,10 +378,12 @@ TINY = dict(prompts=3, group=2, prompt=8, new=8)
 
 
 def make_bar(name: str, value: float, least: float) -> dict:
+    """Return a bar for the line of JSON."""
     return dict(name=name, value=round(value, 4), bar=least, ok=value >= least)
 
 
 def make_bars(name: str, size: Size, work: Work, repeats: int) -> list[dict]:
+    """Measure a shape and return its bars."""
     bars = []
     for dtype in (FLOAT32, BFLOAT16):
         pair = Pair(name, size.config, dtype, "cpu")
@@ -404,7 +420,7 @@ def make_bars(name: str, size: Size, work: Work, repeats: int) -> list[dict]:
 def measure_alone(
     name: str, config: DecoderConfig, dtype: torch.dtype, side: str, work: Work, threads: int
 ) -> int:
-    """In a process of its own: return the bytes by which its memory grows over the work."""
+    """Return the bytes by which a process of its own grows over the work."""
     torch.set_num_threads(threads)
     pair = Pair(name, config, dtype, "cpu")
     pair.sides[side](replace(work, new=4).batch(config.vocab_size, 1))
@@ -433,10 +449,13 @@ def print_table(name: str, size: Size, base: Work, repeats: int, dry: bool) -> N
 
 
 def measure_on_gpu(name: str, work: Work, repeats: int, dry: bool) -> list[dict]:
+    """Measure the shapes of a GPU and return their bars."""
     shape = read_model_shape(f"Qwen/Qwen2.5-{name}-Instruct", str(ROOT / "experiments/any.yaml"))
     pair = Pair(name, DRY.config if dry else shape, BFLOAT16, "cpu" if dry else "cuda")
     f = pair.measure(f"{work.prompts} of {work.prompt} x {work.group} of {work.new}", work, repeats)
-    speed, copy, (least, over) = f.speed["ours"], measure_copy_rate(pair.device), GPU_SIZES[name]
+    speed = f.speed["ours"]
+    copy = measure_copy_rate(pair.device)
+    least, over = GPU_SIZES[name]
     reached = [speed / compute_roofline(shape, work, rate) for rate in (COPY, copy)]
     print(
         f"{'':<16}{reached[0]:.3f} of the serial roofline at {COPY / 1e12:.2f} TB/s, "
@@ -462,8 +481,10 @@ def measure_on_gpu(name: str, work: Work, repeats: int, dry: bool) -> list[dict]
 
 
 def compute_roofline(c: DecoderConfig, work: Work, copy: float) -> float:
-    """Tokens per second when each decode step first reads all, every row its whole context, and
-    then multiplies, at the mean context, in bfloat16.
+    """Return the tokens per second that reading and multiplying allow, in bfloat16.
+
+    Each decode step first reads all, every row its whole context, and then multiplies, at the mean
+    context.
     """
     rows = work.prompts * work.group
     context = work.prompt + work.new / 2
@@ -521,7 +542,8 @@ def main() -> int:
         "--dry-run", action="store_true", help="tiny sizes: their times mean nothing"
     )
     args = parser.parse_args()
-    on_cpu, gpu = ([name for name in args.shape if name in sizes] for sizes in (SIZES, GPU_SIZES))
+    on_cpu = [name for name in args.shape if name in SIZES]
+    gpu = [name for name in args.shape if name in GPU_SIZES]
     if gpu and (on_cpu or args.table):
         parser.error("shapes of a GPU go alone, without --table")
     if on_cpu or args.dry_run:

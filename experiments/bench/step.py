@@ -6,7 +6,7 @@ python experiments/bench/step.py [--shape
 Both sides: the same Qwen2 (tied, V = 8,192, random weights) in float32, 8 prompts of 64 tokens x 8
 generations of 64 tokens (the stop id lies outside the vocabulary, so nothing stops early),
 temperature 1, the same reward on the decoded text, the token-mean loss of group advantages (TRL's
-default, dapo; our grpo), no KL, one optimiser step on everything, clipping, fused AdamW. Ours is
+default, dapo; our grpo), no KL, one optimizer step on everything, clipping, fused AdamW. Ours is
 the loop of recr1/train.py with the config's defaults; TRL's is trainer.train(), its settings stand
 in `Theirs`: no gradient checkpointing (its default has it), micro-batches of 8 (its default, and
 its fastest: see Size). TRL drives: each of its steps, from on_step_begin to on_step_end, stands
@@ -66,7 +66,7 @@ PHASES = ("sample", "reward", "forward", "backward", "optimizer", "rest", "step"
 
 
 class Size(SimpleNamespace):
-    """layers, width, inner (of the MLP), heads; the rest has defaults."""
+    """Hold layers, width, inner (of the MLP), heads; the rest has defaults."""
 
     vocabulary = 8192
     prompts = 8
@@ -102,7 +102,7 @@ DRY = Size(
 
 
 class Clock:
-    """Seconds by phase, of one step after another."""
+    """Measure seconds by phase, of one step after another."""
 
     def __init__(self):
         self.steps: list[dict[str, float]] = []
@@ -118,7 +118,7 @@ class Clock:
         self.phases[name] += perf_counter() - start
 
     def timed(self, name: str, function):
-        """The function, its calls counted to the phase."""
+        """Return the function with its calls counted to the phase."""
 
         def run(*args, **kwargs):
             with self.phase(name):
@@ -132,8 +132,9 @@ class Clock:
 
 
 def make_models(size: Size) -> tuple[Decoder, torch.nn.Module, PreTrainedTokenizerFast]:
-    """Our decoder and transformers' model with the same random weights, and a tokenizer whose
-    tokens are words: w0, w1, ...
+    """Make our decoder and transformers' model with the same random weights, and a tokenizer.
+
+    The tokenizer's tokens are words: w0, w1, ...
     """
     decoder, model = make_twins(
         make_qwen2_config(size.layers, size.width, size.inner, size.heads, size.vocabulary)
@@ -159,7 +160,7 @@ def score_text(text: str) -> float:
 
 
 class Ours:
-    """The loop of recr1/train.py, one step at a time."""
+    """Run the loop of recr1/train.py, one step at a time."""
 
     def __init__(self, size: Size, decoder: Decoder, tokenizer):
         self.size = size
@@ -297,8 +298,9 @@ class Theirs(TrainerCallback):
         self.watch(self.trainer, self.clock)
 
     def watch(self, trainer: GRPOTrainer, clock: Clock) -> None:
-        """Its phases are its own methods; the optimizer's begins at the clipping and ends with the
-        step.
+        """Time TRL's phases: they are its own methods.
+
+        The optimizer's begins at the clipping and ends with the step.
         """
         compute = clock.timed("forward", trainer.compute_loss)
         clip = trainer.accelerator.clip_grad_norm_
@@ -314,7 +316,8 @@ class Theirs(TrainerCallback):
 
         trainer._generate_single_turn = clock.timed("sample", trainer._generate_single_turn)
         trainer._calculate_rewards = clock.timed("reward", trainer._calculate_rewards)
-        trainer.compute_loss, trainer.accelerator.clip_grad_norm_ = compute_loss, clip_grad_norm_
+        trainer.compute_loss = compute_loss
+        trainer.accelerator.clip_grad_norm_ = clip_grad_norm_
         trainer.accelerator.backward = clock.timed("backward", trainer.accelerator.backward)
 
     def reward(self, prompts: list[str], completions: list[str], **_) -> list[float]:
@@ -331,13 +334,10 @@ class Theirs(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         self.clock.phases["optimizer"] = perf_counter() - self.clipping
         self.clock.end()
-        number, (lengths, ids, prompts) = (
-            state.global_step - 1,
-            (
-                torch.cat([i[key] for i in self.inputs])
-                for key in ("completion_mask", "completion_ids", "prompt_ids")
-            ),
-        )
+        number = state.global_step - 1
+        lengths = torch.cat([inputs["completion_mask"] for inputs in self.inputs])
+        ids = torch.cat([inputs["completion_ids"] for inputs in self.inputs])
+        prompts = torch.cat([inputs["prompt_ids"] for inputs in self.inputs])
         assert self.asked == [
             text
             for text in self.texts[number]

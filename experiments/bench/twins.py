@@ -38,11 +38,14 @@ def make_qwen2_config(
 def make_twins(
     config: DecoderConfig, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> tuple[Decoder, PreTrainedModel]:
-    """Our decoder and transformers' model with the same random weights, transformers' own
-    initialisation. Plain rope only.
+    """Make our decoder and transformers' model with the same random weights.
+
+    They are transformers' own initialization. Plain rope only.
     """
     theirs = asdict(config)
-    family, theta, scaling = (theirs.pop(key) for key in ("family", "rope_theta", "rope_scaling"))
+    family = theirs.pop("family")
+    theta = theirs.pop("rope_theta")
+    scaling = theirs.pop("rope_scaling")
     assert scaling is None, "rope scaling is not translated"
     torch.manual_seed(0)
     with torch.device(device):

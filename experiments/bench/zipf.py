@@ -22,22 +22,23 @@ SHIFT = 2.7
 
 
 class Zipf:
-    """Words are numbers; `texts` spells them so that the analyzer keeps each as one token."""
+    """Draw documents and queries of words, which are numbers.
+
+    `texts` spells them so that the analyzer keeps each as one token.
+    """
 
     def __init__(self, seed: int = 0, words: int = WORDS):
         self.random = np.random.default_rng(seed)
         self.words = words
-        self.all, self.own = (
-            np.cumsum(p / p.sum())
-            for p in ((np.arange(1, n + 1) + SHIFT) ** -EXPONENT for n in (words, PER_TOPIC))
-        )
+        self.all = cumulate_zipf(words)
+        self.own = cumulate_zipf(PER_TOPIC)
         start = self.all[50]
         self.topics = np.searchsorted(
             self.all, start + (1 - start) * self.random.random((TOPICS, PER_TOPIC))
         ).astype(np.int32)
 
     def corpus(self, documents: int, mean_length: int = 15) -> tuple[np.ndarray, np.ndarray]:
-        """tokens (N,) int32 of all documents in a row, lengths (documents,)."""
+        """Draw tokens (N,) int32 of all documents in a row, and lengths (documents,)."""
         lengths = np.clip(self.random.poisson(mean_length, documents), 3, None)
         tokens = np.empty(lengths.sum(), np.int32)
         at = 0
@@ -53,7 +54,7 @@ class Zipf:
         return tokens, lengths
 
     def queries(self, n: int) -> list[list[int]]:
-        """Distinct words of each of n queries."""
+        """Draw distinct words for each of n queries."""
         found = []
         for size in self.random.integers(10, 41, n):
             topic = self.topics[self.random.integers(TOPICS)]
@@ -69,7 +70,14 @@ class Zipf:
         return found
 
 
-def texts(tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
+def cumulate_zipf(n: int) -> np.ndarray:
+    """Return the cumulative probabilities (n,) of the Zipf-Mandelbrot distribution over n ranks."""
+    weights = (np.arange(1, n + 1) + SHIFT) ** -EXPONENT
+    return np.cumsum(weights / weights.sum())
+
+
+def spell_words(tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
+    """Spell the words."""
     words = [f"w{i}" for i in tokens.tolist()]
     ends = np.cumsum(lengths).tolist()
     return [" ".join(words[a:b]) for a, b in zip([0, *ends], ends)]

@@ -82,7 +82,7 @@ def iterate_interactions(path: Path, known: set[str]) -> Iterator[tuple[str, lis
 
 def prepare(args: Namespace, out: Path) -> None:
     """Download the files and write the data set into `folder`."""
-    (*paths, meta), source = download.fetch(FILES, args)
+    (*paths, meta), source = download.fetch_files(FILES, args)
     titles = {
         row["id"]: row["title"] or row["text"][:100]
         for row in iterate_products(meta)

@@ -67,10 +67,8 @@ def make_splits(queries: Path, items: Path, last: int) -> tuple[dict[str, Split]
         ):
             split.add(row, targets)
     end = max(0, len(others.rows) - last)
-    train, in_domain = (
-        Split(part, {row["id"]: others.targets[row["id"]] for row in part})
-        for part in (others.rows[:end], others.rows[end:])
-    )
+    train = select_rows(others, others.rows[:end])
+    in_domain = select_rows(others, others.rows[end:])
     tests = dict(
         test=test,
         **{name: split for name, split in by_domain.items() if split.rows},
@@ -80,9 +78,14 @@ def make_splits(queries: Path, items: Path, last: int) -> tuple[dict[str, Split]
     return dict(train=train, **tests), left
 
 
+def select_rows(split: Split, rows: list[dict]) -> Split:
+    """Return the split of some rows, with their judgements."""
+    return Split(rows, {row["id"]: split.targets[row["id"]] for row in rows})
+
+
 def prepare(args: Namespace, out: Path) -> None:
     """Download the files and write the data set into `folder`."""
-    (queries, items), source = download.fetch(FILES, args)
+    (queries, items), source = download.fetch_files(FILES, args)
     splits, left = make_splits(queries, items, args.last)
     write_data_set(
         out,

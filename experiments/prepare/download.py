@@ -33,8 +33,10 @@ HELP = (
 
 @dataclass(frozen=True)
 class Remote:
-    """A published file. Without size and sha256, those that the server states are taken (Hugging
-    Face states both for large files).
+    """Name a published file.
+
+    Without size and sha256, those that the server states are taken (Hugging Face states both for
+    large files).
     """
 
     name: str
@@ -61,9 +63,10 @@ def add_options(parser: ArgumentParser) -> None:
     )
 
 
-def fetch(remotes: list[Remote], args: Namespace) -> tuple[list[Path], list[dict]]:
-    """(paths, source for prepared.json) of the files, downloaded unless they are there already.
-    Raises PrepareError.
+def fetch_files(remotes: list[Remote], args: Namespace) -> tuple[list[Path], list[dict]]:
+    """Download the files unless they are there already.
+
+    Returns (paths, source for prepared.json). Raises PrepareError.
     """
     paths = []
     source = []
@@ -107,6 +110,7 @@ def _verify(path: Path, found: dict, size: int | None, sha256: str | None, remed
 
 
 def _download(remote: Remote, path: Path) -> None:
+    """Download one file, by as many connections as it takes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     note = path.with_name(path.name + ".part.etag")
@@ -219,7 +223,10 @@ def _append_connection(remote: Remote, part: Path, note: Path) -> tuple[int, str
 
 
 class _Linked(urllib.request.HTTPRedirectHandler):
-    """Hugging Face states a large file's sha256 in the answer that redirects to the storage."""
+    """Keep the headers of a redirect.
+
+    Hugging Face states a large file's sha256 in the answer that redirects to the storage.
+    """
 
     sha256: str | None = None
 
@@ -231,4 +238,5 @@ class _Linked(urllib.request.HTTPRedirectHandler):
 
 
 def _format_size(path: Path) -> int:
+    """Format a number of bytes."""
     return path.stat().st_size if path.exists() else 0

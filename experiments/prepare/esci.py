@@ -97,8 +97,9 @@ def read_examples(path: Path) -> list[Judged]:
 def collect_queries(
     judged: list[Judged], split: str, category: dict[str, str]
 ) -> tuple[Split, int]:
-    """The split's queries with Exact products that have a category, and how many judgements said
-    the same again.
+    """Collect the split's queries with Exact products that have a category.
+
+    Returns also how many judgements said the same again.
     """
     ids: dict[str, dict] = {}
     targets: dict[str, dict[str, float]] = defaultdict(dict)
@@ -122,8 +123,10 @@ def iterate_us_products(path: Path, columns: tuple[str, ...] = ()) -> Iterator[d
 
 
 def draw_pool(judged: list[Judged], category: dict[str, str]) -> set[str]:
-    """Ids of the pool: Exact products of ESCI's test queries, and for each such judgement 50
-    products of its category (the same one may be drawn twice).
+    """Draw the ids of the pool.
+
+    They are the Exact products of ESCI's test queries, and for each such judgement 50 products of
+    its category (the same one may be drawn twice).
     """
     by_category = defaultdict(list)
     for product in sorted(category):
@@ -143,7 +146,7 @@ def draw_pool(judged: list[Judged], category: dict[str, str]) -> set[str]:
 def prepare(args: Namespace, out: Path) -> None:
     """Download the files and write the data set into `folder`."""
     upstreams = args.target_pool is not None and args.target_pool is not DRAW
-    paths, source = download.fetch(
+    paths, source = download.fetch_files(
         [EXAMPLES] if upstreams else [EXAMPLES, PRODUCTS, CATEGORIES], args
     )
     judged = read_examples(paths[0])
@@ -174,9 +177,8 @@ def prepare(args: Namespace, out: Path) -> None:
             for row in iterate_us_products(paths[1], ("product_description",))
             if row["product_id"] in pool
         )
-    (train, again), (asked, again_test) = (
-        collect_queries(judged, split, category) for split in ("train", "test")
-    )
+    train, again = collect_queries(judged, "train", category)
+    asked, again_test = collect_queries(judged, "test", category)
     test = Split()
     domains = {f"test_{domain.lower()}": Split() for domain in TEST_DOMAINS}
     for row in asked.rows:

@@ -19,8 +19,9 @@ CANDIDATES = 8
 
 
 def add_categories(corpus: list[dict], splits: dict[str, Split]) -> list[dict]:
-    """Of each category path the first name, the shop's department; it also goes to the queries
-    whose first relevant product has one.
+    """Keep of each category path the first name, the shop's department.
+
+    It also goes to the queries whose first relevant product has one.
     """
     rows = [
         {key: value for key, value in row.items() if key != "category"}

@@ -42,6 +42,8 @@ LIKED = 4.0
 
 
 class Rating(NamedTuple):
+    """Hold a rating of a film."""
+
     film: str
     stars: float
     time: int  # seconds since 1970, UTC
@@ -94,7 +96,7 @@ def read_ratings(path: Path, films: dict[str, dict]) -> dict[str, list[Rating]]:
 def make_sequences(
     films: dict[str, dict], users: dict[str, list[Rating]], most: int | None
 ) -> dict[str, Split]:
-    """Windows over films in time order. most: of each user only so many windows, the latest."""
+    """Cut windows over films in time order. most: of each user only so many windows, the latest."""
 
     def window(user, name, seen, end):
         past = seen[max(0, end - HISTORY) : end]
@@ -103,7 +105,9 @@ def make_sequences(
         )
         return row, [(seen[end], 1.0)]
 
-    train, transductive, inductive = splits = Split(), Split(), Split()
+    train = Split()
+    transductive = Split()
+    inductive = Split()
     for user, ratings in users.items():
         apart = is_test(user)
         seen = [r.film for r in ratings if is_test(r.film) == apart]
@@ -114,14 +118,16 @@ def make_sequences(
             )
         if not apart and last >= 1:
             transductive.add(*window(user, "last", seen, last))
-    return dict(zip(("train", "test_transductive", "test_inductive"), splits))
+    return dict(train=train, test_transductive=transductive, test_inductive=inductive)
 
 
 def make_lists(
     films: dict[str, dict], users: dict[str, list[Rating]], most: int | None
 ) -> tuple[dict[str, Split], Counter]:
-    """({"train", "test"}, popularity). A cut of a user is a place in the ratings with a whole
-    future behind it and at least as much before it.
+    """Make the lists of train and test: ({"train", "test"}, popularity).
+
+    A cut of a user is a place in the ratings with a whole future behind it and at least as much
+    before it.
     """
     seen = Counter(
         r.film
@@ -240,8 +246,10 @@ def iterate_corpus(films: dict[str, dict], seen: Counter):
 
 
 def check_pools(splits: dict[str, Split], seen: Counter) -> list[str]:
-    """Pools: of the right size, each film once, most popular first, nothing of the history in it,
-    every target in it.
+    """Check the pools and return the names of the checks.
+
+    They have the right size, each film once, most popular first, nothing of the history in them,
+    every target in them.
     """
     for name, split in splits.items():
         for row in split.rows:

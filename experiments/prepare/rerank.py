@@ -41,14 +41,17 @@ def write_lists(
 
 
 def make_candidate_split(split: Split, index: BM25Searcher, candidates: int) -> Split:
+    """Return the queries that have enough candidates, one of them relevant."""
+    lists = Split()
+    texts = [row["text"] for row in split.rows]
     # (Q, N), -1 where there are no more hits
-    kept, (found, _) = Split(), index.search([row["text"] for row in split.rows], candidates)
-    for row, hits in zip(split.rows, found.tolist()):
+    hits_by_query, _ = index.search(texts, candidates)
+    for row, hits in zip(split.rows, hits_by_query.tolist()):
         ids = [index.doc_ids[i] for i in hits if i >= 0]
         targets = split.targets[row["id"]]
         if len(ids) == candidates and any(gain > 0 and doc in ids for doc, gain in targets):
-            kept.add(row | dict(candidates=ids), targets)
-    return kept
+            lists.add(row | dict(candidates=ids), targets)
+    return lists
 
 
 def prepare(args: Namespace, out: Path) -> None:

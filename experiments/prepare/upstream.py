@@ -133,6 +133,7 @@ def make_example_id(user: str, name: str) -> str:
 
 
 def _open_plain_or_gzip(path: Path):
+    """Open a file for reading bytes, plain or gzip."""
     return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
 
 

@@ -157,9 +157,6 @@ def describe_groups(
     first_scores = next(iter(scores.values()))
     groups = GroupScores(scores, change=scores[of] - first_scores)
 
-    classify = classify_list if is_list else classify_rewrite
-    answer_kinds = [classify(query, answer) for query, answer in zip(raws, answers)]
-
     tables = [
         groups.make_table("all", "", ["all queries"] * len(ids)),
         groups.make_table(
@@ -172,12 +169,7 @@ def describe_groups(
             [name for _, name in HISTORY_BANDS],
         ),
         _make_score_table(groups, raw, metric, is_list),
-        groups.make_table(
-            "what the answer did",
-            "" if is_list else "Words are what stands between blanks, in lower case.",
-            answer_kinds,
-            LIST_KINDS if is_list else REWRITE_KINDS,
-        ),
+        _make_answer_table(groups, raws, answers, is_list),
         groups.make_table(
             "first word",
             f"The {MAX_WORDS} most frequent.",
@@ -198,6 +190,17 @@ def _make_score_table(groups: GroupScores, raw: np.ndarray, metric: str, is_list
     )
     labels = [_find_score_band(score) for score in raw.tolist()]
     return groups.make_table(title, text, labels, [name for _, name in SCORE_BANDS])
+
+
+def _make_answer_table(groups: GroupScores, raws: list, answers: list, is_list: bool) -> dict:
+    """Group the queries by what the answer did to the raw one."""
+    title = "what the answer did"
+    if is_list:
+        kinds = [classify_list(given, answer) for given, answer in zip(raws, answers)]
+        return groups.make_table(title, "", kinds, LIST_KINDS)
+    text = "Words are what stands between blanks, in lower case."
+    kinds = [classify_rewrite(query, answer) for query, answer in zip(raws, answers)]
+    return groups.make_table(title, text, kinds, REWRITE_KINDS)
 
 
 def _make_changed_word_tables(

@@ -104,10 +104,10 @@ def test_the_samplers_ceiling_and_ragged_lengths(monkeypatch):
 
     work = sampler.Work(prompts=32, group=12, prompt=256, new=512)
     for name, thousands in (("0.5B", 216), ("1.5B", 81), ("3B", 48)):
-        shape = sampler.model_shape(
+        shape = sampler.read_model_shape(
             f"Qwen/Qwen2.5-{name}-Instruct", str(ROOT / "experiments/any.yaml")
         )
-        assert round(sampler.roofline(shape, work, 3.0e12) / 1000) == thousands
+        assert round(sampler.compute_roofline(shape, work, 3.0e12) / 1000) == thousands
     ends = sampler.Work(ragged=True).batch(8192, 0).lengths
     assert (
         ends.shape == (12, 8)

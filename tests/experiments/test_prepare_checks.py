@@ -179,7 +179,7 @@ def test_repeats_are_left_out_of_train():
 def test_a_users_ids_stay_on_its_side():
     upstream = script("upstream")
     users = [f"u{i}" for i in range(300)]
-    ids = {user: [upstream.user_id(user, f"w{k}") for k in range(20)] for user in users}
+    ids = {user: [upstream.make_example_id(user, f"w{k}") for k in range(20)] for user in users}
     assert all(
         {is_validation(id) for id in of} == {is_validation(user)} for user, of in ids.items()
     )

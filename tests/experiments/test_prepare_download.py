@@ -75,7 +75,7 @@ def fetch(server, tmp_path):
     """Fetches /file (or another path) as `got`; the path of the file."""
 
     def fetch(path="/file", source=None, **published):
-        (found,), _ = download.fetch(
+        (found,), _ = download.fetch_files(
             [download.Remote("got", server.url + path, **published)],
             Namespace(downloads=tmp_path / "down", source=source),
         )
