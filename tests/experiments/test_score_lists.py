@@ -44,7 +44,7 @@ def released() -> dict:
     """
 
     def row(number, target, ranks, ndcg10, ndcg20, ndcg100, recall):
-        retrieved = [rank_jobs.get(rank, f"other{rank}") for rank in range(1, 101)]
+        retrieved = [ranks.get(rank, f"other{rank}") for rank in range(1, 101)]
         return dict(id=number, retrieved=str(retrieved), target=str(target.split())) | {
             "ndcg@10": ndcg10,
             "ndcg@20": ndcg20,

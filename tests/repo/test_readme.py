@@ -78,17 +78,17 @@ def test_every_room_has_a_readme_that_names_its_files():
 
 def test_the_order_of_rooms_is_the_one_that_imports_keep():
     text = text_of(ROOT / "recr1/README.md")
-    assert " ".join(test_structure.ROOMS) in " ".join(text.split())
+    assert " ".join(test_layout.ROOMS) in " ".join(text.split())
 
 
 def test_the_table_of_rooms_has_the_imports_that_are_there():
-    modules = test_structure.modules()
+    modules = test_layout.modules()
     imports = {}
     for name, path in modules.items():
         if "." in name:
-            targets = test_structure.imports_of(name, path, modules)
-            units = {test_structure.unit(target) for target in targets}
-            imports.setdefault(test_structure.unit(name), set()).update(units)
+            targets = test_layout.imports_of(name, path, modules)
+            units = {test_layout.unit(target) for target in targets}
+            imports.setdefault(test_layout.unit(name), set()).update(units)
     rows = re.findall(r"^\| \[(\w+)\]\(.*?\) \| (.*?) \|", text_of(ROOT / "recr1/README.md"), re.M)
     told = {room: set(re.findall(r"\w+", text)) - {"nothing"} for room, text in rows}
     assert len(told) >= 15

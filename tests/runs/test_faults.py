@@ -55,8 +55,8 @@ def test_nothing_is_left_running(monkeypatch):
                     text=True,
                 ).stdout
                 stopped = subprocess.Popen(["sleep", "1000"])
-                os.kill(interrupted.pid, signal.SIGSTOP)
-                os.write(writer, f"{orphan.strip()} {interrupted.pid}".encode())
+                os.kill(stopped.pid, signal.SIGSTOP)
+                os.write(writer, f"{orphan.strip()} {stopped.pid}".encode())
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(60)
         except KeyboardInterrupt:

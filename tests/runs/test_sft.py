@@ -45,7 +45,7 @@ def run(world, tmp_path_factory):
     return runs_of(sft.main, world, tmp_path_factory)
 
 
-# --- what is learned -------------------------------------------------------------------------------
+# --- what is learned ----------------------------------------
 
 
 TEXTS = [

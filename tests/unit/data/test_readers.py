@@ -130,11 +130,11 @@ def test_bad_line(write, reader, line, why):
     path = write([*good[:3], line, good[3], line])  # lines 4 and 6
     with pytest.raises(DataError) as stopped:
         reader(path, "stop")
-    assert str(interrupted.value).startswith(f"{path}:4: ") and why in str(interrupted.value)
-    assert ";" in str(interrupted.value) and len(str(interrupted.value)) < 400
+    assert str(stopped.value).startswith(f"{path}:4: ") and why in str(stopped.value)
+    assert ";" in str(stopped.value) and len(str(stopped.value)) < 400
     *result, dropped = reader(path, "drop")
     assert (
-        dropped[0] == str(interrupted.value)
+        dropped[0] == str(stopped.value)
         and len(dropped) == 2
         and dropped[1].startswith(f"{path}:6: ")
     )
