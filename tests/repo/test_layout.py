@@ -163,3 +163,30 @@ def test_top_level_holds_nothing_else():
         "recr1 kernels experiments tests setup.py README.md LICENSE".split()
     )
     assert not extra, f"at the top level and not allowed there: {sorted(extra)}"
+
+
+MAX_LINES = 60
+TRITON = "Triton finds helpers among the globals of the function that makes the kernels"
+NUMBA = "numba caches no function that calls another one made in the same place"
+LONG_FUNCTIONS = {  # (file, function): why it is longer
+    ("kernels/group_loss.py", "get_kernels"): TRITON,
+    ("kernels/group_loss.py", "compute_token_loss"): "one kernel: the formula from top to bottom",
+    ("kernels/group_loss.py", "token_kernel"): "one kernel, most of it its arguments",
+    ("kernels/group_loss.py", "joined_kernel"): "one kernel, most of it its arguments",
+    ("kernels/logprob.py", "get_kernels"): TRITON,
+    ("kernels/sample_token.py", "get_kernels"): TRITON,
+    ("kernels/sample_token.py", "sample_token_kernel"): "one kernel: two passes over a row",
+    ("recr1/retrieval/bm25/numba_scorer.py", "_compile_search"): NUMBA,
+    ("recr1/retrieval/bm25/numba_scorer.py", "search_batch"): NUMBA,
+}
+
+
+def test_functions_fit_on_a_screen():
+    """No function is longer than MAX_LINES, but those with a reason; no reason outlives its need."""
+    found = set()
+    for path in modules().values():
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MAX_LINES:
+                found.add((path.relative_to(ROOT).as_posix(), node.name))
+
+    assert found == set(LONG_FUNCTIONS)
