@@ -80,26 +80,24 @@ def test_the_difference_is_paired():
         "t", ["t"], dict(before=results(dict(t=before)), after=results(dict(t=after)))
     )
     difference = np.array(after) - before
-    assert (row["before"], row["after"], row["n"]) == (0.6, 0.6, 5) and row["difference"] == 0
+    assert (row["before"], row["after"], row["n"]) == (0.6, 0.6, 5)
+    assert row["difference"] == 0
     assert row["difference_stderr"] == pytest.approx(difference.std(ddof=1) / 5**0.5)
     [same] = audit.compare_scores(
         "t", ["t"], dict(before=results(dict(t=before)), after=results(dict(t=before)))
     )
     assert same["difference_stderr"] == 0  # two unpaired errors would say .35
     [alone] = audit.compare_scores("t", ["t"], dict(after=results(dict(t=after))))
-    assert "difference" not in alone and alone["stderr"] == pytest.approx(
-        np.std(after, ddof=1) / 5**0.5
-    )
+    assert "difference" not in alone
+    assert alone["stderr"] == pytest.approx(np.std(after, ddof=1) / 5**0.5)
 
 
 def test_a_group_is_all_of_its_documents():
     values = dict(a=[1.0, 0.0, 1.0], b=[0.0, 0.0, 0.0, 0.0, 1.0])
     [row] = audit.compare_scores("g", ["a", "b"], dict(after=results(values, group="g")))
-    assert (
-        row["n"] == 8
-        and row["after"] == 3 / 8
-        and row["stderr"] == pytest.approx(np.std([1, 0, 1, 0, 0, 0, 0, 1], ddof=1) / 8**0.5)
-    )
+    assert row["n"] == 8
+    assert row["after"] == 3 / 8
+    assert row["stderr"] == pytest.approx(np.std([1, 0, 1, 0, 0, 0, 0, 1], ddof=1) / 8**0.5)
 
 
 def test_several_values_a_document_and_what_is_no_mean():
@@ -108,16 +106,17 @@ def test_several_values_a_document_and_what_is_no_mean():
         ["t"],
         dict(after=results(dict(t=[[True, False], [True], [False, False, True]]), "inst,none")),
     )
-    assert (
-        row["n"] == 3
-        and row["after"] == 0.5
-        and row["stderr"]
-        == audit.compute_stderr(np.array([1.0, 1.0, 1.0]), np.array([2.0, 1.0, 3.0]))
+    assert row["n"] == 3
+    assert row["after"] == 0.5
+    assert row["stderr"] == audit.compute_stderr(
+        np.array([1.0, 1.0, 1.0]), np.array([2.0, 1.0, 3.0])
     )
     strange = results(dict(t=[1.0, 2.0, 3.0]))
     strange["results"]["t"]["acc,none"] = 7.5  # a perplexity, say
     [row] = audit.compare_scores("t", ["t"], dict(before=strange, after=strange))
-    assert row["stderr"] is None and row["difference_stderr"] is None and row["difference"] == 0
+    assert row["stderr"] is None
+    assert row["difference_stderr"] is None
+    assert row["difference"] == 0
     for sample in strange["samples"]["t"]:
         sample["acc"] = ("text", 3)
     assert audit.compare_scores("t", ["t"], dict(after=strange))[0]["stderr"] is None
@@ -159,7 +158,8 @@ def test_without_lm_eval_it_says_what_to_install(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert run_guarded(audit.main, ["--model", str(tmp_path)]) == 2
     err = capsys.readouterr().err
-    assert 'pip install "recr1[audit]"' in err and err.count("\n") == 1
+    assert 'pip install "recr1[audit]"' in err
+    assert err.count("\n") == 1
 
 
 # with lm-eval
@@ -260,15 +260,12 @@ def test_before_and_after_on_local_rows(world, tmp_path, capsys):
     text = capsys.readouterr().out
     result = json.loads(out.read_text())
     settings = result["settings"]
-    assert settings["tasks"]["lamp_choice"] == dict(version=3.5, fewshot=0) and settings[
-        "documents"
-    ] == dict(lamp_choice=10, lamp_text=10)
-    assert (
-        settings["chat_template"] is False
-        and settings["limit"] is None
-        and settings["unsafe_code"] == []
-        and "chat template off" in text
-    )
+    assert settings["tasks"]["lamp_choice"] == dict(version=3.5, fewshot=0)
+    assert settings["documents"] == dict(lamp_choice=10, lamp_text=10)
+    assert settings["chat_template"] is False
+    assert settings["limit"] is None
+    assert settings["unsafe_code"] == []
+    assert "chat template off" in text
     rows = {(row["task"], row["metric"].split(",")[0]): row for row in result["rows"]}
     assert set(rows) == {
         ("lamp_choice", "acc"),
@@ -276,17 +273,16 @@ def test_before_and_after_on_local_rows(world, tmp_path, capsys):
         ("lamp_text", "exact_match"),
     }
     for row in rows.values():
-        assert (
-            row["n"] == 10
-            and row["difference"] == pytest.approx(row["after"] - row["before"])
-            and row["difference_stderr"] is not None
-        )
+        assert row["n"] == 10
+        assert row["difference"] == pytest.approx(row["after"] - row["before"])
+        assert row["difference_stderr"] is not None
         line = next(
             line
             for line in text.splitlines()
             if line.startswith(f"{row['task']} ") and f" {row['metric']} " in line
         )
-        assert f"{row['difference']:+.4f}" in line and f"{row['difference_stderr']:.4f}" in line
+        assert f"{row['difference']:+.4f}" in line
+        assert f"{row['difference_stderr']:.4f}" in line
     # lm-eval's own accuracy again, from the policy's log-probs by transformers
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -317,24 +313,20 @@ def test_groups_tags_limit_and_template(world, tmp_path, capsys):
     assert run(world, "lamp_group", "--limit", "4", "--chat-template", "--out", str(out)) == 0
     result = json.loads(out.read_text())
     [row] = result["rows"]
-    assert (
-        (row["task"], row["n"]) == ("lamp_group", 8)
-        and row["difference_stderr"] is not None
-        and result["settings"]["documents"] == dict(lamp_choice=4, lamp_again=4)
-    )
-    assert (
-        result["settings"]["chat_template"] is True
-        and len(set(result["settings"]["chat_template_sha256"].values())) == 1
-    )
+    assert (row["task"], row["n"]) == ("lamp_group", 8)
+    assert row["difference_stderr"] is not None
+    assert result["settings"]["documents"] == dict(lamp_choice=4, lamp_again=4)
+    assert result["settings"]["chat_template"] is True
+    assert len(set(result["settings"]["chat_template_sha256"].values())) == 1
     out.unlink()
     capsys.readouterr()
     assert run(world, "lamps", "--limit", "2", "--out", str(out), before=False) == 0
     text = capsys.readouterr().out
     result = json.loads(out.read_text())
-    assert {row["task"] for row in result["rows"]} == {"lamp_choice", "lamp_again"} and all(
-        "difference" not in row for row in result["rows"]
-    )
-    assert "first 2 documents" in text and "difference" not in text
+    assert {row["task"] for row in result["rows"]} == {"lamp_choice", "lamp_again"}
+    assert all("difference" not in row for row in result["rows"])
+    assert "first 2 documents" in text
+    assert "difference" not in text
 
 
 @needs_lm_eval
@@ -351,11 +343,9 @@ def test_code_that_a_model_writes_is_asked_about_before_anything_runs(
     monkeypatch.setattr(audit.sys, "stdin", open("/dev/null"))
     assert run(world, tasks) == 2
     err = capsys.readouterr().err
-    assert (
-        "code that the model writes" in err
-        and "--confirm-unsafe-code" in err
-        and err.count("\n") == 1
-    )
+    assert "code that the model writes" in err
+    assert "--confirm-unsafe-code" in err
+    assert err.count("\n") == 1
 
 
 @needs_lm_eval
@@ -387,12 +377,14 @@ def test_upstreams_five_tasks_are_in_lm_evals_index():
 
     index = TaskManager().task_index
     leaves = {name: audit.list_leaf_tasks(index, name) for name in audit.TASKS.split(",")}
-    assert len(leaves["mmlu"]) == 57 and {
+    assert len(leaves["mmlu"]) == 57
+    assert {
         name
         for name, found in leaves.items()
         if any(audit.runs_code(index, leaf) for leaf in found)
     } == {"mbpp", "humaneval"}
-    assert audit.runs_code(index, "humaneval_instruct") and audit.runs_code(index, "mbpp_plus")
+    assert audit.runs_code(index, "humaneval_instruct")
+    assert audit.runs_code(index, "mbpp_plus")
 
 
 @needs_lm_eval
@@ -400,7 +392,8 @@ def test_what_is_wrong_is_one_line(world, capsys, tmp_path):
     def refused(*argv):
         assert run(world, *argv) == 2
         err = capsys.readouterr().err
-        assert err.startswith("recr1: ") and err.count("\n") == 1
+        assert err.startswith("recr1: ")
+        assert err.count("\n") == 1
         return err
 
     assert "no 'lampp'" in refused("lampp")

@@ -122,9 +122,8 @@ def test_windows_become_the_sequences_they_were_cut_from(tmp_path):
         [sequence] = found.sequences[user]
         assert [found.items[i] for i in sequence.items] == row[:-1]
         assert sequence.trained == [user != HELD[0]] * (len(row) - 1)
-    assert {query.user for query in found.validation} == {HELD[0]} and len(found.validation) == len(
-        users[HELD[0]]
-    ) - 2
+    assert {query.user for query in found.validation} == {HELD[0]}
+    assert len(found.validation) == len(users[HELD[0]]) - 2
     counted = {
         item: sum(item in row[:-1] for user, row in users.items() if user != HELD[0])
         for item in found.items
@@ -132,10 +131,8 @@ def test_windows_become_the_sequences_they_were_cut_from(tmp_path):
     assert found.counts == [counted[item] for item in found.items]
     assert found.items == sorted(counted, key=lambda item: (-counted[item], item))
     query = next(query for query in found.test if query.user == TRAINED[0])
-    assert (
-        query.gains == {users[TRAINED[0]][-1]: 1.0}
-        and [found.items[i] for i in query.history] == users[TRAINED[0]][:-1][-10:]
-    )
+    assert query.gains == {users[TRAINED[0]][-1]: 1.0}
+    assert [found.items[i] for i in query.history] == users[TRAINED[0]][:-1][-10:]
 
 
 def test_validation_may_also_be_single_windows(tmp_path):
@@ -167,16 +164,13 @@ def test_a_gap_begins_another_sequence(tmp_path):
         (folder / f"train.{name}").write_text("".join(lines[:5] + lines[15:]))
     found = sequences.load_data_set(str(folder), "transductive")
     first, second = ([found.items[i] for i in s.items] for s in found.sequences[TRAINED[0]])
-    assert first == [f"i{i}" for i in range(6)] and second == [f"i{i}" for i in range(13, 29)]
+    assert first == [f"i{i}" for i in range(6)]
+    assert second == [f"i{i}" for i in range(13, 29)]
     query = next(query for query in found.test if query.user == TRAINED[0])
-    assert (
-        len(query.history) == 3
-        and [found.items[i] for i in sequences.extend_history(query, found.sequences, 50)] == second
-    )
-    assert (
-        sequences.extend_history(query, found.sequences, 2) == query.history[-2:]
-        and sequences.extend_history(query, {}, 50) == query.history
-    )
+    assert len(query.history) == 3
+    assert [found.items[i] for i in sequences.extend_history(query, found.sequences, 50)] == second
+    assert sequences.extend_history(query, found.sequences, 2) == query.history[-2:]
+    assert sequences.extend_history(query, {}, 50) == query.history
 
 
 @pytest.mark.parametrize(
@@ -220,11 +214,9 @@ def test_a_folder_that_is_not_there_or_has_no_validation(tmp_path, capsys):
 
 def test_popularity_and_what_is_not_ranked():
     row = counts.make_popularity([5, 2, 2, 0])([[0], [1]], ["", ""])
-    assert (
-        row.shape == (2, 4)
-        and baselines.rank_items(row[0]).tolist() == [0, 1, 2]
-        and (row[0] == row[1]).all()
-    )
+    assert row.shape == (2, 4)
+    assert baselines.rank_items(row[0]).tolist() == [0, 1, 2]
+    assert (row[0] == row[1]).all()
 
 
 def test_last_item_counts_what_followed():
@@ -248,10 +240,8 @@ def test_item_knn_is_the_cosine_of_the_co_occurrence_matrix():
     histories = [[0], [3, 5, 7], [2, 11, 2]]
     got = counts.make_item_knn(parts, 12)(histories, [""] * 3)
     want = np.stack([cosine[sorted(set(history))].sum(0) for history in histories])
-    assert (
-        np.allclose(np.where(got == -np.inf, 0, got), want, atol=1e-6)
-        and (got[:, 11] == -np.inf).all()
-    )
+    assert np.allclose(np.where(got == -np.inf, 0, got), want, atol=1e-6)
+    assert (got[:, 11] == -np.inf).all()
 
 
 def test_last_title_is_the_products_own_bm25():
@@ -259,9 +249,8 @@ def test_last_title_is_the_products_own_bm25():
     row = counts.make_last_title(items, ["red lamp shade", "red lamp", "blue chair"])(
         [[0], [0]], ["red lamp", "chair"]
     )
-    assert [items[i] for i in baselines.rank_items(row[0])] == ["a", "b"] and [
-        items[i] for i in baselines.rank_items(row[1])
-    ] == ["c"]
+    assert [items[i] for i in baselines.rank_items(row[0])] == ["a", "b"]
+    assert [items[i] for i in baselines.rank_items(row[1])] == ["c"]
 
 
 def test_the_best_are_a_stable_sort_of_all():
@@ -361,11 +350,9 @@ def test_a_history_scores_the_same_alone_or_among_longer_ones():
     for history, row in zip(histories, together):
         assert np.allclose(scores([history], [""])[0], row, atol=1e-5, equal_nan=True)
     assert np.array_equal(together[1], together[2])  # what train has not is left out
-    assert (
-        (together[3] == -np.inf).all()
-        and (together[0][[0, 1, 2, 12, 13]] == -np.inf).all()
-        and np.isfinite(together[0][3:12]).all()
-    )
+    assert (together[3] == -np.inf).all()
+    assert (together[0][[0, 1, 2, 12, 13]] == -np.inf).all()
+    assert np.isfinite(together[0][3:12]).all()
     assert np.allclose(scores([[3, 4, 5, 6, 7, 8, 9][-5:]], [""])[0], together[0], atol=1e-5)
 
 
@@ -396,11 +383,9 @@ def test_training_is_seeded_and_stops_early(ring):
     again, log_again = fitted(ring, epochs=8)
     _, other = fitted(ring, seed=1, epochs=8)
     histories = [[0, 1, 2], [5]]
-    assert (
-        log == log_again
-        and log[0]["loss"] != other[0]["loss"]
-        and np.array_equal(scorer(histories, ["", ""]), again(histories, ["", ""]))
-    )
+    assert log == log_again
+    assert log[0]["loss"] != other[0]["loss"]
+    assert np.array_equal(scorer(histories, ["", ""]), again(histories, ["", ""]))
     scores = iter([0.1, 0.3, 0.2, 0.3, 0.1, 0.9])
     kept = []
     found = sequences.load_data_set(ring, "transductive")
@@ -416,9 +401,8 @@ def test_training_is_seeded_and_stops_early(ring):
     )
     # the second epoch was best, three more did not beat it
     assert [row["validation"] for row in log] == [0.1, 0.3, 0.2, 0.3, 0.1]
-    assert np.array_equal(scorer(histories, ["", ""]), kept[1]) and not np.array_equal(
-        kept[1], kept[4]
-    )
+    assert np.array_equal(scorer(histories, ["", ""]), kept[1])
+    assert not np.array_equal(kept[1], kept[4])
 
 
 # the table
@@ -449,11 +433,9 @@ def test_the_table_of_a_ring(ring, tmp_path, capsys):
     )
     text = capsys.readouterr().out
     result = json.loads(out.read_text())
-    assert (
-        "full ranking of 44 items, 40 of them in train" in text
-        and "left out of the rankings" in text
-        and result["n"] == 60
-    )
+    assert "full ranking of 44 items, 40 of them in train" in text
+    assert "left out of the rankings" in text
+    assert result["n"] == 60
     ndcg = {name: row["ndcg@10"]["mean"] for name, row in result["methods"].items()}
     assert ndcg["last item"] > 0.95 and ndcg["SASRec"] > 0.9 and ndcg["popularity"] < 0.5, ndcg
     low, high = result["differences"]["SASRec - popularity"]["ndcg@10"]["ci95"]
@@ -461,16 +443,13 @@ def test_the_table_of_a_ring(ring, tmp_path, capsys):
     for name, row in result["methods"].items():
         for metric, entry in row.items():
             values = [query[name][metric] for query in result["queries"].values()]
-            assert (
-                entry["mean"] == pytest.approx(np.mean(values))
-                and entry["ci95"][0] <= entry["mean"] <= entry["ci95"][1]
-            )
+            assert entry["mean"] == pytest.approx(np.mean(values))
+            assert entry["ci95"][0] <= entry["mean"] <= entry["ci95"][1]
             assert f"{entry['mean']:.4f}" in next(
                 line for line in text.splitlines() if line.startswith(name + " ")
             )
-    assert [run["dropout"] for run in result["sasrec"]["runs"]] == [0.1] and result["sasrec"][
-        "settings"
-    ]["dropout"] == 0.1
+    assert [run["dropout"] for run in result["sasrec"]["runs"]] == [0.1]
+    assert result["sasrec"]["settings"]["dropout"] == 0.1
 
 
 def test_the_better_dropout_is_taken(ring, tmp_path, monkeypatch):
@@ -487,7 +466,9 @@ def test_the_better_dropout_is_taken(ring, tmp_path, monkeypatch):
         "Args", (), dict(history=10, remove_seen=False, seed=0, epochs=1, dropout=[0.5, 0.2, 0.4])
     )
     scorer, fitted = baselines.tune_sasrec(found, [], args)
-    assert scorer == (0.2, 44) and fitted["settings"]["dropout"] == 0.2 and len(fitted["runs"]) == 3
+    assert scorer == (0.2, 44)
+    assert fitted["settings"]["dropout"] == 0.2
+    assert len(fitted["runs"]) == 3
 
 
 def test_seen_items_are_ranked_unless_removed():
@@ -498,11 +479,9 @@ def test_seen_items_are_ranked_unless_removed():
 
     for removed, rank in ((False, 3), (True, 1)):
         got = baselines.evaluate(scorer, ["a", "b", "c"], queries, [[0, 1]], removed)
-        assert (
-            got["ndcg@10"] == [1 / math.log2(rank + 1)]
-            and got["mrr@100"] == [1 / rank]
-            and got["hit@10"] == got["recall@10"] == [1.0]
-        )
+        assert got["ndcg@10"] == [1 / math.log2(rank + 1)]
+        assert got["mrr@100"] == [1 / rank]
+        assert got["hit@10"] == got["recall@10"] == [1.0]
 
 
 def test_the_strict_inductive_setting_by_the_command(ring, tmp_path):
@@ -532,11 +511,9 @@ def test_the_strict_inductive_setting_by_the_command(ring, tmp_path):
         for name, row in result["methods"].items()
         if name != "last title"
     )
-    assert (
-        result["methods"]["last title"]["ndcg@100"]["mean"] > 0
-        and "SASRec: not trained" in done.stdout
-        and result["history"] == 50
-    )
+    assert result["methods"]["last title"]["ndcg@100"]["mean"] > 0
+    assert "SASRec: not trained" in done.stdout
+    assert result["history"] == 50
 
 
 @pytest.mark.parametrize(
@@ -552,4 +529,5 @@ def test_the_strict_inductive_setting_by_the_command(ring, tmp_path):
 def test_bad_options(option, ring, capsys):
     with pytest.raises(SystemExit) as end:
         baselines.main([ring, "--setting", "transductive", *option])
-    assert end.value.code == 2 and option[0] in capsys.readouterr().err
+    assert end.value.code == 2
+    assert option[0] in capsys.readouterr().err

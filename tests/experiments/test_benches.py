@@ -45,7 +45,8 @@ def test_sharding_against_fully_shard():
         "--length=16",
         "--no-resident",
     )
-    assert out.count("s/step") == 4 and len(bars) == 8
+    assert out.count("s/step") == 4
+    assert len(bars) == 8
     # no time, no peak of a model this small: what must hold at any size
     assert all(bar["ok"] for bar in bars if "state" in bar["name"] or "losses" in bar["name"])
 
@@ -53,7 +54,8 @@ def test_sharding_against_fully_shard():
 def test_share_of_the_peak():
     out, [bar] = run("experiments/bench/mfu.py", "--dry-run", "--checkpointing")
     # 2 x 2 rollouts of 8 + 8, each prompt once, no row for a last token: 2 * 8 + 4 * 7
-    assert "44 tokens computed" in out and bar["value"] > 0
+    assert "44 tokens computed" in out
+    assert bar["value"] > 0
 
 
 def test_the_gap_of_sampler_and_trainer(tmp_path):
@@ -75,7 +77,8 @@ def test_the_gap_of_sampler_and_trainer(tmp_path):
         f"data.test_queries={tmp_path}/queries.jsonl",
         f"data.test_qrels={tmp_path}/qrels.tsv",
     )
-    assert out.count("s a step") == 2 and all(bar["ok"] for bar in bars if "gap" in bar["name"])
+    assert out.count("s a step") == 2
+    assert all(bar["ok"] for bar in bars if "gap" in bar["name"])
 
 
 @pytest.mark.parametrize(
@@ -90,7 +93,8 @@ def test_sampler_against_transformers(how, rows, bars):
         for line in out.splitlines()
         if line.startswith(how[0].split("x")[0]) or line.startswith("1.5B")
     ]
-    assert len([line for line in table if "greedy" not in line]) == rows and len(found) == bars
+    assert len([line for line in table if "greedy" not in line]) == rows
+    assert len(found) == bars
     # no time; that greedy texts are transformers' holds at any size
     assert all(bar["ok"] for bar in found)
 
@@ -109,27 +113,24 @@ def test_the_samplers_ceiling_and_ragged_lengths(monkeypatch):
         )
         assert round(sampler.compute_roofline(shape, work, 3.0e12) / 1000) == thousands
     ends = sampler.Work(ragged=True).batch(8192, 0).lengths
-    assert (
-        ends.shape == (12, 8)
-        and abs(ends.mean() - 45) < 0.1
-        and ends.min() >= 1
-        and ends.max() == 128
-    )
+    assert ends.shape == (12, 8)
+    assert abs(ends.mean() - 45) < 0.1
+    assert ends.min() >= 1
+    assert ends.max() == 128
 
 
 def test_bm25_beside_others():
     out, bars = run("experiments/bench/retrieval.py", "--dry-run")
-    assert (
-        out.count("ours, numba") == out.count("bm25s, numpy") == out.count("rank_bm25") == 2
-        and len(bars) == 10
-    )
+    assert out.count("ours, numba") == out.count("bm25s, numpy") == out.count("rank_bm25") == 2
+    assert len(bars) == 10
     # no time, no memory of corpora this small: what must hold at any size
     assert all(bar["ok"] for bar in bars if "overlap" in bar["name"])
 
 
 def test_dense_search():
     out, bars = run("experiments/bench/dense.py", "--dry-run")
-    assert out.count("\n  efSearch ") == 5 and len(bars) == 3
+    assert out.count("\n  efSearch ") == 5
+    assert len(bars) == 3
     # 3,000 documents are searched almost wholly
     assert all(bar["ok"] for bar in bars if "time" not in bar["name"])
 
@@ -140,8 +141,6 @@ def test_dense_search():
 )
 def test_the_reports_size_and_opening():
     out, bars = run("experiments/bench/report.py", "--steps=2", "--tokens=16")
-    assert (
-        "128 rollouts of 16 tokens" in out
-        and len(bars) == 4
-        and all(bar["ok"] for bar in bars if bar["name"] != "opening, s")
-    )
+    assert "128 rollouts of 16 tokens" in out
+    assert len(bars) == 4
+    assert all(bar["ok"] for bar in bars if bar["name"] != "opening, s")

@@ -89,14 +89,11 @@ def test_cold_start_texts_are_answers_of_the_task(name, tmp_path, script):
         again = made()
         several = made("--copies", "6")
         calm = made("--stir", "0")
-        assert (
-            first == again
-            and not any(is_validation(row["id"]) for row in first)
-            and len({row["id"] for row in first}) == len(first) > 40
-        )
-        assert len(several) > len(first) and len(
-            {(row["id"], row["text"]) for row in several}
-        ) == len(several)
+        assert first == again
+        assert not any(is_validation(row["id"]) for row in first)
+        assert len({row["id"] for row in first}) == len(first) > 40
+        assert len(several) > len(first)
+        assert len({(row["id"], row["text"]) for row in several}) == len(several)
         parsed = [task.parse(row["text"], rows[row["id"]]) for row in [*first, *several]]
         assert all(error is None for _, error in parsed)
         # without stirring it is the answer that takes no policy
@@ -147,9 +144,8 @@ def test_table_is_of_the_rows_and_refuses_another_summary(
     table.main()
     line = capsys.readouterr().out.splitlines()[2]
     after = jsonl(folder / "eval_after.jsonl")
-    assert f"| {sum(row['ndcg'] for row in after) / len(after):.4f} |" in line and line.startswith(
-        "| run |"
-    )
+    assert f"| {sum(row['ndcg'] for row in after) / len(after):.4f} |" in line
+    assert line.startswith("| run |")
     copy = tmp_path / "copy"
     copy.mkdir()
     for name in ("summary.json", "eval_before.jsonl", "eval_after.jsonl"):
@@ -226,12 +222,10 @@ def test_time_to_match(tmp_path, script, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["x", sft, grpo, "--json"])
     script("time_to_match").main()
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (
-        found["sft_gain"] == 0.2
-        and found["sft_wall_s"] == 60.0
-        and found["grpo_seconds"] == 8.0
-        and found["grpo_gain"] == 0.2
-    )
+    assert found["sft_gain"] == 0.2
+    assert found["sft_wall_s"] == 60.0
+    assert found["grpo_seconds"] == 8.0
+    assert found["grpo_gain"] == 0.2
     monkeypatch.setattr("sys.argv", ["x", grpo, sft])
     script("time_to_match").main()
     assert "GRPO did not reach it" in capsys.readouterr().out
@@ -259,7 +253,8 @@ def test_steps_left_of_grpo_beside_sft(tmp_path):
             check=True,
         ).stdout
 
-    assert said("sft") == "600\n" and said("long") == "1\n"
+    assert said("sft") == "600\n"
+    assert said("long") == "1\n"
 
 
 def test_by_history(tmp_path, script, monkeypatch, capsys):
@@ -332,11 +327,9 @@ def test_thoughts_are_perturbed_and_the_rest_is_kept(run, tmp_path, script, monk
         == 0
     )
     found = json.loads((tmp_path / "p.json").read_text())
-    assert (
-        found["queries"] == found["with_thought"] == 5
-        and found["unchanged"]["other_answer"][0] == 0.0
-    )
-    assert (
-        found["cut"]["other_answer"][0] == 1.0 and 0 < found["shuffled"]["other_answer"][0] <= 1.0
-    )
-    assert asked[5:10] == [" a b c lamp</think>"] * 5 and asked[10:15] == [" a b</think>"] * 5
+    assert found["queries"] == found["with_thought"] == 5
+    assert found["unchanged"]["other_answer"][0] == 0.0
+    assert found["cut"]["other_answer"][0] == 1.0
+    assert 0 < found["shuffled"]["other_answer"][0] <= 1.0
+    assert asked[5:10] == [" a b c lamp</think>"] * 5
+    assert asked[10:15] == [" a b</think>"] * 5

@@ -38,10 +38,8 @@ def c4(tmp_path):
 
 def test_c4(c4, tmp_path):
     out = prepare("amazon_c4", tmp_path / "out", "--from", c4, "--last", 2)
-    assert (
-        corpus(out)["B4"] == dict(id="B4", text="Thing 4 & more. Good.", category="Pet")
-        and len(corpus(out)) == 12
-    )
+    assert corpus(out)["B4"] == dict(id="B4", text="Thing 4 & more. Good.", category="Pet")
+    assert len(corpus(out)) == 12
     test, qrels = read(out, "test")
     assert [(row["text"], row["category"], qrels[id]) for id, row in test.items()] == [
         (f'I need thing {i}, it\'s "the" one', name, {f"B{i}": 1})
@@ -159,7 +157,8 @@ def test_beauty(beauty, tmp_path):
     docs = corpus(out)
     # the others are in no row that is kept
     assert docs.keys() == {*(f"A{i}" for i in range(15) if i != 3), "N0", "N1", "N2", "V1"}
-    assert docs["A0"]["title"] == "Cream & A0" and docs["A0"]["text"] == "Soft, Caf."
+    assert docs["A0"]["title"] == "Cream & A0"
+    assert docs["A0"]["text"] == "Soft, Caf."
     train, qrels = read(out, "train")
     by_user = {row["user"]: (row["history"], qrels[id], row["text"]) for id, row in train.items()}
     assert by_user == {
@@ -176,10 +175,8 @@ def test_beauty(beauty, tmp_path):
     ]
     assert counts(out)["rows_left_out_as_repeats"] == 1
     kept = [user for user in ("u0", "u1") if not is_validation(user)]
-    assert (
-        docs["A0"]["popularity"] == len(kept)
-        and docs["N0"]["popularity"] == docs["V1"]["popularity"] == 0
-    )
+    assert docs["A0"]["popularity"] == len(kept)
+    assert docs["N0"]["popularity"] == docs["V1"]["popularity"] == 0
     assert {is_validation(id) for id, row in train.items() if row["user"] == "u2"} == {
         is_validation("u2")
     }

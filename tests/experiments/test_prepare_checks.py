@@ -127,7 +127,8 @@ def test_each_check(tmp_path, splits, key, why):
     )
     with pytest.raises(checks.PrepareError) as e:
         writing.write_data_set(tmp_path / "bad", docs, splits(), source=[], options={}, key=key)
-    assert why in str(e.value) and not (tmp_path / "bad/prepared.json").exists()
+    assert why in str(e.value)
+    assert not (tmp_path / "bad/prepared.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,8 @@ def test_repeats_are_left_out_of_train():
         [("b", 1.0)],
     )
     kept, left = checks.drop_repeats(splits["train"], dict(test=splits["test"]))
-    assert left == 2 and [r["id"] for r in kept.rows] == [TRAIN, VALIDATION]
+    assert left == 2
+    assert [r["id"] for r in kept.rows] == [TRAIN, VALIDATION]
 
 
 def test_a_users_ids_stay_on_its_side():
@@ -183,10 +185,8 @@ def test_a_users_ids_stay_on_its_side():
     assert all(
         {is_validation(id) for id in of} == {is_validation(user)} for user, of in ids.items()
     )
-    assert (
-        len({id for of in ids.values() for id in of}) == 6000
-        and 10 < sum(map(is_validation, users)) < 50
-    )
+    assert len({id for of in ids.values() for id in of}) == 6000
+    assert 10 < sum(map(is_validation, users)) < 50
 
 
 def test_clean():
@@ -194,7 +194,8 @@ def test_clean():
     assert (
         clean('A 6&quot; <b>"pan"</b>\r\n\tfor  you &amp; me...') == "A 6 <b>pan</b> for you & me."
     )
-    assert clean(" \n") == clean("...") == "" and clean("a") == "a."
+    assert clean(" \n") == clean("...") == ""
+    assert clean("a") == "a."
 
 
 def test_a_folder_of_something_else_stays(tmp_path, capsys):
@@ -225,7 +226,9 @@ def test_interrupted_half_way(tmp_path, capsys, monkeypatch, fault, code, why):
     monkeypatch.setattr(script("msrd"), "read_bundled", lambda _: (documents(), good(), []))
     assert script("msrd").main(["--out", str(tmp_path / "out")]) == code
     said = capsys.readouterr().err
-    assert why in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert why in said
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("left", ["out.partial", "out.old.partial"])
@@ -239,9 +242,8 @@ def test_what_a_killed_one_left_is_cleared(tmp_path, monkeypatch, left):
     (tmp_path / left / "half").write_text("x")
     (tmp_path / "out").mkdir()
     prepare("msrd", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (
-        tmp_path / "out/prepared.json"
-    ).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out/prepared.json").exists()
 
 
 def small_movielens(folder, user_ratings: int):
@@ -278,10 +280,8 @@ def test_what_fails_leaves_the_earlier_preparation(tmp_path, capsys):
     # the same bytes, replaced
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     about = json.loads((out / "list/prepared.json").read_text())
-    assert (
-        str(tmp_path) not in json.dumps(about)
-        and "no test example in train or validation" in about["checks"]
-    )
+    assert str(tmp_path) not in json.dumps(about)
+    assert "no test example in train or validation" in about["checks"]
 
 
 def test_msrd(tmp_path):
@@ -303,15 +303,11 @@ def test_esci_small(tmp_path):
         (queries, qrels), (asked, judged) = read(out / "rerank", name), read(out / "search", name)
         assert len(queries) + said[f"{name}_without_a_relevant_candidate"] == len(asked)
         for id, r in queries.items():
-            assert (
-                qrels[id] == judged[id]
-                and len(set(r["candidates"])) == 8
-                and any(qrels[id].get(doc, 0) > 0 for doc in r["candidates"])
-            )
-    assert (
-        all(isinstance(r.get("category", ""), str) for r in docs.values())
-        and read(out / "search", "test")[0]["j0"]["category"] == "Home & Kitchen"
-    )
+            assert qrels[id] == judged[id]
+            assert len(set(r["candidates"])) == 8
+            assert any(qrels[id].get(doc, 0) > 0 for doc in r["candidates"])
+    assert all(isinstance(r.get("category", ""), str) for r in docs.values())
+    assert read(out / "search", "test")[0]["j0"]["category"] == "Home & Kitchen"
     lucene = defaultdict(list)  # recorded outputs of Lucene 9.5
     with open(ROOT / "tests/data/lucene/ranking.tsv", encoding="utf-8") as file:
         for name, query, rank, doc, _ in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE):

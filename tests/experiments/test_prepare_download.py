@@ -91,7 +91,8 @@ def there(tmp_path) -> dict[str, int]:
 def test_whole_and_then_not_again(server, fetch, tmp_path):
     for _ in range(2):
         assert fetch(size=len(DATA), sha256=SHA).read_bytes() == DATA
-    assert there(tmp_path) == {"got": len(DATA)} and len(server.asked) == 1
+    assert there(tmp_path) == {"got": len(DATA)}
+    assert len(server.asked) == 1
 
 
 def test_every_cut_goes_on_where_it_was(server, fetch, tmp_path):
@@ -103,9 +104,8 @@ def test_every_cut_goes_on_where_it_was(server, fetch, tmp_path):
         "bytes=600000-",
         "bytes=900000-",
     ]
-    assert {a.get("If-Range") for a in server.asked[1:]} == {'"one"'} and there(tmp_path) == {
-        "got": len(DATA)
-    }
+    assert {a.get("If-Range") for a in server.asked[1:]} == {'"one"'}
+    assert there(tmp_path) == {"got": len(DATA)}
 
 
 def test_a_truncated_download_is_one_line_and_the_same_command_resumes(
@@ -119,25 +119,29 @@ def test_a_truncated_download_is_one_line_and_the_same_command_resumes(
     assert (
         "the connection ended at 2,000 of 1,024,000 bytes; the same command goes on from there"
         in said
-        and "HTTPS_PROXY" in said
-        and "--from" in said
     )
-    assert there(tmp_path)["got.part"] == 2000 and "got" not in there(tmp_path)
+    assert "HTTPS_PROXY" in said
+    assert "--from" in said
+    assert there(tmp_path)["got.part"] == 2000
+    assert "got" not in there(tmp_path)
     server.cut, server.asked[:] = None, []
-    assert fetch(sha256=SHA).read_bytes() == DATA and server.asked[0]["Range"] == "bytes=2000-"
+    assert fetch(sha256=SHA).read_bytes() == DATA
+    assert server.asked[0]["Range"] == "bytes=2000-"
 
 
 def test_a_file_that_changed_in_between_is_fetched_anew(server, fetch, tmp_path):
     (tmp_path / "down").mkdir()
     (tmp_path / "down/got.part").write_bytes(b"old" * 100)
     (tmp_path / "down/got.part.etag").write_text('"zero"')
-    assert fetch().read_bytes() == DATA and server.asked[0]["If-Range"] == '"zero"'
+    assert fetch().read_bytes() == DATA
+    assert server.asked[0]["If-Range"] == '"zero"'
 
 
 def test_a_part_longer_than_the_file_is_dropped(server, fetch, tmp_path):
     (tmp_path / "down").mkdir()
     (tmp_path / "down/got.part").write_bytes(DATA + b"x")
-    assert fetch(sha256=SHA).read_bytes() == DATA and len(server.asked) == 2
+    assert fetch(sha256=SHA).read_bytes() == DATA
+    assert len(server.asked) == 2
 
 
 def test_the_hubs_hash_is_taken_from_the_redirect(server, fetch, tmp_path):
@@ -174,7 +178,8 @@ def test_what_cannot_be_fetched(server, fetch, tmp_path, change, published, why)
     vars(server).update(change)
     with pytest.raises(download.PrepareError, match=why) as e:
         fetch(**published)
-    assert "\n" not in str(e.value) and "got" not in there(tmp_path)
+    assert "\n" not in str(e.value)
+    assert "got" not in there(tmp_path)
 
 
 def test_nobody_answers(server, fetch):
@@ -190,7 +195,8 @@ def test_nobody_answers(server, fetch):
 
 def test_from_a_folder(server, fetch, tmp_path):
     (tmp_path / "got").write_bytes(DATA)
-    assert fetch(source=tmp_path, sha256=SHA) == tmp_path / "got" and not server.asked
+    assert fetch(source=tmp_path, sha256=SHA) == tmp_path / "got"
+    assert not server.asked
     (tmp_path / "got").write_bytes(DATA[:-1])
     with pytest.raises(
         download.PrepareError, match="1,023,999 bytes, 1,024,000 were published; fetch .* again"

@@ -107,11 +107,9 @@ def test_small_version(esci, tmp_path, monkeypatch):
     assert docs["V0"] == dict(
         id="V0", title="Title V0.", text="<p>Text.</p> More.", category="Video_Games"
     )
-    assert (
-        docs["B0"]["category"] == "Baby_Products"
-        and "category" not in docs["Z0"]
-        and "category" not in docs["K0"]
-    )
+    assert docs["B0"]["category"] == "Baby_Products"
+    assert "category" not in docs["Z0"]
+    assert "category" not in docs["K0"]
     test, qrels = read(out, "test")
     assert {id: (row["text"], row["category"]) for id, row in test.items()} == {
         "esci-1": ("game boy", "Video_Games"),
@@ -119,14 +117,11 @@ def test_small_version(esci, tmp_path, monkeypatch):
         "esci-3": ("pens", "Office_Products"),
         "esci-4": ("ball", "Sports_and_Outdoors"),
     }
-    assert qrels["esci-1"] == {"V0": 1, "V1": 1} and list(read(out, "test_video_games")[0]) == [
-        "esci-1"
-    ]
+    assert qrels["esci-1"] == {"V0": 1, "V1": 1}
+    assert list(read(out, "test_video_games")[0]) == ["esci-1"]
     train, qrels = read(out, "train")
-    assert (
-        qrels == {"esci-7": {"T0": 1, "X0": 1, "X2": 1}, "esci-14": {"V1": 1}}
-        and train["esci-7"]["text"] == "radio"
-    )
+    assert qrels == {"esci-7": {"T0": 1, "X0": 1, "X2": 1}, "esci-14": {"V1": 1}}
+    assert train["esci-7"]["text"] == "radio"
     said = counts(out)
     assert (said["judgements_given_twice"], said["train_left_out_as_repeats"], said["targets"]) == (
         1,
@@ -164,9 +159,8 @@ def test_target_pool_of_upstreams_file(esci, tmp_path, id):
         (esci / name).unlink()  # not needed
     out = prepare("esci", tmp_path / "out", "--from", esci, "--target-pool", pool)
     assert corpus(out)["V0"] == dict(id="V0", text="Text of V0.", category="Video_Games")
-    assert read(out, "train")[1] == {"esci-7": {"X0": 1}} and read(out, "test")[1]["esci-1"] == {
-        "V0": 1
-    }
+    assert read(out, "train")[1] == {"esci-7": {"X0": 1}}
+    assert read(out, "test")[1]["esci-1"] == {"V0": 1}
 
 
 @pytest.mark.parametrize(

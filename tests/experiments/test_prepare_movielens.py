@@ -32,7 +32,8 @@ def users():
             found[f"u{row['userId']}"].append(
                 (row["movieId"], float(row["rating"]), int(row["timestamp"]))
             )
-    assert len(found) == 610 and sum(map(len, found.values())) == 100_836
+    assert len(found) == 610
+    assert sum(map(len, found.values())) == 100_836
     return {user: sorted(ratings, key=lambda r: r[2]) for user, ratings in found.items()}
 
 
@@ -42,11 +43,9 @@ def test_transductive_is_each_users_last_warm_film(out, users):
     docs = corpus(out / "sequential")
     for id, row in test.items():
         warm = [film for film, _, _ in users[row["user"]] if not is_test(film)]
-        assert (
-            qrels[id] == {warm[-1]: 1}
-            and row["history"] == warm[-11:-1]
-            and row["text"] == docs[row["history"][-1]]["title"]
-        )
+        assert qrels[id] == {warm[-1]: 1}
+        assert row["history"] == warm[-11:-1]
+        assert row["text"] == docs[row["history"][-1]]["title"]
 
 
 def test_train_is_windows_before_it(out, users):
@@ -78,11 +77,9 @@ def test_inductive_shares_nothing_with_train(out, users):
     for id, row in test.items():
         films, [target] = cold[row["user"]], qrels[id]
         at = films.index(target)
-        assert (
-            at >= max(1, len(films) - 3)
-            and row["history"] == films[max(0, at - 10) : at]
-            and not {target, *row["history"]} & shown
-        )
+        assert at >= max(1, len(films) - 3)
+        assert row["history"] == films[max(0, at - 10) : at]
+        assert not {target, *row["history"]} & shown
 
 
 @pytest.mark.parametrize("name", ["sequential", "list"])
@@ -118,21 +115,22 @@ def test_pools(out, users):
             ratings = users[row["user"]]
             rated = {film for film, _, _ in ratings}
             cut = int(re.search(r"-cut(\d+)", id)[1])
-            assert (
-                (cut == len(ratings) - 10) == (name == "test")
-                and (len(ratings) - cut) % 10 == 0
-                and cut >= 10
-            )
+            assert (cut == len(ratings) - 10) == (name == "test")
+            assert (len(ratings) - cut) % 10 == 0
+            assert cut >= 10
             future = {film for film, stars, _ in ratings[cut : cut + 10] if stars >= 4}
-            assert set(qrels[id]) == future and set(qrels[id].values()) == {1}
+            assert set(qrels[id]) == future
+            assert set(qrels[id].values()) == {1}
             assert row["history"] == [
                 [film, datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d")]
                 for film, _, time in ratings[cut - 10 : cut]
             ]
             pool = row["candidates"]
-            assert len(set(pool)) == 20 and rated & set(pool) == future
+            assert len(set(pool)) == 20
+            assert rated & set(pool) == future
             seen = [docs[film]["popularity"] for film in pool]
-            assert seen == sorted(seen, reverse=True) and row["profile"] == row["text"]
+            assert seen == sorted(seen, reverse=True)
+            assert row["profile"] == row["text"]
             liked = sum(stars >= 4 for _, stars, _ in ratings[:cut])
             assert re.match(
                 rf"Has rated {cut} films since \d{{4}}-\d\d-\d\d, {liked} of them 4 stars or "
@@ -166,7 +164,8 @@ def test_the_future_shows_in_nothing_but_targets_and_pools(users):
     (one, _), (other, _) = (movielens.make_lists(films, of, 1) for of in (some, swapped))
     by_user = {row["user"]: row for row in other["test"].rows}
     both = [row for row in one["test"].rows if row["user"] in by_user]
-    assert len(both) > 20 and one["train"].rows == other["train"].rows
+    assert len(both) > 20
+    assert one["train"].rows == other["train"].rows
     for row in both:
         same = by_user[row["user"]]
         assert (row["text"], row["history"]) == (same["text"], same["history"])
@@ -239,9 +238,10 @@ def test_as_a_user_starts_it(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and done.stdout == ""
+    assert done.returncode == 2
+    assert done.stdout == ""
     assert (
         done.stderr
         == "movielens.py: nowhere/movies.csv: no such file (nor movies.csv.gz); check the folder\n"
-        and not list(tmp_path.iterdir())
     )
+    assert not list(tmp_path.iterdir())

@@ -166,7 +166,8 @@ def trains(world: World, folder: Path) -> Ending:
 
     def check(said: str) -> None:
         assert len(jsonl(folder / "metrics.jsonl")) == 2
-        assert jsonl(folder / "eval_before.jsonl") and jsonl(folder / "eval_after.jsonl")
+        assert jsonl(folder / "eval_before.jsonl")
+        assert jsonl(folder / "eval_after.jsonl")
         assert json.loads((folder / "summary.json").read_text())["steps"] == 2
         assert gzip.decompress((folder / "rollouts.jsonl.gz").read_bytes()).endswith(b"\n")
         assert (folder / "report.html").stat().st_size > 10_000

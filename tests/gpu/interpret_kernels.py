@@ -77,7 +77,8 @@ def test_head(N, C, V, temperature, size, monkeypatch):
     loss, logp_again, entropy_again = fused_linear_loss(
         hidden, weight, target, temperature, make_distribution, formula, "triton"
     )
-    assert torch.equal(logp, logp_again) and torch.equal(entropy, entropy_again)
+    assert torch.equal(logp, logp_again)
+    assert torch.equal(entropy, entropy_again)
     close(logp, want, terms=(hidden @ weight.T).abs().max().item() / temperature)
     assert (entropy - want_entropy).abs().max() <= 1e-5 * max(1, want.abs().max())
     theirs = torch.autograd.grad(want, exact, grad_logp.double())
@@ -179,7 +180,8 @@ def test_policy_loss_of_the_loop(loss):
         )
         for k in ("triton", "torch")
     ]
-    assert o[0].fused == (loss.get("kind") != "gspo" and "entropy" not in loss) and not o[1].fused
+    assert o[0].fused == (loss.get("kind") != "gspo" and "entropy" not in loss)
+    assert not o[1].fused
     [batch] = pack_rollouts(rollouts_of(3), 10_000)
     n = len(batch.target)
     g = draw("loop", str(loss))
@@ -207,12 +209,10 @@ def test_head_with_huge_logits():
         hidden.requires_grad_(), weight, torch.tensor([32, 0, 5]), 1.0, make_distribution, "triton"
     )
     logp.sum().backward()
-    assert (
-        logp[0] == 0
-        and (logp[1:] < -1e4).all()
-        and (entropy.abs() < 1e-3).all()
-        and hidden.grad.isfinite().all()
-    )
+    assert logp[0] == 0
+    assert (logp[1:] < -1e4).all()
+    assert (entropy.abs() < 1e-3).all()
+    assert hidden.grad.isfinite().all()
 
 
 def test_bfloat16_is_as_good_as_torchs_own(monkeypatch):
@@ -390,7 +390,9 @@ def test_clip_takes_the_gradient_exactly():
         old,
     )
     compute_group_loss(logp, p).backward()
-    assert logp.grad[0] == 0 and logp.grad[3] == 0 and p.named_sums()["clipped"] == 2
+    assert logp.grad[0] == 0
+    assert logp.grad[3] == 0
+    assert p.named_sums()["clipped"] == 2
     torch.testing.assert_close(logp.grad[1:3], torch.tensor([-0.5 / 4, 1.5 / 4]))
 
 
@@ -399,7 +401,8 @@ def test_empty_batch():
     x = logp.requires_grad_()
     loss = compute_group_loss(x, GroupTokenLoss(LossRule(), **given))
     loss.backward()
-    assert loss == 0 and x.grad.shape == (0,)
+    assert loss == 0
+    assert x.grad.shape == (0,)
 
 
 @pytest.mark.parametrize(

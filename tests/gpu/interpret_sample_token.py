@@ -78,13 +78,12 @@ def test_inverse_cdf(B, K, V, dtype, top_p):
     u.view(-1)[: len(EDGES)] = torch.tensor(EDGES, dtype=torch.float64)[: B * K]
     ids, logp, left_out = triton_sample_token(logits, temperature, u, top_p)
     between(ids, u, p, 1e-5)
-    assert (
-        ids.shape == logp.shape == (B, K)
-        and ids.dtype == torch.int64
-        and logp.dtype == torch.float32
-    )
+    assert ids.shape == logp.shape == (B, K)
+    assert ids.dtype == torch.int64
+    assert logp.dtype == torch.float32
     assert (logp - log_p.gather(-1, ids)).abs().max() <= 1e-5 * log_p.abs().max()
-    assert (left_out - cut).abs().max() <= 1e-5 and (top_p < 1 or not left_out.any())
+    assert (left_out - cut).abs().max() <= 1e-5
+    assert top_p < 1 or not left_out.any()
     theirs, their_logp, their_cut = sample_token(make_distribution(logits, temperature), u, top_p)
     between(theirs, u, p, 1e-5)
     assert (their_cut - cut).abs().max() <= 1e-5
@@ -105,12 +104,10 @@ def test_greedy_is_argmax_and_the_lowest_of_a_tie(B, K, V, dtype):
     logits = rows(B, V, dtype, draw("greedy", B, V))
     logits[0, [V // 2, V - 1]] = 50.0
     ids, logp, cut = triton_sample_token(logits, 1.3)
-    assert (
-        torch.equal(ids[:, 0], logits.argmax(-1))
-        and ids[0] == V // 2
-        and ids.shape == (B, 1)
-        and not cut.any()
-    )
+    assert torch.equal(ids[:, 0], logits.argmax(-1))
+    assert ids[0] == V // 2
+    assert ids.shape == (B, 1)
+    assert not cut.any()
     assert (logp - (logits.double() / 1.3).log_softmax(-1).gather(-1, ids)).abs().max() <= 1e-5
 
 
@@ -123,9 +120,12 @@ def test_no_uniform_yields_an_id_of_probability_zero(dtype, top_p):
     logits[:, :9000] = logits[:, 15_000:17_000] = logits[:, 17_500:] = -1e4
     u = torch.tensor([[*EDGES, 0.5, 1 - 2.0**-25]], dtype=torch.float64)
     ids, logp, _ = triton_sample_token(logits, 1.0, u, top_p)
-    assert (logits.gather(-1, ids) > -1e3).all() and logp.min() > -50
+    assert (logits.gather(-1, ids) > -1e3).all()
+    assert logp.min() > -50
     if top_p == 1:
-        assert ids[0, 0] == ids[0, 1] == 9000 and ids[0, 3] == 17_499 and ids[0, 2] == 17_499
+        assert ids[0, 0] == ids[0, 1] == 9000
+        assert ids[0, 3] == 17_499
+        assert ids[0, 2] == 17_499
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -162,11 +162,9 @@ def test_a_row_that_is_not_finite_yields_ids_of_the_vocabulary():
             triton_sample_token(logits, 1.0, uniforms, top_p),
             sample_token(make_distribution(logits, 1.0), uniforms, top_p),
         ):
-            assert (
-                ((ids >= 0) & (ids < 101)).all()
-                and not logp[:2].isfinite().any()
-                and logp[2].isfinite().all()
-            )
+            assert ((ids >= 0) & (ids < 101)).all()
+            assert not logp[:2].isfinite().any()
+            assert logp[2].isfinite().all()
 
 
 def test_no_rows():

@@ -51,7 +51,9 @@ def read(folder: Path, name: str) -> tuple[dict[str, dict], dict[str, dict[str, 
     found = {row["id"]: row for row in rows(folder / f"{name}.queries.jsonl")}
     queries, dropped = read_queries(folder / f"{name}.queries.jsonl")
     qrels, repeats = read_qrels(folder / f"{name}.qrels.tsv")
-    assert not dropped and not repeats and queries.keys() == found.keys() == qrels.keys()
+    assert not dropped
+    assert not repeats
+    assert queries.keys() == found.keys() == qrels.keys()
     return found, qrels
 
 
@@ -66,10 +68,8 @@ def counts(folder: Path) -> dict[str, int]:
     """The counts of prepared.json, after a look at whether those of the splits are true."""
     said = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["counts"]
     ids = list(read(folder, "train")[0])
-    assert (
-        said["validation"] == sum(map(is_validation, ids))
-        and said["train"] == len(ids) - said["validation"]
-    )
+    assert said["validation"] == sum(map(is_validation, ids))
+    assert said["train"] == len(ids) - said["validation"]
     assert said["documents"] == len(corpus(folder))
     return said
 

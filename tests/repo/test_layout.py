@@ -182,7 +182,7 @@ LONG_FUNCTIONS = {  # (file, function): why it is longer
 
 
 def test_functions_fit_on_a_screen():
-    """No function is longer than MAX_LINES, but those with a reason; no reason outlives its need."""
+    """No function is longer than MAX_LINES but those with a reason; no reason outlives its need."""
     found = set()
     for path in modules().values():
         for node in ast.walk(parse(path)):

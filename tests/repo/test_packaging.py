@@ -173,7 +173,8 @@ def test_installed_wheel_runs_from_elsewhere(wheel, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["metrics"]["ndcg@100"] == pytest.approx(
         0.788, abs=0.005
-    ) and not list(cwd.iterdir())
+    )
+    assert not list(cwd.iterdir())
 
 
 def test_editable_install(source, tmp_path):
@@ -224,4 +225,5 @@ def test_set_up_installs_once_for_what_is_asked(tmp_path):
             line for line in (tmp_path / "asked").read_text().splitlines() if " install " in line
         ]
         assert len(asked) == times, asked
-    assert asked[0].endswith(f"-e {ROOT}[docs]") and asked[1].endswith(f"-e {ROOT}[dev]")
+    assert asked[0].endswith(f"-e {ROOT}[docs]")
+    assert asked[1].endswith(f"-e {ROOT}[dev]")

@@ -76,10 +76,8 @@ def test_what_stands_in_a_checkpoint(begun, world, tmp_path, capsys):
     folder = begun / "checkpoints/step_000003"
     found = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     entries = manifest(folder)["files"]
-    assert (
-        found.keys() == entries.keys() | {"manifest.json"}
-        and {"rank_00000-of-00001.safetensors", "state.json", "model/recr1.yaml"} < found.keys()
-    )
+    assert found.keys() == entries.keys() | {"manifest.json"}
+    assert {"rank_00000-of-00001.safetensors", "state.json", "model/recr1.yaml"} < found.keys()
     for name, entry in entries.items():
         assert (entry["size"], entry["sha256"]) == (
             found[name].stat().st_size,
@@ -122,10 +120,8 @@ def test_what_stands_in_a_checkpoint(begun, world, tmp_path, capsys):
         "--json",
     ]
     capsys.readouterr()
-    assert (
-        run_guarded(cli.main, argv) == 0
-        and json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 12
-    )
+    assert run_guarded(cli.main, argv) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 12
 
 
 def flip(path: Path, at: int) -> None:
@@ -284,14 +280,13 @@ def test_a_damaged_or_hostile_checkpoint_is_named_and_the_one_before_is_used(
         for line in capsys.readouterr().out.splitlines()
         if line.startswith("recr1: checkpoint refused: ")
     ]
-    assert line.startswith("recr1: checkpoint refused: step_000003: ") and message in line
-    assert [row["step"] for row in jsonl(folder / "metrics.jsonl")] == [1, 2] and not (
-        tmp_path / "executed"
-    ).exists()
+    assert line.startswith("recr1: checkpoint refused: step_000003: ")
+    assert message in line
+    assert [row["step"] for row in jsonl(folder / "metrics.jsonl")] == [1, 2]
+    assert not (tmp_path / "executed").exists()
     root = folder / "checkpoints"
-    assert (root / "LATEST").read_text() == "step_000002\n" and "step_000003.refused" in {
-        p.name for p in root.iterdir()
-    }
+    assert (root / "LATEST").read_text() == "step_000002\n"
+    assert "step_000003.refused" in {p.name for p in root.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -309,7 +304,8 @@ def test_what_LATEST_says_is_never_followed(
     (folder / "checkpoints/LATEST").write_text(text)
     assert stop("sample@1", [world, f"run.dir={folder}"], monkeypatch) == 0
     out = capsys.readouterr().out
-    assert f"checkpoint refused: LATEST names {message}" in out and "goes on after step 3" in out
+    assert f"checkpoint refused: LATEST names {message}" in out
+    assert "goes on after step 3" in out
     assert (folder / "checkpoints/LATEST").read_text() == "step_000003\n"
 
 
@@ -358,10 +354,13 @@ def test_the_last_and_the_best_are_kept(tmp_path):
         "step_000006",
     ]
     checkpoint.prune_checkpoints(root, 2, [0.6, 6])
-    assert (
-        sorted(p.name for p in root.iterdir()) == ["BEST", "LATEST", "step_000005", "step_000006"]
-        and (root / "BEST").read_text() == "step_000006\n"
-    )
+    assert sorted(p.name for p in root.iterdir()) == [
+        "BEST",
+        "LATEST",
+        "step_000005",
+        "step_000006",
+    ]
+    assert (root / "BEST").read_text() == "step_000006\n"
     files.write_text(root / "LATEST", "step_000005\n")
     (root / "step_000007").mkdir(), (root / "step_000008").mkdir()
     checkpoint.prune_checkpoints(root, 2, None)  # never what LATEST and BEST name
@@ -402,7 +401,9 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_stood(
     )
     assert done.returncode == 2, done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("recr1:")]
-    assert "cannot write" in line and place in line and "File too large" in line
+    assert "cannot write" in line
+    assert place in line
+    assert "File too large" in line
     assert not list((folder / "checkpoints").glob("step_??????"))
     assert run_guarded(train.main, argv) == 0
     for name in ("model/model.safetensors", "rollouts.jsonl.gz"):
@@ -427,9 +428,8 @@ def test_a_failing_disk_is_found_by_reading_back(begun, world, tmp_path, monkeyp
         ),
     )
     assert "reads back otherwise" in refused([world, f"run.dir={folder}"], capsys)
-    assert (folder / "checkpoints/LATEST").read_text() == "step_000003\n" and not (
-        folder / "checkpoints/step_000004"
-    ).exists()
+    assert (folder / "checkpoints/LATEST").read_text() == "step_000003\n"
+    assert not (folder / "checkpoints/step_000004").exists()
 
 
 def test_four_ranks_shards_dealt_to_two_three_and_one(tmp_path):
@@ -448,16 +448,14 @@ def test_four_ranks_shards_dealt_to_two_three_and_one(tmp_path):
     for n in (1, 2, 3, 4):
         assert {p.name: p.read_bytes() for p in (tmp_path / f"export.{n}").iterdir()} == want
         ours = load_file(tmp_path / f"moments.{n}.safetensors")
-        assert ours.keys() == moments.keys() and all(
-            torch.equal(t, moments[name]) for name, t in ours.items()
-        )
+        assert ours.keys() == moments.keys()
+        assert all(torch.equal(t, moments[name]) for name, t in ours.items())
     theirs, start = (
         AutoModelForCausalLM.from_pretrained(folder).state_dict()
         for folder in (tmp_path / "export.3", policy)
     )
-    assert theirs.keys() == start.keys() and not any(
-        torch.equal(t, start[name]) for name, t in theirs.items()
-    )
+    assert theirs.keys() == start.keys()
+    assert not any(torch.equal(t, start[name]) for name, t in theirs.items())
     ours = load_file(tmp_path / "checkpoints/step_000002/model/model.safetensors")
     assert all(torch.equal(t, theirs[name]) for name, t in ours.items())
 
@@ -502,7 +500,5 @@ def test_adamws_state_goes_out_and_in(tmp_path):
         optimizer.num_skipped,
     )
     steps(second, resumed, range(3, 5))
-    assert (
-        all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters()))
-        and checkpoint.get_moments(resumed)["step.units.0.shard"] == 4
-    )
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters()))
+    assert checkpoint.get_moments(resumed)["step.units.0.shard"] == 4

@@ -34,7 +34,8 @@ def test_a_sample_of_the_faults():
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     bars = json.loads(done.stdout.splitlines()[-1])["bars"]
-    assert len(bars) == 17 and all(bar["value"] == bar["bar"] == 1 for bar in bars)
+    assert len(bars) == 17
+    assert all(bar["value"] == bar["bar"] == 1 for bar in bars)
 
 
 def test_nothing_is_left_running(monkeypatch):
@@ -65,7 +66,8 @@ def test_nothing_is_left_running(monkeypatch):
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
     left = [int(number) for number in os.read(reader, 100).split()]
-    assert len(left) == 2 and not any(Path(f"/proc/{number}").exists() for number in left)
+    assert len(left) == 2
+    assert not any(Path(f"/proc/{number}").exists() for number in left)
 
 
 @pytest.fixture
@@ -145,7 +147,8 @@ def test_heartbeat_file(tmp_path):
     assert heartbeat.explain_exit(error) is error
     heartbeat.stop_heartbeat()
     state = heartbeat.read_heartbeat(folder, 0)
-    assert not state["alive"] and state["left"] == "ValueError: one"
+    assert not state["alive"]
+    assert state["left"] == "ValueError: one"
     assert heartbeat.read_heartbeat(folder, 1) is None
     (folder / "rank_00001.json").write_text("{")
     assert heartbeat.read_heartbeat(folder, 1) is None

@@ -93,15 +93,16 @@ def test_gradient_and_weights_are_those_of_one_plain_process(ours, case):
     trained = {name.removeprefix("grad ") for name in want if name.startswith("grad")}
     still = {name.removeprefix("weight ") for name in want if name.startswith("weight")} - trained
     if case == "float64 nobody has":
-        assert not trained and ours["norm"] == 0 and worst["weight"] == 0
+        assert not trained
+        assert ours["norm"] == 0
+        assert worst["weight"] == 0
     elif case.startswith("float64"):
-        assert trained and bool(still) == bool(rank_jobs.CASES[case].frozen)
+        assert trained
+        assert bool(still) == bool(rank_jobs.CASES[case].frozen)
         # of terms of 1
-        assert (
-            worst["grad"] <= 1e-12
-            and worst["weight"] <= 1e-9
-            and (ours["loss"] - want["loss"]).abs() <= 1e-12
-        )
+        assert worst["grad"] <= 1e-12
+        assert worst["weight"] <= 1e-9
+        assert (ours["loss"] - want["loss"]).abs() <= 1e-12
         assert abs(ours["norm"] / want["norm"] - 1) < 1e-12
         start = rank_jobs.tiny_model(1, **rank_jobs.CASES[case].shape).state_dict()
         assert all(ours[f"weight {name}"].equal(start[name].double()) for name in still)
@@ -126,10 +127,10 @@ def test_shared_prompts_under_checkpointing_train_as_padded_rows(ours, case):
     errors = {name: error(ours[case][f"grad {name}"], grad) for name, grad in want.items()}
     print(f"{case}: largest ||a-b||/||b|| {max(errors.values()):.1e}")
     limit = 1e-12 if c.dtype == torch.float64 else 1e-5
-    assert max(errors.values()) <= limit and abs(ours[case]["loss"] - loss) <= limit
-    assert (
-        len({len(r.prompt.ids) for r in rollouts}) > 1 and len({len(r.ids) for r in rollouts}) > 2
-    )
+    assert max(errors.values()) <= limit
+    assert abs(ours[case]["loss"] - loss) <= limit
+    assert len({len(r.prompt.ids) for r in rollouts}) > 1
+    assert len({len(r.ids) for r in rollouts}) > 2
 
 
 @pytest.mark.parametrize("case", rank_jobs.AGAINST_FSDP2)
@@ -144,7 +145,8 @@ def test_gradient_and_loss_are_those_of_torchs_fully_shard(ours, case):
     worst = max(error(ours[case][name], want[name]) for name in want if name != "loss")
     print(f"{case}: against fully_shard at most {worst:.1e}")
     limit = 1e-12 if case.startswith("float64") else 1e-6
-    assert worst <= limit and (ours[case]["loss"] - want["loss"]).abs() <= limit
+    assert worst <= limit
+    assert (ours[case]["loss"] - want["loss"]).abs() <= limit
 
 
 @pytest.mark.parametrize("case", rank_jobs.LESSONS)
@@ -159,7 +161,8 @@ def test_sft_learns_the_mean_cross_entropy_of_all_ranks_targets(ours, case):
     assert got.keys() == {*(f"grad {name}" for name in want), "loss"}
     worst = max(error(got[f"grad {name}"], grad) for name, grad in want.items())
     print(f"{case}: largest ||a-b||/||b|| of a gradient {worst:.1e}")
-    assert worst <= 1e-12 and abs(got["loss"] - want_loss) <= 1e-12
+    assert worst <= 1e-12
+    assert abs(got["loss"] - want_loss) <= 1e-12
 
 
 def test_at_most_two_blocks_and_the_root_are_gathered(ours):
@@ -215,9 +218,9 @@ def test_a_run_on_several_ranks_is_the_run_on_one(n, prompts, world, tmp_path):
             ), key
     rows = [[json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in (one, many)]
     for a, b in zip(*rows, strict=True):
+        assert a.keys() == b.keys()
         assert (
-            a.keys() == b.keys()
-            and a["val_ndcg" if "val_ndcg" in a else "reward"]
+            a["val_ndcg" if "val_ndcg" in a else "reward"]
             == b["val_ndcg" if "val_ndcg" in a else "reward"]
         )
         for key in (
@@ -227,7 +230,8 @@ def test_a_run_on_several_ranks_is_the_run_on_one(n, prompts, world, tmp_path):
         ):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
     summary = json.loads((many / "summary.json").read_text())
-    assert summary["world_size"] == n and summary["n_eval"] == 12
+    assert summary["world_size"] == n
+    assert summary["n_eval"] == 12
     theirs, ours = (load_model(str(folder / "model")).state_dict() for folder in (one, many))
     assert max(((ours[k] - theirs[k]).norm() / theirs[k].norm()).item() for k in theirs) < 1e-3
 
@@ -245,4 +249,5 @@ def test_bad_input_is_one_line_on_any_number_of_ranks(world, tmp_path):
     assert [line for line in done.stderr.splitlines() if line.startswith("recr1:")] == [
         "recr1: nowhere.jsonl: no such file; check the path, or prepare the data set first"
     ]
-    assert "Traceback" not in done.stderr.split("recr1:")[0] and not (tmp_path / "run").exists()
+    assert "Traceback" not in done.stderr.split("recr1:")[0]
+    assert not (tmp_path / "run").exists()

@@ -101,16 +101,16 @@ def test_sigterm_then_the_same_command_is_the_undisturbed_run(
     assert stop(what, argv, monkeypatch) == 0
     said = capsys.readouterr().out
     saved = sorted(p.name for p in (tmp_path / "run/checkpoints").glob("step_*"))
-    assert "recr1: stopped" in said and not (tmp_path / "run/summary.json").exists()
+    assert "recr1: stopped" in said
+    assert not (tmp_path / "run/summary.json").exists()
     if step == 0:
-        assert "nothing new to save" in said and not saved
+        assert "nothing new to save" in said
+        assert not saved
     else:
-        assert (
-            "goes on from" in said
-            and saved
-            and all(
-                (tmp_path / "run/checkpoints" / name / "manifest.json").exists() for name in saved
-            )
+        assert "goes on from" in said
+        assert saved
+        assert all(
+            (tmp_path / "run/checkpoints" / name / "manifest.json").exists() for name in saved
         )
         assert step is None or saved[-1] == f"step_{step:06d}"
     assert run_guarded(train.main, argv) == 0
@@ -119,7 +119,8 @@ def test_sigterm_then_the_same_command_is_the_undisturbed_run(
         "starts from step 1 again"
         if step == 0
         else f"goes on after step {int(saved[-1][5:])} from {tmp_path}"
-    ) in said and "not bit for bit" not in said
+    ) in said
+    assert "not bit for bit" not in said
     assert kept(tmp_path / "run") == kept(undisturbed(1))
 
 
@@ -167,7 +168,8 @@ def test_a_step_that_has_moved_weights_is_finished_first(world, tmp_path, monkey
     )
     first, second = (len(batches) for _, batches in counted[0])
     assert stop(f"batch@{first + 1}", argv, monkeypatch) == 0
-    assert "stopped after step 1" in capsys.readouterr().out and second >= 1
+    assert "stopped after step 1" in capsys.readouterr().out
+    assert second >= 1
     assert [row["step"] for row in jsonl(tmp_path / "run/metrics.jsonl")] == [1]
 
 
@@ -180,7 +182,8 @@ def test_two_ranks_one_of_them_is_told(world, undisturbed, tmp_path):
     assert (tmp_path / "run/checkpoints/LATEST").read_text() == "step_000001\n"
     torchrun(2, str(HERE / "helpers/interrupted.py"), "sigkill-sample@2:0", *argv, expect=1)
     done = torchrun(2, "-m", "recr1.train", *argv)
-    assert "goes on after step 2" in done.stdout and "not bit for bit" not in done.stdout
+    assert "goes on after step 2" in done.stdout
+    assert "not bit for bit" not in done.stdout
     assert kept(tmp_path / "run") == kept(undisturbed(2))
 
 
@@ -211,11 +214,9 @@ def test_sigterm_to_torchrun_is_a_clean_end_of_every_rank(world, tmp_path):
             process.terminate()
             break
     out, err = process.communicate(timeout=120)
-    assert (
-        "recr1: stopped after step" in out
-        and "exitcode" not in err
-        and 'Traceback (most recent call last):\n  File "' + str(HERE.parent / "recr1") not in err
-    )
+    assert "recr1: stopped after step" in out
+    assert "exitcode" not in err
+    assert 'Traceback (most recent call last):\n  File "' + str(HERE.parent / "recr1") not in err
     name = (tmp_path / "run/checkpoints/LATEST").read_text().strip()
     assert len(jsonl(tmp_path / "run/metrics.jsonl")) == int(name[5:]) >= 3
 
@@ -294,12 +295,11 @@ def test_without_checkpoints_a_run_starts_again_and_its_logs_with_it(
 
         at("log@3", interrupted, patch.setattr)
         run_guarded(train.main, argv)
-    assert not (tmp_path / "run/checkpoints").exists() and jsonl(tmp_path / "run/metrics.jsonl")
+    assert not (tmp_path / "run/checkpoints").exists()
+    assert jsonl(tmp_path / "run/metrics.jsonl")
     assert run_guarded(train.main, argv) == 0
-    assert (
-        "no checkpoint: starts from step 1 again" in capsys.readouterr().out
-        and not (tmp_path / "run/checkpoints").exists()
-    )
+    assert "no checkpoint: starts from step 1 again" in capsys.readouterr().out
+    assert not (tmp_path / "run/checkpoints").exists()
     for name in ("model/model.safetensors", "rollouts.jsonl.gz"):
         assert (tmp_path / "run" / name).read_bytes() == (undisturbed(1) / name).read_bytes()
 
@@ -317,18 +317,16 @@ def test_one_ranks_value_that_is_not_finite_stops_all_and_its_batches_are_kept(
     else:
         done = torchrun(2, str(HERE / "helpers/interrupted.py"), "nan-batch@1:1", *argv, expect=1)
         [line] = [line for line in done.stderr.splitlines() if line.startswith("recr1:")]
-    assert "step 1: the gradient norm is nan; no weight was changed" in line and line.endswith(
-        f"its batches are in {folder / 'nonfinite/step_000001'}"
-    )
-    assert not (folder / "checkpoints").exists() and not (folder / "model").exists()
+    assert "step 1: the gradient norm is nan; no weight was changed" in line
+    assert line.endswith(f"its batches are in {folder / 'nonfinite/step_000001'}")
+    assert not (folder / "checkpoints").exists()
+    assert not (folder / "model").exists()
     for rank in range(ranks):
         kept = json.loads((folder / f"nonfinite/step_000001/rank_{rank:05d}.json").read_text())
         bad = [i for i, loss in enumerate(kept["losses"]) if not abs(loss) < float("inf")]
-        assert (
-            bad == ([0] if rank == ranks - 1 else [])
-            and kept["texts"]
-            and {"prompt", "reward", "adv"} <= kept["texts"][0].keys()
-        )
+        assert bad == ([0] if rank == ranks - 1 else [])
+        assert kept["texts"]
+        assert {"prompt", "reward", "adv"} <= kept["texts"][0].keys()
         with safe_open(folder / f"nonfinite/step_000001/rank_{rank:05d}.safetensors", "pt") as f:
             assert {
                 f"{len(kept['losses']) - 1}.{name}"

@@ -97,31 +97,22 @@ def test_nothing_is_wrong_here(clean):
         "findings"
     ]
     facts = found["facts"]
-    assert {"torch", "transformers", "numpy"} <= facts["versions"].keys() and not any(
-        "error" in facts[name] for name in ("torch", "transformers", "recr1")
-    )
+    assert {"torch", "transformers", "numpy"} <= facts["versions"].keys()
+    assert not any("error" in facts[name] for name in ("torch", "transformers", "recr1"))
     import torch
 
     if not torch.cuda.is_available():
-        assert (
-            facts["recr1"]["attention"]["auto"].startswith("sdpa (auto: varlen needs a GPU")
-            and facts["recr1"]["compute"] == "float32"
-        )
-        assert (
-            "needs a GPU" in facts["recr1"]["triton"]
-            and facts["torch"]["gpus"] == []
-            and "joined by gloo" in text
-        )
-    assert (
-        facts["recr1"]["scorers"].keys() == {"torch", "numba"}
-        and facts["recr1"]["scorer"] == "torch"
-        and facts["recr1"]["head"] == "one_shot"
-    )
-    assert (
-        facts["cores"]["count"] == os.cpu_count()
-        and 0 < facts["memory"]["available"] <= facts["memory"]["total"]
-        and facts["disk"]["free"] > 0
-    )
+        assert facts["recr1"]["attention"]["auto"].startswith("sdpa (auto: varlen needs a GPU")
+        assert facts["recr1"]["compute"] == "float32"
+        assert "needs a GPU" in facts["recr1"]["triton"]
+        assert facts["torch"]["gpus"] == []
+        assert "joined by gloo" in text
+    assert facts["recr1"]["scorers"].keys() == {"torch", "numba"}
+    assert facts["recr1"]["scorer"] == "torch"
+    assert facts["recr1"]["head"] == "one_shot"
+    assert facts["cores"]["count"] == os.cpu_count()
+    assert 0 < facts["memory"]["available"] <= facts["memory"]["total"]
+    assert facts["disk"]["free"] > 0
     for word in ("devices", "attention", "kernels", "scorer", "cores", "memory", "disk"):
         assert f"\n{word}" in text
 
@@ -262,13 +253,12 @@ def test_a_staged_clash_is_found(name, clean, quick, tmp_path):
         (tmp_path / "here" / path).write_text(text)
     code, found, text = run(tmp_path / "here", packages(tmp_path / "stage", stage), quick, **env)
     [finding] = [f for f in found["findings"] if what in f["what"]]
-    assert (
-        finding["broken"] == broken
-        and do in finding["do"]
-        and f"{'BROKEN ' if broken else 'warning'} {finding['what']}" in text
-        and f"do: {finding['do']}" in text
-    )
-    assert code == (1 if any(f["broken"] for f in found["findings"]) else 0) and code >= broken
+    assert finding["broken"] == broken
+    assert do in finding["do"]
+    assert f"{'BROKEN ' if broken else 'warning'} {finding['what']}" in text
+    assert f"do: {finding['do']}" in text
+    assert code == (1 if any(f["broken"] for f in found["findings"]) else 0)
+    assert code >= broken
     # this machine's own, as fewer cores than it has
     more = [f for f in found["findings"] if f not in clean[1]["findings"]]
     assert name == "a package is missing" or all(
@@ -280,7 +270,8 @@ def test_the_checkout_s_own_kernels_folder_shadows_nothing(quick, tmp_path):
     (tmp_path / "kernels").mkdir()
     for stage in ({}, {"kernels 0.18.2": ([], {"kernels/__init__.py": ""})}):
         code, found, _ = run(tmp_path, packages(tmp_path / f"stage{len(stage)}", stage), quick)
-        assert code == 0 and not any("kernels" in f["what"] for f in found["findings"])
+        assert code == 0
+        assert not any("kernels" in f["what"] for f in found["findings"])
 
 
 def test_packages_that_do_not_import(tmp_path):
@@ -307,7 +298,9 @@ def test_packages_that_do_not_import(tmp_path):
     (tmp_path / "here/kernels/__init__.py").write_text("x = 1")
     code, found, text = run(tmp_path / "here", stage)
     broken = [f["what"] for f in found["findings"] if f["broken"]]
-    assert code == 1 and not found["ok"] and "Traceback" not in text
+    assert code == 1
+    assert not found["ok"]
+    assert "Traceback" not in text
     for words in (
         "numba cannot be imported (died with exit code -11): retriever.scorer=numba",
         "triton cannot be imported (ImportError: Triton needs NumPy 2.0 or less",
@@ -327,11 +320,9 @@ def test_without_a_working_torch(tmp_path):
     )
     code, found, text = run(tmp_path, stage)
     [finding] = [f for f in found["findings"] if "libcudart" in f["what"]]
-    assert (
-        code == 1
-        and finding["what"].startswith("torch cannot be imported")
-        and "--force-reinstall torch" in finding["do"]
-    )
+    assert code == 1
+    assert finding["what"].startswith("torch cannot be imported")
+    assert "--force-reinstall torch" in finding["do"]
 
 
 def test_fewer_cores_than_the_machine_has(quick, tmp_path):
@@ -340,17 +331,20 @@ def test_fewer_cores_than_the_machine_has(quick, tmp_path):
     core = min(os.sched_getaffinity(0))
     _, found, _ = run(tmp_path, None, f"import os\nos.sched_setaffinity(0, {{{core}}})\n{quick}")
     [finding] = [f for f in found["findings"] if "cores" in f["what"]]
-    assert "this process may use 1" in finding["what"] and finding["do"].startswith("run.threads=1")
+    assert "this process may use 1" in finding["what"]
+    assert finding["do"].startswith("run.threads=1")
 
 
 def test_the_run_folder_s_disk(quick, tmp_path):
     (tmp_path / "file").write_text("")
     code, found, _ = run(tmp_path, None, quick, str(tmp_path / "file/run"))
-    assert code == 1 and [f["what"] for f in found["findings"] if f["broken"]] == [
+    assert code == 1
+    assert [f["what"] for f in found["findings"] if f["broken"]] == [
         f"{tmp_path}/file/run: a run could not write there: {tmp_path}/file is no folder"
     ]
     code, found, _ = run(tmp_path, None, quick, str(tmp_path / "new/deep/run"))
-    assert code == 0 and found["facts"]["disk"]["folder"] == f"{tmp_path}/new/deep/run"
+    assert code == 0
+    assert found["facts"]["disk"]["folder"] == f"{tmp_path}/new/deep/run"
     _, found, _ = run(
         tmp_path,
         None,
@@ -404,9 +398,8 @@ def test_on_a_gpu(name, monkeypatch):
     for key, value in env.items():
         monkeypatch.setenv(key, value)
     found = list(doctor.check_devices(dict(torch=GPU | change, versions={"torch": "2.13.0"})))
-    assert [f.broken for f in found] == ([want[0]] if want else []) and (
-        not want or want[1] in found[0].what
-    )
+    assert [f.broken for f in found] == ([want[0]] if want else [])
+    assert not want or want[1] in found[0].what
 
 
 def test_a_gpu_that_torch_does_not_see(monkeypatch):
@@ -419,7 +412,8 @@ def test_a_gpu_that_torch_does_not_see(monkeypatch):
         [finding] = doctor.check_devices(
             dict(torch=GPU | dict(gpus=[], cuda=cuda), versions={"torch": "2.13.0"})
         )
-        assert finding.broken and words in finding.what
+        assert finding.broken
+        assert words in finding.what
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert not list(doctor.check_devices(dict(torch=GPU | dict(gpus=[]), versions={})))
 
@@ -431,4 +425,5 @@ def test_by_the_command(clean, capsys, monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as exit:
         run_guarded(cli.main, ["doctor", "--run", str(tmp_path), "--json"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert exit.value.code == 0 and found["facts"]["disk"]["folder"] == str(tmp_path)
+    assert exit.value.code == 0
+    assert found["facts"]["disk"]["folder"] == str(tmp_path)

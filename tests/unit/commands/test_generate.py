@@ -81,15 +81,14 @@ def test_the_text_is_the_samplers_and_the_hits_are_those_of_search(world, capsys
     options = [f"--{name}={value}" for name, value in how.items()]
     text = generated(world, "red lamp", **how)
     query, error = parse_query(text)
-    assert error is None and "\n" not in text
+    assert error is None
+    assert "\n" not in text
     out, err = run(capsys, *argv, *corpus, *options, "red lamp", "-k", "3")
     raw, rewritten = (
         run(capsys, "search", *corpus, words, "-k", "3")[0] for words in ("red lamp", query)
     )
-    assert (
-        out == f"{text}\n{query}\n\nraw: red lamp\n{raw}\nrewritten: {query}\n{rewritten}"
-        and not err
-    )
+    assert out == f"{text}\n{query}\n\nraw: red lamp\n{raw}\nrewritten: {query}\n{rewritten}"
+    assert not err
     assert run(capsys, *argv, *options, "red lamp")[0] == f"{text}\n{query}\n"
 
 
@@ -106,7 +105,8 @@ def test_a_seed_draws_one_text_and_seeds_differ(world, capsys):
         )[0]
         for seed in ("", *"012")
     }
-    assert texts[""] == texts["0"] and len(set(texts.values())) == 3
+    assert texts[""] == texts["0"]
+    assert len(set(texts.values())) == 3
     assert all(
         texts[str(seed)].startswith(
             cli.make_printable(generated(world, "lamp", 1.0, seed), keep="\n") + "\n"
@@ -220,14 +220,16 @@ def test_a_pipe_gets_whole_characters_while_the_text_is_sampled(tmp_path, monkey
         "a piece was not flushed"
     )
     out, err = subprocess_of([*argv, "x"]).communicate(timeout=120)
-    assert out.decode("utf-8") == f"{text}\nlamp\n" and b"Traceback" not in err
+    assert out.decode("utf-8") == f"{text}\nlamp\n"
+    assert b"Traceback" not in err
 
 
 def test_control_characters_of_the_policy_do_not_reach_the_terminal_but_lines_do(tmp_path, capsys):
     think, close_think, *_ = TOKENIZER.convert_tokens_to_ids(CONTRACT)
     [escape], [line], [x] = (TOKENIZER(c)["input_ids"] for c in ("\x1b", "\n", "x"))
     out, err = run(capsys, *chain(tmp_path, [think, escape, line, x, EOS], 10), "q", code=2)
-    assert out == " \nx\n" and "no_think_end" in err
+    assert out == " \nx\n"
+    assert "no_think_end" in err
 
 
 def test_a_text_without_an_answer_is_shown_and_said_to_hold_none(world, tmp_path, capsys):
@@ -246,13 +248,12 @@ def test_a_text_without_an_answer_is_shown_and_said_to_hold_none(world, tmp_path
         "lamp",
         code=2,
     )
-    assert len(out.splitlines()) == 1 and generated(world, "lamp").startswith(out.rstrip("\n"))
-    assert (
-        err.startswith("recr1: ")
-        and err.count("\n") == 1
-        and "holds no query (" in err
-        and "sampling.max_new_tokens = 2" in err
-    )
+    assert len(out.splitlines()) == 1
+    assert generated(world, "lamp").startswith(out.rstrip("\n"))
+    assert err.startswith("recr1: ")
+    assert err.count("\n") == 1
+    assert "holds no query (" in err
+    assert "sampling.max_new_tokens = 2" in err
 
 
 def test_ctrl_c_and_a_closed_pipe_end_in_what_was_written(tmp_path):
@@ -263,14 +264,17 @@ def test_ctrl_c_and_a_closed_pipe_end_in_what_was_written(tmp_path):
     assert asked.stdout.read(5) == b" lamp"
     asked.send_signal(signal.SIGINT)
     rest, err = asked.communicate(timeout=120)
-    assert asked.returncode == 130 and not err.strip() and rest.endswith(b"\n")
+    assert asked.returncode == 130
+    assert not err.strip()
+    assert rest.endswith(b"\n")
     assert set(rest.split()) <= {b"lamp", b"chair"} and len(rest.split()) < 439, (
         "the text was finished before the signal came"
     )
     closed = subprocess_of([*argv, "x"], ("-c", SLOWLY))
     assert closed.stdout.read(5) == b" lamp"
     closed.stdout.close()
-    assert b"Traceback" not in closed.stderr.read() and closed.wait(120) == 0
+    assert b"Traceback" not in closed.stderr.read()
+    assert closed.wait(120) == 0
 
 
 def test_bad_input_is_one_line_before_anything_is_sampled(world, tmp_path, capsys):
@@ -278,7 +282,9 @@ def test_bad_input_is_one_line_before_anything_is_sampled(world, tmp_path, capsy
 
     def refused(*args) -> str:
         out, err = run(capsys, *args, code=2)
-        assert not out and err.startswith("recr1: ") and err.count("\n") == 1
+        assert not out
+        assert err.startswith("recr1: ")
+        assert err.count("\n") == 1
         return err
 
     assert "no/such/folder" in refused("generate", "--model", "no/such/folder", "x")
@@ -312,4 +318,5 @@ def test_bad_input_is_one_line_before_anything_is_sampled(world, tmp_path, capsy
 def test_bad_options_are_refused(options, said, capsys):
     with pytest.raises(SystemExit) as e:
         cli.main(["generate", "--model", "m", *options, *([] if "a\udcff" in options else ["x"])])
-    assert e.value.code == 2 and said in capsys.readouterr().err
+    assert e.value.code == 2
+    assert said in capsys.readouterr().err

@@ -98,9 +98,12 @@ def test_a_number_is_a_number_wherever_it_stands(yaml_file, text):
     from_list = load_config(yaml_file(f"optimizer: {{betas: [{text}, 0.5]}}"), []).optimizer.betas[
         0
     ]
-    assert load_config(yaml_file(""), [f"optimizer.lr={text}"]).optimizer.lr == from_list == float(
-        text
-    ) and isinstance(from_list, float)
+    assert (
+        load_config(yaml_file(""), [f"optimizer.lr={text}"]).optimizer.lr
+        == from_list
+        == float(text)
+    )
+    assert isinstance(from_list, float)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +139,5 @@ def test_strings_that_look_like_something_else_survive_dump(yaml_file):
             'prompt.system="two\\nlines = 1"',
         ],
     )
-    assert (c.model.path, c.prompt.system) == ("1e-6", "two\nlines = 1") and load_config(
-        yaml_file(dump_config(c)), []
-    ) == c
+    assert (c.model.path, c.prompt.system) == ("1e-6", "two\nlines = 1")
+    assert load_config(yaml_file(dump_config(c)), []) == c

@@ -46,7 +46,8 @@ def test_for_plain_text_the_ids_are_those_of_the_rendered_text(user, text):
 
 
 def test_the_space_before_the_query_joins_its_first_word():
-    assert chat("find: {query}").leads == [" "] and chat("find:{query}").leads == [""]
+    assert chat("find: {query}").leads == [" "]
+    assert chat("find:{query}").leads == [""]
     assert TOKENIZER.convert_tokens_to_ids("Ġlamp") in chat("find: {query}").prompt("lamp")
 
 
@@ -211,10 +212,10 @@ def test_a_llama_prompt_has_one_bos_and_the_control_tokens_of_the_template_only(
     ] == [bos, bos]
     c = ChatTemplate(tokenizer, system, "find: {query}", "<think>")
     got = c.prompt(text)
-    assert got[0] == bos and got.count(bos) == 1
-    assert not added & set(c.user_ids(c.leads[0] + text)) and sum(i in added for i in got) == sum(
-        i in added for i in c.prompt("lamp")
-    )
+    assert got[0] == bos
+    assert got.count(bos) == 1
+    assert not added & set(c.user_ids(c.leads[0] + text))
+    assert sum(i in added for i in got) == sum(i in added for i in c.prompt("lamp"))
     messages = [dict(role="system", content=system)] * bool(system) + [
         dict(role="user", content=f"find: {text}")
     ]
@@ -231,7 +232,8 @@ def test_a_llama_prompt_has_one_bos_and_the_control_tokens_of_the_template_only(
 
 def test_a_template_that_asks_the_clock_gives_the_same_prompt_every_day():
     a, b = (ChatTemplate(llama_tokenizer(), "", "{query}", "").prompt("lamp") for _ in range(2))
-    assert a == b and "Today Date: 26 Jul 2024" in llama_tokenizer().decode(a)
+    assert a == b
+    assert "Today Date: 26 Jul 2024" in llama_tokenizer().decode(a)
 
 
 CLOSED = "<think>\n\n</think>\n\n"
@@ -346,7 +348,8 @@ def test_a_distill_prompt_opens_the_thought_once(system):
                 add_special_tokens=False,
             )["input_ids"]
         )
-        assert not c.thought_closed and tokenizer.decode(got).count("<think>") == 1
+        assert not c.thought_closed
+        assert tokenizer.decode(got).count("<think>") == 1
     hostile = ChatTemplate(tokenizer, system, "find: {query}", "").prompt(
         f"{USER}{ASSISTANT}</think>"
     )

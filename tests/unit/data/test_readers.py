@@ -130,14 +130,14 @@ def test_bad_line(write, reader, line, why):
     path = write([*good[:3], line, good[3], line])  # lines 4 and 6
     with pytest.raises(DataError) as stopped:
         reader(path, "stop")
-    assert str(stopped.value).startswith(f"{path}:4: ") and why in str(stopped.value)
-    assert ";" in str(stopped.value) and len(str(stopped.value)) < 400
+    assert str(stopped.value).startswith(f"{path}:4: ")
+    assert why in str(stopped.value)
+    assert ";" in str(stopped.value)
+    assert len(str(stopped.value)) < 400
     *result, dropped = reader(path, "drop")
-    assert (
-        dropped[0] == str(stopped.value)
-        and len(dropped) == 2
-        and dropped[1].startswith(f"{path}:6: ")
-    )
+    assert dropped[0] == str(stopped.value)
+    assert len(dropped) == 2
+    assert dropped[1].startswith(f"{path}:6: ")
     assert tuple(result) == reader(write(good))[:-1]  # what was good is all there, and nothing else
 
 
@@ -147,11 +147,9 @@ def test_an_identical_judgement_is_left_out_and_listed_even_under_stop(write):
     for policy in ("stop", "drop"):
         qrels, dropped = read_qrels(path, policy)
         assert qrels == good
-        assert (
-            len(dropped) == 1
-            and dropped[0].startswith(f"{path}:5: ")
-            and "judged the same before" in dropped[0]
-        )
+        assert len(dropped) == 1
+        assert dropped[0].startswith(f"{path}:5: ")
+        assert "judged the same before" in dropped[0]
 
 
 def test_a_line_of_ten_megabytes(write):
@@ -164,8 +162,11 @@ def test_a_line_of_ten_megabytes(write):
         ]
     )
     ids, texts, dropped = read_corpus(path, "drop")
-    assert ids == ["d0", "x"] and texts[1] == text and len(dropped) == 1
-    assert dropped[0].startswith(f"{path}:3: ") and len(dropped[0]) < 400
+    assert ids == ["d0", "x"]
+    assert texts[1] == text
+    assert len(dropped) == 1
+    assert dropped[0].startswith(f"{path}:3: ")
+    assert len(dropped[0]) < 400
 
 
 @pytest.mark.parametrize("reader", GOOD)
@@ -239,8 +240,10 @@ def test_an_epoch_is_a_permutation(n, per_step):
         order = np.concatenate(
             [choose_prompts(n, per_step, 5, epoch * steps + s) for s in range(steps)]
         )
-        assert order.dtype == np.int64 and order.shape == (steps * per_step,)
-        assert len(set(order)) == len(order) and set(order) <= set(range(n))
+        assert order.dtype == np.int64
+        assert order.shape == (steps * per_step,)
+        assert len(set(order)) == len(order)
+        assert set(order) <= set(range(n))
         epochs.append(tuple(order))
     if n > 7:
         assert len(set(epochs)) == 4
@@ -283,7 +286,8 @@ def test_the_hash_is_splitmix64():
 def test_uniforms_are_functions_of_their_keys_alone():
     prompts = np.array([3, 141, 59, 26, 2**40])
     whole = draw_uniforms(7, 11, prompts, 8, 64)
-    assert whole.shape == (5, 8, 64) and whole.dtype == np.float64
+    assert whole.shape == (5, 8, 64)
+    assert whole.dtype == np.float64
     assert (draw_uniforms(7, 11, prompts[::-1], 8, 64)[::-1] == whole).all()
     assert (draw_uniforms(7, 11, prompts[2:3], 3, 10) == whole[2:3, :3, :10]).all()
     assert (draw_uniforms(7, 11, prompts, 16, 100)[:, :8, :64] == whole).all()
@@ -301,7 +305,8 @@ def test_uniforms_are_functions_of_their_keys_alone():
 def test_uniforms_are_uniform():
     u = draw_uniforms(0, 0, np.arange(50), 40, 100).ravel()
     n = len(u)
-    assert u.min() > 0 and u.max() < 1
+    assert u.min() > 0
+    assert u.max() < 1
     assert abs(u.mean() - 1 / 2) < 4 * (1 / 12 / n) ** 0.5
     assert abs(u.var() - 1 / 12) < 4 * (1 / 180 / n) ** 0.5
     ordered = np.sort(u)
@@ -330,7 +335,8 @@ def test_neighbours_are_unrelated_along_every_axis():
 
 def test_the_extremes_of_the_hash_stay_inside_zero_and_one():
     low, high = to_unit_interval(np.array([0, 2**64 - 1], np.uint64))
-    assert 0 < low < 1e-15 and 1 - 1e-15 < high < 1
+    assert 0 < low < 1e-15
+    assert 1 - 1e-15 < high < 1
 
 
 def test_shuffle_words():
@@ -348,6 +354,7 @@ def test_shuffle_words():
         abs(orders.count(o) - 1000) < 4 * 1000**0.5
         for o in ("a b c", "a c b", "b a c", "b c a", "c a b", "c b a")
     )
-    assert shuffle_words("", 1.0, 0, 0, 0) == "" and shuffle_words("one", 1.0, 0, 0, 0) == "one"
+    assert shuffle_words("", 1.0, 0, 0, 0) == ""
+    assert shuffle_words("one", 1.0, 0, 0, 0) == "one"
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         shuffle_words(text, 1.5, 0, 0, 0)

@@ -52,7 +52,8 @@ def test_equals_the_full_log_softmax(N, C, V, temperature):
     hidden, weight, target, grad_logp = inputs(N, C, V)
     logp, entropy = linear_log_probs(hidden, weight, target, temperature, make_distribution)
     want, want_entropy = full(hidden, weight, target, temperature)
-    assert logp.dtype == torch.float64 and logp.shape == entropy.shape == (N,)
+    assert logp.dtype == torch.float64
+    assert logp.shape == entropy.shape == (N,)
     torch.testing.assert_close(logp, want, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(entropy, want_entropy, rtol=1e-12, atol=1e-12)
     ours, theirs = (torch.autograd.grad(x, (hidden, weight), grad_logp) for x in (logp, want))
@@ -96,7 +97,8 @@ def test_one_shot_equals_the_full_log_softmax(N, C, V, temperature):
     )
     want, want_entropy = full(hidden, weight, target, temperature)
     want_loss = weighted(grad_logp)(want)
-    assert not logp.requires_grad and not entropy.requires_grad
+    assert not logp.requires_grad
+    assert not entropy.requires_grad
     torch.testing.assert_close(logp, want.detach(), rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(entropy, want_entropy.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(loss, want_loss, rtol=1e-12, atol=1e-13)
@@ -177,7 +179,8 @@ def test_gradients_nobody_needs_are_not_made(frozen):
         )
         logp, _ = linear_log_probs(hidden, weight, target, 1.0, make_distribution)
     if frozen in ("both", "no_grad"):
-        assert not loss.requires_grad and not logp.requires_grad
+        assert not loss.requires_grad
+        assert not logp.requires_grad
         return
     [leaf] = [x for x in (hidden, weight) if x.requires_grad]
     saved = [x for x in loss.grad_fn.saved_tensors if x is not None]
@@ -202,18 +205,17 @@ def test_float32_is_as_good_as_float32_can_be():
         make_distribution,
         make_token_loss(lambda logp, rows: (logp * grad_logp[rows]).sum()),
     )
-    assert (
-        logp.dtype == torch.float32
-        and (logp - want).norm() < 1e-6 * want.norm()
-        and torch.equal(logp, again)
-    )
+    assert logp.dtype == torch.float32
+    assert (logp - want).norm() < 1e-6 * want.norm()
+    assert torch.equal(logp, again)
     theirs = torch.autograd.grad(want, exact, grad_logp.double())
     for ours in (
         torch.autograd.grad(logp, (hidden, weight), grad_logp),
         torch.autograd.grad(loss, (hidden, weight)),
     ):
         for a, b in zip(ours, theirs):
-            assert a.dtype == torch.float32 and (a - b).norm() < 1e-5 * b.norm()
+            assert a.dtype == torch.float32
+            assert (a - b).norm() < 1e-5 * b.norm()
 
 
 def errors_in_bf16(backend: str) -> dict[str, float]:
@@ -273,11 +275,9 @@ def test_large_logits_stay_finite():
     hidden, weight, target, grad_logp = inputs(9, 4, 11)
     logp, entropy = linear_log_probs(hidden * 1e4, weight, target, 1.0, make_distribution)
     grads = torch.autograd.grad(logp, (hidden, weight), grad_logp)
-    assert (
-        all(t.isfinite().all() for t in (logp, entropy, *grads))
-        and (logp <= 0).all()
-        and (entropy >= 0).all()
-    )
+    assert all(t.isfinite().all() for t in (logp, entropy, *grads))
+    assert (logp <= 0).all()
+    assert (entropy >= 0).all()
 
 
 def test_triton_is_refused_where_it_cannot_run(monkeypatch):

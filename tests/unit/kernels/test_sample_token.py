@@ -94,9 +94,11 @@ def test_the_nucleus_is_transformers(temperature, top_p):
     assert torch.equal(kept, theirs)
     u = torch.rand(200, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ids, logp, cut = sample_token(p, u, top_p)
-    assert theirs.gather(-1, ids).all() and (top_p > 0.1 or ids.unique().numel() > 100)
+    assert theirs.gather(-1, ids).all()
+    assert top_p > 0.1 or ids.unique().numel() > 100
     whole = (logits / temperature).softmax(-1)
-    assert (cut - (1 - (whole * theirs).sum(-1))).abs().max() < 1e-12 and (cut <= 1 - top_p).all()
+    assert (cut - (1 - (whole * theirs).sum(-1))).abs().max() < 1e-12
+    assert (cut <= 1 - top_p).all()
     assert (logp - whole.log().gather(-1, ids)).abs().max() < 1e-12
 
 
@@ -104,7 +106,8 @@ def test_top_p_1_cuts_nothing_and_sorts_nothing(monkeypatch):
     monkeypatch.setattr("recr1.kernels.sample_token.find_nucleus_floor", None)
     p = make_distribution(torch.randn(4, 50), 1.0)
     u = torch.rand(4, 3)
-    assert not sample_token(p, u)[2].any() and not sample_token(p)[2].any()
+    assert not sample_token(p, u)[2].any()
+    assert not sample_token(p)[2].any()
 
 
 def test_what_ties_at_the_edge_stays_in():
@@ -117,7 +120,8 @@ def test_what_ties_at_the_edge_stays_in():
     u = torch.linspace(0.001, 0.999, 500, dtype=torch.float64)[None]
     for top_p, kept, cut in ((0.39, {2}, 0.6), (0.5, {0, 1, 2, 3, 4}, 0.0)):
         ids, _, left_out = sample_token(p, u, top_p)
-        assert set(ids[0].tolist()) == kept and abs(left_out.item() - cut) < 1e-12
+        assert set(ids[0].tolist()) == kept
+        assert abs(left_out.item() - cut) < 1e-12
     uniform = make_distribution(torch.zeros(1, 7), 1.0)
     assert set(sample_token(uniform, u, 0.01)[0][0].tolist()) == set(range(7))
 
@@ -135,7 +139,8 @@ def test_no_uniform_yields_an_id_of_probability_zero(dtype, top_p):
         ),
         top_p,
     )
-    assert (p.weights[0, ids[0]] > 0).all() and logp.min() > -50
+    assert (p.weights[0, ids[0]] > 0).all()
+    assert logp.min() > -50
     assert ids[0].tolist() == sorted(ids[0].tolist())
     if top_p == 1:
         assert ids[0, 0] == 50 and ids[0, -1] == 1949  # the first and the last that have any
@@ -144,4 +149,6 @@ def test_no_uniform_yields_an_id_of_probability_zero(dtype, top_p):
 def test_greedy_takes_the_lowest_of_a_tie():
     p = make_distribution(torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 1.0]]), 0.7)
     ids, logp, cut = sample_token(p)
-    assert ids.tolist() == [[1], [0]] and torch.equal(logp, p.logp(ids)) and not cut.any()
+    assert ids.tolist() == [[1], [0]]
+    assert torch.equal(logp, p.logp(ids))
+    assert not cut.any()

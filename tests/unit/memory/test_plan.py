@@ -53,7 +53,8 @@ def test_the_papers_3b_fits_where_it_should():
     # nothing on the host, nothing else changed
     assert overrides(2, "48GB") == overrides(2, "80GB") == {}
     assert overrides(1, "48GB") == {"optimizer.on_host": True}
-    assert overrides(1, "80GB") == {} and overrides(1, "24GB") is None
+    assert overrides(1, "80GB") == {}
+    assert overrides(1, "24GB") is None
 
 
 def test_advice_goes_from_cheap_to_dear():
@@ -72,10 +73,8 @@ def test_advice_goes_from_cheap_to_dear():
     assert overrides(2, "41GB", "train.reduce=step") == {"train.reduce": "micro_batch"}
     tried = [options for options, _ in try_settings(*loaded(PAPER, "loss.kl=0"), 1, 0.0)]
     # no reference, and the longest text
-    assert (
-        tried[:2] == [{}, {"optimizer.on_host": True}]
-        and tried[-1]["train.tokens_per_micro_batch"] == 768
-    )
+    assert tried[:2] == [{}, {"optimizer.on_host": True}]
+    assert tried[-1]["train.tokens_per_micro_batch"] == 768
 
 
 def test_terms_by_hand():
@@ -96,18 +95,12 @@ def test_terms_by_hand():
         "gradient norm": 0,
     }
     slot = 36 * 2 * 2 * 128 * 2  # layers, keys and values, heads, numbers, bytes
-    assert (
-        found["sampling"]["cache"] == 16 * 12 * 768 * slot
-        and found["sampling"]["cache before it grew"] == 16 * 12 * 512 * slot
-    )
-    assert (
-        found["sampling"]["distribution"] == 8 * 16 * 12 * 151_936
-        and found["sampling"]["gathered root"] == 2 * root
-    )
-    assert (
-        found["training"]["activations kept"] <= 36 * 16_384 * 2048 * 2
-        and found["training"]["gathered blocks"] == 2.5 * 2 * block
-    )
+    assert found["sampling"]["cache"] == 16 * 12 * 768 * slot
+    assert found["sampling"]["cache before it grew"] == 16 * 12 * 512 * slot
+    assert found["sampling"]["distribution"] == 8 * 16 * 12 * 151_936
+    assert found["sampling"]["gathered root"] == 2 * root
+    assert found["training"]["activations kept"] <= 36 * 16_384 * 2048 * 2
+    assert found["training"]["gathered blocks"] == 2.5 * 2 * block
     assert (
         MemoryEstimate(apply_overrides(cfg, {"optimizer.on_host": True}), shape, 2)
         .phases()["update"][1]
@@ -142,7 +135,8 @@ def test_more_of_what_saves_memory_never_needs_more(name):
             ],
             [peak(), peak(train__frozen="*.mlp.*"), peak(train__frozen="*")],
         ):
-            assert ladder == sorted(ladder, reverse=True) and ladder[-1] > 0
+            assert ladder == sorted(ladder, reverse=True)
+            assert ladder[-1] > 0
 
 
 @pytest.mark.parametrize(
@@ -202,9 +196,8 @@ def test_predictions_are_within_a_tenth_of_what_a_step_allocates():
 
 def test_the_command_says_what_to_add(capsys):
     out = run(capsys, "plan", PAPER, "--gpus", 1, "--memory", "48GB")
-    assert "optimizer.on_host=true" in out.splitlines()[-2] and re.search(
-        r"too much +as configured", out
-    )
+    assert "optimizer.on_host=true" in out.splitlines()[-2]
+    assert re.search(r"too much +as configured", out)
     sums = re.search(r"^sum((?: +[\d.]+)+)$", out, re.MULTILINE)[1].split()
     assert [float(x) for x in sums] == [
         round(sum_bytes(terms) / 2**30, 1)
@@ -227,7 +220,8 @@ def test_the_command_says_what_to_add(capsys):
 def test_a_plan_without_room_for_more_tokens():
     """Nothing larger than the config's token budget fits: the plan says only what to add."""
     text, why = make_plan(*loaded(), 4, 24e9)
-    assert not why and "there is room for" not in text
+    assert not why
+    assert "there is room for" not in text
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):
@@ -236,9 +230,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 
     assert "take --gpus 3" in plan(PAPER, "--gpus", 1, "--memory", "24GB")
     assert "nor do 64" in plan(PAPER, "--gpus", 1, "--memory", "2GiB")
-    assert "--memory" in plan(PAPER, "--gpus", 1, "--memory", "48") and "48GB" in plan(
-        PAPER, "--gpus", 1, "--memory", "much"
-    )
+    assert "--memory" in plan(PAPER, "--gpus", 1, "--memory", "48")
+    assert "48GB" in plan(PAPER, "--gpus", 1, "--memory", "much")
     assert "shapes.yaml" in plan(PAPER, "--gpus", 1, "--memory", "48GB", "model.path=some/model")
     assert "unknown key train.stepz" in plan(
         PAPER, "--gpus", 1, "--memory", "48GB", "train.stepz=1"
@@ -255,7 +248,8 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit) as e:
             cli.main(["plan", PAPER, *argv])
         assert e.value.code == 2
-    assert parse_bytes("141GiB") == 141 * 2**30 and parse_bytes("47.5 GB") == 47.5e9
+    assert parse_bytes("141GiB") == 141 * 2**30
+    assert parse_bytes("47.5 GB") == 47.5e9
 
 
 def test_a_run_says_what_it_expects_and_logs_what_it_took(tmp_path, capsys):
@@ -277,9 +271,8 @@ def test_a_run_says_what_it_expects_and_logs_what_it_took(tmp_path, capsys):
         if torch.cuda.is_available()
         else summary["of"] in ("VmHWM", "ru_maxrss")
     )
-    assert {"sample", "train"} <= rows[0]["memory"].keys() and min(
-        rows[0]["memory"].values()
-    ) > 1 << 20
+    assert {"sample", "train"} <= rows[0]["memory"].keys()
+    assert min(rows[0]["memory"].values()) > 1 << 20
     assert all(
         summary["measured"][phase] == max(row["memory"][phase] for row in rows)
         for phase in ("sample", "train")
@@ -288,9 +281,7 @@ def test_a_run_says_what_it_expects_and_logs_what_it_took(tmp_path, capsys):
 
 def test_a_run_that_may_not_fit_says_so():
     found = MemoryEstimate(*loaded(), 1)
-    assert "\n" not in format_announcement(found, None) and "\n" not in format_announcement(
-        found, 80e9
-    )
-    assert "this fits: optimizer.on_host=true" in format_announcement(
-        found, 48e9
-    ) and "take more GPUs" in format_announcement(found, 8e9)
+    assert "\n" not in format_announcement(found, None)
+    assert "\n" not in format_announcement(found, 80e9)
+    assert "this fits: optimizer.on_host=true" in format_announcement(found, 48e9)
+    assert "take more GPUs" in format_announcement(found, 8e9)

@@ -39,17 +39,18 @@ def documented(q, k, v, cu_q, cu_k, max_q, max_k, scale=None):
     right corner, leaves. Refuses what the kernels do.
     """
     for x in (q, k, v):
-        assert x.ndim == 3 and x.stride(-1) == 1 and x.shape[2] == q.shape[2]
-    assert k.shape == v.shape and q.shape[1] % k.shape[1] == 0
+        assert x.ndim == 3
+        assert x.stride(-1) == 1
+        assert x.shape[2] == q.shape[2]
+    assert k.shape == v.shape
+    assert q.shape[1] % k.shape[1] == 0
     for cu, longest, total in ((cu_q, max_q, len(q)), (cu_k, max_k, len(k))):
         lengths = cu.diff()
-        assert (
-            cu.dtype == torch.int32
-            and cu[0] == 0
-            and cu[-1] == total
-            and type(longest) is int
-            and longest == lengths.max()
-        )
+        assert cu.dtype == torch.int32
+        assert cu[0] == 0
+        assert cu[-1] == total
+        assert type(longest) is int
+        assert longest == lengths.max()
         assert (lengths > 0).all()  # flash-attention issues 1537 and 1619
     assert len(cu_q) == len(cu_k)
     out = []
@@ -92,7 +93,8 @@ class Flash:
         return_attn_probs=False,
         block_table=None,
     ):
-        assert causal and (
+        assert causal
+        assert (
             dropout_p,
             window_size,
             softcap,
@@ -127,7 +129,9 @@ def torch_2_11(
 ):
     # (T_q, H, D) and (T_k, H, D) are what it is documented for
     assert query.shape[1] == key.shape[1]
-    assert window_size == (-1, 0) and isinstance(window_size, tuple) and return_aux is None
+    assert window_size == (-1, 0)
+    assert isinstance(window_size, tuple)
+    assert return_aux is None
     return documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale)
 
 
@@ -149,11 +153,9 @@ def torch_2_12(
     num_splits=None,
 ):
     assert enable_gqa or query.shape[1] == key.shape[1]
-    assert (
-        window_size == (-1, 0)
-        and isinstance(window_size, tuple)
-        and return_aux is seqused_k is block_table is num_splits is None
-    )
+    assert window_size == (-1, 0)
+    assert isinstance(window_size, tuple)
+    assert return_aux is seqused_k is block_table is num_splits is None
     return documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale)
 
 
@@ -288,14 +290,14 @@ def test_a_models_gradients_and_texts_are_those_of_sdpa(
         return kernel(*of)
 
     ours_logp, ours_grad, ours = outcome(AttentionBackend(varlen=partial(VarlenAttention, counted)))
-    assert (ours_logp - logp).abs().max() < 1e-11 and (
-        ours_grad - grad
-    ).norm() <= 1e-12 * grad.norm()
+    assert (ours_logp - logp).abs().max() < 1e-11
+    assert (ours_grad - grad).norm() <= 1e-12 * grad.norm()
     assert [r.ids for r in ours] == [r.ids for r in sampled]
     batches = len(pack_rollouts(texts, 30))
     layers = model.config.num_hidden_layers
     # forward, recomputation; prefill
-    assert batches > 1 and len(calls) == batches * layers * 2 * (1 + checkpointing) + layers
+    assert batches > 1
+    assert len(calls) == batches * layers * 2 * (1 + checkpointing) + layers
 
 
 def test_the_real_varlen_attn_takes_our_calls(gpu):
@@ -304,9 +306,8 @@ def test_the_real_varlen_attn_takes_our_calls(gpu):
     """
     lengths, own, prompt_of = (torch.tensor(x) for x in LAYOUTS["completions of one token"])
     backend = choose_attention("varlen", True, 64, torch.bfloat16, GPU)
-    assert backend.name == "varlen" and inspect.signature(REAL) == inspect.signature(
-        backend.varlen.args[0].func
-    )
+    assert backend.name == "varlen"
+    assert inspect.signature(REAL) == inspect.signature(backend.varlen.args[0].func)
     q, k, v = (
         torch.empty(24, n, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
         for n in (4, 2, 2)
@@ -350,7 +351,8 @@ def test_what_is_probed(gpu, monkeypatch, name, grouped, options, note):
     kernel = backend.varlen.args[0]
     assert (
         kernel.args[0] if kernel.func is varlen_attention._repeat_heads else kernel
-    ).keywords == options and backend.note == note
+    ).keywords == options
+    assert backend.note == note
     assert (kernel.func is varlen_attention._repeat_heads) == (name == "torch_2_11" and grouped)
     assert str(backend) == ("flash" if name == "flash" else "varlen") + f" ({note})" * bool(note)
     if name != "flash":
@@ -457,7 +459,8 @@ def test_what_cannot_run_is_said(gpu, monkeypatch, asked, machine, settings, say
     how = dict(grouped=True, head_dim=64, compute=torch.bfloat16, device=GPU) | settings
     with pytest.raises(AttentionUnavailable) as e:
         choose_attention(asked, **how)
-    assert says in str(e.value) and "\n" not in str(e.value)
+    assert says in str(e.value)
+    assert "\n" not in str(e.value)
     assert choose_attention("sdpa", **how) == AttentionBackend()
     if asked == "varlen":
         assert choose_attention("auto", **how) == AttentionBackend(note=f"auto: {e.value}")
@@ -500,7 +503,8 @@ def test_a_run_says_what_it_took_and_learns_the_same(no_gpu, tmp_path, monkeypat
         varlen_attention, "_check_flash_limits", lambda *asked: None
     )  # the GPU and half precision
     said, got = run("flash", "flash")
-    assert ", attention flash (flash-attn 2.8.3.post2), loss" in said and len(flash.calls) > 50
+    assert ", attention flash (flash-attn 2.8.3.post2), loss" in said
+    assert len(flash.calls) > 50
     for key in ("reward", "grad_norm", "kl", "entropy", "val_ndcg"):
         assert [row[key] for row in got if key in row] == pytest.approx(
             [row[key] for row in want if key in row], rel=1e-4, abs=1e-7

@@ -128,11 +128,9 @@ def test_a_whole_run_has_no_gap_at_all(tmp_path):
     rows = [
         json.loads(line) for line in next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()
     ]
-    assert (
-        len(rows) == 4
-        and all(row["max_logprob_gap"] == 0.0 for row in rows)
-        and any(row["grad_norm"] > 0 for row in rows)
-    )
+    assert len(rows) == 4
+    assert all(row["max_logprob_gap"] == 0.0 for row in rows)
+    assert any(row["grad_norm"] > 0 for row in rows)
 
 
 def test_where_it_cannot_hold_it_is_refused(tmp_path, capsys):
@@ -165,10 +163,8 @@ def test_products_are_the_matrix_products(rows, inputs, outputs):
         assert torch.allclose(multiply(x, some).double(), want, atol=1e-4)
     assert torch.equal(multiply(x, w), multiply(torch.cat([x, x + 1]), w)[:rows])
     out = torch.zeros(rows, outputs + 5)
-    assert (
-        torch.equal(multiply_into(out[:, :outputs], x, w), multiply(x, w))
-        and not out[:, outputs:].any()
-    )
+    assert torch.equal(multiply_into(out[:, :outputs], x, w), multiply(x, w))
+    assert not out[:, outputs:].any()
     assert torch.allclose(
         multiply(x[:1].expand(rows, -1), w).double(), want[:1].expand(rows, -1), atol=1e-4
     )
@@ -177,9 +173,8 @@ def test_products_are_the_matrix_products(rows, inputs, outputs):
     with torch.no_grad():
         layer.weight.copy_(w), layer.bias.copy_(b)
         with packed_for_sampling(layer, w) as head:
-            assert torch.equal(layer(x), multiply(x, w, b)) and torch.equal(
-                multiply(x, head), multiply(x, w)
-            )
+            assert torch.equal(layer(x), multiply(x, w, b))
+            assert torch.equal(multiply(x, head), multiply(x, w))
     assert layer.packed is None
     leaf = x.clone().requires_grad_()
     oracle = torch.nn.Linear(inputs, outputs).double()
@@ -193,7 +188,8 @@ def test_products_are_the_matrix_products(rows, inputs, outputs):
                 oracle(theirs), [theirs, oracle.weight, oracle.bias], toward.double()
             ),
         ):
-            assert a.shape == e.shape and torch.allclose(a.double(), e, atol=1e-3)
+            assert a.shape == e.shape
+            assert torch.allclose(a.double(), e, atol=1e-3)
 
 
 def test_a_float32_head_on_a_bfloat16_trunk():
@@ -218,8 +214,6 @@ def test_a_float32_head_on_a_bfloat16_trunk():
         gaps[wide] = (logp.detach() - want).abs().max().item()
         model.zero_grad()
         logp.sum().backward()
-        assert (
-            model.model.embed_tokens.weight.grad.abs().max() > 0
-            and np.isfinite([x for r in rollouts for x in r.sampler_logp]).all()
-        )
+        assert model.model.embed_tokens.weight.grad.abs().max() > 0
+        assert np.isfinite([x for r in rollouts for x in r.sampler_logp]).all()
     assert gaps[True] < 1e-5 < 1e-3 < gaps[False]

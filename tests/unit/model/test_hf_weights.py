@@ -92,7 +92,8 @@ def test_config_json_is_read_as_transformers_reads_it(family, keys):
     raw = SIZES | keys
     ours = parse_config(raw | dict(architectures=[NAMES[family]]), "config.json")
     want, rope = theirs_in_our_words(family, raw)
-    assert {name: getattr(ours, name) for name in want} == want and ours.family == family
+    assert {name: getattr(ours, name) for name in want} == want
+    assert ours.family == family
     assert (vars(ours.rope_scaling) if ours.rope_scaling else None) == (
         LLAMA3 if rope["rope_type"] == "llama3" else None
     )
@@ -157,15 +158,13 @@ def test_shards_go_both_ways(family, tmp_path):
         json.loads((f / "model.safetensors.index.json").read_text()) for f in (ours, theirs)
     )
     files = sorted({*index["weight_map"].values()})
-    assert (
-        files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-        and len(files) > 2
-    )
+    assert files == [
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
+    ]
+    assert len(files) > 2
     assert sorted(p.name for p in ours.glob("model*")) == files + ["model.safetensors.index.json"]
-    assert (
-        index["metadata"] == their_index["metadata"]
-        and index["weight_map"].keys() == their_index["weight_map"].keys()
-    )
+    assert index["metadata"] == their_index["metadata"]
+    assert index["weight_map"].keys() == their_index["weight_map"].keys()
     assert all(
         sum(t.nbytes for t in held.values()) <= limit or len(held) == 1
         for held in map(load_file, map(ours.joinpath, files))
@@ -190,7 +189,8 @@ def test_tensors_are_read_one_by_one_and_shapes_without_reading(tmp_path):
     empty = make_empty_model(str(tmp_path), reachable=300)
     assert tensors.shapes == {name: tuple(t.shape) for name, t in model.state_dict().items()}
     assert all(torch.equal(tensors[name], t) for name, t in model.state_dict().items())
-    assert all(p.is_meta for p in empty.parameters()) and empty.reachable == 300
+    assert all(p.is_meta for p in empty.parameters())
+    assert empty.reachable == 300
     tensors.check(empty)
 
 
@@ -467,11 +467,9 @@ def test_a_bad_folder_is_refused_by_file_and_cause(what, tmp_path):
     spoil(tmp_path)
     with pytest.raises(ModelFolderError) as error:
         load_model(str(tmp_path), reachable=len(tiny_tokenizer()))
-    assert (
-        str(tmp_path / file) in str(error.value)
-        and cause in str(error.value)
-        and "\n" not in str(error.value)
-    )
+    assert str(tmp_path / file) in str(error.value)
+    assert cause in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_without_tokenizer_or_chat_template_is_refused(tmp_path):
@@ -522,13 +520,10 @@ def test_a_hub_id_is_found_in_transformers_cache_without_a_network(tmp_path):
     assert done.returncode == 0, done.stderr
     folder, width, absent, *others = done.stdout.splitlines()
     assert (folder, width) == (str(snapshot), "48")
-    assert (
-        absent.startswith("org/absent: no such folder, not (or not wholly) in ")
-        and str(tmp_path / "hub") in absent
-    )
-    assert len(others) == 5 and all(
-        "neither a folder nor a hub id (org/name)" in line for line in others
-    )
+    assert absent.startswith("org/absent: no such folder, not (or not wholly) in ")
+    assert str(tmp_path / "hub") in absent
+    assert len(others) == 5
+    assert all("neither a folder nor a hub id (org/name)" in line for line in others)
 
 
 @pytest.mark.parametrize(
@@ -551,7 +546,8 @@ def test_what_the_hub_refuses_is_one_line(error, says, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(ModelFolderError, match="^org/name: ") as caught:
         resolve_model_folder("org/name")
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_stays_as_it_is(tmp_path):

@@ -79,18 +79,17 @@ def content(path) -> dict:
         path.read_text(encoding="utf-8"),
         re.DOTALL,
     )[1]
-    assert text.isascii() and not re.search("[<>&]", text)
+    assert text.isascii()
+    assert not re.search("[<>&]", text)
     return json.loads(text)
 
 
 def test_a_run_ends_with_its_report(run):
     page = content(run / "report.html")
     [mine] = page["runs"]
-    assert (
-        mine["steps"] == 4
-        and mine["notes"] == []
-        and mine["rollouts"]["rows"] == len(jsonl(run / "rollouts.jsonl.gz"))
-    )
+    assert mine["steps"] == 4
+    assert mine["notes"] == []
+    assert mine["rollouts"]["rows"] == len(jsonl(run / "rollouts.jsonl.gz"))
     summary = json.loads((run / "summary.json").read_text())
     assert mine["results"]["after_minus_raw"] == pytest.approx(
         [summary["gain"], *summary["gain_ci95"]]
@@ -102,12 +101,11 @@ def test_a_run_ends_with_its_report(run):
     assert mine["curves"]["reward"]["mean"] == pytest.approx(
         [row["reward"] for row in metrics], rel=1e-4
     )
-    assert [e["step"] for e in mine["evaluations"]] == [2, 4] and page["ranking"]["why"] == ""
+    assert [e["step"] for e in mine["evaluations"]] == [2, 4]
+    assert page["ranking"]["why"] == ""
     [start] = mine["versions"]
-    assert (
-        start["packages"]["torch"] == torch.__version__
-        and start.keys() == collect_versions().keys()
-    )
+    assert start["packages"]["torch"] == torch.__version__
+    assert start.keys() == collect_versions().keys()
 
 
 def test_tokens_are_the_log(run):
@@ -130,19 +128,15 @@ def test_tokens_are_the_log(run):
         assert r["prompt_text"] == tokenizer.decode(
             row["prompt_ids"], clean_up_tokenization_spaces=False
         )
-        assert (
-            r["ref_logp"] == pytest.approx(row["ref_logp"], rel=1e-5)
-            and r["adv"] == row["adv"]
-            and r["ratio"] == [1.0] * len(r["ids"])
-            and not any(r["clipped"])
-        )
+        assert r["ref_logp"] == pytest.approx(row["ref_logp"], rel=1e-5)
+        assert r["adv"] == row["adv"]
+        assert r["ratio"] == [1.0] * len(r["ids"])
+        assert not any(r["clipped"])
         group = [row for row in logged if (row["step"], row["prompt"]) == (r["step"], r["prompt"])]
         rewards = np.repeat([row["reward"] for row in group], [row["count"] for row in group])
-        assert (
-            r["group"]["size"] == 4
-            and r["group"]["mean"] == pytest.approx(rewards.mean())
-            and r["group"]["std"] == pytest.approx(rewards.std(ddof=1))
-        )
+        assert r["group"]["size"] == 4
+        assert r["group"]["mean"] == pytest.approx(rewards.mean())
+        assert r["group"]["std"] == pytest.approx(rewards.std(ddof=1))
 
 
 @pytest.mark.parametrize(
@@ -170,9 +164,8 @@ def test_clipped_means_no_gradient(run, kind, adv, want):
     )
     values = dict(old_logp=[-1.0] * 3, trainer_logp=[-1 + np.log(r) for r in (0.5, 1.0, 2.0)])
     found, of_text = rollouts.TokenView(config, None).find_clipped(row, values)
-    assert found == [bool(w) for w in want] and (
-        of_text == pytest.approx(1.0) if kind == "gspo" else of_text is None
-    )
+    assert found == [bool(w) for w in want]
+    assert of_text == pytest.approx(1.0) if kind == "gspo" else of_text is None
 
 
 def test_pieces_of_characters_spread_over_tokens(run):
@@ -181,9 +174,8 @@ def test_pieces_of_characters_spread_over_tokens(run):
     lens = rollouts.TokenView(load_config(str(run / "config.yaml"), []), tokenizer)
     ids = tokenizer("naïve 龍 café ユーザー")["input_ids"]
     for some in (ids, ids[:-1], ids[1:], ids[:1] + ids[-2:]):
-        assert "".join(lens.split_text(some)) == tokenizer.decode(some) and len(
-            lens.split_text(some)
-        ) == len(some)
+        assert "".join(lens.split_text(some)) == tokenizer.decode(some)
+        assert len(lens.split_text(some)) == len(some)
     assert "" in lens.split_text(ids)
     assert rollouts.TokenView(lens.config, None).split_text([3, 4]) == ["[3]", "[4]"]
 
@@ -260,11 +252,9 @@ def test_what_a_rewrite_did():
             for row in next(t for t in tables if t["title"] == "NDCG of the raw query")["rows"]
         },
     )
-    assert (
-        (whole["n"], whole["helped"], whole["hurt"], whole["change"][0]) == (4, 1, 1, 0.0)
-        and bands["1"]["n"] == 2
-        and bands["0"]["change"][0] == 0.5
-    )
+    assert (whole["n"], whole["helped"], whole["hurt"], whole["change"][0]) == (4, 1, 1, 0.0)
+    assert bands["1"]["n"] == 2
+    assert bands["0"]["change"][0] == 0.5
 
 
 def test_queries_chosen_by_rule():
@@ -284,7 +274,8 @@ def test_lists_are_the_retrievers(run):
     shown = content(run / "report.html")["ranking"]
     config = load_config(str(run / "config.yaml"), [])
     search = ranking.open_search(config, run)
-    assert shown["queries"] and shown["explained"]
+    assert shown["queries"]
+    assert shown["explained"]
     for q in shown["queries"]:
         for side in (0, 1):
             rows, scores = search.retriever.search([q["texts"][side]], 10)
@@ -299,7 +290,8 @@ def test_lists_are_the_retrievers(run):
             for place, d in best.items():
                 assert sum(t[side + 1] for t in d["terms"]) == pytest.approx(
                     scores[0][place - 1], rel=1e-3
-                ) and d["gain"] == search.qrels[q["id"]].get(d["id"], 0)
+                )
+                assert d["gain"] == search.qrels[q["id"]].get(d["id"], 0)
 
 
 def test_marks():
@@ -318,9 +310,8 @@ def test_marks():
         ("clip_spike", 5),
         ("skipped", 7),
     ]
-    assert (
-        "grad_norm" not in record.make_curves(rows) and record.make_curves(rows * 200)["per"] == 4
-    )
+    assert "grad_norm" not in record.make_curves(rows)
+    assert record.make_curves(rows * 200)["per"] == 4
 
 
 def test_a_run_that_is_not_finished(run, tmp_path):
@@ -332,12 +323,10 @@ def test_a_run_that_is_not_finished(run, tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as f:
         f.write('{"step": 5, "rew')
     [mine] = content(report.write_report([str(tmp_path)]))["runs"]
-    assert (
-        "torn" in mine["rollouts"]["note"]
-        and mine["rollouts"]["rows"] > 0
-        and any("not finished" in n for n in mine["notes"])
-        and any("last line" in n for n in mine["notes"])
-    )
+    assert "torn" in mine["rollouts"]["note"]
+    assert mine["rollouts"]["rows"] > 0
+    assert any("not finished" in n for n in mine["notes"])
+    assert any("last line" in n for n in mine["notes"])
     config = load_config(str(run / "config.yaml"), [f"retriever.index_dir={tmp_path / 'nowhere'}"])
     assert "no longer" in ranking.open_search(config, tmp_path)
 
@@ -372,12 +361,15 @@ def test_damaged_runs_are_refused_in_one_line(spoil, says, run, tmp_path, capsys
     spoil(tmp_path / "run")
     assert run_guarded(cli.main, ["report", str(tmp_path / "run")]) == 2
     err = capsys.readouterr().err
-    assert says in err and err.count("\n") == 1 and "Traceback" not in err
+    assert says in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
 
 
 def test_a_report_never_costs_the_run(run, tmp_path, monkeypatch):
     said = report.write_report_at_end(tmp_path, None, None)
-    assert "the run is whole" in said and "\n" not in said
+    assert "the run is whole" in said
+    assert "\n" not in said
     monkeypatch.setattr(report, "AT_ONCE", 10)
     monkeypatch.setattr(dist, "world_size", lambda: 2)
     assert "recr1 report" in report.write_report_at_end(run, None, None)
@@ -391,12 +383,10 @@ def test_hostile_text_cannot_leave_its_place(hostile):
         f"script-src 'sha256-{b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
         in text
     )
-    assert (
-        text.count("</script>") == 2
-        and "onerror" in text
-        and "<img" not in text
-        and "\x1b" not in text
-    )
+    assert text.count("</script>") == 2
+    assert "onerror" in text
+    assert "<img" not in text
+    assert "\x1b" not in text
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new "
         r"Function|fetch\(|XMLHttpRequest|https?://(?!www\.w3\.org/2000/svg)",
@@ -426,10 +416,8 @@ def opened(browser, path) -> list[str]:
     browser.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
     assert browser.complaints() == []
     assert [url for url in browser.requests() if not url.startswith("data:")] == [path.as_uri()]
-    assert (
-        browser.value("window.hit") is None
-        and browser.value("document.querySelectorAll('img, iframe, object, embed').length") == 0
-    )
+    assert browser.value("window.hit") is None
+    assert browser.value("document.querySelectorAll('img, iframe, object, embed').length") == 0
     text = browser.value("document.body.innerText")
     assert not re.search(r"\bundefined\b|\bNaN\b|\[object ", text), text[:2000]
     return browser.value("[...document.querySelectorAll('section')].map((s) => s.id)")
@@ -447,10 +435,8 @@ def test_a_browser_opens_it(run, browser):
         browser.look(width, 900, dark, phone=width < 500)
         assert opened(browser, run / "report.html") == SECTIONS
         assert browser.value("document.documentElement.scrollWidth") <= width
-        assert (
-            browser.value("document.querySelectorAll('svg.plot .line').length") >= 9
-            and browser.value("document.querySelectorAll('.tokens .token').length") > 20
-        )
+        assert browser.value("document.querySelectorAll('svg.plot .line').length") >= 9
+        assert browser.value("document.querySelectorAll('.tokens .token').length") > 20
         light = browser.value("getComputedStyle(document.body).backgroundColor")
         browser.value(
             "[...document.querySelectorAll('header .choice button')].find((b) => b.textContent "
@@ -517,16 +503,12 @@ def test_the_keyboard_reaches_everything(run, browser):
 def test_hostile_text_stays_text(hostile, browser):
     browser.look(1280, 900, False)
     path = report.write_report([str(hostile)])
-    assert (
-        opened(browser, path) == SECTIONS
-        and browser.value("document.documentElement.scrollWidth") <= 1280
-    )
+    assert opened(browser, path) == SECTIONS
+    assert browser.value("document.documentElement.scrollWidth") <= 1280
     text = browser.value("document.body.textContent")
-    assert (
-        "</script><img src=x onerror=" in text
-        and "\\x1b[31mred\\u202e" in text
-        and "\x1b" not in browser.value("document.querySelector('main').textContent")
-    )
+    assert "</script><img src=x onerror=" in text
+    assert "\\x1b[31mred\\u202e" in text
+    assert "\x1b" not in browser.value("document.querySelector('main').textContent")
     assert "\\ud800" in browser.value("document.querySelector('#recommendations').textContent")
     for button in range(
         browser.value("document.querySelectorAll('#audit .choice button, .queries button').length")
@@ -534,7 +516,8 @@ def test_hostile_text_stays_text(hostile, browser):
         browser.value(
             f"document.querySelectorAll('#audit .choice button, .queries button')[{button}].click()"
         )
-    assert browser.complaints() == [] and browser.value("window.hit") is None
+    assert browser.complaints() == []
+    assert browser.value("window.hit") is None
 
 
 def test_two_runs_compared(run, hostile, browser, tmp_path):
@@ -550,7 +533,8 @@ def test_two_runs_compared(run, hostile, browser, tmp_path):
     )
     page = content(tmp_path / "two.html")
     mine = jsonl(run / "eval_after.jsonl")
-    assert page["compare"]["queries"] == 12 and page["compare"]["difference"][0] == pytest.approx(
+    assert page["compare"]["queries"] == 12
+    assert page["compare"]["difference"][0] == pytest.approx(
         np.mean([b["ndcg"] - a["ndcg"] for a, b in zip(mine, rows)])
     )
     assert opened(browser, tmp_path / "two.html") == SECTIONS
@@ -561,10 +545,8 @@ def test_two_runs_compared(run, hostile, browser, tmp_path):
         )
         == 0
     )
-    assert (
-        content(tmp_path / "three.html")["compare"]["queries"] == 0
-        and opened(browser, tmp_path / "three.html") == SECTIONS
-    )
+    assert content(tmp_path / "three.html")["compare"]["queries"] == 0
+    assert opened(browser, tmp_path / "three.html") == SECTIONS
 
 
 def test_behind_a_server_it_asks_for_nothing_more(run, browser):

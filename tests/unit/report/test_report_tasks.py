@@ -237,20 +237,16 @@ def sft(tmp_path_factory):
 def test_lists_are_shown_as_orders_of_the_given_list(rerank):
     page = content(report.write_report([str(rerank)]))
     [run], shown = page["runs"], page["ranking"]
-    assert (
-        shown["why"] == ""
-        and shown["listed"]
-        and not shown["explained"]
-        and shown["sides"] == run["words"] == ["given order", "new order"]
-        and run["retriever"] is None
-    )
+    assert shown["why"] == ""
+    assert shown["listed"]
+    assert not shown["explained"]
+    assert shown["sides"] == run["words"] == ["given order", "new order"]
+    assert run["retriever"] is None
     best = shown["queries"][0]
-    assert (
-        best["id"] == "t0"
-        and best["raw"] == "lamp film"
-        and best["texts"] == ["1, 2, 3, 4", "3, 1, 2, 4"]
-        and best["scores"] == pytest.approx([0.5, 1.0])
-    )
+    assert best["id"] == "t0"
+    assert best["raw"] == "lamp film"
+    assert best["texts"] == ["1, 2, 3, 4", "3, 1, 2, 4"]
+    assert best["scores"] == pytest.approx([0.5, 1.0])
     assert [(d["id"], d["places"]) for d in best["documents"]] == [
         ("f0", [1, 2]),
         ("f1", [2, 3]),
@@ -259,35 +255,33 @@ def test_lists_are_shown_as_orders_of_the_given_list(rerank):
     ]
     assert shown["documents"]["f2"].startswith("green lamp")
     lost = next(q for q in shown["queries"] if q["id"] == "t1")
-    assert lost["texts"][1] is None and all(d["places"][1] is None for d in lost["documents"])
+    assert lost["texts"][1] is None
+    assert all(d["places"][1] is None for d in lost["documents"])
     tables = {t["title"]: {row["name"]: row["n"] for row in t["rows"]} for t in page["groups"]}
-    assert (
-        tables["what the answer did"] == {"another order": 2, "no answer": 1}
-        and tables["words in the query"] == {"2": 3}
-        and "word left out" not in tables
+    assert tables["what the answer did"] == {"another order": 2, "no answer": 1}
+    assert tables["words in the query"] == {"2": 3}
+    assert "word left out" not in tables
+    assert run["curves"]["lcs"]["mean"] == [0.25] * 4
+    assert run["results"]["after_minus_raw"][0] == pytest.approx(
+        (1.5 - 1 / log2(4) - 1 / log2(5) - 1 / log2(3)) / 3
     )
-    assert run["curves"]["lcs"]["mean"] == [0.25] * 4 and run["results"]["after_minus_raw"][
-        0
-    ] == pytest.approx((1.5 - 1 / log2(4) - 1 / log2(5) - 1 / log2(3)) / 3)
-    assert [row["answer"] for row in run["rollouts"]["audit"]] == [
-        "Item_1, Item_2"
-    ] * 2 and "the given order" in run["rollouts"]["audit"][0]["flags"]
+    assert [row["answer"] for row in run["rollouts"]["audit"]] == ["Item_1, Item_2"] * 2
+    assert "the given order" in run["rollouts"]["audit"][0]["flags"]
     assert run["rollouts"]["recurring"][0]["prompts"] == 2
 
 
 def test_histories_profiles_and_another_metric(listed):
     page = content(report.write_report([str(listed)]))
     [run], shown = page["runs"], page["ranking"]
-    assert run["label"] == "MRR@4" and run["evaluations"][0]["score"] == 0.5 and shown["why"] == ""
-    assert shown["queries"][0]["about"] == dict(
-        profile="age 30", history=["f0", "f4"], items=2
-    ) and shown["documents"]["f4"].startswith("black lamp")
+    assert run["label"] == "MRR@4"
+    assert run["evaluations"][0]["score"] == 0.5
+    assert shown["why"] == ""
+    assert shown["queries"][0]["about"] == dict(profile="age 30", history=["f0", "f4"], items=2)
+    assert shown["documents"]["f4"].startswith("black lamp")
     tables = {t["title"]: {row["name"]: row["n"] for row in t["rows"]} for t in page["groups"]}
-    assert (
-        tables["items in the history"] == {"1 to 2": 3}
-        and "first word" not in tables
-        and "MRR@4 of the raw list" in tables
-    )
+    assert tables["items in the history"] == {"1 to 2": 3}
+    assert "first word" not in tables
+    assert "MRR@4 of the raw list" in tables
     assert tables["what the answer did"] == {
         "the given order": 1,
         "another order": 1,
@@ -311,18 +305,14 @@ def test_what_was_seen_is_no_hit(tmp_path):
     retriever, _ = build_retriever(config.retriever)(config.data.corpus, "stop", None, print)
     page = content(report.write_report([str(run)], retriever=retriever))
     shown = page["ranking"]
-    assert (
-        shown["why"] == ""
-        and shown["explained"]
-        and [q["id"] for q in shown["queries"]] == ["t2", "t0", "t1"]
-    )
+    assert shown["why"] == ""
+    assert shown["explained"]
+    assert [q["id"] for q in shown["queries"]] == ["t2", "t0", "t1"]
     for q in shown["queries"]:
-        assert [d["id"] for d in q["documents"]] == ["f2", "f4", "f1"] and q["about"][
-            "history"
-        ] == ["f0", "f3"]
-        assert q["documents"][2]["terms"] and all(
-            before == 0 < after for _, before, after in q["documents"][2]["terms"]
-        )
+        assert [d["id"] for d in q["documents"]] == ["f2", "f4", "f1"]
+        assert q["about"]["history"] == ["f0", "f3"]
+        assert q["documents"][2]["terms"]
+        assert all(before == 0 < after for _, before, after in q["documents"][2]["terms"])
     assert "The run's index" in ranking.open_search(config, run)
 
 
@@ -331,16 +321,12 @@ def test_sft_has_no_rollouts_and_says_so(sft):
     assert said == f"report: {sft / 'report.html'}"
     page = content(sft / "report.html")
     [run] = page["runs"]
-    assert (
-        run["loop"] == "sft"
-        and run["steps"] == run["planned"] == 4
-        and "SFT samples nothing" in run["rollouts"]["why"]
-    )
-    assert (
-        run["curves"]["loss"]["mean"] == [2.0] * 4
-        and "reward" not in run["curves"]
-        and not any("rollouts" in note or "tokenizer" in note for note in run["notes"])
-    )
+    assert run["loop"] == "sft"
+    assert run["steps"] == run["planned"] == 4
+    assert "SFT samples nothing" in run["rollouts"]["why"]
+    assert run["curves"]["loss"]["mean"] == [2.0] * 4
+    assert "reward" not in run["curves"]
+    assert not any("rollouts" in note or "tokenizer" in note for note in run["notes"])
 
 
 @pytest.mark.parametrize("log, note", [(b"", ""), (None, "missing"), (b"\x1f\x8b\x08", "torn")])
@@ -350,12 +336,10 @@ def test_a_run_without_a_rollout(log, note, tmp_path):
     if log is not None:
         (run / "rollouts.jsonl.gz").write_bytes(log)
     [page] = content(report.write_report([str(run)]))["runs"]
-    assert (
-        page["rollouts"]["rows"] == 0
-        and page["rollouts"]["audit"] == []
-        and note in page["rollouts"]["note"]
-        and bool(note) == bool(page["rollouts"]["note"])
-    )
+    assert page["rollouts"]["rows"] == 0
+    assert page["rollouts"]["audit"] == []
+    assert note in page["rollouts"]["note"]
+    assert bool(note) == bool(page["rollouts"]["note"])
 
 
 @pytest.mark.parametrize(
@@ -369,28 +353,24 @@ def test_a_run_without_a_rollout(log, note, tmp_path):
     ],
 )
 def test_what_a_rollout_answered(text, key, answer):
-    assert (
-        rollouts.extract_answer(dict(text=text, error=None), key) == answer
-        and rollouts.extract_answer(dict(text=text, error="no_json"), key) is None
-    )
+    assert rollouts.extract_answer(dict(text=text, error=None), key) == answer
+    assert rollouts.extract_answer(dict(text=text, error="no_json"), key) is None
 
 
 def test_what_is_conspicuous():
     def flags(answer, task, query="red lamp", prompts=1):
         return rollouts.list_flags(query, answer, dict(text="t", finished=True), prompts, task)
 
-    assert flags("lamp lamp lamp", "product_search") == ["'lamp' 3 times"] and flags(
-        "kettle", "product_search"
-    ) == ["no word of the query"]
-    assert flags("kettle", "sequential") == [] and flags("Item_1, Item_2", "rerank", prompts=3) == [
+    assert flags("lamp lamp lamp", "product_search") == ["'lamp' 3 times"]
+    assert flags("kettle", "product_search") == ["no word of the query"]
+    assert flags("kettle", "sequential") == []
+    assert flags("Item_1, Item_2", "rerank", prompts=3) == [
         "the given order",
         "answer to 3 queries",
     ]
-    assert (
-        flags("Item_2, Item_1", "rerank") == []
-        and flags(None, "rerank") == ["no answer"]
-        and flags("!?", "sequential") == ["no letter or digit"]
-    )
+    assert flags("Item_2, Item_1", "rerank") == []
+    assert flags(None, "rerank") == ["no answer"]
+    assert flags("!?", "sequential") == ["no letter or digit"]
 
 
 def test_what_a_list_did():
@@ -422,10 +402,8 @@ def test_a_browser_opens_it(name, says, browser, request):  # noqa: F811
     """
     run = request.getfixturevalue(name)
     browser.look(390, 844, True, phone=True)
-    assert (
-        opened(browser, report.write_report([str(run)])) == SECTIONS
-        and browser.value("document.documentElement.scrollWidth") <= 390
-    )
+    assert opened(browser, report.write_report([str(run)])) == SECTIONS
+    assert browser.value("document.documentElement.scrollWidth") <= 390
     text = browser.value("document.querySelector('main').textContent").lower()
     assert not [word for word in says if word.lower() not in text]
     other = request.getfixturevalue("sft" if name != "sft" else "rerank")

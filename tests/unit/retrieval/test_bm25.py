@@ -115,7 +115,8 @@ def test_rankings_of_lucene(name, length, scorer):
         n = len(expected)
         np.testing.assert_allclose(score[:n], [s for _, s in expected], rtol=1e-6, err_msg=query)
         assert ids(searched, ranking) == [doc_id for doc_id, _ in expected], query
-        assert (ranking[n:] == -1).all() and (score[n:] == -np.inf).all()
+        assert (ranking[n:] == -1).all()
+        assert (score[n:] == -np.inf).all()
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
@@ -220,7 +221,8 @@ def test_okapi_drops_scores_that_are_not_positive():
         ["a", "b", "c", "d"], ["red x", "red y", "z u", "v w"], variant="okapi"
     )
     found, _ = index.search(["red", "x"], 4)  # a term in exactly half of the documents: idf 0
-    assert (found[0] == -1).all() and ids(index, found[1]) == ["a"]
+    assert (found[0] == -1).all()
+    assert ids(index, found[1]) == ["a"]
 
 
 def test_ties_are_ranked_by_id_as_string_also_at_the_cut():
@@ -229,7 +231,8 @@ def test_ties_are_ranked_by_id_as_string_also_at_the_cut():
     )
     assert list(index.doc_ids) == ["1", "10", "9", "a", "b", "z", "é"]
     found, scores = index.search(["words"], 4)
-    assert ids(index, found[0]) == ["10", "9", "a", "b"] and len(set(scores[0])) == 1
+    assert ids(index, found[0]) == ["10", "9", "a", "b"]
+    assert len(set(scores[0])) == 1
     found, _ = index.search(["same words"], 3)
     assert ids(index, found[0]) == ["10", "9", "a"]
 
@@ -243,14 +246,17 @@ def test_rankings_nest():
     assert (scores[:, 1:] == scores[:, :-1]).mean() > 0.2  # ties there are
     for k in (1, 2, 7, 50, 399):
         fewer, lower = lucene_index("titles").search(texts, k)
-        assert np.array_equal(fewer, found[:, :k]) and np.array_equal(lower, scores[:, :k])
+        assert np.array_equal(fewer, found[:, :k])
+        assert np.array_equal(lower, scores[:, :k])
 
 
 def test_nothing_found():
     found, scores = BM25Searcher.build(IDS, TEXTS).search(["", "the and", "purple", "!?", "cat"], 6)
-    assert (found[:4] == -1).all() and (scores[:4] == -np.inf).all()
+    assert (found[:4] == -1).all()
+    assert (scores[:4] == -np.inf).all()
     assert (found[4] >= 0).tolist() == [True] + [False] * 5  # k above the corpus: the rest is empty
-    assert found.dtype == np.int64 and scores.dtype == np.float32
+    assert found.dtype == np.int64
+    assert scores.dtype == np.float32
     assert BM25Searcher.build(IDS, TEXTS).search([], 3)[0].shape == (0, 3)
 
 
@@ -259,9 +265,11 @@ def test_a_query_does_not_depend_on_its_batch():
     found, scores = index("msrd").search(texts, 100)
     for i in (0, 17, 39):
         alone, score = index("msrd").search([texts[i]], 100)
-        assert np.array_equal(alone[0], found[i]) and np.array_equal(score[0], scores[i])
+        assert np.array_equal(alone[0], found[i])
+        assert np.array_equal(score[0], scores[i])
     back, reverse = index("msrd").search(texts[::-1], 100)
-    assert np.array_equal(back[::-1], found) and np.array_equal(reverse[::-1], scores)
+    assert np.array_equal(back[::-1], found)
+    assert np.array_equal(reverse[::-1], scores)
     words = random.Random(0).sample(texts[0].split(), len(texts[0].split()))
     assert np.array_equal(index("msrd").search([" ".join(words)], 100)[0][0], found[0])
 
@@ -270,9 +278,8 @@ def test_order_of_documents_does_not_matter():
     index = BM25Searcher.build(IDS, TEXTS).index
     other = BM25Searcher.build(IDS[::-1], TEXTS[::-1]).index
     assert list(index.doc_ids) == list(other.doc_ids) == sorted(IDS)
-    assert list(index.terms) == list(other.terms) == sorted(index.terms) and np.array_equal(
-        index.impacts, other.impacts
-    )
+    assert list(index.terms) == list(other.terms) == sorted(index.terms)
+    assert np.array_equal(index.impacts, other.impacts)
 
 
 @pytest.mark.parametrize(
@@ -331,12 +338,10 @@ def test_both_scorers_rank_the_same(k, threads):
         index("titles", "numba").search(texts, k),
     )
     np.testing.assert_allclose(scores, other[1], rtol=1e-6)
-    assert (
-        rows.shape == (44, k)
-        and (rows[:40, 0] >= 0).sum() > 30
-        and (rows[40:43] == -1).all()
-        and np.array_equal(rows >= 0, other[0] >= 0)
-    )
+    assert rows.shape == (44, k)
+    assert (rows[:40, 0] >= 0).sum() > 30
+    assert (rows[40:43] == -1).all()
+    assert np.array_equal(rows >= 0, other[0] >= 0)
     for q, (every, score) in enumerate(
         zip(*index("titles", "numba").search(texts, len(corpus("titles")[0])))
     ):
@@ -347,7 +352,8 @@ def test_both_scorers_rank_the_same(k, threads):
     threads(2)
     for scorer, alone in zip(SCORERS, ((rows, scores), other)):
         shared = index("titles", scorer).search(texts, k)
-        assert np.array_equal(alone[0], shared[0]) and np.array_equal(alone[1], shared[1])
+        assert np.array_equal(alone[0], shared[0])
+        assert np.array_equal(alone[1], shared[1])
     assert torch.get_num_threads() == 2
 
 
@@ -368,12 +374,11 @@ def test_upstream_wrapping_loses_the_first_word():
     def found(index, query):
         return set(ids(index, index.search([query], 4)[0][0]))
 
-    assert (
-        found(plain, "oculus rift") == {"a", "b"}
-        and found(plain, "gta") == {"c"}
-        and found(plain, '"gta"') == {"c"}
-    )
+    assert found(plain, "oculus rift") == {"a", "b"}
+    assert found(plain, "gta") == {"c"}
+    assert found(plain, '"gta"') == {"c"}
     assert [part[0] for part in wrapped.explain("oculus rift", 0)] == ["rift"]  # `oculus` is gone
     assert found(wrapped, "gta") == set()  # a query of one word has no hit
     assert found(wrapped, '"gta"') == {"c", "d"}  # kept, and `content` comes in
-    assert "upstream wrapping" in wrapped.description and "wrapping" not in plain.description
+    assert "upstream wrapping" in wrapped.description
+    assert "wrapping" not in plain.description

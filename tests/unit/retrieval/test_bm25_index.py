@@ -116,15 +116,12 @@ def children() -> list[int]:
 def test_strings():
     words = sorted(["", "a", "aé", "z", "\ud800", "😀", "ﬀ"])
     strings = StringTable.of(words)
-    assert (
-        list(strings) == words
-        and strings[-1] == words[-1]
-        and strings[1:3] == words[1:3]
-        and len(strings) == 7
-    )
-    assert [strings.find(word) for word in words] == list(range(7)) and strings.find(
-        "b"
-    ) == strings.find("\U0010ffff") == -1
+    assert list(strings) == words
+    assert strings[-1] == words[-1]
+    assert strings[1:3] == words[1:3]
+    assert len(strings) == 7
+    assert [strings.find(word) for word in words] == list(range(7))
+    assert strings.find("b") == strings.find("\U0010ffff") == -1
     with pytest.raises(IndexError):
         strings[7]
 
@@ -138,11 +135,9 @@ def test_bad_line(tmp_path):
         load_or_build_bm25(tmp_path / "index", path)
     assert not (tmp_path / "index").exists()
     index = load_or_build_bm25(tmp_path / "index", path, on_bad_line="drop")
-    assert (
-        ids(index, "green") == ["d6"]
-        and index.index.meta["dropped"][0] == 1
-        and ":5: not JSON" in index.index.meta["dropped"][1]
-    )
+    assert ids(index, "green") == ["d6"]
+    assert index.index.meta["dropped"][0] == 1
+    assert ":5: not JSON" in index.index.meta["dropped"][1]
     with pytest.raises(
         IndexRefused,
         match=r"1 bad lines were left out of this index, first: .*:5: not JSON.*mend the corpus",
@@ -164,13 +159,15 @@ def test_document_without_text_and_without_tokens(tmp_path, corpus):
     with pytest.raises(DataError, match="empty.jsonl:5: neither 'title' nor 'text' says anything"):
         load_or_build_bm25(tmp_path / "index", path)
     index = load_or_build_bm25(tmp_path / "index", corpus)  # d4 is "the": kept, never found
-    assert "d4" in list(index.doc_ids) and "d4" not in ids(index, "the red fox dog blue cat")
+    assert "d4" in list(index.doc_ids)
+    assert "d4" not in ids(index, "the red fox dog blue cat")
 
 
 def test_line_of_ten_megabytes(tmp_path):
     path = write(tmp_path / "corpus.jsonl", DOCS | {"long": "verylong " * 1_200_000})
     index = load_or_build_bm25(tmp_path / "index", path)
-    assert ids(index, "verylong") == ["long"] and ids(index, "fox") == ["d2", "d3"]
+    assert ids(index, "verylong") == ["long"]
+    assert ids(index, "fox") == ["d2", "d3"]
 
 
 @pytest.mark.parametrize(
@@ -190,8 +187,11 @@ def test_odd_queries(corpus, tmp_path, scorer):
     index = load_or_build_bm25(tmp_path / "index", corpus, scorer=scorer)
     long = " ".join(f"w{i}" for i in range(9_997)) + " red fox fox"
     rows, scores = index.search(["", "zyxt", "the", long, "red fox fox"], 6)
-    assert rows.shape == (5, 6) and (rows[:3] == -1).all() and (scores[:3] == -np.inf).all()
-    assert np.array_equal(rows[3], rows[4]) and np.array_equal(scores[3], scores[4])
+    assert rows.shape == (5, 6)
+    assert (rows[:3] == -1).all()
+    assert (scores[:3] == -np.inf).all()
+    assert np.array_equal(rows[3], rows[4])
+    assert np.array_equal(scores[3], scores[4])
     # k above the corpus: the rest is empty
     assert (rows[4] >= 0).tolist() == [True] * 3 + [False] * 3
     everything = " ".join(f"w{i} " * 2 for i in range(10_000))
@@ -211,7 +211,8 @@ def test_odd_queries(corpus, tmp_path, scorer):
 def test_saved_and_loaded_index_is_the_same(tmp_path):
     built = load_or_build_bm25(tmp_path / "deep" / "index", MSRD)
     memory = BM25Searcher(BM25Index.of_file(MSRD, BM25Parameters()))
-    assert same(built.index, memory.index) and built.index.meta == memory.index.meta
+    assert same(built.index, memory.index)
+    assert built.index.meta == memory.index.meta
     texts = ["star wars", "the lord of the rings full movie", "amélie"]
     for one, other in zip(built.search(texts, 50), memory.search(texts, 50)):
         assert np.array_equal(one, other)
@@ -328,7 +329,8 @@ def test_kill_while_the_index_is_written(tmp_path, corpus, file):
         [sys.executable, "-c", KILLED, tmp_path / "index", corpus, str(file)],
         env=os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path)),
     )
-    assert dead.returncode == -signal.SIGKILL and not (tmp_path / "index").exists()
+    assert dead.returncode == -signal.SIGKILL
+    assert not (tmp_path / "index").exists()
     assert ids(load_or_build_bm25(tmp_path / "index", corpus), "dog") == ["d1"]
 
 
@@ -374,9 +376,8 @@ def test_many_at_once_never_see_a_mixed_index(tmp_path):
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
-    assert [path.name for path in tmp_path.iterdir()] == ["index"] and any(
-        same(BM25Index.load(tmp_path / "index"), index) for index in made.values()
-    )
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert any(same(BM25Index.load(tmp_path / "index"), index) for index in made.values())
 
 
 # ------------------------------------------------------------------------------------------- shared

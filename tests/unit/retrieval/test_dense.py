@@ -63,12 +63,11 @@ def test_vectors_are_transformers_own_whatever_the_batch(
     monkeypatch.setattr(encoder, "WINDOW", 50)
     mine = Encoder(folder, pooling, most)
     vectors = mine(texts)
-    assert (
-        vectors.dtype == np.float32
-        and np.abs(vectors - plain(folder, texts, pooling, most)).max() < 1e-5
-    )
+    assert vectors.dtype == np.float32
+    assert np.abs(vectors - plain(folder, texts, pooling, most)).max() < 1e-5
     assert np.array_equal(np.concatenate([mine([text]) for text in texts]), vectors)  # to the bit
-    assert np.array_equal(mine(texts[::-1]), vectors[::-1]) and mine([]).shape == (0, 48)
+    assert np.array_equal(mine(texts[::-1]), vectors[::-1])
+    assert mine([]).shape == (0, 48)
 
 
 def test_text_of_the_data_holds_no_control_tokens(bert, roberta):
@@ -100,16 +99,12 @@ def test_exact_search_ranks_as_float64_does(n):
     ):
         for k in {1, min(7, n), n}:
             scores, rows = nearest(asked, k)
-            assert (
-                scores.shape == rows.shape == (25, k)
-                and rows.dtype == np.int64
-                and scores.dtype == np.float32
-            )
+            assert scores.shape == rows.shape == (25, k)
+            assert rows.dtype == np.int64
+            assert scores.dtype == np.float32
             best = -np.sort(-true, 1)[:, :k]
-            assert (
-                np.abs(scores - best).max() < 1e-6
-                and np.abs(np.take_along_axis(true, rows, 1) - best).max() < 1e-6
-            )
+            assert np.abs(scores - best).max() < 1e-6
+            assert np.abs(np.take_along_axis(true, rows, 1) - best).max() < 1e-6
             assert all(len(set(row)) == k for row in rows.tolist())
 
 
@@ -121,10 +116,8 @@ def test_two_level_top_k_with_ties_and_chunks(monkeypatch):
     asked = rng.standard_normal((8, 8), dtype=np.float32)
     for k in (1, 5, 30, 200):
         scores, rows = dense.make_torch_search(vectors, torch.device("cpu"))(asked, k)
-        assert (
-            np.allclose(scores, -np.sort(-(asked @ vectors.T), 1)[:, :k], atol=1e-5)
-            and rows.max() < 200
-        )
+        assert np.allclose(scores, -np.sort(-(asked @ vectors.T), 1)[:, :k], atol=1e-5)
+        assert rows.max() < 200
         assert all(len(set(row)) == k for row in rows.tolist())
 
 
@@ -142,42 +135,39 @@ def test_search_is_the_brute_force_of_its_vectors(encode, tmp_path):
     ]
     index = load_or_build_dense(encode, ids, texts, tmp_path / "i")
     rows, scores = index.search(queries, 50)
-    assert (
-        rows.shape == scores.shape == (7, 50)
-        and rows.dtype == np.int64
-        and scores.dtype == np.float32
-        and index.doc_ids == ids
-    )
+    assert rows.shape == scores.shape == (7, 50)
+    assert rows.dtype == np.int64
+    assert scores.dtype == np.float32
+    assert index.doc_ids == ids
     for i in (1, 3):  # nothing asked, nothing found
-        assert (rows[i] == -1).all() and (scores[i] == -np.inf).all()
+        assert (rows[i] == -1).all()
+        assert (scores[i] == -np.inf).all()
     true = encode(queries).astype(np.float64) @ encode(texts).astype(np.float64).T
     for i in (0, 2, 4, 5, 6):
-        assert (
-            np.abs(scores[i] - -np.sort(-true[i])[:50]).max() < 1e-6
-            and np.abs(true[i, rows[i]] - scores[i]).max() < 1e-6
-        )
+        assert np.abs(scores[i] - -np.sort(-true[i])[:50]).max() < 1e-6
+        assert np.abs(true[i, rows[i]] - scores[i]).max() < 1e-6
     assert rows[0, :20].tolist() == list(range(200, 220))  # in the corpus' order
     for i, query in enumerate(queries):  # whoever else asks
         alone = index.search([query], 50)
-        assert np.array_equal(alone[0][0], rows[i]) and np.array_equal(alone[1][0], scores[i])
+        assert np.array_equal(alone[0][0], rows[i])
+        assert np.array_equal(alone[1][0], scores[i])
     # faiss itself, over the same vectors
     flat = faiss.IndexFlatIP(48)
     flat.add(encode(texts))
     theirs = flat.search(encode(queries), 50)
     for i in (2, 5, 6):
-        assert np.array_equal(scores[i], theirs[0][i]) and np.array_equal(rows[i], theirs[1][i])
+        assert np.array_equal(scores[i], theirs[0][i])
+        assert np.array_equal(rows[i], theirs[1][i])
 
 
 @pytest.mark.parametrize("index", ["exact", "hnsw"])
 def test_k_beyond_the_corpus_and_below_1(encode, index):
     found = load_or_build_dense(encode, *corpus(5), None, index=index)
     rows, scores = found.search(["lamp", "chair"], 8)
-    assert (
-        (rows[:, 5:] == -1).all()
-        and (scores[:, 5:] == -np.inf).all()
-        and sorted(rows[0, :5]) == list(range(5))
-        and np.isfinite(scores[:, :5]).all()
-    )
+    assert (rows[:, 5:] == -1).all()
+    assert (scores[:, 5:] == -np.inf).all()
+    assert sorted(rows[0, :5]) == list(range(5))
+    assert np.isfinite(scores[:, :5]).all()
     with pytest.raises(ValueError, match="k: must be at least 1"):
         found.search(["lamp"], 0)
     assert found.search([], 3)[0].shape == (0, 3)
@@ -223,11 +213,9 @@ def test_the_graph_on_disk_answers_as_the_one_in_memory(encode, tmp_path):
         for where in (tmp_path / "i", None)
     )
     assert all(map(np.array_equal, kept.search(texts[:9], 20), fresh.search(texts[:9], 20)))
-    assert (
-        "efSearch 64" in kept.description
-        and "efConstruction 200" in kept.description
-        and "M 32" in kept.description
-    )
+    assert "efSearch 64" in kept.description
+    assert "efConstruction 200" in kept.description
+    assert "M 32" in kept.description
 
 
 def test_bad_corpora_are_refused(encode):

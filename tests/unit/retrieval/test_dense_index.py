@@ -60,19 +60,19 @@ def test_the_directory_is_used_while_it_is_of_this_corpus_and_encoder(bert, tmp_
         )
 
     build()
-    assert calls == [40] and not said
+    assert calls == [40]
+    assert not said
     first = build()
-    assert (
-        not calls
-        and not said
-        and np.array_equal(
-            first.search(["lamp"], 5)[0], build(prefixes=("", "")).search(["lamp"], 5)[0]
-        )
+    assert not calls
+    assert not said
+    assert np.array_equal(
+        first.search(["lamp"], 5)[0], build(prefixes=("", "")).search(["lamp"], 5)[0]
     )
     build(index="hnsw", ef_search=9)
     build(index="hnsw", ef_search=99)
     build(prefixes=("query: ", ""))
-    assert not calls and not said
+    assert not calls
+    assert not said
     other = write_encoder(tmp_path / "other", seed=1)
     wider = write_encoder(tmp_path / "wider", hidden_size=32)
     for change, word in (
@@ -215,9 +215,8 @@ def test_processes_that_start_together_build_once(bert, tmp_path):
     found = [queue.get(timeout=240) for _ in workers]
     for worker in workers:
         worker.join()
-    assert len({inode for *_, inode in found}) == 1 and all(
-        rows == found[0][0] for rows, *_ in found
-    )
+    assert len({inode for *_, inode in found}) == 1
+    assert all(rows == found[0][0] for rows, *_ in found)
     assert all("waiting" in line for _, said, _ in found for line in said)
 
 
@@ -271,9 +270,8 @@ def test_what_is_wrong_with_it_ends_a_run_in_one_line(tmp_path, capsys, monkeypa
     assert "retriever.encoder" in refused([path, "retriever.encoder=''"], capsys)
     assert "retriever.max_length=64" in refused([path, "retriever.max_length=512"], capsys)
     assert "nowhere" in refused([path, "retriever.encoder=nowhere"], capsys)
-    assert "retriever.index" in refused(
-        [path, "retriever.index=ivf"], capsys
-    ) and "retriever.timeout" in refused([path, "retriever.timeout=5"], capsys)
+    assert "retriever.index" in refused([path, "retriever.index=ivf"], capsys)
+    assert "retriever.timeout" in refused([path, "retriever.timeout=5"], capsys)
     assert "retriever.kind" in refused(
         [path, "retriever.kind=sparse", "retriever.encoder=''"], capsys
     )
@@ -304,7 +302,8 @@ def test_two_ranks_make_one_index_and_train_as_one_process(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         out[n] = [row["reward"] for row in jsonl(tmp_path / f"run{n}/metrics.jsonl")]
-    assert out[1] == pytest.approx(out[2], abs=1e-9) and len(out[1]) == 2
+    assert out[1] == pytest.approx(out[2], abs=1e-9)
+    assert len(out[1]) == 2
 
 
 def test_the_commands_take_any_retriever(bert, tmp_path, capsys):
@@ -329,17 +328,13 @@ def test_the_commands_take_any_retriever(bert, tmp_path, capsys):
         tmp_path / "i",
     ]
     said = run("index", *flags, "--index", "hnsw", "--ef-search", 77)
-    assert (
-        said.startswith(f"{tmp_path}/i: 40 documents, ")
-        and "efSearch 77" in said
-        and (tmp_path / "i/hnsw/hnsw.faiss").exists()
-    )
+    assert said.startswith(f"{tmp_path}/i: 40 documents, ")
+    assert "efSearch 77" in said
+    assert (tmp_path / "i/hnsw/hnsw.faiss").exists()
     hits = run("search", *flags, "red lamp", "-k", 3).splitlines()
-    assert (
-        len(hits) == 3
-        and float(hits[0].split()[1]) >= float(hits[2].split()[1])
-        and "retriever.pooling" not in hits[0]
-    )
+    assert len(hits) == 3
+    assert float(hits[0].split()[1]) >= float(hits[2].split()[1])
+    assert "retriever.pooling" not in hits[0]
     judged = [
         "--queries",
         world.test_queries,
@@ -371,12 +366,10 @@ def test_the_commands_take_any_retriever(bert, tmp_path, capsys):
         )["metrics"]
         for kind in ("bm25", "rank_bm25")
     ]
-    assert (
-        two[0]["ndcg@10"] == pytest.approx(two[1]["ndcg@10"], abs=0.05) and two[0]["ndcg@10"] > 0.3
-    )
-    assert "made with another texts" not in run("search", *flags, "lamp") and "made anew" in run(
-        "search", *flags, "--pooling", "mean", "lamp"
-    )
+    assert two[0]["ndcg@10"] == pytest.approx(two[1]["ndcg@10"], abs=0.05)
+    assert two[0]["ndcg@10"] > 0.3
+    assert "made with another texts" not in run("search", *flags, "lamp")
+    assert "made anew" in run("search", *flags, "--pooling", "mean", "lamp")
     for argv, why in (
         (("index", "--corpus", world.corpus), "--index-dir"),
         (

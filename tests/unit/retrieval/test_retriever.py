@@ -44,8 +44,10 @@ def test_lists_arrays_and_tensors_fit_and_short_rankings_are_filled():
             ([[2, 0, -1, -1], [1, -1, -1, -1]], [[2.0, 1.0, 9, 9], [0.5, 0, 0, 0]]),
         ):
             found, values = returning(kind(rows), kind(scores)).search(["x", "y"], 4)
-            assert found.dtype == np.int64 and values.dtype == np.float32
-            assert found.tolist() == [[2, 0, -1, -1], [1, -1, -1, -1]] and values.tolist() == [
+            assert found.dtype == np.int64
+            assert values.dtype == np.float32
+            assert found.tolist() == [[2, 0, -1, -1], [1, -1, -1, -1]]
+            assert values.tolist() == [
                 [2, 1, -np.inf, -np.inf],
                 [0.5] + 3 * [-np.inf],
             ]
@@ -58,12 +60,11 @@ def test_no_query_no_text_and_no_hit():
             asked.append(queries) or (np.full((len(queries), k), -1), np.zeros((len(queries), k)))
         )
     )
-    assert (
-        f.search([], 3)[0].shape == (0, 3)
-        and (f.search(["", "  "], 3)[0] == -1).all()
-        and not asked
-    )
-    assert (f.search(["", "x"], 3)[0] == -1).all() and asked == [["x"]]
+    assert f.search([], 3)[0].shape == (0, 3)
+    assert (f.search(["", "  "], 3)[0] == -1).all()
+    assert not asked
+    assert (f.search(["", "x"], 3)[0] == -1).all()
+    assert asked == [["x"]]
     assert returning([[]], [[]]).search(["x"], 2)[0].tolist() == [[-1, -1]]
     with pytest.raises(ValueError, match="k: must be at least 1"):
         f.search(["x"], 0)
@@ -94,7 +95,8 @@ def test_a_wrong_result_names_the_call(rows, scores, why):
         returning(rows, scores).search(["red lamp"], 3)
     assert str(e.value).startswith(
         "retriever mine:f: call 1 (1 queries, k 3, the first 'red lamp')"
-    ) and "\n" not in str(e.value)
+    )
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("result", [None, 7, ([[0]],), ([[0]], [[1.0]], 3)])
@@ -123,7 +125,8 @@ def test_an_exception_is_named_and_the_call_is_not_repeated(error, said, timeout
     for n in (1, 2):
         with pytest.raises(RetrieverError, match=f"call {n} .*{said}") as e:
             f.search(["x"], 3)
-        assert "\n" not in str(e.value) and len(calls) == n
+        assert "\n" not in str(e.value)
+        assert len(calls) == n
 
 
 def test_a_call_that_takes_too_long_is_left_alone():
@@ -189,13 +192,12 @@ def test_rank_bm25_is_the_package_and_our_okapi(tmp_path):
     for query, row, score in zip(queries, rows.tolist(), scores):
         true = package.get_scores(analyze(query)) if query else np.zeros(60)
         hits = [int(i) for i in np.argsort(-true, kind="stable") if true[i] > 0]
-        assert row == hits + [-1] * (100 - len(hits)) and np.allclose(
-            score[: len(hits)], true[hits], rtol=1e-6
-        )
+        assert row == hits + [-1] * (100 - len(hits))
+        assert np.allclose(score[: len(hits)], true[hits], rtol=1e-6)
     ours = BM25Searcher.build(ids, texts, k1=1.5, variant="okapi").search(queries, 100)
-    assert (
-        np.allclose(ours[1], scores, rtol=1e-5) and (rows[0] >= 0).any() and (rows[2] == -1).all()
-    )
+    assert np.allclose(ours[1], scores, rtol=1e-5)
+    assert (rows[0] >= 0).any()
+    assert (rows[2] == -1).all()
 
 
 MODULE = """
@@ -241,26 +243,23 @@ def test_a_function_of_a_users_own_trains_and_what_it_breaks_costs_no_step(
         },
     )
     assert run_guarded(train.main, [path, f"run.dir={tmp_path}/straight"]) == 0
-    assert (
-        "retriever my_retriever:overlap" in capsys.readouterr().out
-        and (Path(tmp_path) / "straight/summary.json").exists()
-    )
+    assert "retriever my_retriever:overlap" in capsys.readouterr().out
+    assert (Path(tmp_path) / "straight/summary.json").exists()
 
     failing = [path, "retriever.kind=my_retriever:breaks"]
     # calls 1 and 2: the test split, raw and rewritten; 3 and 4: steps 1 and 2
     Path("down").write_text("raises")
     line = refused(failing, capsys)
-    assert (
-        "my_retriever:breaks: call 5 (" in line
-        and "ZeroDivisionError" in line
-        and "stopped after step 2; the same command goes on from" in line
-    )
+    assert "my_retriever:breaks: call 5 (" in line
+    assert "ZeroDivisionError" in line
+    assert "stopped after step 2; the same command goes on from" in line
     import my_retriever
 
     my_retriever.calls[0] = 3  # the evaluation before is kept; step 3 is the next call
     Path("down").write_text("slow")
     line = refused([*failing, "retriever.timeout=3"], capsys)  # another limit is no other run
-    assert "took longer than retriever.timeout = 3 s" in line and "after step 3" in line
+    assert "took longer than retriever.timeout = 3 s" in line
+    assert "after step 3" in line
     Path("down").unlink()
     assert run_guarded(train.main, failing) == 0
     assert "goes on after step 3" in capsys.readouterr().out
@@ -268,7 +267,8 @@ def test_a_function_of_a_users_own_trains_and_what_it_breaks_costs_no_step(
     def rewards(run):
         return [row["reward"] for row in jsonl(Path(tmp_path) / run / "metrics.jsonl")]
 
-    assert rewards("run") == rewards("straight") and len(rewards("run")) == 4
+    assert rewards("run") == rewards("straight")
+    assert len(rewards("run")) == 4
 
 
 def test_the_readmes_function_is_a_retriever():
@@ -278,13 +278,11 @@ def test_the_readmes_function_is_a_retriever():
     rows, scores = UserRetriever("overlap", names["overlap"], IDS, TEXTS).search(
         [TEXTS[2], "", TEXTS[0]], len(IDS) + 3
     )
-    assert (
-        rows[0, 0] == 2
-        and rows[2, 0] == 0
-        and (rows[1] == -1).all()
-        and (rows[:, len(IDS) :] == -1).all()
-        and np.isfinite(scores[0, 0])
-    )
+    assert rows[0, 0] == 2
+    assert rows[2, 0] == 0
+    assert (rows[1] == -1).all()
+    assert (rows[:, len(IDS) :] == -1).all()
+    assert np.isfinite(scores[0, 0])
 
 
 def test_the_command_that_a_refused_index_names_makes_it_anew(tmp_path, capsys):
@@ -292,23 +290,17 @@ def test_the_command_that_a_refused_index_names_makes_it_anew(tmp_path, capsys):
     where = str(tmp_path / "index")
     corpus.write_text('{"id": "a", "text": "red lamp"}\n')
     flags = ["--corpus", str(corpus), "--index-dir", where, "--k1", "0.9"]
-    assert (
-        run_guarded(cli.main, ["index", *flags]) == 0
-        and run_guarded(cli.main, ["search", *flags, "lamp"]) == 0
-    )
+    assert run_guarded(cli.main, ["index", *flags]) == 0
+    assert run_guarded(cli.main, ["search", *flags, "lamp"]) == 0
     corpus.write_text('{"id": "b", "text": "blue lamp"}\n{"id": "b", "text": "again"}\n')
     assert run_guarded(cli.main, ["search", *flags, "--on-bad-line", "drop", "lamp"]) == 2
     assert capsys.readouterr().err.endswith(" --on-bad-line drop\n")
     assert run_guarded(cli.main, ["search", *flags, "lamp"]) == 2
     command = capsys.readouterr().err.strip().rpartition("make the index anew: ")[2]
     # a bad line is not passed over
-    assert (
-        run_guarded(cli.main, shlex.split(command)[1:]) == 2
-        and "corpus.jsonl:2" in capsys.readouterr().err
-    )
+    assert run_guarded(cli.main, shlex.split(command)[1:]) == 2
+    assert "corpus.jsonl:2" in capsys.readouterr().err
     assert run_guarded(cli.main, [*shlex.split(command)[1:], "--on-bad-line", "drop"]) == 0
     assert "1 lines of the corpus left out" in capsys.readouterr().out
-    assert (
-        run_guarded(cli.main, ["search", *flags, "--on-bad-line", "drop", "lamp"]) == 0
-        and " b  blue lamp" in capsys.readouterr().out
-    )
+    assert run_guarded(cli.main, ["search", *flags, "--on-bad-line", "drop", "lamp"]) == 0
+    assert " b  blue lamp" in capsys.readouterr().out

@@ -58,10 +58,10 @@ def test_scorers_against_a_whole_sort(D, n, levels):
                 order = np.argsort(-sums.astype(np.float32), kind="stable")[:k]
                 order = order[sums[order].astype(np.float32) > 0]
                 n = len(order)
-                assert np.array_equal(rows[q, :n], order) and np.array_equal(
-                    scores[q, :n], sums[order].astype(np.float32)
-                )
-                assert (rows[q, n:] == -1).all() and (scores[q, n:] == -np.inf).all()
+                assert np.array_equal(rows[q, :n], order)
+                assert np.array_equal(scores[q, :n], sums[order].astype(np.float32))
+                assert (rows[q, n:] == -1).all()
+                assert (scores[q, n:] == -np.inf).all()
 
 
 @pytest.mark.parametrize("D", [7, 500])
@@ -74,4 +74,5 @@ def test_both_builds_give_the_same_postings(D):
         build_postings(tokens, lengths, order, 450, False),
         build_postings(tokens, lengths, order, 450, True),
     ):
-        assert one.dtype == other.dtype and np.array_equal(one, other)
+        assert one.dtype == other.dtype
+        assert np.array_equal(one, other)

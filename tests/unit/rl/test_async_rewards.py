@@ -44,7 +44,8 @@ def test_what_waits_is_one_call_and_nothing_is_scored_twice():
     for number in range(1, 5):
         scored.submit(group(number, 1))
     go.set()
-    assert len(scored.results()) == 5 and calls == [["q0"], ["q1", "q2", "q3", "q4"]]
+    assert len(scored.results()) == 5
+    assert calls == [["q0"], ["q1", "q2", "q3", "q4"]]
 
 
 @pytest.mark.parametrize("beside", [True, False])

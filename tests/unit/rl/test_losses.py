@@ -107,10 +107,8 @@ def test_advantages_by_hand():
     "length, want", [(10, 0.0), (80, 0.0), (90, -0.5), (100, -1.0), (101, -1.05)]
 )
 def test_overlong_by_hand(length, want):
-    assert (
-        compute_overlong_penalty(length, 100, 20) == pytest.approx(want)
-        and compute_overlong_penalty(length, 100, 0) == 0.0
-    )
+    assert compute_overlong_penalty(length, 100, 20) == pytest.approx(want)
+    assert compute_overlong_penalty(length, 100, 0) == 0.0
 
 
 def test_overlong_answers_lose_reward_and_it_is_logged_apart(run):
@@ -120,7 +118,8 @@ def test_overlong_answers_lose_reward_and_it_is_logged_apart(run):
     )
     for row in rows:
         late = compute_overlong_penalty(len(row["ids"]), 12, 10)
-        assert row["parts"]["overlong"] == pytest.approx(late) and row["reward"] == pytest.approx(
+        assert row["parts"]["overlong"] == pytest.approx(late)
+        assert row["reward"] == pytest.approx(
             (-1.0 if row["error"] else row["parts"]["ndcg"]) + late
         )
     assert len({row["parts"]["overlong"] for row in rows}) > 1
@@ -136,9 +135,8 @@ def test_inner_steps_move_the_ratio_and_the_clip_bites(run, world):
         )
         / "metrics.jsonl"
     )
-    assert all(row["ratio_off"] > 1e-3 for row in rows) and any(
-        row["clip_share"] > 0 for row in rows
-    )
+    assert all(row["ratio_off"] > 1e-3 for row in rows)
+    assert any(row["clip_share"] > 0 for row in rows)
     assert all(
         row["ratio_off"] == 0 and row["clip_share"] == 0
         for row in jsonl(run("train.prompts_per_step=4") / "metrics.jsonl")
@@ -159,7 +157,10 @@ def test_inner_steps_move_the_ratio_and_the_clip_bites(run, world):
     adv = batch.advantages
     d = compute_token_loss(logp, torch.zeros_like(logp), batch, batch.weight, 7, o)[1]
     cut = ((adv > 0) & (ratio > 1.2)) | ((adv < 0) & (ratio < 0.9))
-    assert cut.any() and (~cut).any() and (d[cut] == 0).all() and stats["clip_share"] == cut.sum()
+    assert cut.any()
+    assert (~cut).any()
+    assert (d[cut] == 0).all()
+    assert stats["clip_share"] == cut.sum()
     torch.testing.assert_close(d[~cut], (-adv * ratio / 7)[~cut], rtol=1e-12, atol=0)
 
 
@@ -174,10 +175,8 @@ def test_dynamic_sampling_draws_other_prompts_for_groups_without_variance(run):
         jsonl(run("reward.k_train=1", "sampling.group_size=2", *extra) / "metrics.jsonl")
         for extra in ((), ("sampling.resample=4",))
     )
-    assert (
-        all(row["resampled"] == 0 for row in plain)
-        and sum(row["zero_variance"] for row in plain) > 0
-    )
+    assert all(row["resampled"] == 0 for row in plain)
+    assert sum(row["zero_variance"] for row in plain) > 0
     assert sum(row["resampled"] for row in more) > 0
     assert sum(row["zero_variance"] for row in more) < sum(row["zero_variance"] for row in plain)
 
@@ -191,10 +190,8 @@ def test_further_turns_of_a_step_are_other_prompts():
         drawn = [
             choose_prompts(n, per_step, 3, step, turn, turns).tolist() for turn in range(turns)
         ]
-        assert (
-            drawn[0] == choose_prompts(n, per_step, 3, step).tolist()
-            and len({i for d in drawn for i in d}) == turns * per_step
-        )
+        assert drawn[0] == choose_prompts(n, per_step, 3, step).tolist()
+        assert len({i for d in drawn for i in d}) == turns * per_step
 
 
 def test_kl_in_the_reward_is_taken_off_before_the_advantage(run):
@@ -227,9 +224,8 @@ def test_kl_in_the_reward_is_taken_off_before_the_advantage(run):
             want.tolist(), abs=1e-4
         )
         seen = max(seen, *map(abs, penalties))
-    assert seen > 1e-3 and jsonl(folder / "metrics.jsonl")[1]["kl"] == pytest.approx(
-        divergence / tokens, rel=1e-3
-    )
+    assert seen > 1e-3
+    assert jsonl(folder / "metrics.jsonl")[1]["kl"] == pytest.approx(divergence / tokens, rel=1e-3)
 
 
 def test_a_users_loss_and_advantage_are_named_in_the_config(
@@ -248,7 +244,8 @@ def test_a_users_loss_and_advantage_are_named_in_the_config(
     monkeypatch.syspath_prepend(tmp_path)
     folder = run("loss.kind='my_loss:soft'", "loss.advantage='my_loss:ranks'")
     rows = [row for row in jsonl(folder / "rollouts.jsonl.gz") if row["adv"]]
-    assert rows and {row["adv"] for row in rows} <= {-1.5, -0.5, 0.5, 1.5}
+    assert rows
+    assert {row["adv"] for row in rows} <= {-1.5, -0.5, 0.5, 1.5}
     assert run("loss.kind='my_loss:whole'", "model.head=recompute").exists()
     for override, part in (
         ("loss.kind='my_loss:whole'", "model.head=recompute"),
@@ -269,12 +266,10 @@ def test_replay_takes_the_same_step_without_a_sampler(run, world, tmp_path, caps
     again = run("train.steps=3", "optimizer.lr=0.01", f"train.replay={first}/rollouts.jsonl.gz")
     (a,), (b, *later) = (jsonl(folder / "metrics.jsonl") for folder in (first, again))
     # the file's step again, off-policy
-    assert b["ratio_off"] < 1e-5 and all(
-        row["ratio_off"] > 1e-3 and row["reward"] == b["reward"] for row in later
-    )
-    assert b["rollout_tokens_per_s"] is None and b["grad_norm"] == pytest.approx(
-        a["grad_norm"], rel=1e-5
-    )
+    assert b["ratio_off"] < 1e-5
+    assert all(row["ratio_off"] > 1e-3 and row["reward"] == b["reward"] for row in later)
+    assert b["rollout_tokens_per_s"] is None
+    assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
     assert {
         k: b[k] for k in ("reward", "zero_variance", "adv_std", "distinct", "completion_tokens")
     } == pytest.approx(
@@ -315,7 +310,8 @@ def test_a_replayed_step_is_what_was_logged(tmp_path):
     assert [(r.group, r.sibling, r.ids, r.sampler_logp, r.prompt.ids) for r in got] == [
         (r.group, r.sibling, r.ids, r.sampler_logp, r.prompt.ids) for r in rollouts
     ]
-    assert [r.total for r in given] == [r.total for r in rewards] and drawn == 2
+    assert [r.total for r in given] == [r.total for r in rewards]
+    assert drawn == 2
 
 
 def test_dlogp_norm_is_the_norm_of_the_derivative(run):
@@ -328,7 +324,8 @@ def test_dlogp_norm_is_the_norm_of_the_derivative(run):
     assert row["dlogp_norm"] == pytest.approx(
         math.sqrt(sum(len(r["ids"]) * (r["count"] * r["adv"] / total) ** 2 for r in rows)), rel=1e-5
     )
-    assert row["trust"] == pytest.approx(1, abs=1e-4) and np.isfinite(row["ratio_off"])
+    assert row["trust"] == pytest.approx(1, abs=1e-4)
+    assert np.isfinite(row["ratio_off"])
 
 
 def test_the_log_prob_gap_of_inner_steps_is_that_of_the_policy_that_sampled(run):
@@ -347,11 +344,9 @@ def test_one_batch_under_every_loss(run, capsys):
     assert run_guarded(cli.main, ["losses", "--run", str(folder), "--step", "2", "--json"]) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
-    assert (
-        "every ratio is 1" in out
-        and result["losses"].keys() == RECIPES.keys()
-        and all(row["clip_share"] == 0 for row in result["losses"].values())
-    )
+    assert "every ratio is 1" in out
+    assert result["losses"].keys() == RECIPES.keys()
+    assert all(row["clip_share"] == 0 for row in result["losses"].values())
     rows = [row for row in jsonl(folder / "rollouts.jsonl.gz") if row["step"] == 2]
     assert result["losses"]["grpo"]["weight_max"] == pytest.approx(
         max(row["adv"] for row in rows), rel=1e-4
@@ -363,13 +358,10 @@ def test_one_batch_under_every_loss(run, capsys):
     assert result["losses"]["grpo"]["dlogp_norm"] == pytest.approx(logged["dlogp_norm"], rel=1e-4)
     assert result["tokens"] == sum(len(row["ids"]) for row in rows)
     for a, row in result["cosine"].items():
-        assert row[a] == pytest.approx(1, abs=1e-5) and row == pytest.approx(
-            {b: result["cosine"][b][a] for b in row}, abs=1e-5
-        )
-    assert (
-        result["cosine"]["grpo"]["dapo"] == pytest.approx(1, abs=1e-5)
-        and result["cosine"]["grpo"]["dr_grpo"] < 0.9999
-    )
+        assert row[a] == pytest.approx(1, abs=1e-5)
+        assert row == pytest.approx({b: result["cosine"][b][a] for b in row}, abs=1e-5)
+    assert result["cosine"]["grpo"]["dapo"] == pytest.approx(1, abs=1e-5)
+    assert result["cosine"]["grpo"]["dr_grpo"] < 0.9999
     assert result["cosine"]["rloo"]["reinforce"] == pytest.approx(1, abs=1e-5)
     assert (
         run_guarded(
@@ -388,10 +380,9 @@ def test_one_batch_under_every_loss(run, capsys):
         == 0
     )
     later = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert later["losses"]["grpo"]["clip_share"] > 0 and later["losses"]["cispo"]["clip_share"] == 0
-    assert (
-        all(row["grad_norm"] > 0 for row in later["losses"].values())
-        and later["parameter_cosine"]["grpo"]["gspo"] < 0.9999
-    )
+    assert later["losses"]["grpo"]["clip_share"] > 0
+    assert later["losses"]["cispo"]["clip_share"] == 0
+    assert all(row["grad_norm"] > 0 for row in later["losses"].values())
+    assert later["parameter_cosine"]["grpo"]["gspo"] < 0.9999
     assert run_guarded(cli.main, ["losses", "--run", str(folder), "--step", "9"]) == 2
     assert "step 9" in capsys.readouterr().err

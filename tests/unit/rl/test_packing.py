@@ -57,7 +57,9 @@ def test_a_batch_written_out():
     assert b.rollout.tolist() == [2, 2, 3, 3, 3, 3, 0, 0, 0, 1]
     assert b.weight.tolist() == [1, 1, 3, 3, 3, 3, 1, 1, 1, 1]
     assert torch.equal(b.sampler_logp, -0.25 * b.target.float())
-    assert b.old_logp is None and b.ref_logp is None and b.advantages is None
+    assert b.old_logp is None
+    assert b.ref_logp is None
+    assert b.advantages is None
 
 
 @pytest.mark.parametrize("budget", [20, 21, 40, 100, 10_000])
@@ -85,7 +87,8 @@ def test_every_token_once_within_the_budget(budget):
             rows = b.predict_from[at : at + N]
             at += N
             # never split
-            assert b.target[mine].tolist() == list(r.ids) and set(b.rollout[mine].tolist()) == {i}
+            assert b.target[mine].tolist() == list(r.ids)
+            assert set(b.rollout[mine].tolist()) == {i}
             assert b.tokens[prompt_end[p] - len(r.prompt.ids) : prompt_end[p]].tolist() == list(
                 r.prompt.ids
             )
@@ -117,7 +120,8 @@ def test_a_rollout_over_the_budget_is_named():
 
 
 def test_nothing_packs_to_nothing():
-    assert pack_rollouts([], 10) == [] and deduplicate([]) == ([], [])
+    assert pack_rollouts([], 10) == []
+    assert deduplicate([]) == ([], [])
 
 
 def test_distinct_counts_siblings_of_a_group_only():

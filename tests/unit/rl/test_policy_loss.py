@@ -126,7 +126,8 @@ def test_kl_pulls_towards_the_reference():
     logp = torch.tensor([-0.2, -2.5], dtype=torch.float64)
     after = logp - 0.01 * loss_of(logp, batch_of([0.0, 0.0], ref=ref), 1, kl=0.5)[1]
     assert ((after - ref).abs() < (logp - ref).abs()).all()
-    assert (k3(torch.randn(1000), torch.randn(1000)) >= 0).all() and k3(ref, ref).abs().max() == 0
+    assert (k3(torch.randn(1000), torch.randn(1000)) >= 0).all()
+    assert k3(ref, ref).abs().max() == 0
 
 
 @pytest.mark.parametrize("size", [2, 3, 7])
@@ -134,9 +135,9 @@ def test_equal_rewards_are_exactly_zero_beside_unequal_ones(size):
     """Whatever the floor, 0 too: a constant group is 0 and its neighbour is not."""
     for floor in (0.0, 1e-12):
         adv = advantages(torch.tensor([0.1] * size + [0.0] * (size - 1) + [1.0]), size, floor)
-        assert (
-            adv[:size].tolist() == [0.0] * size and (adv[size:] != 0).all() and adv.isfinite().all()
-        )
+        assert adv[:size].tolist() == [0.0] * size
+        assert (adv[size:] != 0).all()
+        assert adv.isfinite().all()
 
 
 def test_micro_batches_sum_to_the_whole():
@@ -144,9 +145,8 @@ def test_micro_batches_sum_to_the_whole():
     logp = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)
     whole, slope, _ = loss_of(logp, batch_of(adv), 4)
     parts = [loss_of(logp[i : i + 1], batch_of(adv[i : i + 1]), 4) for i in range(4)]
-    assert torch.equal(
-        slope, torch.cat([d for _, d, _ in parts])
-    ) and whole.item() == pytest.approx(sum(loss.item() for loss, _, _ in parts), rel=1e-15)
+    assert torch.equal(slope, torch.cat([d for _, d, _ in parts]))
+    assert whole.item() == pytest.approx(sum(loss.item() for loss, _, _ in parts), rel=1e-15)
 
 
 def test_kl_by_hand():
@@ -160,6 +160,5 @@ def test_kl_by_hand():
     assert slope.tolist() == pytest.approx(
         [0.1 * (1 - np.exp(2)) / 5, 0.1 * (1 - np.exp(-2)) / 5, 0.0], rel=1e-12
     )
-    assert stats["kl"].item() == pytest.approx(
-        np.exp(2) + np.exp(-2) - 2, rel=1e-12
-    ) and loss.item() == pytest.approx(0.1 * stats["kl"].item() / 5, rel=1e-12)
+    assert stats["kl"].item() == pytest.approx(np.exp(2) + np.exp(-2) - 2, rel=1e-12)
+    assert loss.item() == pytest.approx(0.1 * stats["kl"].item() / 5, rel=1e-12)

@@ -127,7 +127,8 @@ def on_cpu(monkeypatch):
     @contextmanager
     def capture(graph, pool, stream, capture_error_mode):
         seen.pools.add((id(pool), id(stream)))
-        assert capture_error_mode == "thread_local" and not graph.steps
+        assert capture_error_mode == "thread_local"
+        assert not graph.steps
         with Capture(graph):
             yield
 
@@ -137,10 +138,8 @@ def on_cpu(monkeypatch):
     def noted(self, *pair):
         seen.ran.append(pair)
         rows, width, _ = pair
-        assert (
-            self.cache.num_rows <= rows <= self.cache.kv.shape[1]
-            and self.cache.max_len < width <= self.cache.kv.shape[3]
-        )
+        assert self.cache.num_rows <= rows <= self.cache.kv.shape[1]
+        assert self.cache.max_len < width <= self.cache.kv.shape[3]
         step(self, *pair)
 
     def remembered(self, *args):
@@ -193,11 +192,9 @@ def on_cpu(monkeypatch):
             )
         ], "what graphs use has moved"
         assert all(graph is None or graph.replays for graph in self.graphs.values())
-        assert (
-            self.stream.waited
-            and len(self.stream.waited) == main.waited.count(self.stream)
-            and set(self.stream.waited) == {main}
-        )
+        assert self.stream.waited
+        assert len(self.stream.waited) == main.waited.count(self.stream)
+        assert set(self.stream.waited) == {main}
     assert 0 < len(seen.pools) <= seen.calls
     assert max((seen.ran.count(pair) for pair in set(seen.ran)), default=0) <= 2 * seen.calls, (
         "a pair runs twice: to warm up, to be captured"
@@ -319,9 +316,8 @@ def test_a_cache_of_before_is_used_again(world, on_cpu):
     for case in ("odd number of rows", "siblings", "odd number of rows"):
         same(draw(model, case, cache), plain(case), bound)
     (first, _), (second, _), (third, _) = on_cpu.made
-    assert (
-        second.cache is cache and third.cache.kv.shape == second.cache.kv.shape != first.ids.shape
-    )
+    assert second.cache is cache
+    assert third.cache.kv.shape == second.cache.kv.shape != first.ids.shape
     del on_cpu.made[0]  # its memory grew for the second
 
 
@@ -368,7 +364,8 @@ def test_rows_that_are_nobodys_change_nothing(on_cpu):
             assert cache.lengths[:2].tolist() == [
                 len(a.ids) + 29,
                 len(b.ids) + 18,
-            ] and cache.max_len == max(cache.lengths[:2].tolist())
+            ]
+            assert cache.max_len == max(cache.lengths[:2].tolist())
     assert runs[0] == runs[1]
     assert {rows for rows, _, _ in on_cpu.ran} == {8}
 
@@ -410,11 +407,13 @@ def test_the_stand_in_captures_without_effect_and_replays_into_the_same_memory()
     with Capture(graph):
         z = x * 2
         y[:2] += z[1:]
-    assert y.tolist() == [0, 0, 0] and z.isnan().all()
+    assert y.tolist() == [0, 0, 0]
+    assert z.isnan().all()
     x += 1
     for times in (1, 2):
         graph.replay()
-        assert y.tolist() == [4 * times, 6 * times, 0] and z.isnan().all()
+        assert y.tolist() == [4 * times, 6 * times, 0]
+        assert z.isnan().all()
 
 
 def test_a_cache_that_moves_is_noticed(on_cpu, monkeypatch):
@@ -444,12 +443,14 @@ def test_nothing_of_the_graphs_is_left(on_cpu):
 def test_the_cpu_keeps_its_growing_cache_and_has_no_graphs():
     model = tiny_model(seed=4)
     cache = sampler.make_cache(tiny_model(seed=4))
-    assert cuda_graphs.GRAPH_DEVICES == ("cuda",) and sampler.SYNC_EVERY["cpu"] == 1
+    assert cuda_graphs.GRAPH_DEVICES == ("cuda",)
+    assert sampler.SYNC_EVERY["cpu"] == 1
     draw(model, "one text", cache)
     cache.reset(1000, 1024)
     assert cache.kv.shape[1] < 1000
     cache.reset(1000, 1024, reserve=True)
-    assert cache.kv.shape[1] == 1000 and cache.kv.shape[3] == 1024
+    assert cache.kv.shape[1] == 1000
+    assert cache.kv.shape[3] == 1024
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: no CUDA graph was captured")
@@ -508,4 +509,5 @@ def test_on_a_gpu_a_replayed_step_waits_for_nothing(kernels, monkeypatch):
     rollouts = draw(
         model, "greedy" if kernels == "torch" else "odd number of rows", kernels=kernels
     )
-    assert sum(checked) > 8 and all(np.isfinite(r.sampler_logp).all() for r in rollouts)
+    assert sum(checked) > 8
+    assert all(np.isfinite(r.sampler_logp).all() for r in rollouts)

@@ -112,7 +112,8 @@ def test_greedy_is_transformers_greedy_on_200_prompts_with_many_eos_ids(family):
         assert rollout.finished == (rollout.ids[-1] in stops)
     print(f"greedy, {family}: {differ} of 200 differ from transformers, all at ties below 1e-4")
     assert differ <= 2
-    assert len({r.ids[-1] for r in ours if r.finished}) >= 3 and any(not r.finished for r in ours)
+    assert len({r.ids[-1] for r in ours if r.finished}) >= 3
+    assert any(not r.finished for r in ours)
 
 
 def test_a_text_ends_at_its_first_stop_id_or_is_cut():
@@ -141,7 +142,8 @@ def test_order_and_seeds():
         (p.id, g, s) for g, p in enumerate(prompts) for s in range(8)
     ]
     assert first == again
-    assert texts(first) != texts(other) and texts(first) != texts(later)
+    assert texts(first) != texts(other)
+    assert texts(first) != texts(later)
 
 
 def test_sharing_rows_changes_no_text():
@@ -155,9 +157,8 @@ def test_sharing_rows_changes_no_text():
     hook = model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
     together = generate(model, prompts, group, 1.0, NEW, frozenset([EOS]), u)
     hook.remove()
-    assert max(rows[1:]) > len(prompts) and sum(rows[1:]) < 0.9 * sum(
-        len(r.ids) - 1 for r in together
-    )
+    assert max(rows[1:]) > len(prompts)
+    assert sum(rows[1:]) < 0.9 * sum(len(r.ids) - 1 for r in together)
     for r in together:
         (alone,) = generate(
             model,
@@ -182,10 +183,8 @@ def test_a_prompts_texts_do_not_depend_on_the_rest_of_the_batch():
         prompts + prompts_of(9, seed=5)[len(prompts) :],
     ):
         got = {(id, s): (ids, f) for id, s, ids, f in texts(sample(model, batch))}
-        assert (
-            all(got[key] == want[key] for key in want.keys() & got.keys())
-            and want.keys() & got.keys()
-        )
+        assert all(got[key] == want[key] for key in want.keys() & got.keys())
+        assert want.keys() & got.keys()
     fewer = texts(sample(model, prompts, group_size=3))  # nor on how many siblings there are
     assert all((ids, f) == want[id, s] for id, s, ids, f in fewer)
 
@@ -214,7 +213,8 @@ def test_the_samplers_log_probs_are_the_trainers(kind, dtype, bound, temperature
         sampler = torch.tensor(
             [x for i in mine for x in rollouts[i].sampler_logp], dtype=torch.float64
         )
-        assert ours.dtype == dtype and (ours - sampler).abs().max() <= bound
+        assert ours.dtype == dtype
+        assert (ours - sampler).abs().max() <= bound
         assert (batch.sampler_logp - sampler).abs().max() <= 1e-5
     assert sorted(seen) == list(range(len(rollouts)))
 
@@ -225,9 +225,8 @@ def test_log_probs_are_transformers_log_softmax_over_reachable_ids(temperature):
     model = tiny_model(seed=1, reachable=300)
     theirs = oracle(model)
     rollouts = sample(model, prompts_of(4, vocab=300), group_size=16, temperature=temperature)
-    assert (
-        max(max(r.ids) for r in rollouts) < 300 and len({t for r in rollouts for t in r.ids}) > 200
-    )
+    assert max(max(r.ids) for r in rollouts) < 300
+    assert len({t for r in rollouts for t in r.ids}) > 200
     for r in rollouts:
         with torch.no_grad():
             logits = theirs(input_ids=torch.tensor([r.prompt.ids + r.ids])).logits[
