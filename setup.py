@@ -20,7 +20,7 @@ setup(
     packages=find_packages(include=["recr1", "recr1.*"]) + ["recr1.kernels"],
     package_data={"recr1": ["py.typed"], "recr1.report": ["page/*"]},
     package_dir={"recr1": "recr1", "recr1.kernels": "kernels"},
-    entry_points={"console_scripts": ["recr1=recr1.cli:command"]},
+    entry_points={"console_scripts": ["recr1=recr1.cli:run_console_script"]},
     install_requires=[
         # experiments/setup_env.sh keeps a GPU machine's torch when it is in this range
         "torch>=2.11,<2.16",
