@@ -84,7 +84,7 @@ class MicroBatch:
     rollout: torch.Tensor
     weight: torch.Tensor  # (N,) identical siblings of the token's rollout; 0 in an idle batch
     sampler_logp: torch.Tensor  # (N,)
-    # (N,); None: the new ones, detached (one optimizer step per batch)
+    # (N,); None: the new ones, detached (one optimizer step for a step's rollouts)
     old_logp: torch.Tensor | None = None
     ref_logp: torch.Tensor | None = None  # (N,)
     advantages: torch.Tensor | None = None  # (N,)

@@ -252,8 +252,7 @@ def log_token_values(
     columns = []
     for batch in micro_batches:
         logp, entropy = compute_log_probs(policy, batch, temperature)  # (N,), (N,)
-        # Before the first optimizer step on it the old policy is the one being trained (DESIGN
-        # decision 2).
+        # Before the first optimizer step on these texts the old policy is the one being trained.
         old_logp = batch.sampler_logp if cfg.train.replay else logp
         columns.append(
             dict(trainer_logp=logp, ref_logp=batch.ref_logp, old_logp=old_logp, entropy=entropy)
@@ -278,8 +277,10 @@ def make_updates(
 ) -> list[PolicyUpdate]:
     """Divide the rollouts into the micro-batches of train.inner_steps optimizer steps.
 
-    Each optimizer step has an equal share of the prompts (PPO's mini-batches). What the loss
-    multiplies by 0 is left out: groups without variance, unless a KL in the loss reaches them too.
+    Each optimizer step has an equal share of the prompts (PPO's mini-batches). Texts with advantage
+    0, such as those of a group without variance, are left out unless the loss has a KL. They are
+    left out even if `loss.entropy` or a surrogate of a user's own would add something there; the
+    denominator counts them all the same.
 
     Args:
         reference: where the KL is in the loss; else None.
@@ -341,7 +342,7 @@ def add_old_logp(
 
 
 def add_advantages(micro_batches: list[MicroBatch], advantages: torch.Tensor) -> list[MicroBatch]:
-    """Add advantages (N,): each token has its rollout's, one of a padding batch 0.
+    """Add advantages (N,): each token has its rollout's, one of an idle batch 0.
 
     `advantages` counts along the list that was packed.
     """

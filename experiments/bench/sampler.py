@@ -62,7 +62,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MEAN = 45 / 128
 SIGMA = 0.7
 TIE = 1e-4
-# bytes/s and FLOP/s of an H100: PERFORMANCE.md section 8
+# bytes/s and FLOP/s of an H100 that are counted with: assumed, not measured
 COPY = 3.0e12
 PRODUCTS = 700e12
 FLOAT32 = torch.float32

@@ -119,7 +119,7 @@ def _check_loss_is_known(run: str, cfg: Config) -> None:
     if cfg.train.inner_steps > 1:
         raise ConfigError(
             f"{run}: train.inner_steps is {cfg.train.inner_steps}: the log-probs of the second "
-            "optimiser step on a batch are not saved, so its loss cannot be worked again; "
+            "optimizer step on a batch are not saved, so its loss cannot be worked again; "
             "explain a run with train.inner_steps=1"
         )
     recipe = get_recipe(cfg.loss)
@@ -797,7 +797,7 @@ class StepStory:
         else:
             equation = "rho_t = exp(log pi_t - log pi_old,t)"
         if not self.step.cfg.train.replay:
-            equation += "; one optimiser step per batch: log pi_old is log pi, "
+            equation += "; one optimizer step per batch: log pi_old is log pi, "
             equation += "every ratio is exactly 1"
         ratio = self.numpy_step.ratio
         self._add(

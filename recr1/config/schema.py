@@ -82,7 +82,8 @@ class RetrieverConfig:
     dtype: str = "float32"  # What the encoder computes in: float32 | float16 | bfloat16.
     index: str = "exact"  # The dense index: exact | hnsw.
     ef_search: int = 512  # hnsw: how many candidates a search keeps.
-    # Seconds that one search by a module:function may take. 0: there is no limit.
+    # Seconds that one call of a module:function's search may take. 0: there is no limit. An
+    # evaluation asks for a rank's whole split in one call. Keep it below run.patience.
     timeout: float = 0.0
 
 
@@ -123,8 +124,8 @@ class SamplingConfig:
     # probability that was cut off.
     top_p: float = 1.0
     max_new_tokens: int = 512  # A completion that is so long ends unfinished.
-    # GiB of keys and values at once; sequences that do not fit wait. 0: the free memory of a GPU,
-    # no limit on a CPU.
+    # GiB of keys and values at once; sequences that do not fit wait. 0: four fifths of what a GPU
+    # has free, no limit on a CPU.
     cache_gib: float = 0.0
     # DAPO's dynamic sampling: how many times other prompts are drawn in place of the groups whose
     # rewards are all equal.
@@ -178,7 +179,9 @@ class SftConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    kind: str = "adamw"  # adamw | muon (matrices by Muon, the rest by AdamW).
+    # adamw | muon: matrices by Muon, the rest by AdamW. Both loops shard the policy and refuse it;
+    # experiments/make_policy.py, which makes a policy from nothing, uses it.
+    kind: str = "adamw"
     lr: float = 1e-6  # AdamW's learning rate.
     muon_lr: float = 0.02  # Muon's learning rate.
     betas: tuple[float, float] = (0.9, 0.999)  # AdamW's decay of its two moments.
@@ -198,7 +201,7 @@ class OptimizerConfig:
 class TrainConfig:
     steps: int = 100
     prompts_per_step: int = 32  # On all ranks together.
-    # Optimizer steps per batch of rollouts, each over an equal share of its prompts.
+    # Optimizer steps for one step's rollouts, each over an equal share of its prompts.
     inner_steps: int = 1
     # Packed tokens in one forward and backward, at most. It changes memory, not the gradient.
     tokens_per_micro_batch: int = 16384
@@ -218,7 +221,9 @@ class TrainConfig:
 @dataclass(frozen=True)
 class SaveConfig:
     every: int = 100  # Steps between checkpoints. 0: only one at SIGTERM.
-    keep: int = 2  # How many of the last ones are kept, beside the best on validation.
+    # How many of the last ones are kept, beside the best on validation of those that were saved at
+    # a validated step.
+    keep: int = 2
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Make prompt ids from the tokenizer's chat template and the user's text. The text of the data is
-data, never control tokens (DESIGN decision 12).
+data, never control tokens.
 """
 
 from __future__ import annotations

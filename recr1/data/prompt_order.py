@@ -1,5 +1,5 @@
-"""Choose which prompts a step has, by random numbers that depend on nothing but their keys (DESIGN
-decision 10): resuming needs no generator's state.
+"""Choose which prompts a step has, by random numbers that depend on nothing but their keys:
+resuming needs no generator's state.
 """
 
 from functools import lru_cache

@@ -1,8 +1,8 @@
 """torchrun's environment, and the collectives that the rest of the project needs. With one process
-there is no group: every call returns its own input.
+there is no group: a call returns what it was given (`gather_to_rank0`: a list of it).
 
-Every rank makes the same calls in the same order. A reduction is a sum: nothing averages behind our
-back (DESIGN decision 3).
+Every rank makes the same calls in the same order. A reduction is a sum, and for whole numbers that
+steer the run also a maximum: nothing averages behind our back.
 
 Legend: W ranks, n numbers of a shard.
 """
@@ -107,8 +107,8 @@ def gather_to_rank0(value: Any) -> list | None:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Make a block that fails on one rank fail on all, with the exception of the first rank that
-    failed: no rank then waits for one that is gone.
+    """Make a block that fails on one rank fail on all: all raise the error of the first rank that
+    failed, and no rank waits for one that is gone.
 
     No collective may be called inside.
     """

@@ -1,16 +1,15 @@
-"""Fully sharded data parallelism: ZeRO-3 (Rajbhandari et al. 2020, section 5), written by hand
-(DESIGN decision 5).
+"""Fully sharded data parallelism: ZeRO-3 (Rajbhandari et al. 2020, section 5), written by hand.
 
-A parameter group holds the weights of one block, or of the root: embedding, last norm and head.
-They form one flat vector (distributed/flat_param.py) that is cut into W equal shards. A rank owns
-one shard: the master copy that the optimizer updates. Between uses it holds nothing else of the
-group.
+A parameter group holds the trained or the frozen weights of one block, or of the root: embedding,
+last norm and head. They form one flat vector (distributed/flat_param.py) that is cut into W equal
+shards. A rank owns one shard: the master copy that the optimizer updates. Between uses it holds
+nothing else of the group but the shard's gradient and the optimizer's moments, of the same length.
 
-To use a group is to all-gather its shards in the compute type and to attach views of the result to
-the modules. Meanwhile the all-gather of the next block runs; in the backward, that of the previous
-block. The all-gather is an autograd function. Its backward is the reduce-scatter (SUM, in the
-master type) of the gradient, which runs while the previous block computes its own gradient. With
-one rank both are the identity.
+To use a group of block i is to all-gather its shards in the compute type and to attach views of the
+result to the modules. Meanwhile the all-gather of block i + 1 runs; in the backward, that of block
+i - 1, which comes next there. The all-gather is an autograd function. Its backward is the
+reduce-scatter (SUM, in the master type) of the gradient, which runs while block i - 1 computes its
+own gradient. With one rank both are the identity.
 
 Legend: W ranks, n numbers of a shard.
 """
@@ -151,8 +150,8 @@ def unsharded_groups(
         prefetch: the groups of the block that is used next. Their all-gathers start here and
             overlap with this block's computation.
         keep_for_backward: autograd may hold the full weights until the backward. True inside
-            `checkpoint`, which releases them itself. If False, autograd saves a `SavedWeight`, and
-            the backward gathers the group again.
+            torch.utils.checkpoint, which releases them itself. If False, autograd saves a
+            `SavedWeight`, and the backward gathers the group again.
     """
     if groups[0].flat_param.is_unsharded:  # by an enclosing block: sampling unshards all groups
         yield
@@ -323,7 +322,7 @@ class Sharded(nn.Module):
     def start_reduce_scatter(self, group: ParamGroup) -> None:
         """Start to sum a group's gradient over ranks, after the end of the one that is running.
 
-        The sum runs while the previous block's backward computes. Without
+        The sum runs while the backward of block i - 1, which comes next, computes. Without
         `requires_gradient_sync` the gradient stays in `full_grad`, for the next backward.
         """
         self.finish_reduce_scatter()
@@ -358,7 +357,7 @@ class Sharded(nn.Module):
         """Gather embedding, last norm and head once for the duration of the block. Their gradients
         share one reduce-scatter.
         """
-        first_block = self.block_groups[1]
+        first_block = self.block_groups[1]  # entry 0 is empty: no block is before the first
         return unsharded_groups(self.root_groups, prefetch=first_block)
 
     @property

@@ -39,8 +39,8 @@ class RankLost(RuntimeError):
 class Heartbeat:
     """The file of one rank.
 
-    `state` has pid, host, step, phase, since (Unix time), calls (number of collectives begun), left
-    (why the rank ends) and gives_up.
+    `state` has pid, host, step, phase, since (Unix time at which the rank entered the phase), calls
+    (number of collectives begun), left (why the rank ends) and gives_up.
     """
 
     def __init__(self, folder: Path, rank: int, world: int):
@@ -256,7 +256,11 @@ def _wait_for_answers(folder: Path, others: list[int]) -> _Answers:
 
 
 def _describe_rank(rank: int, state: dict | None) -> str:
-    """Return the line on a rank at fault; its state is None if it has not yet written one."""
+    """Return the line on a rank at fault; its state is None if it has not yet written one.
+
+    "has not moved" counts from the entry into the phase: such a rank may hang, or be busy in one
+    long phase.
+    """
     if state is None:
         return f"rank {rank} is gone; it had not yet opened run.dir"
     who = f"rank {rank} (pid {state['pid']}, {state['host']})"

@@ -121,8 +121,8 @@ class Decoder(nn.Module):
     The head is applied outside: see `head_weight`.
 
     Args:
-        reachable: how many ids the tokenizer has. Nobody samples or scores ids beyond
-            (model/log_probs.py). None: all of the vocabulary.
+        reachable: how many ids the tokenizer has: those below this number. The head ends there, so
+            nobody samples or scores ids beyond (model/log_probs.py). None: all of the vocabulary.
     """
 
     # The block in which `head_weight` may be used together with the forward. distributed/fsdp.py

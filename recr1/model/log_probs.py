@@ -1,9 +1,9 @@
-"""The policy's distribution, defined once for sampler and trainer (DESIGN decision 1).
+"""The policy's distribution, defined once for sampler and trainer.
 
     p = softmax(logits / temperature)
 
-Temperature is part of the policy. Ids that the tokenizer lacks are not: `Decoder.head_weight` ends
-before them.
+Temperature is part of the policy. Ids that the tokenizer lacks are no part of it: their probability
+is 0, because `Decoder.head_weight` ends before them.
 
 Legend: M packed tokens, N trained tokens, C width, V vocabulary.
 """

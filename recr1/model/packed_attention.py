@@ -2,7 +2,7 @@
 
 Prompts read themselves causally, once per group. Completions read their prompt's keys and their
 own. The gradient of a prompt's keys is the sum over its siblings, as with padded rows, but its rows
-are computed once (DESIGN decision 14). A prompt `a b` with two completions that begin with c and d:
+are computed once. A prompt `a b` with two completions that begin with c and d:
 
     row               0   1 |  2 |  3
     token             a   b |  c |  d

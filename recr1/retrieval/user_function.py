@@ -58,9 +58,9 @@ class UserRetriever:
         if nonempty:
             nonempty_queries = [queries[index] for index in nonempty]
             hit_rows, hit_scores = self._search_and_check(nonempty_queries, k)
-            num_ranks = hit_rows.shape[1]
-            doc_rows[nonempty, :num_ranks] = hit_rows
-            scores[nonempty, :num_ranks] = hit_scores
+            num_places = hit_rows.shape[1]
+            doc_rows[nonempty, :num_places] = hit_rows
+            scores[nonempty, :num_places] = hit_scores
         return doc_rows, scores
 
     def _make_search(

@@ -34,7 +34,8 @@ def clipped_surrogate(
         min(ratio A, clip(ratio, 1 - clip, 1 + clip_high) A),  ratio = e^(logp - old_logp)
 
     old_logp (n,): log-probs under the policy that sampled, without gradient. With one optimizer
-    step per batch they are logp itself, and the ratio is 1.
+    step for a step's rollouts they are logp itself, and the ratio is 1. A clip_high of 0 means
+    clip: `config.high`.
     """
     ratio = (logp - old_logp).exp()
     clipped_ratio = ratio.clamp(1 - config.clip, 1 + config.high)
@@ -72,12 +73,12 @@ def reinforce_surrogate(
 ) -> torch.Tensor:
     """Multiply A by logp (Williams 1992).
 
-    old_logp is not used, so this is meant for one optimizer step per batch.
+    old_logp is not used, so this is meant for one optimizer step for a step's rollouts.
     """
     return batch.advantages * logp
 
 
-# kind -> (surrogate, advantage, average). The average of a loss is
+# kind -> (surrogate, advantage, average). The average (`loss.average`; in code agg_mode) is
 #   token: the mean over all tokens
 #   sequence: the mean over rollouts of the mean over each rollout's tokens
 #   constant: the sum over R * max_new_tokens
@@ -101,7 +102,7 @@ class Objective:
     config: LossConfig
     surrogate: Callable
     advantage: Callable
-    agg_mode: str  # token | sequence | constant
+    agg_mode: str  # the config's `average`: token | sequence | constant
     head: str  # one_shot | recompute
     kernels: str  # torch | triton
 

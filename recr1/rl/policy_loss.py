@@ -4,8 +4,8 @@
 
 A loss of GRPO's family is an advantage (rl/advantages.py), a surrogate per token (rl/losses.py), a
 KL estimator (rl/kl.py) and an average. RECIPES in rl/losses.py names those of the papers.
-`loss.kind` and `loss.advantage` also take a function of yours (`module:function`) with the same
-signature.
+`loss.kind` and `loss.advantage` also take a function of yours (`module:function`): one with the
+signature of the surrogates in rl/losses.py, or of the advantages in rl/advantages.py.
 
 w_t counts identical siblings. The denominator is counted over the whole optimizer step: all ranks,
 all micro-batches. There are no masks: a MicroBatch holds real tokens only.
@@ -131,7 +131,7 @@ def compute_token_loss(
     """Compute the loss of the batch's tokens and its derivatives.
 
     Args:
-        logp: (n,) log-probs of the tokens; its own gradient is not used.
+        logp: (n,) log-probs of the tokens; no gradient flows back through them here.
         entropy: (n,) entropy of the policy at the tokens.
         weight: (n,) w, see `compute_token_weights`.
     """

@@ -1,9 +1,8 @@
 """Sample completions with a KV cache, by the modules that are trained.
 
-Siblings whose tokens so far are equal share one row of the cache (DESIGN decision 13): each draws
-with its own uniform, and the row forks where they choose differently. Computing a prompt once for
-its whole group is the case of the empty completion. The texts are those of one row each.
-
+Siblings whose tokens so far are equal share one row of the cache: each draws with its own uniform,
+and the row forks where they choose differently. Computing a prompt once for its whole group is the
+case of the empty completion. The texts are those of one row each.
 Legend: P prompts, G siblings, R = P*G sequences, B running rows, C width, V vocabulary.
 """
 
@@ -240,9 +239,9 @@ def count_shared_tokens(prompts: list[Prompt]) -> int:
 
 
 def decode(model: Decoder, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Compute the running rows' next tokens (B,).
+    """Run the tokens (B,) that were just chosen, one of each running row.
 
-    Returns the hidden states (B, C) that predict the tokens after them.
+    Returns the hidden states (B, C) that predict the next ones.
     """
     positions = cache.begin_decode_step()
     hidden = model(tokens, positions, cache)

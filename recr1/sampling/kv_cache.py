@@ -1,5 +1,5 @@
-"""The KV cache of the sampler. It owns the lengths of its rows; the model never sees them (DESIGN:
-the cache is passed in, there are no globals).
+"""The KV cache of the sampler. It owns the lengths of its rows; the model never sees them.
+The cache is passed in: there are no globals.
 
 Legend: B running rows, S slots, K kv heads, D head dim. A slot holds the key and the value of one
 token. Rows 0..B-1 are the running ones: a row that is finished is never computed again.

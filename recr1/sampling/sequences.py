@@ -15,7 +15,7 @@ from recr1.data_types import Prompt, Rollout
 from recr1.sampling.kv_cache import KVCache
 
 
-class SampledTokens(NamedTuple):
+class SampledSteps(NamedTuple):
     """Hold the choices of several decode steps, on the host."""
 
     ids: np.ndarray  # (steps, B, siblings in a row; 1 where they all choose the same)
@@ -31,6 +31,8 @@ class SequenceBatch:
     Attributes:
         running: (n,), the indices of the running sequences, sorted by row.
         row: (n,), the cache row that each of them is in.
+        index_in_row: (n,), their number among those in the same row, 0 for the first; set by
+            `uniforms_until_next_sync`.
         num_rows: B, how many rows they are in.
         length: (R,), how many tokens each sequence has so far.
     """
@@ -120,7 +122,7 @@ class SequenceBatch:
         return torch.from_numpy(padded).to(device)  # all at once: each copy would wait for the GPU
 
     def append_tokens(
-        self, sampled: SampledTokens, on_token: Callable[[int, int], None] | None
+        self, sampled: SampledSteps, on_token: Callable[[int, int], None] | None
     ) -> None:
         """Append to each sequence the tokens that it chose, up to its end.
 
@@ -212,7 +214,7 @@ class SequenceBatch:
 
 def stack_to_host(
     steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-) -> SampledTokens:
+) -> SampledSteps:
     """Stack the choices (ids, log-probs, truncated mass) of several steps and copy them to the
     host.
     """
@@ -220,4 +222,4 @@ def stack_to_host(
     for tensors in zip(*steps):
         stacked = torch.stack(tensors)
         arrays.append(stacked.cpu().numpy())
-    return SampledTokens(*arrays)
+    return SampledSteps(*arrays)

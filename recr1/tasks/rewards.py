@@ -11,7 +11,9 @@ evaluation.
     novelty               self-information of the first reward.k_list, divided by its largest
                           possible value: in [0, 1]; the popularity is that of the training data
     module:function       one of yours, f(answer, ranked, gains, row) -> number: the parsed answer,
-                          document ids, {document id: gain}, the query's row
+                          document ids, {document id: gain}, the query's row: "text" and the keys of
+                          the task's required_fields, no others. It is called once for each query
+                          and text (tasks/scorer.py)
 
     total = (bonus + A if A > 0 else miss) + the other terms weighted
     A     = the accuracy terms weighted

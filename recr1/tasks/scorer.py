@@ -12,7 +12,8 @@ from recr1.retrieval.interface import Retriever
 from recr1.tasks.registry import Task
 from recr1.tasks.rewards import RewardTerms, compute_overlong_penalty
 
-# Scored completions that are remembered. A reward depends on the query and the text alone.
+# Scored completions that are remembered. A reward is taken to depend on the query and the sampled
+# ids alone: a term that draws random numbers or looks at the step is computed once for each pair.
 MAX_REMEMBERED = 500_000
 
 
@@ -52,7 +53,7 @@ class Scorer:
     def score(self, rollouts: list[Rollout]) -> list[Reward]:
         """Return one Reward per rollout.
 
-        A completion that was scored before is not searched again.
+        A completion that was scored before for its query has the same Reward again.
         """
         if len(self.known_rewards) > MAX_REMEMBERED:
             self.known_rewards.clear()

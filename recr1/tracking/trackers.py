@@ -79,10 +79,6 @@ def open_trackio(folder: Path, id: str, config: dict) -> SendAndClose:
 OPENERS = {"tensorboard": open_tensorboard, "wandb": open_wandb, "trackio": open_trackio}
 
 
-# The names are those of the config: log.track.
-OPENERS = {"tensorboard": open_tensorboard, "wandb": open_wandb, "trackio": open_trackio}
-
-
 class Tracker:
     """Sends the rows of metrics.jsonl to log.track; with none all its methods do nothing.
 

@@ -74,12 +74,15 @@ def run_command(main: Callable[[list[str]], None], argv: list[str]) -> NoReturn:
 
 
 def run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Run main(argv) on every rank and return the exit code.
+    """Run main(argv) on every rank and return the exit code of this one.
 
     0: finished, or asked to stop.
-    2: what a user can mend; one line on stderr, never a traceback.
-    3: a rank is gone or hangs; one line of one of the others. torchrun --max-restarts then starts
-       all of them anew.
+    2: what a user can mend; rank 0 prints one line on stderr, never a traceback.
+    3: another rank is gone or hangs; a single rank prints one line that says which.
+
+    Anything else that is raised leaves this function. `end_process` prints its traceback and ends
+    with 1, a bug, or 130 after a second Ctrl-C. torchrun --max-restarts starts all ranks anew after
+    any of 1 to 3; when it gives up it ends with 1 itself, whatever the ranks ended with.
     """
     is_rank0 = os.environ.get("RANK", "0") == "0"
     try:
@@ -89,7 +92,7 @@ def run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> int:
             except Stopped as e:
                 print_rank0(f"recr1: {e}")
         return 0
-    except EXPECTED_ERRORS as e:  # on all ranks at once: see dist.fail_together
+    except EXPECTED_ERRORS as e:  # on all ranks at once: see collectives.fail_together
         if is_rank0:
             _print_error(e)
         return EXPECTED_ERROR_EXIT_CODE

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW (and Muon for cold starts), the learning-rate schedule, clipping, and the
+"""The optimizer: AdamW (and Muon for whole weights), the learning-rate schedule, clipping, and the
 check that the gradient is finite before any weight moves.
 """
 
@@ -24,7 +24,7 @@ class Optimizer:
     """Update a model's parameters in at most `steps` calls of `step`.
 
     AdamW is torch's fused one (Loshchilov & Hutter 2019). Muon (Jordan 2024) takes the 2-D weights
-    inside the blocks.
+    inside the blocks; a sharded policy, which is what both loops train, has none.
     """
 
     def __init__(self, model: torch.nn.Module, config: OptimizerConfig, steps: int):
@@ -92,7 +92,7 @@ class Optimizer:
         if not is_finite:
             if self.config.on_nonfinite == "stop":
                 raise NonFiniteGradient(
-                    f"optimiser step {step + 1}: the gradient norm is {norm}; "
+                    f"optimizer step {step + 1}: the gradient norm is {norm}; "
                     "no weight was changed. "
                     "Lower optimizer.lr, or set optimizer.on_nonfinite=skip"
                 )

@@ -300,7 +300,7 @@ class Run(RunParts):
         num_skipped = self.progress.num_skipped_in_a_row
         if num_skipped >= self.cfg.optimizer.max_skips:
             raise NonFiniteGradient(
-                f"step {step}: {num_skipped} optimiser steps in a row were not finite and skipped "
+                f"step {step}: {num_skipped} optimizer steps in a row were not finite and skipped "
                 f"(optimizer.max_skips); {where}"
             )
         print_rank0(

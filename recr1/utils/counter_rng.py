@@ -1,5 +1,5 @@
-"""Random numbers that depend only on their keys: seed, step, prompt, sibling, token (DESIGN
-decision 10).
+"""Random numbers that depend only on their keys: seed, step, prompt, sibling, token.
+A run that resumes needs no generator's state.
 
 Legend: P prompts, G siblings, T tokens.
 """

@@ -348,7 +348,7 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_stop(world, tmp_path, m
     assert [row["skipped"] for row in jsonl(tmp_path / "one/metrics.jsonl")] == [0, 1, 1, 1]
     inner = train.compute_policy_loss
     monkeypatch.setattr(train, "compute_policy_loss", lambda *a: nan(inner(*a)))
-    assert "3 optimiser steps in a row" in refused(
+    assert "3 optimizer steps in a row" in refused(
         [*argv, "optimizer.max_skips=3", f"run.dir={tmp_path / 'run'}"], capsys
     )
     assert len(jsonl(tmp_path / "run/metrics.jsonl")) == 2
@@ -362,7 +362,7 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_stop(world, tmp_path, m
     ]
     assert stop("sample@4", argv, monkeypatch) == 0
     assert (
-        "step 7: 7 optimiser steps in a row" in (err := refused(argv, capsys))
+        "step 7: 7 optimizer steps in a row" in (err := refused(argv, capsys))
         and "its batches are not kept" in err
     )
     assert sorted(p.name for p in (tmp_path / "more/nonfinite").iterdir()) == [

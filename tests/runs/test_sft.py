@@ -226,7 +226,7 @@ def test_a_step_that_is_not_finite_moves_no_weight(value, world, tmp_path, monke
     argv = [world, "train.steps=2", f"run.dir={tmp_path / 'run'}"]
     with monkeypatch.context() as patch:
         at("lesson@2", value, patch.setattr)
-        assert "optimiser step 2: the gradient norm is nan" in refused(argv, capsys, sft.main)
+        assert "optimizer step 2: the gradient norm is nan" in refused(argv, capsys, sft.main)
     [folder] = (tmp_path / "run/nonfinite").iterdir()
     note = json.loads((folder / "rank_00000.json").read_text())
     assert note["step"] == 2

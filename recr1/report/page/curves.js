@@ -166,7 +166,7 @@ function curvesSection() {
       share: true,
       zero: true,
       series: series("clip_share", "clipped"),
-      note: ended("clip_share") && inner === 1 && "0 by construction: with one optimiser step per batch every ratio is 1.",
+      note: ended("clip_share") && inner === 1 && "0 by construction: with one optimizer step per batch every ratio is 1.",
     }),
     kit({
       title: "Zero-variance share",

@@ -79,9 +79,9 @@ class DenseSearcher:
         if nonempty:
             vectors = self._encode_queries([queries[index] for index in nonempty])
             hit_rows, hit_scores = self.nearest(vectors, k)
-            num_ranks = hit_rows.shape[1]
-            doc_rows[nonempty, :num_ranks] = hit_rows
-            scores[nonempty, :num_ranks] = hit_scores
+            num_places = hit_rows.shape[1]
+            doc_rows[nonempty, :num_places] = hit_rows
+            scores[nonempty, :num_places] = hit_scores
         return doc_rows, scores
 
     def nearest(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -33,7 +33,7 @@ EVIL = (
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run of four steps, two of them with tokens, with a reference and two optimiser
+    """A finished run of four steps, two of them with tokens, with a reference and two optimizer
     steps per batch.
     """
     folder = tmp_path_factory.mktemp("report")
