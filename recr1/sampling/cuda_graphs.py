@@ -15,8 +15,8 @@ here): a step is 20 ms of launches without a graph and 1.8 ms of reading with on
 such 20 ms step and a capture, 30 ms each at 67 sizes of a 28-layer 0.6B (vLLM, pull request 21146),
 so it has paid after three replays. The number of rows only falls and lengths only grow while
 nothing enters, so a call passes at most 12 rungs and 5 numbers of slots, 17 pairs: 0.85 s, beside
-0.9 s of replays (a tenth more with padding) and 10 s of steps without graphs. Keeping the graphs for the next step would save the 0.85 s and cost fixed
-addresses for the weights, in training too.
+0.9 s of replays (a tenth more with padding) and 10 s of steps without graphs. Keeping the graphs
+for the next step would save the 0.85 s and cost fixed addresses for the weights, in training too.
 
 Legend: B running rows, C width.
 """

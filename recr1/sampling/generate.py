@@ -3,6 +3,7 @@
 Siblings whose tokens so far are equal share one row of the cache: each draws with its own uniform,
 and the row forks where they choose differently. Computing a prompt once for its whole group is the
 case of the empty completion. The texts are those of one row each.
+
 Legend: P prompts, G siblings, R = P*G sequences, B running rows, C width, V vocabulary.
 """
 
