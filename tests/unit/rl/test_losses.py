@@ -243,9 +243,17 @@ def test_a_users_loss_and_advantage_are_named_in_the_config(
     )
     monkeypatch.syspath_prepend(tmp_path)
     folder = run("loss.kind='my_loss:soft'", "loss.advantage='my_loss:ranks'")
-    rows = [row for row in jsonl(folder / "rollouts.jsonl.gz") if row["adv"]]
-    assert rows
-    assert {row["adv"] for row in rows} <= {-1.5, -0.5, 0.5, 1.5}
+    groups = {}
+    for row in jsonl(folder / "rollouts.jsonl.gz"):
+        siblings = groups.setdefault((row["step"], row["prompt"]), [])
+        siblings += [(row["reward"], row["adv"])] * row["count"]
+    assert any(advantage for group in groups.values() for _, advantage in group)
+    for group in groups.values():
+        assert len(group) == 4
+        rewards = [reward for reward, _ in group]
+        for reward, advantage in group:
+            lower = sum(other < reward for other in rewards)
+            assert advantage == lower + (rewards.count(reward) - 1) / 2 - 1.5
     assert run("loss.kind='my_loss:whole'", "model.head=recompute").exists()
     for override, part in (
         ("loss.kind='my_loss:whole'", "model.head=recompute"),
