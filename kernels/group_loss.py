@@ -35,7 +35,7 @@ from types import SimpleNamespace
 
 import torch
 
-from recr1.kernels import logprob
+from recr1.kernels import logprob  # type: ignore[attr-defined]  # by the __path__ of kernels.py
 from recr1.kernels.availability import require_backend
 
 ADVANTAGES = ("std", "mean", "leave_one_out")
@@ -85,6 +85,7 @@ class GroupTokenLoss:
         require_backend("triton", self.rollout.device)
         self._check_token_tensors()
         if self.advantages is None:
+            assert self.rewards is not None
             assert self.rewards.ndim == 2 and self.rewards.dtype == torch.float32
             self.advantages = compute_advantages(self.rewards, self.rule)
         self.sums = self.advantages.new_zeros(len(STATISTICS))

@@ -14,7 +14,7 @@ from recr1.tasks.candidate_list import CandidateRanking, get_history
 
 
 class RecommendList(CandidateRanking):
-    placeholders = ("profile", "history", "candidates")
+    placeholders: tuple[str, ...] = ("profile", "history", "candidates")
     required_fields = ("profile", "history", "candidates")
     key = "items"
 
