@@ -28,7 +28,7 @@ from recr1 import train
 from recr1.config import loader as configs
 from recr1.config.schema import Config, ConfigError, LossConfig
 from recr1.distributed import collectives as dist
-from recr1.model.decoder import AnyDecoder
+from recr1.distributed.fsdp import Sharded
 from recr1.model.log_probs import compute_log_probs
 from recr1.rl import advantages, kl, losses, packing, policy_loss
 from recr1.rl.replay import Replay
@@ -554,7 +554,7 @@ def _to_tensor(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(values, dtype=like.dtype, device=like.device)
 
 
-def _load_policy_before(step: LoggedStep) -> tuple[AnyDecoder, torch.dtype]:
+def _load_policy_before(step: LoggedStep) -> tuple[Sharded, torch.dtype]:
     """Load the policy as it was before the step, in the type that the run computed in.
 
     Raises ModelFolderError, Damaged, OSError.

@@ -253,6 +253,7 @@ class Sharded(nn.Module):
         self.decoder: Any = decoder
         self.config: Any = decoder.config
         self.backend: Any = decoder.backend
+        body: Any = decoder.model
         self.checkpointing = checkpointing
         self.requires_gradient_sync = True
         self.pending_reduce_scatter: PendingReduceScatter | None = None
@@ -283,7 +284,7 @@ class Sharded(nn.Module):
 
         # The first block has no block before it, the last one none behind it.
         self.block_groups = [[], *groups_by_block[1:], []]
-        for i, layer in enumerate(self.decoder.model.layers):
+        for i, layer in enumerate(body.layers):
             previous_groups, groups, next_groups = self.block_groups[i : i + 3]
             for group in groups:
                 group.previous_groups = previous_groups

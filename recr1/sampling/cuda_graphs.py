@@ -112,9 +112,9 @@ class DecodeGraphs:
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def _capture(self, key: GraphKey) -> None:
-        # thread_local: what other threads do, say NCCL's watchdog, does not spoil the capture.
         graph = self.graphs[key]
         assert graph is not None
+        # thread_local: what other threads do, say NCCL's watchdog, does not spoil the capture.
         with torch.cuda.graph(
             graph,
             pool=self.pool,
