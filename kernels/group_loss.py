@@ -35,7 +35,7 @@ from types import SimpleNamespace
 
 import torch
 
-from recr1.kernels import logprob  # type: ignore[attr-defined]  # by the __path__ of kernels.py
+from recr1.kernels import logprob
 from recr1.kernels.availability import require_backend
 
 ADVANTAGES = ("std", "mean", "leave_one_out")

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from recr1.kernels import logprob  # type: ignore[attr-defined]  # by the __path__ of kernels.py
+from recr1.kernels import logprob
 from recr1.kernels.availability import require_backend
 from recr1.kernels.cpu_linear import multiply, multiply_into
 
