@@ -85,6 +85,7 @@ class GroupTokenLoss:
         require_backend("triton", self.rollout.device)
         self._check_token_tensors()
         if self.advantages is None:
+            assert self.rewards is not None
             assert self.rewards.ndim == 2 and self.rewards.dtype == torch.float32
             self.advantages = compute_advantages(self.rewards, self.rule)
         self.sums = self.advantages.new_zeros(len(STATISTICS))

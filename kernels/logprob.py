@@ -392,6 +392,7 @@ def torch_logits_to_gradient_(
     if grad_entropy is None:
         log_p.exp_().mul_(-slope)
     else:
+        assert entropy is not None
         entropy_slope = (grad_entropy / -temperature)[:, None]
         column_slope = (log_p + entropy[:, None]).mul_(entropy_slope).sub_(slope)
         log_p.exp_().mul_(column_slope)
@@ -450,6 +451,7 @@ def triton_logits_to_gradient_(
     if grad_entropy is None:
         entropy = None
     else:
+        assert entropy is not None
         of_rows += [entropy, grad_entropy]
     check_rows(logits, *of_rows)
     if n == 0:

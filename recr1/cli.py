@@ -391,6 +391,7 @@ def run_eval(args: argparse.Namespace) -> None:
     gains = [qrels[query_id] for query_id in queries]
     raw_queries = list(queries.values())
     rewrites = [rewrite_of.get(query_id) for query_id in queries]
+    assert retriever is not None  # rank 0 has made it
     raw_scores = score_queries(retriever, raw_queries, gains, args.metrics)
     rewritten_scores = score_queries(retriever, rewrites, gains, args.metrics)
     difference = {name: rewritten_scores[name] - raw_scores[name] for name in raw_scores}
@@ -531,7 +532,8 @@ def run_console_script() -> NoReturn:
 def _run() -> int:
     """Run the command and return the exit code."""
     torch.set_num_threads(max(1, torch.get_num_threads() // dist.local_world_size()))
-    sys.stdout.reconfigure(errors="replace")  # a title that this terminal cannot write
+    # a title that this terminal cannot write; typeshed does not say that it is a TextIOWrapper
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         exit_code = run_guarded(main, sys.argv[1:])
         sys.stdout.flush()

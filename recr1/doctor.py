@@ -512,6 +512,7 @@ def _check_gpu(gpu: dict, architectures: list[str]) -> Iterator[Finding]:
         if name.startswith("sm_"):
             has_machine_code = True
             match = re.fullmatch(r"(\d+)(\d)", name[3:].rstrip("af"))
+            assert match is not None, name
             built_major, built_minor = map(int, match.groups())
             if built_major == major and built_minor <= minor:
                 runs_here = True
@@ -591,7 +592,8 @@ def measure_memory() -> dict[str, int | None]:
     try:
         text = Path("/proc/meminfo").read_text()
         total, available = (
-            int(re.search(rf"{name}:\s+(\d+) kB", text)[1]) * 1024
+            # no such line: the TypeError below
+            int(re.search(rf"{name}:\s+(\d+) kB", text)[1]) * 1024  # type: ignore[index]
             for name in ("MemTotal", "MemAvailable")
         )
     except (OSError, TypeError):
@@ -630,7 +632,7 @@ def locate_kernels() -> dict[str, Any]:
     spec = PathFinder.find_spec("kernels", path)
     imported = None
     if spec:
-        imported = spec.origin or next(iter(spec.submodule_search_locations))
+        imported = spec.origin or next(iter(spec.submodule_search_locations or ()))
 
     installed = None
     try:

@@ -17,6 +17,7 @@ from recr1.config.schema import Config, LossConfig
 from recr1.data.prompt_order import choose_prompts, count_steps_per_epoch
 from recr1.data_types import MicroBatch, Rollout
 from recr1.distributed import collectives as dist
+from recr1.model.decoder import AnyDecoder
 from recr1.rl.losses import Objective, resolve_objective
 from recr1.rl.packing import pack_rollouts, pad_to_same_count
 from recr1.rl.policy_loss import compute_policy_loss, count_denominator
@@ -97,7 +98,7 @@ def select_targets(text: Rollout, mask_prompt: bool) -> Rollout:
 class SftUpdate(NamedTuple):
     """The data of one optimizer step."""
 
-    denominator: int  # target tokens of all ranks
+    denominator: float  # target tokens of all ranks
     micro_batches: list[MicroBatch]  # this rank's, as many on every rank
 
 
@@ -109,7 +110,7 @@ def make_update(texts: list[Rollout], max_tokens: int) -> SftUpdate:
 
 
 def compute_cross_entropy(
-    policy: torch.nn.Module,
+    policy: AnyDecoder,
     batch: MicroBatch,
     denominator: float,
     temperature: float,

@@ -263,7 +263,7 @@ def log_token_values(
 class PolicyUpdate(NamedTuple):
     """The data of one optimizer step."""
 
-    denominator: int  # what the loss's average divides by: all ranks, all micro-batches
+    denominator: float  # what the loss's average divides by: all ranks, all micro-batches
     micro_batches: list[MicroBatch]
 
 

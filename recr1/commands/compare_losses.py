@@ -26,7 +26,7 @@ class FrozenStep(NamedTuple):
 
     texts: list[Rollout]  # D
     batch: MicroBatch  # with the old and the reference log-probs
-    entropy: torch.Tensor  # (N,)
+    entropy: torch.Tensor | None  # (N,); None: not logged
     rewards: torch.Tensor  # (P, G)
     first: list[int]  # (D,) the index of each text's first sibling among the P * G rollouts
 
@@ -148,6 +148,7 @@ def _concatenate(rows: list[dict], name: str) -> torch.Tensor | None:
 def _compute_new_log_probs(cfg: Config, frozen: FrozenStep, new: str | None) -> NewPolicy:
     """Take the new log-probs from the model `new`, or from the log: then every ratio is 1."""
     if new is None:
+        assert frozen.batch.old_logp is not None and frozen.entropy is not None
         return NewPolicy(frozen.batch.old_logp, frozen.entropy, [])
     folder = resolve_model_folder(new)
     tokenizer = load_tokenizer(folder)

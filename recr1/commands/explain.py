@@ -28,6 +28,7 @@ from recr1 import train
 from recr1.config import loader as configs
 from recr1.config.schema import Config, ConfigError, LossConfig
 from recr1.distributed import collectives as dist
+from recr1.distributed.fsdp import Sharded
 from recr1.model.log_probs import compute_log_probs
 from recr1.rl import advantages, kl, losses, packing, policy_loss
 from recr1.rl.replay import Replay
@@ -174,7 +175,9 @@ def _check_rows(logged: LoggedStep) -> None:
 
 def get_recipe(config: LossConfig) -> Recipe:
     """Return the loss that a config names, with None for what is not ours."""
-    default = (None, "mean_std", "token")
+    default: tuple[Callable | None, str, str] = (None, "mean_std", "token")
+    surrogate: Callable | None
+    advantage: str | None
     surrogate, advantage, average = losses.RECIPES.get(config.kind, default)
     if surrogate not in KNOWN_SURROGATES:
         surrogate = None
@@ -332,7 +335,8 @@ def _compute_advantages(
 ) -> NumpyAdvantages:
     """Compute the advantages of all siblings from the rewards of the distinct texts."""
     advantage = get_recipe(cfg.loss).advantage
-    rewards = np.repeat(text_rewards.astype(float), count)  # (R,)
+    assert advantage is not None
+    rewards: np.ndarray = np.repeat(text_rewards.astype(float), count)  # (R,)
     rewards = rewards.reshape(-1, cfg.sampling.group_size)  # (P, G)
     group_size = rewards.shape[1]
     mean = rewards.mean(1, keepdims=True)  # (P, 1)
@@ -413,7 +417,10 @@ class Check:
 
     @property
     def agrees(self) -> bool:
-        return bool(self.why) or bool(self.off <= self.allowed)  # NaN: no
+        if self.why:
+            return True
+        assert self.off is not None and self.allowed is not None
+        return bool(self.off <= self.allowed)  # NaN: no
 
     def to_json(self) -> dict:
         """Return the figures as JSON holds them."""
@@ -547,7 +554,7 @@ def _to_tensor(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(values, dtype=like.dtype, device=like.device)
 
 
-def _load_policy_before(step: LoggedStep) -> tuple[torch.nn.Module, torch.dtype]:
+def _load_policy_before(step: LoggedStep) -> tuple[Sharded, torch.dtype]:
     """Load the policy as it was before the step, in the type that the run computed in.
 
     Raises ModelFolderError, Damaged, OSError.
@@ -649,8 +656,9 @@ def locate_source(function: Callable, text: str) -> str:
     function = inspect.unwrap(function)
     lines, start = inspect.getsourcelines(function)
     [index] = [i for i, line in enumerate(lines) if text in line]
-    source_path = Path(inspect.getsourcefile(function))
-    path = source_path.relative_to(Path(__file__).parents[2])
+    source_path = inspect.getsourcefile(function)
+    assert source_path is not None  # its lines were found
+    path = Path(source_path).relative_to(Path(__file__).parents[2])
     code = lines[index].split("  # ")[0].strip()
     return f"{path.as_posix()}:{start + index}  {code}"
 
@@ -710,6 +718,7 @@ class StepStory:
     def _format_title(self) -> str:
         num_texts = len(self.step.rows)
         surrogate, advantage, average = self.recipe
+        assert surrogate is not None
         prompt = self.step.rows[self.shown_rows[0]]["prompt"]
         return (
             f"step {self.step.step} of {self.step.run}: loss {self.config.kind} "
@@ -779,19 +788,23 @@ class StepStory:
             "mean": "A = r - mean",
             "leave_one_out": "A = (r - mean) G / (G - 1)",
         }
-        equation = equations[self.recipe.advantage]
+        advantage = self.recipe.advantage
+        assert advantage is not None
+        equation = equations[advantage]
         group_advantages = self.numpy_step.advantages.reshape(-1, self.group_size)  # (P, G)
         self._add(
             "advantages",
             equation + ", exactly 0 where a group's rewards are equal",
             self.per_rollout,
             _format_vector(group_advantages[self.group]),
-            locate_source(advantages.ADVANTAGES[self.recipe.advantage], "return"),
+            locate_source(advantages.ADVANTAGES[advantage], "return"),
             locate_source(advantages.compute_group_advantages, "torch.where"),
         )
 
     def _add_ratio(self) -> None:
-        by_rollout = self.recipe.surrogate is losses.sequence_clipped_surrogate
+        surrogate = self.recipe.surrogate
+        assert surrogate is not None
+        by_rollout = surrogate is losses.sequence_clipped_surrogate
         if by_rollout:
             equation = "rho = exp(mean_t (log pi_t - log pi_old,t)), one per rollout"
         else:
@@ -805,7 +818,7 @@ class StepStory:
             equation,
             self.per_token,
             f"from {ratio.min():.6g} to {ratio.max():.6g}",
-            locate_source(self.recipe.surrogate, "mean_log_ratio = " if by_rollout else "exp()"),
+            locate_source(surrogate, "mean_log_ratio = " if by_rollout else "exp()"),
         )
 
     def _add_clip(self) -> None:

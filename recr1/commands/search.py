@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,7 @@ def _report_missing(path: str, other_path: str, query_ids: Iterable[str]) -> Non
 
 def score_queries(
     retriever: interface.Retriever,
-    queries: list[str | None],
+    queries: Sequence[str | None],
     gains: list[dict[str, float]],
     metrics: dict[str, tuple[Metric, int]],
 ) -> dict[str, np.ndarray]:
@@ -218,11 +218,12 @@ def score_queries(
     depth = min(depth, len(retriever.doc_ids))
     scores = {name: np.zeros(len(queries)) for name in metrics}
 
-    present = [i for i, query in enumerate(queries) if query is not None]
+    present = [(i, query) for i, query in enumerate(queries) if query is not None]
     for start in range(0, len(present), QUERIES_PER_SEARCH):
         chunk = present[start : start + QUERIES_PER_SEARCH]
-        indices, _scores = retriever.search([queries[i] for i in chunk], depth)  # (chunk, depth)
-        for i, query_indices in zip(chunk, indices.tolist()):
+        texts = [query for _, query in chunk]
+        indices, _scores = retriever.search(texts, depth)  # (chunk, depth)
+        for (i, _), query_indices in zip(chunk, indices.tolist()):
             ranked = [retriever.doc_ids[index] for index in query_indices if index >= 0]
             for name, (metric, k) in metrics.items():
                 scores[name][i] = metric(ranked, gains[i], k)

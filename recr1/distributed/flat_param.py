@@ -8,7 +8,7 @@ Legend: W ranks, n numbers of a shard.
 """
 
 from fnmatch import fnmatchcase
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import torch
 from torch import nn
@@ -52,7 +52,8 @@ def params_by_block(decoder: nn.Module, frozen: tuple[str, ...]) -> list[BlockPa
     """Return the weights of the root and then of each block. A weight is frozen if its name fits a
     pattern of `frozen`.
     """
-    num_blocks = len(decoder.model.layers)
+    body: Any = decoder.model  # a later room's: model/decoder.py
+    num_blocks = len(body.layers)
     params = [BlockParams([], []) for _ in range(1 + num_blocks)]
     for name, _ in decoder.named_parameters():
         index = 0  # of the root

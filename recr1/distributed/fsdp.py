@@ -248,9 +248,11 @@ class Sharded(nn.Module):
         on_host: bool = False,
     ):
         super().__init__()
-        self.decoder = decoder
-        self.config = decoder.config
-        self.backend = decoder.backend
+        # Any: the types of the Decoder and its attributes are a later room's (model/decoder.py).
+        self.decoder: Any = decoder
+        self.config: Any = decoder.config
+        self.backend: Any = decoder.backend
+        body: Any = decoder.model
         self.checkpointing = checkpointing
         self.requires_gradient_sync = True
         self.pending_reduce_scatter: PendingReduceScatter | None = None
@@ -281,7 +283,7 @@ class Sharded(nn.Module):
 
         # The first block has no block before it, the last one none behind it.
         self.block_groups = [[], *groups_by_block[1:], []]
-        for i, layer in enumerate(decoder.model.layers):
+        for i, layer in enumerate(body.layers):
             previous_groups, groups, next_groups = self.block_groups[i : i + 3]
             for group in groups:
                 group.previous_groups = previous_groups
@@ -328,6 +330,7 @@ class Sharded(nn.Module):
         self.finish_reduce_scatter()
         if not self.requires_gradient_sync:
             return
+        assert group.full_grad is not None  # the backward has just added to it
         wait = dist.start_reduce_scatter(group.full_grad)
         self.pending_reduce_scatter = PendingReduceScatter(group, wait)
         group.full_grad = None
@@ -370,6 +373,7 @@ class Sharded(nn.Module):
         One group at a time is gathered. A collective: all ranks go through it together.
         """
         for group in self.units:
+            assert isinstance(group, ParamGroup)
             wait = cpu_offload.start_all_gather_from_host(
                 group.shard.detach(), group.shard.dtype, group.device
             )

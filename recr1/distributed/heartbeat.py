@@ -53,6 +53,7 @@ class Heartbeat:
         if not self._wait_for_lock():
             other = read_heartbeat(folder, rank)
             os.close(self.file)
+            assert other is not None  # whoever has the lock has written its state
             raise RunDirBusy(
                 f"run.dir: {folder.parent} is in use by another job (pid {other['pid']}, "
                 f"{other['host']}); wait for it, or name another folder"

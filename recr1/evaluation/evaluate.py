@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from recr1.data_types import Prompt, Reward, Rollout
 from recr1.distributed import collectives as dist
 from recr1.distributed.fsdp import unsharded
 from recr1.evaluation.bootstrap import compute_bootstrap_ci, compute_sign_flip_p
 from recr1.memory.estimate import ROWS_AT_ONCE
+from recr1.model.decoder import AnyDecoder
 from recr1.sampling.generate import generate
 from recr1.tasks.scorer import Scorer
 from recr1.utils.interrupts import raise_on_signal
@@ -27,7 +27,7 @@ MAX_ANSWER_LENGTH = 200  # characters of an answer that an example shows
 
 
 def evaluate_prompts(
-    model: torch.nn.Module,
+    model: AnyDecoder,
     prompts: list[Prompt],
     scorer: Scorer,
     max_new_tokens: int,
@@ -78,7 +78,7 @@ def make_row(
 
 
 def generate_greedily(
-    model: torch.nn.Module,
+    model: AnyDecoder,
     prompts: list[Prompt],
     stops: frozenset[int],
     max_new_tokens: int,

@@ -38,7 +38,9 @@ def measure_peak() -> int:
         return torch.cuda.max_memory_allocated()
     try:
         status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+        peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+        assert peak is not None, "/proc/self/status has no VmHWM"
+        return int(peak[1]) * 1024
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

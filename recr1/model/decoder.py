@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from recr1.distributed.fsdp import Sharded
 from recr1.kernels.cpu_linear import Linear
 from recr1.model.rope import DecoderConfig, apply_rotary_emb, compute_rope_cos_sin
 from recr1.model.varlen_attention import AttentionBackend
@@ -115,6 +116,14 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class DecoderBody(nn.ModuleDict):
+    """The decoder without its head, under Hugging Face's names."""
+
+    embed_tokens: nn.Embedding
+    layers: nn.ModuleList  # of DecoderLayer
+    norm: RMSNorm
+
+
 class Decoder(nn.Module):
     """Compute hidden states: tokens (M,), positions (M,) -> hidden (M, C), after the last norm.
 
@@ -137,7 +146,7 @@ class Decoder(nn.Module):
         # The order in which modules are made is the order of their random numbers.
         embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = [DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)]
-        self.model = nn.ModuleDict(
+        self.model = DecoderBody(
             dict(
                 embed_tokens=embed_tokens,
                 layers=nn.ModuleList(layers),
@@ -163,6 +172,7 @@ class Decoder(nn.Module):
         """
         self.backend = backend
         for layer in self.model.layers:
+            assert isinstance(layer, DecoderLayer)
             layer.mlp.exact = backend.exact
 
     @property
@@ -173,3 +183,7 @@ class Decoder(nn.Module):
         """
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return head.weight[: self.reachable]
+
+
+# what trains and what samples: sharded over ranks, or whole
+AnyDecoder = Decoder | Sharded

@@ -17,7 +17,7 @@ ARCHITECTURES = {
 
 # What transformers takes where config.json leaves a key out and the families differ. None is: as
 # many as query heads, hidden_size / heads.
-CONFIG_DEFAULTS = {
+CONFIG_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": dict(num_key_value_heads=32, head_dim=None, max_position_embeddings=32768),
     "qwen3": dict(num_key_value_heads=32, head_dim=128, max_position_embeddings=32768),
     "llama": dict(num_key_value_heads=None, head_dim=None, max_position_embeddings=2048),

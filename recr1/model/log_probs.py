@@ -14,6 +14,7 @@ import torch
 
 from recr1.data_types import MicroBatch
 from recr1.kernels.logprob import TokenLoss, fused_linear_loss, linear_log_probs
+from recr1.model.decoder import AnyDecoder
 from recr1.model.packed_attention import PackedAttention
 
 
@@ -56,19 +57,16 @@ def make_distribution(logits: torch.Tensor, temperature: float) -> TokenDistribu
 
 
 def compute_log_probs(
-    model: torch.nn.Module, batch: MicroBatch, temperature: float, kernels: str = "torch"
+    model: AnyDecoder, batch: MicroBatch, temperature: float, kernels: str = "torch"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute log-prob (N,) and entropy (N,) of the batch's targets, with gradient.
-
-    `model` is a Decoder, sharded or not.
-    """
+    """Compute log-prob (N,) and entropy (N,) of the batch's targets, with gradient."""
     with model.root():  # one gather for embedding and head
         inputs = _compute_head_inputs(model, batch)
         return linear_log_probs(*inputs, temperature, make_distribution, kernels)
 
 
 def compute_fused_loss(
-    model: torch.nn.Module,
+    model: AnyDecoder,
     batch: MicroBatch,
     temperature: float,
     token_loss: TokenLoss,
@@ -84,7 +82,7 @@ def compute_fused_loss(
         return fused_linear_loss(*inputs, temperature, make_distribution, token_loss, kernels)
 
 
-def get_lm_head_weight(model: torch.nn.Module) -> torch.Tensor:
+def get_lm_head_weight(model: AnyDecoder) -> torch.Tensor:
     """Return the head's weight (V, C) that logits are made with.
 
     It is float32 where model.head_float32 says so.
@@ -93,7 +91,7 @@ def get_lm_head_weight(model: torch.nn.Module) -> torch.Tensor:
     return weight.float() if model.backend.float32_head else weight
 
 
-def _compute_head_inputs(model: torch.nn.Module, batch: MicroBatch) -> HeadInputs:
+def _compute_head_inputs(model: AnyDecoder, batch: MicroBatch) -> HeadInputs:
     """Run the model over the batch and select the hidden states that predict."""
     attention = PackedAttention(*batch.layout, batch.tokens.device, model.backend)
     hidden = model(batch.tokens, batch.positions, attention)  # (M, C)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -113,6 +114,7 @@ def _load_varlen(grouped: bool) -> tuple[Callable, str]:
     What it can do is read from its signature: window_size from 2.11 on (2.10 had is_causal),
     enable_gqa from 2.12 on.
     """
+    parameters: Mapping[str, inspect.Parameter]
     try:
         from torch.nn.attention.varlen import varlen_attn
 

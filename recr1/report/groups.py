@@ -72,7 +72,7 @@ class GroupScores:
         for column, scores in self.score_columns.items():
             means[column] = float(scores[members].mean())
         # One query has no interval.
-        interval = [float(group_change[0]), None, None]
+        interval: Sequence[float | None] = [float(group_change[0]), None, None]
         if len(group_change) > 1:
             interval = compute_interval(group_change, BOOTSTRAP_SAMPLES)
         is_helped = group_change > MIN_CHANGE
@@ -234,7 +234,7 @@ def _sort_by_size(members: dict[str, list[int]]) -> list[str]:
 
 def _label_query_lengths(texts: list[str], is_typed: bool) -> list[str | None]:
     """Name each query's number of words; None for no words, and where nobody typed the query."""
-    labels = []
+    labels: list[str | None] = []
     for text in texts:
         num_words = len(text.split())
         if not is_typed or num_words == 0:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +74,7 @@ class RankingSearch:
 
     def _search(self, queries: list[str], k: int) -> list[list[str]]:
         """Return each query's document ids, and note the retriever's row of each document."""
+        assert self.retriever is not None, "the task uses no retriever"
         rows_by_query, _ = self.retriever.search(queries, k)
         doc_ids = self.retriever.doc_ids
         rankings = []
@@ -187,7 +189,7 @@ def describe_rankings(
     """
     is_list = not all(isinstance(raw, str) for raw in raws)
     data_rows = {} if isinstance(search, str) else search.rows
-    view = dict(why="", queries=[], documents={}, explained=False, listed=is_list)
+    view: dict[str, Any] = dict(why="", queries=[], documents={}, explained=False, listed=is_list)
     for why, index in picks:
         row = data_rows.get(ids[index], {})
         query = dict(
@@ -301,10 +303,11 @@ def describe_prompt(row: dict) -> dict:
     return about
 
 
-def _list_moved_terms(retriever: Retriever, texts: list[str | None], row: int) -> list[list]:
+def _list_moved_terms(retriever: Any, texts: list[str | None], row: int) -> list[list]:
     """Return the terms that moved a document, largest change first.
 
     Each is [term, what it adds to the document's score under the first text, under the second].
+    `retriever` has the method `explain`, which a Retriever need not have.
     """
     weights_by_side = []
     for text in texts:

@@ -24,7 +24,7 @@ from recr1.config.schema import Config, ConfigError
 from recr1.data.readers import DataError
 from recr1.data_types import Prompt, Rollout
 from recr1.report.record import round_digits
-from recr1.rl.losses import resolve_objective
+from recr1.rl.losses import Objective, resolve_objective
 from recr1.rl.packing import pack_rollouts
 from recr1.tasks.answer_parser import parse_answer_json
 from recr1.tasks.registry import TASKS
@@ -81,7 +81,7 @@ class TracedRollout(NamedTuple):
     reward: float
     adv: float
     negative_line: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     step: int
     prompt: str
 
@@ -337,7 +337,7 @@ def _take_new_prompts(
     rows: Iterable[TracedRollout], chosen_prompts: set[str]
 ) -> list[TracedRollout]:
     """Return the first rows whose prompts were not chosen yet, and mark these prompts as chosen."""
-    rollouts = []
+    rollouts: list[TracedRollout] = []
     for row in rows:
         if len(rollouts) == ROLLOUTS_PER_RANK:
             break
@@ -354,10 +354,10 @@ class TokenView:
         self.config = config
         self.tokenizer = tokenizer
         self.note = ""
+        self.objective: Objective | None = None
         try:
             self.objective = resolve_objective(config.loss, config.model)
         except ConfigError as e:  # a loss of the user's own whose file is not here
-            self.objective = None
             self.note = f"Which tokens the clip stopped cannot be said: {e}."
 
     def show(self, row: dict, group: list[dict], queries: dict[str, str]) -> dict:
@@ -374,7 +374,10 @@ class TokenView:
         values = _get_token_values(row)
         is_clipped, text_ratio = self.find_clipped(row, values)
         ratios = []
-        for new_logp, old_logp in zip(values["trainer_logp"], values["old_logp"]):
+        new_values = values["trainer_logp"]
+        old_values = values["old_logp"]
+        assert new_values is not None and old_values is not None  # REQUIRED_TOKEN_VALUES
+        for new_logp, old_logp in zip(new_values, old_values):
             log_ratio = min(700.0, new_logp - old_logp)  # exp of more is infinite
             ratios.append(float(np.exp(log_ratio)))
         shown_values = {}
@@ -471,7 +474,10 @@ class TokenView:
         return pieces
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        assert self.tokenizer is not None
+        text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)  # of one list of ids
+        return text
 
 
 def _get_token_values(row: dict) -> dict[str, list[float] | None]:
@@ -536,7 +542,9 @@ def _audit_row(
     """Return what the audit shows of a rollout."""
     answer = extract_answer(row, survey.key)
     query = queries.get(row["prompt"])
-    answer_count = survey.answers.get(answer, AnswerCount())
+    answer_count = AnswerCount()
+    if answer is not None:
+        answer_count = survey.answers.get(answer, answer_count)
     return dict(
         phase=phase,
         step=row["step"],
@@ -588,7 +596,7 @@ def list_flags(
     # The answer and the text by themselves.
     if prompts >= 3:
         flags.append(f"answer to {prompts} queries")
-    if words and not re.search(r"\w", answer):
+    if words and not re.search(r"\w", answer or ""):
         flags.append("no letter or digit")
     if not all(character.isprintable() or character in "\n\t" for character in row["text"]):
         flags.append("control characters")

@@ -53,7 +53,7 @@ def build_retriever(r: schema.RetrieverConfig) -> Callable[..., tuple[Retriever,
     if r.kind == "dense":
         return partial(_build_from_texts, _prepare_dense(r))
     if r.kind == "rank_bm25":
-        make_search = partial(make_rank_bm25_search, k1=r.k1, b=r.b)
+        make_search: Callable = partial(make_rank_bm25_search, k1=r.k1, b=r.b)
     else:
         make_search = plugins.load_function("retriever.kind", r.kind, RETRIEVERS)
     return partial(_build_from_texts, partial(_build_user_retriever, r, make_search))

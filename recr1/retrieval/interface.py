@@ -8,7 +8,7 @@ number that arrays hold (Lucene's internal docID). `doc_ids[row]` is the id.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -43,9 +43,9 @@ class Retriever(Protocol):
 class NoRetriever:
     """Take a retriever's place where the task searches nothing: no index is built."""
 
-    doc_ids = ()
+    doc_ids: Sequence[str] = ()
     description = "none"
-    search = None
+    search: Any = None  # a task that searches nothing never calls it
 
     @classmethod
     def make(cls, *_: object) -> tuple[NoRetriever, str]:

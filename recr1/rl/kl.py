@@ -43,6 +43,7 @@ def sum_kl_by_rollout(batches: list[MicroBatch], num_rollouts: int, estimator: s
     num_sums = num_rollouts + 1
     sums = torch.zeros(num_sums)
     for batch in batches:
+        assert batch.ref_logp is not None
         kl = KL_ESTIMATORS[estimator](batch.sampler_logp, batch.ref_logp)  # (n,)
         rollout = batch.rollout.cpu() % num_sums
         sums.index_add_(0, rollout, kl.cpu())

@@ -37,6 +37,7 @@ def clipped_surrogate(
     step for a step's rollouts they are logp itself, and the ratio is 1. A clip_high of 0 means
     clip: `config.high`.
     """
+    assert batch.advantages is not None
     ratio = (logp - old_logp).exp()
     clipped_ratio = ratio.clamp(1 - config.clip, 1 + config.high)
     return torch.minimum(ratio * batch.advantages, clipped_ratio * batch.advantages)
@@ -63,6 +64,7 @@ def cispo_surrogate(
     stop_gradient(min(ratio, 1 + clip_high)) A logp    (CISPO, MiniMax-M1, arXiv 2506.13585,
                                                         eq. 4-5)
     """
+    assert batch.advantages is not None
     ratio = (logp.detach() - old_logp).exp()
     return ratio.clamp(max=1 + config.high) * batch.advantages * logp
 
@@ -75,6 +77,7 @@ def reinforce_surrogate(
 
     old_logp is not used, so this is meant for one optimizer step for a step's rollouts.
     """
+    assert batch.advantages is not None
     return batch.advantages * logp
 
 

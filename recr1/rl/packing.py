@@ -30,7 +30,7 @@ T = TypeVar("T")
 class IndexedRollout(NamedTuple):
     """A rollout and its index in the list that is packed; -1: in no list."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     rollout: Rollout
 
     @property

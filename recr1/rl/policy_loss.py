@@ -19,6 +19,7 @@ import torch
 
 from recr1.data_types import MicroBatch, Rollout
 from recr1.kernels.group_loss import GroupTokenLoss, LossRule, WithGradients
+from recr1.model.decoder import AnyDecoder
 from recr1.model.log_probs import compute_fused_loss, compute_log_probs
 from recr1.rl.kl import KL_ESTIMATORS
 from recr1.rl.losses import Objective, cispo_surrogate
@@ -56,7 +57,7 @@ def count_denominator(rollouts: list[Rollout], agg_mode: str, max_new_tokens: in
 
 
 def compute_policy_loss(
-    policy: torch.nn.Module,
+    policy: AnyDecoder,
     batch: MicroBatch,
     denominator: float,
     temperature: float,
@@ -151,6 +152,7 @@ def compute_token_loss(
         loss = -(weight * surrogate).sum() / denominator
 
         if has_kl:
+            assert batch.ref_logp is not None
             kl = KL_ESTIMATORS[config.kl_estimator](new_logp, batch.ref_logp)  # (n,)
             loss = loss + config.kl * (weight * kl).sum() / denominator
         [grad_logp] = torch.autograd.grad(loss, new_logp)

@@ -87,10 +87,12 @@ class DecodeGraphs:
             self.graphs[key] = None
             self._warm_up(key)
         else:
-            if self.graphs[key] is None:
-                self.graphs[key] = torch.cuda.CUDAGraph()
+            graph = self.graphs[key]
+            if graph is None:
+                graph = torch.cuda.CUDAGraph()
+                self.graphs[key] = graph
                 self._capture(key)
-            self.graphs[key].replay()
+            graph.replay()
         self.cache.max_len += 1  # on the host, so not in the graph
         return self.ids[:B].clone(), self.logp[:B].clone(), self.truncated_mass[:B].clone()
 
@@ -109,9 +111,11 @@ class DecodeGraphs:
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def _capture(self, key: GraphKey) -> None:
+        graph = self.graphs[key]
+        assert graph is not None
         # thread_local: what other threads do, say NCCL's watchdog, does not spoil the capture.
         with torch.cuda.graph(
-            self.graphs[key],
+            graph,
             pool=self.pool,
             stream=self.stream,
             capture_error_mode="thread_local",

@@ -18,7 +18,7 @@ import torch
 from recr1.data_types import Prompt, Rollout
 from recr1.kernels.cpu_linear import packed_for_sampling
 from recr1.kernels.sample_token import sample_from_hidden
-from recr1.model.decoder import Decoder
+from recr1.model.decoder import AnyDecoder
 from recr1.model.log_probs import get_lm_head_weight, make_distribution
 from recr1.model.packed_attention import PackedAttention
 from recr1.sampling.cuda_graphs import GRAPH_DEVICES, DecodeGraphs
@@ -32,7 +32,7 @@ SYNC_EVERY = {"cpu": 1, "cuda": 8}
 
 @torch.no_grad()
 def generate(
-    model: Decoder,
+    model: AnyDecoder,
     prompts: list[Prompt],
     group_size: int,
     temperature: float,
@@ -121,7 +121,7 @@ def count_max_running(num_sequences: int, slots_per_row: int, max_cache_tokens: 
 
 
 def _decode_loop(
-    model: Decoder,
+    model: AnyDecoder,
     batch: SequenceBatch,
     max_running: int,
     cache: KVCache,
@@ -166,7 +166,7 @@ def _decode_loop(
         last_tokens = batch.fork_rows(cache).to(device)
 
 
-def make_cache(model: Decoder) -> KVCache:
+def make_cache(model: AnyDecoder) -> KVCache:
     """Return an empty cache in the model's shape, dtype and device."""
     config = model.config
     weight = model.head_weight
@@ -180,7 +180,7 @@ def make_cache(model: Decoder) -> KVCache:
     )
 
 
-def prefill(model: Decoder, prompts: list[Prompt], cache: KVCache) -> torch.Tensor:
+def prefill(model: AnyDecoder, prompts: list[Prompt], cache: KVCache) -> torch.Tensor:
     """Compute the prompts in one packed forward, and put them into the next rows of the cache.
 
     What all prompts begin with is computed once. Returns the hidden states (P, C) that predict the
@@ -239,7 +239,7 @@ def count_shared_tokens(prompts: list[Prompt]) -> int:
     return min(num_shared, shortest - 1)  # each has a token of its own
 
 
-def decode(model: Decoder, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
+def decode(model: AnyDecoder, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """Run the tokens (B,) that were just chosen, one of each running row.
 
     Returns the hidden states (B, C) that predict the next ones.

@@ -162,9 +162,10 @@ class SequenceBatch:
             if self.rollouts_by_group[group] is not None:
                 continue
             siblings = range(self.group_size)
-            self.rollouts_by_group[group] = [self._make_rollout(int(group), s) for s in siblings]
+            new_rollouts = [self._make_rollout(int(group), s) for s in siblings]
+            self.rollouts_by_group[group] = new_rollouts
             if on_group_finished:
-                on_group_finished(self.rollouts_by_group[group])
+                on_group_finished(new_rollouts)
 
         rollouts: list[Rollout] = []
         for group_rollouts in self.rollouts_by_group:

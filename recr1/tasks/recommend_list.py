@@ -14,8 +14,8 @@ from recr1.tasks.candidate_list import CandidateRanking, get_history
 
 
 class RecommendList(CandidateRanking):
-    placeholders = ("profile", "history", "candidates")
-    required_fields = ("profile", "history", "candidates")
+    placeholders: tuple[str, ...] = ("profile", "history", "candidates")
+    required_fields: tuple[str, ...] = ("profile", "history", "candidates")
     key = "items"
 
     def render(self, row: dict, title: Callable[[str], str]) -> tuple[str, ...]:

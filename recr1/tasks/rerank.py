@@ -16,7 +16,7 @@ from recr1.tasks.candidate_list import CandidateRanking
 
 
 class Rerank(CandidateRanking):
-    placeholders = ("query", "candidates")
+    placeholders: tuple[str, ...] = ("query", "candidates")
     key = "reranked_items"
     whole = True
 

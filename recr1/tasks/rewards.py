@@ -260,7 +260,7 @@ def compute_category_consistency(
     """
     first_places = ranked[:k]
     target = next((doc_id for doc_id, gain in gains.items() if gain > 0), None)
-    if target not in first_places or target not in category:
+    if target is None or target not in first_places or target not in category:
         return 0.0
     target_category = category[target]
     num_alike = sum(category.get(doc_id) == target_category for doc_id in first_places)

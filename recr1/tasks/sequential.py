@@ -19,8 +19,8 @@ class Sequential(ProductSearch):
     The baseline query is the row's text: the title of the last item.
     """
 
-    placeholders = ("history",)
-    required_fields = ("history",)
+    placeholders: tuple[str, ...] = ("history",)
+    required_fields: tuple[str, ...] = ("history",)
 
     def __init__(self, reward: RewardConfig):
         self.remove_seen = reward.remove_seen

@@ -92,7 +92,7 @@ def _write_world(cfg: Config, shape: DecoderConfig, folder: Path) -> None:
 
 def _shrink(cfg: Config, folder: Path) -> Config:
     """Return the config with the paths of `folder`, and one short step."""
-    data_files = {}
+    data_files: dict[str, Any] = {}
     for key in DATA_FILES:
         path = getattr(cfg.data, key)
         if path:
@@ -157,6 +157,7 @@ def read_model_shape(model: str, config_path: str) -> DecoderConfig:
 
 def _list_answers(cfg: Config) -> list[str]:
     """List whole completions of the task; where the prompt closes the thought, without its end."""
+    bodies: list[dict[str, Any]]
     if cfg.task == "rerank":
         bodies = [{"reranked_items": order} for order in _list_item_orders()]
     elif cfg.task == "recommend_list":

@@ -342,13 +342,16 @@ class Run(RunParts):
         """Validate the last finished step when it is time, then write and print its metrics."""
         step = self.progress.step
         validation = self.evaluator.validate(step)
+        assert self.progress.row is not None  # of the step that has just finished
         row = self.progress.row | validation
         heartbeat.enter_phase("log")
         with dist.fail_together():
             if dist.rank() == 0:
                 self.log.write_metrics(row)
                 self.tracker.send(row)
-                self.progress.mark_validated(validation.get(f"val_{self.cfg.reward.metric}"))
+                score = validation.get(f"val_{self.cfg.reward.metric}")
+                assert not isinstance(score, list)
+                self.progress.mark_validated(score)
         self.progress.row = None  # it is written
 
         is_printed = step % self.cfg.log.print_every == 0 or step in (1, self.num_steps)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -408,7 +408,7 @@ def append_lines(path: Path, lines: list[dict]) -> None:
         sync_to_disk(path)
 
 
-def read_written(path: Path, todo: list[Prompt] | list[TeacherText]) -> list[dict]:
+def read_written(path: Path, todo: Sequence[Prompt | TeacherText]) -> list[dict]:
     """Read the lines of an earlier start of this run; a torn last one is cut off.
 
     Raises RunError unless they are those of the first texts of `todo`.

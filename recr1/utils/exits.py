@@ -49,7 +49,7 @@ def leave_process(code: int) -> NoReturn:
     failed, and --max-restarts would start it again.
     """
     # Neither has a public name; multiprocessing ends its children in this way.
-    threading._shutdown()
+    threading._shutdown()  # type: ignore[attr-defined]  # private: not in typeshed
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:

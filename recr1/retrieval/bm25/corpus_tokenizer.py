@@ -109,6 +109,7 @@ class _Workers:
             process.wait()
         self.threads.shutdown(cancel_futures=True)
         for process in self.processes:
+            assert process.stdout is not None and process.stdin is not None  # pipes
             process.stdout.close()
             try:
                 process.stdin.close()
@@ -118,6 +119,7 @@ class _Workers:
     def _tokenize(self, texts: list[str]) -> TokenizedTexts:
         """Let an idle worker tokenize the texts. Raises WorkerLost."""
         process = self.idle.get()
+        assert process.stdout is not None and process.stdin is not None  # pipes
         try:
             pickle.dump(texts, process.stdin, pickle.HIGHEST_PROTOCOL)
             process.stdin.flush()

@@ -143,7 +143,11 @@ class BM25Index:
                 np.save(temporary / name, values, allow_pickle=False)
                 sync_to_disk(temporary / name)
 
-            crc32 = {name: zlib.crc32(values) for name, values in arrays.items()}
+            # numpy's stubs say that arrays are buffers from Python 3.12 on
+            crc32 = {
+                name: zlib.crc32(values)  # type: ignore[arg-type]
+                for name, values in arrays.items()
+            }
             crc32["index.json"] = _compute_crc32(self.meta)
             meta = {**self.meta, "crc32": crc32}
             (temporary / "index.json").write_text(json.dumps(meta, indent=1))

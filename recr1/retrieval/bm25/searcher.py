@@ -90,7 +90,7 @@ class BM25Searcher:
     ):
         check_scorer(scorer)
         self.index = index
-        self.doc_ids = index.doc_ids
+        self.doc_ids: Sequence[str] = index.doc_ids
         self.upstream_wrapping = upstream_wrapping
         self.device = device
         arrays = (index.offsets, index.docs, index.impacts, len(index.doc_ids))

@@ -23,8 +23,9 @@ class StringTable(Sequence[str]):
         self.text = text
         self.offsets = offsets
         # an item of a memoryview costs a fifth of an array's
-        self._text_view = memoryview(text)
-        self._offsets_view = memoryview(offsets)
+        # (numpy's stubs say that arrays are buffers from Python 3.12 on)
+        self._text_view = memoryview(text)  # type: ignore[arg-type]
+        self._offsets_view = memoryview(offsets)  # type: ignore[arg-type]
 
     @classmethod
     def of(cls, ordered: Iterable[str]) -> StringTable:

@@ -79,8 +79,9 @@ class Encoder:
         self.path = path
         self.tokenizer, self.model = _load_encoder(folder, getattr(torch, dtype))
         self.model.to(device)
-        self.width = self.model.config.hidden_size
-        max_positions = _count_positions(self.model.config, self.tokenizer)
+        config: Any = self.model.config
+        self.width: int = config.hidden_size
+        max_positions = _count_positions(config, self.tokenizer)
         if max_length > max_positions:
             raise ModelFolderError(
                 f"retriever.max_length: {max_length} is more than the {max_positions} tokens "
