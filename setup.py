@@ -48,8 +48,6 @@ setup(
             "pytest-xdist",
             "ruff",
             "mypy",
-            "types-PyYAML",
-            "types-tqdm",
             "bm25s",
             "faiss-cpu",
             "matplotlib",

@@ -10,6 +10,7 @@ if ! "$PYTHON" -m ruff format --check --quiet . || ! "$PYTHON" -m ruff check --q
     echo "tests/run.sh: the lines above are not in the style of .ruff.toml: '$PYTHON -m ruff format .' formats them" >&2
     exit 1
 fi
+"$PYTHON" -m mypy --no-error-summary recr1 kernels
 start=$SECONDS
 status=0
 # testpaths, not a path: a file named in the arguments then runs alone. loadfile: what a file's tests share is made once; conftest.py has the
