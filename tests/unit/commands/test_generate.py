@@ -161,10 +161,13 @@ def chain(folder, ids, new) -> list[str]:
 
 
 # The command, waiting after each piece of text that it has written: what is to come while it is
-# at work comes in time, however busy the machine is.
+# at work comes in time, however busy the machine is. A shell starts what it runs in the background
+# with SIGINT ignored, and the tests may run there: the command must hear it all the same.
 SLOWLY = """
+import signal
 import time
 from recr1 import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
 write = cli.print_now
 cli.print_now = lambda text: (write(text), time.sleep(0.1))
 cli.run_console_script()
