@@ -10,6 +10,7 @@ import gzip
 import json
 import os
 import re
+import select
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
+from helpers.tiny_world import jsonl
 from safetensors import safe_open
 from world import Outcome, World
 
@@ -75,12 +77,13 @@ def judged(
     folder.mkdir()
     output = folder / "said"
     ending = make(world, folder / "run")
-    codes = (
-        by_torchrun(ranks, ending, output, world.limit)
-        if idle is None
-        else by_spawner(ranks, ending, output, idle)
-    )
+    if idle is None:
+        codes = by_torchrun(ranks, ending, output, world.limit)
+    else:
+        codes = by_spawner(ranks, ending, output, idle, world.limit)
     said = output.read_text(errors="replace")
+    if codes is None:
+        return Outcome(where, "lost", f"no end within {world.limit:.0f} s: {said[-4000:]}")
     if codes != {ending.rank_code} or "terminate called" in said or "Fatal Python error" in said:
         return Outcome(where, "lost", f"exit codes {codes}: {said[-4000:]}")
     try:
@@ -91,18 +94,25 @@ def judged(
     return Outcome(where)
 
 
-def by_spawner(ranks: int, ending: Ending, output: Path, idle: SimpleQueue) -> set[int]:
-    """The exit codes of the job's ranks."""
+def by_spawner(
+    ranks: int, ending: Ending, output: Path, idle: SimpleQueue, limit: float
+) -> set[int] | None:
+    """Return the exit codes of the job's ranks; None if they still run after `limit` seconds."""
     spawner = idle.get()
     job = dict(ranks=ranks, argv=ending.arguments, output=str(output))
     spawner.stdin.write(json.dumps(job) + "\n")
     spawner.stdin.flush()
+    has_answer, _, _ = select.select([spawner.stdout], [], [], limit)
+    if not has_answer:
+        stop_spawner(spawner)
+        idle.put(start_spawner())
+        return None
     codes = json.loads(spawner.stdout.readline())
     idle.put(spawner)
     return set(codes)
 
 
-def by_torchrun(ranks: int, ending: Ending, output: Path, limit: float) -> set[int]:
+def by_torchrun(ranks: int, ending: Ending, output: Path, limit: float) -> set[int] | None:
     """Do as by_spawner; torchrun names the codes of ranks that failed, and ends with 0 if none
     has.
     """
@@ -115,14 +125,17 @@ def by_torchrun(ranks: int, ending: Ending, output: Path, limit: float) -> set[i
         str(ranks),
     ]
     with open(output, "w") as out:
-        done = subprocess.run(
-            [*command, *ending.arguments],
-            cwd=CHECKOUT,
-            env=environment(),
-            stdout=out,
-            stderr=out,
-            timeout=limit,
-        )
+        try:
+            done = subprocess.run(
+                [*command, *ending.arguments],
+                cwd=CHECKOUT,
+                env=environment(),
+                stdout=out,
+                stderr=out,
+                timeout=limit,
+            )
+        except subprocess.TimeoutExpired:
+            return None
     named = {
         int(code)
         for code in re.findall(r"exitcode *: *(-?\d+)", output.read_text(errors="replace"))
@@ -137,28 +150,33 @@ def environment() -> dict[str, str]:
 
 @contextmanager
 def spawners():
-    """A queue of SIDE_BY_SIDE processes of spawner.py."""
-    command = [sys.executable, str(TESTS / "faults/spawner.py")]
-    started = [
-        subprocess.Popen(
-            command,
-            cwd=CHECKOUT,
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(SIDE_BY_SIDE)
-    ]
+    """Provide a queue of SIDE_BY_SIDE processes of spawner.py."""
     idle = SimpleQueue()
-    for spawner in started:
-        idle.put(spawner)
+    for _ in range(SIDE_BY_SIDE):
+        idle.put(start_spawner())
     try:
         yield idle
     finally:
-        for spawner in started:
-            spawner.stdin.close()
-            spawner.wait()
+        while not idle.empty():
+            stop_spawner(idle.get())
+
+
+def start_spawner() -> subprocess.Popen:
+    command = [sys.executable, str(TESTS / "faults/spawner.py")]
+    return subprocess.Popen(
+        command,
+        cwd=CHECKOUT,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def stop_spawner(spawner: subprocess.Popen) -> None:
+    """Kill it; its ranks die with it (jobs.dies_with_parent)."""
+    spawner.kill()
+    spawner.communicate()
 
 
 def trains(world: World, folder: Path) -> Ending:
@@ -250,10 +268,6 @@ def meets(world: World, folder: Path) -> Ending:
         assert "has met the others" in said
 
     return Ending([str(TESTS / "faults/meets.py")], 0, check)
-
-
-def jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def read_weights(path: Path) -> None:
