@@ -266,7 +266,7 @@ def main(argv: list[str]) -> None:
             betas=(0.9, 0.95),
             weight_decay=0.0,
             warmup_steps=50,
-            final_lr=0.02,
+            min_lr_ratio=0.02,
         )
         examples = Examples(
             tokenizer, chat, queries, documents, args.batch, name == "edit", args.seed + i

@@ -51,9 +51,9 @@ class LossRule:
     """The constants of one loss of the family."""
 
     advantage: str = "std"  # std | mean | leave_one_out
-    std_floor: float = 1e-4
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    advantage_eps: float = 1e-4
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.2
     kl: float = 0.0
     cispo: bool = False  # the clipped ratio is a constant weight on logp
     sampler_cap: float = 0.0  # truncated importance sampling against the sampler; 0: off
@@ -156,8 +156,8 @@ class GroupTokenLoss:
         """Return the sums so far that TorchTokenLoss has too, by the names that are logged."""
         sums = self.named_sums()
         stats = {
-            "clip_share": 0.0 if self.rule.cispo else sums["clipped"],
-            "dlogp_square": sums["square"],
+            "clip_ratio": 0.0 if self.rule.cispo else sums["clipped"],
+            "grad_logp_square": sums["square"],
         }
         if self.ref_logp is not None:
             stats["kl"] = sums["kl"]
@@ -187,8 +187,8 @@ class GroupTokenLoss:
         rule = self.rule
         return (
             1 / self.denominator,
-            float(1 - rule.clip_low),
-            float(1 + rule.clip_high),
+            float(1 - rule.clip_ratio_low),
+            float(1 + rule.clip_ratio_high),
             float(rule.kl),
             float(rule.sampler_cap),
             rule.cispo,
@@ -237,7 +237,7 @@ def compute_advantages(rewards: torch.Tensor, rule: LossRule) -> torch.Tensor:
     get_kernels().advantage_kernel[P,](
         rewards.contiguous(),
         advantages,
-        rule.std_floor,
+        rule.advantage_eps,
         G,
         max(G - 1, 1),
         1 << (G - 1).bit_length(),

@@ -44,7 +44,7 @@ def train(cfg: Config) -> None:
     run = setup_run(cfg)
     policy = run.policy
     objective = resolve_objective(cfg.loss, cfg.model)
-    optimizer = Optimizer(policy, cfg.optimizer, cfg.train.steps * cfg.train.inner_steps)
+    optimizer = Optimizer(policy, cfg.optimizer, cfg.train.steps * cfg.train.num_mini_batches)
     cache = run.make_sampling_cache()
 
     with run.resume_or_start(optimizer):  # when asked to stop, it saves a checkpoint
@@ -57,13 +57,13 @@ def train(cfg: Config) -> None:
                 # An advantage is a reward relative to its group.
                 unique, first = deduplicate(samples.rollouts)  # (U,): identical siblings are one
                 divergence = compute_kl_penalty(run.reward_reference, unique, samples.rollouts, cfg)
-                rewards = samples.total_rewards() - cfg.loss.kl * divergence  # (R,)
+                rewards = samples.total_rewards() - cfg.loss.kl_coef * divergence  # (R,)
                 advantages = compute_group_advantages(
                     rewards, cfg.sampling.group_size, objective.advantage, cfg.loss
                 )  # (R,)
                 record = start_record(run, step, samples, unique, first, advantages, divergence)
 
-                # One optimizer step each: one, unless train.inner_steps says more.
+                # One optimizer step each: one, unless train.num_mini_batches says more.
                 for update in make_updates(
                     policy, run.loss_reference, unique, advantages[first], cfg, objective.agg_mode
                 ):
@@ -118,13 +118,13 @@ def sample_and_score(run: Run, step: int, cache: KVCache | None) -> Samples:
 
 
 def sample_groups(run: Run, step: int, cache: KVCache | None) -> Samples:
-    """Sample the step's groups; with sampling.resample those that teach nothing are replaced.
+    """Sample the step's groups; with sampling.dynamic_sampling those that teach nothing are replaced.
 
     A group whose rewards are all equal has no gradient. Other prompts are drawn in its place, that
     many times (dynamic sampling: DAPO, arXiv 2503.14476, section 3.2). What is then still missing
     is filled with the groups that teach nothing.
     """
-    resample = run.cfg.sampling.resample
+    resample = run.cfg.sampling.dynamic_sampling
     group_size = run.cfg.sampling.group_size
     num_prompts = len(run.prompts(step))
     groups: list[ScoredGroup] = []
@@ -275,11 +275,11 @@ def make_updates(
     cfg: Config,
     agg_mode: str,
 ) -> list[PolicyUpdate]:
-    """Divide the rollouts into the micro-batches of train.inner_steps optimizer steps.
+    """Divide the rollouts into the micro-batches of train.num_mini_batches optimizer steps.
 
     Each optimizer step has an equal share of the prompts (PPO's mini-batches). Texts with advantage
     0, such as those of a group without variance, are left out unless the loss has a KL. They are
-    left out even if `loss.entropy` or a surrogate of a user's own would add something there; the
+    left out even if `loss.entropy_coef` or a surrogate of a user's own would add something there; the
     denominator counts them all the same.
 
     Args:
@@ -287,7 +287,7 @@ def make_updates(
         advantages: (U,).
     """
     num_groups = unique[-1].group + 1 if unique else 0
-    num_updates = cfg.train.inner_steps
+    num_updates = cfg.train.num_mini_batches
     temperature = cfg.sampling.temperature
     updates = []
     for number in range(num_updates):

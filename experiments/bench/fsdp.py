@@ -42,7 +42,7 @@ from recr1.training.optimizer import Optimizer
 
 ROOT = str(Path(__file__).resolve().parents[2])
 ALONE = ("ours", "fully_shard", "ours+checkpointing", "fully_shard+checkpointing")
-SETTINGS = OptimizerConfig(lr=1e-3, clip_norm=1.0)
+SETTINGS = OptimizerConfig(lr=1e-3, max_grad_norm=1.0)
 
 
 def main() -> None:
@@ -280,7 +280,7 @@ def make_their_step(args, checkpointing: bool):
         loss = compute_loss(model, batch)
         loss.backward()
         step.gradient = sum(p.grad.to_local().nbytes for p in params)
-        torch.nn.utils.clip_grad_norm_(params, SETTINGS.clip_norm)
+        torch.nn.utils.clip_grad_norm_(params, SETTINGS.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()

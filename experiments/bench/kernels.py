@@ -14,11 +14,11 @@ mean nothing.
 EXPECTED, arithmetic and not measured: H100, 700 TF/s in products, 3.0 TB/s, ms at 8,192 tokens
 (kernels/logprob.py has the sums)
                                     0.5B  C = 896        1.5B  C = 1,536       3B  C = 2,048
-    one_shot                        15.0   (448 TF/s)    23.9   (481)          31.0   (494)
+    fused                        15.0   (448 TF/s)    23.9   (481)          31.0   (494)
     joined, all / none in L2        14.1 / 15.0          23.0 / 23.9           30.1 / 31.0
     recompute                       15.4   (580)         24.6   (622)          32.0   (638)
     memory over the inputs          0.29 GiB of logits and the gradients; d_weight in float32 while
-                                    it is summed (one_shot): 0.51 / 0.87 / 1.16
+                                    it is summed (fused): 0.51 / 0.87 / 1.16
     eager                           18.5 GiB; 9.6 / 16.4 / 21.8 of products and about 35 GB of
                                     passes: 21 / 28 / 33
     token kernel                    32 B a token, 0.9 of a copy's rate at 16 M tokens
@@ -84,7 +84,7 @@ class Case:
             self.hidden, self.weight, self.target, 1.0, make_distribution, pull, backend
         )[0]
 
-    def one_shot(self):
+    def fused(self):
         return self.shots(make_token_loss(self.mean))
 
     def joined(self):
@@ -97,7 +97,7 @@ class Case:
             )[0]
         )
 
-    def one_shot_torch(self):
+    def fused_torch(self):
         return self.shots(make_token_loss(self.mean), "torch")
 
     def eager(self):
@@ -124,17 +124,17 @@ class Case:
 
 
 FLOP = dict(
-    one_shot=6,
+    fused=6,
     joined=6,
     recompute=8,
-    one_shot_torch=6,
+    fused_torch=6,
     eager=6,
     compiled=6,
     torch_linear_cross_entropy=6,
     liger_cross_entropy=6,
     cut_cross_entropy=8,
 )
-OURS = ("one_shot", "joined", "recompute")
+OURS = ("fused", "joined", "recompute")
 NOT_DRY = ("compiled", "liger_cross_entropy", "cut_cross_entropy")
 
 

@@ -5,7 +5,7 @@ python experiments/bench/loss_memory.py [--repeats 5]
 
 One forward and backward of the clipped GRPO loss (dapo's token mean, no KL) from hidden states (N,
 C) and a weight (V, C), in float32: `naive` makes float32 logits, gather - logsumexp, and leaves the
-rest to autograd; `one_shot` and `recompute` are kernels/logprob.py in torch; `liger` is
+rest to autograd; `fused` and `recompute` are kernels/logprob.py in torch; `liger` is
 LigerFusedLinearGRPOLoss(compiled=False, chunk_size=1), at the small shape only (minutes at the
 large one).
 
@@ -35,8 +35,8 @@ from recr1.model.log_probs import make_distribution
 SHAPES = {"small": (1024, 512, 32_768), "large": (4096, 896, 151_936)}
 # time, memory
 BARS = {
-    "small": {"one_shot": (1.0, 0.35), "recompute": (1.4, None)},
-    "large": {"one_shot": (1.0, 0.15), "recompute": (1.4, None)},
+    "small": {"fused": (1.0, 0.35), "recompute": (1.4, None)},
+    "large": {"fused": (1.0, 0.15), "recompute": (1.4, None)},
 }
 TOKENS = 64  # of a rollout, for Liger's (B, T)
 
@@ -65,7 +65,7 @@ class Case:
         logits = (self.hidden @ self.weight.T).float()
         return self.formula(logits.gather(-1, self.target[:, None])[:, 0] - logits.logsumexp(-1))
 
-    def one_shot(self):
+    def fused(self):
         return fused_linear_loss(
             self.hidden,
             self.weight,
@@ -157,7 +157,7 @@ def main() -> int:
         return 0
     bars = []
     for shape in args.shapes:
-        paths = ["naive", "one_shot", "recompute"] + ["liger"] * (shape == "small")
+        paths = ["naive", "fused", "recompute"] + ["liger"] * (shape == "small")
         if "liger" in paths:
             try:
                 import liger_kernel  # noqa: F401

@@ -58,9 +58,9 @@ SMALL = dict(num_hidden_layers=4, hidden_size=256)
 WIDE = dict(num_hidden_layers=12, hidden_size=512)
 MANY = dict(vocab_size=32_768)
 GROUP = 64 + 4 * 127  # tokens of a group of four: budgets are whole groups
-CHECKPOINTING = {"train.checkpointing": True}
+CHECKPOINTING = {"train.gradient_checkpointing": True}
 RECOMPUTE = {"model.head": "recompute"}
-REFERENCE = {"loss.kl": 0.1}
+REFERENCE = {"loss.kl_coef": 0.1}
 CASES = {  # shape, token budget in groups, overrides, ranks
     "4x256": (SMALL, 4, {}, 1),
     "4x256, all in one micro-batch": (SMALL, 8, {}, 1),
@@ -87,7 +87,7 @@ CASES = {  # shape, token budget in groups, overrides, ranks
         CHECKPOINTING | REFERENCE,
         2,
     ),
-    "4x256 two ranks, one reduction a step": (SMALL, 2, {"train.reduce": "step"}, 2),
+    "4x256 two ranks, one reduction a step": (SMALL, 2, {"train.gradient_sync": "last_micro_batch"}, 2),
 }
 QUICK = ["4x256 checkpointing", "4x256 vocabulary 32768 recompute, reference"]
 BARRED = ("sampling", "training")
@@ -164,8 +164,8 @@ def run_steps(cfg: Config, shape: DecoderConfig) -> None:
             for i in range(n)
         ]
 
-    policy = model(checkpointing=cfg.train.checkpointing)
-    reference = model(master=compute, frozen=("*",)) if cfg.loss.kl else None
+    policy = model(checkpointing=cfg.train.gradient_checkpointing)
+    reference = model(master=compute, frozen=("*",)) if cfg.loss.kl_coef else None
     optimizer = Optimizer(policy, cfg.optimizer, 2)
     loss = resolve_objective(cfg.loss, cfg.model)
     for length in (2, s.max_new_tokens):
@@ -190,7 +190,7 @@ def run_steps(cfg: Config, shape: DecoderConfig) -> None:
                 loss.agg_mode,
             )
             for i, batch in enumerate(batches, 1):
-                policy.requires_gradient_sync = cfg.train.reduce != "step" or i == len(batches)
+                policy.requires_gradient_sync = cfg.train.gradient_sync != "last_micro_batch" or i == len(batches)
                 value, logp, _ = compute_policy_loss(policy, batch, tokens, s.temperature, loss)
                 value.backward()
                 del value, logp  # the loop's next line binds them anew; here the phase ends

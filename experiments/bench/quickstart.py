@@ -81,9 +81,9 @@ def check_run(folder: Path) -> tuple[list[dict], float]:
         above(f"seed {seed}: after - before, interval's low end", lift_low, 0.0),
         above(f"seed {seed}: after - raw, interval's low end", gain_low, 0.0),
         at_most(f"seed {seed}: unparsable share", unparsable, 0.003),
-        at_most(f"seed {seed}: gap mean", summary["logprob_gap_mean"], 1e-6),
-        at_most(f"seed {seed}: gap p99.9", summary["logprob_gap_p999"], 1e-5),
-        at_most(f"seed {seed}: gap max", summary["max_logprob_gap"], 2e-4),
+        at_most(f"seed {seed}: gap mean", summary["sampling_logp_diff_mean"], 1e-6),
+        at_most(f"seed {seed}: gap p99.9", summary["sampling_logp_diff_p999"], 1e-5),
+        at_most(f"seed {seed}: gap max", summary["sampling_logp_diff_max"], 2e-4),
         make_bar(f"seed {seed}: wall minutes", wall_s / 60, 12, wall_s <= 720),
     ]
     return bars, gain.mean()

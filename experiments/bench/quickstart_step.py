@@ -19,7 +19,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = {
-    "default (1 rank x 2 threads, one_shot)": (1, 2, ()),
+    "default (1 rank x 2 threads, fused)": (1, 2, ()),
     "2 ranks x 1 thread": (2, 1, ()),
     "head recompute": (1, 2, ("model.head=recompute",)),
 }

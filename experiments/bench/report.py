@@ -164,7 +164,7 @@ def main() -> int:
                 f"run.dir={folder}",
                 f"train.steps={args.steps}",
                 "log.tokens_every=1",
-                "loss.kl=0.01",
+                "loss.kl_coef=0.01",
             ],
         )
         retriever, _ = build_retriever(cfg.retriever)(cfg.data.corpus, "stop", None, print)

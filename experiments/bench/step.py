@@ -171,14 +171,14 @@ class Ours:
         # gradients can be compared
         self.cfg = Config(
             sampling=SamplingConfig(group_size=size.group, max_new_tokens=size.completion),
-            loss=LossConfig(std_floor=1e-4),
+            loss=LossConfig(advantage_eps=1e-4),
         )
         weights = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
         self.policy = Sharded(
             Decoder(decoder.config),
             weights.__getitem__,
             device=torch.device("cpu"),
-            checkpointing=self.cfg.train.checkpointing,
+            checkpointing=self.cfg.train.gradient_checkpointing,
         )
         self.loss = resolve_objective(self.cfg.loss, self.cfg.model)
         self.optimizer = Optimizer(self.policy, self.cfg.optimizer, 10**6)

@@ -185,8 +185,8 @@ def _apply_loss(cfg: Config, frozen: FrozenStep, policy: NewPolicy, kind: str) -
     untouched_sum = (siblings * (grad_logp == 0)).sum()
     figures = dict(
         loss=loss.item(),
-        clip_share=(stats["clip_share"] / num_tokens).item(),
-        dlogp_norm=grad_logp.norm().item(),
+        clip_ratio=(stats["clip_ratio"] / num_tokens).item(),
+        grad_logp_norm=grad_logp.norm().item(),
         weight_min=weight.min().item(),
         weight_max=weight.max().item(),
         weight_abs=weight_sum.item() / num_tokens.item(),

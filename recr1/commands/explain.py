@@ -102,7 +102,7 @@ def read_logged_step(run: str, step: int) -> LoggedStep:
     metrics_path = folder / "metrics.jsonl"
     metrics = _read_metrics(metrics_path, step)
     missing = []
-    for name in ("loss", "dlogp_norm", "grad_norm"):
+    for name in ("loss", "grad_logp_norm", "grad_norm"):
         if metrics.get(name) is None:
             missing.append(name)
     if missing:
@@ -117,11 +117,11 @@ def read_logged_step(run: str, step: int) -> LoggedStep:
 
 def _check_loss_is_known(run: str, cfg: Config) -> None:
     """Raise ConfigError for a run whose loss cannot be computed again."""
-    if cfg.train.inner_steps > 1:
+    if cfg.train.num_mini_batches > 1:
         raise ConfigError(
-            f"{run}: train.inner_steps is {cfg.train.inner_steps}: the log-probs of the second "
+            f"{run}: train.num_mini_batches is {cfg.train.num_mini_batches}: the log-probs of the second "
             "optimizer step on a batch are not saved, so its loss cannot be worked again; "
-            "explain a run with train.inner_steps=1"
+            "explain a run with train.num_mini_batches=1"
         )
     recipe = get_recipe(cfg.loss)
     if recipe.surrogate is None:
@@ -163,7 +163,7 @@ def _check_rows(logged: LoggedStep) -> None:
             f"{logged.replay.path}: a row of step {logged.step} lacks per-token values: {e}"
         ) from None
 
-    needs_reference = cfg.loss.kl > 0
+    needs_reference = cfg.loss.kl_coef > 0
     group_sizes = logged.replay.sizes
     fits_config = have_reference == {needs_reference} and group_sizes == {cfg.sampling.group_size}
     if not have_equal_lengths or not fits_config:
@@ -263,8 +263,8 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
     # The surrogate, and the weight w_t / T of each token.
     surrogate = _compute_surrogate(cfg, logp - old_logp, logp, token_advantages, text, num_tokens)
     importance: Any = 1.0
-    if config.importance_cap > 0:
-        importance = np.exp(old_logp - sampler_logp).clip(max=config.importance_cap)
+    if config.tis_cap > 0:
+        importance = np.exp(old_logp - sampler_logp).clip(max=config.tis_cap)
     denominator = _count_denominator(cfg, count, num_tokens)
     is_trained = (token_advantages != 0) | (kl_coef > 0)  # as train.make_updates selects them
     text_weight = count / num_tokens if recipe.average == "sequence" else count  # (D,)
@@ -324,10 +324,10 @@ def _compute_text_rewards(
 ) -> np.ndarray:
     """Return the reward of each distinct text, less its KL where loss.kl_in is "reward"."""
     text_rewards = np.array([row["reward"] for row in rows], np.float32)  # (D,)
-    if cfg.loss.kl == 0 or cfg.loss.kl_in == "loss":
+    if cfg.loss.kl_coef == 0 or cfg.loss.kl_in == "loss":
         return text_rewards
     text_kl = np.bincount(text, token_kl).astype(np.float32)  # (D,)
-    return text_rewards - np.float32(cfg.loss.kl) * text_kl
+    return text_rewards - np.float32(cfg.loss.kl_coef) * text_kl
 
 
 def _compute_advantages(
@@ -343,7 +343,7 @@ def _compute_advantages(
     std = rewards.std(1, ddof=1, keepdims=True)
 
     divisors = {
-        "mean_std": std + cfg.loss.std_floor,
+        "mean_std": std + cfg.loss.advantage_eps,
         "mean": 1.0,
         "leave_one_out": (group_size - 1) / group_size,
     }
@@ -368,7 +368,7 @@ def _compute_surrogate(
         ratio = np.exp(mean_log_ratio)[text]  # (N,)
     else:
         ratio = np.exp(log_ratio)
-    low = 0.0 if kind is losses.cispo_surrogate else 1 - cfg.loss.clip
+    low = 0.0 if kind is losses.cispo_surrogate else 1 - cfg.loss.clip_ratio_low
     high = 1 + cfg.loss.high
     clipped_ratio = ratio.clip(low, high)
 
@@ -441,13 +441,13 @@ def estimate_noise(step: LoggedStep) -> float:
     config = step.cfg.loss
     depends_on_logp = (
         get_recipe(config).surrogate in LOG_PROB_SURROGATES
-        or config.importance_cap > 0
+        or config.tis_cap > 0
         or config.entropy > 0
         or (config.kl > 0 and config.kl_in == "loss")
     )
     if not depends_on_logp or step.cfg.train.replay:
         return 0.0
-    return step.metrics["logprob_gap_mean"]
+    return step.metrics["sampling_logp_diff_mean"]
 
 
 def compare_with_log(step: LoggedStep, numpy_step: NumpyStep) -> list[Check]:
@@ -461,13 +461,13 @@ def compare_with_log(step: LoggedStep, numpy_step: NumpyStep) -> list[Check]:
         allowed=EXACT + 10 * noise,
         min_scale=max(1e-30, term_sizes / 10),
     )
-    dlogp_norm = _make_check(
-        "dlogp_norm",
-        step.metrics["dlogp_norm"],
+    grad_logp_norm = _make_check(
+        "grad_logp_norm",
+        step.metrics["grad_logp_norm"],
         math.sqrt((numpy_step.grad_logp**2).sum()),
         allowed=EXACT + noise,
     )
-    return [_compare_advantages(step, numpy_step), loss, dlogp_norm]
+    return [_compare_advantages(step, numpy_step), loss, grad_logp_norm]
 
 
 def _compare_advantages(step: LoggedStep, numpy_step: NumpyStep) -> Check:
@@ -569,7 +569,7 @@ def _load_policy_before(step: LoggedStep) -> tuple[Sharded, torch.dtype]:
         folder,
         len(load_tokenizer(folder)),
         compute_dtype,
-        step.cfg.train.checkpointing,
+        step.cfg.train.gradient_checkpointing,
         step.cfg.train.frozen,
         "sdpa",
         False,
@@ -590,7 +590,7 @@ def _find_weights_before(step: LoggedStep) -> tuple[str, str]:
     checkpoint = step.run / f"checkpoints/step_{step.step - 1:06d}"
     if not checkpoint.is_dir():
         raise ModelFolderError(
-            f"the weights before the step are gone: no {checkpoint} (save.every, save.keep)"
+            f"the weights before the step are gone: no {checkpoint} (save.every, save.keep_last)"
         )
     manifest = read_manifest(checkpoint)
     for name, entry in manifest.items():
@@ -784,7 +784,7 @@ class StepStory:
 
     def _add_advantages(self) -> None:
         equations = {
-            "mean_std": f"A = (r - mean) / (std + {self.config.std_floor:g})",
+            "mean_std": f"A = (r - mean) / (std + {self.config.advantage_eps:g})",
             "mean": "A = r - mean",
             "leave_one_out": "A = (r - mean) G / (G - 1)",
         }
@@ -842,7 +842,7 @@ class StepStory:
         self._add("clip", equation, self.per_token, example, source)
 
     def _add_importance(self) -> None:
-        cap = self.config.importance_cap
+        cap = self.config.tis_cap
         if cap > 0:
             self._add(
                 "trust",
@@ -964,7 +964,7 @@ def _format_verdict(checks: list[Check], gap: float | None) -> list[str]:
         lines.append(line)
 
     method = (
-        "advantages, loss, dlogp_norm: numpy, float64, from the logged values; grad_norm: torch, "
+        "advantages, loss, grad_logp_norm: numpy, float64, from the logged values; grad_norm: torch, "
         "from numpy's d loss / d logp and the weights before the step"
     )
     if gap is not None:

@@ -21,9 +21,9 @@ CHOICES = {
     "reward.metric": ("ndcg", "recall", "mrr", "hit"),
     "model.attention": ("auto", "varlen", "flash", "sdpa"),
     "model.compute": ("auto", "float32", "bfloat16"),
-    "model.head": ("one_shot", "recompute"),
+    "model.head": ("fused", "recompute"),
     "model.kernels": ("torch", "triton"),
-    "loss.average": ("", "token", "sequence", "constant"),
+    "loss.agg_mode": ("", "token", "sequence", "constant"),
     "loss.kl_estimator": ("k1", "k2", "k3"),
     "loss.kl_in": ("loss", "reward"),
     "data.on_bad_line": ("stop", "drop"),
@@ -36,8 +36,8 @@ CHOICES = {
     "retriever.dtype": ("float32", "float16", "bfloat16"),
     "optimizer.kind": ("adamw", "muon"),
     "optimizer.on_nonfinite": ("stop", "skip"),
-    "train.reduce": ("micro_batch", "step"),
-    "sft.keep": ("all", "no_worse", "better"),
+    "train.gradient_sync": ("micro_batch", "step"),
+    "sft.filter": ("all", "no_worse", "better"),
     "log.track": ("none", "tensorboard", "wandb", "trackio"),
 }
 
@@ -47,7 +47,7 @@ MINIMUMS = {
     "sampling.group_size": 2,
     "sampling.temperature": 1e-3,
     "sampling.top_p": 1e-3,
-    "sampling.cache_gib": 0,
+    "sampling.kv_cache_gib": 0,
     "sampling.max_new_tokens": 1,
     "train.steps": 1,
     "train.prompts_per_step": 1,
@@ -62,27 +62,27 @@ MINIMUMS = {
     "reward.k_train": 1,
     "reward.k_eval": 1,
     "reward.k_list": 1,
-    "train.inner_steps": 1,
-    "sampling.resample": 0,
-    "reward.overlong": 0,
-    "loss.clip_high": 0,
-    "loss.entropy": 0,
-    "loss.importance_cap": 0,
-    "loss.clip": 0,
-    "loss.kl": 0,
-    "loss.std_floor": 0,
+    "train.num_mini_batches": 1,
+    "sampling.dynamic_sampling": 0,
+    "reward.overlong_buffer": 0,
+    "loss.clip_ratio_high": 0,
+    "loss.entropy_coef": 0,
+    "loss.tis_cap": 0,
+    "loss.clip_ratio_low": 0,
+    "loss.kl_coef": 0,
+    "loss.advantage_eps": 0,
     "optimizer.lr": 0,
-    "optimizer.clip_norm": 1e-12,
+    "optimizer.max_grad_norm": 1e-12,
     "optimizer.warmup_steps": 0,
     "data.shuffle_words": 0,
     "optimizer.muon_lr": 0,
     "optimizer.eps": 0,
     "optimizer.weight_decay": 0,
-    "optimizer.final_lr": 0,
+    "optimizer.min_lr_ratio": 0,
     "optimizer.max_skips": 0,
-    "run.patience": 1,
+    "run.collective_timeout": 1,
     "save.every": 0,
-    "save.keep": 2,
+    "save.keep_last": 2,
     "retriever.max_length": 1,
     "retriever.ef_search": 1,
     "retriever.timeout": 0,
@@ -90,7 +90,7 @@ MINIMUMS = {
 }
 
 # The greatest value that a setting may have.
-MAXIMUMS = {"data.shuffle_words": 1, "sampling.top_p": 1, "optimizer.final_lr": 1}
+MAXIMUMS = {"data.shuffle_words": 1, "sampling.top_p": 1, "optimizer.min_lr_ratio": 1}
 
 RETRIEVERS = ("bm25", "dense", "rank_bm25")
 
@@ -100,8 +100,8 @@ REWARD_TERMS = ("ndcg", "recall", "mrr", "hit", "lcs", "category", "diversity", 
 READ_ONLY_BY = {
     "train": (
         "loss.",
-        "sampling.resample",
-        "train.inner_steps",
+        "sampling.dynamic_sampling",
+        "train.num_mini_batches",
         "train.replay",
         "data.shuffle_words",
         "log.tokens_every",
@@ -242,16 +242,16 @@ def _check_ranges(config: Config) -> None:
 
 def _check_step(config: Config) -> None:
     prompts = config.train.prompts_per_step
-    inner_steps = config.train.inner_steps
-    if prompts % inner_steps:
+    num_mini_batches = config.train.num_mini_batches
+    if prompts % num_mini_batches:
         raise ConfigError(
-            f"train.inner_steps: {inner_steps} must divide train.prompts_per_step = {prompts}"
+            f"train.num_mini_batches: {num_mini_batches} must divide train.prompts_per_step = {prompts}"
         )
-    overlong = config.reward.overlong
+    overlong = config.reward.overlong_buffer
     max_new_tokens = config.sampling.max_new_tokens
     if overlong > max_new_tokens:
         raise ConfigError(
-            f"reward.overlong: {overlong} exceeds sampling.max_new_tokens = {max_new_tokens}"
+            f"reward.overlong_buffer: {overlong} exceeds sampling.max_new_tokens = {max_new_tokens}"
         )
 
 

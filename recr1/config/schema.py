@@ -30,9 +30,9 @@ class ModelConfig:
     path: str = ""
     # sdpa | varlen | flash (GPU, bfloat16) | auto: varlen where it can run, else sdpa.
     attention: str = "auto"
-    # one_shot: the head's gradients are computed in the forward, for losses that are sums over
+    # fused: the head's gradients are computed in the forward, for losses that are sums over
     # tokens | recompute: the backward computes the logits a second time, for any loss.
-    head: str = "one_shot"
+    head: str = "fused"
     # Compute the logits by a float32 product where the rest computes in bfloat16.
     head_float32: bool = False
     kernels: str = "torch"  # What computes the head and chooses tokens: torch | triton (GPU).
@@ -72,7 +72,7 @@ class RetrieverConfig:
     b: float = 0.75  # BM25: how much a document's length counts, from 0 to 1.
     scorer: str = "torch"  # What computes BM25: torch | numba (extra [fast], CPU, the faster one).
     # Search for "(contents:QUERY)" as the published code does, which loses the query's first word.
-    upstream_wrapping: bool = False
+    reproduce_upstream_query_bug: bool = False
     index_dir: str = ""  # The folder that keeps the index. Empty: beside the run.
     encoder: str = ""  # The dense retriever's Hugging Face folder or hub id.
     pooling: str = "cls"  # A text's vector from its tokens': cls | mean.
@@ -83,7 +83,7 @@ class RetrieverConfig:
     index: str = "exact"  # The dense index: exact | hnsw.
     ef_search: int = 512  # hnsw: how many candidates a search keeps.
     # Seconds that one call of a module:function's search may take. 0: there is no limit. An
-    # evaluation asks for a rank's whole split in one call. Keep it below run.patience.
+    # evaluation asks for a rank's whole split in one call. Keep it below run.collective_timeout.
     timeout: float = 0.0
 
 
@@ -126,7 +126,7 @@ class SamplingConfig:
     max_new_tokens: int = 512  # A completion that is so long ends unfinished.
     # GiB of keys and values at once; sequences that do not fit wait. 0: four fifths of what a GPU
     # has free, no limit on a CPU.
-    cache_gib: float = 0.0
+    kv_cache_gib: float = 0.0
     # DAPO's dynamic sampling: how many times other prompts are drawn in place of the groups whose
     # rewards are all equal.
     resample: int = 0
@@ -141,23 +141,23 @@ class LossConfig:
     advantage: str = ""
     # How token losses are averaged: token | sequence | constant. Empty: that of the kind.
     average: str = ""
-    clip: float = 0.2  # The ratio of probabilities is clipped to 1 - clip and 1 + clip_high.
-    clip_high: float = 0.0  # The upper side (DAPO's clip-higher). 0: as clip.
+    clip: float = 0.2  # The ratio of probabilities is clipped to 1 - clip and 1 + clip_ratio_high.
+    clip_ratio_high: float = 0.0  # The upper side (DAPO's clip-higher). 0: as clip.
     # The weight of the KL to the initial policy. 0: no reference is kept.
     kl: float = 0.0
     kl_estimator: str = "k3"  # k1 | k2 | k3 (rl/kl.py).
     kl_in: str = "loss"  # Where the KL is a term: loss | reward.
-    reference_on_host: bool = False  # Keep the reference's shards in host memory.
+    reference_cpu_offload: bool = False  # Keep the reference's shards in host memory.
     entropy: float = 0.0  # The weight of the entropy bonus.
     # Truncated importance sampling: the weight exp(trainer - sampler) of a token is at most this.
     # 0: tokens have no such weight.
-    importance_cap: float = 0.0
-    std_floor: float = 1e-6  # advantage = (r - mean) / (std + std_floor)
+    tis_cap: float = 0.0
+    advantage_eps: float = 1e-6  # advantage = (r - mean) / (std + advantage_eps)
 
     @property
     def high(self) -> float:
         """Return the clip's upper side."""
-        return self.clip_high or self.clip
+        return self.clip_ratio_high or self.clip
 
 
 @dataclass(frozen=True)
@@ -188,8 +188,8 @@ class OptimizerConfig:
     eps: float = 1e-8  # AdamW's addend to the denominator.
     weight_decay: float = 0.01
     warmup_steps: int = 0  # The learning rate grows linearly over so many steps.
-    final_lr: float = 1.0  # The share of lr at which the linear decay ends. 1: lr is constant.
-    clip_norm: float = 1.0  # A gradient of a larger norm is scaled to this one.
+    min_lr_ratio: float = 1.0  # The share of lr at which the linear decay ends. 1: lr is constant.
+    max_grad_norm: float = 1.0  # A gradient of a larger norm is scaled to this one.
     # What a gradient that is not finite does: stop | skip: leave that step out (they are counted).
     on_nonfinite: str = "stop"
     max_skips: int = 10  # Stop after so many skipped steps in a row.
@@ -202,7 +202,7 @@ class TrainConfig:
     steps: int = 100
     prompts_per_step: int = 32  # On all ranks together.
     # Optimizer steps for one step's rollouts, each over an equal share of its prompts.
-    inner_steps: int = 1
+    num_mini_batches: int = 1
     # Packed tokens in one forward and backward, at most. It changes memory, not the gradient.
     tokens_per_micro_batch: int = 16384
     # Keep only each block's input, and compute the block a second time in the backward.

@@ -178,7 +178,7 @@ class MemoryEstimate:
     @property
     def step_tokens(self) -> int:
         """Return the packed tokens of a rank's share of one optimizer step."""
-        return ceil(self.prompts_per_rank / self.cfg.train.inner_steps) * self.group
+        return ceil(self.prompts_per_rank / self.cfg.train.num_mini_batches) * self.group
 
     @property
     def evaluated(self) -> int:
@@ -203,24 +203,24 @@ class MemoryEstimate:
         """Return what a rank holds from step to step; the padding of its shards is not counted."""
         cfg = self.cfg
         weights_per_rank = self.num_weights / self.ranks
-        moments_on_device = not cfg.optimizer.on_host
-        reference_on_device = cfg.loss.kl > 0 and not cfg.loss.reference_on_host
+        moments_on_device = not cfg.optimizer.cpu_offload
+        reference_on_device = cfg.loss.kl_coef > 0 and not cfg.loss.reference_cpu_offload
         keeps_cache = cache and not self.gpu and not cfg.train.replay
         return [
             MemoryTerm("master weights", "4 P/W  (fsdp.ParamGroup.shard)", 4 * weights_per_rank),
             MemoryTerm(
                 "Adam's moments",
-                "8 P'/W  (optimizer.py); optimizer.on_host: 0",
+                "8 P'/W  (optimizer.py); optimizer.cpu_offload: 0",
                 8 * self.trained_weights / self.ranks * moments_on_device,
             ),
             MemoryTerm(
                 "reference",
-                "e P/W  (load_reference); loss.reference_on_host: 0",
+                "e P/W  (load_reference); loss.reference_cpu_offload: 0",
                 self.number_bytes * weights_per_rank * reference_on_device,
             ),
             MemoryTerm(
                 "gradients",
-                "4 P'/W  (shard.grad), after a micro-batch; train.reduce=step: 4 P', not sharded",
+                "4 P'/W  (shard.grad), after a micro-batch; train.gradient_sync=last_micro_batch: 4 P', not sharded",
                 gradients,
             ),
             MemoryTerm(
@@ -294,7 +294,7 @@ class MemoryEstimate:
         )
 
     def iterate_head_moments(self, targets: float, with_grad: bool) -> Iterator[Moment]:
-        """Yield the moments of kernels/logprob.py's forward; `with_grad`: those of one_shot."""
+        """Yield the moments of kernels/logprob.py's forward; `with_grad`: those of fused."""
         e = self.number_bytes
         width = self.shape.hidden_size
         vocab = self.shape.vocab_size
@@ -338,7 +338,7 @@ class MemoryEstimate:
         budget = self.cfg.train.tokens_per_micro_batch
         inputs = self.completion_inputs
         if self.group <= budget:
-            prompts_per_update = ceil(self.prompts_per_rank / self.cfg.train.inner_steps)
+            prompts_per_update = ceil(self.prompts_per_rank / self.cfg.train.num_mini_batches)
             groups = min(prompts_per_update, budget / self.group)
             full_groups = groups
         else:  # a part of one group, with its prompt
@@ -394,7 +394,7 @@ class MemoryEstimate:
         norms = 2 * tokens * width * (4 + 2 * e) + head_norms
         linear_inputs = e * tokens * (heads * shape.head_dim + 4 * shape.intermediate_size)
         block_activations = norms + attention_saved + linear_inputs
-        if self.cfg.train.checkpointing:
+        if self.cfg.train.gradient_checkpointing:
             formula = "L e M C  (blocks' inputs)"
             saved_bytes = layers * (e * tokens * width)
         else:
@@ -402,7 +402,7 @@ class MemoryEstimate:
             saved_bytes = layers * block_activations
 
         # Gradients: the full ones where a step reduces them once, else shards.
-        reduces_once = self.cfg.train.reduce == "step"
+        reduces_once = self.cfg.train.gradient_sync == "last_micro_batch"
         is_first = batch.is_only_one
         sharding = 1 if reduces_once else 1 / self.ranks
         adds_in_place = reduces_once and not is_first
@@ -432,7 +432,7 @@ class MemoryEstimate:
         base = self.count_state(terms.held_gradients) + terms.shared + [terms.saved, last_norm]
 
         for moment in self.iterate_head_moments(
-            targets, with_grad=self.cfg.model.head == "one_shot"
+            targets, with_grad=self.cfg.model.head == "fused"
         ):
             yield base + moment
         if self.cfg.model.head == "recompute":
@@ -490,7 +490,7 @@ class MemoryEstimate:
         recomputed = MemoryTerm(
             "block computed again",
             BLOCK_FORMULA,
-            terms.block_activations if self.cfg.train.checkpointing else 0,
+            terms.block_activations if self.cfg.train.gradient_checkpointing else 0,
         )
         backward = MemoryTerm(
             "block's backward",
@@ -573,8 +573,8 @@ class MemoryEstimate:
         group_size = group_size or self.group_size
         max_slots = count_slots(self.longest)
 
-        # sampling.cache_gib limits how many sequences run at once.
-        budget = self.cfg.sampling.cache_gib * 2**30
+        # sampling.kv_cache_gib limits how many sequences run at once.
+        budget = self.cfg.sampling.kv_cache_gib * 2**30
         max_rows = int(budget / self.slot_bytes) // max_slots
         rows = prompts * group_size
         if max_rows:
@@ -686,7 +686,7 @@ class MemoryEstimate:
     def _count_update_moment(self) -> Moment:
         largest_group = max(self.trained_root_weights, self.trained_block_weights)
         largest_shard = largest_group / self.ranks
-        moments_on_host = self.cfg.optimizer.on_host
+        moments_on_host = self.cfg.optimizer.cpu_offload
         return self.count_state(4 * self.trained_weights / self.ranks) + [
             MemoryTerm(
                 "moments on their way",

@@ -29,11 +29,11 @@ BUDGET = "train.tokens_per_micro_batch"
 # smaller token budget to a line that does not fit by itself.
 LADDER: tuple[dict[str, Any], ...] = (
     {},
-    {"train.reduce": "micro_batch"},
-    {"train.checkpointing": True},
-    {"loss.reference_on_host": True},
-    {"loss.reference_on_host": None, "optimizer.on_host": True},
-    {"loss.reference_on_host": True},
+    {"train.gradient_sync": "every_micro_batch"},
+    {"train.gradient_checkpointing": True},
+    {"loss.reference_cpu_offload": True},
+    {"loss.reference_cpu_offload": None, "optimizer.cpu_offload": True},
+    {"loss.reference_cpu_offload": True},
 )
 
 # The phases that a run measures (tracking/run_log.py), and ours that they include.
@@ -117,8 +117,8 @@ def _list_option_sets(cfg: Config) -> list[dict[str, Any]]:
         added = {key: value for key, value in merged.items() if value is not None}
         overrides = {}
         for key, value in added.items():
-            has_reference = cfg.loss.kl > 0
-            if key == "loss.reference_on_host" and not has_reference:
+            has_reference = cfg.loss.kl_coef > 0
+            if key == "loss.reference_cpu_offload" and not has_reference:
                 continue
             if get_value(cfg, key) != value:
                 overrides[key] = value

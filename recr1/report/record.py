@@ -30,17 +30,17 @@ MAX_MARKS = 50  # of one kind
 CURVES = (
     "loss",
     "reward",
-    "reward_spread",
-    "zero_variance",
+    "reward_std",
+    "frac_reward_zero_std",
     "kl",
     "entropy",
-    "completion_tokens",
-    "clip_share",
+    "completion_length",
+    "clip_ratio",
     "unparsable",
     "unfinished",
-    "logprob_gap_mean",
-    "logprob_gap_p999",
-    "max_logprob_gap",
+    "sampling_logp_diff_mean",
+    "sampling_logp_diff_p999",
+    "sampling_logp_diff_max",
     "grad_norm",
     "lr",
     "rollout_tokens_per_s",
@@ -309,10 +309,10 @@ def list_marks(metrics: list[dict]) -> list[dict]:
 
     # The first step whose groups cannot teach: all rewards of a group are equal.
     for row in metrics:
-        if (row.get("zero_variance") or 0) > 0:
-            share = row["zero_variance"]
+        if (row.get("frac_reward_zero_std") or 0) > 0:
+            share = row["frac_reward_zero_std"]
             text = f"first groups whose rewards are all equal: {share:.0%} of the step's"
-            marks.append(dict(kind="zero_variance", step=row["step"], text=text))
+            marks.append(dict(kind="frac_reward_zero_std", step=row["step"], text=text))
             break
 
     marks += _limit_marks(_list_clip_spikes(metrics))
@@ -334,7 +334,7 @@ def _list_clip_spikes(metrics: list[dict]) -> list[dict]:
     A clip spike is a share of clipped tokens above 1% and above the median of all steps by more
     than 6 median absolute deviations.
     """
-    logged_shares = [row.get("clip_share") for row in metrics]
+    logged_shares = [row.get("clip_ratio") for row in metrics]
     shares = np.array([share if _is_finite(share) else 0.0 for share in logged_shares])
     median = float(np.median(shares))
     deviation = float(np.median(np.abs(shares - median)))

@@ -92,7 +92,7 @@ def _build_bm25(
         corpus,
         on_bad_line=on_bad_line,
         scorer=r.scorer,
-        upstream_wrapping=r.upstream_wrapping,
+        reproduce_upstream_query_bug=r.reproduce_upstream_query_bug,
         device=dist.device(),
         **asdict(_get_parameters(r)),
     )

@@ -13,12 +13,12 @@ from recr1.config.schema import LossConfig
 
 
 def normalize_by_std(rewards: torch.Tensor, config: LossConfig) -> torch.Tensor:
-    """Compute (r - mean) / (std + std_floor), with the unbiased std.
+    """Compute (r - mean) / (std + advantage_eps), with the unbiased std.
 
     GRPO: DeepSeekMath, arXiv 2402.03300, section 4.1.2.
     """
     std = rewards.std(1, keepdim=True)
-    return subtract_mean(rewards, config) / (std + config.std_floor)
+    return subtract_mean(rewards, config) / (std + config.advantage_eps)
 
 
 def subtract_mean(rewards: torch.Tensor, config: LossConfig) -> torch.Tensor:

@@ -19,7 +19,7 @@ from recr1.rl.advantages import ADVANTAGES
 def per_token(surrogate: Callable) -> Callable:
     """Mark a surrogate whose value at a token depends on that token alone.
 
-    With `head: one_shot` the batch may then be cut into chunks anywhere.
+    With `head: fused` the batch may then be cut into chunks anywhere.
     """
     surrogate.per_token = True  # type: ignore[attr-defined]
     return surrogate
@@ -31,10 +31,10 @@ def clipped_surrogate(
 ) -> torch.Tensor:
     """Clip the ratio of new to old policy (DeepSeekMath, eq. 3; DAPO, arXiv 2503.14476, eq. 8).
 
-        min(ratio A, clip(ratio, 1 - clip, 1 + clip_high) A),  ratio = e^(logp - old_logp)
+        min(ratio A, clip(ratio, 1 - clip, 1 + clip_ratio_high) A),  ratio = e^(logp - old_logp)
 
     old_logp (n,): log-probs under the policy that sampled, without gradient. With one optimizer
-    step for a step's rollouts they are logp itself, and the ratio is 1. A clip_high of 0 means
+    step for a step's rollouts they are logp itself, and the ratio is 1. A clip_ratio_high of 0 means
     clip: `config.high`.
     """
     assert batch.advantages is not None
@@ -61,7 +61,7 @@ def cispo_surrogate(
 ) -> torch.Tensor:
     """Weight A logp by a cut ratio: weights are cut, gradients never.
 
-    stop_gradient(min(ratio, 1 + clip_high)) A logp    (CISPO, MiniMax-M1, arXiv 2506.13585,
+    stop_gradient(min(ratio, 1 + clip_ratio_high)) A logp    (CISPO, MiniMax-M1, arXiv 2506.13585,
                                                         eq. 4-5)
     """
     assert batch.advantages is not None
@@ -81,7 +81,7 @@ def reinforce_surrogate(
     return batch.advantages * logp
 
 
-# kind -> (surrogate, advantage, average). The average (`loss.average`; in code agg_mode) is
+# kind -> (surrogate, advantage, average). The average (`loss.agg_mode`; in code agg_mode) is
 #   token: the mean over all tokens
 #   sequence: the mean over rollouts of the mean over each rollout's tokens
 #   constant: the sum over R * max_new_tokens
@@ -89,7 +89,7 @@ RECIPES = {
     # Rec-R1's verl; average: sequence is DeepSeekMath's own eq. 3
     "grpo": (clipped_surrogate, "mean_std", "token"),
     "dr_grpo": (clipped_surrogate, "mean", "constant"),  # arXiv 2503.20783, section 3
-    # arXiv 2503.14476, eq. 8-12: with clip_high, sampling.resample, reward.overlong
+    # arXiv 2503.14476, eq. 8-12: with clip_ratio_high, sampling.dynamic_sampling, reward.overlong_buffer
     "dapo": (clipped_surrogate, "mean_std", "token"),
     "gspo": (sequence_clipped_surrogate, "mean_std", "sequence"),
     "cispo": (cispo_surrogate, "mean_std", "token"),
@@ -106,7 +106,7 @@ class Objective:
     surrogate: Callable
     advantage: Callable
     agg_mode: str  # the config's `average`: token | sequence | constant
-    head: str  # one_shot | recompute
+    head: str  # fused | recompute
     kernels: str  # torch | triton
 
     @property
@@ -127,7 +127,7 @@ class Objective:
 
 
 def resolve_objective(config: LossConfig, model: ModelConfig) -> Objective:
-    """Resolve loss.kind, loss.advantage and loss.average to functions.
+    """Resolve loss.kind, loss.advantage and loss.agg_mode to functions.
 
     Raises ConfigError for an unknown name, and for a loss that the head cannot compute.
     """
@@ -143,7 +143,7 @@ def resolve_objective(config: LossConfig, model: ModelConfig) -> Objective:
         advantage = plugins.load_function("loss.advantage", advantage_name, ADVANTAGES)
 
     # One shot cuts rollouts into chunks.
-    if model.head == "one_shot" and not getattr(surrogate, "per_token", False):
+    if model.head == "fused" and not getattr(surrogate, "per_token", False):
         raise ConfigError(
             f"loss.kind: {config.kind} needs whole rollouts, or does not say that it needs none "
             "(function.per_token = True); set model.head=recompute"

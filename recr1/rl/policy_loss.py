@@ -73,7 +73,7 @@ def compute_policy_loss(
     """
     token_loss = _build_token_loss(batch, denominator, objective)
 
-    if objective.head == "one_shot":
+    if objective.head == "fused":
         # The head calls token_loss chunk by chunk and makes its gradients in the forward pass.
         loss, logp, entropy = compute_fused_loss(
             policy, batch, temperature, token_loss, objective.kernels
@@ -146,9 +146,9 @@ def compute_token_loss(
         [grad_surrogate] = torch.autograd.grad(surrogate.sum(), new_logp, retain_graph=True)
 
         # Truncated importance sampling: the sampler's arithmetic is another (Yao et al. 2025).
-        if config.importance_cap > 0:
+        if config.tis_cap > 0:
             importance = (old_logp - batch.sampler_logp).exp()
-            surrogate = surrogate * importance.clamp(max=config.importance_cap)
+            surrogate = surrogate * importance.clamp(max=config.tis_cap)
         loss = -(weight * surrogate).sum() / denominator
 
         if has_kl:
@@ -163,8 +163,8 @@ def compute_token_loss(
 
     is_clipped = (grad_surrogate == 0) & (batch.advantages != 0)
     stats = {
-        "clip_share": (batch.weight * is_clipped).sum(),
-        "dlogp_square": grad_logp.square().sum(),
+        "clip_ratio": (batch.weight * is_clipped).sum(),
+        "grad_logp_square": grad_logp.square().sum(),
     }
     if has_kl:
         stats["kl"] = (batch.weight * kl.detach()).sum()
@@ -194,11 +194,11 @@ def _build_token_loss(
     is_cispo = objective.surrogate is cispo_surrogate
     kl_coef = config.kl if config.kl_in == "loss" else 0.0
     rule = LossRule(
-        clip_low=1.0 if is_cispo else config.clip,
-        clip_high=config.high,
+        clip_ratio_low=1.0 if is_cispo else config.clip,
+        clip_ratio_high=config.high,
         kl=kl_coef,
         cispo=is_cispo,
-        sampler_cap=config.importance_cap,
+        sampler_cap=config.tis_cap,
     )
     return GroupTokenLoss(
         rule=rule,
@@ -223,7 +223,7 @@ def _sum_policy_stats(
     ratio_deviation = (logp - old_logp).expm1().abs()
     importance = (old_logp - batch.sampler_logp).exp()
     return {
-        "ratio_off": (weight * ratio_deviation).sum(),
+        "ratio_abs_deviation": (weight * ratio_deviation).sum(),
         "trust": (weight * importance).sum(),
         "entropy": (weight * entropy).sum(),
         "trained": weight.sum(),

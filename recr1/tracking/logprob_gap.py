@@ -59,7 +59,7 @@ class LogpDiffHistogram:
         if num_tokens:
             p999_bin = int(np.searchsorted(self.counts.cumsum(), 0.999 * num_tokens))
         return dict(
-            logprob_gap_mean=self.total / max(1, num_tokens),
-            logprob_gap_p999=min(float(HISTOGRAM_BINS[p999_bin]), self.largest),
-            max_logprob_gap=self.largest,
+            sampling_logp_diff_mean=self.total / max(1, num_tokens),
+            sampling_logp_diff_p999=min(float(HISTOGRAM_BINS[p999_bin]), self.largest),
+            sampling_logp_diff_max=self.largest,
         )

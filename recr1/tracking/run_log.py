@@ -85,7 +85,7 @@ class RunLog:
         self.run_gaps.merge(gaps)
         speed = dict(
             rollout_tokens_per_s=num_tokens / sampling_s if sampling_s else None,
-            reward_wait=self.seconds.get("reward", 0.0) / self.seconds["step"],
+            reward_wait_frac=self.seconds.get("reward", 0.0) / self.seconds["step"],
         )
         return self.add_timings(row | gaps.figures() | speed)
 

@@ -129,14 +129,14 @@ def compute_step_metrics(step: int, record: StepRecord, group_size: int, **metri
         **_average_terms(rewards),
         unparsable=float(np.mean([reward.error is not None for reward in rewards])),
         errors=dict(Counter(errors)),
-        reward_spread=totals.std(1).mean().item(),
-        zero_variance=has_zero_variance.float().mean().item(),
-        adv_std=torch.tensor(record.advantages).std().item(),
+        reward_std=totals.std(1).mean().item(),
+        frac_reward_zero_std=has_zero_variance.float().mean().item(),
+        advantage_std=torch.tensor(record.advantages).std().item(),
         **_compute_loss_metrics(record.stats, num_tokens),
         resampled=record.num_sampled_groups - len(rollouts) // group_size,
         top_p_cut=float(np.mean([rollout.cut for rollout in rollouts])),
         distinct=len(record.unique) / len(rollouts),
-        completion_tokens=num_tokens / len(rollouts),
+        completion_length=num_tokens / len(rollouts),
         unfinished=float(np.mean([not rollout.finished for rollout in rollouts])),
         tokens=num_tokens,
         **metrics,
@@ -155,12 +155,12 @@ def _compute_loss_metrics(stats: list[dict], num_tokens: int) -> dict[str, float
     num_trained = _sum_stat(stats, "trained")
     metrics: dict[str, float | None] = {}
     metrics["kl"] = _sum_stat(stats, "kl") / num_tokens if "kl" in names else None
-    metrics["clip_share"] = _sum_stat(stats, "clip_share") / num_tokens
-    for name in ("ratio_off", "trust", "entropy"):
+    metrics["clip_ratio"] = _sum_stat(stats, "clip_ratio") / num_tokens
+    for name in ("ratio_abs_deviation", "trust", "entropy"):
         if name in names:
             metrics[name] = _sum_stat(stats, name) / max(1.0, num_trained)
-    metrics["dlogp_norm"] = _sum_stat(stats, "dlogp_square") ** 0.5
-    metrics["trained_share"] = num_trained / num_tokens
+    metrics["grad_logp_norm"] = _sum_stat(stats, "grad_logp_square") ** 0.5
+    metrics["trained_token_frac"] = num_trained / num_tokens
     return metrics
 
 

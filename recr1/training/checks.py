@@ -42,7 +42,7 @@ def check_kv_cache(cfg: Config, slot_bytes: int) -> None:
         budget_gib = budget * slot_bytes / 2**30
         text_gib = slots_per_text * slot_bytes / 2**30
         raise ConfigError(
-            f"sampling.cache_gib: {budget_gib:.2g} GiB do not hold one text, "
+            f"sampling.kv_cache_gib: {budget_gib:.2g} GiB do not hold one text, "
             f"which takes {text_gib:.2g}"
         )
 
@@ -50,10 +50,10 @@ def check_kv_cache(cfg: Config, slot_bytes: int) -> None:
 def compute_kv_cache_budget(cfg: Config, slot_bytes: int) -> int | None:
     """Return how many slots the sampler's cache may have, None for no limit.
 
-    The budget is sampling.cache_gib, or four fifths of what a GPU has free; on a CPU there is no
+    The budget is sampling.kv_cache_gib, or four fifths of what a GPU has free; on a CPU there is no
     limit.
     """
-    budget_bytes = cfg.sampling.cache_gib * 2**30
+    budget_bytes = cfg.sampling.kv_cache_gib * 2**30
     if not budget_bytes:
         budget_bytes = KV_CACHE_SHARE * (memory.get_free_bytes() or 0)
     return int(budget_bytes / slot_bytes) if budget_bytes else None

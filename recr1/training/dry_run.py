@@ -297,7 +297,7 @@ def _keep_gz(name: str, path: str) -> str:
 def _write_teacher(path: Path, answers: list[str]) -> None:
     """Write a whole answer to each train query that is not held out.
 
-    The rule of sft.keep is left to the real texts: these are all as good as the query.
+    The rule of sft.filter is left to the real texts: these are all as good as the query.
     """
     lines = []
     for number, query in enumerate(TRAIN_QUERIES):

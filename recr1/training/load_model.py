@@ -46,7 +46,7 @@ def load_policy(
 
     Args:
         vocab_size: number of ids that the tokenizer can give.
-        checkpointing, frozen: train.checkpointing and train.frozen of the config.
+        checkpointing, frozen: train.gradient_checkpointing and train.frozen of the config.
         attention, exact, float32_head: model.attention, model.batch_invariant and
             model.head_float32 of the config.
     """

@@ -57,17 +57,17 @@ class Optimizer:
 
     def get_lr_scale(self, step: int) -> float:
         """Return the share of the base learning rate at `step`: linear warm-up, then linear to
-        `final_lr`.
+        `min_lr_ratio`.
         """
         warmup_steps = self.config.warmup_steps
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         decay_steps = max(1, self.steps - warmup_steps)
         progress = (step - warmup_steps) / decay_steps
-        return 1 - (1 - self.config.final_lr) * progress
+        return 1 - (1 - self.config.min_lr_ratio) * progress
 
     def step(self, loss: float = 0.0) -> tuple[float, float]:
-        """Clip the gradient to `clip_norm`, check it, update the weights, clear the gradients.
+        """Clip the gradient to `max_grad_norm`, check it, update the weights, clear the gradients.
 
         Args:
             loss: this rank's share of the step's loss. If it is not finite on any rank, the
@@ -102,7 +102,7 @@ class Optimizer:
     def _clip_and_update(self, norm: float, lr_scale: float) -> None:
         """Clip the gradient, whose norm is `norm`, and update the weights."""
         total_norm = torch.tensor(norm)
-        torch.nn.utils.clip_grads_with_norm_(self.names, self.config.clip_norm, total_norm)
+        torch.nn.utils.clip_grads_with_norm_(self.names, self.config.max_grad_norm, total_norm)
         for base_lr, optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = base_lr * lr_scale

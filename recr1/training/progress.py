@@ -172,9 +172,9 @@ class TrainState:
             self.best = [self.val_score, self.step]
 
     def _update_best_and_prune(self) -> None:
-        """Update the best checkpoint and remove those that save.keep does not keep. Rank 0."""
+        """Update the best checkpoint and remove those that save.keep_last does not keep. Rank 0."""
         self._update_best()
-        checkpoint.prune_checkpoints(self.root, self.cfg.save.keep, self.best)
+        checkpoint.prune_checkpoints(self.root, self.cfg.save.keep_last, self.best)
 
     def mark_validated(self, value: float | None) -> None:
         """Note the step's val_ndcg. The step's checkpoint may exist already, if the run was stopped
@@ -186,9 +186,9 @@ class TrainState:
 
     def is_mid_step(self) -> bool:
         """Return whether weights have changed since the last finished step: within
-        train.inner_steps.
+        train.num_mini_batches.
         """
-        return self.optimizer.num_steps > self.step * self.cfg.train.inner_steps
+        return self.optimizer.num_steps > self.step * self.cfg.train.num_mini_batches
 
     def save_and_describe(self) -> str:
         """Save what is not yet saved when the run is asked to stop. Return the message that says

@@ -62,7 +62,7 @@ def setup_run(cfg: Config, loop: str = "train") -> Run:
     tracker = open_run_dir(cfg, folder)
     retriever = open_retriever(cfg, folder, parts.make_retriever)
     log = RunLog(folder, loop)
-    set_collective_timeout(cfg.run.patience)
+    set_collective_timeout(cfg.run.collective_timeout)
 
     footprint = estimate_memory(cfg, parts.policy)
     eval_scorer = build_scorer(parts, retriever, parts.eval_terms)
@@ -176,7 +176,7 @@ def build_policy(
         model_folder,
         vocab_size,
         compute_dtype,
-        cfg.train.checkpointing,
+        cfg.train.gradient_checkpointing,
         cfg.train.frozen,
         cfg.model.attention,
         cfg.model.batch_invariant,
@@ -188,13 +188,13 @@ def build_reference(
     cfg: Config, model_folder: str, vocab_size: int, compute_dtype: torch.dtype
 ) -> Sharded | None:
     """Load the frozen policy before training, which the KL needs; None without a KL."""
-    if not cfg.loss.kl > 0:
+    if not cfg.loss.kl_coef > 0:
         return None
     return load_reference(
         model_folder,
         vocab_size,
         compute_dtype,
-        cfg.loss.reference_on_host,
+        cfg.loss.reference_cpu_offload,
         cfg.model.attention,
         cfg.model.batch_invariant,
         cfg.model.head_float32,

@@ -108,12 +108,12 @@ def make_text_rollout(prompt: Prompt, group: int, ids: tuple[int, ...]) -> Rollo
 
 
 def passes_filter(row: dict, sft: SftConfig) -> bool:
-    """Return whether a line of teacher.jsonl is learned, by sft.keep and sft.least."""
-    if row["error"] is not None or row["score"] < sft.least:
+    """Return whether a line of teacher.jsonl is learned, by sft.filter and sft.min_score."""
+    if row["error"] is not None or row["score"] < sft.min_score:
         return False
-    if sft.keep == "no_worse":
+    if sft.filter == "no_worse":
         return row["score"] >= row["raw"]
-    if sft.keep == "better":
+    if sft.filter == "better":
         return row["score"] > row["raw"]
     return True
 
@@ -144,7 +144,7 @@ def format_teacher(run: Run, about: dict) -> str:
     errors = about["errors"]
     line = (
         f"recr1: teacher {sft.teacher}: {about['texts']} texts, {about['kept']} kept "
-        f"(sft.keep={sft.keep}, sft.least={sft.least:g}), "
+        f"(sft.filter={sft.filter}, sft.min_score={sft.min_score:g}), "
         f"{reward.metric}@{reward.k_train} {about['score_kept']:.4f} "
         f"where the raw answer has {about['raw_kept']:.4f}; "
         f"nothing to learn from {sum(errors.values())} {errors or ''}"
@@ -163,7 +163,7 @@ def check_enough_texts(run: Run, about: dict) -> None:
     raise DataError(
         f"sft.teacher: {about['kept']} of {about['texts']} texts are kept and "
         f"train.prompts_per_step is {per_step}; lower that, "
-        f"or keep more (sft.keep, sft.least{of_sampling})"
+        f"or keep more (sft.filter, sft.min_score{of_sampling})"
     )
 
 

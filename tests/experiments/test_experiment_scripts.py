@@ -47,8 +47,8 @@ def test_a_base_lies_below_the_config(tmp_path):
         "task: product_search\nloss: {clip: 0.3, kl: 0.5}\nreward: {k_eval: 7}\n"
     )
     (tmp_path / "own.yaml").write_text("base: b/base.yaml\nloss: {clip: 0.1}\n")
-    cfg = configs.load_config(str(tmp_path / "own.yaml"), ["loss.kl=0.25"])
-    assert (cfg.loss.clip, cfg.loss.kl, cfg.reward.k_eval) == (0.1, 0.25, 7)
+    cfg = configs.load_config(str(tmp_path / "own.yaml"), ["loss.kl_coef=0.25"])
+    assert (cfg.loss.clip_ratio_low, cfg.loss.kl_coef, cfg.reward.k_eval) == (0.1, 0.25, 7)
 
 
 @pytest.mark.parametrize(

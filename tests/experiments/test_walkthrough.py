@@ -137,7 +137,7 @@ def test_it_learns(kept):
         )
     }
     assert {name: end > begin for name, (begin, end) in course.items()} == dict(
-        reward=True, unparsable=False, entropy=False, zero_variance=True
+        reward=True, unparsable=False, entropy=False, frac_reward_zero_std=True
     )
 
 

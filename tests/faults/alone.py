@@ -21,7 +21,7 @@ from recr1 import train
 from recr1.training import setup
 from recr1.training.launch import run_guarded
 
-ONE_STEP = ("run.patience=300", "train.steps=1", "train.eval_every=0", "save.every=0")
+ONE_STEP = ("run.collective_timeout=300", "train.steps=1", "train.eval_every=0", "save.every=0")
 LISTED = 4  # candidates of a query
 Case = tuple[str, Callable[[], None]]  # (what is done, a function that raises Lost or Silent)
 

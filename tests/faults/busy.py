@@ -30,7 +30,7 @@ TESTS = Path(__file__).resolve().parents[1]
 CHECKOUT = TESTS.parent
 SIDE_BY_SIDE = 3
 NICENESS = 10  # of the processes that only take the cores: they get about a tenth of a busy core
-STEPS = ("train.steps=2", "train.eval_every=0", "save.every=0", "loss.kl=0")
+STEPS = ("train.steps=2", "train.eval_every=0", "save.every=0", "loss.kl_coef=0")
 
 
 class Ending(NamedTuple):

@@ -442,7 +442,7 @@ def _no_tokens(bench: Bench) -> Case:
 
 def _one_token(bench: Bench) -> Case:
     def case():
-        _, run = bench.run(None, "sampling.max_new_tokens=1", "loss.kl=0")
+        _, run = bench.run(None, "sampling.max_new_tokens=1", "loss.kl_coef=0")
         expect(all(row["error"] for row in logged(run)), "an answer of one token was understood")
         with (
             safe_open(run / "model/model.safetensors", "pt") as after,

@@ -231,7 +231,7 @@ def _spoil_one(world: World, way: str, rank: int, phase: str) -> Outcome:
     (act, says), patience = WAYS.get(way, (None, "has not moved for")), round(5 * world.slow)
     job = world.start(
         world.fresh(),
-        f"run.patience={patience}",
+        f"run.collective_timeout={patience}",
         "save.every=2",
         ranks=3,
         prepare=lambda r: r == rank and (_in_phase(phase, 2, act) if act else _one_less(2)),

@@ -51,7 +51,7 @@ def _spoilt(
     job = world.start(
         run,
         f"optimizer.on_nonfinite={policy}",
-        "save.keep=9",
+        "save.keep_last=9",
         prepare=lambda r: r == rank and FAULTS[what](value, step),
     )
     codes = job.wait(world.limit)
@@ -71,7 +71,7 @@ def _spoilt(
     if why := _not_kept(run, step):
         return "silent", why
     if policy == "stop":
-        return world.finish(run, "save.keep=9")[1:]
+        return world.finish(run, "save.keep_last=9")[1:]
     why = _moved(run, step)
     return "silent" if why else "survived", why
 

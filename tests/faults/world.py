@@ -27,11 +27,11 @@ SETTINGS = {
     "train.tokens_per_micro_batch": 100,
     "train.eval_every": 2,
     "save.every": 1,
-    "save.keep": 3,
-    "loss.kl": 0.01,
+    "save.keep_last": 3,
+    "loss.kl_coef": 0.01,
 }
 # what two equal runs differ in
-OTHERWISE = ("seconds", "memory", "rollout_tokens_per_s", "tokens_per_s", "reward_wait", "wall_s")
+OTHERWISE = ("seconds", "memory", "rollout_tokens_per_s", "tokens_per_s", "reward_wait_frac", "wall_s")
 
 
 @dataclass
@@ -107,7 +107,7 @@ class World:
 
     def start(self, run: Path, *more: str, ranks: int = RANKS, prepare=None) -> Job:
         return Job(
-            [self.config, f"run.patience={round(PATIENCE * self.slow)}", *more, f"run.dir={run}"],
+            [self.config, f"run.collective_timeout={round(PATIENCE * self.slow)}", *more, f"run.dir={run}"],
             ranks,
             prepare,
             self.slow,

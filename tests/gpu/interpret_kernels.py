@@ -137,7 +137,7 @@ def test_entropy_has_its_gradient(N, C, V):
             )
 
 
-def test_one_shot_of_a_plain_sum():
+def test_fused_of_a_plain_sum():
     hidden = torch.randn(3, 5, generator=draw("h")).requires_grad_()
     weight = torch.randn(7, 5, generator=draw("w"))
     target = torch.tensor([0, 6, 3])
@@ -160,8 +160,8 @@ def test_one_shot_of_a_plain_sum():
     "loss",
     [
         dict(),
-        dict(kind="dr_grpo", kl=0.1, clip=0.1, clip_high=0.3),
-        dict(kind="cispo", importance_cap=1.1),
+        dict(kind="dr_grpo", kl=0.1, clip=0.1, clip_ratio_high=0.3),
+        dict(kind="cispo", tis_cap=1.1),
         dict(kind="grpo", entropy=0.1),
         dict(kind="gspo"),
     ],
@@ -176,7 +176,7 @@ def test_policy_loss_of_the_loop(loss):
     o = [
         resolve_objective(
             LossConfig(**loss),
-            ModelConfig(head="recompute" if loss.get("kind") == "gspo" else "one_shot", kernels=k),
+            ModelConfig(head="recompute" if loss.get("kind") == "gspo" else "fused", kernels=k),
         )
         for k in ("triton", "torch")
     ]
@@ -245,7 +245,7 @@ def exact_advantages(rewards, kind, floor):
 def test_advantages(P, G, kind):
     rewards = torch.rand(P, G, generator=draw(P, G))
     rewards[:1] = 0.1  # all equal, and no power of two: its mean is not exactly it
-    ours = compute_advantages(rewards, LossRule(kind, std_floor=1e-4))
+    ours = compute_advantages(rewards, LossRule(kind, advantage_eps=1e-4))
     close(ours, exact_advantages(rewards, kind, 1e-4))
     assert (ours[:G] == 0).all()
 
@@ -258,10 +258,10 @@ def exact_loss(logp, p: GroupTokenLoss):
         x if x is None else x.double() for x in (p.sampler_logp, p.old_logp, p.ref_logp, p.weight)
     )
     old = logp.detach() if old is None else old
-    adv = exact_advantages(rewards, rule.advantage, rule.std_floor)
+    adv = exact_advantages(rewards, rule.advantage, rule.advantage_eps)
     adv = torch.where(p.rollout >= 0, adv[p.rollout], 0.0)
     ratio = (logp - old).exp()
-    clipped = ratio.clamp(1 - rule.clip_low, 1 + rule.clip_high)
+    clipped = ratio.clamp(1 - rule.clip_ratio_low, 1 + rule.clip_ratio_high)
     gain = (
         clipped.detach() * adv * logp if rule.cispo else torch.minimum(ratio * adv, clipped * adv)
     )
@@ -318,7 +318,7 @@ def off_the_edge(logp, old, rule):
     becomes 1.
     """
     ratio = (logp.double() - old.double()).exp()
-    near = ((ratio - 1 + rule.clip_low).abs() < 1e-4) | ((ratio - 1 - rule.clip_high).abs() < 1e-4)
+    near = ((ratio - 1 + rule.clip_ratio_low).abs() < 1e-4) | ((ratio - 1 - rule.clip_ratio_high).abs() < 1e-4)
     return torch.where(near, logp.detach().to(old.dtype), old)
 
 

@@ -42,11 +42,11 @@ PROMPTS = 5
 GROUP = 4
 SETTINGS = Config(
     sampling=SamplingConfig(group_size=GROUP, temperature=1.3),
-    optimizer=OptimizerConfig(lr=1e-2, clip_norm=0.05, weight_decay=0.1, betas=(0.9, 0.95)),
+    optimizer=OptimizerConfig(lr=1e-2, max_grad_norm=0.05, weight_decay=0.1, betas=(0.9, 0.95)),
 )
 # with a reference, without
-ONE = dict(kl=0.05, std_floor=0.1)
-TWO = dict(std_floor=0.1)
+ONE = dict(kl=0.05, advantage_eps=0.1)
+TWO = dict(advantage_eps=0.1)
 
 
 class Case(NamedTuple):
@@ -56,7 +56,7 @@ class Case(NamedTuple):
     compute: torch.dtype | None = None  # as dtype
     same: tuple = ()  # groups without variance
     checkpointing: bool = False
-    head: str = "one_shot"
+    head: str = "fused"
     reduce: str = "micro_batch"
     frozen: tuple[str, ...] = ()
     on_host: bool = False  # the reference, and AdamW's moments
@@ -82,7 +82,7 @@ CASES = {
         dict(kind="dr_grpo", entropy=0.1, kl=0.05, kl_estimator="k2")
     ),
     "float64 CISPO": Case(dict(kind="cispo", average="sequence"), 40),
-    "float64 RLOO, trusting the trainer": Case(dict(kind="rloo", importance_cap=2.0)),
+    "float64 RLOO, trusting the trainer": Case(dict(kind="rloo", tis_cap=2.0)),
     "float64 one reduction a step": Case(ONE, reduce="step", shape=TIED),
     "float64 one reduction a step, checkpointing": Case(
         TWO, same=(0, 1), reduce="step", checkpointing=True
@@ -187,7 +187,7 @@ def accumulate(policy, reference, step: int, same: tuple, cfg: Config, group: in
     [(total, batches)] = make_updates(policy, reference, texts, adv[first], cfg, loss.agg_mode)
     sum_of_losses = 0.0
     for i, batch in enumerate(batches, 1):
-        policy.requires_gradient_sync = cfg.train.reduce != "step" or i == len(batches)
+        policy.requires_gradient_sync = cfg.train.gradient_sync != "last_micro_batch" or i == len(batches)
         value, *_ = compute_policy_loss(policy, batch, total, cfg.sampling.temperature, loss)
         value.backward()
         sum_of_losses += value.item()
@@ -245,7 +245,7 @@ def results(name: str, sharded: bool) -> dict[str, torch.Tensor]:
         }
 
     policy = model(1, case.frozen)
-    reference = model(2, ("*",)) if cfg.loss.kl else None
+    reference = model(2, ("*",)) if cfg.loss.kl_coef else None
     optimizer = Optimizer(policy, cfg.optimizer, 3)
     out = {}
     for step in range(3):
@@ -367,9 +367,9 @@ LESSONS = {
         reduce,
     )
     for mask, budget, head, reduce in (
-        (True, 18, "one_shot", "micro_batch"),
+        (True, 18, "fused", "micro_batch"),
         (False, 18, "recompute", "step"),
-        (False, 10_000, "one_shot", "micro_batch"),
+        (False, 10_000, "fused", "micro_batch"),
     )
 }
 

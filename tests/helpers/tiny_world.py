@@ -257,7 +257,7 @@ def write_yaml(folder, **dotted_overrides) -> str:
         prompt=dict(user="find: {query}", max_tokens=64),
         reward=dict(k_train=20, k_eval=10, bonus=0.0, miss=0.0, unparsable=-1.0),
         sampling=dict(group_size=4, temperature=1.0, max_new_tokens=12),
-        loss=dict(std_floor=0.1),
+        loss=dict(advantage_eps=0.1),
         optimizer=dict(lr=1e-3, weight_decay=0.0),
         train=dict(steps=3, prompts_per_step=4, tokens_per_micro_batch=256, eval_every=2),
         log=dict(tokens_every=2),

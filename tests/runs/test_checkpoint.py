@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parents[1]
 def world(tmp_path_factory):
     return write_yaml(
         tmp_path_factory.mktemp("world"),
-        **{"train.steps": 4, "save.every": 1, "save.keep": 2, "train.eval_every": 0},
+        **{"train.steps": 4, "save.every": 1, "save.keep_last": 2, "train.eval_every": 0},
     )
 
 

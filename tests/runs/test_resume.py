@@ -21,7 +21,7 @@ from recr1.training.launch import run_guarded
 from recr1.utils.interrupts import signal_handlers
 
 HERE = Path(__file__).resolve().parents[1]
-TIMES = {"seconds", "memory", "rollout_tokens_per_s", "tokens_per_s", "reward_wait", "wall_s"}
+TIMES = {"seconds", "memory", "rollout_tokens_per_s", "tokens_per_s", "reward_wait_frac", "wall_s"}
 
 
 @pytest.fixture(scope="module")
@@ -128,12 +128,12 @@ def test_several_stops_with_all_that_a_config_can_ask_for(
     world, undisturbed, tmp_path, monkeypatch
 ):
     more = (
-        "loss.kl=0.05",
-        "train.inner_steps=2",
-        "sampling.resample=1",
+        "loss.kl_coef=0.05",
+        "train.num_mini_batches=2",
+        "sampling.dynamic_sampling=1",
         "data.shuffle_words=0.5",
         "optimizer.warmup_steps=2",
-        "optimizer.final_lr=0.1",
+        "optimizer.min_lr_ratio=0.1",
         "train.eval_every=1",
         "optimizer.weight_decay=0.1",
     )
@@ -152,7 +152,7 @@ def test_a_step_that_has_moved_weights_is_finished_first(world, tmp_path, monkey
     """Two optimizer steps of two micro-batches each: the signal comes in the second one."""
     argv = [
         world,
-        "train.inner_steps=2",
+        "train.num_mini_batches=2",
         "train.tokens_per_micro_batch=100",
         f"run.dir={tmp_path / 'run'}",
     ]
@@ -259,9 +259,9 @@ def test_what_may_differ(world, tmp_path, monkeypatch, capsys):
     argv = [
         world,
         "save.every=1",
-        "save.keep=5",
+        "save.keep_last=5",
         "log.print_every=3",
-        "run.patience=99",
+        "run.collective_timeout=99",
         f"run.dir={tmp_path / 'moved'}",
     ]
     before = torch.backends.cpu.get_cpu_capability()

@@ -76,7 +76,7 @@ def test_which_tokens_are_learned_and_what_is_read_before_them(mask, learned):
     assert batch.weight.tolist() == [1] * len(batch.target)
 
 
-@pytest.mark.parametrize("head", ["one_shot", "recompute"])
+@pytest.mark.parametrize("head", ["fused", "recompute"])
 @pytest.mark.parametrize("budget", [18, 30, 10_000])
 @pytest.mark.parametrize("mask, temperature", [(True, 1.0), (True, 1.3), (False, 1.0)])
 def test_loss_and_gradient_are_torchs_cross_entropy(mask, temperature, budget, head):
@@ -116,7 +116,7 @@ def test_a_runs_first_loss_is_that_of_the_lines_it_keeps(mask, run, world):
         if line["error"] is None and line["score"] > line["raw"]
     ]
     folder = run(
-        "sft.keep=better",
+        "sft.filter=better",
         f"train.prompts_per_step={len(lines)}",
         "train.steps=1",
         f"sft.mask_prompt={mask}",
@@ -215,9 +215,9 @@ def test_two_ranks_are_the_run_on_one(world, run, tmp_path):
 def test_where_gradients_are_summed_changes_no_bit(run):
     budget = "train.tokens_per_micro_batch=90"
     assert (
-        weights(run(budget, "train.reduce=step", "optimizer.on_host=true"))
+        weights(run(budget, "train.gradient_sync=last_micro_batch", "optimizer.cpu_offload=true"))
         == weights(run(budget))
-        == weights(run(budget, "train.checkpointing=true"))
+        == weights(run(budget, "train.gradient_checkpointing=true"))
     )
 
 
@@ -236,7 +236,7 @@ def test_a_step_that_is_not_finite_moves_no_weight(value, world, tmp_path, monke
 
 def test_sft_then_grpo(run, tmp_path):
     """The two commands of the README: GRPO begins as the policy that SFT left."""
-    taught = run("sft.keep=better")
+    taught = run("sft.filter=better")
     argv = [
         write_yaml(tmp_path),
         f"model.path={taught / 'model'}",
@@ -249,14 +249,14 @@ def test_sft_then_grpo(run, tmp_path):
 
 
 OTHERS = {  # overrides of the SFT config -> why it is refused
-    "loss": (["loss.kl=0.1"], "loss.kl: for python -m recr1.train only"),
+    "loss": (["loss.kl_coef=0.1"], "loss.kl_coef: for python -m recr1.train only"),
     "several": (
-        ["train.inner_steps=2", "data.shuffle_words=0.5"],
-        "data.shuffle_words, train.inner_steps: for python -m recr1.train only",
+        ["train.num_mini_batches=2", "data.shuffle_words=0.5"],
+        "data.shuffle_words, train.num_mini_batches: for python -m recr1.train only",
     ),
     "no teacher": (["sft.teacher=''"], "sft.teacher: is empty"),
     "both lengths": (["sft.epochs=2"], "sft.epochs, train.steps: give one of the two"),
-    "unknown rule": (["sft.keep=best"], "sft.keep: 'best' is not one of all, no_worse, better"),
+    "unknown rule": (["sft.filter=best"], "sft.filter: 'best' is not one of all, no_worse, better"),
     "unknown key": (
         ["sft.mask_prompts=true"],
         "unknown key sft.mask_prompts: did you mean sft.mask_prompt?",
@@ -294,7 +294,7 @@ def test_the_other_loop_and_the_plan_refuse_its_config(world, tmp_path, capsys):
             "sampling={max_new_tokens: 20}",
             "sft.mask_prompt=false",
         ],
-        ["sft.keep=better", "sft.least=0.9"],
+        ["sft.filter=better", "sft.min_score=0.9"],
     ],
 )
 def test_a_dry_run(more, world, tmp_path, monkeypatch, capsys):

@@ -56,7 +56,7 @@ def test_two_steps_on_one_rank_and_on_two(name, tmp_path):
     weights = configs.load_config(config, []).reward.weights
     one, two = (jsonl(folder / "metrics.jsonl") for folder in folders)
     assert [row["step"] for row in one] == [1, 2]
-    assert all(row["grad_norm"] > 0 and row["reward_spread"] > 0 for row in one)
+    assert all(row["grad_norm"] > 0 and row["reward_std"] > 0 for row in one)
     assert [row["errors"] for row in one] == [row["errors"] for row in two]
     assert sum(one[0]["errors"].values()) == round(one[0]["unparsable"] * 32)
     assert one[1]["val_ndcg"] is not None

@@ -38,9 +38,9 @@ FILES = {
     "versions.json",
 }
 METRICS = set(
-    "reward ndcg reward_spread zero_variance kl clip_share entropy grad_norm lr unparsable "
-    "completion_tokens unfinished rollout_tokens_per_s logprob_gap_mean logprob_gap_p999 "
-    "max_logprob_gap seconds".split()
+    "reward ndcg reward_std frac_reward_zero_std kl clip_ratio entropy grad_norm lr unparsable "
+    "completion_length unfinished rollout_tokens_per_s sampling_logp_diff_mean sampling_logp_diff_p999 "
+    "sampling_logp_diff_max seconds".split()
 )
 ROLLOUT_KEYS = set("step prompt sibling count text finished reward parts error adv".split())
 PER_TOKEN = ["ids", "sampler_logp", "trainer_logp", "ref_logp", "old_logp", "entropy"]
@@ -81,17 +81,17 @@ def test_metrics(run):
         rewards = np.array(list(groups.values()))
         assert rewards.shape == (4, 4)
         assert row["reward"] == pytest.approx(rewards.mean(), abs=1e-6)
-        assert row["reward_spread"] == pytest.approx(rewards.std(1, ddof=1).mean(), abs=1e-6)
-        assert row["zero_variance"] == (rewards.max(1) == rewards.min(1)).mean()
+        assert row["reward_std"] == pytest.approx(rewards.std(1, ddof=1).mean(), abs=1e-6)
+        assert row["frac_reward_zero_std"] == (rewards.max(1) == rewards.min(1)).mean()
         assert row["unparsable"] == sum(t["count"] for t in texts if t["error"]) / 16
         assert row["unfinished"] == sum(t["count"] for t in texts if not t["finished"]) / 16
         assert row["kl"] is None
-        assert row["clip_share"] == 0
+        assert row["clip_ratio"] == 0
         assert row["grad_norm"] > 0
         assert row["lr"] == 1e-3
         assert row["rollout_tokens_per_s"] > 0
         assert (
-            0 <= row["logprob_gap_mean"] <= row["logprob_gap_p999"] <= row["max_logprob_gap"] < 1e-4
+            0 <= row["sampling_logp_diff_mean"] <= row["sampling_logp_diff_p999"] <= row["sampling_logp_diff_max"] < 1e-4
         )
     assert [row["step"] for row in rows if "val_gain" in row] == [2]
 
@@ -124,7 +124,7 @@ def test_rollouts(run):
         assert sum(row["count"] for row in group) == 4
         assert len({row["text"] for row in group}) == len(group)
         rewards = torch.tensor([row["reward"] for row in group for _ in range(row["count"])])
-        want = compute_group_advantages(rewards, 4, normalize_by_std, LossConfig(std_floor=0.1))
+        want = compute_group_advantages(rewards, 4, normalize_by_std, LossConfig(advantage_eps=0.1))
         assert [row["adv"] for row in group for _ in range(row["count"])] == pytest.approx(
             want.tolist(), abs=1e-5
         )
@@ -219,10 +219,10 @@ def test_summary(run):
         low, high = summary[f"{name}_ci95"]
         assert low <= summary[name] <= high
 
-    gaps = [row["max_logprob_gap"] for row in jsonl(folder / "metrics.jsonl")]
-    assert summary["max_logprob_gap"] == max(gaps)
-    assert 0 <= summary["logprob_gap_mean"] <= summary["logprob_gap_p999"]
-    assert summary["logprob_gap_p999"] <= summary["max_logprob_gap"]
+    gaps = [row["sampling_logp_diff_max"] for row in jsonl(folder / "metrics.jsonl")]
+    assert summary["sampling_logp_diff_max"] == max(gaps)
+    assert 0 <= summary["sampling_logp_diff_mean"] <= summary["sampling_logp_diff_p999"]
+    assert summary["sampling_logp_diff_p999"] <= summary["sampling_logp_diff_max"]
 
 
 def weights(folder: Path) -> bytes:
@@ -279,7 +279,7 @@ def test_same_seed_same_bytes_another_seed_another_run(run):
 
 
 def test_kl_is_measured_against_the_initial_policy(run):
-    folder = run("loss.kl=0.05")
+    folder = run("loss.kl_coef=0.05")
     rows = {row["step"]: row for row in jsonl(folder / "metrics.jsonl")}
     assert rows[1]["kl"] == pytest.approx(0, abs=1e-6)
     assert rows[2]["kl"] > 1e-6
@@ -327,9 +327,9 @@ def test_steps_without_any_variance_change_nothing(run, world):
     assert [
         (
             row["reward"],
-            row["zero_variance"],
+            row["frac_reward_zero_std"],
             row["grad_norm"],
-            row["trained_share"],
+            row["trained_token_frac"],
             row["unparsable"],
         )
         for row in rows
@@ -344,7 +344,7 @@ def test_where_things_lie_changes_no_bit(run):
     """The reference and AdamW's moments in host memory, gradients summed once a step, blocks
     computed again: the same weights, on one rank.
     """
-    kl = "loss.kl=0.5"
+    kl = "loss.kl_coef=0.5"
     budget = "train.tokens_per_micro_batch=80"
     want = weights(run(kl, budget))
     assert (
@@ -352,14 +352,14 @@ def test_where_things_lie_changes_no_bit(run):
             run(
                 kl,
                 budget,
-                "loss.reference_on_host=true",
-                "optimizer.on_host=true",
-                "train.reduce=step",
+                "loss.reference_cpu_offload=true",
+                "optimizer.cpu_offload=true",
+                "train.gradient_sync=last_micro_batch",
             )
         )
         == want
     )
-    assert weights(run(kl, budget, "train.checkpointing=true")) == want
+    assert weights(run(kl, budget, "train.gradient_checkpointing=true")) == want
 
 
 def test_frozen_weights_stay(run, world):

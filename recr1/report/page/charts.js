@@ -4,7 +4,7 @@ const HEIGHT = 196,
   RIGHT = 10,
   TOP_ROOM = 8,
   BOTTOM = 36;
-const GLYPHS = { evaluation: "triangle", zero_variance: "diamond", clip_spike: "circle", skipped: "cross" };
+const GLYPHS = { evaluation: "triangle", frac_reward_zero_std: "diamond", clip_spike: "circle", skipped: "cross" };
 const cursor = {
   step: null,
   charts: [],

@@ -92,7 +92,7 @@ function curvesSection() {
     metric = single.metric.split("@")[0],
     label = [...new Set(RUNS.map((run) => run.label))].join(" / "),
     extra = [...new Set(RUNS.flatMap((run) => run.parts))].filter((part) => part !== metric && has(part)),
-    inner = Math.max(...RUNS.map((run) => setting(run, "train.inner_steps") ?? 1));
+    inner = Math.max(...RUNS.map((run) => setting(run, "train.num_mini_batches") ?? 1));
   // the reward's other parts: four lines to a chart, of two runs one part to a chart
   const parts = TWO
     ? extra.map((part) => kit({ title: `Reward's part ${part}`, unit: "mean of the step's rollouts", series: series(part, part) }))
@@ -151,7 +151,7 @@ function curvesSection() {
       unit: "k3, nats per token",
       series: series("kl", "KL"),
       zero: true,
-      empty: trained && !has("kl") && "Not measured: loss.kl is 0, so no reference policy was kept.",
+      empty: trained && !has("kl") && "Not measured: loss.kl_coef is 0, so no reference policy was kept.",
     }),
     kit({
       title: "Entropy",
@@ -159,32 +159,32 @@ function curvesSection() {
       series: series("entropy", "entropy"),
       zero: true,
     }),
-    kit({ title: "Completion length", unit: "tokens", series: series("completion_tokens", "tokens") }),
+    kit({ title: "Completion length", unit: "tokens", series: series("completion_length", "tokens") }),
     kit({
       title: "Clip share",
       unit: "tokens whose gradient the clip removed",
       share: true,
       zero: true,
-      series: series("clip_share", "clipped"),
-      note: ended("clip_share") && inner === 1 && "0 by construction: with one optimizer step per batch every ratio is 1.",
+      series: series("clip_ratio", "clipped"),
+      note: ended("clip_ratio") && inner === 1 && "0 by construction: with one optimizer step per batch every ratio is 1.",
     }),
     kit({
       title: "Zero-variance share",
       unit: "groups whose rewards are all equal",
       share: true,
       zero: true,
-      series: series("zero_variance", "groups"),
+      series: series("frac_reward_zero_std", "groups"),
     }),
-    kit({ title: "Reward spread", unit: "standard deviation inside a group, mean", zero: true, series: series("reward_spread", "spread") }),
+    kit({ title: "Reward spread", unit: "standard deviation inside a group, mean", zero: true, series: series("reward_std", "spread") }),
     kit({
       title: "Log-prob gap",
       unit: "|sampler − trainer|, nats, log scale",
       log: true,
-      series: series("logprob_gap_mean", "mean", [
-        ["logprob_gap_p999", "99.9%"],
-        ["max_logprob_gap", "largest"],
+      series: series("sampling_logp_diff_mean", "mean", [
+        ["sampling_logp_diff_p999", "99.9%"],
+        ["sampling_logp_diff_max", "largest"],
       ]),
-      note: ended("max_logprob_gap") && "0 in every step: sampler and trainer agree bit for bit.",
+      note: ended("sampling_logp_diff_max") && "0 in every step: sampler and trainer agree bit for bit.",
     }),
     seconds(),
     kit({ title: "Sampling speed", unit: "tokens per second of sampling", zero: true, series: series("rollout_tokens_per_s", "tokens/s") }),
@@ -202,7 +202,7 @@ function curvesSection() {
   ];
   const kinds = [
     ["evaluation", "validation"],
-    ["zero_variance", "first groups of equal rewards"],
+    ["frac_reward_zero_std", "first groups of equal rewards"],
     ["clip_spike", "clip spike"],
     ["skipped", "skipped step"],
   ].filter(([kind]) => trained || ["evaluation", "skipped"].includes(kind));

@@ -66,7 +66,7 @@ function tokenCard(r, run) {
       el(
         "p",
         { class: "small" },
-        `A = (reward − mean) / (std + ${setting(run, "loss.std_floor")}) under loss.advantage mean_std; other advantages are as logged. Query: `,
+        `A = (reward − mean) / (std + ${setting(run, "loss.advantage_eps")}) under loss.advantage mean_std; other advantages are as logged. Query: `,
         known(r.query) ? r.query : r.prompt,
       ),
       table(
@@ -153,7 +153,7 @@ function rolloutsSection() {
         el(
           "p",
           { class: "small" },
-          `${on} of ${plural(r.rows, "distinct rollout")} are shown; ${traced.toLocaleString("en-US")} were logged with their tokens (log.tokens_every = ${setting(run, "log.tokens_every")}). ${(setting(run, "train.inner_steps") ?? 1) > 1 ? "The values are those before the step's first update, where every ratio is 1. " : ""}${r.tokenizer ? "" : "No tokenizer was at hand: tokens are their ids. "}${r.loss_note}`,
+          `${on} of ${plural(r.rows, "distinct rollout")} are shown; ${traced.toLocaleString("en-US")} were logged with their tokens (log.tokens_every = ${setting(run, "log.tokens_every")}). ${(setting(run, "train.num_mini_batches") ?? 1) > 1 ? "The values are those before the step's first update, where every ratio is 1. " : ""}${r.tokenizer ? "" : "No tokenizer was at hand: tokens are their ids. "}${r.loss_note}`,
         ),
         ...r.phases.map((p) =>
           el(

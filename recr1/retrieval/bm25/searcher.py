@@ -74,7 +74,7 @@ class BM25Searcher:
     Args:
         scorer: "torch", on `device`, or "numba" (extra [fast], CPU): see their files. On a CPU, as
             many threads as torch has share a batch of queries.
-        upstream_wrapping: search for "(contents:QUERY)" as the published code does. Lucene's
+        reproduce_upstream_query_bug: search for "(contents:QUERY)" as the published code does. Lucene's
             tokenizer joins letter:letter, so a query that begins with a letter loses its first
             word, and another gains the token `content`.
 
@@ -85,13 +85,13 @@ class BM25Searcher:
         self,
         index: BM25Index,
         scorer: str = "torch",
-        upstream_wrapping: bool = False,
+        reproduce_upstream_query_bug: bool = False,
         device: torch.device = CPU,
     ):
         check_scorer(scorer)
         self.index = index
         self.doc_ids: Sequence[str] = index.doc_ids
-        self.upstream_wrapping = upstream_wrapping
+        self.reproduce_upstream_query_bug = reproduce_upstream_query_bug
         self.device = device
         arrays = (index.offsets, index.docs, index.impacts, len(index.doc_ids))
         self.scorer: numba_scorer.NumbaScorer | torch_scorer.TorchScorer
@@ -101,7 +101,7 @@ class BM25Searcher:
         else:
             self.scorer = torch_scorer.TorchScorer(*arrays, device)
             device_type = device.type
-        wrapping = ", upstream wrapping" if upstream_wrapping else ""
+        wrapping = ", upstream wrapping" if reproduce_upstream_query_bug else ""
         self.description = (
             "bm25 ({variant}, k1 {k1:g}, b {b:g}, length {length}".format(**index.meta)
             + f"{wrapping}; scorer {scorer} on {device_type})"
@@ -116,7 +116,7 @@ class BM25Searcher:
         texts: Sequence[str],
         *,
         scorer: str = "torch",
-        upstream_wrapping: bool = False,
+        reproduce_upstream_query_bug: bool = False,
         **parameters: Any,
     ) -> BM25Searcher:
         """Build the searcher of D texts, in memory.
@@ -127,7 +127,7 @@ class BM25Searcher:
         check_scorer(scorer)
         bm25_parameters = BM25Parameters(**parameters)
         index = BM25Index.of_texts(doc_ids, texts, bm25_parameters, scorer == "numba")
-        return cls(index, scorer, upstream_wrapping)
+        return cls(index, scorer, reproduce_upstream_query_bug)
 
     def search(self, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return rows (Q, k) int64 and scores (Q, k) float32, best first.
@@ -191,7 +191,7 @@ class BM25Searcher:
 
     def _count_terms(self, query: str) -> dict[int, int]:
         """Return {term id: how often the query has it}, ids ascending, of terms of the index."""
-        text = f"(contents:{query})" if self.upstream_wrapping else query
+        text = f"(contents:{query})" if self.reproduce_upstream_query_bug else query
         token_counts = Counter(analyze(text))
         term_counts = {}
         for token, count in token_counts.items():
@@ -223,7 +223,7 @@ def load_or_build_bm25(
     *,
     on_bad_line: str = "stop",
     scorer: str = "torch",
-    upstream_wrapping: bool = False,
+    reproduce_upstream_query_bug: bool = False,
     device: torch.device = CPU,
     **parameters: Any,
 ) -> BM25Searcher:
@@ -240,7 +240,7 @@ def load_or_build_bm25(
         index = open_or_build(directory, *source)
     else:
         index = BM25Index.of_file(*source)
-    return BM25Searcher(index, scorer, upstream_wrapping, device)
+    return BM25Searcher(index, scorer, reproduce_upstream_query_bug, device)
 
 
 def check_scorer(scorer: str) -> None:

@@ -109,7 +109,7 @@ def test_nothing_is_wrong_here(clean):
         assert "joined by gloo" in text
     assert facts["recr1"]["scorers"].keys() == {"torch", "numba"}
     assert facts["recr1"]["scorer"] == "torch"
-    assert facts["recr1"]["head"] == "one_shot"
+    assert facts["recr1"]["head"] == "fused"
     assert facts["cores"]["count"] == os.cpu_count()
     assert 0 < facts["memory"]["available"] <= facts["memory"]["total"]
     assert facts["disk"]["free"] > 0

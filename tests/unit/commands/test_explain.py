@@ -92,8 +92,8 @@ def by_autograd(cfg: Config, rows: list[dict], logs: list[torch.Tensor]) -> torc
             "rloo": lambda: A * lp,
             "reinforce": lambda: A * lp,
         }.get(kind, lambda: torch.minimum(rho * A, rho.clamp(1 - c.clip, 1 + c.high) * A))()
-        if c.importance_cap:
-            gain = gain * (old - sampler).exp().clamp(max=c.importance_cap)
+        if c.tis_cap:
+            gain = gain * (old - sampler).exp().clamp(max=c.tis_cap)
         each = -gain - c.entropy * H
         if c.kl and c.kl_in == "loss":
             each = each + c.kl * kl(lp, torch.tensor(row["ref_logp"], dtype=torch.float64))
@@ -131,7 +131,7 @@ def advantages(cfg: Config, rows: list[dict]) -> list[float]:
                 0.0
                 if max(every) == min(every)
                 else {
-                    "mean_std": (r - mean) / (std + c.std_floor),
+                    "mean_std": (r - mean) / (std + c.advantage_eps),
                     "mean": r - mean,
                     "leave_one_out": r - others,
                 }[name]
@@ -144,13 +144,13 @@ SETTINGS = [
     for kind in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce")
     for more in (
         {},
-        dict(clip=0.1, clip_high=0.3, importance_cap=1.1),
+        dict(clip=0.1, clip_ratio_high=0.3, tis_cap=1.1),
         dict(kl=0.1, kl_estimator="k3"),
         dict(kl=0.2, kl_estimator="k2", kl_in="reward", average="sequence"),
         dict(kl=0.3, kl_estimator="k1", entropy=0.05, average="constant"),
     )
 ] + [
-    dict(kind="gspo", average="token", importance_cap=1.2, kl=0.1),
+    dict(kind="gspo", average="token", tis_cap=1.2, kl=0.1),
     dict(kind="grpo", advantage="leave_one_out", average="sequence", entropy=0.1),
 ]
 
@@ -159,10 +159,10 @@ SETTINGS = [
 @pytest.mark.parametrize("seed", [0, 1])
 def test_numpy_is_float64_autograd(setting, seed):
     cfg = Config(
-        loss=LossConfig(std_floor=0.01, **setting),
+        loss=LossConfig(advantage_eps=0.01, **setting),
         sampling=SamplingConfig(group_size=G, max_new_tokens=9),
     )
-    rows = rows_of(seed, kl=cfg.loss.kl > 0, on_policy=seed == 1)
+    rows = rows_of(seed, kl=cfg.loss.kl_coef > 0, on_policy=seed == 1)
     for row, adv in zip(rows, advantages(cfg, rows)):
         row["adv"] = adv
     logs = [
@@ -191,7 +191,7 @@ def test_numpy_is_float64_autograd(setting, seed):
 def world(tmp_path_factory):
     return write_yaml(
         tmp_path_factory.mktemp("world"),
-        **{"save.every": 1, "save.keep": 9, "log.tokens_every": 1, "optimizer.lr": 0.01},
+        **{"save.every": 1, "save.keep_last": 9, "log.tokens_every": 1, "optimizer.lr": 0.01},
     )
 
 
@@ -219,12 +219,12 @@ RUNS = {
     "Dr.GRPO, recompute, small micro-batches": ("loss.kind=dr_grpo", "model.head=recompute", SMALL),
     "GSPO": ("loss.kind=gspo", "model.head=recompute"),
     "GSPO, small micro-batches": ("loss.kind=gspo", "model.head=recompute", SMALL),
-    "KL in the loss": ("loss.kl=0.5", SMALL),
-    "KL in the reward": ("loss.kl=0.1", "loss.kl_in=reward", "loss.kl_estimator=k1"),
-    "resampled": ("sampling.resample=2", "sampling.temperature=0.7"),
-    "entropy, frozen": ("loss.entropy=0.1", "train.frozen='model.embed_tokens.*'"),
-    "CISPO, trusting": ("loss.kind=cispo", "loss.importance_cap=1.5"),
-    "RLOO, by the sequence": ("loss.kind=rloo", "loss.average=sequence"),
+    "KL in the loss": ("loss.kl_coef=0.5", SMALL),
+    "KL in the reward": ("loss.kl_coef=0.1", "loss.kl_in=reward", "loss.kl_estimator=k1"),
+    "resampled": ("sampling.dynamic_sampling=2", "sampling.temperature=0.7"),
+    "entropy, frozen": ("loss.entropy_coef=0.1", "train.frozen='model.embed_tokens.*'"),
+    "CISPO, trusting": ("loss.kind=cispo", "loss.tis_cap=1.5"),
+    "RLOO, by the sequence": ("loss.kind=rloo", "loss.agg_mode=seq-mean-token-mean"),
 }
 
 
@@ -241,7 +241,7 @@ def test_agrees_with_the_run(name, run):
         assert result["agrees"]
         assert "not checked" not in text
         assert "DISAGREES" not in text
-        assert figures["dlogp_norm"]["off"] <= 1e-5
+        assert figures["grad_logp_norm"]["off"] <= 1e-5
         assert figures["grad_norm"]["off"] <= 1e-4
         assert figures["grad_norm"]["logged"] > 0
         if "GSPO" not in name:  # whose advantages sum to 0: its loss is rounding
@@ -260,7 +260,7 @@ def test_off_policy(kind, budget, run):
     folder = run(
         f"loss.kind={kind}",
         "model.head=recompute",
-        "loss.clip=0.05",
+        "loss.clip_ratio_low=0.05",
         "train.steps=4",
         f"train.replay={first}/rollouts.jsonl.gz",
         *budget,
@@ -273,7 +273,7 @@ def test_off_policy(kind, budget, run):
     assert "this run replays" in text
     assert " 0 tokens outside" not in text
     assert figures["loss"]["ours"] == pytest.approx(figures["loss"]["logged"], rel=1e-5)
-    assert jsonl(folder / "metrics.jsonl")[3]["clip_share"] > 0
+    assert jsonl(folder / "metrics.jsonl")[3]["clip_ratio"] > 0
 
 
 def test_dlogp_norm_does_not_depend_on_the_heads_nor_on_micro_batches(run):
@@ -291,10 +291,10 @@ def test_dlogp_norm_does_not_depend_on_the_heads_nor_on_micro_batches(run):
         rows = [
             jsonl(run(*overrides) / "metrics.jsonl")[0]
             for overrides in names
-            if "sampling.resample=2" not in overrides
+            if "sampling.dynamic_sampling=2" not in overrides
         ]
         assert len(rows) >= 2
-        for key in ("loss", "dlogp_norm"):
+        for key in ("loss", "grad_logp_norm"):
             assert [row[key] for row in rows] == pytest.approx([rows[0][key]] * len(rows), rel=1e-6)
 
 
@@ -317,8 +317,8 @@ def test_several_ranks(run, world, tmp_path):
     assert result["shapes"]["P"] == 3
     alone = jsonl(run(SMALL, "train.prompts_per_step=3") / "metrics.jsonl")[0]
     both = jsonl(tmp_path / "run/metrics.jsonl")[0]
-    assert {key: both[key] for key in ("loss", "dlogp_norm", "grad_norm")} == pytest.approx(
-        {key: alone[key] for key in ("loss", "dlogp_norm", "grad_norm")}, rel=1e-5
+    assert {key: both[key] for key in ("loss", "grad_logp_norm", "grad_norm")} == pytest.approx(
+        {key: alone[key] for key in ("loss", "grad_logp_norm", "grad_norm")}, rel=1e-5
     )
 
 
@@ -329,7 +329,7 @@ def test_the_gradient_by_transformers_in_float64(run):
     for overrides, kind in (
         ((), "grpo"),
         (("loss.kind=gspo", "model.head=recompute"), "gspo"),
-        (("loss.kl=0.5", SMALL), "grpo"),
+        (("loss.kl_coef=0.5", SMALL), "grpo"),
     ):
         folder = run(*overrides)
         model = AutoModelForCausalLM.from_pretrained(
@@ -359,7 +359,7 @@ def test_a_step_without_variance(run):
     divides nothing.
     """
     _, result = explain.explain_step(
-        str(run("sampling.max_new_tokens=1", "train.steps=1", "loss.std_floor=0")), 1
+        str(run("sampling.max_new_tokens=1", "train.steps=1", "loss.advantage_eps=0")), 1
     )
     assert result["agrees"]
     assert all(c["ours"] == c["logged"] == 0 for c in result["checks"].values())
@@ -435,9 +435,9 @@ def scaled(key, by):
 
 WRONG = {
     "a reward": (scaled("reward", 1.01), None, {"advantages"}),
-    "an advantage": (scaled("adv", 1.01), None, {"advantages", "loss", "dlogp_norm", "grad_norm"}),
+    "an advantage": (scaled("adv", 1.01), None, {"advantages", "loss", "grad_logp_norm", "grad_norm"}),
     "the loss": (None, scaled("loss", 1.0001), {"loss"}),
-    "dlogp_norm": (None, scaled("dlogp_norm", 1.0001), {"dlogp_norm"}),
+    "grad_logp_norm": (None, scaled("grad_logp_norm", 1.0001), {"grad_logp_norm"}),
     "grad_norm": (None, scaled("grad_norm", 1.001), {"grad_norm"}),
     "not finite": (None, scaled("loss", math.nan), {"loss"}),
 }
@@ -454,8 +454,8 @@ def test_what_disagrees_is_named(name, run, tmp_path, capsys):
     wrong = {key for key, check in found["checks"].items() if not check["agrees"]}
     assert exit.value.code == 1
     assert not found["agrees"]
-    assert wrong & {"advantages", "loss", "dlogp_norm", "grad_norm"} == wrong
-    assert wrong == want if name != "an advantage" else wrong >= {"advantages", "dlogp_norm"}
+    assert wrong & {"advantages", "loss", "grad_logp_norm", "grad_norm"} == wrong
+    assert wrong == want if name != "an advantage" else wrong >= {"advantages", "grad_logp_norm"}
     assert (
         f"{', '.join(key for key in found['checks'] if key in wrong)}: not what the run logged"
         in out
@@ -480,7 +480,7 @@ def test_another_step_s_weights_are_noticed(run, tmp_path):
 
 def test_bfloat16(run):
     """Its log-probs depend on the micro-batch, so what they enter is known less well."""
-    for overrides in ((), ("loss.kl=0.5",)):
+    for overrides in ((), ("loss.kl_coef=0.5",)):
         _, result = explain.explain_step(str(run("model.compute=bfloat16", SMALL, *overrides)), 3)
         print({key: f"{c['off']:.1e} of {c['allowed']:.1e}" for key, c in result["checks"].items()})
         assert result["agrees"]
@@ -512,7 +512,7 @@ def test_refused(run, tmp_path, capsys, monkeypatch):
 
     assert "step 9 is not logged" in refused(run(), 9)
     assert "no such file" in refused(tmp_path / "nowhere")
-    assert "train.inner_steps is 2" in refused(run("train.inner_steps=2", "train.steps=1"))
+    assert "train.num_mini_batches is 2" in refused(run("train.num_mini_batches=2", "train.steps=1"))
     (tmp_path / "my_gain.py").write_text(
         "def gain(logp, old, batch, c):\n    return batch.advantages * logp\n"
         "gain.per_token = True\n"

@@ -90,7 +90,7 @@ def test_entropy_has_its_gradient_in_both_heads(N, C, V, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
 @pytest.mark.parametrize("N, C, V", SIZES)
-def test_one_shot_equals_the_full_log_softmax(N, C, V, temperature):
+def test_fused_equals_the_full_log_softmax(N, C, V, temperature):
     hidden, weight, target, grad_logp = inputs(N, C, V)
     loss, logp, entropy = fused_linear_loss(
         hidden, weight, target, temperature, make_distribution, make_token_loss(weighted(grad_logp))
@@ -126,10 +126,10 @@ def test_rows_of_gradient_zero_are_left_out(dead):
     def formula(logp, rows):
         return weighted(grad_logp)(torch.where(grad_logp[rows] == 0, 0.0, logp), rows)
 
-    one_shot, *_ = fused_linear_loss(
+    fused, *_ = fused_linear_loss(
         hidden, weight, target, 0.7, make_distribution, make_token_loss(formula)
     )
-    for loss in (weighted(grad_logp)(logp), one_shot):
+    for loss in (weighted(grad_logp)(logp), fused):
         for a, b in zip(torch.autograd.grad(loss, (hidden, weight)), want):
             assert (a - b).norm() <= 1e-12 * b.norm()
 
@@ -255,13 +255,13 @@ def errors_in_bf16(backend: str) -> dict[str, float]:
             make_token_loss(lambda logp, rows: (logp * grad_logp[rows]).sum()),
             backend,
         )
-        results["one_shot"] = (logp, *torch.autograd.grad(loss, (hidden, weight)))
+        results["fused"] = (logp, *torch.autograd.grad(loss, (hidden, weight)))
         for i, what in enumerate(("logp", "d_hidden", "d_weight")):
             error = {
                 name: (r[i].double() - results["exact"][i]).norm().item()
                 for name, r in results.items()
             }
-            for path in ("recompute", "one_shot"):
+            for path in ("recompute", "fused"):
                 ratios.setdefault(f"{path} {what}", []).append(error[path] / error["theirs"])
     return {name: sum(values) / len(values) for name, values in ratios.items()}
 
@@ -297,7 +297,7 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
         )
 
 
-def test_one_shot_equals_liger():
+def test_fused_equals_liger():
     """The clipped loss with k3 KL, token mean (dapo), from hidden states: value and gradients."""
     chunked = pytest.importorskip(
         "liger_kernel.chunked_loss",

@@ -52,7 +52,7 @@ def test_the_papers_3b_fits_where_it_should():
     assert MemoryEstimate(*loaded(), 1).num_weights == 3_085_938_688  # as published
     # nothing on the host, nothing else changed
     assert overrides(2, "48GB") == overrides(2, "80GB") == {}
-    assert overrides(1, "48GB") == {"optimizer.on_host": True}
+    assert overrides(1, "48GB") == {"optimizer.cpu_offload": True}
     assert overrides(1, "80GB") == {}
     assert overrides(1, "24GB") is None
 
@@ -61,19 +61,19 @@ def test_advice_goes_from_cheap_to_dear():
     assert overrides(2, "48GB", "train.tokens_per_micro_batch=131072") == {
         "train.tokens_per_micro_batch": 32768
     }
-    assert overrides(1, "80GB", "train.checkpointing=false") == {"train.checkpointing": True}
-    assert overrides(1, "72GB", "train.checkpointing=false") == {
-        "train.checkpointing": True,
-        "loss.reference_on_host": True,
+    assert overrides(1, "80GB", "train.gradient_checkpointing=false") == {"train.gradient_checkpointing": True}
+    assert overrides(1, "72GB", "train.gradient_checkpointing=false") == {
+        "train.gradient_checkpointing": True,
+        "loss.reference_cpu_offload": True,
     }
     # fewer tokens before more work
-    assert overrides(1, "141GiB", "train.checkpointing=false") == {
+    assert overrides(1, "141GiB", "train.gradient_checkpointing=false") == {
         "train.tokens_per_micro_batch": 8192
     }
-    assert overrides(2, "41GB", "train.reduce=step") == {"train.reduce": "micro_batch"}
-    tried = [options for options, _ in try_settings(*loaded(PAPER, "loss.kl=0"), 1, 0.0)]
+    assert overrides(2, "41GB", "train.gradient_sync=last_micro_batch") == {"train.gradient_sync": "every_micro_batch"}
+    tried = [options for options, _ in try_settings(*loaded(PAPER, "loss.kl_coef=0"), 1, 0.0)]
     # no reference, and the longest text
-    assert tried[:2] == [{}, {"optimizer.on_host": True}]
+    assert tried[:2] == [{}, {"optimizer.cpu_offload": True}]
     assert tried[-1]["train.tokens_per_micro_batch"] == 768
 
 
@@ -102,7 +102,7 @@ def test_terms_by_hand():
     assert found["training"]["activations kept"] <= 36 * 16_384 * 2048 * 2
     assert found["training"]["gathered blocks"] == 2.5 * 2 * block
     assert (
-        MemoryEstimate(apply_overrides(cfg, {"optimizer.on_host": True}), shape, 2)
+        MemoryEstimate(apply_overrides(cfg, {"optimizer.cpu_offload": True}), shape, 2)
         .phases()["update"][1]
         .bytes
         == 0
@@ -196,18 +196,18 @@ def test_predictions_are_within_a_tenth_of_what_a_step_allocates():
 
 def test_the_command_says_what_to_add(capsys):
     out = run(capsys, "plan", PAPER, "--gpus", 1, "--memory", "48GB")
-    assert "optimizer.on_host=true" in out.splitlines()[-2]
+    assert "optimizer.cpu_offload=true" in out.splitlines()[-2]
     assert re.search(r"too much +as configured", out)
     sums = re.search(r"^sum((?: +[\d.]+)+)$", out, re.MULTILINE)[1].split()
     assert [float(x) for x in sums] == [
         round(sum_bytes(terms) / 2**30, 1)
-        for terms in MemoryEstimate(*loaded(PAPER, "optimizer.on_host=true"), 1).phases().values()
+        for terms in MemoryEstimate(*loaded(PAPER, "optimizer.cpu_offload=true"), 1).phases().values()
     ]
     again = run(
         capsys,
         "plan",
         PAPER,
-        "optimizer.on_host=true",
+        "optimizer.cpu_offload=true",
         "--gpus",
         1,
         "--memory",
@@ -283,5 +283,5 @@ def test_a_run_that_may_not_fit_says_so():
     found = MemoryEstimate(*loaded(), 1)
     assert "\n" not in format_announcement(found, None)
     assert "\n" not in format_announcement(found, 80e9)
-    assert "this fits: optimizer.on_host=true" in format_announcement(found, 48e9)
+    assert "this fits: optimizer.cpu_offload=true" in format_announcement(found, 48e9)
     assert "take more GPUs" in format_announcement(found, 8e9)

@@ -489,7 +489,7 @@ def test_a_run_says_what_it_took_and_learns_the_same(no_gpu, tmp_path, monkeypat
     """
 
     def run(folder, asked):
-        train.main([write_yaml(tmp_path / folder, **{"loss.kl": 0.1}), f"model.attention={asked}"])
+        train.main([write_yaml(tmp_path / folder, **{"loss.kl_coef": 0.1}), f"model.attention={asked}"])
         return capsys.readouterr().out, jsonl(tmp_path / folder / "run" / "metrics.jsonl")
 
     said, want = run("sdpa", "auto")
@@ -509,7 +509,7 @@ def test_a_run_says_what_it_took_and_learns_the_same(no_gpu, tmp_path, monkeypat
         assert [row[key] for row in got if key in row] == pytest.approx(
             [row[key] for row in want if key in row], rel=1e-4, abs=1e-7
         ), key
-    assert max(row["max_logprob_gap"] for row in got) < 2e-4
+    assert max(row["sampling_logp_diff_max"] for row in got) < 2e-4
 
 
 @pytest.mark.skipif(

@@ -129,7 +129,7 @@ def test_a_whole_run_has_no_gap_at_all(tmp_path):
         json.loads(line) for line in next(tmp_path.rglob("metrics.jsonl")).read_text().splitlines()
     ]
     assert len(rows) == 4
-    assert all(row["max_logprob_gap"] == 0.0 for row in rows)
+    assert all(row["sampling_logp_diff_max"] == 0.0 for row in rows)
     assert any(row["grad_norm"] > 0 for row in rows)
 
 

@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("report")
     path = write_yaml(
-        folder, **{"train.steps": 4, "loss.kl": 0.01, "train.inner_steps": 2, "log.tokens_every": 1}
+        folder, **{"train.steps": 4, "loss.kl_coef": 0.01, "train.num_mini_batches": 2, "log.tokens_every": 1}
     )
     assert run_guarded(train.main, [path]) == 0
     return folder / "run"
@@ -152,7 +152,7 @@ def test_tokens_are_the_log(run):
 def test_clipped_means_no_gradient(run, kind, adv, want):
     """Ratios .5, 1, 2 under clip .2."""
     config = load_config(
-        str(run / "config.yaml"), [f"loss.kind={kind}", "loss.clip=0.2", "model.head=recompute"]
+        str(run / "config.yaml"), [f"loss.kind={kind}", "loss.clip_ratio_low=0.2", "model.head=recompute"]
     )
     row = dict(
         prompt="q",
@@ -298,15 +298,15 @@ def test_marks():
     rows = [
         dict(
             step=i,
-            zero_variance=float(i > 2),
-            clip_share=0.02 if i == 5 else 0.001,
+            frac_reward_zero_std=float(i > 2),
+            clip_ratio=0.02 if i == 5 else 0.001,
             skipped=int(i > 6),
             grad_norm=float("nan"),
         )
         for i in range(1, 9)
     ]
     assert [(m["kind"], m["step"]) for m in record.list_marks(rows)] == [
-        ("zero_variance", 3),
+        ("frac_reward_zero_std", 3),
         ("clip_spike", 5),
         ("skipped", 7),
     ]

@@ -366,7 +366,7 @@ def test_upstream_wrapping_loses_the_first_word():
     """
     docs = dict(a="oculus rift", b="rift valley", c="gta", d="contents of a box")
     plain, wrapped = (
-        BM25Searcher.build(list(docs), list(docs.values()), upstream_wrapping=on)
+        BM25Searcher.build(list(docs), list(docs.values()), reproduce_upstream_query_bug=on)
         for on in (False, True)
     )
     assert analyze("(contents:oculus rift s)") == ["contents:oculu", "rift", "s"]

@@ -236,7 +236,7 @@ def test_a_run_trains_on_it_and_goes_on_to_the_bit(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "40 x 48, exact, faiss" in out
     rows = jsonl(tmp_path / "run/metrics.jsonl")
-    assert any(row["reward_spread"] > 0 for row in rows)
+    assert any(row["reward_std"] > 0 for row in rows)
     # from the checkpoint of step 2: other queries are asked together, the rewards stay what they
     # were
     assert (

@@ -183,7 +183,7 @@ def test_packed_gradient_equals_the_padded_one(family, group_size, tied):
             [hash((r.group, r.ids)) % 97 / 97 for r in rollouts], dtype=torch.float64
         )
         adv = compute_group_advantages(
-            rewards, group_size, normalize_by_std, LossConfig(std_floor=0.1)
+            rewards, group_size, normalize_by_std, LossConfig(advantage_eps=0.1)
         )
     else:
         adv = torch.linspace(-1, 1, len(rollouts), dtype=torch.float64)
@@ -197,7 +197,7 @@ def test_packed_gradient_equals_the_padded_one(family, group_size, tied):
     batch_counts = set()
     for i, budget in enumerate((longest, longest + 11, 2 * longest, everything, everything)):
         loss_of = resolve_objective(
-            LossConfig(clip=CLIP, kl=KL), ModelConfig(head="one_shot" if i % 2 else "recompute")
+            LossConfig(clip=CLIP, kl=KL), ModelConfig(head="fused" if i % 2 else "recompute")
         )
         model = copy.deepcopy(policy)
         batches = add_advantages(

@@ -99,7 +99,7 @@ def test_advantages_by_hand():
     )
     for name, f in ADVANTAGES.items():
         assert compute_group_advantages(
-            r, 4, f, LossConfig(std_floor=0.0)
+            r, 4, f, LossConfig(advantage_eps=0.0)
         ).tolist() == pytest.approx(want[name] + [0.0] * 4)
 
 
@@ -113,7 +113,7 @@ def test_overlong_by_hand(length, want):
 
 def test_overlong_answers_lose_reward_and_it_is_logged_apart(run):
     rows = jsonl(
-        run("train.steps=1", "reward.overlong=10", "sampling.max_new_tokens=12")
+        run("train.steps=1", "reward.overlong_buffer=10", "sampling.max_new_tokens=12")
         / "rollouts.jsonl.gz"
     )
     for row in rows:
@@ -131,20 +131,20 @@ def test_inner_steps_move_the_ratio_and_the_clip_bites(run, world):
     """
     rows = jsonl(
         run(
-            "train.inner_steps=4", "train.prompts_per_step=4", "optimizer.lr=0.01", "loss.clip=0.05"
+            "train.num_mini_batches=4", "train.prompts_per_step=4", "optimizer.lr=0.01", "loss.clip_ratio_low=0.05"
         )
         / "metrics.jsonl"
     )
-    assert all(row["ratio_off"] > 1e-3 for row in rows)
-    assert any(row["clip_share"] > 0 for row in rows)
+    assert all(row["ratio_abs_deviation"] > 1e-3 for row in rows)
+    assert any(row["clip_ratio"] > 0 for row in rows)
     assert all(
-        row["ratio_off"] == 0 and row["clip_share"] == 0
+        row["ratio_abs_deviation"] == 0 and row["clip_ratio"] == 0
         for row in jsonl(run("train.prompts_per_step=4") / "metrics.jsonl")
     )
 
     policy = tiny_model(1).double()
     moved = tiny_model(1).double()
-    o = resolve_objective(LossConfig(clip=0.1, clip_high=0.2), ModelConfig())
+    o = resolve_objective(LossConfig(clip=0.1, clip_ratio_high=0.2), ModelConfig())
     with torch.no_grad():
         for p in moved.parameters():
             p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
@@ -160,25 +160,25 @@ def test_inner_steps_move_the_ratio_and_the_clip_bites(run, world):
     assert cut.any()
     assert (~cut).any()
     assert (d[cut] == 0).all()
-    assert stats["clip_share"] == cut.sum()
+    assert stats["clip_ratio"] == cut.sum()
     torch.testing.assert_close(d[~cut], (-adv * ratio / 7)[~cut], rtol=1e-12, atol=0)
 
 
 def test_inner_steps_must_divide_the_prompts(world, tmp_path, capsys):
-    assert "train.inner_steps" in refused(
-        [world, "train.inner_steps=3", f"run.dir={tmp_path / 'run'}"], capsys
+    assert "train.num_mini_batches" in refused(
+        [world, "train.num_mini_batches=3", f"run.dir={tmp_path / 'run'}"], capsys
     )
 
 
 def test_dynamic_sampling_draws_other_prompts_for_groups_without_variance(run):
     plain, more = (
         jsonl(run("reward.k_train=1", "sampling.group_size=2", *extra) / "metrics.jsonl")
-        for extra in ((), ("sampling.resample=4",))
+        for extra in ((), ("sampling.dynamic_sampling=4",))
     )
     assert all(row["resampled"] == 0 for row in plain)
-    assert sum(row["zero_variance"] for row in plain) > 0
+    assert sum(row["frac_reward_zero_std"] for row in plain) > 0
     assert sum(row["resampled"] for row in more) > 0
-    assert sum(row["zero_variance"] for row in more) < sum(row["zero_variance"] for row in plain)
+    assert sum(row["frac_reward_zero_std"] for row in more) < sum(row["frac_reward_zero_std"] for row in plain)
 
 
 def test_further_turns_of_a_step_are_other_prompts():
@@ -198,7 +198,7 @@ def test_kl_in_the_reward_is_taken_off_before_the_advantage(run):
     """Recomputed from the log: A of (reward - kl * sum of the sampler's log-prob over the
     reference's).
     """
-    folder = run("loss.kl=0.5", "loss.kl_in=reward", "loss.kl_estimator=k1", "optimizer.lr=0.01")
+    folder = run("loss.kl_coef=0.5", "loss.kl_in=reward", "loss.kl_estimator=k1", "optimizer.lr=0.01")
     groups = {}
     tokens = 0
     divergence = 0.0
@@ -274,14 +274,14 @@ def test_replay_takes_the_same_step_without_a_sampler(run, world, tmp_path, caps
     again = run("train.steps=3", "optimizer.lr=0.01", f"train.replay={first}/rollouts.jsonl.gz")
     (a,), (b, *later) = (jsonl(folder / "metrics.jsonl") for folder in (first, again))
     # the file's step again, off-policy
-    assert b["ratio_off"] < 1e-5
-    assert all(row["ratio_off"] > 1e-3 and row["reward"] == b["reward"] for row in later)
+    assert b["ratio_abs_deviation"] < 1e-5
+    assert all(row["ratio_abs_deviation"] > 1e-3 and row["reward"] == b["reward"] for row in later)
     assert b["rollout_tokens_per_s"] is None
     assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
     assert {
-        k: b[k] for k in ("reward", "zero_variance", "adv_std", "distinct", "completion_tokens")
+        k: b[k] for k in ("reward", "frac_reward_zero_std", "advantage_std", "distinct", "completion_length")
     } == pytest.approx(
-        {k: a[k] for k in ("reward", "zero_variance", "adv_std", "distinct", "completion_tokens")}
+        {k: a[k] for k in ("reward", "frac_reward_zero_std", "advantage_std", "distinct", "completion_length")}
     )
     for name in ("nowhere.gz", world):
         assert name in refused(
@@ -329,32 +329,32 @@ def test_dlogp_norm_is_the_norm_of_the_derivative(run):
     folder = run("train.steps=1")
     [row], rows = jsonl(folder / "metrics.jsonl"), jsonl(folder / "rollouts.jsonl.gz")
     total = sum(r["count"] * len(r["ids"]) for r in rows)
-    assert row["dlogp_norm"] == pytest.approx(
+    assert row["grad_logp_norm"] == pytest.approx(
         math.sqrt(sum(len(r["ids"]) * (r["count"] * r["adv"] / total) ** 2 for r in rows)), rel=1e-5
     )
     assert row["trust"] == pytest.approx(1, abs=1e-4)
-    assert np.isfinite(row["ratio_off"])
+    assert np.isfinite(row["ratio_abs_deviation"])
 
 
 def test_the_log_prob_gap_of_inner_steps_is_that_of_the_policy_that_sampled(run):
     row = jsonl(
-        run("train.inner_steps=4", "train.prompts_per_step=4", "optimizer.lr=0.01")
+        run("train.num_mini_batches=4", "train.prompts_per_step=4", "optimizer.lr=0.01")
         / "metrics.jsonl"
     )[0]
-    assert row["max_logprob_gap"] < 1e-4
+    assert row["sampling_logp_diff_max"] < 1e-4
 
 
 def test_one_batch_under_every_loss(run, capsys):
     """GRPO's weights are the logged advantages; Dr. GRPO points where GRPO does not; a later model
     moves the ratio, and its gradients are compared too.
     """
-    folder = run("train.steps=2", "optimizer.lr=0.01", "loss.clip=0.05")
+    folder = run("train.steps=2", "optimizer.lr=0.01", "loss.clip_ratio_low=0.05")
     assert run_guarded(cli.main, ["losses", "--run", str(folder), "--step", "2", "--json"]) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert "every ratio is 1" in out
     assert result["losses"].keys() == RECIPES.keys()
-    assert all(row["clip_share"] == 0 for row in result["losses"].values())
+    assert all(row["clip_ratio"] == 0 for row in result["losses"].values())
     rows = [row for row in jsonl(folder / "rollouts.jsonl.gz") if row["step"] == 2]
     assert result["losses"]["grpo"]["weight_max"] == pytest.approx(
         max(row["adv"] for row in rows), rel=1e-4
@@ -363,7 +363,7 @@ def test_one_batch_under_every_loss(run, capsys):
         min(row["adv"] for row in rows), rel=1e-4
     )
     [logged] = [row for row in jsonl(folder / "metrics.jsonl") if row["step"] == 2]
-    assert result["losses"]["grpo"]["dlogp_norm"] == pytest.approx(logged["dlogp_norm"], rel=1e-4)
+    assert result["losses"]["grpo"]["grad_logp_norm"] == pytest.approx(logged["grad_logp_norm"], rel=1e-4)
     assert result["tokens"] == sum(len(row["ids"]) for row in rows)
     for a, row in result["cosine"].items():
         assert row[a] == pytest.approx(1, abs=1e-5)
@@ -388,8 +388,8 @@ def test_one_batch_under_every_loss(run, capsys):
         == 0
     )
     later = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert later["losses"]["grpo"]["clip_share"] > 0
-    assert later["losses"]["cispo"]["clip_share"] == 0
+    assert later["losses"]["grpo"]["clip_ratio"] > 0
+    assert later["losses"]["cispo"]["clip_ratio"] == 0
     assert all(row["grad_norm"] > 0 for row in later["losses"].values())
     assert later["parameter_cosine"]["grpo"]["gspo"] < 0.9999
     assert run_guarded(cli.main, ["losses", "--run", str(folder), "--step", "9"]) == 2

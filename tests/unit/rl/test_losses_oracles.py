@@ -113,7 +113,7 @@ def ours(w, monkeypatch, settings, budget=10_000, total=None):
     the given log-probs.
     """
     o = resolve_objective(
-        LossConfig(**dict(std_floor=TRL_FLOOR) | settings), ModelConfig(head="recompute")
+        LossConfig(**dict(advantage_eps=TRL_FLOOR) | settings), ModelConfig(head="recompute")
     )
     logp = w.now.clone().requires_grad_()
     entropy = w.entropy.clone().requires_grad_()
@@ -262,9 +262,9 @@ CASES = {  # ours, TRL's: (settings, loss_type, what else it is told)
     "grpo": (dict(kind="grpo", average="sequence"), "grpo", {}),
     "grpo token mean": (dict(kind="grpo"), "bnpo", {}),
     "dr_grpo": (dict(kind="dr_grpo"), "dr_grpo", dict(scale_rewards="none")),
-    "dapo": (dict(kind="dapo", clip_high=0.28), "dapo", dict(epsilon_high=0.28)),
+    "dapo": (dict(kind="dapo", clip_ratio_high=0.28), "dapo", dict(epsilon_high=0.28)),
     "gspo": (
-        dict(kind="gspo", clip=0.1, clip_high=0.15),
+        dict(kind="gspo", clip=0.1, clip_ratio_high=0.15),
         "grpo",
         SEQUENCE | dict(epsilon_low=0.1, epsilon_high=0.15),
     ),
@@ -275,7 +275,7 @@ CASES = {  # ours, TRL's: (settings, loss_type, what else it is told)
         SEQUENCE | dict(scale_rewards="none"),
     ),
     # MiniMax-M1 eq. 5 cuts at 1 + eps_high, as we do; TRL and Liger call that sum epsilon_high
-    "cispo": (dict(kind="cispo", clip_high=0.3), "cispo", dict(epsilon_high=1.3)),
+    "cispo": (dict(kind="cispo", clip_ratio_high=0.3), "cispo", dict(epsilon_high=1.3)),
 }
 
 
@@ -306,11 +306,11 @@ def test_trl(name, off, cap, kl, trl, monkeypatch):
     """Off policy and on policy (old is None there: the log-probs themselves), from rewards to the
     gradient of every token.
 
-    importance_cap is its token_truncate: exp(old - sampler) cut from above, on the gain and not on
+    tis_cap is its token_truncate: exp(old - sampler) cut from above, on the gain and not on
     the KL.
     """
     (settings, loss_type, told), w = CASES[name], world(off)
-    loss, slope, _, stats = ours(w, monkeypatch, settings | dict(kl=kl, importance_cap=cap))
+    loss, slope, _, stats = ours(w, monkeypatch, settings | dict(kl=kl, tis_cap=cap))
     want, d_logp, _, metrics = theirs(
         w,
         trl.grpo,
@@ -325,10 +325,10 @@ def test_trl(name, off, cap, kl, trl, monkeypatch):
         # theirs is a float32 mean
         assert stats["kl"] / stats["trained"] == pytest.approx(metrics["kl"][0], rel=1e-6)
     if settings["kind"] in ("grpo", "dr_grpo", "dapo"):
-        assert stats["clip_share"] / stats["trained"] == pytest.approx(
+        assert stats["clip_ratio"] / stats["trained"] == pytest.approx(
             metrics["clip_ratio/region_mean"][0], rel=1e-6
         )
-        assert (stats["clip_share"] > 0) == off
+        assert (stats["clip_ratio"] > 0) == off
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
@@ -383,7 +383,7 @@ def test_trl_advantages(name, told, trl):
     w = world()
     _, inputs = trainer_of(w, trl.grpo if told else trl.rloo, **told)
     equal(
-        compute_group_advantages(w.rewards, G, ADVANTAGES[name], LossConfig(std_floor=TRL_FLOOR)),
+        compute_group_advantages(w.rewards, G, ADVANTAGES[name], LossConfig(advantage_eps=TRL_FLOOR)),
         inputs["advantages"],
     )
 
@@ -415,9 +415,9 @@ def test_trl_kl_in_reward(trl):
     [
         (name, head)
         for name, (settings, *_) in CASES.items()
-        for head in ("recompute", "one_shot")
+        for head in ("recompute", "fused")
         # it needs whole rollouts
-        if (settings["kind"], head) != ("gspo", "one_shot")
+        if (settings["kind"], head) != ("gspo", "fused")
     ],
 )
 def test_liger(name, head, cap, kl):
@@ -430,7 +430,7 @@ def test_liger(name, head, cap, kl):
     )
     settings, loss_type, told = CASES[name]
     o = resolve_objective(
-        LossConfig(**dict(std_floor=TRL_FLOOR) | settings | dict(kl=kl, importance_cap=cap)),
+        LossConfig(**dict(advantage_eps=TRL_FLOOR) | settings | dict(kl=kl, tis_cap=cap)),
         ModelConfig(head=head),
     )
     w = world()

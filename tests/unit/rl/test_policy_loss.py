@@ -44,7 +44,7 @@ def loss_of(logp, batch, total, **settings):
 
 
 def advantages(rewards, size, floor):
-    return compute_group_advantages(rewards, size, normalize_by_std, LossConfig(std_floor=floor))
+    return compute_group_advantages(rewards, size, normalize_by_std, LossConfig(advantage_eps=floor))
 
 
 def test_advantages_are_numpys():
@@ -74,8 +74,8 @@ def test_four_tokens_by_hand():
     assert loss.item() == pytest.approx(-0.23, abs=1e-12)
     assert slope[:2].tolist() == [0.0, 0.0]
     np.testing.assert_allclose(slope[2:].numpy(), [-0.22, 0.15], rtol=1e-12)
-    assert stats["dlogp_square"] == pytest.approx(0.22**2 + 0.15**2)
-    assert stats["clip_share"] == 2
+    assert stats["grad_logp_square"] == pytest.approx(0.22**2 + 0.15**2)
+    assert stats["clip_ratio"] == 2
 
 
 def test_one_step_per_batch_is_the_policy_gradient():

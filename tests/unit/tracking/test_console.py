@@ -53,11 +53,11 @@ def fields(line: str) -> dict[str, str]:
 
 
 EVERYTHING = [
-    "loss.kl=0.05",
-    "reward.overlong=4",
-    "sampling.resample=1",
+    "loss.kl_coef=0.05",
+    "reward.overlong_buffer=4",
+    "sampling.dynamic_sampling=1",
     "sampling.top_p=0.9",
-    "train.inner_steps=2",
+    "train.num_mini_batches=2",
     "train.eval_every=1",
 ]
 

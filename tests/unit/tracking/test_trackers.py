@@ -23,7 +23,7 @@ from recr1.training.launch import run_guarded
 def world(tmp_path_factory):
     return write_yaml(
         tmp_path_factory.mktemp("world"),
-        **{"train.steps": 4, "save.every": 2, "train.eval_every": 2, "loss.kl": 0.05},
+        **{"train.steps": 4, "save.every": 2, "train.eval_every": 2, "loss.kl_coef": 0.05},
     )
 
 

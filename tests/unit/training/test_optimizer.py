@@ -24,8 +24,8 @@ def test_equals_torchs_adamw_with_clipping_and_schedule(on_host):
         betas=(0.9, 0.95),
         weight_decay=0.1,
         warmup_steps=2,
-        final_lr=0.2,
-        clip_norm=0.5,
+        min_lr_ratio=0.2,
+        max_grad_norm=0.5,
     )
     optimizer = Optimizer(ours, config, steps=6)
     adamw = torch.optim.AdamW(

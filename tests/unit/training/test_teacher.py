@@ -119,8 +119,8 @@ def test_self_keeps_the_best_of_each_prompts_samples(run, world):
 )
 def test_the_rule_of_what_is_kept(keep, least, run):
     folder = run(
-        f"sft.keep={keep}",
-        f"sft.least={least}",
+        f"sft.filter={keep}",
+        f"sft.min_score={least}",
         "train.prompts_per_step=2",
         "train.steps=1",
         "train.eval_every=0",
@@ -144,14 +144,14 @@ def test_the_rule_of_what_is_kept(keep, least, run):
 
 def test_too_few_kept_is_said(world, tmp_path, capsys):
     assert "0 of 56 texts are kept" in refused(
-        [world, "sft.least=2", f"run.dir={tmp_path / 'run'}"], capsys, sft.main
+        [world, "sft.min_score=2", f"run.dir={tmp_path / 'run'}"], capsys, sft.main
     )
 
 
 def test_its_lines_teach_another_run_the_same(run):
     """RUN/teacher.jsonl as a file: the same ids, so the same weights."""
-    own = run("sft.keep=better")
-    again = run("sft.keep=better", f"sft.teacher={own / 'teacher.jsonl'}")
+    own = run("sft.filter=better")
+    again = run("sft.filter=better", f"sft.teacher={own / 'teacher.jsonl'}")
     assert weights(own) == weights(again) != weights(run())
 
 
@@ -200,7 +200,7 @@ def test_a_file_is_learned(world, tmp_path, capsys):
     assert summary["after_minus_before"] > 0
     assert summary["loop"] == "sft"
     assert summary["steps"] == len(rows)
-    assert "max_logprob_gap" not in summary
+    assert "sampling_logp_diff_max" not in summary
     assert summary["teacher"]["score"] > 0 < summary["teacher"]["raw"]
     assert summary["memory"]["predicted"] is None
     tokenizer = tiny_tokenizer()
