@@ -54,7 +54,7 @@ class LossRule:
     advantage_eps: float = 1e-4
     clip_ratio_low: float = 0.2
     clip_ratio_high: float = 0.2
-    kl: float = 0.0
+    kl_coef: float = 0.0
     cispo: bool = False  # the clipped ratio is a constant weight on logp
     sampler_cap: float = 0.0  # truncated importance sampling against the sampler; 0: off
 
@@ -173,7 +173,7 @@ class GroupTokenLoss:
             is_dense = x.shape == (N,) and x.dtype == torch.float32 and x.is_contiguous()
             assert is_dense, f"{name}: wants float32 ({N},), contiguous"
         assert self.rollout.is_contiguous()
-        assert self.rule.kl == 0 or self.ref_logp is not None, "kl needs the reference's log-probs"
+        assert self.rule.kl_coef == 0 or self.ref_logp is not None, "kl needs the reference's log-probs"
 
     def _select_tokens(self, rows: slice) -> list[torch.Tensor | None]:
         """Cut the tensors (N,) to the rows, in the order of the kernels' parameters."""
@@ -189,7 +189,7 @@ class GroupTokenLoss:
             1 / self.denominator,
             float(1 - rule.clip_ratio_low),
             float(1 + rule.clip_ratio_high),
-            float(rule.kl),
+            float(rule.kl_coef),
             float(rule.sampler_cap),
             rule.cispo,
             rule.sampler_cap > 0,

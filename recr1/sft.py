@@ -104,7 +104,7 @@ class SftUpdate(NamedTuple):
 
 def make_update(texts: list[Rollout], max_tokens: int) -> SftUpdate:
     """Pack this rank's texts into micro-batches, and count the target tokens of all ranks."""
-    [denominator] = dist.all_reduce_sum(count_denominator(texts, "token", 0))
+    [denominator] = dist.all_reduce_sum(count_denominator(texts, "token-mean", 0))
     micro_batches = pack_rollouts(texts, max_tokens, dist.device())
     return SftUpdate(denominator, pad_to_same_count(micro_batches, dist.device()))
 

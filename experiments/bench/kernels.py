@@ -256,7 +256,7 @@ def measure_copy_share(N: int, device: str, repeats: int) -> float:
     """Return the token kernel's rate over a copy's, by bytes."""
     x = torch.randn(N, device=device)
     pull = GroupTokenLoss(
-        LossRule(kl=0.1),
+        LossRule(kl_coef=0.1),
         torch.randn(64, GROUP, device=device),
         torch.arange(N, device=device) * 64 * GROUP // N,
         torch.ones_like(x),

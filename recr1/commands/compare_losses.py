@@ -159,7 +159,7 @@ def _compute_new_log_probs(cfg: Config, frozen: FrozenStep, new: str | None) -> 
 
 def _apply_loss(cfg: Config, frozen: FrozenStep, policy: NewPolicy, kind: str) -> LossEffect:
     """Compute the loss `kind` of the frozen batch, and figures of what it does to the tokens."""
-    config: LossConfig = replace(cfg.loss, kind=kind, advantage="", average="")
+    config: LossConfig = replace(cfg.loss, kind=kind, advantage="", agg_mode="")
     objective = resolve_objective(config, ModelConfig(head="recompute"))
 
     group_size = frozen.rewards.shape[1]

@@ -70,7 +70,7 @@ class Recipe(NamedTuple):
 
     surrogate: Callable | None  # None: not one of KNOWN_SURROGATES
     advantage: str | None  # a key of ADVANTAGES; None: not one of them
-    average: str
+    agg_mode: str
 
 
 @dataclass(frozen=True)
@@ -175,16 +175,16 @@ def _check_rows(logged: LoggedStep) -> None:
 
 def get_recipe(config: LossConfig) -> Recipe:
     """Return the loss that a config names, with None for what is not ours."""
-    default: tuple[Callable | None, str, str] = (None, "mean_std", "token")
+    default: tuple[Callable | None, str, str] = (None, "mean_std", "token-mean")
     surrogate: Callable | None
     advantage: str | None
-    surrogate, advantage, average = losses.RECIPES.get(config.kind, default)
+    surrogate, advantage, agg_mode = losses.RECIPES.get(config.kind, default)
     if surrogate not in KNOWN_SURROGATES:
         surrogate = None
     advantage = config.advantage or advantage
     if advantage not in advantages.ADVANTAGES:
         advantage = None
-    return Recipe(surrogate, advantage, config.average or average)
+    return Recipe(surrogate, advantage, config.agg_mode or agg_mode)
 
 
 # --- the step in numpy ----------------------------------------------------------------------------
@@ -247,10 +247,10 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
     entropy = _concatenate(rows, "entropy")
 
     # KL to the reference: of the trained policy in the loss, of the sampler in the reward.
-    kl_coef = config.kl if config.kl_in == "loss" else 0.0  # in the loss
+    kl_coef = config.kl_coef if config.kl_in == "loss" else 0.0  # in the loss
     log_ref_ratio: Any = 0.0  # d = log pi_ref - log pi
     token_kl: Any = 0.0
-    if config.kl > 0:
+    if config.kl_coef > 0:
         policy_logp = logp if kl_coef else sampler_logp
         log_ref_ratio = _concatenate(rows, "ref_logp") - policy_logp  # (N,)
         token_kl = _estimate_kl(config.kl_estimator, log_ref_ratio)  # (N,)
@@ -267,7 +267,7 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
         importance = np.exp(old_logp - sampler_logp).clip(max=config.tis_cap)
     denominator = _count_denominator(cfg, count, num_tokens)
     is_trained = (token_advantages != 0) | (kl_coef > 0)  # as train.make_updates selects them
-    text_weight = count / num_tokens if recipe.average == "sequence" else count  # (D,)
+    text_weight = count / num_tokens if recipe.agg_mode == "seq-mean-token-mean" else count  # (D,)
     weight = is_trained * text_weight[text] / denominator  # (N,)
 
     # The loss and its derivatives.
@@ -275,7 +275,7 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
     if recipe.surrogate is losses.sequence_clipped_surrogate:
         # A token moves the one ratio of its rollout by 1 / num_tokens.
         grad_surrogate = (np.bincount(text, grad_surrogate) / num_tokens)[text]
-    loss = weight * (kl_coef * token_kl - importance * surrogate.value - config.entropy * entropy)
+    loss = weight * (kl_coef * token_kl - importance * surrogate.value - config.entropy_coef * entropy)
     kl_slope = _differentiate_kl(config.kl_estimator, log_ref_ratio)
     return NumpyStep(
         num_tokens=num_tokens,
@@ -291,7 +291,7 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
         is_trained=is_trained,
         loss=loss,
         grad_logp=kl_coef * weight * kl_slope - grad_surrogate,
-        grad_entropy=-config.entropy * weight,
+        grad_entropy=-config.entropy_coef * weight,
         **group_advantages._asdict(),
     )
 
@@ -369,7 +369,7 @@ def _compute_surrogate(
     else:
         ratio = np.exp(log_ratio)
     low = 0.0 if kind is losses.cispo_surrogate else 1 - cfg.loss.clip_ratio_low
-    high = 1 + cfg.loss.high
+    high = 1 + cfg.loss.upper_clip_ratio
     clipped_ratio = ratio.clip(low, high)
 
     if kind is losses.cispo_surrogate:
@@ -390,11 +390,11 @@ def _count_denominator(cfg: Config, count: np.ndarray, num_tokens: np.ndarray) -
     """Count what the loss is divided by: tokens, rollouts, or the tokens there could be."""
     num_rollouts = count.sum()
     denominators = {
-        "token": (count * num_tokens).sum(),
-        "sequence": num_rollouts,
-        "constant": num_rollouts * cfg.sampling.max_new_tokens,
+        "token-mean": (count * num_tokens).sum(),
+        "seq-mean-token-mean": num_rollouts,
+        "seq-mean-token-sum-norm": num_rollouts * cfg.sampling.max_new_tokens,
     }
-    return max(1, denominators[get_recipe(cfg.loss).average])
+    return max(1, denominators[get_recipe(cfg.loss).agg_mode])
 
 
 # --- the comparison with the log ------------------------------------------------------------------
@@ -442,8 +442,8 @@ def estimate_noise(step: LoggedStep) -> float:
     depends_on_logp = (
         get_recipe(config).surrogate in LOG_PROB_SURROGATES
         or config.tis_cap > 0
-        or config.entropy > 0
-        or (config.kl > 0 and config.kl_in == "loss")
+        or config.entropy_coef > 0
+        or (config.kl_coef > 0 and config.kl_in == "loss")
     )
     if not depends_on_logp or step.cfg.train.replay:
         return 0.0
@@ -759,10 +759,10 @@ class StepStory:
         numpy_step = self.numpy_step
         equation = "r = reward of the text"
         sources = [locate_source(Scorer.score_texts, "self.terms.make_reward(")]
-        if self.config.kl > 0 and self.config.kl_in == "reward":
+        if self.config.kl_coef > 0 and self.config.kl_in == "reward":
             estimator = self.config.kl_estimator
             equation += (
-                f" - {self.config.kl:g} sum_t KL_t ({estimator}, of the sampler's log-probs)"
+                f" - {self.config.kl_coef:g} sum_t KL_t ({estimator}, of the sampler's log-probs)"
             )
             sources.append(locate_source(train.train, "divergence = "))
         self._add(
@@ -823,8 +823,8 @@ class StepStory:
 
     def _add_clip(self) -> None:
         numpy_step = self.numpy_step
-        low = 1 - self.config.clip
-        high = 1 + self.config.high
+        low = 1 - self.config.clip_ratio_low
+        high = 1 + self.config.upper_clip_ratio
         is_outside = numpy_step.is_trained & (numpy_step.ratio != numpy_step.clipped_ratio)  # (N,)
         example = f"{int(is_outside.sum())} tokens outside"
         if self.recipe.surrogate is losses.cispo_surrogate:
@@ -845,7 +845,7 @@ class StepStory:
         cap = self.config.tis_cap
         if cap > 0:
             self._add(
-                "trust",
+                "importance_sampling_ratio",
                 f"gain_t *= min(exp(log pi_old,t - log pi_sampler,t), {cap:g})",
                 self.per_token,
                 "",
@@ -863,7 +863,7 @@ class StepStory:
                 "",
                 locate_source(kl.KL_ESTIMATORS[self.config.kl_estimator], "return"),
             )
-        if self.config.entropy > 0:
+        if self.config.entropy_coef > 0:
             self._add(
                 "entropy",
                 "H_t of the policy at the token",
@@ -873,30 +873,30 @@ class StepStory:
             )
 
     def _has_kl_in_loss(self) -> bool:
-        return self.config.kl > 0 and self.config.kl_in == "loss"
+        return self.config.kl_coef > 0 and self.config.kl_in == "loss"
 
     def _add_loss(self) -> None:
         terms = "gain_t"
         if self._has_kl_in_loss():
-            terms += f" - {self.config.kl:g} KL_t"
-        if self.config.entropy > 0:
-            terms += f" + {self.config.entropy:g} H_t"
+            terms += f" - {self.config.kl_coef:g} KL_t"
+        if self.config.entropy_coef > 0:
+            terms += f" + {self.config.entropy_coef:g} H_t"
         max_new_tokens = self.step.cfg.sampling.max_new_tokens
         weights = {
-            "token": "w = siblings; T = tokens of all rollouts",
-            "sequence": "w = siblings / tokens of the text; T = rollouts",
-            "constant": f"w = siblings; T = rollouts x {max_new_tokens} (sampling.max_new_tokens)",
+            "token-mean": "w = siblings; T = tokens of all rollouts",
+            "seq-mean-token-mean": "w = siblings / tokens of the text; T = rollouts",
+            "seq-mean-token-sum-norm": f"w = siblings; T = rollouts x {max_new_tokens} (sampling.max_new_tokens)",
         }
-        average = self.recipe.average
+        agg_mode = self.recipe.agg_mode
         self._add(
             "loss",
-            f"L = sum_t -w_t ({terms}) / T,  {weights[average]}",
+            f"L = sum_t -w_t ({terms}) / T,  {weights[agg_mode]}",
             f"T = {self.numpy_step.denominator}, L = {self.numpy_step.loss.sum():.9g}",
             "",
-            locate_source(policy_loss.count_denominator, '"constant":'),
+            locate_source(policy_loss.count_denominator, '"seq-mean-token-sum-norm":'),
             locate_source(
                 policy_loss.compute_token_weights,
-                "batch.weight / num_tokens" if average == "sequence" else "return batch.weight\n",
+                "batch.weight / num_tokens" if agg_mode == "seq-mean-token-mean" else "return batch.weight\n",
             ),
             locate_source(policy_loss.compute_token_loss, "loss = -("),
         )
@@ -911,8 +911,8 @@ class StepStory:
             locate_source(policy_loss.compute_token_loss, "[grad_logp] = "),
         )
         equation = "dL / d theta = sum_t dL / d log pi_t  d log pi_t / d theta"
-        if self.config.entropy > 0:
-            equation += f" - {self.config.entropy:g} sum_t w_t / T  dH_t / d theta"
+        if self.config.entropy_coef > 0:
+            equation += f" - {self.config.entropy_coef:g} sum_t w_t / T  dH_t / d theta"
         self._add(
             "gradient",
             equation,

@@ -23,7 +23,7 @@ CHOICES = {
     "model.compute": ("auto", "float32", "bfloat16"),
     "model.head": ("fused", "recompute"),
     "model.kernels": ("torch", "triton"),
-    "loss.agg_mode": ("", "token", "sequence", "constant"),
+    "loss.agg_mode": ("", "token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
     "loss.kl_estimator": ("k1", "k2", "k3"),
     "loss.kl_in": ("loss", "reward"),
     "data.on_bad_line": ("stop", "drop"),
@@ -36,7 +36,7 @@ CHOICES = {
     "retriever.dtype": ("float32", "float16", "bfloat16"),
     "optimizer.kind": ("adamw", "muon"),
     "optimizer.on_nonfinite": ("stop", "skip"),
-    "train.gradient_sync": ("micro_batch", "step"),
+    "train.gradient_sync": ("every_micro_batch", "last_micro_batch"),
     "sft.filter": ("all", "no_worse", "better"),
     "log.track": ("none", "tensorboard", "wandb", "trackio"),
 }
@@ -247,11 +247,11 @@ def _check_step(config: Config) -> None:
         raise ConfigError(
             f"train.num_mini_batches: {num_mini_batches} must divide train.prompts_per_step = {prompts}"
         )
-    overlong = config.reward.overlong_buffer
+    overlong_buffer = config.reward.overlong_buffer
     max_new_tokens = config.sampling.max_new_tokens
-    if overlong > max_new_tokens:
+    if overlong_buffer > max_new_tokens:
         raise ConfigError(
-            f"reward.overlong_buffer: {overlong} exceeds sampling.max_new_tokens = {max_new_tokens}"
+            f"reward.overlong_buffer: {overlong_buffer} exceeds sampling.max_new_tokens = {max_new_tokens}"
         )
 
 

@@ -20,7 +20,7 @@ class RunConfig:
     # torch's threads in each process. 0: the machine's cores, divided by its ranks.
     threads: int = 0
     # Seconds that a rank waits for the others in one collective, once training has begun.
-    patience: int = 300
+    collective_timeout: int = 300
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class RewardConfig:
     miss: float = 0.0
     unparsable: float = -2.0  # The total when there is no answer to score.
     # DAPO: over so many tokens before max_new_tokens a penalty grows to 1. 0: there is none.
-    overlong: int = 0
+    overlong_buffer: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class SamplingConfig:
     kv_cache_gib: float = 0.0
     # DAPO's dynamic sampling: how many times other prompts are drawn in place of the groups whose
     # rewards are all equal.
-    resample: int = 0
+    dynamic_sampling: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,25 +139,27 @@ class LossConfig:
     # How rewards become advantages: mean_std | mean | leave_one_out | module:function of yours.
     # Empty: that of the kind.
     advantage: str = ""
-    # How token losses are averaged: token | sequence | constant. Empty: that of the kind.
-    average: str = ""
-    clip: float = 0.2  # The ratio of probabilities is clipped to 1 - clip and 1 + clip_ratio_high.
-    clip_ratio_high: float = 0.0  # The upper side (DAPO's clip-higher). 0: as clip.
+    # How token losses become one (verl's names): token-mean | seq-mean-token-mean |
+    # seq-mean-token-sum-norm. Empty: that of the kind.
+    agg_mode: str = ""
+    # The ratio of probabilities is clipped to 1 - clip_ratio_low and 1 + clip_ratio_high.
+    clip_ratio_low: float = 0.2
+    clip_ratio_high: float = 0.0  # The upper side (DAPO's clip-higher). 0: as clip_ratio_low.
     # The weight of the KL to the initial policy. 0: no reference is kept.
-    kl: float = 0.0
+    kl_coef: float = 0.0
     kl_estimator: str = "k3"  # k1 | k2 | k3 (rl/kl.py).
     kl_in: str = "loss"  # Where the KL is a term: loss | reward.
     reference_cpu_offload: bool = False  # Keep the reference's shards in host memory.
-    entropy: float = 0.0  # The weight of the entropy bonus.
+    entropy_coef: float = 0.0  # The weight of the entropy bonus.
     # Truncated importance sampling: the weight exp(trainer - sampler) of a token is at most this.
     # 0: tokens have no such weight.
     tis_cap: float = 0.0
     advantage_eps: float = 1e-6  # advantage = (r - mean) / (std + advantage_eps)
 
     @property
-    def high(self) -> float:
-        """Return the clip's upper side."""
-        return self.clip_ratio_high or self.clip
+    def upper_clip_ratio(self) -> float:
+        """Return the upper side of the clip: clip_ratio_high, or clip_ratio_low where that is 0."""
+        return self.clip_ratio_high or self.clip_ratio_low
 
 
 @dataclass(frozen=True)
@@ -169,9 +171,9 @@ class SftConfig:
     teacher: str = ""
     # Which texts are learned: all | no_worse | better: those whose reward.metric@k_train is at
     # least, or above, that of the raw answer.
-    keep: str = "all"
+    filter: str = "all"
     # The reward.metric@k_train that a text must reach to be learned.
-    least: float = 0.0
+    min_score: float = 0.0
     # False: all tokens of the prompt but the first are learned too, as in Rec-R1's SFT.
     mask_prompt: bool = True
     epochs: int = 0  # Passes over the texts that are learned. 0: train.steps counts.
@@ -194,7 +196,7 @@ class OptimizerConfig:
     on_nonfinite: str = "stop"
     max_skips: int = 10  # Stop after so many skipped steps in a row.
     # Keep AdamW's moments in host memory; they come to the GPU shard by shard.
-    on_host: bool = False
+    cpu_offload: bool = False
 
 
 @dataclass(frozen=True)
@@ -206,10 +208,11 @@ class TrainConfig:
     # Packed tokens in one forward and backward, at most. It changes memory, not the gradient.
     tokens_per_micro_batch: int = 16384
     # Keep only each block's input, and compute the block a second time in the backward.
-    checkpointing: bool = False
-    # When gradients are summed over ranks: micro_batch | step: every rank keeps full gradients,
+    gradient_checkpointing: bool = False
+    # When gradients are summed over ranks: every_micro_batch | last_micro_batch: until then every
+    # rank keeps full gradients,
     # which is less traffic.
-    reduce: str = "micro_batch"
+    gradient_sync: str = "every_micro_batch"
     # Weights that are not trained: patterns of names, e.g. "model.embed_tokens.*, *norm.weight".
     frozen: str = ""
     # The rollouts.jsonl.gz of a run: train on its logged steps, without sampling.
@@ -223,7 +226,7 @@ class SaveConfig:
     every: int = 100  # Steps between checkpoints. 0: only one at SIGTERM.
     # How many of the last ones are kept, beside the best on validation of those that were saved at
     # a validated step.
-    keep: int = 2
+    keep_last: int = 2
 
 
 @dataclass(frozen=True)

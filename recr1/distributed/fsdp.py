@@ -230,7 +230,7 @@ class Sharded(nn.Module):
         read: gives a weight by its name; called once for each weight.
         master: type of the shards, of their gradients and of the optimizer's state.
         compute: type of the gathered weights.
-        checkpointing: a block keeps its input only and computes its forward again in the backward.
+        gradient_checkpointing: a block keeps its input only and computes its forward again in the backward.
         frozen: patterns of the names that are not trained.
         on_host: the shards are stored in host memory.
     """
@@ -243,7 +243,7 @@ class Sharded(nn.Module):
         device: torch.device,
         master: torch.dtype = torch.float32,
         compute: torch.dtype = torch.float32,
-        checkpointing: bool = False,
+        gradient_checkpointing: bool = False,
         frozen: tuple[str, ...] = (),
         on_host: bool = False,
     ):
@@ -253,7 +253,7 @@ class Sharded(nn.Module):
         self.config: Any = decoder.config
         self.backend: Any = decoder.backend
         body: Any = decoder.model
-        self.checkpointing = checkpointing
+        self.gradient_checkpointing = gradient_checkpointing
         self.requires_gradient_sync = True
         self.pending_reduce_scatter: PendingReduceScatter | None = None
 
@@ -308,7 +308,7 @@ class Sharded(nn.Module):
 
         def unshard_and_run(*inputs: Any) -> torch.Tensor:
             is_unsharded = groups[0].flat_param.is_unsharded
-            if self.checkpointing and torch.is_grad_enabled() and not is_unsharded:
+            if self.gradient_checkpointing and torch.is_grad_enabled() and not is_unsharded:
                 return checkpoint(
                     forward,
                     *inputs,

@@ -151,7 +151,7 @@ def describe_run(record: RunRecord) -> dict:
     """Return what the page shows of a run."""
     rule = record.config.reward
     reward_terms = [rule.metric, *rule.weights]
-    if rule.overlong:
+    if rule.overlong_buffer:
         reward_terms.append("overlong")
     reward_terms = list(dict.fromkeys(reward_terms))
     task = TASKS.get(record.config.task)

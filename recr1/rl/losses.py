@@ -31,15 +31,15 @@ def clipped_surrogate(
 ) -> torch.Tensor:
     """Clip the ratio of new to old policy (DeepSeekMath, eq. 3; DAPO, arXiv 2503.14476, eq. 8).
 
-        min(ratio A, clip(ratio, 1 - clip, 1 + clip_ratio_high) A),  ratio = e^(logp - old_logp)
+        min(ratio A, clip(ratio, 1 - low, 1 + high) A),  ratio = e^(logp - old_logp)
 
     old_logp (n,): log-probs under the policy that sampled, without gradient. With one optimizer
-    step for a step's rollouts they are logp itself, and the ratio is 1. A clip_ratio_high of 0 means
-    clip: `config.high`.
+    step for a step's rollouts they are logp itself, and the ratio is 1. low and high are
+    loss.clip_ratio_low and loss.clip_ratio_high; a high of 0 means low: `config.upper_clip_ratio`.
     """
     assert batch.advantages is not None
     ratio = (logp - old_logp).exp()
-    clipped_ratio = ratio.clamp(1 - config.clip, 1 + config.high)
+    clipped_ratio = ratio.clamp(1 - config.clip_ratio_low, 1 + config.upper_clip_ratio)
     return torch.minimum(ratio * batch.advantages, clipped_ratio * batch.advantages)
 
 
@@ -61,12 +61,11 @@ def cispo_surrogate(
 ) -> torch.Tensor:
     """Weight A logp by a cut ratio: weights are cut, gradients never.
 
-    stop_gradient(min(ratio, 1 + clip_ratio_high)) A logp    (CISPO, MiniMax-M1, arXiv 2506.13585,
-                                                        eq. 4-5)
+    stop_gradient(min(ratio, 1 + high)) A logp    (CISPO, MiniMax-M1, arXiv 2506.13585, eq. 4-5)
     """
     assert batch.advantages is not None
     ratio = (logp.detach() - old_logp).exp()
-    return ratio.clamp(max=1 + config.high) * batch.advantages * logp
+    return ratio.clamp(max=1 + config.upper_clip_ratio) * batch.advantages * logp
 
 
 @per_token
@@ -81,20 +80,21 @@ def reinforce_surrogate(
     return batch.advantages * logp
 
 
-# kind -> (surrogate, advantage, average). The average (`loss.agg_mode`; in code agg_mode) is
-#   token: the mean over all tokens
-#   sequence: the mean over rollouts of the mean over each rollout's tokens
-#   constant: the sum over R * max_new_tokens
+# kind -> (surrogate, advantage, agg_mode). The agg_mode (`loss.agg_mode`, verl's names) is
+#   token-mean: the mean over all tokens
+#   seq-mean-token-mean: the mean over rollouts of the mean over each rollout's tokens
+#   seq-mean-token-sum-norm: the sum over R * max_new_tokens
 RECIPES = {
-    # Rec-R1's verl; average: sequence is DeepSeekMath's own eq. 3
-    "grpo": (clipped_surrogate, "mean_std", "token"),
-    "dr_grpo": (clipped_surrogate, "mean", "constant"),  # arXiv 2503.20783, section 3
-    # arXiv 2503.14476, eq. 8-12: with clip_ratio_high, sampling.dynamic_sampling, reward.overlong_buffer
-    "dapo": (clipped_surrogate, "mean_std", "token"),
-    "gspo": (sequence_clipped_surrogate, "mean_std", "sequence"),
-    "cispo": (cispo_surrogate, "mean_std", "token"),
-    "rloo": (reinforce_surrogate, "leave_one_out", "token"),
-    "reinforce": (reinforce_surrogate, "mean", "token"),  # with the group's mean as baseline
+    # Rec-R1's verl; agg_mode: seq-mean-token-mean is DeepSeekMath's own eq. 3
+    "grpo": (clipped_surrogate, "mean_std", "token-mean"),
+    "dr_grpo": (clipped_surrogate, "mean", "seq-mean-token-sum-norm"),  # arXiv 2503.20783, section 3
+    # arXiv 2503.14476, eq. 8-12: with clip_ratio_high, sampling.dynamic_sampling and
+    # reward.overlong_buffer
+    "dapo": (clipped_surrogate, "mean_std", "token-mean"),
+    "gspo": (sequence_clipped_surrogate, "mean_std", "seq-mean-token-mean"),
+    "cispo": (cispo_surrogate, "mean_std", "token-mean"),
+    "rloo": (reinforce_surrogate, "leave_one_out", "token-mean"),
+    "reinforce": (reinforce_surrogate, "mean", "token-mean"),  # with the group's mean as baseline
 }
 
 
@@ -105,23 +105,23 @@ class Objective:
     config: LossConfig
     surrogate: Callable
     advantage: Callable
-    agg_mode: str  # the config's `average`: token | sequence | constant
+    agg_mode: str  # token-mean | seq-mean-token-mean | seq-mean-token-sum-norm
     head: str  # fused | recompute
     kernels: str  # torch | triton
 
     @property
-    def fused(self) -> bool:
+    def runs_in_kernel(self) -> bool:
         """Whether kernels/group_loss.py computes this loss instead of torch.
 
         It does so with `kernels: triton`, for the losses that it has.
         """
         config = self.config
-        kernel_has_kl = config.kl == 0 or config.kl_in == "reward" or config.kl_estimator == "k3"
+        kernel_has_kl = config.kl_coef == 0 or config.kl_in == "reward" or config.kl_estimator == "k3"
         return (
             self.kernels == "triton"
             and self.surrogate in (clipped_surrogate, cispo_surrogate)
-            and self.agg_mode != "sequence"
-            and config.entropy == 0
+            and self.agg_mode != "seq-mean-token-mean"
+            and config.entropy_coef == 0
             and kernel_has_kl
         )
 
@@ -134,7 +134,7 @@ def resolve_objective(config: LossConfig, model: ModelConfig) -> Objective:
     recipe = RECIPES.get(config.kind)
     if recipe is None:
         user_surrogate = plugins.load_function("loss.kind", config.kind, RECIPES)
-        recipe = (user_surrogate, "mean_std", "token")
+        recipe = (user_surrogate, "mean_std", "token-mean")
     surrogate, default_advantage, default_agg_mode = recipe
 
     advantage_name = config.advantage or default_advantage
@@ -142,7 +142,7 @@ def resolve_objective(config: LossConfig, model: ModelConfig) -> Objective:
     if advantage is None:
         advantage = plugins.load_function("loss.advantage", advantage_name, ADVANTAGES)
 
-    # One shot cuts rollouts into chunks.
+    # The fused head cuts rollouts into chunks.
     if model.head == "fused" and not getattr(surrogate, "per_token", False):
         raise ConfigError(
             f"loss.kind: {config.kind} needs whole rollouts, or does not say that it needs none "
@@ -152,7 +152,7 @@ def resolve_objective(config: LossConfig, model: ModelConfig) -> Objective:
         config=config,
         surrogate=surrogate,
         advantage=advantage,
-        agg_mode=config.average or default_agg_mode,
+        agg_mode=config.agg_mode or default_agg_mode,
         head=model.head,
         kernels=model.kernels,
     )

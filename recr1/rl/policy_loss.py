@@ -1,9 +1,9 @@
 """The loss of a micro-batch: the one line of the training loop, `compute_policy_loss`.
 
-    loss = sum_t w_t (-surrogate_t + kl KL_t - entropy H_t) / denominator
+    loss = sum_t w_t (-surrogate_t + kl_coef KL_t - entropy_coef H_t) / denominator
 
 A loss of GRPO's family is an advantage (rl/advantages.py), a surrogate per token (rl/losses.py), a
-KL estimator (rl/kl.py) and an average. RECIPES in rl/losses.py names those of the papers.
+KL estimator (rl/kl.py) and an agg_mode. RECIPES in rl/losses.py names those of the papers.
 `loss.kind` and `loss.advantage` also take a function of yours (`module:function`): one with the
 signature of the surrogates in rl/losses.py, or of the advantages in rl/advantages.py.
 
@@ -49,9 +49,9 @@ def count_denominator(rollouts: list[Rollout], agg_mode: str, max_new_tokens: in
     num_siblings = sum(rollout.count for rollout in rollouts)
     num_tokens = sum(rollout.count * len(rollout.ids) for rollout in rollouts)
     denominators = {
-        "token": num_tokens,
-        "sequence": num_siblings,
-        "constant": num_siblings * max_new_tokens,
+        "token-mean": num_tokens,
+        "seq-mean-token-mean": num_siblings,
+        "seq-mean-token-sum-norm": num_siblings * max_new_tokens,
     }
     return denominators[agg_mode]
 
@@ -137,7 +137,7 @@ def compute_token_loss(
         weight: (n,) w, see `compute_token_weights`.
     """
     config = objective.config
-    has_kl = config.kl > 0 and config.kl_in == "loss"
+    has_kl = config.kl_coef > 0 and config.kl_in == "loss"
     old_logp = logp if batch.old_logp is None else batch.old_logp
 
     with torch.enable_grad():
@@ -154,11 +154,11 @@ def compute_token_loss(
         if has_kl:
             assert batch.ref_logp is not None
             kl = KL_ESTIMATORS[config.kl_estimator](new_logp, batch.ref_logp)  # (n,)
-            loss = loss + config.kl * (weight * kl).sum() / denominator
+            loss = loss + config.kl_coef * (weight * kl).sum() / denominator
         [grad_logp] = torch.autograd.grad(loss, new_logp)
 
     # The loss is linear in the entropy: its derivative needs no autograd.
-    grad_entropy = -config.entropy / denominator * weight
+    grad_entropy = -config.entropy_coef / denominator * weight
     loss = loss.detach() + (grad_entropy * entropy).sum()
 
     is_clipped = (grad_surrogate == 0) & (batch.advantages != 0)
@@ -168,7 +168,7 @@ def compute_token_loss(
     }
     if has_kl:
         stats["kl"] = (batch.weight * kl.detach()).sum()
-    return TokenLossTerms(loss, grad_logp, grad_entropy if config.entropy else None, stats)
+    return TokenLossTerms(loss, grad_logp, grad_entropy if config.entropy_coef else None, stats)
 
 
 def compute_token_weights(batch: MicroBatch, objective: Objective) -> torch.Tensor:
@@ -177,7 +177,7 @@ def compute_token_weights(batch: MicroBatch, objective: Objective) -> torch.Tens
     In a mean over sequences a rollout's weight is shared by its tokens. This needs whole rollouts,
     and a micro-batch holds whole rollouts.
     """
-    if objective.agg_mode != "sequence":
+    if objective.agg_mode != "seq-mean-token-mean":
         return batch.weight
     _, rollout_index, num_tokens = batch.rollout.unique(return_inverse=True, return_counts=True)
     return batch.weight / num_tokens[rollout_index]
@@ -187,16 +187,16 @@ def _build_token_loss(
     batch: MicroBatch, denominator: float, objective: Objective
 ) -> TorchTokenLoss | GroupTokenLoss:
     """Return the loss as a Triton kernel where one has it and is asked for, else in torch."""
-    if not objective.fused:
+    if not objective.runs_in_kernel:
         return TorchTokenLoss(batch, denominator, objective)
 
     config = objective.config
     is_cispo = objective.surrogate is cispo_surrogate
-    kl_coef = config.kl if config.kl_in == "loss" else 0.0
+    kl_coef = config.kl_coef if config.kl_in == "loss" else 0.0
     rule = LossRule(
-        clip_ratio_low=1.0 if is_cispo else config.clip,
-        clip_ratio_high=config.high,
-        kl=kl_coef,
+        clip_ratio_low=1.0 if is_cispo else config.clip_ratio_low,
+        clip_ratio_high=config.upper_clip_ratio,
+        kl_coef=kl_coef,
         cispo=is_cispo,
         sampler_cap=config.tis_cap,
     )
@@ -224,7 +224,7 @@ def _sum_policy_stats(
     importance = (old_logp - batch.sampler_logp).exp()
     return {
         "ratio_abs_deviation": (weight * ratio_deviation).sum(),
-        "trust": (weight * importance).sum(),
+        "importance_sampling_ratio": (weight * importance).sum(),
         "entropy": (weight * entropy).sum(),
         "trained": weight.sum(),
     }

@@ -169,7 +169,7 @@ class RewardTerms:
         else:
             total = self.compute_total(terms)
             logged_terms = dict(terms)
-        if self.rule.overlong:
+        if self.rule.overlong_buffer:
             logged_terms["overlong"] = penalty
         return Reward(total + penalty, logged_terms, error, answer, text)
 

@@ -116,7 +116,7 @@ def _shrink(cfg: Config, folder: Path) -> Config:
         ),
         save=replace(cfg.save, every=1),
         log=replace(cfg.log, track="none"),
-        sft=replace(cfg.sft, teacher=teacher, keep="all", least=0.0, epochs=0),
+        sft=replace(cfg.sft, teacher=teacher, filter="all", min_score=0.0, epochs=0),
     )
 
 

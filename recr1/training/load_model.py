@@ -35,7 +35,7 @@ def load_policy(
     folder: str,
     vocab_size: int,
     compute: torch.dtype,
-    checkpointing: bool = False,
+    gradient_checkpointing: bool = False,
     frozen: str = "",
     attention: str = "auto",
     exact: bool = False,
@@ -46,7 +46,7 @@ def load_policy(
 
     Args:
         vocab_size: number of ids that the tokenizer can give.
-        checkpointing, frozen: train.gradient_checkpointing and train.frozen of the config.
+        gradient_checkpointing, frozen: train.gradient_checkpointing and train.frozen of the config.
         attention, exact, float32_head: model.attention, model.batch_invariant and
             model.head_float32 of the config.
     """
@@ -59,7 +59,7 @@ def load_policy(
         tensors.__getitem__,
         device=dist.device(),
         compute=compute,
-        checkpointing=checkpointing,
+        gradient_checkpointing=gradient_checkpointing,
         frozen=patterns,
     )
 

@@ -129,6 +129,6 @@ def make_adamw(
     settings: dict[str, Any] = dict(
         lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )
-    if config.on_host:
+    if config.cpu_offload:
         return OffloadedAdamW(params, **settings)
     return torch.optim.AdamW(params, fused=True, **settings)

@@ -339,7 +339,7 @@ def format_setup(run: Run) -> str:
         if run.scores_async:
             beside_sampling = ", beside sampling"
     dtype = str(run.compute_dtype).removeprefix("torch.")
-    fused_loss = " (group_loss)" if objective.fused else ""
+    fused_loss = " (group_loss)" if objective.runs_in_kernel else ""
     train, validation, test, _ = run.dataset
     return (
         f"{run.policy.size:,} parameters in {dtype}, {dist.world_size()} x {dist.device().type}, "

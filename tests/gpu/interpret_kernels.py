@@ -160,9 +160,9 @@ def test_fused_of_a_plain_sum():
     "loss",
     [
         dict(),
-        dict(kind="dr_grpo", kl=0.1, clip=0.1, clip_ratio_high=0.3),
+        dict(kind="dr_grpo", kl_coef=0.1, clip_ratio_low=0.1, clip_ratio_high=0.3),
         dict(kind="cispo", tis_cap=1.1),
-        dict(kind="grpo", entropy=0.1),
+        dict(kind="grpo", entropy_coef=0.1),
         dict(kind="gspo"),
     ],
     ids=str,
@@ -269,7 +269,7 @@ def exact_loss(logp, p: GroupTokenLoss):
     if rule.sampler_cap:
         gain = gain * (old - sampler).exp().clamp(max=rule.sampler_cap)
     k3 = torch.zeros_like(logp) if ref is None else torch.expm1(ref - logp) - (ref - logp)
-    loss = (weight * (rule.kl * k3 - gain)).sum() / p.denominator
+    loss = (weight * (rule.kl_coef * k3 - gain)).sum() / p.denominator
     [slope] = torch.autograd.grad(loss, logp, retain_graph=True)
     return loss, [
         x.item()

@@ -45,7 +45,7 @@ SETTINGS = Config(
     optimizer=OptimizerConfig(lr=1e-2, max_grad_norm=0.05, weight_decay=0.1, betas=(0.9, 0.95)),
 )
 # with a reference, without
-ONE = dict(kl=0.05, advantage_eps=0.1)
+ONE = dict(kl_coef=0.05, advantage_eps=0.1)
 TWO = dict(advantage_eps=0.1)
 
 
@@ -55,9 +55,9 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float64
     compute: torch.dtype | None = None  # as dtype
     same: tuple = ()  # groups without variance
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     head: str = "fused"
-    reduce: str = "micro_batch"
+    gradient_sync: str = "every_micro_batch"
     frozen: tuple[str, ...] = ()
     on_host: bool = False  # the reference, and AdamW's moments
     shape: dict = {}  # of the model
@@ -71,38 +71,38 @@ BF16 = dict(dtype=torch.float32, compute=torch.bfloat16)
 CASES = {
     "float64": Case(ONE, 10_000),
     "float64 small batches": Case(ONE),
-    "float64 checkpointing": Case(ONE, 40, checkpointing=True, shape=dict(family="qwen3")),
+    "float64 checkpointing": Case(ONE, 40, gradient_checkpointing=True, shape=dict(family="qwen3")),
     "float64 tied": Case(ONE, 40, shape=TIED),
-    "float64 tied checkpointing": Case(ONE, checkpointing=True, shape=TIED),
+    "float64 tied checkpointing": Case(ONE, gradient_checkpointing=True, shape=TIED),
     "float64 rank 0 has nothing to learn": Case(TWO, same=(0, 1), shape=dict(family="llama")),
     "float64 nobody has": Case(TWO, same=tuple(range(PROMPTS))),
     "float64 recompute": Case(ONE, head="recompute", shape=dict(tie_word_embeddings=True)),
     "float64 GSPO": Case(dict(kind="gspo"), head="recompute"),
     "float64 Dr. GRPO with entropy and KL k2": Case(
-        dict(kind="dr_grpo", entropy=0.1, kl=0.05, kl_estimator="k2")
+        dict(kind="dr_grpo", entropy_coef=0.1, kl_coef=0.05, kl_estimator="k2")
     ),
-    "float64 CISPO": Case(dict(kind="cispo", average="sequence"), 40),
+    "float64 CISPO": Case(dict(kind="cispo", agg_mode="seq-mean-token-mean"), 40),
     "float64 RLOO, trusting the trainer": Case(dict(kind="rloo", tis_cap=2.0)),
-    "float64 one reduction a step": Case(ONE, reduce="step", shape=TIED),
+    "float64 one reduction a step": Case(ONE, gradient_sync="last_micro_batch", shape=TIED),
     "float64 one reduction a step, checkpointing": Case(
-        TWO, same=(0, 1), reduce="step", checkpointing=True
+        TWO, same=(0, 1), gradient_sync="last_micro_batch", gradient_checkpointing=True
     ),
     "float64 frozen": Case(ONE, frozen=NORMS, shape=dict(num_hidden_layers=3)),
     "float64 frozen, checkpointing, one reduction a step": Case(
-        ONE, frozen=NORMS, checkpointing=True, reduce="step", shape=TIED
+        ONE, frozen=NORMS, gradient_checkpointing=True, gradient_sync="last_micro_batch", shape=TIED
     ),
     "float64 frozen embedding": Case(ONE, frozen=("model.embed_tokens.weight",)),
     "float64 on the host": Case(ONE, on_host=True, frozen=NORMS, shape=TIED),
     "float32": Case(ONE, dtype=torch.float32, shape=dict(tie_word_embeddings=True)),
-    "float32 checkpointing": Case(TWO, 40, dtype=torch.float32, same=(0, 1), checkpointing=True),
+    "float32 checkpointing": Case(TWO, 40, dtype=torch.float32, same=(0, 1), gradient_checkpointing=True),
     "bfloat16": Case(ONE, shape=TIED, **BF16),
-    "bfloat16 checkpointing": Case(ONE, 40, checkpointing=True, **BF16),
+    "bfloat16 checkpointing": Case(ONE, 40, gradient_checkpointing=True, **BF16),
 }
 # Shared prompts under checkpointing, for test_ranks.py's padded reference: budgets that split a
 # group of 8, and that hold several groups
 PADDED = {
     f"{name}, groups of {group}, {family}, {budget} tokens": Case(
-        ONE, budget, dtype, checkpointing=True, group=group, shape=dict(family=family, **tied)
+        ONE, budget, dtype, gradient_checkpointing=True, group=group, shape=dict(family=family, **tied)
     )
     for name, dtype in (("float64", torch.float64), ("float32", torch.float32))
     for group, budget, family, tied in (
@@ -197,10 +197,10 @@ def accumulate(policy, reference, step: int, same: tuple, cfg: Config, group: in
 def settings(case: Case) -> Config:
     return replace(
         SETTINGS,
-        train=TrainConfig(tokens_per_micro_batch=case.budget, reduce=case.reduce),
+        train=TrainConfig(tokens_per_micro_batch=case.budget, gradient_sync=case.gradient_sync),
         loss=LossConfig(**case.loss),
         model=ModelConfig(head=case.head),
-        optimizer=replace(SETTINGS.optimizer, on_host=case.on_host),
+        optimizer=replace(SETTINGS.optimizer, cpu_offload=case.on_host),
     )
 
 
@@ -228,7 +228,7 @@ def results(name: str, sharded: bool) -> dict[str, torch.Tensor]:
             device=dist.device(),
             master=case.dtype,
             compute=case.compute or case.dtype,
-            checkpointing=case.checkpointing,
+            gradient_checkpointing=case.gradient_checkpointing,
             frozen=frozen,
             on_host=case.on_host and frozen == ("*",),
         )
@@ -323,7 +323,7 @@ def gathered_bytes(name: str) -> tuple[int, int]:
         device=dist.device(),
         master=case.dtype,
         compute=case.dtype,
-        checkpointing=case.checkpointing,
+        gradient_checkpointing=case.gradient_checkpointing,
         frozen=case.frozen,
     )
     begin = dist._all_gather
@@ -367,9 +367,9 @@ LESSONS = {
         reduce,
     )
     for mask, budget, head, reduce in (
-        (True, 18, "fused", "micro_batch"),
-        (False, 18, "recompute", "step"),
-        (False, 10_000, "fused", "micro_batch"),
+        (True, 18, "fused", "every_micro_batch"),
+        (False, 18, "recompute", "last_micro_batch"),
+        (False, 10_000, "fused", "every_micro_batch"),
     )
 }
 
@@ -397,7 +397,7 @@ def lesson(name: str) -> dict[str, torch.Tensor]:
     )
     loss = 0.0
     for i, batch in enumerate(batches, 1):
-        policy.requires_gradient_sync = reduce != "step" or i == len(batches)
+        policy.requires_gradient_sync = gradient_sync != "last_micro_batch" or i == len(batches)
         value, _ = compute_cross_entropy(
             policy, batch, total, 1.0, resolve_objective(CROSS_ENTROPY, ModelConfig(head=head))
         )

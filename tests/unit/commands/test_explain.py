@@ -65,10 +65,10 @@ def by_autograd(cfg: Config, rows: list[dict], logs: list[torch.Tensor]) -> torc
     """
     c = cfg.loss
     kind = c.kind
-    average = c.average or {"dr_grpo": "constant", "gspo": "sequence"}.get(c.kind, "token")
+    average = c.agg_mode or {"dr_grpo": "seq-mean-token-sum-norm", "gspo": "seq-mean-token-mean"}.get(c.kind, "token-mean")
     R = sum(row["count"] for row in rows)
     T = sum(row["count"] * len(row["ids"]) for row in rows)
-    total = {"token": T, "sequence": R, "constant": R * cfg.sampling.max_new_tokens}[average]
+    total = {"token-mean": T, "seq-mean-token-mean": R, "seq-mean-token-sum-norm": R * cfg.sampling.max_new_tokens}[average]
     loss = 0.0
 
     def kl(lp, ref):
@@ -82,22 +82,22 @@ def by_autograd(cfg: Config, rows: list[dict], logs: list[torch.Tensor]) -> torc
         )
         A = row["adv"]
         n = len(old)
-        if A == 0 and not (c.kl and c.kl_in == "loss"):
+        if A == 0 and not (c.kl_coef and c.kl_in == "loss"):
             continue
         rho = ((lp - old).mean().exp() if kind == "gspo" else (lp - old).exp()) * torch.ones(
             n, dtype=torch.float64
         )
         gain = {
-            "cispo": lambda: rho.detach().clamp(max=1 + c.high) * A * lp,
+            "cispo": lambda: rho.detach().clamp(max=1 + c.upper_clip_ratio) * A * lp,
             "rloo": lambda: A * lp,
             "reinforce": lambda: A * lp,
-        }.get(kind, lambda: torch.minimum(rho * A, rho.clamp(1 - c.clip, 1 + c.high) * A))()
+        }.get(kind, lambda: torch.minimum(rho * A, rho.clamp(1 - c.clip_ratio_low, 1 + c.upper_clip_ratio) * A))()
         if c.tis_cap:
             gain = gain * (old - sampler).exp().clamp(max=c.tis_cap)
-        each = -gain - c.entropy * H
-        if c.kl and c.kl_in == "loss":
-            each = each + c.kl * kl(lp, torch.tensor(row["ref_logp"], dtype=torch.float64))
-        loss = loss + row["count"] * (each.mean() if average == "sequence" else each.sum()) / total
+        each = -gain - c.entropy_coef * H
+        if c.kl_coef and c.kl_in == "loss":
+            each = each + c.kl_coef * kl(lp, torch.tensor(row["ref_logp"], dtype=torch.float64))
+        loss = loss + row["count"] * (each.mean() if average == "seq-mean-token-mean" else each.sum()) / total
     return loss
 
 
@@ -108,8 +108,8 @@ def advantages(cfg: Config, rows: list[dict]) -> list[float]:
     groups = {}
     for row in rows:
         r = float(np.float32(row["reward"]))
-        if c.kl and c.kl_in == "reward":
-            r -= c.kl * sum(
+        if c.kl_coef and c.kl_in == "reward":
+            r -= c.kl_coef * sum(
                 {"k1": s - f, "k2": (f - s) ** 2 / 2, "k3": math.exp(f - s) - 1 - (f - s)}[
                     c.kl_estimator
                 ]
@@ -144,14 +144,14 @@ SETTINGS = [
     for kind in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce")
     for more in (
         {},
-        dict(clip=0.1, clip_ratio_high=0.3, tis_cap=1.1),
-        dict(kl=0.1, kl_estimator="k3"),
-        dict(kl=0.2, kl_estimator="k2", kl_in="reward", average="sequence"),
-        dict(kl=0.3, kl_estimator="k1", entropy=0.05, average="constant"),
+        dict(clip_ratio_low=0.1, clip_ratio_high=0.3, tis_cap=1.1),
+        dict(kl_coef=0.1, kl_estimator="k3"),
+        dict(kl_coef=0.2, kl_estimator="k2", kl_in="reward", agg_mode="seq-mean-token-mean"),
+        dict(kl_coef=0.3, kl_estimator="k1", entropy_coef=0.05, agg_mode="seq-mean-token-sum-norm"),
     )
 ] + [
-    dict(kind="gspo", average="token", tis_cap=1.2, kl=0.1),
-    dict(kind="grpo", advantage="leave_one_out", average="sequence", entropy=0.1),
+    dict(kind="gspo", agg_mode="token-mean", tis_cap=1.2, kl_coef=0.1),
+    dict(kind="grpo", advantage="leave_one_out", agg_mode="seq-mean-token-mean", entropy_coef=0.1),
 ]
 
 

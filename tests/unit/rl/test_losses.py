@@ -50,7 +50,7 @@ def test_every_recipe_trains_and_gives_one_gradient_for_any_micro_batches(kind):
     rollout is never split.
     """
     o = resolve_objective(
-        LossConfig(kind=kind, kl=0.1, entropy=0.05), ModelConfig(head="recompute")
+        LossConfig(kind=kind, kl_coef=0.1, entropy_coef=0.05), ModelConfig(head="recompute")
     )
     policy = tiny_model(1).double()
     rollouts = rollouts_of(3)
@@ -144,7 +144,7 @@ def test_inner_steps_move_the_ratio_and_the_clip_bites(run, world):
 
     policy = tiny_model(1).double()
     moved = tiny_model(1).double()
-    o = resolve_objective(LossConfig(clip=0.1, clip_ratio_high=0.2), ModelConfig())
+    o = resolve_objective(LossConfig(clip_ratio_low=0.1, clip_ratio_high=0.2), ModelConfig())
     with torch.no_grad():
         for p in moved.parameters():
             p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
@@ -332,7 +332,7 @@ def test_dlogp_norm_is_the_norm_of_the_derivative(run):
     assert row["grad_logp_norm"] == pytest.approx(
         math.sqrt(sum(len(r["ids"]) * (r["count"] * r["adv"] / total) ** 2 for r in rows)), rel=1e-5
     )
-    assert row["trust"] == pytest.approx(1, abs=1e-4)
+    assert row["importance_sampling_ratio"] == pytest.approx(1, abs=1e-4)
     assert np.isfinite(row["ratio_abs_deviation"])
 
 

@@ -100,7 +100,7 @@ def batches_of(w, o, budget=10_000):
                     sampler_logp=b.sampler_logp.double(),
                     advantages=adv[b.rollout],
                     old_logp=w.old[at] if w.off else None,
-                    ref_logp=w.ref[at] if o.config.kl else None,
+                    ref_logp=w.ref[at] if o.config.kl_coef else None,
                 ),
                 at,
             )
@@ -259,18 +259,18 @@ def trl():
 
 SEQUENCE = dict(importance_sampling_level="sequence")
 CASES = {  # ours, TRL's: (settings, loss_type, what else it is told)
-    "grpo": (dict(kind="grpo", average="sequence"), "grpo", {}),
+    "grpo": (dict(kind="grpo", agg_mode="seq-mean-token-mean"), "grpo", {}),
     "grpo token mean": (dict(kind="grpo"), "bnpo", {}),
     "dr_grpo": (dict(kind="dr_grpo"), "dr_grpo", dict(scale_rewards="none")),
     "dapo": (dict(kind="dapo", clip_ratio_high=0.28), "dapo", dict(epsilon_high=0.28)),
     "gspo": (
-        dict(kind="gspo", clip=0.1, clip_ratio_high=0.15),
+        dict(kind="gspo", clip_ratio_low=0.1, clip_ratio_high=0.15),
         "grpo",
         SEQUENCE | dict(epsilon_low=0.1, epsilon_high=0.15),
     ),
-    "gspo token mean": (dict(kind="gspo", average="token"), "dapo", SEQUENCE),
+    "gspo token mean": (dict(kind="gspo", agg_mode="token-mean"), "dapo", SEQUENCE),
     "gspo constant": (
-        dict(kind="gspo", average="constant", advantage="mean"),
+        dict(kind="gspo", agg_mode="seq-mean-token-sum-norm", advantage="mean"),
         "dr_grpo",
         SEQUENCE | dict(scale_rewards="none"),
     ),
@@ -310,7 +310,7 @@ def test_trl(name, off, cap, kl, trl, monkeypatch):
     the KL.
     """
     (settings, loss_type, told), w = CASES[name], world(off)
-    loss, slope, _, stats = ours(w, monkeypatch, settings | dict(kl=kl, tis_cap=cap))
+    loss, slope, _, stats = ours(w, monkeypatch, settings | dict(kl_coef=kl, tis_cap=cap))
     want, d_logp, _, metrics = theirs(
         w,
         trl.grpo,
@@ -337,7 +337,7 @@ def test_trl_micro_batches(name, trl, monkeypatch):
     gradient is one.
     """
     (settings, loss_type, told), w = CASES[name], world()
-    loss, slope, *_ = ours(w, monkeypatch, settings | dict(kl=KL_WEIGHT), budget=30)
+    loss, slope, *_ = ours(w, monkeypatch, settings | dict(kl_coef=KL_WEIGHT), budget=30)
     want, d_logp, *_ = theirs(w, trl.grpo, parts=2, loss_type=loss_type, beta=KL_WEIGHT, **told)
     equal(loss, want), equal(slope, d_logp)
 
@@ -348,7 +348,7 @@ def test_trl_entropy_bonus(name, trl, monkeypatch):
     only the token mean is both's.
     """
     (settings, loss_type, told), w = CASES[name], world()
-    loss, slope, d_entropy, _ = ours(w, monkeypatch, settings | dict(entropy=0.05))
+    loss, slope, d_entropy, _ = ours(w, monkeypatch, settings | dict(entropy_coef=0.05))
     want, d_logp, theirs_entropy, _ = theirs(
         w, trl.grpo, loss_type=loss_type, _entropy_bonus_enabled=True, entropy_coef=0.05, **told
     )
@@ -363,7 +363,7 @@ def test_trl_reinforce_and_rloo(trl, monkeypatch):
     the tokens: no value, and our total is set.
     """
     w = world(off=False)
-    loss, slope, *_ = ours(w, monkeypatch, dict(kind="reinforce", kl=KL_WEIGHT))
+    loss, slope, *_ = ours(w, monkeypatch, dict(kind="reinforce", kl_coef=KL_WEIGHT))
     want, d_logp, *_ = theirs(
         w, trl.grpo, loss_type="cispo", epsilon_high=torch.inf, scale_rewards="none", beta=KL_WEIGHT
     )
@@ -430,7 +430,7 @@ def test_liger(name, head, cap, kl):
     )
     settings, loss_type, told = CASES[name]
     o = resolve_objective(
-        LossConfig(**dict(advantage_eps=TRL_FLOOR) | settings | dict(kl=kl, tis_cap=cap)),
+        LossConfig(**dict(advantage_eps=TRL_FLOOR) | settings | dict(kl_coef=kl, tis_cap=cap)),
         ModelConfig(head=head),
     )
     w = world()

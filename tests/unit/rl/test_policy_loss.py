@@ -70,7 +70,7 @@ def test_four_tokens_by_hand():
     loss = -(2.4 - .8 + 2.2 - 1.5) / 10 = -.23
     """
     logp = torch.tensor([1.5, 0.5, 1.1, 1.5], dtype=torch.float64).log()
-    loss, slope, stats = loss_of(logp, batch_of([2, -1, 2, -1], old=torch.zeros(4)), 10, clip=0.2)
+    loss, slope, stats = loss_of(logp, batch_of([2, -1, 2, -1], old=torch.zeros(4)), 10, clip_ratio_low=0.2)
     assert loss.item() == pytest.approx(-0.23, abs=1e-12)
     assert slope[:2].tolist() == [0.0, 0.0]
     np.testing.assert_allclose(slope[2:].numpy(), [-0.22, 0.15], rtol=1e-12)
@@ -80,7 +80,7 @@ def test_four_tokens_by_hand():
 
 def test_one_step_per_batch_is_the_policy_gradient():
     adv = [1.0, -2.0, 0.5, 0.0, 3.0, -1.0]
-    slope = loss_of(torch.randn(6, dtype=torch.float64), batch_of(adv), 7, clip=0.2)[1]
+    slope = loss_of(torch.randn(6, dtype=torch.float64), batch_of(adv), 7, clip_ratio_low=0.2)[1]
     np.testing.assert_allclose(slope.numpy(), -np.array(adv) / 7, rtol=1e-12)
 
 
@@ -94,7 +94,7 @@ def test_weight_is_identical_siblings_written_out():
             ref=ref[index],
             weight=torch.tensor(weight, dtype=torch.float64),
         )
-        loss, slope, stats = loss_of(logp[index], batch, 4, kl=0.1)
+        loss, slope, stats = loss_of(logp[index], batch, 4, kl_coef=0.1)
         out.append(
             (
                 loss.item(),
@@ -124,7 +124,7 @@ def test_kl_pulls_towards_the_reference():
     """
     ref = torch.tensor([-1.0, -1.0], dtype=torch.float64)
     logp = torch.tensor([-0.2, -2.5], dtype=torch.float64)
-    after = logp - 0.01 * loss_of(logp, batch_of([0.0, 0.0], ref=ref), 1, kl=0.5)[1]
+    after = logp - 0.01 * loss_of(logp, batch_of([0.0, 0.0], ref=ref), 1, kl_coef=0.5)[1]
     assert ((after - ref).abs() < (logp - ref).abs()).all()
     assert (k3(torch.randn(1000), torch.randn(1000)) >= 0).all()
     assert k3(ref, ref).abs().max() == 0
@@ -156,7 +156,7 @@ def test_kl_by_hand():
     logp = torch.tensor([-3.0, -1.0, -2.0], dtype=torch.float64)
     ref = torch.tensor([-1.0, -3.0, -2.0], dtype=torch.float64)
     assert k3(logp, ref).tolist() == pytest.approx([np.exp(2) - 3, np.exp(-2) + 1, 0.0], rel=1e-12)
-    loss, slope, stats = loss_of(logp, batch_of([0.0] * 3, ref=ref), 5, kl=0.1)
+    loss, slope, stats = loss_of(logp, batch_of([0.0] * 3, ref=ref), 5, kl_coef=0.1)
     assert slope.tolist() == pytest.approx(
         [0.1 * (1 - np.exp(2)) / 5, 0.1 * (1 - np.exp(-2)) / 5, 0.0], rel=1e-12
     )

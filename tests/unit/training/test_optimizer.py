@@ -19,7 +19,7 @@ def model_and_twin():
 def test_equals_torchs_adamw_with_clipping_and_schedule(on_host):
     ours, theirs = model_and_twin()
     config = Config(
-        on_host=on_host,
+        cpu_offload=on_host,
         lr=0.05,
         betas=(0.9, 0.95),
         weight_decay=0.1,
