@@ -63,7 +63,7 @@ def read_validations(run: Path) -> list[dict]:
     seconds = 0.0
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        seconds += row["seconds"]["step"]
+        seconds += row["timing_s"]["step"]
         if "val_gain" in row:
             validations.append(
                 dict(

@@ -173,7 +173,9 @@ class GroupTokenLoss:
             is_dense = x.shape == (N,) and x.dtype == torch.float32 and x.is_contiguous()
             assert is_dense, f"{name}: wants float32 ({N},), contiguous"
         assert self.rollout.is_contiguous()
-        assert self.rule.kl_coef == 0 or self.ref_logp is not None, "kl needs the reference's log-probs"
+        assert self.rule.kl_coef == 0 or self.ref_logp is not None, (
+            "kl needs the reference's log-probs"
+        )
 
     def _select_tokens(self, rows: slice) -> list[torch.Tensor | None]:
         """Cut the tensors (N,) to the rows, in the order of the kernels' parameters."""

@@ -13,13 +13,13 @@ slices of the vocabulary: with logsumexp known a slice needs no other. d_weight 
 product over all rows (summed in the product's own float32, written once), and only the small
 d_hidden is added up.
 
-`fused_linear_loss` (one shot) serves a loss that is a sum over tokens. Gradients are made in the
+`fused_linear_loss` (fused) serves a loss that is a sum over tokens. Gradients are made in the
 forward, by chunks of rows, and the logits are made once.
 
 Arithmetic for an H100 (not measured; 700 TF/s in products, 3.0 TB/s), V = 151,936, bf16, chunks of
 1,024 rows = 0.29 GiB, in ms per 1,024 rows at C = 896 / 2,048:
 
-    one shot    3 products                          1.19 / 2.73
+    fused       3 products                          1.19 / 2.73
                 logits read, read, written          0.31
                 float32 d_weight read and written   0.36 / 0.83
                                                     = 448 / 494 TF/s
@@ -29,7 +29,7 @@ Arithmetic for an H100 (not measured; 700 TF/s in products, 3.0 TB/s), V = 151,9
                                                     = 580 / 638 TF/s, on a third more FLOP
 
 So on a GPU the two take about the same time, 1.87 / 3.87 and 1.92 / 4.00 ms: what the fourth
-product costs, d_weight's visits cost too. On a CPU the products are the cost, and one shot wins by
+product costs, d_weight's visits cost too. On a CPU the products are the cost, and fused wins by
 the fourth.
 
 Legend: N trained tokens, C width, V vocabulary, n rows of a chunk, b rows of a block, v columns of
@@ -216,7 +216,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 class _FusedLinearLoss(torch.autograd.Function):
-    """One shot. Forward: the loss and all gradients, chunk by chunk. Backward: hands them out."""
+    """Fused. Forward: the loss and all gradients, chunk by chunk. Backward: hands them out."""
 
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature, make_distribution, token_loss, backend):
@@ -285,7 +285,7 @@ def _torch_chunk_to_gradient_(
     entropy: torch.Tensor,
     loss: torch.Tensor,
 ) -> torch.Tensor:
-    """Overwrite a chunk's logits with d loss / d logits, in torch (one shot).
+    """Overwrite a chunk's logits with d loss / d logits, in torch (fused).
 
     Fills logp and entropy of `rows` and adds their part to `loss`. Rows of gradient 0 are left out:
     the others are packed to the top of `logits`, so that the products that follow are smaller. The
@@ -343,7 +343,7 @@ def _triton_chunk_to_gradient_(
     entropy: torch.Tensor,
     loss: torch.Tensor,
 ) -> torch.Tensor:
-    """Overwrite a chunk's logits with d loss / d logits, by kernels (one shot).
+    """Overwrite a chunk's logits with d loss / d logits, by kernels (fused).
 
     As `_torch_chunk_to_gradient_`, but rows of gradient 0 stay in place: no row may move while
     another program still reads it.

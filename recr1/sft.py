@@ -67,7 +67,7 @@ def train(cfg: Config) -> None:
             epoch = step * per_step / len(texts)
             num_skipped = optimizer.num_skipped
             run.finish_step(
-                step, record, epoch=epoch, grad_norm=grad_norm, lr=lr, skipped=num_skipped
+                step, record, epoch=epoch, grad_norm=grad_norm, lr=lr, skipped_steps=num_skipped
             )
         after = run.evaluate_test("eval_after.jsonl")
     run.write_results(before, after, loop="sft", teacher=about_teacher)

@@ -75,7 +75,7 @@ def train(cfg: Config) -> None:
                         record.add(loss, logp, batch, stats)
                     grad_norm, lr = run.optimizer_step(step, update.micro_batches, record)
 
-            run.finish_step(step, record, grad_norm=grad_norm, lr=lr, skipped=optimizer.num_skipped)
+            run.finish_step(step, record, grad_norm=grad_norm, lr=lr, skipped_steps=optimizer.num_skipped)
         after = run.evaluate_test("eval_after.jsonl")
     run.write_results(before, after)
 
@@ -118,13 +118,13 @@ def sample_and_score(run: Run, step: int, cache: KVCache | None) -> Samples:
 
 
 def sample_groups(run: Run, step: int, cache: KVCache | None) -> Samples:
-    """Sample the step's groups; with sampling.dynamic_sampling those that teach nothing are replaced.
+    """Sample the step's groups; sampling.dynamic_sampling replaces those that teach nothing.
 
     A group whose rewards are all equal has no gradient. Other prompts are drawn in its place, that
     many times (dynamic sampling: DAPO, arXiv 2503.14476, section 3.2). What is then still missing
     is filled with the groups that teach nothing.
     """
-    resample = run.cfg.sampling.dynamic_sampling
+    max_redraws = run.cfg.sampling.dynamic_sampling
     group_size = run.cfg.sampling.group_size
     num_prompts = len(run.prompts(step))
     groups: list[ScoredGroup] = []
@@ -132,7 +132,7 @@ def sample_groups(run: Run, step: int, cache: KVCache | None) -> Samples:
     num_sampled_groups = 0
 
     # Each turn draws other prompts for the groups that are still missing.
-    for turn in range(1 + resample):
+    for turn in range(1 + max_redraws):
         prompts = run.prompts(step, turn)[: num_prompts - len(groups)]
         rollouts, rewards = sample_once(run, step, prompts, cache)
         num_sampled_groups += len(prompts)
@@ -140,7 +140,7 @@ def sample_groups(run: Run, step: int, cache: KVCache | None) -> Samples:
         for start in range(0, len(rollouts), group_size):
             siblings = slice(start, start + group_size)
             group = ScoredGroup(rollouts[siblings], rewards[siblings])
-            if resample and group.teaches_nothing():
+            if max_redraws and group.teaches_nothing():
                 spare_groups.append(group)
             else:
                 groups.append(group)
@@ -279,8 +279,8 @@ def make_updates(
 
     Each optimizer step has an equal share of the prompts (PPO's mini-batches). Texts with advantage
     0, such as those of a group without variance, are left out unless the loss has a KL. They are
-    left out even if `loss.entropy_coef` or a surrogate of a user's own would add something there; the
-    denominator counts them all the same.
+    left out even if `loss.entropy_coef` or a surrogate of a user's own would add something there;
+    the denominator counts them all the same.
 
     Args:
         reference: where the KL is in the loss; else None.

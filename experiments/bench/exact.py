@@ -70,14 +70,15 @@ def main() -> int:
             ]
             summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
             seconds[on] = median(
-                row["seconds"]["step"] for some in rows for row in some[10:] or some
+                row["timing_s"]["step"] for some in rows for row in some[10:] or some
             )
             word = "on" if on else "off"
             print(
                 f"batch_invariant {word:<3} {sum(map(len, rows)):>5} steps, "
                 f"{summaries[0]['threads']} threads, {seconds[on]:.3f} s a step; gap of the runs: "
                 + "; ".join(
-                    f"mean {s['sampling_logp_diff_mean']:.1e}, p99.9 {s['sampling_logp_diff_p999']:.1e}, "
+                    f"mean {s['sampling_logp_diff_mean']:.1e}, "
+                    f"p99.9 {s['sampling_logp_diff_p999']:.1e}, "
                     f"max {s['sampling_logp_diff_max']:.1e}"
                     for s in summaries
                 )

@@ -5,7 +5,7 @@ python experiments/bench/mfu.py
 
 One process. Random weights in the model's shape, bf16 compute, float32 masters and AdamW; 32
 prompts x 12 rollouts, 256 + 512 tokens, all different. A step is what train.py does after sampling:
-pack, forward, one-shot head and loss, backward, clip, AdamW. Median of 5 after one to warm up.
+pack, forward, fused head and loss, backward, clip, AdamW. Median of 5 after one to warm up.
 
 MFU: 6 FLOP per weight and token computed (a prompt once for its group; the head on trained tokens
 only; the embedding none) and 12 H D per layer and pair of query and key that is read, over time x

@@ -87,7 +87,12 @@ CASES = {  # shape, token budget in groups, overrides, ranks
         CHECKPOINTING | REFERENCE,
         2,
     ),
-    "4x256 two ranks, one reduction a step": (SMALL, 2, {"train.gradient_sync": "last_micro_batch"}, 2),
+    "4x256 two ranks, one reduction a step": (
+        SMALL,
+        2,
+        {"train.gradient_sync": "last_micro_batch"},
+        2,
+    ),
 }
 QUICK = ["4x256 checkpointing", "4x256 vocabulary 32768 recompute, reference"]
 BARRED = ("sampling", "training")
@@ -190,7 +195,9 @@ def run_steps(cfg: Config, shape: DecoderConfig) -> None:
                 loss.agg_mode,
             )
             for i, batch in enumerate(batches, 1):
-                policy.requires_gradient_sync = cfg.train.gradient_sync != "last_micro_batch" or i == len(batches)
+                policy.requires_gradient_sync = (
+                    cfg.train.gradient_sync != "last_micro_batch" or i == len(batches)
+                )
                 value, logp, _ = compute_policy_loss(policy, batch, tokens, s.temperature, loss)
                 value.backward()
                 del value, logp  # the loop's next line binds them anew; here the phase ends

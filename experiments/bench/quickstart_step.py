@@ -65,7 +65,7 @@ def measure_seconds(ranks: int, threads: int, overrides: tuple, steps: int) -> f
         return float(
             np.median(
                 [
-                    json.loads(line)["seconds"]["step"]
+                    json.loads(line)["timing_s"]["step"]
                     for line in open(f"{folder}/run/metrics.jsonl")
                 ][5:]
             )

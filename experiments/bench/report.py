@@ -80,7 +80,7 @@ def make_run(folder: Path, cfg: Config, retriever: Retriever, steps: int, tokens
     with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
         for step in range(1, steps + 1):
             row = {name: rnd.random() for name in report.record.CURVES} | dict(
-                step=step, ndcg=rnd.random(), skipped=0
+                step=step, ndcg=rnd.random(), skipped_steps=0
             )
             more = (
                 dict(
@@ -88,14 +88,14 @@ def make_run(folder: Path, cfg: Config, retriever: Retriever, steps: int, tokens
                     val_raw=0.5,
                     val_gain=rnd.gauss(0, 0.01),
                     val_gain_ci95=[-0.02, 0.02],
-                    val_errors=0,
+                    val_format_errors=0,
                 )
                 if step % 10 == 0
                 else {}
             )
             file.write(
                 json.dumps(
-                    row | more | dict(seconds=dict(sample=1.0, reward=0.1, train=1.0, step=2.2))
+                    row | more | dict(timing_s=dict(sample=1.0, reward=0.1, train=1.0, step=2.2))
                 )
                 + "\n"
             )
@@ -119,9 +119,9 @@ def make_run(folder: Path, cfg: Config, retriever: Retriever, steps: int, tokens
                                 f'"{text} {rnd.randrange(10**6)}"}}</answer>',
                                 finished=True,
                                 reward=reward,
-                                parts=dict(ndcg=reward),
+                                reward_terms=dict(ndcg=reward),
                                 error=None,
-                                adv=rnd.gauss(0, 1),
+                                advantage=rnd.gauss(0, 1),
                                 prompt_ids=rnd.choices(range(300, 4000), k=64),
                                 ids=rnd.choices(range(300, 4000), k=tokens),
                                 sampler_logp=logp,

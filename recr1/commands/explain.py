@@ -119,8 +119,8 @@ def _check_loss_is_known(run: str, cfg: Config) -> None:
     """Raise ConfigError for a run whose loss cannot be computed again."""
     if cfg.train.num_mini_batches > 1:
         raise ConfigError(
-            f"{run}: train.num_mini_batches is {cfg.train.num_mini_batches}: the log-probs of the second "
-            "optimizer step on a batch are not saved, so its loss cannot be worked again; "
+            f"{run}: train.num_mini_batches is {cfg.train.num_mini_batches}: the log-probs of "
+            "the second optimizer step on a batch are not saved, so its loss cannot be worked again; "
             "explain a run with train.num_mini_batches=1"
         )
     recipe = get_recipe(cfg.loss)
@@ -258,7 +258,7 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
     # Rewards and advantages.
     text_rewards = _compute_text_rewards(cfg, rows, text, token_kl)  # (D,)
     group_advantages = _compute_advantages(cfg, text_rewards, count)
-    token_advantages = np.repeat([row["adv"] for row in rows], num_tokens)  # (N,)
+    token_advantages = np.repeat([row["advantage"] for row in rows], num_tokens)  # (N,)
 
     # The surrogate, and the weight w_t / T of each token.
     surrogate = _compute_surrogate(cfg, logp - old_logp, logp, token_advantages, text, num_tokens)
@@ -275,7 +275,9 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
     if recipe.surrogate is losses.sequence_clipped_surrogate:
         # A token moves the one ratio of its rollout by 1 / num_tokens.
         grad_surrogate = (np.bincount(text, grad_surrogate) / num_tokens)[text]
-    loss = weight * (kl_coef * token_kl - importance * surrogate.value - config.entropy_coef * entropy)
+    loss = weight * (
+        kl_coef * token_kl - importance * surrogate.value - config.entropy_coef * entropy
+    )
     kl_slope = _differentiate_kl(config.kl_estimator, log_ref_ratio)
     return NumpyStep(
         num_tokens=num_tokens,
@@ -472,7 +474,7 @@ def compare_with_log(step: LoggedStep, numpy_step: NumpyStep) -> list[Check]:
 
 def _compare_advantages(step: LoggedStep, numpy_step: NumpyStep) -> Check:
     """Compare the advantage that is furthest off, beyond what float32 rounds."""
-    logged = np.repeat([row["adv"] for row in step.rows], numpy_step.count)  # (R,)
+    logged = np.repeat([row["advantage"] for row in step.rows], numpy_step.count)  # (R,)
 
     # A difference of rewards in float32, divided by how far they are apart.
     max_rewards = np.abs(numpy_step.rewards).max(1)  # (P,)
@@ -882,10 +884,11 @@ class StepStory:
         if self.config.entropy_coef > 0:
             terms += f" + {self.config.entropy_coef:g} H_t"
         max_new_tokens = self.step.cfg.sampling.max_new_tokens
+        limit = f"{max_new_tokens} (sampling.max_new_tokens)"
         weights = {
             "token-mean": "w = siblings; T = tokens of all rollouts",
             "seq-mean-token-mean": "w = siblings / tokens of the text; T = rollouts",
-            "seq-mean-token-sum-norm": f"w = siblings; T = rollouts x {max_new_tokens} (sampling.max_new_tokens)",
+            "seq-mean-token-sum-norm": f"w = siblings; T = rollouts x {limit}",
         }
         agg_mode = self.recipe.agg_mode
         self._add(
@@ -896,7 +899,9 @@ class StepStory:
             locate_source(policy_loss.count_denominator, '"seq-mean-token-sum-norm":'),
             locate_source(
                 policy_loss.compute_token_weights,
-                "batch.weight / num_tokens" if agg_mode == "seq-mean-token-mean" else "return batch.weight\n",
+                "batch.weight / num_tokens"
+                if agg_mode == "seq-mean-token-mean"
+                else "return batch.weight\n",
             ),
             locate_source(policy_loss.compute_token_loss, "loss = -("),
         )
@@ -924,7 +929,7 @@ class StepStory:
 
     def _format_tokens(self) -> list[str]:
         """Format the tokens of the shown text whose advantage is largest, a line each."""
-        shown = max(self.shown_rows, key=lambda i: abs(self.step.rows[i]["adv"]))
+        shown = max(self.shown_rows, key=lambda i: abs(self.step.rows[i]["advantage"]))
         row = self.step.rows[shown]
         tokens = np.flatnonzero(self.numpy_step.text == shown)
         lines = [
@@ -964,8 +969,8 @@ def _format_verdict(checks: list[Check], gap: float | None) -> list[str]:
         lines.append(line)
 
     method = (
-        "advantages, loss, grad_logp_norm: numpy, float64, from the logged values; grad_norm: torch, "
-        "from numpy's d loss / d logp and the weights before the step"
+        "advantages, loss, grad_logp_norm: numpy, float64, from the logged values; "
+        "grad_norm: torch, from numpy's d loss / d logp and the weights before the step"
     )
     if gap is not None:
         method += f" (their log-probs differ from the logged ones by {gap:.1e} at most)"

@@ -245,13 +245,15 @@ def _check_step(config: Config) -> None:
     num_mini_batches = config.train.num_mini_batches
     if prompts % num_mini_batches:
         raise ConfigError(
-            f"train.num_mini_batches: {num_mini_batches} must divide train.prompts_per_step = {prompts}"
+            f"train.num_mini_batches: {num_mini_batches} must divide "
+            f"train.prompts_per_step = {prompts}"
         )
     overlong_buffer = config.reward.overlong_buffer
     max_new_tokens = config.sampling.max_new_tokens
     if overlong_buffer > max_new_tokens:
         raise ConfigError(
-            f"reward.overlong_buffer: {overlong_buffer} exceeds sampling.max_new_tokens = {max_new_tokens}"
+            f"reward.overlong_buffer: {overlong_buffer} exceeds "
+            f"sampling.max_new_tokens = {max_new_tokens}"
         )
 
 

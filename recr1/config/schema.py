@@ -210,8 +210,7 @@ class TrainConfig:
     # Keep only each block's input, and compute the block a second time in the backward.
     gradient_checkpointing: bool = False
     # When gradients are summed over ranks: every_micro_batch | last_micro_batch: until then every
-    # rank keeps full gradients,
-    # which is less traffic.
+    # rank keeps full gradients, which is less traffic.
     gradient_sync: str = "every_micro_batch"
     # Weights that are not trained: patterns of names, e.g. "model.embed_tokens.*, *norm.weight".
     frozen: str = ""

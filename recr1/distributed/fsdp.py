@@ -230,7 +230,8 @@ class Sharded(nn.Module):
         read: gives a weight by its name; called once for each weight.
         master: type of the shards, of their gradients and of the optimizer's state.
         compute: type of the gathered weights.
-        gradient_checkpointing: a block keeps its input only and computes its forward again in the backward.
+        gradient_checkpointing: a block keeps its input only and computes its forward again in the
+            backward.
         frozen: patterns of the names that are not trained.
         on_host: the shards are stored in host memory.
     """

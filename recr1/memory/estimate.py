@@ -220,7 +220,8 @@ class MemoryEstimate:
             ),
             MemoryTerm(
                 "gradients",
-                "4 P'/W  (shard.grad), after a micro-batch; train.gradient_sync=last_micro_batch: 4 P', not sharded",
+                "4 P'/W  (shard.grad), after a micro-batch; "
+                "train.gradient_sync=last_micro_batch: 4 P', not sharded",
                 gradients,
             ),
             MemoryTerm(
@@ -431,9 +432,7 @@ class MemoryEstimate:
         last_norm = MemoryTerm("last norm", "M C (4 + e)", terms.batch.tokens * width * (4 + e))
         base = self.count_state(terms.held_gradients) + terms.shared + [terms.saved, last_norm]
 
-        for moment in self.iterate_head_moments(
-            targets, with_grad=self.cfg.model.head == "fused"
-        ):
+        for moment in self.iterate_head_moments(targets, with_grad=self.cfg.model.head == "fused"):
             yield base + moment
         if self.cfg.model.head == "recompute":
             yield base + self._count_recomputed_head(targets)

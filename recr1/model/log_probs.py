@@ -72,7 +72,7 @@ def compute_fused_loss(
     token_loss: TokenLoss,
     kernels: str = "torch",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Compute the loss that `token_loss` makes of the log-probs, in one shot.
+    """Compute the loss that `token_loss` makes of the log-probs, with its gradients in the forward.
 
     Returns:
         The loss, a scalar with gradient; log-prob (N,) and entropy (N,) without gradient.

@@ -36,8 +36,8 @@ CURVES = (
     "entropy",
     "completion_length",
     "clip_ratio",
-    "unparsable",
-    "unfinished",
+    "format_error_rate",
+    "truncated_ratio",
     "sampling_logp_diff_mean",
     "sampling_logp_diff_p999",
     "sampling_logp_diff_max",
@@ -253,9 +253,9 @@ def make_curves(metrics: list[dict], parts: Sequence[str] = ()) -> dict:
     for phase in TIMED_PHASES:
         cells = []
         for span in spans:
-            timings = [row.get("seconds") or {} for row in span]
+            timings = [row.get("timing_s") or {} for row in span]
             cells.append([seconds.get(phase) for seconds in timings])
-        _add_curve(curves, f"seconds.{phase}", cells, has_range)
+        _add_curve(curves, f"timing_s.{phase}", cells, has_range)
     return curves
 
 
@@ -290,7 +290,7 @@ def list_validations(metrics: list[dict], metric: str) -> list[dict]:
                 score=replace_nonfinite(row[f"val_{metric}"]),
                 raw=replace_nonfinite(row.get("val_raw")),
                 gain=replace_nonfinite([row.get("val_gain"), *interval]),
-                errors=row.get("val_errors"),
+                errors=row.get("val_format_errors"),
             )
         )
     return validations
@@ -320,7 +320,7 @@ def list_marks(metrics: list[dict]) -> list[dict]:
     num_skipped = 0
     for row in metrics:
         num_skipped_before = num_skipped
-        num_skipped = row.get("skipped") or 0
+        num_skipped = row.get("skipped_steps") or 0
         if num_skipped > num_skipped_before:
             text = "skipped: the loss or gradient was not finite, no weight was changed"
             skipped_steps.append(dict(kind="skipped", step=row["step"], text=text))

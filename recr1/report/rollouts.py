@@ -61,8 +61,8 @@ AUDITED_FIELDS = (
     "text",
     "error",
     "reward",
-    "parts",
-    "adv",
+    "reward_terms",
+    "advantage",
     "count",
     "finished",
 )
@@ -147,7 +147,7 @@ class RolloutSurvey:
         self.rewards[phase][round_digits(row["reward"])] += count
         if "ids" in row:
             traced = TracedRollout(
-                row["reward"], row["adv"], -line, count, row["step"], row["prompt"]
+                row["reward"], row["advantage"], -line, count, row["step"], row["prompt"]
             )
             self.traced[phase].append(traced)
             self.groups.setdefault(traced.group, []).append(line)
@@ -155,7 +155,7 @@ class RolloutSurvey:
         self._count_answer(row)
 
     def _keep_if_high(self, heap: list[tuple], line: int, row: dict) -> None:
-        rank = (row["reward"], row["adv"], -line)
+        rank = (row["reward"], row["advantage"], -line)
         is_full = len(heap) >= MAX_HIGHEST
         is_high = not is_full or rank > heap[0][:3]
         if not is_high:
@@ -391,9 +391,9 @@ class TokenView:
             query=queries.get(row["prompt"]),
             count=row["count"],
             reward=row["reward"],
-            parts=row["parts"],
+            parts=row["reward_terms"],
             error=row["error"],
-            adv=row["adv"],
+            adv=row["advantage"],
             finished=row["finished"],
             total=len(row["ids"]),
             prompt_text="".join(prompt_pieces[-MAX_TOKENS:]),
@@ -431,7 +431,7 @@ class TokenView:
         old_logp = torch.tensor(values["old_logp"], dtype=torch.float64)  # (N,)
         logp = torch.tensor(values["trainer_logp"], dtype=torch.float64)  # (N,)
         logp.requires_grad_()
-        advantages = torch.full_like(old_logp, row["adv"])
+        advantages = torch.full_like(old_logp, row["advantage"])
         batch = replace(batch, advantages=advantages, old_logp=old_logp)
 
         # Clipping makes a token's surrogate constant.
@@ -507,7 +507,7 @@ def _describe_group(row: dict, group: list[dict]) -> dict:
                 text=sibling["text"][:MAX_CHARS],
                 count=sibling["count"],
                 reward=sibling["reward"],
-                adv=sibling["adv"],
+                adv=sibling["advantage"],
                 error=sibling["error"],
                 own=sibling is row,
             )
@@ -533,7 +533,7 @@ def audit_rollouts(survey: RolloutSurvey, queries: dict[str, str], task: str) ->
         audited += [
             _audit_row(survey, queries, task, phase, row) for row in rows_by_prompt.values()
         ]
-    return sorted(audited, key=lambda row: (-row["reward"], -row["adv"], row["step"]))
+    return sorted(audited, key=lambda row: (-row["reward"], -row["advantage"], row["step"]))
 
 
 def _audit_row(
@@ -554,8 +554,8 @@ def _audit_row(
         text=row["text"][:MAX_CHARS],
         error=row["error"],
         reward=row["reward"],
-        parts=row["parts"],
-        adv=row["adv"],
+        parts=row["reward_terms"],
+        adv=row["advantage"],
         flags=list_flags(query, answer, row, len(answer_count.prompts), task),
     )
 

@@ -87,7 +87,11 @@ def reinforce_surrogate(
 RECIPES = {
     # Rec-R1's verl; agg_mode: seq-mean-token-mean is DeepSeekMath's own eq. 3
     "grpo": (clipped_surrogate, "mean_std", "token-mean"),
-    "dr_grpo": (clipped_surrogate, "mean", "seq-mean-token-sum-norm"),  # arXiv 2503.20783, section 3
+    "dr_grpo": (
+        clipped_surrogate,
+        "mean",
+        "seq-mean-token-sum-norm",
+    ),  # arXiv 2503.20783, section 3
     # arXiv 2503.14476, eq. 8-12: with clip_ratio_high, sampling.dynamic_sampling and
     # reward.overlong_buffer
     "dapo": (clipped_surrogate, "mean_std", "token-mean"),
@@ -116,7 +120,9 @@ class Objective:
         It does so with `kernels: triton`, for the losses that it has.
         """
         config = self.config
-        kernel_has_kl = config.kl_coef == 0 or config.kl_in == "reward" or config.kl_estimator == "k3"
+        kernel_has_kl = (
+            config.kl_coef == 0 or config.kl_in == "reward" or config.kl_estimator == "k3"
+        )
         return (
             self.kernels == "triton"
             and self.surrogate in (clipped_surrogate, cispo_surrogate)

@@ -109,7 +109,7 @@ def _make_rollout(row: dict, prompt: Prompt, group: int, sibling: int) -> Rollou
 def _make_reward(row: dict) -> Reward:
     return Reward(
         total=row["reward"],
-        terms=row["parts"],
+        terms=row["reward_terms"],
         error=row["error"],
         answer=None,
         text=row["text"],

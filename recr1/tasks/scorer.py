@@ -135,4 +135,6 @@ class Scorer:
 
     def _compute_penalty(self, rollout: Rollout) -> float:
         """Compute the overlong penalty of a completion; the end token counts."""
-        return compute_overlong_penalty(len(rollout.ids), self.limit, self.terms.rule.overlong_buffer)
+        return compute_overlong_penalty(
+            len(rollout.ids), self.limit, self.terms.rule.overlong_buffer
+        )

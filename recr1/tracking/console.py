@@ -41,9 +41,10 @@ def format_console_line(row: dict, num_steps: int) -> str:
     if row["rollout_tokens_per_s"]:
         speed = f"{row['rollout_tokens_per_s']:,.0f} tok/s"
     return (
-        f"{step}  reward {row['reward']:.4f}  spread {row['reward_std']:.4f}  "
-        f"zero-var {row['frac_reward_zero_std']:.2f}  kl {kl}  grad {row['grad_norm']:.3f}  "
-        f"gap {row['sampling_logp_diff_mean']:.1e}  {speed}  wait {row['reward_wait_frac']:.0%}{val_gain}"
+        f"{step}  reward {row['reward']:.4f}  std {row['reward_std']:.4f}  "
+        f"zero-std {row['frac_reward_zero_std']:.2f}  kl {kl}  grad {row['grad_norm']:.3f}  "
+        f"logp-diff {row['sampling_logp_diff_mean']:.1e}  {speed}  "
+        f"wait {row['reward_wait_frac']:.0%}{val_gain}"
     )
 
 

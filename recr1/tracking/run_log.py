@@ -91,7 +91,7 @@ class RunLog:
 
     def add_timings(self, row: dict) -> dict:
         """Add the step's seconds and memory by phase to the row; they then start anew."""
-        row |= dict(seconds=self.seconds, memory=self.memory)
+        row |= dict(timing_s=self.seconds, memory=self.memory)
         self.seconds = {}
         self.memory = {}
         return row

@@ -72,7 +72,7 @@ class StepRecord:
                 sibling=rollout.sibling,
                 count=rollout.count,
                 reward=self.rewards[index].total,
-                adv=self.advantages[index],
+                advantage=self.advantages[index],
                 text=self.rewards[index].text,
             )
             for rollout, index in zip(self.unique, self.first_index)
@@ -127,17 +127,17 @@ def compute_step_metrics(step: int, record: StepRecord, group_size: int, **metri
         loss=_sum_stat(record.stats, "loss"),
         reward=totals.mean().item(),
         **_average_terms(rewards),
-        unparsable=float(np.mean([reward.error is not None for reward in rewards])),
-        errors=dict(Counter(errors)),
+        format_error_rate=float(np.mean([reward.error is not None for reward in rewards])),
+        format_errors=dict(Counter(errors)),
         reward_std=totals.std(1).mean().item(),
         frac_reward_zero_std=has_zero_variance.float().mean().item(),
         advantage_std=torch.tensor(record.advantages).std().item(),
         **_compute_loss_metrics(record.stats, num_tokens),
-        resampled=record.num_sampled_groups - len(rollouts) // group_size,
+        resampled_groups=record.num_sampled_groups - len(rollouts) // group_size,
         top_p_cut=float(np.mean([rollout.cut for rollout in rollouts])),
-        distinct=len(record.unique) / len(rollouts),
+        unique_completion_frac=len(record.unique) / len(rollouts),
         completion_length=num_tokens / len(rollouts),
-        unfinished=float(np.mean([not rollout.finished for rollout in rollouts])),
+        truncated_ratio=float(np.mean([not rollout.finished for rollout in rollouts])),
         tokens=num_tokens,
         **metrics,
     )
@@ -156,7 +156,7 @@ def _compute_loss_metrics(stats: list[dict], num_tokens: int) -> dict[str, float
     metrics: dict[str, float | None] = {}
     metrics["kl"] = _sum_stat(stats, "kl") / num_tokens if "kl" in names else None
     metrics["clip_ratio"] = _sum_stat(stats, "clip_ratio") / num_tokens
-    for name in ("ratio_abs_deviation", "trust", "entropy"):
+    for name in ("ratio_abs_deviation", "importance_sampling_ratio", "entropy"):
         if name in names:
             metrics[name] = _sum_stat(stats, name) / max(1.0, num_trained)
     metrics["grad_logp_norm"] = _sum_stat(stats, "grad_logp_square") ** 0.5
@@ -186,9 +186,9 @@ def make_rollout_rows(step: int, record: StepRecord) -> list[dict]:
             text=reward.text,
             finished=rollout.finished,
             reward=reward.total,
-            parts=reward.terms,
+            reward_terms=reward.terms,
             error=reward.error,
-            adv=_shorten_float(record.advantages[index]),
+            advantage=_shorten_float(record.advantages[index]),
         )
         if record.token_values is not None:
             row |= dict(

@@ -180,8 +180,8 @@ class Run(RunParts):
         """Return this rank's share of a step's P prompts.
 
         A function of (seed, step, turn). `turn` counts the draws of one step: groups that teach
-        nothing may be drawn again (sampling.dynamic_sampling). Some prompts have their words shuffled when
-        the config says so.
+        nothing may be drawn again (sampling.dynamic_sampling). Some prompts have their words shuffled
+        when the config says so.
         """
         order = prompt_order.choose_prompts(
             len(self.dataset.train),
@@ -248,12 +248,15 @@ class Run(RunParts):
     def iterate_micro_batches(self, micro_batches: list[MicroBatch]) -> Iterator[MicroBatch]:
         """Yield the micro-batches of one optimizer step; a request to stop is met between them.
 
-        With train.gradient_sync = "last_micro_batch" the ranks' gradients are summed in the last backward alone.
+        With train.gradient_sync = "last_micro_batch" the ranks' gradients are summed in the last
+        backward alone.
         """
         count = len(micro_batches)
         for number, micro_batch in enumerate(micro_batches, 1):
             heartbeat.enter_phase(f"train {number}/{count}")
-            self.policy.requires_gradient_sync = self.cfg.train.gradient_sync != "last_micro_batch" or number == count
+            self.policy.requires_gradient_sync = (
+                self.cfg.train.gradient_sync != "last_micro_batch" or number == count
+            )
             yield micro_batch
             self.stop_if_asked()
 

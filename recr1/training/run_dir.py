@@ -11,7 +11,14 @@ from recr1.config.schema import Config
 from recr1.utils.files import PARTIAL
 
 # what may differ in a run that continues
-CHANGEABLE_KEYS = ("run.dir", "run.threads", "run.collective_timeout", "retriever.timeout", "log.", "save.")
+CHANGEABLE_KEYS = (
+    "run.dir",
+    "run.threads",
+    "run.collective_timeout",
+    "retriever.timeout",
+    "log.",
+    "save.",
+)
 
 
 class RunError(ValueError):

@@ -38,7 +38,7 @@ def summarize_test_results(cfg: Config, results: RunResults) -> dict:
         metric=f"{metric}@{cfg.reward.k_eval}",
         n_eval=len(results.after),
         **results.figures[metric],
-        parts=results.figures,
+        reward_terms=results.figures,
         unparsable_before=_count_errors(results.before),
         unparsable_after=_count_errors(results.after),
     )

@@ -95,5 +95,5 @@ class Evaluator:
             "val_raw": float(raw_scores.mean()),
             "val_gain": gain,
             "val_gain_ci95": gain_ci,
-            "val_errors": sum(row["error"] is not None for row in rows),
+            "val_format_errors": sum(row["error"] is not None for row in rows),
         }

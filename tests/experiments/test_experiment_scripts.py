@@ -206,7 +206,7 @@ def test_time_to_match(tmp_path, script, monkeypatch, capsys):
         rows = [
             dict(
                 step=i,
-                seconds=dict(step=2.0),
+                timing_s=dict(step=2.0),
                 **(dict(val_gain=g, val_gain_ci95=[g - 1, g + 1]) if g is not None else {}),
             )
             for i, g in enumerate(gains, 1)

@@ -94,7 +94,7 @@ def rewards(run) -> list[tuple]:
             (
                 row.get("prompt", row.get("id")),
                 row.get("reward"),
-                row.get("parts", row).get("ndcg"),
+                row.get("reward_terms", row).get("ndcg"),
                 str(row["error"]),
             )
             for row in logged(run)

@@ -89,7 +89,7 @@ def _nothing_found(bench: Bench, name: str) -> Case:
         trained = [row for row in rows if "reward" in row]
         expect(
             trained
-            and all(row["reward"] == -0.25 and row["parts"]["ndcg"] == 0 for row in trained),
+            and all(row["reward"] == -0.25 and row["reward_terms"]["ndcg"] == 0 for row in trained),
             f"{text[:80]!r} is rewarded: {trained[0]}",
         )
         expect(

@@ -108,7 +108,9 @@ def _number_as_text(bench: Bench) -> Case:
     def case():
         want, (_, run) = (
             bench.result(),
-            bench.run(None, "optimizer.lr=1e-3", "loss.kl_coef=1e-2", "optimizer.weight_decay='0e0'"),
+            bench.run(
+                None, "optimizer.lr=1e-3", "loss.kl_coef=1e-2", "optimizer.weight_decay='0e0'"
+            ),
         )
         expect(result(run) == want, "the run is another one than with 0.001")
 

@@ -160,7 +160,7 @@ def _moved(run, step: int) -> str:
         if before != after:
             return f"the weights of rank {rank} are others after step {step}"
     counted = [
-        json.loads(line)["skipped"] for line in (run / "metrics.jsonl").read_text().splitlines()
+        json.loads(line)["skipped_steps"] for line in (run / "metrics.jsonl").read_text().splitlines()
     ]
     want = [int(s >= step) for s in range(1, STEPS + 1)]
     return "" if counted == want else f"skipped steps are counted {counted}, not {want}"

@@ -31,7 +31,14 @@ SETTINGS = {
     "loss.kl_coef": 0.01,
 }
 # what two equal runs differ in
-OTHERWISE = ("seconds", "memory", "rollout_tokens_per_s", "tokens_per_s", "reward_wait_frac", "wall_s")
+OTHERWISE = (
+    "timing_s",
+    "memory",
+    "rollout_tokens_per_s",
+    "tokens_per_s",
+    "reward_wait_frac",
+    "wall_s",
+)
 
 
 @dataclass
@@ -107,7 +114,12 @@ class World:
 
     def start(self, run: Path, *more: str, ranks: int = RANKS, prepare=None) -> Job:
         return Job(
-            [self.config, f"run.collective_timeout={round(PATIENCE * self.slow)}", *more, f"run.dir={run}"],
+            [
+                self.config,
+                f"run.collective_timeout={round(PATIENCE * self.slow)}",
+                *more,
+                f"run.dir={run}",
+            ],
             ranks,
             prepare,
             self.slow,

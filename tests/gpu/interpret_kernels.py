@@ -318,7 +318,9 @@ def off_the_edge(logp, old, rule):
     becomes 1.
     """
     ratio = (logp.double() - old.double()).exp()
-    near = ((ratio - 1 + rule.clip_ratio_low).abs() < 1e-4) | ((ratio - 1 - rule.clip_ratio_high).abs() < 1e-4)
+    near = ((ratio - 1 + rule.clip_ratio_low).abs() < 1e-4) | (
+        (ratio - 1 - rule.clip_ratio_high).abs() < 1e-4
+    )
     return torch.where(near, logp.detach().to(old.dtype), old)
 
 

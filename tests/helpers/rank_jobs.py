@@ -94,7 +94,9 @@ CASES = {
     "float64 frozen embedding": Case(ONE, frozen=("model.embed_tokens.weight",)),
     "float64 on the host": Case(ONE, on_host=True, frozen=NORMS, shape=TIED),
     "float32": Case(ONE, dtype=torch.float32, shape=dict(tie_word_embeddings=True)),
-    "float32 checkpointing": Case(TWO, 40, dtype=torch.float32, same=(0, 1), gradient_checkpointing=True),
+    "float32 checkpointing": Case(
+        TWO, 40, dtype=torch.float32, same=(0, 1), gradient_checkpointing=True
+    ),
     "bfloat16": Case(ONE, shape=TIED, **BF16),
     "bfloat16 checkpointing": Case(ONE, 40, gradient_checkpointing=True, **BF16),
 }
@@ -102,7 +104,12 @@ CASES = {
 # group of 8, and that hold several groups
 PADDED = {
     f"{name}, groups of {group}, {family}, {budget} tokens": Case(
-        ONE, budget, dtype, gradient_checkpointing=True, group=group, shape=dict(family=family, **tied)
+        ONE,
+        budget,
+        dtype,
+        gradient_checkpointing=True,
+        group=group,
+        shape=dict(family=family, **tied),
     )
     for name, dtype in (("float64", torch.float64), ("float32", torch.float32))
     for group, budget, family, tied in (
@@ -187,7 +194,9 @@ def accumulate(policy, reference, step: int, same: tuple, cfg: Config, group: in
     [(total, batches)] = make_updates(policy, reference, texts, adv[first], cfg, loss.agg_mode)
     sum_of_losses = 0.0
     for i, batch in enumerate(batches, 1):
-        policy.requires_gradient_sync = cfg.train.gradient_sync != "last_micro_batch" or i == len(batches)
+        policy.requires_gradient_sync = cfg.train.gradient_sync != "last_micro_batch" or i == len(
+            batches
+        )
         value, *_ = compute_policy_loss(policy, batch, total, cfg.sampling.temperature, loss)
         value.backward()
         sum_of_losses += value.item()
@@ -360,13 +369,13 @@ def gathered_bytes(name: str) -> tuple[int, int]:
 
 
 LESSONS = {
-    f"{'masked' if mask else 'unmasked'}, {budget} tokens, {head}, {reduce}": (
+    f"{'masked' if mask else 'unmasked'}, {budget} tokens, {head}, {gradient_sync}": (
         mask,
         budget,
         head,
-        reduce,
+        gradient_sync,
     )
-    for mask, budget, head, reduce in (
+    for mask, budget, head, gradient_sync in (
         (True, 18, "fused", "every_micro_batch"),
         (False, 18, "recompute", "last_micro_batch"),
         (False, 10_000, "fused", "every_micro_batch"),
@@ -383,7 +392,7 @@ def lesson(name: str) -> dict[str, torch.Tensor]:
     """{"grad NAME": tensor, "loss"}: one optimizer step of SFT on this rank's share, by the code of
     its loop, in float64.
     """
-    mask, budget, head, reduce = LESSONS[name]
+    mask, budget, head, gradient_sync = LESSONS[name]
     decoder = tiny_model(1, tie_word_embeddings=True).double()
     policy = Sharded(
         decoder,

@@ -117,7 +117,11 @@ def test_shared_prompts_under_checkpointing_train_as_padded_rows(ours, case):
     """
     c = rank_jobs.CASES[case]
     cfg = rank_jobs.settings(c)
-    assert (cfg.sampling.temperature, cfg.loss.clip_ratio_low, cfg.loss.kl_coef) == (TEMPERATURE, CLIP, KL)
+    assert (cfg.sampling.temperature, cfg.loss.clip_ratio_low, cfg.loss.kl_coef) == (
+        TEMPERATURE,
+        CLIP,
+        KL,
+    )
     rollouts, rewards = rank_jobs.rollouts_and_rewards(0, group=c.group)
     adv = rank_jobs.advantages(rewards, cfg, c.group, torch.float64)
     policy, frozen = (rank_jobs.tiny_model(seed, **c.shape).double() for seed in (1, 2))
@@ -213,7 +217,7 @@ def test_a_run_on_several_ranks_is_the_run_on_one(n, prompts, world, tmp_path):
         for key in a:
             assert a[key] == (
                 pytest.approx(b[key], abs=2e-3)
-                if key.endswith(("logp", "entropy", "adv"))
+                if key.endswith(("logp", "entropy", "advantage"))
                 else b[key]
             ), key
     rows = [[json.loads(line) for line in open(folder / "metrics.jsonl")] for folder in (one, many)]
@@ -225,7 +229,7 @@ def test_a_run_on_several_ranks_is_the_run_on_one(n, prompts, world, tmp_path):
         )
         for key in (
             a.keys()
-            - {"seconds", "memory", "rollout_tokens_per_s", "reward_wait_frac"}
+            - {"timing_s", "memory", "rollout_tokens_per_s", "reward_wait_frac"}
             - {key for key in a if "gap" in key}
         ):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key

@@ -21,7 +21,7 @@ from recr1.training.launch import run_guarded
 from recr1.utils.interrupts import signal_handlers
 
 HERE = Path(__file__).resolve().parents[1]
-TIMES = {"seconds", "memory", "rollout_tokens_per_s", "tokens_per_s", "reward_wait_frac", "wall_s"}
+TIMES = {"timing_s", "memory", "rollout_tokens_per_s", "tokens_per_s", "reward_wait_frac", "wall_s"}
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +326,7 @@ def test_one_ranks_value_that_is_not_finite_stops_all_and_its_batches_are_kept(
         bad = [i for i, loss in enumerate(kept["losses"]) if not abs(loss) < float("inf")]
         assert bad == ([0] if rank == ranks - 1 else [])
         assert kept["texts"]
-        assert {"prompt", "reward", "adv"} <= kept["texts"][0].keys()
+        assert {"prompt", "reward", "advantage"} <= kept["texts"][0].keys()
         with safe_open(folder / f"nonfinite/step_000001/rank_{rank:05d}.safetensors", "pt") as f:
             assert {
                 f"{len(kept['losses']) - 1}.{name}"
@@ -345,7 +345,7 @@ def test_skipped_steps_are_counted_and_too_many_in_a_row_stop(world, tmp_path, m
         at("batch@2", nan, patch.setattr)
         assert run_guarded(train.main, [*argv, f"run.dir={tmp_path / 'one'}"]) == 0
     assert "no weight was changed; its batches are in" in capsys.readouterr().out
-    assert [row["skipped"] for row in jsonl(tmp_path / "one/metrics.jsonl")] == [0, 1, 1, 1]
+    assert [row["skipped_steps"] for row in jsonl(tmp_path / "one/metrics.jsonl")] == [0, 1, 1, 1]
     inner = train.compute_policy_loss
     monkeypatch.setattr(train, "compute_policy_loss", lambda *a: nan(inner(*a)))
     assert "3 optimizer steps in a row" in refused(

@@ -57,16 +57,16 @@ def test_two_steps_on_one_rank_and_on_two(name, tmp_path):
     one, two = (jsonl(folder / "metrics.jsonl") for folder in folders)
     assert [row["step"] for row in one] == [1, 2]
     assert all(row["grad_norm"] > 0 and row["reward_std"] > 0 for row in one)
-    assert [row["errors"] for row in one] == [row["errors"] for row in two]
-    assert sum(one[0]["errors"].values()) == round(one[0]["unparsable"] * 32)
+    assert [row["format_errors"] for row in one] == [row["format_errors"] for row in two]
+    assert sum(one[0]["format_errors"].values()) == round(one[0]["format_error_rate"] * 32)
     assert one[1]["val_ndcg"] is not None
     assert set(weights) <= one[0].keys()
     # the second step's texts too
     for a, b in zip(*(jsonl(folder / "rollouts.jsonl.gz") for folder in folders), strict=True):
-        assert {k: a[k] for k in ("prompt", "text", "count", "reward", "parts", "error")} == {
-            k: b[k] for k in ("prompt", "text", "count", "reward", "parts", "error")
+        assert {k: a[k] for k in ("prompt", "text", "count", "reward", "reward_terms", "error")} == {
+            k: b[k] for k in ("prompt", "text", "count", "reward", "reward_terms", "error")
         }
-        assert set(a["parts"]) == {"ndcg", *weights}
+        assert set(a["reward_terms"]) == {"ndcg", *weights}
     assert any(
         row["error"] is None and row["reward"] > 0
         for row in jsonl(folders[0] / "rollouts.jsonl.gz")
@@ -86,8 +86,8 @@ def test_two_steps_on_one_rank_and_on_two(name, tmp_path):
     s = json.loads((folders[0] / "summary.json").read_text())
     assert s["task"] == TASKS[name]
     assert (s["retriever"] is None) == (TASKS[name] != "sequential")
-    assert set(s["parts"]) == named
-    for part, found in s["parts"].items():
+    assert set(s["reward_terms"]) == named
+    for part, found in s["reward_terms"].items():
         raw, b, a = (
             sum(row[key] for row in rows) / 8
             for rows, key in ((before, f"{part}_raw"), (before, part), (after, part))
@@ -97,7 +97,7 @@ def test_two_steps_on_one_rank_and_on_two(name, tmp_path):
         ] == pytest.approx([raw, b, a, a - raw, a - b], abs=1e-12)
         assert found["gain_ci95"][0] <= found["gain"] <= found["gain_ci95"][1]
         assert 0 < found["gain_p"] <= 1
-    assert {key: s[key] for key in s["parts"]["ndcg"]} == s["parts"]["ndcg"]
+    assert {key: s[key] for key in s["reward_terms"]["ndcg"]} == s["reward_terms"]["ndcg"]
 
 
 def test_the_metric_of_the_evaluation_may_be_another(tmp_path):
@@ -121,8 +121,8 @@ def test_the_metric_of_the_evaluation_may_be_another(tmp_path):
         jsonl(tmp_path / "run/metrics.jsonl"),
     )
     assert s["metric"] == "mrr@8"
-    assert s["raw"] == s["parts"]["mrr"]["raw"]
-    assert set(s["parts"]) == PARTS | {"lcs"}
+    assert s["raw"] == s["reward_terms"]["mrr"]["raw"]
+    assert set(s["reward_terms"]) == PARTS | {"lcs"}
     assert "val_mrr" in row
     assert "val_ndcg" not in row
     assert {"mrr", "lcs", "hit"} <= row.keys()

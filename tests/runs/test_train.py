@@ -38,11 +38,11 @@ FILES = {
     "versions.json",
 }
 METRICS = set(
-    "reward ndcg reward_std frac_reward_zero_std kl clip_ratio entropy grad_norm lr unparsable "
-    "completion_length unfinished rollout_tokens_per_s sampling_logp_diff_mean sampling_logp_diff_p999 "
-    "sampling_logp_diff_max seconds".split()
+    "reward ndcg reward_std frac_reward_zero_std kl clip_ratio entropy grad_norm lr "
+    "format_error_rate completion_length truncated_ratio rollout_tokens_per_s "
+    "sampling_logp_diff_mean sampling_logp_diff_p999 sampling_logp_diff_max timing_s".split()
 )
-ROLLOUT_KEYS = set("step prompt sibling count text finished reward parts error adv".split())
+ROLLOUT_KEYS = set("step prompt sibling count text finished reward reward_terms error advantage".split())
 PER_TOKEN = ["ids", "sampler_logp", "trainer_logp", "ref_logp", "old_logp", "entropy"]
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,15 +83,19 @@ def test_metrics(run):
         assert row["reward"] == pytest.approx(rewards.mean(), abs=1e-6)
         assert row["reward_std"] == pytest.approx(rewards.std(1, ddof=1).mean(), abs=1e-6)
         assert row["frac_reward_zero_std"] == (rewards.max(1) == rewards.min(1)).mean()
-        assert row["unparsable"] == sum(t["count"] for t in texts if t["error"]) / 16
-        assert row["unfinished"] == sum(t["count"] for t in texts if not t["finished"]) / 16
+        assert row["format_error_rate"] == sum(t["count"] for t in texts if t["error"]) / 16
+        assert row["truncated_ratio"] == sum(t["count"] for t in texts if not t["finished"]) / 16
         assert row["kl"] is None
         assert row["clip_ratio"] == 0
         assert row["grad_norm"] > 0
         assert row["lr"] == 1e-3
         assert row["rollout_tokens_per_s"] > 0
         assert (
-            0 <= row["sampling_logp_diff_mean"] <= row["sampling_logp_diff_p999"] <= row["sampling_logp_diff_max"] < 1e-4
+            0
+            <= row["sampling_logp_diff_mean"]
+            <= row["sampling_logp_diff_p999"]
+            <= row["sampling_logp_diff_max"]
+            < 1e-4
         )
     assert [row["step"] for row in rows if "val_gain" in row] == [2]
 
@@ -105,7 +109,7 @@ def test_rollouts(run):
         groups.setdefault((row["step"], row["prompt"]), []).append(row)
         # log.tokens_every is 2
         assert ("ids" in row) == ("prompt_ids" in row) == (row["step"] in (1, 2))
-        assert row["reward"] == (-1.0 if row["error"] else row["parts"]["ndcg"])
+        assert row["reward"] == (-1.0 if row["error"] else row["reward_terms"]["ndcg"])
         if "ids" in row:
             assert row["ref_logp"] is None
             assert len({len(row[name]) for name in PER_TOKEN if row[name] is not None}) == 1
@@ -125,10 +129,10 @@ def test_rollouts(run):
         assert len({row["text"] for row in group}) == len(group)
         rewards = torch.tensor([row["reward"] for row in group for _ in range(row["count"])])
         want = compute_group_advantages(rewards, 4, normalize_by_std, LossConfig(advantage_eps=0.1))
-        assert [row["adv"] for row in group for _ in range(row["count"])] == pytest.approx(
+        assert [row["advantage"] for row in group for _ in range(row["count"])] == pytest.approx(
             want.tolist(), abs=1e-5
         )
-    assert any(row["adv"] != 0 for row in rows)
+    assert any(row["advantage"] != 0 for row in rows)
     assert any(row["count"] > 1 for row in rows)
 
 
@@ -161,7 +165,7 @@ def test_logged_floats_read_back_to_the_same_float32():
         assert np.array_equal(
             np.array([row[name] for row in rows], dtype=np.float32), values.numpy()
         )
-    assert [np.float32(row["adv"]) for row in rows] == values[:, 0].tolist()
+    assert [np.float32(row["advantage"]) for row in rows] == values[:, 0].tolist()
     assert rows[0]["ref_logp"] is None
 
 
@@ -260,7 +264,7 @@ def test_the_first_gradient_recomputed_from_the_log(run, world):
             ]
             logp = logits.log_softmax(-1).gather(-1, torch.tensor(row["ids"])[:, None])[:, 0]
             assert logp.tolist() == pytest.approx(row["trainer_logp"], abs=1e-4)
-            loss = loss - row["count"] * row["adv"] * logp.sum()
+            loss = loss - row["count"] * row["advantage"] * logp.sum()
             total = total + row["count"] * len(row["ids"])
     (loss / total).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
@@ -330,7 +334,7 @@ def test_steps_without_any_variance_change_nothing(run, world):
             row["frac_reward_zero_std"],
             row["grad_norm"],
             row["trained_token_frac"],
-            row["unparsable"],
+            row["format_error_rate"],
         )
         for row in rows
     ] == [(-1, 1, 0, 0, 1)] * 3

@@ -61,9 +61,9 @@ function curvesSection() {
   const phases = (run) => ["sample", "reward", "train"].filter((p) => run.curves["seconds." + p]);
 
   function seconds() {
-    if (TWO) return kit({ title: "Seconds per step", unit: "s, all phases", series: series("seconds.step", "step"), zero: true });
+    if (TWO) return kit({ title: "Seconds per step", unit: "s, all phases", series: series("timing_s.step", "step"), zero: true });
     const run = RUNS[0],
-      total = run.curves["seconds.step"],
+      total = run.curves["timing_s.step"],
       used = phases(run);
     if (!total) return null;
     const parts = used.map((p) => run.curves["seconds." + p].mean.map((v) => v || 0));
@@ -197,7 +197,7 @@ function curvesSection() {
       unit: "share of rollouts",
       share: true,
       zero: true,
-      series: series("unparsable", "no parsable answer", [["unfinished", "cut at the length limit"]]),
+      series: series("format_error_rate", "no parsable answer", [["truncated_ratio", "cut at the length limit"]]),
     }),
   ];
   const kinds = [

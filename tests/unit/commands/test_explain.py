@@ -48,7 +48,7 @@ def rows_of(seed: int, kl: bool, on_policy: bool = False) -> list[dict]:
                     count=count,
                     ids=list(range(n)),
                     reward=0.3 if p == 2 else float(torch.rand(1, generator=g)),
-                    adv=None,
+                    advantage=None,
                     old_logp=old.tolist(),
                     trainer_logp=old.tolist() if on_policy else near(0.3),
                     sampler_logp=near(0.2),
@@ -65,10 +65,17 @@ def by_autograd(cfg: Config, rows: list[dict], logs: list[torch.Tensor]) -> torc
     """
     c = cfg.loss
     kind = c.kind
-    average = c.agg_mode or {"dr_grpo": "seq-mean-token-sum-norm", "gspo": "seq-mean-token-mean"}.get(c.kind, "token-mean")
+    average = c.agg_mode or {
+        "dr_grpo": "seq-mean-token-sum-norm",
+        "gspo": "seq-mean-token-mean",
+    }.get(c.kind, "token-mean")
     R = sum(row["count"] for row in rows)
     T = sum(row["count"] * len(row["ids"]) for row in rows)
-    total = {"token-mean": T, "seq-mean-token-mean": R, "seq-mean-token-sum-norm": R * cfg.sampling.max_new_tokens}[average]
+    total = {
+        "token-mean": T,
+        "seq-mean-token-mean": R,
+        "seq-mean-token-sum-norm": R * cfg.sampling.max_new_tokens,
+    }[average]
     loss = 0.0
 
     def kl(lp, ref):
@@ -80,7 +87,7 @@ def by_autograd(cfg: Config, rows: list[dict], logs: list[torch.Tensor]) -> torc
             torch.tensor(row[name], dtype=torch.float64)
             for name in ("old_logp", "sampler_logp", "entropy")
         )
-        A = row["adv"]
+        A = row["advantage"]
         n = len(old)
         if A == 0 and not (c.kl_coef and c.kl_in == "loss"):
             continue
@@ -91,13 +98,23 @@ def by_autograd(cfg: Config, rows: list[dict], logs: list[torch.Tensor]) -> torc
             "cispo": lambda: rho.detach().clamp(max=1 + c.upper_clip_ratio) * A * lp,
             "rloo": lambda: A * lp,
             "reinforce": lambda: A * lp,
-        }.get(kind, lambda: torch.minimum(rho * A, rho.clamp(1 - c.clip_ratio_low, 1 + c.upper_clip_ratio) * A))()
+        }.get(
+            kind,
+            lambda: torch.minimum(
+                rho * A, rho.clamp(1 - c.clip_ratio_low, 1 + c.upper_clip_ratio) * A
+            ),
+        )()
         if c.tis_cap:
             gain = gain * (old - sampler).exp().clamp(max=c.tis_cap)
         each = -gain - c.entropy_coef * H
         if c.kl_coef and c.kl_in == "loss":
             each = each + c.kl_coef * kl(lp, torch.tensor(row["ref_logp"], dtype=torch.float64))
-        loss = loss + row["count"] * (each.mean() if average == "seq-mean-token-mean" else each.sum()) / total
+        loss = (
+            loss
+            + row["count"]
+            * (each.mean() if average == "seq-mean-token-mean" else each.sum())
+            / total
+        )
     return loss
 
 
@@ -164,7 +181,7 @@ def test_numpy_is_float64_autograd(setting, seed):
     )
     rows = rows_of(seed, kl=cfg.loss.kl_coef > 0, on_policy=seed == 1)
     for row, adv in zip(rows, advantages(cfg, rows)):
-        row["adv"] = adv
+        row["advantage"] = adv
     logs = [
         torch.tensor(row["trainer_logp"], dtype=torch.float64, requires_grad=True) for row in rows
     ]
@@ -180,7 +197,7 @@ def test_numpy_is_float64_autograd(setting, seed):
     assert np.abs(x.grad_logp - slopes.numpy()).max() <= 1e-12
     # float32 once, where the run rounds: the KL's share of the reward
     assert x.advantages == pytest.approx(
-        [row["adv"] for row in rows for _ in range(row["count"])],
+        [row["advantage"] for row in rows for _ in range(row["count"])],
         abs=1e-4 if cfg.loss.kl_in == "reward" else 1e-12,
     )
     is_clipped = x.ratio != x.clipped_ratio
@@ -427,7 +444,7 @@ def copied(folder: Path, tmp_path, change_rows=None, change_metrics=None) -> Pat
 
 def scaled(key, by):
     def change(rows):
-        row = next(row for row in rows if row["step"] == 3 and row.get("adv", 1) != 0)
+        row = next(row for row in rows if row["step"] == 3 and row.get("advantage", 1) != 0)
         row[key] *= by
 
     return change
@@ -435,7 +452,11 @@ def scaled(key, by):
 
 WRONG = {
     "a reward": (scaled("reward", 1.01), None, {"advantages"}),
-    "an advantage": (scaled("adv", 1.01), None, {"advantages", "loss", "grad_logp_norm", "grad_norm"}),
+    "an advantage": (
+        scaled("advantage", 1.01),
+        None,
+        {"advantages", "loss", "grad_logp_norm", "grad_norm"},
+    ),
     "the loss": (None, scaled("loss", 1.0001), {"loss"}),
     "grad_logp_norm": (None, scaled("grad_logp_norm", 1.0001), {"grad_logp_norm"}),
     "grad_norm": (None, scaled("grad_norm", 1.001), {"grad_norm"}),
@@ -512,7 +533,9 @@ def test_refused(run, tmp_path, capsys, monkeypatch):
 
     assert "step 9 is not logged" in refused(run(), 9)
     assert "no such file" in refused(tmp_path / "nowhere")
-    assert "train.num_mini_batches is 2" in refused(run("train.num_mini_batches=2", "train.steps=1"))
+    assert "train.num_mini_batches is 2" in refused(
+        run("train.num_mini_batches=2", "train.steps=1")
+    )
     (tmp_path / "my_gain.py").write_text(
         "def gain(logp, old, batch, c):\n    return batch.advantages * logp\n"
         "gain.per_token = True\n"

@@ -61,7 +61,9 @@ def test_advice_goes_from_cheap_to_dear():
     assert overrides(2, "48GB", "train.tokens_per_micro_batch=131072") == {
         "train.tokens_per_micro_batch": 32768
     }
-    assert overrides(1, "80GB", "train.gradient_checkpointing=false") == {"train.gradient_checkpointing": True}
+    assert overrides(1, "80GB", "train.gradient_checkpointing=false") == {
+        "train.gradient_checkpointing": True
+    }
     assert overrides(1, "72GB", "train.gradient_checkpointing=false") == {
         "train.gradient_checkpointing": True,
         "loss.reference_cpu_offload": True,
@@ -70,7 +72,9 @@ def test_advice_goes_from_cheap_to_dear():
     assert overrides(1, "141GiB", "train.gradient_checkpointing=false") == {
         "train.tokens_per_micro_batch": 8192
     }
-    assert overrides(2, "41GB", "train.gradient_sync=last_micro_batch") == {"train.gradient_sync": "every_micro_batch"}
+    assert overrides(2, "41GB", "train.gradient_sync=last_micro_batch") == {
+        "train.gradient_sync": "every_micro_batch"
+    }
     tried = [options for options, _ in try_settings(*loaded(PAPER, "loss.kl_coef=0"), 1, 0.0)]
     # no reference, and the longest text
     assert tried[:2] == [{}, {"optimizer.cpu_offload": True}]
@@ -130,8 +134,8 @@ def test_more_of_what_saves_memory_never_needs_more(name):
             [peak(train__tokens_per_micro_batch=b) for b in (65_536, 16_384, 4096, longest)],
             [
                 peak(),
-                peak(loss__reference_on_host=True),
-                peak(loss__reference_on_host=True, optimizer__on_host=True),
+                peak(loss__reference_cpu_offload=True),
+                peak(loss__reference_cpu_offload=True, optimizer__cpu_offload=True),
             ],
             [peak(), peak(train__frozen="*.mlp.*"), peak(train__frozen="*")],
         ):
@@ -201,7 +205,9 @@ def test_the_command_says_what_to_add(capsys):
     sums = re.search(r"^sum((?: +[\d.]+)+)$", out, re.MULTILINE)[1].split()
     assert [float(x) for x in sums] == [
         round(sum_bytes(terms) / 2**30, 1)
-        for terms in MemoryEstimate(*loaded(PAPER, "optimizer.cpu_offload=true"), 1).phases().values()
+        for terms in MemoryEstimate(*loaded(PAPER, "optimizer.cpu_offload=true"), 1)
+        .phases()
+        .values()
     ]
     again = run(
         capsys,

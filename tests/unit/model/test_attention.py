@@ -489,7 +489,9 @@ def test_a_run_says_what_it_took_and_learns_the_same(no_gpu, tmp_path, monkeypat
     """
 
     def run(folder, asked):
-        train.main([write_yaml(tmp_path / folder, **{"loss.kl_coef": 0.1}), f"model.attention={asked}"])
+        train.main(
+            [write_yaml(tmp_path / folder, **{"loss.kl_coef": 0.1}), f"model.attention={asked}"]
+        )
         return capsys.readouterr().out, jsonl(tmp_path / folder / "run" / "metrics.jsonl")
 
     said, want = run("sdpa", "auto")

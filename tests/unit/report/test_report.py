@@ -38,7 +38,13 @@ def run(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("report")
     path = write_yaml(
-        folder, **{"train.steps": 4, "loss.kl_coef": 0.01, "train.num_mini_batches": 2, "log.tokens_every": 1}
+        folder,
+        **{
+            "train.steps": 4,
+            "loss.kl_coef": 0.01,
+            "train.num_mini_batches": 2,
+            "log.tokens_every": 1,
+        },
     )
     assert run_guarded(train.main, [path]) == 0
     return folder / "run"
@@ -129,7 +135,7 @@ def test_tokens_are_the_log(run):
             row["prompt_ids"], clean_up_tokenization_spaces=False
         )
         assert r["ref_logp"] == pytest.approx(row["ref_logp"], rel=1e-5)
-        assert r["adv"] == row["adv"]
+        assert r["adv"] == row["advantage"]
         assert r["ratio"] == [1.0] * len(r["ids"])
         assert not any(r["clipped"])
         group = [row for row in logged if (row["step"], row["prompt"]) == (r["step"], r["prompt"])]
@@ -152,7 +158,8 @@ def test_tokens_are_the_log(run):
 def test_clipped_means_no_gradient(run, kind, adv, want):
     """Ratios .5, 1, 2 under clip .2."""
     config = load_config(
-        str(run / "config.yaml"), [f"loss.kind={kind}", "loss.clip_ratio_low=0.2", "model.head=recompute"]
+        str(run / "config.yaml"),
+        [f"loss.kind={kind}", "loss.clip_ratio_low=0.2", "model.head=recompute"],
     )
     row = dict(
         prompt="q",
@@ -160,7 +167,7 @@ def test_clipped_means_no_gradient(run, kind, adv, want):
         ids=[9, 10, 11],
         sampler_logp=[-1.0] * 3,
         finished=True,
-        adv=adv,
+        advantage=adv,
     )
     values = dict(old_logp=[-1.0] * 3, trainer_logp=[-1 + np.log(r) for r in (0.5, 1.0, 2.0)])
     found, of_text = rollouts.TokenView(config, None).find_clipped(row, values)
@@ -300,7 +307,7 @@ def test_marks():
             step=i,
             frac_reward_zero_std=float(i > 2),
             clip_ratio=0.02 if i == 5 else 0.001,
-            skipped=int(i > 6),
+            skipped_steps=int(i > 6),
             grad_norm=float("nan"),
         )
         for i in range(1, 9)

@@ -107,8 +107,8 @@ def folder(path, task, answers, score, metric="ndcg", sft=False, texts=(), **set
             completion_length=9,
             clip_ratio=0.0,
             entropy=0.5,
-            unparsable=0.0,
-            unfinished=0.0,
+            format_error_rate=0.0,
+            truncated_ratio=0.0,
             sampling_logp_diff_mean=0.0,
             sampling_logp_diff_max=0.0,
             kl=None,
@@ -119,7 +119,7 @@ def folder(path, task, answers, score, metric="ndcg", sft=False, texts=(), **set
         "val_raw": 0.4,
         "val_gain": 0.1,
         "val_gain_ci95": [0.0, 0.2],
-        "val_errors": 0,
+        "val_format_errors": 0,
     }
     write(
         run / "metrics.jsonl",
@@ -129,8 +129,8 @@ def folder(path, task, answers, score, metric="ndcg", sft=False, texts=(), **set
                 **step,
                 grad_norm=1.0,
                 lr=1e-3,
-                skipped=0,
-                seconds=dict(train=1.0, step=1.5),
+                skipped_steps=0,
+                timing_s=dict(train=1.0, step=1.5),
                 **(checked if i % 2 == 0 else {}),
             )
             for i in range(1, 5)
@@ -184,9 +184,9 @@ def sampled(text, error=None, prompt="q0", reward=0.5, step=1):
         text=text,
         finished=True,
         reward=reward,
-        parts=dict(ndcg=reward),
+        reward_terms=dict(ndcg=reward),
         error=error,
-        adv=0.1,
+        advantage=0.1,
     )
 
 

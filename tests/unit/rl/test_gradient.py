@@ -197,7 +197,8 @@ def test_packed_gradient_equals_the_padded_one(family, group_size, tied):
     batch_counts = set()
     for i, budget in enumerate((longest, longest + 11, 2 * longest, everything, everything)):
         loss_of = resolve_objective(
-            LossConfig(clip_ratio_low=CLIP, kl_coef=KL), ModelConfig(head="fused" if i % 2 else "recompute")
+            LossConfig(clip_ratio_low=CLIP, kl_coef=KL),
+            ModelConfig(head="fused" if i % 2 else "recompute"),
         )
         model = copy.deepcopy(policy)
         batches = add_advantages(

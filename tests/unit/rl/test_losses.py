@@ -1,4 +1,4 @@
-"""Losses in whole runs: inner steps, dynamic sampling, KL in the reward, a user's own functions,
+"""Losses in whole runs: mini-batches, dynamic sampling, KL in the reward, a user's own functions,
 replay; and what each recipe does to one batch.
 """
 
@@ -118,20 +118,23 @@ def test_overlong_answers_lose_reward_and_it_is_logged_apart(run):
     )
     for row in rows:
         late = compute_overlong_penalty(len(row["ids"]), 12, 10)
-        assert row["parts"]["overlong"] == pytest.approx(late)
+        assert row["reward_terms"]["overlong"] == pytest.approx(late)
         assert row["reward"] == pytest.approx(
-            (-1.0 if row["error"] else row["parts"]["ndcg"]) + late
+            (-1.0 if row["error"] else row["reward_terms"]["ndcg"]) + late
         )
-    assert len({row["parts"]["overlong"] for row in rows}) > 1
+    assert len({row["reward_terms"]["overlong"] for row in rows}) > 1
 
 
-def test_inner_steps_move_the_ratio_and_the_clip_bites(run, world):
+def test_mini_batches_move_the_ratio_and_the_clip_bites(run, world):
     """The first of the four finds ratio 1, the others do not; a clipped token has gradient exactly
     0, any other -A ratio / total.
     """
     rows = jsonl(
         run(
-            "train.num_mini_batches=4", "train.prompts_per_step=4", "optimizer.lr=0.01", "loss.clip_ratio_low=0.05"
+            "train.num_mini_batches=4",
+            "train.prompts_per_step=4",
+            "optimizer.lr=0.01",
+            "loss.clip_ratio_low=0.05",
         )
         / "metrics.jsonl"
     )
@@ -164,7 +167,7 @@ def test_inner_steps_move_the_ratio_and_the_clip_bites(run, world):
     torch.testing.assert_close(d[~cut], (-adv * ratio / 7)[~cut], rtol=1e-12, atol=0)
 
 
-def test_inner_steps_must_divide_the_prompts(world, tmp_path, capsys):
+def test_mini_batches_must_divide_the_prompts(world, tmp_path, capsys):
     assert "train.num_mini_batches" in refused(
         [world, "train.num_mini_batches=3", f"run.dir={tmp_path / 'run'}"], capsys
     )
@@ -175,10 +178,12 @@ def test_dynamic_sampling_draws_other_prompts_for_groups_without_variance(run):
         jsonl(run("reward.k_train=1", "sampling.group_size=2", *extra) / "metrics.jsonl")
         for extra in ((), ("sampling.dynamic_sampling=4",))
     )
-    assert all(row["resampled"] == 0 for row in plain)
+    assert all(row["resampled_groups"] == 0 for row in plain)
     assert sum(row["frac_reward_zero_std"] for row in plain) > 0
-    assert sum(row["resampled"] for row in more) > 0
-    assert sum(row["frac_reward_zero_std"] for row in more) < sum(row["frac_reward_zero_std"] for row in plain)
+    assert sum(row["resampled_groups"] for row in more) > 0
+    assert sum(row["frac_reward_zero_std"] for row in more) < sum(
+        row["frac_reward_zero_std"] for row in plain
+    )
 
 
 def test_further_turns_of_a_step_are_other_prompts():
@@ -198,7 +203,9 @@ def test_kl_in_the_reward_is_taken_off_before_the_advantage(run):
     """Recomputed from the log: A of (reward - kl * sum of the sampler's log-prob over the
     reference's).
     """
-    folder = run("loss.kl_coef=0.5", "loss.kl_in=reward", "loss.kl_estimator=k1", "optimizer.lr=0.01")
+    folder = run(
+        "loss.kl_coef=0.5", "loss.kl_in=reward", "loss.kl_estimator=k1", "optimizer.lr=0.01"
+    )
     groups = {}
     tokens = 0
     divergence = 0.0
@@ -220,7 +227,7 @@ def test_kl_in_the_reward_is_taken_off_before_the_advantage(run):
             [row["reward"] - p for row, p in zip(group, penalties) for _ in range(row["count"])]
         )
         want = (totals - totals.mean()) / (totals.std() + 0.1)
-        assert [row["adv"] for row in group for _ in range(row["count"])] == pytest.approx(
+        assert [row["advantage"] for row in group for _ in range(row["count"])] == pytest.approx(
             want.tolist(), abs=1e-4
         )
         seen = max(seen, *map(abs, penalties))
@@ -246,7 +253,7 @@ def test_a_users_loss_and_advantage_are_named_in_the_config(
     groups = {}
     for row in jsonl(folder / "rollouts.jsonl.gz"):
         siblings = groups.setdefault((row["step"], row["prompt"]), [])
-        siblings += [(row["reward"], row["adv"])] * row["count"]
+        siblings += [(row["reward"], row["advantage"])] * row["count"]
     assert any(advantage for group in groups.values() for _, advantage in group)
     for group in groups.values():
         assert len(group) == 4
@@ -279,9 +286,25 @@ def test_replay_takes_the_same_step_without_a_sampler(run, world, tmp_path, caps
     assert b["rollout_tokens_per_s"] is None
     assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5)
     assert {
-        k: b[k] for k in ("reward", "frac_reward_zero_std", "advantage_std", "distinct", "completion_length")
+        k: b[k]
+        for k in (
+            "reward",
+            "frac_reward_zero_std",
+            "advantage_std",
+            "unique_completion_frac",
+            "completion_length",
+        )
     } == pytest.approx(
-        {k: a[k] for k in ("reward", "frac_reward_zero_std", "advantage_std", "distinct", "completion_length")}
+        {
+            k: a[k]
+            for k in (
+                "reward",
+                "frac_reward_zero_std",
+                "advantage_std",
+                "unique_completion_frac",
+                "completion_length",
+            )
+        }
     )
     for name in ("nowhere.gz", world):
         assert name in refused(
@@ -330,13 +353,13 @@ def test_dlogp_norm_is_the_norm_of_the_derivative(run):
     [row], rows = jsonl(folder / "metrics.jsonl"), jsonl(folder / "rollouts.jsonl.gz")
     total = sum(r["count"] * len(r["ids"]) for r in rows)
     assert row["grad_logp_norm"] == pytest.approx(
-        math.sqrt(sum(len(r["ids"]) * (r["count"] * r["adv"] / total) ** 2 for r in rows)), rel=1e-5
+        math.sqrt(sum(len(r["ids"]) * (r["count"] * r["advantage"] / total) ** 2 for r in rows)), rel=1e-5
     )
     assert row["importance_sampling_ratio"] == pytest.approx(1, abs=1e-4)
     assert np.isfinite(row["ratio_abs_deviation"])
 
 
-def test_the_log_prob_gap_of_inner_steps_is_that_of_the_policy_that_sampled(run):
+def test_the_log_prob_gap_of_mini_batches_is_that_of_the_policy_that_sampled(run):
     row = jsonl(
         run("train.num_mini_batches=4", "train.prompts_per_step=4", "optimizer.lr=0.01")
         / "metrics.jsonl"
@@ -357,13 +380,15 @@ def test_one_batch_under_every_loss(run, capsys):
     assert all(row["clip_ratio"] == 0 for row in result["losses"].values())
     rows = [row for row in jsonl(folder / "rollouts.jsonl.gz") if row["step"] == 2]
     assert result["losses"]["grpo"]["weight_max"] == pytest.approx(
-        max(row["adv"] for row in rows), rel=1e-4
+        max(row["advantage"] for row in rows), rel=1e-4
     )
     assert result["losses"]["grpo"]["weight_min"] == pytest.approx(
-        min(row["adv"] for row in rows), rel=1e-4
+        min(row["advantage"] for row in rows), rel=1e-4
     )
     [logged] = [row for row in jsonl(folder / "metrics.jsonl") if row["step"] == 2]
-    assert result["losses"]["grpo"]["grad_logp_norm"] == pytest.approx(logged["grad_logp_norm"], rel=1e-4)
+    assert result["losses"]["grpo"]["grad_logp_norm"] == pytest.approx(
+        logged["grad_logp_norm"], rel=1e-4
+    )
     assert result["tokens"] == sum(len(row["ids"]) for row in rows)
     for a, row in result["cosine"].items():
         assert row[a] == pytest.approx(1, abs=1e-5)

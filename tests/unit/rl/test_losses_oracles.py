@@ -383,7 +383,9 @@ def test_trl_advantages(name, told, trl):
     w = world()
     _, inputs = trainer_of(w, trl.grpo if told else trl.rloo, **told)
     equal(
-        compute_group_advantages(w.rewards, G, ADVANTAGES[name], LossConfig(advantage_eps=TRL_FLOOR)),
+        compute_group_advantages(
+            w.rewards, G, ADVANTAGES[name], LossConfig(advantage_eps=TRL_FLOOR)
+        ),
         inputs["advantages"],
     )
 

@@ -44,7 +44,9 @@ def loss_of(logp, batch, total, **settings):
 
 
 def advantages(rewards, size, floor):
-    return compute_group_advantages(rewards, size, normalize_by_std, LossConfig(advantage_eps=floor))
+    return compute_group_advantages(
+        rewards, size, normalize_by_std, LossConfig(advantage_eps=floor)
+    )
 
 
 def test_advantages_are_numpys():
@@ -70,7 +72,9 @@ def test_four_tokens_by_hand():
     loss = -(2.4 - .8 + 2.2 - 1.5) / 10 = -.23
     """
     logp = torch.tensor([1.5, 0.5, 1.1, 1.5], dtype=torch.float64).log()
-    loss, slope, stats = loss_of(logp, batch_of([2, -1, 2, -1], old=torch.zeros(4)), 10, clip_ratio_low=0.2)
+    loss, slope, stats = loss_of(
+        logp, batch_of([2, -1, 2, -1], old=torch.zeros(4)), 10, clip_ratio_low=0.2
+    )
     assert loss.item() == pytest.approx(-0.23, abs=1e-12)
     assert slope[:2].tolist() == [0.0, 0.0]
     np.testing.assert_allclose(slope[2:].numpy(), [-0.22, 0.15], rtol=1e-12)

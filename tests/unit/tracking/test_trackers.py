@@ -44,7 +44,7 @@ def test_names_are_those_of_metrics_jsonl():
     row = dict(
         reward=0.5,
         kl=None,
-        seconds=dict(step=1.0, sample=0.25),
+        timing_s=dict(step=1.0, sample=0.25),
         val_gain_ci95=[-0.1, 0.2],
         memory={},
         grad_norm=float("inf"),
