@@ -95,7 +95,7 @@ def main() -> None:
 
 def read_run(folder: Path) -> Run:
     """Read a run's config and its eval_after.jsonl."""
-    cfg = configs.load_config(str(folder / "config.yaml"), [])
+    cfg = configs.load_run_config(folder)
     lines = (folder / "eval_after.jsonl").read_bytes().split(b"\n")[:-1]
     return Run(folder, cfg, rows=[json.loads(line) for line in lines])
 

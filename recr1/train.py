@@ -75,7 +75,9 @@ def train(cfg: Config) -> None:
                         record.add(loss, logp, batch, stats)
                     grad_norm, lr = run.optimizer_step(step, update.micro_batches, record)
 
-            run.finish_step(step, record, grad_norm=grad_norm, lr=lr, skipped_steps=optimizer.num_skipped)
+            run.finish_step(
+                step, record, grad_norm=grad_norm, lr=lr, skipped_steps=optimizer.num_skipped
+            )
         after = run.evaluate_test("eval_after.jsonl")
     run.write_results(before, after)
 

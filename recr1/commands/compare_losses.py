@@ -63,7 +63,7 @@ def compare_losses(run: str, step: int, new: str | None = None) -> dict:
         siblings: what its grad log p is multiplied by.
     Raises ConfigError, ReplayError, ModelFolderError.
     """
-    cfg = configs.load_config(str(Path(run) / "config.yaml"), [])
+    cfg = configs.load_run_config(Path(run))
     replay = Replay(str(Path(run) / "rollouts.jsonl.gz"))
     if step not in replay.steps:
         logged_steps = ", ".join(map(str, replay.steps))

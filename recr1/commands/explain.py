@@ -37,6 +37,7 @@ from recr1.training.load_model import COMPUTE_DTYPES, load_policy
 from recr1.training.optimizer import Optimizer
 from recr1.utils.files import Damaged, check_file, read_manifest
 from recr1.utils.hf_hub import ModelFolderError, load_tokenizer, resolve_model_folder
+from recr1.utils.renamed import RENAMED_METRICS, rename_keys
 
 # The allowed error of advantages, loss and d loss / d logp, relative. The terms of a loss cancel:
 # its error is relative to a tenth of their sizes where that is more, float32 knows it no better.
@@ -88,7 +89,7 @@ class LoggedStep:
 def read_logged_step(run: str, step: int) -> LoggedStep:
     """Read a logged step. Raises ReplayError, and ConfigError for what cannot be computed again."""
     folder = Path(run)
-    cfg = configs.load_config(str(folder / "config.yaml"), [])
+    cfg = configs.load_run_config(folder)
     replay = Replay(str(folder / "rollouts.jsonl.gz"))
     if step not in replay.steps:
         logged_steps = ", ".join(map(str, replay.steps))
@@ -120,8 +121,8 @@ def _check_loss_is_known(run: str, cfg: Config) -> None:
     if cfg.train.num_mini_batches > 1:
         raise ConfigError(
             f"{run}: train.num_mini_batches is {cfg.train.num_mini_batches}: the log-probs of "
-            "the second optimizer step on a batch are not saved, so its loss cannot be worked again; "
-            "explain a run with train.num_mini_batches=1"
+            "the second optimizer step on a batch are not saved, so its loss cannot be worked "
+            "again; explain a run with train.num_mini_batches=1"
         )
     recipe = get_recipe(cfg.loss)
     if recipe.surrogate is None:
@@ -142,7 +143,7 @@ def _read_metrics(path: Path, step: int) -> dict:
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             if row["step"] == step:
-                return row
+                return rename_keys(row, RENAMED_METRICS)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(f"{path}: cannot be read: {e}") from None
     return {}

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from recr1.config.schema import Config, ConfigError
+from recr1.utils.renamed import RENAMED_SETTINGS, RENAMED_VALUES, rename_settings
 
 # The values that a setting may have.
 CHOICES = {
@@ -135,6 +136,17 @@ def load_config(path: str, overrides: list[str]) -> Config:
     return check_config(config)
 
 
+def load_run_config(folder: Path) -> Config:
+    """Read the config.yaml of a run, which an older version of recr1 may have written.
+
+    Raises ConfigError as `load_config` does.
+    """
+    path = folder / "config.yaml"
+    tree = rename_settings(_read_yaml(path, str(path)))
+    config = _build_dataclass(Config, tree, "")
+    return check_config(config)
+
+
 def _add_base(tree: dict, folder: Path, name: str) -> dict:
     """Return the settings of the tree's `base` with those of the tree on top."""
     base_path = _check_value(str, tree.pop("base"), name)
@@ -229,7 +241,9 @@ def _check_ranges(config: Config) -> None:
     for key, allowed in CHOICES.items():
         value = get_value(config, key)
         if value not in allowed:
-            raise ConfigError(f"{key}: {value!r} is not one of {', '.join(allowed)}")
+            new_value = RENAMED_VALUES.get(key, {}).get(value)
+            hint = f"; it is called {new_value} now" if new_value else ""
+            raise ConfigError(f"{key}: {value!r} is not one of {', '.join(allowed)}{hint}")
     for key, minimum in MINIMUMS.items():
         value = get_value(config, key)
         if value < minimum:
@@ -379,16 +393,23 @@ def _build_dataclass(cls: type, tree: Any, prefix: str) -> Any:
     values = {}
     for name, value in tree.items():
         if name not in types:
-            similar = difflib.get_close_matches(str(name), types, 1)
-            hint = f"known here: {', '.join(types)}"
-            if similar:
-                hint = f"did you mean {prefix}{similar[0]}?"
+            hint = _suggest_key(f"{prefix}{name}", prefix, list(types))
             raise ConfigError(f"unknown key {prefix}{name}: {hint}")
         if dataclasses.is_dataclass(types[name]):
             values[name] = _build_dataclass(types[name], value, f"{prefix}{name}.")
         else:
             values[name] = _check_value(types[name], value, prefix + name)
     return cls(**values)
+
+
+def _suggest_key(key: str, prefix: str, known: list[str]) -> str:
+    """Return what to do about an unknown dotted key; known: the keys of its section."""
+    if key in RENAMED_SETTINGS:
+        return f"it is called {RENAMED_SETTINGS[key]} now"
+    similar = difflib.get_close_matches(key.removeprefix(prefix), known, 1)
+    if similar:
+        return f"did you mean {prefix}{similar[0]}?"
+    return f"known here: {', '.join(known)}"
 
 
 def _check_value(expected: Any, value: Any, key: str) -> Any:

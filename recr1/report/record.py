@@ -21,6 +21,7 @@ from recr1.config.schema import Config
 from recr1.data.readers import DataError
 from recr1.evaluation.bootstrap import compute_bootstrap_ci
 from recr1.tasks.registry import TASKS
+from recr1.utils.renamed import RENAMED_METRICS, RENAMED_SUMMARY_KEYS, rename_keys
 
 # points drawn of a curve; more steps share a point, which has their mean, minimum and maximum
 MAX_POINTS = 400
@@ -117,7 +118,7 @@ def read_run(folder: Path) -> RunRecord:
         raise DataError(
             f"{folder}: not a run's folder, it has no config.yaml; name what run.dir was"
         )
-    config = configs.load_config(str(config_path), [])
+    config = configs.load_run_config(folder)
     notes: list[str] = []
     metrics = _read_metrics(folder, notes)
 
@@ -131,6 +132,7 @@ def read_run(folder: Path) -> RunRecord:
         )
 
     summary = _read_json_object(folder / "summary.json", notes, {})
+    summary = rename_keys(summary, RENAMED_SUMMARY_KEYS)
     versions = _read_json_object(folder / "versions.json", notes, [])
     record = RunRecord(folder, config, metrics, before, after, summary, versions, notes)
     if not summary:
@@ -379,7 +381,8 @@ def _is_finite(value: object) -> bool:
 def _read_metrics(folder: Path, notes: list[str]) -> list[dict]:
     """Read metrics.jsonl, whose last line may be cut. Raises DataError where it has no step."""
     path = folder / "metrics.jsonl"
-    metrics = _read_rows(path, notes, may_be_cut=True)
+    rows = _read_rows(path, notes, may_be_cut=True)
+    metrics = [rename_keys(row, RENAMED_METRICS) for row in rows]
     for row in metrics:
         if not isinstance(row.get("step"), int):
             raise DataError(f"{path}: a row without its step; the run's log is damaged")

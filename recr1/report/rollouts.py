@@ -28,6 +28,7 @@ from recr1.rl.losses import Objective, resolve_objective
 from recr1.rl.packing import pack_rollouts
 from recr1.tasks.answer_parser import parse_answer_json
 from recr1.tasks.registry import TASKS
+from recr1.utils.renamed import RENAMED_ROLLOUT_KEYS, rename_keys
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -200,6 +201,10 @@ def extract_answer(row: dict, key: str) -> str | None:
     return json.dumps(value)
 
 
+def _parse_row(line: str) -> dict:
+    return rename_keys(json.loads(line), RENAMED_ROLLOUT_KEYS)
+
+
 def survey_rollouts(path: Path, last: int, key: str = "query") -> RolloutSurvey:
     """Read every row: the first pass.
 
@@ -208,7 +213,7 @@ def survey_rollouts(path: Path, last: int, key: str = "query") -> RolloutSurvey:
     survey = RolloutSurvey(last, key)
     for number, line in iterate_lines(path, survey):
         try:
-            survey.add_row(number, json.loads(line))
+            survey.add_row(number, _parse_row(line))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise DataError(
                 f"{path}:{number}: not a row of a rollout log ({type(e).__name__}: {e}); "
@@ -289,7 +294,7 @@ def _read_chosen_rows(
     if chosen_lines:
         for number, line in iterate_lines(path, survey):
             if number in chosen_lines:
-                rows_by_line[number] = json.loads(line)
+                rows_by_line[number] = _parse_row(line)
     return rows_by_line
 
 

@@ -11,6 +11,7 @@ import zlib
 
 from recr1.data_types import Prompt, Reward, Rollout
 from recr1.distributed import collectives as dist
+from recr1.utils.renamed import RENAMED_ROLLOUT_KEYS, rename_keys
 
 
 class ReplayError(ValueError):
@@ -66,7 +67,7 @@ def _read_rows_with_ids(path: str) -> dict[int, list[dict]]:
         with gzip.open(path, "rt", encoding="utf-8", errors="surrogatepass") as file:
             for line in file:
                 line_number += 1
-                row = json.loads(line)
+                row = rename_keys(json.loads(line), RENAMED_ROLLOUT_KEYS)
                 if "ids" in row:
                     rows_by_step.setdefault(row["step"], []).append(row)
     except FileNotFoundError:

@@ -19,7 +19,7 @@ NEAR_ZERO = (
     "recr1: a GRPO loss near 0 is no fault. The advantages of a group sum to 0 and before the first"
     " update every ratio is 1, so the loss starts near 0\n"
     "and stays there, whatever there is to learn; its gradient does not. Look at `reward` and"
-    " `val gain`: nothing is learned only where `zero-var` is 1,\n"
+    " `val gain`: nothing is learned only where `zero-std` is 1,\n"
     "and then `grad` is 0 too. What each name in a line means: recr1/tracking/README.md."
 )
 

@@ -22,9 +22,6 @@ from recr1.utils.files import WriteError, report_write_errors, sync_to_disk, wri
 
 MAX_KEPT_NONFINITE_STEPS = 5  # steps whose batches are kept
 
-# fields of MicroBatch that the kept batches have under another name
-NAMES_IN_FILES = {"advantages": "adv"}
-
 
 class RunLog:
     """Appends to the files of one run folder; everything is on disk when a call returns.
@@ -206,6 +203,5 @@ def _collect_tensors(batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
         fields = vars(batch) | batch.layout._asdict()
         for name, value in fields.items():
             if isinstance(value, torch.Tensor):
-                file_name = NAMES_IN_FILES.get(name, name)
-                tensors[f"{number}.{file_name}"] = value.detach().cpu().contiguous()
+                tensors[f"{number}.{name}"] = value.detach().cpu().contiguous()
     return tensors

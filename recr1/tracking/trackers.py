@@ -155,8 +155,8 @@ class Tracker:
 def flatten_row(row: dict | list, prefix: str = "") -> dict[str, float]:
     """Flatten nested values to names with slashes.
 
-    {"timing_s": {"step": 1}, "ci": [0, 2]} -> {"timing_s/step": 1, "ci/0": 0, "ci/1": 2}; a null has
-    no value to send and is left out.
+    {"timing_s": {"step": 1}, "ci": [0, 2]} -> {"timing_s/step": 1, "ci/0": 0, "ci/1": 2}; a null
+    has no value to send and is left out.
     """
     items = row.items() if isinstance(row, dict) else enumerate(row)
     flat: dict[str, float] = {}

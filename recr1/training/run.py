@@ -180,8 +180,8 @@ class Run(RunParts):
         """Return this rank's share of a step's P prompts.
 
         A function of (seed, step, turn). `turn` counts the draws of one step: groups that teach
-        nothing may be drawn again (sampling.dynamic_sampling). Some prompts have their words shuffled
-        when the config says so.
+        nothing may be drawn again (sampling.dynamic_sampling). Some prompts have their words
+        shuffled when the config says so.
         """
         order = prompt_order.choose_prompts(
             len(self.dataset.train),

@@ -42,7 +42,7 @@ def test_every_experiment_passes_its_dry_run(path, capsys, monkeypatch, tmp_path
     out = capsys.readouterr().out
     figures = [
         float(re.search(rf"{name} +([\d.]+)", out)[1])
-        for name in (("grad", "spread") if loop is train else ("grad", "loss"))
+        for name in (("grad", "std") if loop is train else ("grad", "loss"))
     ]
     assert "dry run passed" in out
     assert min(figures) > 0

@@ -141,7 +141,11 @@ def _not_kept(run, step: int) -> str:
         if (
             kept["step"] != step
             or not kept["texts"]
-            or not {f"{i}.{name}" for i in range(len(kept["losses"])) for name in ("tokens", "adv")}
+            or not {
+                f"{i}.{name}"
+                for i in range(len(kept["losses"]))
+                for name in ("tokens", "advantages")
+            }
             <= names
         ):
             return f"{folder} does not hold the batches of rank {rank}: {sorted(names)}"
@@ -160,7 +164,8 @@ def _moved(run, step: int) -> str:
         if before != after:
             return f"the weights of rank {rank} are others after step {step}"
     counted = [
-        json.loads(line)["skipped_steps"] for line in (run / "metrics.jsonl").read_text().splitlines()
+        json.loads(line)["skipped_steps"]
+        for line in (run / "metrics.jsonl").read_text().splitlines()
     ]
     want = [int(s >= step) for s in range(1, STEPS + 1)]
     return "" if counted == want else f"skipped steps are counted {counted}, not {want}"

@@ -330,7 +330,14 @@ def test_one_ranks_value_that_is_not_finite_stops_all_and_its_batches_are_kept(
         with safe_open(folder / f"nonfinite/step_000001/rank_{rank:05d}.safetensors", "pt") as f:
             assert {
                 f"{len(kept['losses']) - 1}.{name}"
-                for name in ("tokens", "target", "adv", "sampler_logp", "prompt_of", "weight")
+                for name in (
+                    "tokens",
+                    "target",
+                    "advantages",
+                    "sampler_logp",
+                    "prompt_of",
+                    "weight",
+                )
             } <= set(f.keys())
 
 

@@ -63,9 +63,9 @@ def test_two_steps_on_one_rank_and_on_two(name, tmp_path):
     assert set(weights) <= one[0].keys()
     # the second step's texts too
     for a, b in zip(*(jsonl(folder / "rollouts.jsonl.gz") for folder in folders), strict=True):
-        assert {k: a[k] for k in ("prompt", "text", "count", "reward", "reward_terms", "error")} == {
-            k: b[k] for k in ("prompt", "text", "count", "reward", "reward_terms", "error")
-        }
+        assert {
+            k: a[k] for k in ("prompt", "text", "count", "reward", "reward_terms", "error")
+        } == {k: b[k] for k in ("prompt", "text", "count", "reward", "reward_terms", "error")}
         assert set(a["reward_terms"]) == {"ndcg", *weights}
     assert any(
         row["error"] is None and row["reward"] > 0

@@ -42,7 +42,9 @@ METRICS = set(
     "format_error_rate completion_length truncated_ratio rollout_tokens_per_s "
     "sampling_logp_diff_mean sampling_logp_diff_p999 sampling_logp_diff_max timing_s".split()
 )
-ROLLOUT_KEYS = set("step prompt sibling count text finished reward reward_terms error advantage".split())
+ROLLOUT_KEYS = set(
+    "step prompt sibling count text finished reward reward_terms error advantage".split()
+)
 PER_TOKEN = ["ids", "sampler_logp", "trainer_logp", "ref_logp", "old_logp", "entropy"]
 ROOT = Path(__file__).resolve().parents[2]
 

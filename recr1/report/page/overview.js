@@ -116,7 +116,7 @@ function overviewSection() {
 
 // All metrics and parts of the reward on the test queries; a run's summary.json has them once it has finished.
 function measures(run) {
-  const all = Object.entries(run.summary.parts || {}),
+  const all = Object.entries(run.summary.reward_terms || {}),
     k = run.metric.split("@")[1];
   if (all.length < 2) return null;
   return [
@@ -129,7 +129,7 @@ function measures(run) {
         ["before training", "num"],
         ["after training", "num"],
         [`after − ${run.words[0]}, 95%`, "num"],
-        ["p", "num", "two-sided paired randomisation test"],
+        ["p", "num", "two-sided paired randomization test"],
       ],
       all.map(([name, f]) => [
         name,

@@ -353,7 +353,8 @@ def test_dlogp_norm_is_the_norm_of_the_derivative(run):
     [row], rows = jsonl(folder / "metrics.jsonl"), jsonl(folder / "rollouts.jsonl.gz")
     total = sum(r["count"] * len(r["ids"]) for r in rows)
     assert row["grad_logp_norm"] == pytest.approx(
-        math.sqrt(sum(len(r["ids"]) * (r["count"] * r["advantage"] / total) ** 2 for r in rows)), rel=1e-5
+        math.sqrt(sum(len(r["ids"]) * (r["count"] * r["advantage"] / total) ** 2 for r in rows)),
+        rel=1e-5,
     )
     assert row["importance_sampling_ratio"] == pytest.approx(1, abs=1e-4)
     assert np.isfinite(row["ratio_abs_deviation"])

@@ -43,7 +43,7 @@ def glossary() -> dict[str, str]:
 
 
 def fields(line: str) -> dict[str, str]:
-    """A line per step, "step     1/2  reward 0.5  zero-var 0.00  728 tok/s" -> {name: value}."""
+    """A line per step, "step     1/2  reward 0.5  zero-std 0.00  728 tok/s" -> {name: value}."""
     pairs = []
     for field in re.sub("^step +", "step ", line).split("  "):
         name, _, value = field.rpartition(" ")
