@@ -720,12 +720,12 @@ class StepStory:
 
     def _format_title(self) -> str:
         num_texts = len(self.step.rows)
-        surrogate, advantage, average = self.recipe
+        surrogate, advantage, agg_mode = self.recipe
         assert surrogate is not None
         prompt = self.step.rows[self.shown_rows[0]]["prompt"]
         return (
             f"step {self.step.step} of {self.step.run}: loss {self.config.kind} "
-            f"({surrogate.__name__}, {advantage}, per {average}), "
+            f"({surrogate.__name__}, {advantage}, {agg_mode}), "
             f"P = {self.num_prompts} prompts x G = {self.group_size} siblings "
             f"= {self.num_rollouts} rollouts, "
             f"D = {num_texts} distinct texts, N = {len(self.numpy_step.text)} tokens of them; "

@@ -46,7 +46,7 @@ def score_completions(cfg: Config, path: str) -> dict:
     A mean is that over queries: the completions of one query are averaged first.
 
     Returns:
-        {"n", "queries", "k", "errors": {name: count}, "metrics", "ci95": {term: ...}, "rows": [{id,
+        {"n", "queries", "k", "format_errors": {name: count}, "metrics", "ci95": {term: ...}, "rows": [{id,
         total, terms, error, answer}]}. Raises DataError, ConfigError and what its retriever raises.
     """
     task = tasks.build_task(cfg)
@@ -73,7 +73,7 @@ def score_completions(cfg: Config, path: str) -> dict:
         n=len(scored_rows),
         queries=summary.num_queries,
         k=cfg.reward.k_train,
-        errors=dict(errors.most_common()),
+        format_errors=dict(errors.most_common()),
         metrics=summary.means,
         ci95=summary.intervals,
         rows=scored_rows,
@@ -165,7 +165,7 @@ def format_scores(result: dict) -> str:
     for name, mean in result["metrics"].items():
         low, high = result["ci95"][name]
         lines.append(f"  {name:<34}{mean:8.4f}     [{low:.4f}, {high:.4f}]")
-    errors = result["errors"]
+    errors = result["format_errors"]
     lines.append(f"  unparsable: {sum(errors.values())}")
     for name, count in errors.items():
         lines.append(f"    {name:<32}{count:>8}")

@@ -334,7 +334,7 @@ def format_setup(run: Run) -> str:
     if run.loop == "train":
         loss = (
             f"loss {cfg.loss.kind} ({objective.surrogate.__name__}, "
-            f"{objective.advantage.__name__}, per {objective.agg_mode})"
+            f"{objective.advantage.__name__}, {objective.agg_mode})"
         )
         if run.scores_async:
             beside_sampling = ", beside sampling"

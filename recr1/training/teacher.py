@@ -125,7 +125,7 @@ def summarize_teacher(rows: list[dict], kept_rows: list[dict], sft: SftConfig) -
         source=sft.teacher,
         texts=len(rows),
         kept=len(kept_rows),
-        errors=dict(Counter(errors)),
+        format_errors=dict(Counter(errors)),
         score=_average(rows, "score"),
         raw=_average(rows, "raw"),
         score_kept=_average(kept_rows, "score"),
@@ -141,7 +141,7 @@ def format_teacher(run: Run, about: dict) -> str:
     """Format what `summarize_teacher` has returned as one line of the console."""
     sft = run.cfg.sft
     reward = run.cfg.reward
-    errors = about["errors"]
+    errors = about["format_errors"]
     line = (
         f"recr1: teacher {sft.teacher}: {about['texts']} texts, {about['kept']} kept "
         f"(sft.filter={sft.filter}, sft.min_score={sft.min_score:g}), "

@@ -26,18 +26,65 @@ import yaml
 # Config: old dotted key -> new dotted key, of one setting or of a whole section.
 # None: the new tree has no such key any more, it is left out.
 CONFIG_KEYS: dict[str, str | None] = {
-    # "loss.kl_in": "loss.kl_place",
+    "run.patience": "run.collective_timeout",
+    "retriever.upstream_wrapping": "retriever.reproduce_upstream_query_bug",
+    "reward.overlong": "reward.overlong_buffer",
+    "sampling.cache_gib": "sampling.kv_cache_gib",
+    "sampling.resample": "sampling.dynamic_sampling",
+    "loss.average": "loss.agg_mode",
+    "loss.clip": "loss.clip_ratio_low",
+    "loss.clip_high": "loss.clip_ratio_high",
+    "loss.kl": "loss.kl_coef",
+    "loss.entropy": "loss.entropy_coef",
+    "loss.reference_on_host": "loss.reference_cpu_offload",
+    "loss.importance_cap": "loss.tis_cap",
+    "loss.std_floor": "loss.advantage_eps",
+    "sft.keep": "sft.filter",
+    "sft.least": "sft.min_score",
+    "optimizer.final_lr": "optimizer.min_lr_ratio",
+    "optimizer.clip_norm": "optimizer.max_grad_norm",
+    "optimizer.on_host": "optimizer.cpu_offload",
+    "train.inner_steps": "train.num_mini_batches",
+    "train.checkpointing": "train.gradient_checkpointing",
+    "train.reduce": "train.gradient_sync",
+    "save.keep": "save.keep_last",
 }
 
 # Config: old dotted key -> {old value: new value}.
 CONFIG_VALUES: dict[str, dict] = {
-    # "model.head": {"one_shot": "fused"},
+    "model.head": {"one_shot": "fused"},
+    "loss.average": {
+        "token": "token-mean",
+        "sequence": "seq-mean-token-mean",
+        "constant": "seq-mean-token-sum-norm",
+    },
+    "train.reduce": {"micro_batch": "every_micro_batch", "step": "last_micro_batch"},
 }
 
 # Rows of metrics, rollouts, evaluations and summary: old key -> new key, at any depth.
 # None: the new tree does not log it any more.
 LOG_KEYS: dict[str, str | None] = {
-    # "adv": "advantage",
+    "reward_spread": "reward_std",
+    "zero_variance": "frac_reward_zero_std",
+    "adv_std": "advantage_std",
+    "clip_share": "clip_ratio",
+    "ratio_off": "ratio_abs_deviation",
+    "trust": "importance_sampling_ratio",
+    "dlogp_norm": "grad_logp_norm",
+    "trained_share": "trained_token_frac",
+    "resampled": "resampled_groups",
+    "distinct": "unique_completion_frac",
+    "completion_tokens": "completion_length",
+    "unfinished": "truncated_ratio",
+    "unparsable": "format_error_rate",
+    "errors": "format_errors",
+    "val_errors": "val_format_errors",
+    "skipped": "skipped_steps",
+    "logprob_gap_mean": "sampling_logp_diff_mean",
+    "logprob_gap_p999": "sampling_logp_diff_p999",
+    "max_logprob_gap": "sampling_logp_diff_max",
+    "adv": "advantage",
+    "parts": "reward_terms",
 }
 
 # The same rows: old key -> {old text: new text}.
@@ -64,10 +111,12 @@ ARGUMENTS: dict[str, str] = {
 # Keys whose values no two runs share: times and memory.
 NOT_COMPARED = {
     "seconds",
+    "timing_s",
     "memory",
     "rollout_tokens_per_s",
     "tokens_per_s",
     "reward_wait",
+    "reward_wait_frac",
     "wall_s",
 }
 

@@ -109,7 +109,7 @@ function perRun(id, title, intro, render) {
 function learnt(run) {
   const t = run.summary.teacher;
   if (!t) return [];
-  const errors = Object.entries(t.errors || {}).map(([name, n]) => `${name} ${n}`);
+  const errors = Object.entries(t.format_errors || {}).map(([name, n]) => `${name} ${n}`);
   return [
     table(
       "The teacher's texts",

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
-from recr1.config.loader import dump_config, load_config
+from recr1.config.loader import dump_config, get_value, load_config, load_run_config
 from recr1.config.schema import Config, ConfigError
+from recr1.utils.renamed import RENAMED_SETTINGS, RENAMED_VALUES
 
 QUICKSTART = str(Path(__file__).resolve().parents[3] / "experiments" / "quickstart.yaml")
 
@@ -67,6 +69,39 @@ def test_refused(yaml_file, text, message):
 def test_refused_overrides(yaml_file, override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(yaml_file("task: product_search"), [override])
+
+
+@pytest.mark.parametrize("old, new", RENAMED_SETTINGS.items())
+def test_a_renamed_key_is_refused_with_its_new_name(yaml_file, old, new):
+    message = f"unknown key {old}: it is called {new} now"
+
+    with pytest.raises(ConfigError, match=message):
+        load_config(yaml_file("task: product_search"), [f"{old}=1"])
+    assert get_value(Config(), new) is not None
+
+
+def test_a_renamed_value_is_refused_with_its_new_name(yaml_file):
+    with pytest.raises(ConfigError, match="'one_shot' is not .*; it is called fused now"):
+        load_config(yaml_file("model: {head: one_shot}"), [])
+
+
+def test_the_config_of_a_run_of_version_0_1_is_read(tmp_path):
+    config = load_config(QUICKSTART, ["loss.kl_coef=0.5", "loss.agg_mode=seq-mean-token-mean"])
+    tree = yaml.safe_load(dump_config(config))
+    old_values = {
+        new_key: {new: old for old, new in values.items()}
+        for new_key, values in RENAMED_VALUES.items()
+    }
+    for old_key, new_key in RENAMED_SETTINGS.items():
+        section, new_name = new_key.split(".")
+        value = tree[section].pop(new_name)
+        tree[section][old_key.split(".")[1]] = old_values.get(new_key, {}).get(value, value)
+    tree["model"]["head"] = "one_shot"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+
+    assert load_run_config(tmp_path) == config
+    with pytest.raises(ConfigError, match="it is called .* now"):
+        load_config(str(tmp_path / "config.yaml"), [])
 
 
 def test_missing_file():

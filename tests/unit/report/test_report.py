@@ -24,6 +24,12 @@ from recr1.distributed import collectives as dist
 from recr1.report import groups, ranking, record, rollouts
 from recr1.tracking.versions import collect_versions
 from recr1.training.launch import run_guarded
+from recr1.utils.renamed import (
+    RENAMED_METRICS,
+    RENAMED_ROLLOUT_KEYS,
+    RENAMED_SUMMARY_KEYS,
+    rename_keys,
+)
 
 SECTIONS = ["overview", "curves", "rollouts", "recommendations", "audit", "groups", "configuration"]
 EVIL = (
@@ -112,6 +118,28 @@ def test_a_run_ends_with_its_report(run):
     [start] = mine["versions"]
     assert start["packages"]["torch"] == torch.__version__
     assert start.keys() == collect_versions().keys()
+
+
+def test_a_run_that_version_0_1_has_logged_gives_the_same_report(run, tmp_path):
+    def restore(row: dict, names: dict[str, str]) -> dict:
+        old_names = {new: old for old, new in names.items()}
+        return rename_keys(row, old_names)
+
+    old_run = tmp_path / "run"
+    shutil.copytree(run, old_run)
+    metrics = [restore(row, RENAMED_METRICS) for row in jsonl(run / "metrics.jsonl")]
+    (old_run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    rows = [restore(row, RENAMED_ROLLOUT_KEYS) for row in jsonl(run / "rollouts.jsonl.gz")]
+    with gzip.open(old_run / "rollouts.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    summary = json.loads((run / "summary.json").read_text())
+    (old_run / "summary.json").write_text(json.dumps(restore(summary, RENAMED_SUMMARY_KEYS)))
+    assert metrics[0].keys() != jsonl(run / "metrics.jsonl")[0].keys()
+    assert "adv" in rows[0]
+
+    new_page = content(report.write_report([str(run)]))
+    old_page = content(report.write_report([str(old_run)]))
+    assert old_page["runs"] == new_page["runs"]
 
 
 def test_tokens_are_the_log(run):

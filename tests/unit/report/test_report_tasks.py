@@ -144,7 +144,7 @@ def folder(path, task, answers, score, metric="ndcg", sft=False, texts=(), **set
                 source="self",
                 texts=9,
                 kept=7,
-                errors=dict(no_json=2),
+                format_errors=dict(no_json=2),
                 score_kept=0.5,
                 raw_kept=0.25,
             ),

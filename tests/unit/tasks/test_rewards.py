@@ -361,7 +361,7 @@ def test_stored_completions_are_scored_part_by_part(world, tmp_path, capsys):
         0.0,
         None,
     )
-    assert (result["n"], result["queries"], result["k"], result["errors"]) == (
+    assert (result["n"], result["queries"], result["k"], result["format_errors"]) == (
         4,
         3,
         40,
@@ -378,9 +378,11 @@ def test_stored_completions_are_scored_part_by_part(world, tmp_path, capsys):
 
 def test_a_prompt_that_closes_the_thought(world, tmp_path, capsys):
     rows = [dict(id="test0", text='<answer>{"query": "lamp"}</answer>')]
-    assert command(world, rows, tmp_path, capsys)[0]["errors"] == {"no_think_end": 1}
+    assert command(world, rows, tmp_path, capsys)[0]["format_errors"] == {"no_think_end": 1}
     assert (
-        command(world, rows, tmp_path, capsys, "prompt.assistant=<think></think>")[0]["errors"]
+        command(world, rows, tmp_path, capsys, "prompt.assistant=<think></think>")[0][
+            "format_errors"
+        ]
         == {}
     )
 

@@ -287,7 +287,7 @@ def test_what_cannot_be_parsed_or_stands_twice_is_counted_and_said(world, tmp_pa
     assert "'ids' of 1 lines of the teacher do not spell their text" in out
     assert "59 texts, 58 kept" in out
     assert "nothing to learn from 1 {'no_think_end': 1}" in out
-    assert json.loads((tmp_path / "run/summary.json").read_text())["teacher"]["errors"] == {
+    assert json.loads((tmp_path / "run/summary.json").read_text())["teacher"]["format_errors"] == {
         "no_think_end": 1
     }
 
