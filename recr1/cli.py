@@ -45,6 +45,7 @@ from recr1.training.checks import check_lengths
 from recr1.training.dry_run import read_model_shape
 from recr1.training.launch import run_guarded
 from recr1.utils.exits import end_process
+from recr1.utils.renamed import RENAMED_FLAGS
 from recr1.utils.terminal import make_printable
 
 
@@ -52,6 +53,9 @@ def main(argv: list[str]) -> None:
     """Parse the command line and run its command."""
     parser = build_parser()
     args, overrides = parser.parse_known_args(argv)
+    for flag in overrides:
+        if flag in RENAMED_FLAGS:
+            parser.error(f"{flag} is called {RENAMED_FLAGS[flag]} now")
     args.overrides = overrides
     takes_overrides = args.run in (run_plan, run_reward)
     has_unknown_flag = any(text.startswith("-") for text in overrides)

@@ -46,7 +46,7 @@ def score_completions(cfg: Config, path: str) -> dict:
     A mean is that over queries: the completions of one query are averaged first.
 
     Returns:
-        {"n", "queries", "k", "format_errors": {name: count}, "metrics", "ci95": {term: ...}, "rows": [{id,
+        {"n", "queries", "k", "format_errors": {name: count}, "metrics", "ci95": {term: ...}, "rows":
         total, terms, error, answer}]}. Raises DataError, ConfigError and what its retriever raises.
     """
     task = tasks.build_task(cfg)

@@ -45,6 +45,9 @@ RENAMED_VALUES = {
     "train.gradient_sync": {"micro_batch": "every_micro_batch", "step": "last_micro_batch"},
 }
 
+# Flags of `recr1`: old flag -> new flag.
+RENAMED_FLAGS = {"--upstream-wrapping": "--reproduce-upstream-query-bug"}
+
 # Rows of metrics.jsonl: old key -> new key.
 RENAMED_METRICS = {
     "reward_spread": "reward_std",

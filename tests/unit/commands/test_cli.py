@@ -353,6 +353,14 @@ def test_unknown_metrics_are_refused(metrics, capsys):
     assert "ndcg@10" in capsys.readouterr().err
 
 
+def test_a_renamed_flag_is_refused_with_its_new_name(capsys):
+    with pytest.raises(SystemExit) as e:
+        cli.main(["search", "lamp", "--corpus", "x.jsonl", "--upstream-wrapping"])
+    assert e.value.code == 2
+    message = "--upstream-wrapping is called --reproduce-upstream-query-bug now"
+    assert message in capsys.readouterr().err
+
+
 def test_help_fits_one_screen():
     done = subprocess.run(
         [sys.executable, "-m", "recr1.cli", "--help"],
