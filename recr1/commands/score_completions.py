@@ -46,8 +46,9 @@ def score_completions(cfg: Config, path: str) -> dict:
     A mean is that over queries: the completions of one query are averaged first.
 
     Returns:
-        {"n", "queries", "k", "format_errors": {name: count}, "metrics", "ci95": {term: ...}, "rows":
-        total, terms, error, answer}]}. Raises DataError, ConfigError and what its retriever raises.
+        {"n", "queries", "k", "format_errors": {name: count}, "metrics", "ci95": {term: ...},
+        "rows": [{id, total, terms, error, answer}]}. Raises DataError, ConfigError and what its
+        retriever raises.
     """
     task = tasks.build_task(cfg)
     splits, qrels = read_judged_queries(cfg, task.required_fields)

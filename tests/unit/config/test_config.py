@@ -148,7 +148,7 @@ def test_a_number_is_a_number_wherever_it_stands(yaml_file, text):
         ("train:", "train: expected a section"),
         ("train: {steps: 1e3}", "train.steps: expected int, found str"),
         ("sampling: {temperature: .inf}", "sampling.temperature: must be a finite number"),
-        ("loss: {kl: .nan}", "loss.kl_coef: must be a finite number"),
+        ("loss: {kl_coef: .nan}", "loss.kl_coef: must be a finite number"),
         ("sampling: {group_size: 1}", "sampling.group_size: must be at least 2"),
         ("run: {dir: 3}", "run.dir: expected str, found int"),
         ("a: b: c", "not readable as YAML"),
