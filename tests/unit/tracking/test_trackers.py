@@ -51,8 +51,8 @@ def test_names_are_those_of_metrics_jsonl():
     )
     assert flatten_row(row) == {
         "reward": 0.5,
-        "seconds/step": 1.0,
-        "seconds/sample": 0.25,
+        "timing_s/step": 1.0,
+        "timing_s/sample": 0.25,
         "val_gain_ci95/0": -0.1,
         "val_gain_ci95/1": 0.2,
         "grad_norm": float("inf"),
@@ -80,7 +80,7 @@ def test_tensorboard_has_every_step_once_after_a_crash(world, tmp_path, monkeypa
     assert (
         set(events.Tags()["scalars"])
         == want.keys()
-        >= {"reward", "seconds/step", "memory/train", "val_gain", "val_gain_ci95/0", "kl"}
+        >= {"reward", "timing_s/step", "memory/train", "val_gain", "val_gain_ci95/0", "kl"}
     )
     for name, points in want.items():
         found = [(e.step, e.value) for e in events.Scalars(name)]
