@@ -137,7 +137,7 @@ def test_it_learns(kept):
         )
     }
     assert {name: end > begin for name, (begin, end) in course.items()} == dict(
-        reward=True, unparsable=False, entropy=False, frac_reward_zero_std=True
+        reward=True, format_error_rate=False, entropy=False, frac_reward_zero_std=True
     )
 
 
