@@ -11,6 +11,8 @@ if ! "$PYTHON" -m ruff format --check --quiet . || ! "$PYTHON" -m ruff check --q
     exit 1
 fi
 "$PYTHON" -m mypy --no-error-summary recr1 kernels
+# hundreds of processes start in the tests: all but the first find recr1 compiled
+unset PYTHONDONTWRITEBYTECODE
 start=$SECONDS
 status=0
 # testpaths, not a path: a file named in the arguments then runs alone. loadfile: what a file's tests share is made once; conftest.py has the

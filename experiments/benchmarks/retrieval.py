@@ -455,7 +455,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes: times mean nothing")
     args = parser.parse_args()
-    sizes = [2000, 3000] if args.dry_run else [int(size) for size in args.documents.split(",")]
+    sizes = [3000] if args.dry_run else [int(size) for size in args.documents.split(",")]
     queries = 24 if args.dry_run else QUERIES
     pairs = 1 if args.dry_run else args.pairs
     print("  ".join(COLUMNS))

@@ -116,10 +116,22 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Embedding(nn.Embedding):
+    """Look up rows of a weight (V, C). On the meta device, nothing is drawn for it.
+
+    There torch's normal_ draws no number either, but imports torch._dynamo: half of a small run's
+    time before its first step.
+    """
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class DecoderBody(nn.ModuleDict):
     """The decoder without its head, under Hugging Face's names."""
 
-    embed_tokens: nn.Embedding
+    embed_tokens: Embedding
     layers: nn.ModuleList  # of DecoderLayer
     norm: RMSNorm
 
@@ -144,7 +156,7 @@ class Decoder(nn.Module):
         self.backend = AttentionBackend()  # set_backend changes it
         self.reachable = reachable or config.vocab_size
         # The order in which modules are made is the order of their random numbers.
-        embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         layers = [DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)]
         self.model = DecoderBody(
             dict(

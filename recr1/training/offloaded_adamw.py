@@ -1,7 +1,8 @@
-"""AdamW with its moments in host memory."""
+"""torch's AdamW as runs use it, and with its moments in host memory."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Callable
 
 import torch
@@ -10,6 +11,17 @@ from torch import nn
 from recr1.distributed.cpu_offload import get_copy_stream, host_zeros
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, without the decorators that import torch._dynamo.
+
+    They are there for torch.compile, and take seconds at the start of every rank.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    # torch's decorator of step switches gradients off, too
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 class OffloadedAdamW:
@@ -21,7 +33,7 @@ class OffloadedAdamW:
 
     def __init__(self, params: list[nn.Parameter], **settings: Any):
         self.params = params
-        self.updates = [torch.optim.AdamW([p], fused=True, **settings) for p in params]
+        self.updates = [AdamW([p], fused=True, **settings) for p in params]
         self.param_groups: list[dict[str, Any]] = []
         for update in self.updates:
             self.param_groups += update.param_groups

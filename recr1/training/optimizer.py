@@ -9,7 +9,7 @@ import torch
 
 from recr1.config.schema import ConfigError, OptimizerConfig
 from recr1.distributed import collectives as dist
-from recr1.training.offloaded_adamw import OffloadedAdamW
+from recr1.training.offloaded_adamw import AdamW, OffloadedAdamW
 
 AnyOptimizer = torch.optim.Optimizer | OffloadedAdamW
 
@@ -122,13 +122,11 @@ class Optimizer:
         return math.sqrt(sum_of_squares)
 
 
-def make_adamw(
-    params: list[torch.nn.Parameter], config: OptimizerConfig
-) -> torch.optim.AdamW | OffloadedAdamW:
+def make_adamw(params: list[torch.nn.Parameter], config: OptimizerConfig) -> AdamW | OffloadedAdamW:
     """Return torch's fused AdamW, or the one whose moments are in host memory."""
     settings: dict[str, Any] = dict(
         lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )
     if config.cpu_offload:
         return OffloadedAdamW(params, **settings)
-    return torch.optim.AdamW(params, fused=True, **settings)
+    return AdamW(params, fused=True, **settings)

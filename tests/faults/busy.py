@@ -51,7 +51,8 @@ def endings(world: World, n: int) -> Iterator[Outcome]:
     of their imports.
     """
     makers = [trains, is_told_to_stop, fails_midway, evaluates, meets]
-    with hogs(), spawners() as idle, ThreadPoolExecutor(SIDE_BY_SIDE) as pool:
+    at_once = min(n, SIDE_BY_SIDE)
+    with hogs(), spawners(at_once) as idle, ThreadPoolExecutor(at_once) as pool:
 
         def run(i: int) -> Outcome:
             ranks = 2 + i // len(makers) % 2
@@ -149,10 +150,10 @@ def environment() -> dict[str, str]:
 
 
 @contextmanager
-def spawners():
-    """Provide a queue of SIDE_BY_SIDE processes of spawner.py."""
+def spawners(n: int):
+    """Provide a queue of n processes of spawner.py."""
     idle = SimpleQueue()
-    for _ in range(SIDE_BY_SIDE):
+    for _ in range(n):
         idle.put(start_spawner())
     try:
         yield idle

@@ -1,5 +1,9 @@
 """The optimizer against torch's own AdamW and clipping; nothing moves on a non-finite gradient."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -126,3 +130,29 @@ def test_a_skipped_step_leaves_no_trace_in_the_state():
             optimizer.step()
         assert optimizer.num_skipped == skips
     assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models)))
+
+
+START = """
+import sys
+import torch
+from recr1.config.schema import OptimizerConfig
+from recr1.model.hf_weights import make_empty_model
+from recr1.training.optimizer import Optimizer
+
+make_empty_model("experiments/policy")
+for on_host in (False, True):
+    layer = torch.nn.Linear(5, 3)
+    optimizer = Optimizer(layer, OptimizerConfig(on_host=on_host), 1)
+    layer(torch.ones(1, 5)).sum().backward()
+    optimizer.step()
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_a_run_starts_without_torchs_compiler():
+    """Its import takes each rank seconds, and torch's own Embedding and AdamW ask for it."""
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", START], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
