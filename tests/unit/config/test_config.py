@@ -69,6 +69,16 @@ def test_refused_overrides(yaml_file, override, message):
         load_config(yaml_file("task: product_search"), [override])
 
 
+@pytest.mark.parametrize(
+    "retriever",
+    ["{kind: dense, encoder: e, repeat_terms: once}", "{kind: 'mine:f', repeat_terms: once}"],
+)
+def test_counting_repeated_terms_once_is_refused_where_it_would_do_nothing(yaml_file, retriever):
+    with pytest.raises(ConfigError, match="retriever.repeat_terms: once is for bm25") as e:
+        load_config(yaml_file(f"retriever: {retriever}"), [])
+    assert "\n" not in str(e.value)
+
+
 def test_missing_file():
     with pytest.raises(ConfigError, match="nowhere.yaml: no such file"):
         load_config("nowhere.yaml", [])
@@ -115,6 +125,7 @@ def test_a_number_is_a_number_wherever_it_stands(yaml_file, text):
         ("sampling: {temperature: .inf}", "sampling.temperature: must be a finite number"),
         ("loss: {kl: .nan}", "loss.kl: must be a finite number"),
         ("sampling: {group_size: 1}", "sampling.group_size: must be at least 2"),
+        ("retriever: {repeat_terms: never}", "repeat_terms: 'never' is not one of count, once"),
         ("run: {dir: 3}", "run.dir: expected str, found int"),
         ("a: b: c", "not readable as YAML"),
     ],
