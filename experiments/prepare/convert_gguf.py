@@ -94,7 +94,7 @@ def convert_gguf(file: Path, folder: Path, chat_template: Path | None = None) ->
             "scaling); take the model's Hugging Face folder instead"
         )
     _write_json(folder / "config.json", config)
-    stops = dict(eos_token_id=config["eos_token_id"], pad_token_id=config["pad_token_id"])
+    stops = {name: config.get(name) for name in ("eos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", stops)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     # Notes on how it was loaded, no settings.
@@ -164,7 +164,7 @@ def _read_model(file: Path) -> tuple[Any, Any]:
 def _make_config(model: Any, file: Path) -> dict:
     """Return config.json of the model, unquantized. Raises PrepareError for another decoder."""
     config = json.loads(model.config.to_json_string())
-    for name in ("quantization_config", "_name_or_path"):
+    for name in ("quantization_config", "_model_name_or_path"):
         config.pop(name, None)
     config["architectures"] = [type(model).__name__]
     # A GGUF holds it in float32: the shortest decimal that means the same float32, 1e-05.

@@ -54,7 +54,7 @@ def check_encoder(folder: Path, query: str, cosines: dict[str, float]) -> list[s
     """Check the encoder's vectors, and return the names of the checks. Raises PrepareError."""
     texts = [query, *cosines]
     try:
-        encoder = Encoder(str(folder), pooling="mean", max_length=96)
+        encoder = Encoder(str(folder), pooling="mean", max_length=64)
     except ModelFolderError as e:
         raise PrepareError(str(e)) from None
     vectors = encoder(texts)  # (n, C), of length 1

@@ -20,10 +20,12 @@ from typing import NamedTuple
 
 from bundled import BUNDLED_MSRD, read_catalog
 from checks import PrepareError, Split, drop_repeats
+from upstream import find_file
 from writing import run_command_line, write_data_set
 
 from recr1.data.readers import is_validation
 from recr1.retrieval.bm25.analyzer import analyze
+from recr1.utils.files import fingerprint_file
 
 MARK = "Director:"  # ends the overview
 QUERY_WORDS = 40
@@ -75,7 +77,7 @@ def prepare(args: Namespace, out: Path) -> None:
         corpus,
         dict(train=train, test=test),
         source=source,
-        options=dict(mask_title=args.mask_title),
+        options=list_options(args),
         counts=dict(dropped_repeats=num_dropped, teacher=len(train_films)),
     )
 
@@ -171,9 +173,22 @@ def add_options(parser: ArgumentParser) -> None:
     )
 
 
+def describe_wanted(args: Namespace) -> dict:
+    """Return what the finished folder of these arguments says of itself."""
+    corpus_path = find_file(args.source, "corpus.jsonl")
+    return dict(sha256=[fingerprint_file(corpus_path)["sha256"]], options=list_options(args))
+
+
+def list_options(args: Namespace) -> dict:
+    """Return the options that decide what is written, for prepared.json."""
+    return dict(mask_title=args.mask_title)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code."""
-    return run_command_line(__file__, __doc__, prepare, add_options, argv)
+    return run_command_line(
+        __file__, __doc__, prepare, add_options, argv, describe_wanted=describe_wanted
+    )
 
 
 if __name__ == "__main__":
