@@ -152,9 +152,11 @@ def _read_model(file: Path) -> tuple[Any, Any]:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, **options
         )
-    except (ValueError, KeyError, OSError, NotImplementedError) as e:
+    except (ValueError, KeyError, OSError, RuntimeError) as e:  # a shape that is not the config's
         reason = " ".join(str(e).split())
-        raise PrepareError(f"{file}: transformers cannot read it: {reason}") from None
+        raise PrepareError(
+            f"{file}: transformers cannot read it ({reason}); take the model's Hugging Face folder"
+        ) from None
     missing = set(loading["missing_keys"]) - {"lm_head.weight"}
     if missing:
         raise PrepareError(f"{file}: has no weights for {len(missing)} tensors, {min(missing)}")
