@@ -42,10 +42,13 @@ setup(
         "track": ["tensorboard"],
         "docs": ["matplotlib"],  # experiments/walkthrough/walkthrough.ipynb
         "audit": ["lm-eval[hf,ifeval]>=0.4.13"],
+        "models": ["gguf", "accelerate"],  # experiments/prepare/convert_gguf.py
         # pyarrow: experiments/prepare/esci.py
         "dev": [
             "pytest",
             "pytest-xdist",
+            "gguf",
+            "accelerate",
             "ruff",
             "mypy",
             "bm25s",

@@ -4,8 +4,8 @@ python experiments/analysis/score_lists.py FILE [--metrics ndcg@10,recall@100] [
 
 FILE (JSON, plain or .gz) is one object: "<n>_<query>" -> {"id", "retrieved", "target", "ndcg@10",
 ..., "recall@100"}, where `retrieved` (best first) and `target` are lists of document ids, or
-strings that hold Python lists. Every target gains 1. What each convention makes of a list that
-repeats itself:
+strings that hold Python lists. `target` may also be one bare id, as in the Amazon Beauty files.
+Every target gains 1. What each convention makes of a list that repeats itself:
 
     ours        recr1.tasks.ranking_metrics: a target that is listed twice is one; a document
                 retrieved twice counts at its first place. trec_eval's figures.
@@ -129,7 +129,7 @@ def _check_row(row: object, where: str) -> dict:
             f'{where}: holds a {type(row).__name__}, not an object with "retrieved" and "target"'
         )
     retrieved = _read_ids(row, "retrieved", where)
-    target = _read_ids(row, "target", where)
+    target = _read_ids(row, "target", where, may_be_bare=True)
     if not target:
         raise DataError(
             f"{where}: 'target' is empty: no metric is defined for it; take the query out"
@@ -151,18 +151,24 @@ def _check_row(row: object, where: str) -> dict:
     return dict(retrieved=retrieved, target=target, stored=stored, other=other)
 
 
-def _read_ids(row: dict, name: str, where: str) -> list[str]:
-    """Return a list of document ids, which may be a string that holds a Python list."""
+def _read_ids(row: dict, name: str, where: str, may_be_bare: bool = False) -> list[str]:
+    """Return a list of document ids, which may be a string that holds a Python list.
+
+    may_be_bare: the string may also be one id itself: letters, digits, - and _, as ASINs are.
+    """
     if name not in row:
         keys = ", ".join(map(repr, list(row)[:6])) or "none"
         raise DataError(f"{where}: no {name!r}; its keys are {keys}")
     ids = row[name]
+    if may_be_bare and isinstance(ids, str) and re.fullmatch(r"[\w-]+", ids):
+        return [ids]
     if isinstance(ids, str):
         try:
             ids = ast.literal_eval(ids)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise DataError(
-                f"{where}: {name!r} is a string that holds no Python list: {row[name][:40]!a}"
+                f"{where}: {name!r} is a string that holds no Python list"
+                f"{' and is no id' * may_be_bare}: {row[name][:40]!a}"
             ) from None
     if not isinstance(ids, list):
         raise DataError(f"{where}: {name!r} holds a {type(ids).__name__}, not a list")

@@ -12,6 +12,8 @@ from upstream import find_file, iterate_json, to_one_line
 from recr1.data.readers import read_qrels
 from recr1.utils.files import fingerprint_file
 
+BUNDLED_MSRD = Path(__file__).resolve().parents[1] / "data/msrd"
+
 
 def read_bundled(
     folder: Path,
@@ -22,19 +24,26 @@ def read_bundled(
 
     Texts are as `tidy` makes them, other keys as they are.
     """
-    corpus_path = find_file(folder, "corpus.jsonl")
-    paths = [corpus_path]
-    for name in names:
-        paths.append(find_file(folder, f"{name}.queries.jsonl"))
-        paths.append(find_file(folder, f"{name}.qrels.tsv"))
-    corpus = []
-    for _, row in iterate_json(corpus_path, ("id", "title", "text")):
-        corpus.append(row | dict(title=tidy(row["title"]), text=tidy(row["text"])))
+    corpus, source = read_catalog(folder, tidy)
     splits = {}
-    for name, queries_path, qrels_path in zip(names, paths[1::2], paths[2::2]):
+    for name in names:
+        queries_path = find_file(folder, f"{name}.queries.jsonl")
+        qrels_path = find_file(folder, f"{name}.qrels.tsv")
         splits[name] = read_split(queries_path, qrels_path, tidy)
-    source = [dict(name=path.name, **fingerprint_file(path)) for path in paths]
+        for path in (queries_path, qrels_path):
+            source.append(dict(name=path.name, **fingerprint_file(path)))
     return corpus, splits, source
+
+
+def read_catalog(
+    folder: Path, tidy: Callable[[str], str] = to_one_line
+) -> tuple[list[dict], list[dict]]:
+    """Return (corpus rows, source) of the folder's corpus alone."""
+    path = find_file(folder, "corpus.jsonl")
+    corpus = []
+    for _, row in iterate_json(path, ("id", "title", "text")):
+        corpus.append(row | dict(title=tidy(row["title"]), text=tidy(row["text"])))
+    return corpus, [dict(name=path.name, **fingerprint_file(path))]
 
 
 def read_split(queries_path: Path, qrels_path: Path, tidy: Callable[[str], str]) -> Split:

@@ -86,7 +86,7 @@ def fetch_files(remotes: list[Remote], args: Namespace) -> tuple[list[Path], lis
                     f"from, or fetch {remote.url}"
                 )
         found = fingerprint_file(path)
-        _verify(
+        verify(
             path,
             found,
             remote.size,
@@ -98,7 +98,7 @@ def fetch_files(remotes: list[Remote], args: Namespace) -> tuple[list[Path], lis
     return paths, source
 
 
-def _verify(path: Path, found: dict, size: int | None, sha256: str | None, remedy: str) -> None:
+def verify(path: Path, found: dict, size: int | None, sha256: str | None, remedy: str) -> None:
     """Raise PrepareError where size or sha256 are not those that are expected."""
     if size is not None and found["size"] != size:
         raise PrepareError(f"{path}: {found['size']:,} bytes, {size:,} were published; {remedy}")
@@ -146,7 +146,7 @@ def _download(remote: Remote, path: Path) -> None:
                 )
     found = fingerprint_file(part)
     try:
-        _verify(
+        verify(
             part,
             found,
             remote.size or total,

@@ -7,10 +7,8 @@ import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from bundled import read_bundled
+from bundled import BUNDLED_MSRD, read_bundled
 from writing import run_command_line, write_data_set
-
-BUNDLED = Path(__file__).resolve().parents[1] / "data/msrd"
 
 
 def prepare(args: Namespace, out: Path) -> None:
@@ -25,7 +23,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--from",
         dest="source",
         type=Path,
-        default=BUNDLED,
+        default=BUNDLED_MSRD,
         metavar="FOLDER",
         help="a copy of experiments/data/msrd (default: that one)",
     )

@@ -1,6 +1,6 @@
 """End a preparation: checks, then a folder that is complete or absent.
 
-A prepared folder: corpus.jsonl.gz, NAME.queries.jsonl and NAME.qrels.tsv for train and every test
+A prepared data set: corpus.jsonl.gz, NAME.queries.jsonl and NAME.qrels.tsv for train and every test
 setting, and prepared.json, written last. Validation is no file: it is the hash tenth of train
 (readers.is_validation).
 """
@@ -19,6 +19,8 @@ from recr1.data.readers import DataError, is_validation, read_qrels, read_querie
 from recr1.utils.files import PARTIAL, fingerprint_file, remove_path, sync_to_disk
 
 INDEX = "prepared.json"
+
+MODELS = Path.home() / ".cache/recr1/models"
 
 
 def write_data_set(
@@ -50,7 +52,6 @@ def write_data_set(
     for name, split in splits.items():
         write_split(folder, name, split)
 
-    # What prepared.json says of the folder; it is written last.
     train = splits["train"].rows
     num_validation = sum(is_validation(row["id"]) for row in train)
     all_counts = dict(
@@ -59,13 +60,19 @@ def write_data_set(
     for name, split in splits.items():
         if name != "train":
             all_counts[name] = len(split.rows)
-    about = dict(
-        source=source,
-        options=options,
-        checks=[*passed, "reads back with recr1.data"],
-        counts=all_counts | (counts or {}),
-        files={path.name: fingerprint_file(path) for path in sorted(folder.iterdir())},
-    )
+    checks = [*passed, "reads back with recr1.data"]
+    return write_index(folder, source, options, checks, all_counts | (counts or {}))
+
+
+def write_index(
+    folder: Path, source: list[dict], options: dict, checks: list[str], counts: dict
+) -> dict:
+    """Write prepared.json, the folder's last file, and return what it says."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            files[path.relative_to(folder).as_posix()] = fingerprint_file(path)
+    about = dict(source=source, options=options, checks=checks, counts=counts, files=files)
     text = json.dumps(about, indent=1, ensure_ascii=False) + "\n"
     (folder / INDEX).write_text(text, encoding="utf-8")
     sync_to_disk(folder / INDEX)
@@ -113,11 +120,20 @@ def run_command_line(
     prepare: Callable[[argparse.Namespace, Path], None],
     options: Callable[[argparse.ArgumentParser], None],
     argv: list[str] | None = None,
+    *,
+    describe_wanted: Callable[[argparse.Namespace], dict] | None = None,
+    default_out: Path | None = None,
 ) -> int:
     """Run a script's main.
 
     It parses, calls prepare(args, folder) with an empty folder, and gives the folder the name --out
     when that returns.
+
+    Args:
+        describe_wanted: returns the sha256 of every source and the options of what these arguments
+            ask for. A folder that says the same of itself, and whose files are whole, is kept as it
+            is. Without it every run prepares anew.
+        default_out: --out where none is given; without it --out is required.
 
     Returns 0; or 2 after one line on stderr for what a user can mend; or 130 when interrupted.
     Unless it returns 0, --out is as it was.
@@ -130,9 +146,11 @@ def run_command_line(
     parser.add_argument(
         "--out",
         type=Path,
-        required=True,
+        default=default_out,
+        required=default_out is None,
         metavar="DIR",
-        help="the prepared folder; one that an earlier preparation wrote is replaced",
+        help="the prepared folder; one that an earlier preparation wrote is replaced"
+        + ("" if default_out is None else " (default: %(default)s)"),
     )
     options(parser)
     args = parser.parse_args(argv)
@@ -143,7 +161,8 @@ def run_command_line(
             raise PrepareError(
                 f"{args.out}: exists, and no preparation wrote it; give a new folder with --out"
             )
-        replace_folder(out, partial, lambda: prepare(args, partial))
+        if describe_wanted is None or not _is_finished(out, describe_wanted(args)):
+            replace_folder(out, partial, lambda: prepare(args, partial))
     except (DataError, OSError, KeyboardInterrupt) as e:
         if partial.is_dir():
             remove_path(partial)
@@ -185,6 +204,28 @@ def replace_folder(out: Path, partial: Path, fill: Callable[[], None]) -> None:
     sync_to_disk(out.parent)
     if old.exists():
         remove_path(old)
+
+
+def _is_finished(folder: Path, wanted: dict) -> bool:
+    """Return whether the folder is what is wanted, and each of its files is as it was written.
+
+    wanted: {"sha256": of the sources, "options"}.
+    """
+    if not (folder / INDEX).is_file():
+        return False
+    try:
+        about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        found = dict(sha256=[file["sha256"] for file in about["source"]], options=about["options"])
+        files = about["files"]
+    except (ValueError, KeyError, TypeError):
+        return False
+    if found != wanted:
+        return False
+    for name, fingerprint in files.items():
+        path = folder / name
+        if not path.is_file() or fingerprint_file(path) != fingerprint:
+            return False
+    return True
 
 
 def _is_prepared(folder: Path) -> bool:

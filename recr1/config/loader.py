@@ -31,6 +31,7 @@ CHOICES = {
     "data.on_long_prompt": ("stop", "drop"),
     "retriever.variant": ("lucene", "okapi"),
     "retriever.length": ("exact", "lucene"),
+    "retriever.repeat_terms": ("count", "once"),
     "retriever.scorer": ("torch", "numba"),
     "retriever.pooling": ("cls", "mean"),
     "retriever.index": ("exact", "hnsw"),
@@ -298,6 +299,10 @@ def _check_retriever(config: Config) -> None:
         raise ConfigError(
             "retriever.encoder: goes with retriever.kind=dense, which needs one: "
             "a Hugging Face encoder's folder or hub id"
+        )
+    if retriever.repeat_terms == "once" and kind not in ("bm25", "rank_bm25"):
+        raise ConfigError(
+            f"retriever.repeat_terms: once is for bm25 and rank_bm25; {kind} does not count terms"
         )
     if retriever.timeout and kind in RETRIEVERS:
         raise ConfigError(

@@ -70,6 +70,8 @@ class RetrieverConfig:
     length: str = "exact"
     k1: float = 1.2  # BM25: the larger, the more the repetitions of a term count.
     b: float = 0.75  # BM25: how much a document's length counts, from 0 to 1.
+    # BM25: what a term that stands n times in the query counts: count: n times | once.
+    repeat_terms: str = "count"
     scorer: str = "torch"  # What computes BM25: torch | numba (extra [fast], CPU, the faster one).
     # Search for "(contents:QUERY)" as the published code does, which loses the query's first word.
     reproduce_upstream_query_bug: bool = False

@@ -73,6 +73,7 @@ def write_report(
     for run in records:
         page = record.describe_run(run)
         page["rollouts"] = _describe_rollouts(run, tokenizer)
+        page["repeats"] = rollouts.measure_repeats(run.before, run.after)
         pages.append(page)
     names = [run.folder.resolve().name for run in records]
     made_time = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

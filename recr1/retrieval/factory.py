@@ -53,7 +53,9 @@ def build_retriever(r: schema.RetrieverConfig) -> Callable[..., tuple[Retriever,
     if r.kind == "dense":
         return partial(_build_from_texts, _prepare_dense(r))
     if r.kind == "rank_bm25":
-        make_search: Callable = partial(make_rank_bm25_search, k1=r.k1, b=r.b)
+        make_search: Callable = partial(
+            make_rank_bm25_search, k1=r.k1, b=r.b, repeat_terms=r.repeat_terms
+        )
     else:
         make_search = plugins.load_function("retriever.kind", r.kind, RETRIEVERS)
     return partial(_build_from_texts, partial(_build_user_retriever, r, make_search))
@@ -93,6 +95,7 @@ def _build_bm25(
         on_bad_line=on_bad_line,
         scorer=r.scorer,
         reproduce_upstream_query_bug=r.reproduce_upstream_query_bug,
+        repeat_terms=r.repeat_terms,
         device=dist.device(),
         **asdict(_get_parameters(r)),
     )

@@ -5,6 +5,7 @@ model/hf_weights.py reads its weights.
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,12 @@ class ModelFolderError(ValueError):
 
 
 def resolve_model_folder(path: str, key: str = "model.path") -> str:
-    """Return the path of a model folder. For a hub id (org/name) it is the local folder in
-    transformers' own cache; it is downloaded if it is not there. Raises ModelFolderError.
+    """Return the path of a model folder, its ~ expanded. For a hub id (org/name) it is the local
+    folder in transformers' own cache; it is downloaded if it is not there. Raises ModelFolderError.
 
     key: the setting that has the path.
     """
+    path = os.path.expanduser(path)
     if path and Path(path).is_dir():
         return path
     if Path(path).exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):

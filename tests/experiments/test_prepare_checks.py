@@ -287,7 +287,7 @@ def test_what_fails_leaves_the_earlier_preparation(tmp_path, capsys):
 def test_msrd(tmp_path):
     out = prepare("msrd", tmp_path / "out")
     assert counts(out) == dict(documents=9750, train=11790, validation=1303, test=1577)
-    source = script("msrd").BUNDLED
+    source = script("bundled").BUNDLED_MSRD
     assert {id: r["text"] for id, r in read(out, "test")[0].items()} == {
         r["id"]: r["text"] for r in rows(source / "test.queries.jsonl")
     }

@@ -112,6 +112,47 @@ def test_upstreams_stored_figures_come_out(tmp_path, capsys):
     assert alone["difference"] == pytest.approx(ours - 0.24261785528500343, abs=1e-12)
 
 
+def released_beauty() -> dict:
+    """Two queries in the form of upstream's Amazon Beauty files: `target` is one bare id,
+    `retrieved` a string that holds a Python list. With one target the metrics are closed forms: it
+    stands at rank 3 in the first, at rank 14 in the second.
+    """
+    rows = {}
+    for number, (target, rank) in enumerate((("B0BKKMZCJ7", 3), ("1455516910", 14))):
+        retrieved = [f"B{place:09}" for place in range(1, 51)]
+        retrieved[rank - 1] = target
+        gain = 1 / math.log2(rank + 1)
+        rows[f"{number}_query"] = dict(id=str(number), retrieved=str(retrieved), target=target) | {
+            "ndcg@10": gain if rank <= 10 else 0.0,
+            "ndcg@50": gain,
+            "recall@10": float(rank <= 10),
+            "recall@50": 1.0,
+        }
+    return rows
+
+
+def test_one_bare_id_is_a_target(tmp_path, capsys):
+    result = scored(write(tmp_path / "lists.json", released_beauty()), capsys)
+    assert result["n"] == 2
+    assert result["not_compared"] == []
+    mean = (1 / math.log2(4) + 1 / math.log2(15)) / 2
+    assert result["metrics"]["ndcg@50"]["ours"] == pytest.approx(mean, abs=1e-12)
+    for name in ("ndcg@10", "ndcg@50", "recall@10", "recall@50"):
+        stored = result["metrics"][name]["stored"]
+        assert stored["n"] == 2
+        assert stored["differ_from_upstream"]["n"] == 0
+        assert stored["differ_from_ours"]["n"] == 0
+
+
+def test_a_bare_id_scores_as_a_list_of_it(tmp_path, capsys):
+    """An id of digits alone is an id too, no Python number."""
+    bare = released_beauty()
+    listed = {key: row | dict(target=[row["target"]]) for key, row in bare.items()}
+    one = scored(write(tmp_path / "bare.json", bare), capsys)
+    other = scored(write(tmp_path / "listed.json", listed), capsys)
+    assert one == other
+
+
 @pytest.mark.parametrize("as_text", [True, False], ids=["strings", "lists"])
 def test_equals_trec_eval(as_text, tmp_path, capsys):
     """Ours is trec_eval's figure whatever repeats among the targets; upstream's too, where nothing
@@ -228,8 +269,12 @@ GOOD = dict(retrieved=["a"], target=["a"])
     [
         ({"7_shoes": GOOD | dict(target="['a'")}, ("'7_shoes'", "'target'", "no Python list")),
         (
-            {"7_shoes": GOOD | dict(target="B000000001")},
-            ("'7_shoes'", "'target'", "no Python list"),
+            {"7_shoes": GOOD | dict(target="B000000001 B000000002")},
+            ("'7_shoes'", "'target'", "no Python list and is no id"),
+        ),
+        (
+            {"7_shoes": GOOD | dict(retrieved="B000000001")},
+            ("'7_shoes'", "'retrieved'", "no Python list:"),
         ),
         (
             {"7_shoes": GOOD | dict(target="__import__('os').getcwd()")},

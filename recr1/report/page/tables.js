@@ -70,6 +70,13 @@ function histogramOf(h) {
   );
 }
 
+function repeatsLine(run) {
+  const repeats = run.repeats;
+  if (!repeats) return null;
+  const text = `Words that repeat an earlier word of the same test answer: ${percent(repeats.before)} of the words before training, ${percent(repeats.after)} after, as means over answers.`;
+  return el("p", { class: "small" }, text, " ", repeats.flagged ? el("span", { class: "flag" }, "stuffing: the policy says words again for their weight") : null);
+}
+
 function auditSection() {
   return perRun(
     "audit",
@@ -115,6 +122,7 @@ function auditSection() {
       const recurring = r.recurring.map((row) => [row.prompts, row.rollouts, number(row.reward, 3), row.answer, row.examples.join(" · ")]);
       return [
         histogramOf(r.histogram),
+        repeatsLine(run),
         el("h3", null, "Highest rewards"),
         choice("Which rollouts", names, 0, fill),
         holder,

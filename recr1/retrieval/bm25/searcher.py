@@ -29,6 +29,8 @@ from recr1.retrieval.interface import make_empty_result
 
 SCORERS = ("torch", "numba")
 
+REPEAT_TERMS = ("count", "once")
+
 CPU = torch.device("cpu")
 
 # queries x documents: below that, starting threads takes longer than they save
@@ -39,7 +41,7 @@ class QueryTerms(NamedTuple):
     """The terms of Q queries in one array; query q has terms[starts[q]:starts[q + 1]]."""
 
     terms: np.ndarray  # (T,) int64, term ids
-    weights: np.ndarray  # (T,) float32, how often the query has the term
+    weights: np.ndarray  # (T,) float32, how often the query has the term, or 1
     starts: np.ndarray  # (Q + 1,) int64
 
     @classmethod
@@ -74,11 +76,14 @@ class BM25Searcher:
     Args:
         scorer: "torch", on `device`, or "numba" (extra [fast], CPU): see their files. On a CPU, as
             many threads as torch has share a batch of queries.
-        reproduce_upstream_query_bug: search for "(contents:QUERY)" as the published code does.
-            Lucene's tokenizer joins letter:letter, so a query that begins with a letter loses its
-            first word, and another gains the token `content`.
+        reproduce_upstream_query_bug: search for "(contents:QUERY)" as the published code does. Lucene's
+            tokenizer joins letter:letter, so a query that begins with a letter loses its first
+            word, and another gains the token `content`.
+        repeat_terms: what a token that stands n times in the query counts: "count": n times, as in
+            Lucene; "once": like one that stands there once, so that nothing is gained by saying a
+            word again.
 
-    Raises ValueError for a scorer that is not there.
+    Raises ValueError for a scorer that is not there, and for another repeat_terms.
     """
 
     def __init__(
@@ -87,11 +92,14 @@ class BM25Searcher:
         scorer: str = "torch",
         reproduce_upstream_query_bug: bool = False,
         device: torch.device = CPU,
+        repeat_terms: str = "count",
     ):
         check_scorer(scorer)
+        check_repeat_terms(repeat_terms)
         self.index = index
         self.doc_ids: Sequence[str] = index.doc_ids
         self.reproduce_upstream_query_bug = reproduce_upstream_query_bug
+        self.repeat_terms = repeat_terms
         self.device = device
         arrays = (index.offsets, index.docs, index.impacts, len(index.doc_ids))
         self.scorer: numba_scorer.NumbaScorer | torch_scorer.TorchScorer
@@ -101,10 +109,12 @@ class BM25Searcher:
         else:
             self.scorer = torch_scorer.TorchScorer(*arrays, device)
             device_type = device.type
-        wrapping = ", upstream wrapping" if reproduce_upstream_query_bug else ""
+        options = ", upstream wrapping" if reproduce_upstream_query_bug else ""
+        if repeat_terms == "once":
+            options += ", repeated terms count once"
         self.description = (
             "bm25 ({variant}, k1 {k1:g}, b {b:g}, length {length}".format(**index.meta)
-            + f"{wrapping}; scorer {scorer} on {device_type})"
+            + f"{options}; scorer {scorer} on {device_type})"
         )
         cached = lru_cache(maxsize=1 << 16)
         self._find_term_id = cached(index.terms.find)
@@ -117,6 +127,7 @@ class BM25Searcher:
         *,
         scorer: str = "torch",
         reproduce_upstream_query_bug: bool = False,
+        repeat_terms: str = "count",
         **parameters: Any,
     ) -> BM25Searcher:
         """Build the searcher of D texts, in memory.
@@ -125,18 +136,19 @@ class BM25Searcher:
         BM25Parameters do.
         """
         check_scorer(scorer)
+        check_repeat_terms(repeat_terms)
         bm25_parameters = BM25Parameters(**parameters)
         index = BM25Index.of_texts(doc_ids, texts, bm25_parameters, scorer == "numba")
-        return cls(index, scorer, reproduce_upstream_query_bug)
+        return cls(index, scorer, reproduce_upstream_query_bug, repeat_terms=repeat_terms)
 
     def search(self, queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return rows (Q, k) int64 and scores (Q, k) float32, best first.
 
         Past the last hit the row is -1, the score -inf. A hit has at least one token of the query
         and a score above 0 (in "okapi" a common term may have 0 or less). A token that the query
-        repeats counts as often as it occurs; the order of words does not matter. Equal scores are
-        ranked by document id, which also decides which of them are among the k. Raises ValueError
-        for k < 1.
+        repeats counts as often as it occurs, or once (repeat_terms); the order of words does not
+        matter. Equal scores are ranked by document id, which also decides which of them are among
+        the k. Raises ValueError for k < 1.
         """
         term_counts = [self._count_terms(query) for query in queries]
         return self.rank(term_counts, k)
@@ -190,14 +202,16 @@ class BM25Searcher:
         return sorted(contributions, key=lambda pair: -pair[1])
 
     def _count_terms(self, query: str) -> dict[int, int]:
-        """Return {term id: how often the query has it}, ids ascending, of terms of the index."""
+        """Return {term id: how often it counts}, ids ascending, of the query's terms that the index
+        has.
+        """
         text = f"(contents:{query})" if self.reproduce_upstream_query_bug else query
         token_counts = Counter(analyze(text))
         term_counts = {}
         for token, count in token_counts.items():
             term_id = self._find_term_id(token)
             if term_id >= 0:
-                term_counts[term_id] = count
+                term_counts[term_id] = 1 if self.repeat_terms == "once" else count
         return dict(sorted(term_counts.items()))
 
     def _count_threads(self, num_queries: int) -> int:
@@ -225,6 +239,7 @@ def load_or_build_bm25(
     scorer: str = "torch",
     reproduce_upstream_query_bug: bool = False,
     device: torch.device = CPU,
+    repeat_terms: str = "count",
     **parameters: Any,
 ) -> BM25Searcher:
     """Return BM25 over the index of a directory.
@@ -235,12 +250,21 @@ def load_or_build_bm25(
     ValueError and OSError as well.
     """
     check_scorer(scorer)
+    check_repeat_terms(repeat_terms)
     source = (corpus, BM25Parameters(**parameters), on_bad_line, scorer == "numba")
     if directory:
         index = open_or_build(directory, *source)
     else:
         index = BM25Index.of_file(*source)
-    return BM25Searcher(index, scorer, reproduce_upstream_query_bug, device)
+    return BM25Searcher(index, scorer, reproduce_upstream_query_bug, device, repeat_terms)
+
+
+def check_repeat_terms(repeat_terms: str) -> None:
+    """Raise ValueError for a value that has no meaning."""
+    if repeat_terms not in REPEAT_TERMS:
+        raise ValueError(
+            f"repeat_terms: must be one of {', '.join(REPEAT_TERMS)}, got {repeat_terms!r}"
+        )
 
 
 def check_scorer(scorer: str) -> None:

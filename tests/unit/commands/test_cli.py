@@ -304,6 +304,8 @@ def test_bad_input_is_one_line(world, tmp_path, capsys):
         *flags(cfg.data.corpus, cfg.data.test_queries, tmp_path / "none.tsv"),
     )
     assert "k1" in refused(capsys, "search", "--corpus", cfg.data.corpus, "x", "--k1", "-1")
+    once = ("--retriever", "mine:f", "--repeat-terms", "once")
+    assert "repeat_terms" in refused(capsys, "search", "--corpus", cfg.data.corpus, "x", *once)
     assert "no/such/folder" in refused(capsys, "generate", "--model", "no/such/folder", "x")
     long = tmp_path / "long.yaml"
     long.write_text("prompt: {max_tokens: 64}\nsampling: {max_new_tokens: 100000}\n")

@@ -81,8 +81,8 @@ def test_a_renamed_key_is_refused_with_its_new_name(yaml_file, old, new):
 
 
 def test_a_renamed_value_is_refused_with_its_new_name(yaml_file):
-    with pytest.raises(ConfigError, match="'fused' is not .*; it is called fused now"):
-        load_config(yaml_file("model: {head: fused}"), [])
+    with pytest.raises(ConfigError, match="'one_shot' is not .*; it is called fused now"):
+        load_config(yaml_file("model: {head: one_shot}"), [])
 
 
 def test_the_config_of_a_run_of_version_0_1_is_read(tmp_path):
@@ -96,12 +96,22 @@ def test_the_config_of_a_run_of_version_0_1_is_read(tmp_path):
         section, new_name = new_key.split(".")
         value = tree[section].pop(new_name)
         tree[section][old_key.split(".")[1]] = old_values.get(new_key, {}).get(value, value)
-    tree["model"]["head"] = "fused"
+    tree["model"]["head"] = "one_shot"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
 
     assert load_run_config(tmp_path) == config
     with pytest.raises(ConfigError, match="it is called .* now"):
         load_config(str(tmp_path / "config.yaml"), [])
+
+
+@pytest.mark.parametrize(
+    "retriever",
+    ["{kind: dense, encoder: e, repeat_terms: once}", "{kind: 'mine:f', repeat_terms: once}"],
+)
+def test_counting_repeated_terms_once_is_refused_where_it_would_do_nothing(yaml_file, retriever):
+    with pytest.raises(ConfigError, match="retriever.repeat_terms: once is for bm25") as e:
+        load_config(yaml_file(f"retriever: {retriever}"), [])
+    assert "\n" not in str(e.value)
 
 
 def test_missing_file():
@@ -150,6 +160,7 @@ def test_a_number_is_a_number_wherever_it_stands(yaml_file, text):
         ("sampling: {temperature: .inf}", "sampling.temperature: must be a finite number"),
         ("loss: {kl_coef: .nan}", "loss.kl_coef: must be a finite number"),
         ("sampling: {group_size: 1}", "sampling.group_size: must be at least 2"),
+        ("retriever: {repeat_terms: never}", "repeat_terms: 'never' is not one of count, once"),
         ("run: {dir: 3}", "run.dir: expected str, found int"),
         ("a: b: c", "not readable as YAML"),
     ],

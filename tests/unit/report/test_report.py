@@ -610,3 +610,39 @@ def test_behind_a_server_it_asks_for_nothing_more(run, browser):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_stuffing_is_the_share_of_words_that_repeat_an_earlier_one():
+    """By hand: 0 of 2 and 1 of 4 words before; 3 of 4 and 2 of 4 after."""
+    before = [dict(rewrite="star wars"), dict(rewrite="the end of The"), dict(rewrite=None)]
+    after = [dict(rewrite="lisa Lisa LISA lisa"), dict(rewrite="a b a b"), dict(rewrite="")]
+    assert rollouts.measure_repeats(before, after) == dict(before=0.125, after=0.625, flagged=True)
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("a b c d e f g h i a", "a b c d e f g h i a"),  # 10%: little
+        ("a a a b", "a a b c"),  # 25%: much, but less than before
+    ],
+)
+def test_stuffing_is_flagged_where_it_is_much_and_grew(before, after):
+    repeats = rollouts.measure_repeats([dict(rewrite=before)], [dict(rewrite=after)])
+    assert not repeats["flagged"]
+
+
+def test_answers_that_are_no_texts_have_no_words_to_repeat():
+    rows = [dict(rewrite=["Item_1", "Item_1"]), dict(rewrite=None)]
+    assert rollouts.measure_repeats(rows, rows) is None
+
+
+def test_the_audit_of_the_page_names_stuffing(run, tmp_path):
+    """A run whose answers repeat words: the share stands in the page's data."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    rows = [
+        row | dict(rewrite="lamp lamp lamp chair") for row in jsonl(folder / "eval_after.jsonl")
+    ]
+    (folder / "eval_after.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = report.write_report([str(folder)]).read_text()
+    assert re.search(r'"repeats":{"before":[^}]*"after":0.5,"flagged":true}', page)

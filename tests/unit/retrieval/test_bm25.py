@@ -293,6 +293,7 @@ def test_order_of_documents_does_not_matter():
         ((["a"], ["x"]), dict(length="short"), "length"),
         ((["a"], ["x"]), dict(k1=-1), "k1"),
         ((["a"], ["x"]), dict(scorer="jax"), "scorer: must be one of torch, numba"),
+        ((["a"], ["x"]), dict(repeat_terms="never"), "repeat_terms: must be one of count, once"),
         ((["a"], ["x"]), dict(b=1.5), "b between"),
     ],
 )
@@ -382,3 +383,62 @@ def test_upstream_wrapping_loses_the_first_word():
     assert found(wrapped, '"gta"') == {"c", "d"}  # kept, and `content` comes in
     assert "upstream wrapping" in wrapped.description
     assert "wrapping" not in plain.description
+
+
+# -------------------------------------------------------------------------------- repeated terms
+
+# The second has each term of the first once, deduplicated by hand: Lucene's stemmer makes `movies`
+# and `movie`, `Wars` and `war` the same term.
+STUFFED = "movies star movie Star wars the star Wars war star"
+BY_HAND = "movies star wars"
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_a_repeated_term_counts_once_where_that_is_asked_for(scorer):
+    """Rows and scores are those of the query that was deduplicated by hand, to the bit."""
+    once = BM25Searcher(made("msrd"), scorer, repeat_terms="once")
+    count = BM25Searcher(made("msrd"), scorer)
+    stuffed_rows, stuffed_scores = once.search([STUFFED], 1000)
+    rows, scores = count.search([BY_HAND], 1000)
+    assert (rows >= 0).sum() > 100
+    assert np.array_equal(stuffed_rows, rows)
+    assert np.array_equal(stuffed_scores.view(np.int32), scores.view(np.int32))
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_a_repeated_term_counts_as_often_as_it_stands_there_by_default(scorer):
+    """Three times the term is three times the score; `once` gives the score of the single one."""
+    texts = ["star wars", "star trek", "war"]
+    count = BM25Searcher.build(IDS[:3], texts, scorer=scorer)
+    once = BM25Searcher.build(IDS[:3], texts, scorer=scorer, repeat_terms="once")
+    _, single = count.search(["star"], 2)
+    _, triple = count.search(["star star star"], 2)
+    _, triple_once = once.search(["star star star"], 2)
+    np.testing.assert_allclose(triple, 3 * single, rtol=1e-6)
+    assert np.array_equal(triple_once, single)
+
+
+def test_counting_once_changes_no_query_without_a_repeat():
+    texts = [
+        text for text in queries_of_test("msrd") if len(set(analyze(text))) == len(analyze(text))
+    ]
+    assert len(texts) > 1000
+    once = BM25Searcher(made("msrd"), "numba", repeat_terms="once")
+    for one, other in zip(once.search(texts, 100), index("msrd", "numba").search(texts, 100)):
+        assert np.array_equal(one, other)
+
+
+def test_what_a_term_adds_is_shown_once_too():
+    texts = ["star wars", "star trek", "war"]
+    count = BM25Searcher.build(IDS[:3], texts)
+    once = BM25Searcher.build(IDS[:3], texts, repeat_terms="once")
+    assert once.explain("star star", 0) == count.explain("star", 0)
+    assert count.explain("star star", 0)[0][1] == 2 * count.explain("star", 0)[0][1]
+
+
+def test_the_description_says_that_terms_count_once():
+    assert (
+        "repeated terms count once"
+        in BM25Searcher.build(IDS, TEXTS, repeat_terms="once").description
+    )
+    assert "repeated" not in BM25Searcher.build(IDS, TEXTS).description

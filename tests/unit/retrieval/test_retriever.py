@@ -200,6 +200,28 @@ def test_rank_bm25_is_the_package_and_our_okapi(tmp_path):
     assert (rows[2] == -1).all()
 
 
+@pytest.mark.parametrize("kind", ["bm25", "rank_bm25"])
+def test_the_config_says_that_a_repeated_term_counts_once(kind, tmp_path):
+    texts = ["red lamp", "red red chair", "blue lamp", "green kettle", "green table"]
+    (tmp_path / "corpus.jsonl").write_text(
+        "".join(json.dumps(dict(id=f"d{i}", text=text)) + "\n" for i, text in enumerate(texts))
+    )
+
+    def search(query, repeat_terms):
+        settings = RetrieverConfig(kind=kind, repeat_terms=repeat_terms)
+        build = build_retriever(settings)
+        retriever, _ = build(tmp_path / "corpus.jsonl", "stop", None, print)
+        return retriever.search([query], 5)
+
+    # by hand: `lamps` is the term of `lamp`
+    stuffed_rows, stuffed_scores = search("red lamps red lamp red", "once")
+    rows, scores = search("red lamps", "count")
+    assert np.array_equal(stuffed_rows, rows)
+    assert np.array_equal(stuffed_scores, scores)
+    _, counted_scores = search("red lamps red lamp red", "count")
+    assert not np.array_equal(counted_scores, scores)
+
+
 MODULE = """
 import numpy as np, os, time
 
