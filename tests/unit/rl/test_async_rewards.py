@@ -68,7 +68,8 @@ def test_what_waits_is_one_call_and_nothing_is_scored_twice():
         scored.submit(make_group(number, 1))
     go.set()
 
-    assert len(scored.results()) == 5
+    rewards = scored.results()
+    assert len(rewards) == 5
     assert calls == [["q0"], ["q1", "q2", "q3", "q4"]]
 
 

@@ -87,7 +87,9 @@ def rotate(x, angles):
     low, high = x.chunk(2, -1)
     cos = angles.cos()
     sin = angles.sin()
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1)
+    turned_low = low * cos - high * sin
+    turned_high = high * cos + low * sin
+    return torch.cat([turned_low, turned_high], -1)
 
 
 def project_heads(x, weights, config, name):
@@ -105,10 +107,11 @@ def project_heads(x, weights, config, name):
 def attend(x, weights, config, angles, allowed):
     """Compute causal attention with every key and value head repeated for its queries."""
     repeats = config.num_attention_heads // config.num_key_value_heads
-    queries = rotate(project_heads(x, weights, config, "q"), angles)
-    keys = rotate(project_heads(x, weights, config, "k"), angles)
-    keys = keys.repeat_interleave(repeats, 1)
+    queries = project_heads(x, weights, config, "q")
+    keys = project_heads(x, weights, config, "k").repeat_interleave(repeats, 1)
     values = project_heads(x, weights, config, "v").repeat_interleave(repeats, 1)
+    queries = rotate(queries, angles)
+    keys = rotate(keys, angles)
 
     scores = queries @ keys.mT / config.head_dim**0.5
     probs = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
@@ -123,8 +126,13 @@ def apply_mlp(x, weights):
 
 
 def select_layer(weights: dict, index: int) -> dict:
+    """Select the weights of one layer, named as they are inside of it."""
     prefix = f"model.layers.{index}."
-    return {n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)}
+    layer = {}
+    for name, weight in weights.items():
+        if name.startswith(prefix):
+            layer[name.removeprefix(prefix)] = weight
+    return layer
 
 
 def compute_padded_logits(weights: dict, config, tokens, mask) -> torch.Tensor:
@@ -154,13 +162,14 @@ def compute_padded_logits(weights: dict, config, tokens, mask) -> torch.Tensor:
 def pad_rows(rollouts) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad each prompt with its completion to (tokens, mask), both (R, W)."""
     rows = [[*r.prompt.ids, *r.ids] for r in rollouts]
-    lengths = [len(row) for row in rows]
-    shape = (len(rows), max(lengths))
+    width = max(len(row) for row in rows)
+    shape = (len(rows), width)
     tokens = torch.zeros(shape, dtype=torch.int64)
     mask = torch.zeros(shape, dtype=torch.int64)
     for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
+        length = len(row)
+        tokens[i, :length] = torch.tensor(row)
+        mask[i, :length] = 1
     return tokens, mask
 
 
@@ -182,8 +191,11 @@ def compute_padded_logp(weights, config, rollouts):
 
 def copy_weights(model) -> dict[str, torch.Tensor]:
     """Copy a model's weights into leaves that collect gradients."""
-    state = model.state_dict()
-    return {name: tensor.detach().clone().requires_grad_() for name, tensor in state.items()}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        copied = tensor.detach().clone()
+        weights[name] = copied.requires_grad_()
+    return weights
 
 
 def reference_gradients(policy, frozen, rollouts, adv, total):
@@ -195,7 +207,8 @@ def reference_gradients(policy, frozen, rollouts, adv, total):
 
     ratio = (logp - logp.detach()).exp()
     clipped_ratio = ratio.clamp(1 - CLIP, 1 + CLIP)
-    gain = torch.minimum(ratio * adv[:, None], clipped_ratio * adv[:, None])
+    column = adv[:, None]
+    gain = torch.minimum(ratio * column, clipped_ratio * column)
     difference = ref_logp - logp
     divergence = difference.exp() - difference - 1
     losses = (KL * divergence - gain) * is_completion
@@ -257,8 +270,9 @@ def make_advantages(rollouts, group_size: int) -> torch.Tensor:
 
 def list_budgets(rollouts) -> list[tuple[int, str]]:
     """List the tokens per micro-batch, each with the head that it is tried with."""
-    longest = max(len(r.prompt.ids) + len(r.ids) - 1 for r in rollouts)
-    everything = sum(len(r.prompt.ids) + len(r.ids) for r in rollouts)
+    lengths = [len(r.prompt.ids) + len(r.ids) for r in rollouts]
+    longest = max(lengths) - 1
+    everything = sum(lengths)
     return [
         (longest, "recompute"),
         (longest + 11, "fused"),
@@ -302,7 +316,8 @@ def test_packed_gradient_equals_the_padded_one(family, group_size, tied):
     for budget, head in list_budgets(rollouts):
         model = copy.deepcopy(policy)
         packed = pack_rollouts(texts, budget)
-        batches = add_advantages(add_ref_logp(frozen, packed, TEMPERATURE), adv[first])
+        batches = add_ref_logp(frozen, packed, TEMPERATURE)
+        batches = add_advantages(batches, adv[first])
         batch_counts.add(len(batches))
 
         loss = sum_losses_backward(model, batches, total, head, budget)

@@ -2,6 +2,7 @@
 replay; and what each recipe does to one batch.
 """
 
+import copy
 import gzip
 import json
 import math
@@ -132,7 +133,8 @@ def test_advantages_by_hand():
     for name, normalize in ADVANTAGES.items():
         config = LossConfig(advantage_eps=0.0)
         adv = compute_group_advantages(rewards, 4, normalize, config)
-        assert adv.tolist() == pytest.approx(want[name] + equal_group)
+        wanted = want[name] + equal_group
+        assert adv.tolist() == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(
@@ -190,12 +192,14 @@ def test_mini_batches_move_the_ratio_and_the_clip_bites(run, world):
     check_one_step_per_batch_keeps_the_ratio(run("train.prompts_per_step=4"))
 
     policy = tiny_model(1).double()
-    moved = tiny_model(1).double()
+    moved = copy.deepcopy(policy)
     move_policy(moved)
     loss_config = LossConfig(clip_ratio_low=0.1, clip_ratio_high=0.2)
     objective = resolve_objective(loss_config, ModelConfig())
-    packed = add_old_logp(policy, pack_rollouts(rollouts_of(3), 10_000), 1.0)
-    [batch] = add_advantages(packed, torch.linspace(-1, 1, 15, dtype=torch.float64))
+    packed = pack_rollouts(rollouts_of(3), 10_000)
+    packed = add_old_logp(policy, packed, 1.0)
+    advantages = torch.linspace(-1, 1, 15, dtype=torch.float64)
+    [batch] = add_advantages(packed, advantages)
 
     _, logp, stats = compute_policy_loss(moved, batch, 7, 1.0, objective)
     entropy = torch.zeros_like(logp)
@@ -222,8 +226,10 @@ def test_mini_batches_must_divide_the_prompts(world, tmp_path, capsys):
 
 def test_dynamic_sampling_draws_other_prompts_for_groups_without_variance(run):
     overrides = ("reward.k_train=1", "sampling.group_size=2")
-    plain = read_metrics(run(*overrides))
-    dynamic = read_metrics(run(*overrides, "sampling.dynamic_sampling=4"))
+    plain_run = run(*overrides)
+    dynamic_run = run(*overrides, "sampling.dynamic_sampling=4")
+    plain = read_metrics(plain_run)
+    dynamic = read_metrics(dynamic_run)
 
     plain_equal = sum(list_column(plain, "frac_reward_zero_std"))
     dynamic_equal = sum(list_column(dynamic, "frac_reward_zero_std"))
@@ -263,14 +269,17 @@ def repeat_by_count(group: list[dict], values: list[float]) -> list[float]:
 def compute_k1_penalty(row: dict) -> float:
     sampler_logp = torch.tensor(row["sampler_logp"])
     ref_logp = torch.tensor(row["ref_logp"])
-    return 0.5 * k1(sampler_logp, ref_logp).sum().item()
+    kl = k1(sampler_logp, ref_logp).sum()
+    return 0.5 * kl.item()
 
 
 def check_advantages_of_penalized_rewards(group: list[dict], penalties: list[float]) -> None:
-    rewards = torch.tensor(list_column(group, "reward")) - torch.tensor(penalties)
-    totals = torch.tensor(repeat_by_count(group, rewards.tolist()))
+    rewards = np.array(list_column(group, "reward"))
+    totals = repeat_by_count(group, rewards - penalties)
+    totals = torch.tensor(totals)
     want = (totals - totals.mean()) / (totals.std() + 0.1)
-    logged = repeat_by_count(group, list_column(group, "advantage"))
+    advantages = list_column(group, "advantage")
+    logged = repeat_by_count(group, advantages)
     assert logged == pytest.approx(want.tolist(), abs=1e-4)
 
 
@@ -295,7 +304,7 @@ def test_kl_in_the_reward_is_taken_off_before_the_advantage(run):
     for group in groups.values():
         penalties = [compute_k1_penalty(row) for row in group]
         check_advantages_of_penalized_rewards(group, penalties)
-        largest_penalty = max(largest_penalty, *map(abs, penalties))
+        largest_penalty = max(largest_penalty, max(penalties), -min(penalties))
 
     assert largest_penalty > 1e-3
     metrics = read_metrics(folder)[1]
@@ -407,7 +416,8 @@ def make_step(folder: Path) -> tuple[list[Rollout], list[Reward]]:
     token_values = [{} for _ in texts]
     record = StepRecord(rollouts, rewards, [0.0] * 8, texts, first, 2, token_values)
     lines = [json.dumps(row) + "\n" for row in make_rollout_rows(5, record)]
-    compressed = gzip.compress("".join(lines).encode())
+    text = "".join(lines)
+    compressed = gzip.compress(text.encode())
     (folder / "r.jsonl.gz").write_bytes(compressed)
     return rollouts, rewards
 
@@ -464,7 +474,8 @@ def compare_losses(folder: Path, capsys, *options: str) -> tuple[dict, str]:
     argv = ["losses", "--run", str(folder), "--step", "2", *options, "--json"]
     assert run_guarded(cli.main, argv) == 0
     out = capsys.readouterr().out
-    return json.loads(out.splitlines()[-1]), out
+    *_, last_line = out.splitlines()
+    return json.loads(last_line), out
 
 
 def check_cosines(cosine: dict) -> None:
@@ -494,9 +505,12 @@ def test_one_batch_under_every_loss(run, capsys):
     assert losses.keys() == RECIPES.keys()
     for row in losses.values():
         assert row["clip_ratio"] == 0
-    assert losses["grpo"]["weight_max"] == pytest.approx(max(advantages), rel=1e-4)
-    assert losses["grpo"]["weight_min"] == pytest.approx(min(advantages), rel=1e-4)
-    assert losses["grpo"]["grad_logp_norm"] == pytest.approx(logged["grad_logp_norm"], rel=1e-4)
+    grpo = losses["grpo"]
+    highest = max(advantages)
+    lowest = min(advantages)
+    assert grpo["weight_max"] == pytest.approx(highest, rel=1e-4)
+    assert grpo["weight_min"] == pytest.approx(lowest, rel=1e-4)
+    assert grpo["grad_logp_norm"] == pytest.approx(logged["grad_logp_norm"], rel=1e-4)
     assert result["tokens"] == sum(len(row["ids"]) for row in rows)
     check_cosines(result["cosine"])
 

@@ -76,16 +76,17 @@ def make_world(off=True, logp=None) -> SimpleNamespace:
 
     texts = []
     for length in LENGTHS:
-        ids = torch.randint(V, (length,), generator=generator)
-        texts.append(tuple(ids.tolist()))
+        ids = torch.randint(V, (length,), generator=generator).tolist()
+        texts.append(tuple(ids))
     texts[2] = texts[1]
     # (R,) the first rollout with this text
     elder = torch.tensor([0, 1, 1, *range(3, len(texts))])
 
     shape = (len(texts), max(LENGTHS))
     now = -3 + draw_normal(*shape)
-    # the second term is of whole sequences: GSPO's clip bites too
-    moved = 0.3 * draw_normal(*shape) + 0.25 * draw_normal(shape[0], 1)
+    moved = 0.3 * draw_normal(*shape)
+    # and whole sequences: GSPO's clip bites too
+    moved = moved + 0.25 * draw_normal(shape[0], 1)
     ref_difference = draw_normal(*shape)
     sampler_noise = draw_normal(*shape)
     rewards = draw_normal(shape[0])
@@ -99,6 +100,8 @@ def make_world(off=True, logp=None) -> SimpleNamespace:
     now = now[elder]
     old = now + off * moved[elder]
     sampler = (old + 0.15 * sampler_noise[elder]).float()  # both sides read it as float32
+    lengths = torch.tensor(LENGTHS)[:, None]
+    mask = torch.arange(shape[1]) < lengths
     return SimpleNamespace(
         off=off,
         ids=texts,
@@ -110,7 +113,7 @@ def make_world(off=True, logp=None) -> SimpleNamespace:
         sampler=sampler,
         rewards=rewards,
         entropy=entropy[elder],
-        mask=torch.arange(shape[1]) < torch.tensor(LENGTHS)[:, None],
+        mask=mask,
     )
 
 
@@ -119,9 +122,11 @@ def make_rollouts(texts: list[tuple[int, ...]], sampler_logp: torch.Tensor) -> l
     rollouts = []
     for i, ids in enumerate(texts):
         group, sibling = divmod(i, G)
-        prompt = Prompt(f"p{group}", group, "", tuple(range(3 + group)))
-        logp = sampler_logp[i, : len(ids)].tolist()
-        rollouts.append(Rollout(prompt, group, sibling, ids, tuple(logp), True))
+        prompt_ids = tuple(range(3 + group))
+        prompt = Prompt(f"p{group}", group, "", prompt_ids)
+        length = len(ids)
+        logp = tuple(sampler_logp[i, :length].tolist())
+        rollouts.append(Rollout(prompt, group, sibling, ids, logp, True))
     return rollouts
 
 
@@ -141,17 +146,22 @@ def make_batches(world, objective, budget=10_000):
     batches = []
     for batch in pack_rollouts(texts, budget):
         rows = torch.tensor(first)[batch.rollout]
-        columns = [torch.arange(len(texts[i].ids)) for i in batch.rollout.unique_consecutive()]
+        columns = []
+        for index in batch.rollout.unique_consecutive():
+            length = len(texts[index].ids)
+            columns.append(torch.arange(length))
         places = (rows, torch.cat(columns))
-        filled = replace(
+        batch = replace(
             batch,
             weight=batch.weight.double(),
             sampler_logp=batch.sampler_logp.double(),
             advantages=text_adv[batch.rollout],
-            old_logp=world.old[places] if world.off else None,
-            ref_logp=world.ref[places] if config.kl_coef else None,
         )
-        batches.append((filled, places))
+        if world.off:
+            batch = replace(batch, old_logp=world.old[places])
+        if config.kl_coef:
+            batch = replace(batch, ref_logp=world.ref[places])
+        batches.append((batch, places))
     return batches, count_denominator(texts, objective.agg_mode, LIMIT)
 
 
@@ -292,7 +302,10 @@ def compute_trl(world, trainer, parts=1, **settings):
     for start in range(0, parts * size, size):
         rows = slice(start, start + size)
         model = make_model(logp[rows], entropy[rows])
-        some_inputs = {name: x[rows] if x.ndim else x for name, x in inputs.items()}
+        some_inputs = dict(inputs)
+        for name, value in inputs.items():
+            if value.ndim > 0:
+                some_inputs[name] = value[rows]
         loss = loss + trainer._compute_loss(self, model, some_inputs)
 
     d_logp, d_entropy = torch.autograd.grad(loss, (logp, entropy), materialize_grads=True)
@@ -351,7 +364,8 @@ def test_the_world_reaches_every_branch():
     check_clip_bites(mean_log_ratio.exp(), adv, lengths > 0, 2)
     assert over_cap.sum() > 8
     assert over_cap.sum() < world.mask.sum() / 2
-    assert len(world.elder.unique()) == len(world.ids) - 1
+    distinct = world.elder.unique()
+    assert len(distinct) == len(world.ids) - 1
 
 
 @pytest.mark.parametrize("cap, kl", CAPS_AND_KLS)
@@ -577,7 +591,8 @@ def test_liger(name, head, cap, kl):
     world = make_world(logp=target_logp[..., 0].detach())
     [(batch, places)], _ = make_batches(world, objective)
     adv = compute_group_advantages(world.rewards, G, objective.advantage, objective.config)
-    sampler_weight = (world.old - world.sampler.double()).exp().clamp(max=cap)
+    log_weight = world.old - world.sampler.double()
+    sampler_weight = log_weight.exp().clamp(max=cap)
 
     policy = HiddenStates(hidden, weight)
     loss, logp, _ = compute_policy_loss(policy, batch, total, TEMPERATURE, objective)
@@ -595,8 +610,9 @@ def test_liger(name, head, cap, kl):
     want_gradients = torch.autograd.grad(want_loss, (hidden, weight))
 
     check_equal(logp, world.now[places])
+    want_value = want_loss.item()
     # abs: terms of size 1 that cancel to a tenth
-    assert loss.item() == pytest.approx(want_loss.item(), rel=FLOAT32, abs=1e-7)
+    assert loss.item() == pytest.approx(want_value, rel=FLOAT32, abs=1e-7)
     for gradient, want in zip(gradients, want_gradients, strict=True):
         difference = gradient - want
         assert want.norm() > 0

@@ -56,6 +56,7 @@ def test_a_batch_written_out():
     (batch,) = pack_rollouts(SMALL, 100)
 
     layout = [lengths.tolist() for lengths in batch.layout]
+    want_logp = -0.25 * batch.target.float()
     assert batch.tokens.tolist() == [4, 5, 1, 2, 3, 30, 40, 41, 42, 10, 11]
     assert batch.positions.tolist() == [0, 1, 0, 1, 2, 2, 2, 3, 4, 3, 4]
     assert layout == [[2, 3], [1, 3, 2, 0], [0, 0, 1, 1]]
@@ -63,7 +64,7 @@ def test_a_batch_written_out():
     assert batch.predict_from.tolist() == [1, 5, 1, 6, 7, 8, 4, 9, 10, 4]
     assert batch.rollout.tolist() == [2, 2, 3, 3, 3, 3, 0, 0, 0, 1]
     assert batch.weight.tolist() == [1, 1, 3, 3, 3, 3, 1, 1, 1, 1]
-    assert torch.equal(batch.sampler_logp, -0.25 * batch.target.float())
+    assert torch.equal(batch.sampler_logp, want_logp)
     assert batch.old_logp is None
     assert batch.ref_logp is None
     assert batch.advantages is None
@@ -76,34 +77,41 @@ def check_prompts(batch, rollouts: list[Rollout], indices: list[int], budget: in
     layout = batch.layout
     prompts = len(layout.prompt_lengths)
     groups = {rollouts[i].group for i in indices}
-    rows = layout.prompt_lengths.sum() + layout.completion_lengths.sum()
+    prompt_rows = layout.prompt_lengths.sum()
+    completion_rows = layout.completion_lengths.sum()
+    rows = prompt_rows + completion_rows
+    distinct = set(indices)
+    prompts_in_order = layout.prompt_of.unique_consecutive()
     assert len(batch.tokens) == rows
     assert len(batch.positions) == rows
     assert rows <= budget
     assert len(layout.completion_lengths) == len(indices)
-    assert len(set(indices)) == len(indices)
+    assert len(distinct) == len(indices)
     assert len(groups) == prompts
-    assert layout.prompt_of.unique_consecutive().tolist() == list(range(prompts))
+    assert prompts_in_order.tolist() == list(range(prompts))
 
 
 def check_rollout(batch, rollout: Rollout, index: int, start: int, prompt_end: int) -> None:
     """Check the targets of one rollout, which begin at `start` and are never split."""
     prompt_ids = list(rollout.prompt.ids)
     ids = list(rollout.ids)
-    targets = slice(start, start + len(ids))
+    length = len(ids)
+    targets = slice(start, start + length)
     rows = batch.predict_from[targets]
+    prompt_start = prompt_end - len(prompt_ids)
+    prompt_tokens = batch.tokens[prompt_start:prompt_end]
+    inputs = [prompt_ids[-1], *ids[:-1]]
     first_position = len(prompt_ids) - 1
-    positions = list(range(first_position, first_position + len(ids)))
-    prompt_rows = slice(prompt_end - len(prompt_ids), prompt_end)
+    positions = range(first_position, first_position + length)
 
     assert batch.target[targets].tolist() == ids
-    assert set(batch.rollout[targets].tolist()) == {index}
-    assert batch.tokens[prompt_rows].tolist() == prompt_ids
+    assert batch.rollout[targets].tolist() == [index] * length
+    assert prompt_tokens.tolist() == prompt_ids
     # siblings' first tokens: their one prompt's last row
     assert rows[0] == prompt_end - 1
-    assert batch.tokens[rows].tolist() == [prompt_ids[-1], *ids[:-1]]
-    assert batch.positions[rows].tolist() == positions
-    assert set(batch.weight[targets].tolist()) == {rollout.count}
+    assert batch.tokens[rows].tolist() == inputs
+    assert batch.positions[rows].tolist() == list(positions)
+    assert batch.weight[targets].tolist() == [rollout.count] * length
 
 
 @pytest.mark.parametrize("budget", [20, 21, 40, 100, 10_000])
@@ -118,11 +126,12 @@ def test_every_token_once_within_the_budget(budget):
         indices = list_rollouts_of(batch)
         check_prompts(batch, rollouts, indices, budget)
         packed += indices
-        prompt_ends = batch.layout.prompt_lengths.cumsum(0)
+        prompts = batch.layout.prompt_of.tolist()
+        prompt_ends = batch.layout.prompt_lengths.cumsum(0).tolist()
         start = 0
-        for index, prompt in zip(indices, batch.layout.prompt_of.tolist(), strict=True):
+        for index, prompt in zip(indices, prompts, strict=True):
             rollout = rollouts[index]
-            check_rollout(batch, rollout, index, start, int(prompt_ends[prompt]))
+            check_rollout(batch, rollout, index, start, prompt_ends[prompt])
             start += len(rollout.ids)
         assert start == len(batch.target)
     assert sorted(packed) == list(range(len(rollouts)))

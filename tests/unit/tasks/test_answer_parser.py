@@ -22,7 +22,7 @@ ACCEPTED = [
     wrap(GOOD) + "<|im_end|>",
     wrap(f"\u2003\n{GOOD}\xa0"),
 ]
-REFUSED = [  # completion, error
+REFUSED_COMPLETIONS = [
     ("", "no_think_end"),
     ("star wars", "no_think_end"),
     (f"<answer>{GOOD}</answer>", "no_think_end"),
@@ -41,44 +41,60 @@ REFUSED = [  # completion, error
     (wrap("<answer>" + GOOD), "tags"),
     (wrap('{"query": "a</answer>"}'), "tags"),
     (wrap(GOOD).replace("answer", "Answer"), "tags"),
-    (wrap(""), "no_json"),
-    (wrap("star wars"), "no_json"),
-    (wrap("{'query': 'a'}"), "no_json"),
-    (wrap(f"```json\n{GOOD}\n```"), "no_json"),
-    (wrap(GOOD[:-1]), "no_json"),
-    (wrap(GOOD + GOOD), "no_json"),
-    (wrap('{"query": "a\nb"}'), "no_json"),
-    (wrap("\ufeff" + GOOD), "no_json"),
-    (wrap('( "query": "a" )'), "no_json"),
-    (wrap("NaN"), "no_json"),
-    (wrap('{"query": "a", "n": -Infinity}'), "no_json"),
-    (wrap('{"query": ' + "9" * 5_000 + "}"), "no_json"),
-    (wrap("[" * 20_000), "too_deep"),
-    (wrap('{"query":' * 2_000 + "1" + "}" * 2_000), "too_deep"),
-    (wrap("[" * 100_000), "too_long"),
-    (wrap('{"query": "' + "a" * MAX_CHARS + '"}'), "too_long"),
-    (wrap("null"), "not_object"),
-    (wrap("7"), "not_object"),
-    (wrap('"query"'), "not_object"),
-    (wrap('["query"]'), "not_object"),
-    (wrap("{}"), "no_query"),
-    (wrap('{"Query": "a"}'), "no_query"),
-    (wrap('{"a": {"query": "a"}}'), "no_query"),
-    (wrap('{"query": null}'), "query_not_string"),
-    (wrap('{"query": ["a"]}'), "query_not_string"),
-    (wrap('{"query": 7}'), "query_not_string"),
-    (wrap('{"query": ""}'), "query_empty"),
-    (wrap('{"query": " \\t\\n "}'), "query_empty"),
-    (wrap('{"query": "a \\ud800"}'), "query_surrogate"),
-    (wrap('{"query": "a \udc00"}'), "query_surrogate"),
-    (wrap('{"query": "a", "query": "b"}'), "duplicate_key"),
-    (wrap('{"query": "a", "b": [{"c": 1, "c": 1}]}'), "duplicate_key"),
+]
+REFUSED_BODIES = [  # between the tags
+    ("", "no_json"),
+    ("star wars", "no_json"),
+    ("{'query': 'a'}", "no_json"),
+    (f"```json\n{GOOD}\n```", "no_json"),
+    (GOOD[:-1], "no_json"),
+    (GOOD + GOOD, "no_json"),
+    ('{"query": "a\nb"}', "no_json"),
+    ("\ufeff" + GOOD, "no_json"),
+    ('( "query": "a" )', "no_json"),
+    ("NaN", "no_json"),
+    ('{"query": "a", "n": -Infinity}', "no_json"),
+    ('{"query": ' + "9" * 5_000 + "}", "no_json"),
+    ("[" * 20_000, "too_deep"),
+    ('{"query":' * 2_000 + "1" + "}" * 2_000, "too_deep"),
+    ("[" * 100_000, "too_long"),
+    ('{"query": "' + "a" * MAX_CHARS + '"}', "too_long"),
+    ("null", "not_object"),
+    ("7", "not_object"),
+    ('"query"', "not_object"),
+    ('["query"]', "not_object"),
+    ("{}", "no_query"),
+    ('{"Query": "a"}', "no_query"),
+    ('{"a": {"query": "a"}}', "no_query"),
+    ('{"query": null}', "query_not_string"),
+    ('{"query": ["a"]}', "query_not_string"),
+    ('{"query": 7}', "query_not_string"),
+    ('{"query": ""}', "query_empty"),
+    ('{"query": " \\t\\n "}', "query_empty"),
+    ('{"query": "a \\ud800"}', "query_surrogate"),
+    ('{"query": "a \udc00"}', "query_surrogate"),
+    ('{"query": "a", "query": "b"}', "duplicate_key"),
+    ('{"query": "a", "b": [{"c": 1, "c": 1}]}', "duplicate_key"),
 ]
 
 
 @pytest.mark.parametrize("completion", ACCEPTED)
 def test_accepted(completion):
     assert parse_query(completion) == ("star wars", None)
+
+
+def list_refused() -> list[tuple[str, str]]:
+    refused = list(REFUSED_COMPLETIONS)
+    for body, error in REFUSED_BODIES:
+        refused.append((wrap(body), error))
+    return refused
+
+
+REFUSED = list_refused()
+
+
+def parse_body(body: str) -> tuple[str | None, str | None]:
+    return parse_query(wrap(body))
 
 
 @pytest.mark.parametrize("completion, error", REFUSED, ids=range(len(REFUSED)))
@@ -92,10 +108,10 @@ def test_nesting_counts_brackets_outside_of_strings_only():
     at_limit = '{"query": "a", "b": ' + "[" * depth + "]" * depth + "}"
     over_limit = at_limit.replace("[]", "[[]]")
 
-    _, error = parse_query(wrap(in_a_string))
+    _, error = parse_body(in_a_string)
     assert error is None
-    assert parse_query(wrap(at_limit)) == ("a", None)
-    assert parse_query(wrap(over_limit)) == (None, "too_deep")
+    assert parse_body(at_limit) == ("a", None)
+    assert parse_body(over_limit) == (None, "too_deep")
 
 
 def measure_stack_depth() -> int:
@@ -128,7 +144,8 @@ def test_a_nearly_full_stack_does_not_raise():
 def draw_query(rng: random.Random) -> str:
     """Draw a query of up to 30 characters: ASCII, any of Unicode's first plane, or emoji."""
     characters = []
-    for _ in range(rng.randint(1, 30)):
+    length = rng.randint(1, 30)
+    for _ in range(length):
         ascii_code = rng.randrange(32, 127)
         first_plane_code = rng.randrange(0x20, 0xD800)
         emoji_code = rng.randrange(0x1F300, 0x1F600)
@@ -143,7 +160,7 @@ def test_any_query_comes_back_as_it_was_written():
         query = draw_query(rng)
         for ascii_only in (False, True):
             body = json.dumps({"query": query}, ensure_ascii=ascii_only)
-            assert parse_query(wrap(body)) == (query, None)
+            assert parse_body(body) == (query, None)
 
 
 def test_fuzz():
@@ -165,7 +182,10 @@ def test_fuzz():
 
 def test_answer_json_gives_any_value():
     value = {"reranked_items": ["Item_2", "Item_1"]}
+    list_answer = wrap(json.dumps(value))
+    null_answer = wrap("null")
+    broken_answer = wrap("[1")
 
-    assert parse_answer_json(wrap(json.dumps(value))) == (value, None)
-    assert parse_answer_json(wrap("null")) == (None, None)
-    assert parse_answer_json(wrap("[1")) == (None, "no_json")
+    assert parse_answer_json(list_answer) == (value, None)
+    assert parse_answer_json(null_answer) == (None, None)
+    assert parse_answer_json(broken_answer) == (None, "no_json")
