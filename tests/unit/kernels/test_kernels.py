@@ -77,7 +77,7 @@ def test_machine_code(tmp_path):
 
 
 def test_bench_runs_dry(tmp_path):
-    done = run(tmp_path, "-W", "ignore", "experiments/bench/kernels.py", "--dry-run")
+    done = run(tmp_path, "-W", "ignore", "experiments/benchmarks/kernels.py", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("fused", "joined", "recompute", "eager"))
     assert "fused: skipped" not in done.stdout

@@ -591,7 +591,7 @@ def test_a_task_that_is_none_is_refused():
     assert loaded.uses_retriever is False
 
 
-PROMPT_FILES = sorted((ROOT / "experiments/prompts").glob("*.yaml"))
+PROMPT_FILES = sorted((ROOT / "experiments/configs/prompts").glob("*.yaml"))
 TASK_OF_PROMPT_FILE = {
     "beauty_sequential": "sequential",
     "esci_rerank": "rerank",
