@@ -85,7 +85,7 @@ def make_world(off=True, logp=None) -> SimpleNamespace:
     shape = (len(texts), max(LENGTHS))
     now = -3 + draw_normal(*shape)
     moved = 0.3 * draw_normal(*shape)
-    # and whole sequences: GSPO's clip bites too
+    # whole sequences move too, so that GSPO's clip bites
     moved = moved + 0.25 * draw_normal(shape[0], 1)
     ref_difference = draw_normal(*shape)
     sampler_noise = draw_normal(*shape)
