@@ -173,7 +173,8 @@ def test_rows_of_gradient_zero_are_left_out(dead):
     is_dead = grad_logp == 0
     weighted_loss = make_weighted_loss(grad_logp)
     want_logp, _ = full(hidden, weight, target, 0.7)
-    want = torch.autograd.grad(weighted_loss(want_logp), leaves)
+    want_loss = weighted_loss(want_logp)
+    want = torch.autograd.grad(want_loss, leaves)
 
     def formula(logp, rows):
         live = torch.where(is_dead[rows], 0.0, logp)
@@ -182,7 +183,8 @@ def test_rows_of_gradient_zero_are_left_out(dead):
     with torch.no_grad():
         hidden[is_dead] = float("inf")  # whatever stands there, it must not be touched
     logp, _ = linear_log_probs(hidden, weight, target, 0.7, make_distribution)
-    loss = weighted_loss(torch.where(is_dead, 0.0, logp))
+    live = torch.where(is_dead, 0.0, logp)
+    loss = weighted_loss(live)
     fused, *_ = fused_linear_loss(
         hidden, weight, target, 0.7, make_distribution, make_token_loss(formula)
     )
@@ -204,9 +206,10 @@ def test_a_plain_sum():
         hidden, weight, target, 1.0, make_distribution, make_token_loss(formula)
     )
     want_logp, _ = full(hidden, weight, target, 1.0)
+    want = -want_logp.sum()
 
     ours = torch.autograd.grad(loss, leaves)
-    theirs = torch.autograd.grad(-want_logp.sum(), leaves)
+    theirs = torch.autograd.grad(want, leaves)
     torch.testing.assert_close(ours, theirs)
 
 
@@ -305,7 +308,8 @@ def compute_bf16_results(backend: str, seed: int) -> dict[str, dict[str, torch.T
 
     logits = (hidden @ weight.T).float() / 0.7
     chosen = logits.gather(-1, target[:, None])[:, 0]
-    record_with_gradients("theirs", chosen - logits.logsumexp(-1), leaves)
+    their_logp = chosen - logits.logsumexp(-1)
+    record_with_gradients("theirs", their_logp, leaves)
 
     logp, _ = linear_log_probs(hidden, weight, target, 0.7, make_distribution, backend)
     record_with_gradients("recompute", logp, leaves)
@@ -318,6 +322,12 @@ def compute_bf16_results(backend: str, seed: int) -> dict[str, dict[str, torch.T
     return results
 
 
+def measure_error(tensor: torch.Tensor, want: torch.Tensor) -> float:
+    """Return the norm of the difference, in float64."""
+    difference = tensor.double() - want
+    return difference.norm().item()
+
+
 def errors_in_bf16(backend: str) -> dict[str, float]:
     """Mean over 20 draws of (our error) / (error of torch's own bf16 path), both against float64 on
     the same bf16 numbers.
@@ -327,9 +337,9 @@ def errors_in_bf16(backend: str) -> dict[str, float]:
     for seed in range(draws):
         results = compute_bf16_results(backend, seed)
         for what, want in results["exact"].items():
-            their_error = (results["theirs"][what].double() - want).norm().item()
+            their_error = measure_error(results["theirs"][what], want)
             for path in ERROR_PATHS:
-                error = (results[path][what].double() - want).norm().item()
+                error = measure_error(results[path][what], want)
                 name = f"{path} {what}"
                 totals[name] = totals.get(name, 0.0) + error / their_error
     return {name: total / draws for name, total in totals.items()}
@@ -376,7 +386,8 @@ def test_fused_equals_liger():
     V = 67
     hidden, weight, target, noise = make_inputs(B * T, C, V)
     leaves = (hidden, weight)
-    logp, _ = full(hidden.detach(), weight.detach(), target, 0.7)
+    with torch.no_grad():
+        logp, _ = full(hidden, weight, target, 0.7)
     old = logp + 0.3 * noise
     ref = logp - 0.2 * noise.roll(1)
     advantage = torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)

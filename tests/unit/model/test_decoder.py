@@ -51,7 +51,8 @@ def draw_prompts(seed, lengths=LENGTHS, vocab=394):
     generator = torch.Generator().manual_seed(seed)
     sequences = []
     for length in lengths:
-        sequences.append(torch.randint(vocab, (length,), generator=generator))
+        sequence = torch.randint(vocab, (length,), generator=generator)
+        sequences.append(sequence)
     return sequences
 
 
@@ -64,7 +65,7 @@ def compute_our_logits(model, sequences):
     positions = torch.cat([torch.arange(length) for length in lengths])
     hidden = model(torch.cat(sequences), positions, attention)
     logits = hidden @ model.head_weight.T
-    return logits.split(lengths)
+    return list(logits.split(lengths))
 
 
 @torch.no_grad()
@@ -94,8 +95,8 @@ def test_logits_are_those_of_transformers(family, shape, tmp_path):
     model = tiny_model(seed=len(shape), **FAMILIES[family] | SHAPES[shape])
     hf_model = oracle(model)
     batch = draw_prompts(1)
-    ours = tmp_path / "ours"
-    theirs = tmp_path / "theirs"
+    ours = str(tmp_path / "ours")
+    theirs = str(tmp_path / "theirs")
     want = compute_their_logits(hf_model, batch)
     assert torch.cat(want).std() > 0.3  # else a wrong model could pass
 
@@ -111,10 +112,10 @@ def test_logits_are_those_of_transformers(family, shape, tmp_path):
     assert measure_gap(logits, want) <= 1e-5
 
     hf_model.save_pretrained(theirs)
-    loaded = load_model(str(theirs))
+    loaded = load_model(theirs)
     logits = compute_our_logits(loaded, batch)
-    assert read_config(str(theirs)) == model.config
-    assert read_config(str(ours)) == model.config
+    assert read_config(theirs) == model.config
+    assert read_config(ours) == model.config
     assert measure_gap(logits, want) <= 1e-4
 
 
@@ -135,21 +136,24 @@ def test_logits_are_those_of_transformers_at_3000_positions(family):
 
 def compute_rms_error(logits, truth):
     """Compute the root mean square of what the logits are off by."""
-    difference = torch.cat(list(logits)) - truth
-    return difference.pow(2).mean().sqrt().item()
+    difference = torch.cat(logits) - torch.cat(truth)
+    mean_square = difference.pow(2).mean()
+    return mean_square.sqrt().item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_16_bits_lose_no_more_than_in_transformers(family):
     model = tiny_model(4, **FAMILIES[family])
     batch = draw_prompts(7)
-    truth = torch.cat(compute_our_logits(model, batch))
+    truth = compute_our_logits(model, batch)
     model.bfloat16()
     hf_model = oracle(model)
 
-    ours = compute_rms_error(compute_our_logits(model, batch), truth)
-    theirs = compute_rms_error(compute_their_logits(hf_model, batch), truth)
+    our_logits = compute_our_logits(model, batch)
+    their_logits = compute_their_logits(hf_model, batch)
 
+    ours = compute_rms_error(our_logits, truth)
+    theirs = compute_rms_error(their_logits, truth)
     print(
         f"bfloat16 logits, {family}: root mean square error {ours:.4f}, transformers' {theirs:.4f}"
     )
@@ -191,10 +195,10 @@ def test_prompts_packed_together_do_not_see_each_other(family):
 
 
 def test_reachable_ids_are_the_first_rows_of_the_logits(tmp_path):
-    write_policy(tmp_path)
+    folder = write_policy(tmp_path)
     batch = draw_prompts(3)
-    model = load_model(str(tmp_path))
-    reachable_model = load_model(str(tmp_path), reachable=300)
+    model = load_model(folder)
+    reachable_model = load_model(folder, reachable=300)
 
     logits = compute_our_logits(model, batch)
     reachable_logits = compute_our_logits(reachable_model, batch)

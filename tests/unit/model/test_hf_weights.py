@@ -129,11 +129,13 @@ def test_a_folder_saved_loaded_and_saved_again_is_byte_equal(family, tied, tmp_p
     tokenizer = tiny_tokenizer()
     first = tmp_path / "first"
     second = tmp_path / "second"
-    save(model, first, tokenizer, frozenset([7, 3]))
+    stops = frozenset([7, 3])
+    save(model, first, tokenizer, stops)
 
-    loaded_model = load_model(str(first))
-    loaded_tokenizer = load_tokenizer(str(first))
-    stops = read_stop_token_ids(str(first), tokenizer)
+    folder = str(first)
+    loaded_model = load_model(folder)
+    loaded_tokenizer = load_tokenizer(folder)
+    stops = read_stop_token_ids(folder, tokenizer)
     save(loaded_model, second, loaded_tokenizer, stops - {tokenizer.eos_token_id})
 
     names = list_files(first)
@@ -221,10 +223,11 @@ def test_shards_go_both_ways(family, tmp_path):
 def test_tensors_are_read_one_by_one_and_shapes_without_reading(tmp_path):
     model = tiny_model()
     state = model.state_dict()
-    save(model, tmp_path, max_file_bytes=30_000)
+    folder = str(tmp_path)
+    save(model, folder, max_file_bytes=30_000)
 
-    tensors = SafetensorsFolder(str(tmp_path))
-    empty = make_empty_model(str(tmp_path), reachable=300)
+    tensors = SafetensorsFolder(folder)
+    empty = make_empty_model(folder, reachable=300)
 
     want_shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     assert tensors.shapes == want_shapes
@@ -267,13 +270,13 @@ def test_a_tied_folder_with_a_second_copy_of_the_head_loads(tmp_path):
 
 
 def test_16_bit_weights_are_widened_and_kept(tmp_path):
-    theirs = tmp_path / "theirs"
-    ours = tmp_path / "ours"
+    theirs = str(tmp_path / "theirs")
+    ours = str(tmp_path / "ours")
     batch = draw_prompts(5)
     hf_model = oracle(tiny_model())
     hf_model.to(torch.bfloat16).save_pretrained(theirs)
 
-    model = load_model(str(theirs))
+    model = load_model(theirs)
     wide_hf_model = AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.float32)
     dtypes = {parameter.dtype for parameter in model.parameters()}
     logits = compute_our_logits(model, batch)
@@ -281,7 +284,7 @@ def test_16_bit_weights_are_widened_and_kept(tmp_path):
     assert dtypes == {torch.float32}
     assert measure_gap(logits, want) <= 1e-4
 
-    narrow_model = load_model(str(theirs), dtype=torch.bfloat16)
+    narrow_model = load_model(theirs, dtype=torch.bfloat16)
     save(narrow_model, ours)
     reloaded = AutoModelForCausalLM.from_pretrained(ours, dtype="auto")
     assert reloaded.dtype == torch.bfloat16
@@ -305,19 +308,20 @@ def test_a_model_saved_with_a_tensor_missing_is_refused(tmp_path):
 def test_every_stop_id_is_found(tmp_path):
     tokenizer = tiny_tokenizer()
     eos = tokenizer.eos_token_id
+    folder = str(tmp_path)
     settings = tmp_path / "generation_config.json"
-    save(tiny_model(), tmp_path, tokenizer, frozenset([9, 4]))
-    assert read_stop_token_ids(str(tmp_path), tokenizer) == {9, 4, eos}
+    save(tiny_model(), folder, tokenizer, frozenset([9, 4]))
+    assert read_stop_token_ids(folder, tokenizer) == {9, 4, eos}
 
     settings.write_text('{"eos_token_id": 11}')
-    assert read_stop_token_ids(str(tmp_path), tokenizer) == {11, eos}
+    assert read_stop_token_ids(folder, tokenizer) == {11, eos}
 
     tokenizer.eos_token = None
-    assert read_stop_token_ids(str(tmp_path), tokenizer) == {11}
+    assert read_stop_token_ids(folder, tokenizer) == {11}
 
     settings.unlink()
     with pytest.raises(ModelFolderError, match="EOS"):
-        read_stop_token_ids(str(tmp_path), tokenizer)
+        read_stop_token_ids(folder, tokenizer)
 
 
 def edit_json(name, **changes):
@@ -523,10 +527,11 @@ BAD_FOLDERS = {
 def check_refused(folder, file, cause):
     """Check that the folder is refused by one line that names the file and the cause."""
     reachable = len(tiny_tokenizer())
+    path = str(folder / file)
     with pytest.raises(ModelFolderError) as error:
         load_model(str(folder), reachable=reachable)
     message = str(error.value)
-    assert str(folder / file) in message
+    assert path in message
     assert cause in message
     assert "\n" not in message
 
@@ -553,20 +558,21 @@ def test_a_bad_folder_is_refused_by_file_and_cause(name, tmp_path):
 
 
 def test_a_folder_without_tokenizer_or_chat_template_is_refused(tmp_path):
+    folder = str(tmp_path)
+    absent = str(tmp_path / "nowhere")
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    save(tiny_model(), tmp_path, tokenizer)
-    with pytest.raises(ModelFolderError, match=f"{tmp_path}.*chat template"):
-        load_tokenizer(str(tmp_path))
+    save(tiny_model(), folder, tokenizer)
+    with pytest.raises(ModelFolderError, match=f"{folder}.*chat template"):
+        load_tokenizer(folder)
 
     for path in tmp_path.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(ModelFolderError, match=f"{tmp_path}.*tokenizer"):
-        load_tokenizer(str(tmp_path))
+    with pytest.raises(ModelFolderError, match=f"{folder}.*tokenizer"):
+        load_tokenizer(folder)
 
-    absent = tmp_path / "nowhere"
     with pytest.raises(ModelFolderError, match="config.json: no such file"):
-        load_tokenizer(str(absent))
+        load_tokenizer(absent)
 
 
 def write_hub_cache(cache):
