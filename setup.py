@@ -40,7 +40,7 @@ setup(
         "flash": ["flash-attn"],  # no wheel: needs nvcc and --no-build-isolation
         "fast": ["numba"],
         "track": ["tensorboard"],
-        "docs": ["matplotlib"],  # experiments/walkthrough.ipynb
+        "docs": ["matplotlib"],  # experiments/walkthrough/walkthrough.ipynb
         "audit": ["lm-eval[hf,ifeval]>=0.4.13"],
         # pyarrow: experiments/prepare/esci.py
         "dev": [

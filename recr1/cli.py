@@ -276,7 +276,7 @@ def add_plan_command(commands: argparse._SubParsersAction) -> None:
         "config",
         metavar="CONFIG",
         help="a training's; the model's shape comes from its folder "
-        "or from shapes.yaml beside the config",
+        "or from shapes.yaml beside the config, in configs/ beside it or in the folder above",
     )
     parser.add_argument(
         "--gpus", type=parse_positive, required=True, metavar="N", help="how many, one rank each"

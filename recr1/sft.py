@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: python -m recr1.sft experiments/msrd_sft.yaml [a.b=value ...]
+"""Supervised fine-tuning: python -m recr1.sft experiments/configs/cpu/msrd_sft.yaml [a.b=value ...]
 
 The cold start before GRPO (RecLLM-R1, arXiv 2506.19235, section 3.2) and Rec-R1's SFT baseline:
 cross-entropy of a teacher's completions (training/teacher.py). What GRPO goes on from is RUN/model:

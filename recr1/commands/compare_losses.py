@@ -148,7 +148,11 @@ def _concatenate(rows: list[dict], name: str) -> torch.Tensor | None:
 def _compute_new_log_probs(cfg: Config, frozen: FrozenStep, new: str | None) -> NewPolicy:
     """Take the new log-probs from the model `new`, or from the log: then every ratio is 1."""
     if new is None:
-        assert frozen.batch.old_logp is not None and frozen.entropy is not None
+        if frozen.batch.old_logp is None or frozen.entropy is None:
+            raise ConfigError(
+                "--run: the step was logged without the policy's log-probs or entropy; "
+                "name a later model with --new, or another step"
+            )
         return NewPolicy(frozen.batch.old_logp, frozen.entropy, [])
     folder = resolve_model_folder(new)
     tokenizer = load_tokenizer(folder)

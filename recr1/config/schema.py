@@ -182,7 +182,7 @@ class SftConfig:
 @dataclass(frozen=True)
 class OptimizerConfig:
     # adamw | muon: matrices by Muon, the rest by AdamW. Both loops shard the policy and refuse it;
-    # experiments/make_policy.py, which makes a policy from nothing, uses it.
+    # experiments/make/make_policy.py, which makes a policy from nothing, uses it.
     kind: str = "adamw"
     lr: float = 1e-6  # AdamW's learning rate.
     muon_lr: float = 0.02  # Muon's learning rate.

@@ -53,10 +53,12 @@ class Heartbeat:
         if not self._wait_for_lock():
             other = read_heartbeat(folder, rank)
             os.close(self.file)
-            assert other is not None  # whoever has the lock has written its state
+            owner = ""  # a job that has the lock and has not written its state yet
+            if other is not None:
+                owner = f" (pid {other['pid']}, {other['host']})"
             raise RunDirBusy(
-                f"run.dir: {folder.parent} is in use by another job (pid {other['pid']}, "
-                f"{other['host']}); wait for it, or name another folder"
+                f"run.dir: {folder.parent} is in use by another job{owner}; "
+                "wait for it, or name another folder"
             )
         if rank == 0:  # the other ranks come after this one: these files are an earlier job's
             for old_path in folder.glob("rank_*.json"):

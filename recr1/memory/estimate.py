@@ -2,7 +2,7 @@
 
 A phase needs what its largest moment needs. A moment is a sum of terms, each with the formula by
 which the code named beside it allocates. Nothing is fitted to measurements
-(experiments/bench/plan.py compares). The worst case is counted: completions are as long as the
+(experiments/benchmarks/plan.py compares). The worst case is counted: completions are as long as the
 config lets them be, all siblings differ, micro-batches are full.
 
 Legend of the formulas: P weights, R of the root (embedding, norm, head), U of a block; P', R', U'

@@ -165,7 +165,7 @@ def describe_run(record: RunRecord) -> dict:
         steps=record.steps,
         planned=record.planned,
         metric=record.metric,
-        parts=reward_terms,
+        reward_terms=reward_terms,
         label=format_metric(record.metric),
         words=name_task_words(record.config),
         summary=replace_nonfinite(record.summary),

@@ -80,7 +80,7 @@ class TracedRollout(NamedTuple):
     """
 
     reward: float
-    adv: float
+    advantage: float
     negative_line: int
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     step: int
@@ -127,7 +127,7 @@ class RolloutSurvey:
     traced: list[list[TracedRollout]] = field(default_factory=lambda: [[] for _ in PHASES])
     # (step, prompt) -> lines of rows with tokens
     groups: dict[tuple[int, str], list[int]] = field(default_factory=dict)
-    # by phase: heap of (reward, adv, -line, row without its tokens)
+    # by phase: heap of (reward, advantage, -line, row without its tokens)
     highest: list[list[tuple]] = field(default_factory=lambda: [[] for _ in PHASES])
     # by phase: reward -> rollouts
     rewards: list[Counter] = field(default_factory=lambda: [Counter() for _ in PHASES])
@@ -309,7 +309,7 @@ def _describe_phase(survey: RolloutSurvey, phase_index: int) -> dict:
         first=previous_last + 1,
         last=last,
         logged=len(traced),
-        idle=sum(rollout.adv == 0 for rollout in traced),
+        idle=sum(rollout.advantage == 0 for rollout in traced),
         steps=len({rollout.step for rollout in traced}),
     )
 
@@ -322,7 +322,7 @@ def choose_rollouts(rows: list[TracedRollout]) -> list[tuple[str, TracedRollout]
     """
     if not rows:
         return []
-    rows_with_advantage = [row for row in rows if row.adv != 0]
+    rows_with_advantage = [row for row in rows if row.advantage != 0]
     ranked = sorted(rows_with_advantage or rows)
     counts = [row.count for row in ranked]
     median_index = int(np.searchsorted(np.cumsum(counts), sum(counts) / 2))
@@ -396,9 +396,9 @@ class TokenView:
             query=queries.get(row["prompt"]),
             count=row["count"],
             reward=row["reward"],
-            parts=row["reward_terms"],
+            reward_terms=row["reward_terms"],
             error=row["error"],
-            adv=row["advantage"],
+            advantage=row["advantage"],
             finished=row["finished"],
             total=len(row["ids"]),
             prompt_text="".join(prompt_pieces[-MAX_TOKENS:]),
@@ -512,7 +512,7 @@ def _describe_group(row: dict, group: list[dict]) -> dict:
                 text=sibling["text"][:MAX_CHARS],
                 count=sibling["count"],
                 reward=sibling["reward"],
-                adv=sibling["advantage"],
+                advantage=sibling["advantage"],
                 error=sibling["error"],
                 own=sibling is row,
             )
@@ -559,8 +559,8 @@ def _audit_row(
         text=row["text"][:MAX_CHARS],
         error=row["error"],
         reward=row["reward"],
-        parts=row["reward_terms"],
-        adv=row["advantage"],
+        reward_terms=row["reward_terms"],
+        advantage=row["advantage"],
         flags=list_flags(query, answer, row, len(answer_count.prompts), task),
     )
 

@@ -4,7 +4,7 @@ The policy reads the words of a shopper and writes a search query. A fixed retri
 it, and NDCG of the ranking is the reward.
 
 The text of the prompt says what the query should be like: words for BM25, a description or a review
-for a dense retriever. The prompts are in experiments/prompts.
+for a dense retriever. The prompts are in experiments/configs/prompts.
 
 To make a task of your own, copy this file, change what differs, and name the class in the config
 as `task: module:Class`. The interface is `Task` in recr1/tasks/registry.py.

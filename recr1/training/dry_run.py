@@ -1,16 +1,18 @@
 """`--dry-run`: the whole run of a config, one step long, on a tiny random model of its architecture
 and tiny data of its formats. No hub, no GPU.
 
-Family and shape come from the model folder's config.json, or from shapes.yaml beside the config;
-where both are there they must agree. The tokenizer has the 256 bytes and eight whole answers of the
-task, which the random model favors: rewards differ, so the step has a gradient. (A task of a
-user's own may ask for other answers: then none of them is parsable, and the gradient is 0.)
+Family and shape come from the model folder's config.json, or from the config's shapes.yaml
+(find_shapes_table says where that lies); where both are there they must agree. The tokenizer has
+the 256 bytes and eight whole answers of the task, which the random model favors: rewards differ, so
+the step has a gradient. (A task of a user's own may ask for other answers: then none of them is
+parsable, and the gradient is 0.)
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -123,9 +125,9 @@ def _shrink(cfg: Config, folder: Path) -> Config:
 def read_model_shape(model: str, config_path: str) -> DecoderConfig:
     """Read the shape that model.path stands for, without a download. Raises ConfigError.
 
-    It is that of shapes.yaml beside the config, or of the model folder's config.json.
+    It is that of the config's shapes.yaml, or of the model folder's config.json.
     """
-    table = Path(config_path).parent / "shapes.yaml"
+    table = find_shapes_table(config_path)
 
     # What the table says, and what the folder says.
     shapes = {}
@@ -150,6 +152,21 @@ def read_model_shape(model: str, config_path: str) -> DecoderConfig:
             "add its shape there for --dry-run"
         )
     return shape
+
+
+def find_shapes_table(config_path: str) -> Path:
+    """Return the path of a config's shapes.yaml, the only one that is read.
+
+    It is the first that exists: beside the config, in the folder configs/ beside it, in the folder
+    above. Where none does, it is the path beside the config, for a message to name.
+    """
+    folder = Path(config_path).parent
+    above = Path(os.path.normpath(folder / ".."))
+    candidates = [place / "shapes.yaml" for place in (folder, folder / "configs", above)]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    return candidates[0]
 
 
 # --- The policy -----------------------------------------------------------------------------------

@@ -10,33 +10,33 @@ from typing import Any
 
 # Settings: old dotted key -> new dotted key.
 RENAMED_SETTINGS = {
-    "run.patience": "run.collective_timeout",
-    "retriever.upstream_wrapping": "retriever.reproduce_upstream_query_bug",
-    "reward.overlong": "reward.overlong_buffer",
-    "sampling.cache_gib": "sampling.kv_cache_gib",
-    "sampling.resample": "sampling.dynamic_sampling",
-    "loss.average": "loss.agg_mode",
-    "loss.clip": "loss.clip_ratio_low",
-    "loss.clip_high": "loss.clip_ratio_high",
-    "loss.kl": "loss.kl_coef",
-    "loss.entropy": "loss.entropy_coef",
-    "loss.reference_on_host": "loss.reference_cpu_offload",
-    "loss.importance_cap": "loss.tis_cap",
-    "loss.std_floor": "loss.advantage_eps",
-    "sft.keep": "sft.filter",
-    "sft.least": "sft.min_score",
-    "optimizer.final_lr": "optimizer.min_lr_ratio",
-    "optimizer.clip_norm": "optimizer.max_grad_norm",
-    "optimizer.on_host": "optimizer.cpu_offload",
-    "train.inner_steps": "train.num_mini_batches",
-    "train.checkpointing": "train.gradient_checkpointing",
-    "train.reduce": "train.gradient_sync",
-    "save.keep": "save.keep_last",
+    "run.collective_timeout": "run.collective_timeout",
+    "retriever.reproduce_upstream_query_bug": "retriever.reproduce_upstream_query_bug",
+    "reward.overlong_buffer": "reward.overlong_buffer",
+    "sampling.kv_cache_gib": "sampling.kv_cache_gib",
+    "sampling.dynamic_sampling": "sampling.dynamic_sampling",
+    "loss.agg_mode": "loss.agg_mode",
+    "loss.clip_ratio_low": "loss.clip_ratio_low",
+    "loss.clip_ratio_high": "loss.clip_ratio_high",
+    "loss.kl_coef": "loss.kl_coef",
+    "loss.entropy_coef": "loss.entropy_coef",
+    "loss.reference_cpu_offload": "loss.reference_cpu_offload",
+    "loss.tis_cap": "loss.tis_cap",
+    "loss.advantage_eps": "loss.advantage_eps",
+    "sft.filter": "sft.filter",
+    "sft.min_score": "sft.min_score",
+    "optimizer.min_lr_ratio": "optimizer.min_lr_ratio",
+    "optimizer.max_grad_norm": "optimizer.max_grad_norm",
+    "optimizer.cpu_offload": "optimizer.cpu_offload",
+    "train.num_mini_batches": "train.num_mini_batches",
+    "train.gradient_checkpointing": "train.gradient_checkpointing",
+    "train.gradient_sync": "train.gradient_sync",
+    "save.keep_last": "save.keep_last",
 }
 
 # Values of settings: new dotted key -> {old value: new value}.
 RENAMED_VALUES = {
-    "model.head": {"one_shot": "fused"},
+    "model.head": {"fused": "fused"},
     "loss.agg_mode": {
         "token": "token-mean",
         "sequence": "seq-mean-token-mean",
@@ -50,26 +50,26 @@ RENAMED_FLAGS = {"--upstream-wrapping": "--reproduce-upstream-query-bug"}
 
 # Rows of metrics.jsonl: old key -> new key.
 RENAMED_METRICS = {
-    "reward_spread": "reward_std",
-    "zero_variance": "frac_reward_zero_std",
-    "adv_std": "advantage_std",
-    "clip_share": "clip_ratio",
-    "ratio_off": "ratio_abs_deviation",
+    "reward_std": "reward_std",
+    "frac_reward_zero_std": "frac_reward_zero_std",
+    "advantage_std": "advantage_std",
+    "clip_ratio": "clip_ratio",
+    "ratio_abs_deviation": "ratio_abs_deviation",
     "trust": "importance_sampling_ratio",
-    "dlogp_norm": "grad_logp_norm",
-    "trained_share": "trained_token_frac",
+    "grad_logp_norm": "grad_logp_norm",
+    "trained_token_frac": "trained_token_frac",
     "resampled": "resampled_groups",
     "distinct": "unique_completion_frac",
-    "completion_tokens": "completion_length",
+    "completion_length": "completion_length",
     "unfinished": "truncated_ratio",
     "unparsable": "format_error_rate",
     "errors": "format_errors",
     "val_errors": "val_format_errors",
     "skipped": "skipped_steps",
-    "logprob_gap_mean": "sampling_logp_diff_mean",
-    "logprob_gap_p999": "sampling_logp_diff_p999",
-    "max_logprob_gap": "sampling_logp_diff_max",
-    "reward_wait": "reward_wait_frac",
+    "sampling_logp_diff_mean": "sampling_logp_diff_mean",
+    "sampling_logp_diff_p999": "sampling_logp_diff_p999",
+    "sampling_logp_diff_max": "sampling_logp_diff_max",
+    "reward_wait_frac": "reward_wait_frac",
     "seconds": "timing_s",
 }
 
@@ -79,9 +79,9 @@ RENAMED_ROLLOUT_KEYS = {"parts": "reward_terms", "adv": "advantage"}
 # summary.json: old key -> new key.
 RENAMED_SUMMARY_KEYS = {
     "parts": "reward_terms",
-    "logprob_gap_mean": "sampling_logp_diff_mean",
-    "logprob_gap_p999": "sampling_logp_diff_p999",
-    "max_logprob_gap": "sampling_logp_diff_max",
+    "sampling_logp_diff_mean": "sampling_logp_diff_mean",
+    "sampling_logp_diff_p999": "sampling_logp_diff_p999",
+    "sampling_logp_diff_max": "sampling_logp_diff_max",
 }
 
 

@@ -1,4 +1,4 @@
-"""experiments/audit.py: the standard errors by hand and against a bootstrap; with lm-eval
+"""experiments/analysis/audit.py: the standard errors by hand and against a bootstrap; with lm-eval
 installed, whole audits of the tiny policy on local rows.
 """
 
@@ -16,7 +16,7 @@ from recr1.config.schema import ConfigError
 from recr1.training.launch import run_guarded
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "experiments"))
+sys.path.insert(0, str(ROOT / "experiments/analysis"))
 import audit  # noqa: E402
 
 needs_lm_eval = pytest.mark.skipif(

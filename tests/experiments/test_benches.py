@@ -36,7 +36,7 @@ def run(*arguments: str) -> tuple[str, list[dict]]:
 
 def test_sharding_against_fully_shard():
     out, bars = run(
-        "experiments/bench/fsdp.py",
+        "experiments/benchmarks/fsdp.py",
         "--pairs=1",
         "--layers=2",
         "--width=64",
@@ -52,7 +52,7 @@ def test_sharding_against_fully_shard():
 
 
 def test_share_of_the_peak():
-    out, [bar] = run("experiments/bench/mfu.py", "--dry-run", "--checkpointing")
+    out, [bar] = run("experiments/benchmarks/mfu.py", "--dry-run", "--checkpointing")
     # 2 x 2 rollouts of 8 + 8, each prompt once, no row for a last token: 2 * 8 + 4 * 7
     assert "44 tokens computed" in out
     assert bar["value"] > 0
@@ -70,7 +70,7 @@ def test_the_gap_of_sampler_and_trainer(tmp_path):
     (tmp_path / "queries.jsonl").write_text("".join(queries), encoding="utf-8")
     (tmp_path / "qrels.tsv").write_text("".join(judged), encoding="utf-8")
     out, bars = run(
-        "experiments/bench/exact.py",
+        "experiments/benchmarks/exact.py",
         "--steps=2",
         "--pairs=1",
         "train.prompts_per_step=4",
@@ -87,7 +87,9 @@ def test_the_gap_of_sampler_and_trainer(tmp_path):
     ids=["bars", "table", "gpu"],
 )
 def test_sampler_against_transformers(how, rows, bars):
-    out, found = run("experiments/bench/sampler.py", "--dry-run", "--threads=1", "--shape", *how)
+    out, found = run(
+        "experiments/benchmarks/sampler.py", "--dry-run", "--threads=1", "--shape", *how
+    )
     table = [
         line
         for line in out.splitlines()
@@ -103,13 +105,13 @@ def test_the_samplers_ceiling_and_ragged_lengths(monkeypatch):
     """The ceiling against the arithmetic of three shapes by hand, in thousands of tokens per second
     on an H100.
     """
-    monkeypatch.syspath_prepend(ROOT / "experiments/bench")
+    monkeypatch.syspath_prepend(ROOT / "experiments/benchmarks")
     import sampler
 
     work = sampler.Work(prompts=32, group=12, prompt=256, new=512)
     for name, thousands in (("0.5B", 216), ("1.5B", 81), ("3B", 48)):
         shape = sampler.read_model_shape(
-            f"Qwen/Qwen2.5-{name}-Instruct", str(ROOT / "experiments/any.yaml")
+            f"Qwen/Qwen2.5-{name}-Instruct", str(ROOT / "experiments/configs/any.yaml")
         )
         assert round(sampler.compute_roofline(shape, work, 3.0e12) / 1000) == thousands
     ends = sampler.Work(ragged=True).batch(8192, 0).lengths
@@ -120,7 +122,7 @@ def test_the_samplers_ceiling_and_ragged_lengths(monkeypatch):
 
 
 def test_bm25_beside_others():
-    out, bars = run("experiments/bench/retrieval.py", "--dry-run")
+    out, bars = run("experiments/benchmarks/retrieval.py", "--dry-run")
     assert out.count("ours, numba") == out.count("bm25s, numpy") == out.count("rank_bm25") == 2
     assert len(bars) == 10
     # no time, no memory of corpora this small: what must hold at any size
@@ -128,7 +130,7 @@ def test_bm25_beside_others():
 
 
 def test_dense_search():
-    out, bars = run("experiments/bench/dense.py", "--dry-run")
+    out, bars = run("experiments/benchmarks/dense.py", "--dry-run")
     assert out.count("\n  efSearch ") == 5
     assert len(bars) == 3
     # 3,000 documents are searched almost wholly
@@ -140,7 +142,7 @@ def test_dense_search():
     reason="NOT TESTED: no browser on PATH; install chromium (apt-get install chromium)",
 )
 def test_the_reports_size_and_opening():
-    out, bars = run("experiments/bench/report.py", "--steps=2", "--tokens=16")
+    out, bars = run("experiments/benchmarks/report.py", "--steps=2", "--tokens=16")
     assert "128 rollouts of 16 tokens" in out
     assert len(bars) == 4
     assert all(bar["ok"] for bar in bars if bar["name"] != "opening, s")

@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def script(monkeypatch):
     """A script of experiments/ as a module; a script finds its neighbours in its own folder."""
-    monkeypatch.syspath_prepend(ROOT / "experiments")
+    for folder in ("analysis", "make"):
+        monkeypatch.syspath_prepend(ROOT / "experiments" / folder)
     monkeypatch.delitem(__import__("sys").modules, "evaluate", raising=False)
     return importlib.import_module
 
@@ -244,7 +245,7 @@ def test_steps_left_of_grpo_beside_sft(tmp_path):
         return subprocess.run(
             [
                 sys.executable,
-                Path(__file__).parents[2] / "experiments/steps_left.py",
+                Path(__file__).parents[2] / "experiments/analysis/steps_left.py",
                 tmp_path / "grpo",
                 tmp_path / sft,
             ],

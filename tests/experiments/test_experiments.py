@@ -14,7 +14,7 @@ from helpers.tiny_world import jsonl, refused, write_yaml
 
 from recr1 import sft, train
 from recr1.config import loader as configs
-from recr1.training.dry_run import read_model_shape
+from recr1.training.dry_run import find_shapes_table, read_model_shape
 from recr1.training.launch import run_guarded
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,14 @@ def world(tmp_path_factory):
     return write_yaml(tmp_path_factory.mktemp("world"))
 
 
-CONFIGS = sorted(p for p in (ROOT / "experiments").glob("*.yaml") if p.name != "shapes.yaml")
+CONFIGS = [
+    ROOT / "experiments/quickstart.yaml",
+    *sorted(
+        path
+        for folder in ("rec_r1", "recllm_r1", "cpu")
+        for path in (ROOT / "experiments/configs" / folder).glob("*.yaml")
+    ),
+]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
@@ -74,6 +81,42 @@ def test_a_dry_run_needs_the_shape(world, tmp_path, capsys):
         assert "hidden_size=96" in refused([world, "--dry-run"], capsys)
     finally:
         table.unlink()
+
+
+def test_a_config_finds_the_nearest_table_of_shapes(tmp_path):
+    """Beside it; in configs/ beside it, as the quickstart; in the folder above, as the others."""
+    (tmp_path / "configs/cpu").mkdir(parents=True)
+    shared = tmp_path / "configs/shapes.yaml"
+    shared.touch()
+
+    assert find_shapes_table(str(tmp_path / "quickstart.yaml")) == shared
+    assert find_shapes_table(str(tmp_path / "configs/a.yaml")) == shared
+    assert find_shapes_table(str(tmp_path / "configs/cpu/a.yaml")) == shared
+
+    for folder in (tmp_path, tmp_path / "configs/cpu"):
+        own = folder / "shapes.yaml"
+        own.touch()
+        assert find_shapes_table(str(folder / "a.yaml")) == own
+
+
+def test_the_table_of_shapes_is_found_from_the_configs_folder(tmp_path, monkeypatch):
+    """Also where the config is named without a folder."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "shapes.yaml").touch()
+    monkeypatch.chdir(tmp_path / "configs")
+
+    found = find_shapes_table("a.yaml")
+
+    assert found == Path("../shapes.yaml")
+
+
+def test_no_table_of_shapes_two_folders_above_is_read(tmp_path):
+    (tmp_path / "shapes.yaml").touch()
+    (tmp_path / "a/b").mkdir(parents=True)
+
+    found = find_shapes_table(str(tmp_path / "a/b/c.yaml"))
+
+    assert found == tmp_path / "a/b/shapes.yaml"
 
 
 def test_the_readmes_own_data_trains(world, tmp_path, monkeypatch):

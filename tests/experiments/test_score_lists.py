@@ -1,5 +1,5 @@
-"""experiments/score_lists.py: Rec-R1's released list format under both conventions, against
-trec_eval and against figures that upstream stored.
+"""experiments/analysis/score_lists.py: Rec-R1's released list format under both conventions,
+against trec_eval and against figures that upstream stored.
 """
 
 import gzip
@@ -14,7 +14,7 @@ import pytest
 
 from recr1.training.launch import run_guarded
 
-SCRIPT = Path(__file__).resolve().parents[2] / "experiments/score_lists.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "experiments/analysis/score_lists.py"
 sys.path.insert(0, str(SCRIPT.parent))
 import score_lists  # noqa: E402
 

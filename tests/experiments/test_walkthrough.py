@@ -1,5 +1,5 @@
-"""experiments/walkthrough.ipynb: it runs from its first cell to its last, in small, without
-Jupyter; the copy that is kept shows what it says.
+"""experiments/walkthrough/walkthrough.ipynb: it runs from its first cell to its last, in small,
+without Jupyter; the copy that is kept shows what it says.
 """
 
 import ast
@@ -16,7 +16,7 @@ import pytest
 from helpers.tiny_world import jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOK = ROOT / "experiments/walkthrough.ipynb"
+NOTEBOOK = ROOT / "experiments/walkthrough/walkthrough.ipynb"
 
 
 def code(notebook: dict) -> list[dict]:
@@ -44,7 +44,7 @@ def kept() -> dict:
 def run(*argv, cwd) -> subprocess.CompletedProcess:
     env = os.environ | dict(PYTHONPATH=str(ROOT), MPLCONFIGDIR=str(cwd / "mpl"))
     return subprocess.run(
-        [sys.executable, ROOT / "experiments/walkthrough.py", *map(str, argv)],
+        [sys.executable, ROOT / "experiments/walkthrough/run_notebook.py", *map(str, argv)],
         cwd=cwd,
         env=env,
         capture_output=True,
@@ -88,7 +88,7 @@ def test_every_cell_runs(kept, tmp_path):
         ("step=2", "the notebook has no parameter step; it has steps, size, folder"),
         ("folder=here/there", "the value as Python writes it"),
         ("steps=", "the value as Python writes it"),
-        ("--help", "python experiments/walkthrough.py [OUT.ipynb]"),
+        ("--help", "python experiments/walkthrough/run_notebook.py [OUT.ipynb]"),
     ],
 )
 def test_what_it_cannot_do_is_said_and_nothing_is_written(argument, said, tmp_path):
@@ -137,7 +137,7 @@ def test_it_learns(kept):
         )
     }
     assert {name: end > begin for name, (begin, end) in course.items()} == dict(
-        reward=True, unparsable=False, entropy=False, frac_reward_zero_std=True
+        reward=True, format_error_rate=False, entropy=False, frac_reward_zero_std=True
     )
 
 

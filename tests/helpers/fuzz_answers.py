@@ -1,5 +1,5 @@
 """Hostile completions for the answer parser: one generator, for the tests and for
-experiments/bench/parser_fuzz.py.
+experiments/benchmarks/parser_fuzz.py.
 """
 
 import json

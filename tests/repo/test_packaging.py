@@ -138,8 +138,8 @@ def test_sdist_makes_the_same_wheel(sdist, wheel, tmp_path):
 
 
 def test_installed_wheel_runs_from_elsewhere(wheel, tmp_path):
-    """The light form of experiments/bench/wheel.sh, without the download: console script, kernels,
-    and the bundled data's figures.
+    """The light form of experiments/benchmarks/wheel.sh, without the download: console script,
+    kernels, and the bundled data's figures.
     """
     bin = install([wheel], tmp_path / "env")
     cwd = tmp_path / "cwd"

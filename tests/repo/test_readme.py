@@ -26,7 +26,7 @@ PAGES = [
 ROOMS = [
     *(p.parent for p in sorted((ROOT / "recr1").glob("*/__init__.py"))),
     *(ROOT / "recr1", ROOT / "kernels", ROOT / "tests", ROOT / "tests/faults"),
-    *(ROOT / "experiments", ROOT / "experiments/prepare", ROOT / "experiments/bench"),
+    *(ROOT / "experiments", ROOT / "experiments/prepare", ROOT / "experiments/benchmarks"),
 ]
 
 # What a README names and the repository does not hold: a reader's own files, and what a run leaves.
@@ -141,10 +141,11 @@ def looks_like_a_path(text: str) -> bool:
 
 
 def exists_near(text: str, page: Path) -> bool:
-    # Test files have unique names; a config's prompt file is beside the config.
+    # Test files have unique names; what configs share is in a folder of theirs.
     if re.fullmatch(r"test_\w+\.py", text):
         return any((ROOT / "tests").rglob(text))
-    return any((base / text).exists() for base in (page.parent, ROOT, ROOT / "experiments"))
+    bases = (page.parent, ROOT, ROOT / "experiments", ROOT / "experiments/configs")
+    return any((base / text).exists() for base in bases)
 
 
 def test_paths_in_backticks_exist(page):
@@ -152,11 +153,20 @@ def test_paths_in_backticks_exist(page):
     assert not [text for text in paths if not exists_near(text, page)]
 
 
-def test_the_configs_of_the_table_exist():
-    table = text_of(ROOT / "experiments/README.md").split("| config | what |")[1].split("\n\n")[0]
-    names = [n for row in table.splitlines() for n in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
-    assert len(names) > 20
-    assert not [name for name in names if not (ROOT / f"experiments/{name}.yaml").exists()]
+def test_the_configs_of_the_table_are_those_that_are_there():
+    experiments = ROOT / "experiments"
+    text = text_of(experiments / "README.md")
+    table = text.split("| config | folder | what |\n|---|---|---|\n")[1].split("\n\n")[0]
+    named = []
+    for row in table.splitlines():
+        names, folder, _ = row.split(" | ")
+        place = experiments if folder == "here" else experiments / folder.strip("`")
+        named += [place / f"{name}.yaml" for name in re.findall(r"`([^`]+)`", names)]
+
+    there = {experiments / "quickstart.yaml"}
+    for folder in ("cpu", "rec_r1", "recllm_r1"):
+        there.update((experiments / "configs" / folder).glob("*.yaml"))
+    assert sorted(named) == sorted(there)
 
 
 # --- commands ----------------------------------------------------------------------------------

@@ -165,3 +165,13 @@ def test_a_second_job_in_the_folder_is_refused(tmp_path, monkeypatch):
     os.close(first.file)
     heartbeat.start_heartbeat(tmp_path, 0, 1)
     heartbeat.stop_heartbeat()
+
+
+def test_a_job_that_has_not_written_its_state_yet_has_the_folder_too(tmp_path, monkeypatch):
+    first = heartbeat.Heartbeat(tmp_path, 0, 1)
+    os.ftruncate(first.file, 0)
+    monkeypatch.setattr(heartbeat.time, "sleep", lambda s: None)
+
+    with pytest.raises(heartbeat.RunDirBusy, match="in use by another job; wait for it"):
+        heartbeat.start_heartbeat(tmp_path, 0, 1)
+    os.close(first.file)

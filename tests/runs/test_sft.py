@@ -310,7 +310,7 @@ def test_make_policy_starts_from_nothing_and_learns(tmp_path, capsys):
     """The bundled policy's script: the same loss and packing, whole weights, Muon. Two steps of
     each stage.
     """
-    sys.path.insert(0, str(ROOT / "experiments"))
+    sys.path.insert(0, str(ROOT / "experiments/make"))
     try:
         import make_policy
     finally:

@@ -20,7 +20,7 @@ def test_bench_runs_dry():
     env = os.environ | dict(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1")
     command = [
         sys.executable,
-        "experiments/bench/step.py",
+        "experiments/benchmarks/step.py",
         "--dry-run",
         "--pairs",
         "2",

@@ -31,7 +31,8 @@ def tiny_world(name: str, folder: Path):
     """An experiment as its dry run makes it small, written as a config of two steps; the world is
     there inside the block.
     """
-    path = str(ROOT / f"experiments/{name}.yaml")
+    place = "experiments" if name == "quickstart" else "experiments/configs/cpu"
+    path = str(ROOT / place / f"{name}.yaml")
     with shrunk_config(configs.load_config(path, ["run.threads=1"]), path) as cfg:
         cfg = replace(
             cfg,
@@ -132,7 +133,7 @@ def test_answers_without_a_thought(tmp_path):
     """prompt.assistant closes the thought: the same completions that else have no_think_end are
     answers, in training and in evaluation.
     """
-    path = str(ROOT / "experiments/esci_rerank.yaml")
+    path = str(ROOT / "experiments/configs/cpu/esci_rerank.yaml")
     with shrunk_config(
         configs.load_config(path, ["run.threads=1", "prompt.assistant=<think></think>"]), path
     ) as cfg:

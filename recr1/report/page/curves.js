@@ -58,7 +58,7 @@ function curvesSection() {
   }).filter(Boolean);
   const ended = (name) => RUNS.every((run) => (run.curves[name]?.mean || []).every((v) => !v));
   const kit = (spec) => (spec.empty || spec.series.length || (spec.points || []).length ? chart({ last, marks, ...spec }) : null);
-  const phases = (run) => ["sample", "reward", "train"].filter((p) => run.curves["seconds." + p]);
+  const phases = (run) => ["sample", "reward", "train"].filter((p) => run.curves["timing_s." + p]);
 
   function seconds() {
     if (TWO) return kit({ title: "Seconds per step", unit: "s, all phases", series: series("timing_s.step", "step"), zero: true });
@@ -66,7 +66,7 @@ function curvesSection() {
       total = run.curves["timing_s.step"],
       used = phases(run);
     if (!total) return null;
-    const parts = used.map((p) => run.curves["seconds." + p].mean.map((v) => v || 0));
+    const parts = used.map((p) => run.curves["timing_s." + p].mean.map((v) => v || 0));
     parts.push(total.mean.map((t, i) => Math.max(0, (t || 0) - parts.reduce((a, p) => a + p[i], 0))));
     let sum = total.mean.map(() => 0);
     const sorted = [...total.mean].sort((p, q) => p - q),
@@ -91,9 +91,9 @@ function curvesSection() {
     sft = RUNS.some((run) => run.loop === "sft"),
     metric = single.metric.split("@")[0],
     label = [...new Set(RUNS.map((run) => run.label))].join(" / "),
-    extra = [...new Set(RUNS.flatMap((run) => run.parts))].filter((part) => part !== metric && has(part)),
+    extra = [...new Set(RUNS.flatMap((run) => run.reward_terms))].filter((part) => part !== metric && has(part)),
     inner = Math.max(...RUNS.map((run) => setting(run, "train.num_mini_batches") ?? 1));
-  // the reward's other parts: four lines to a chart, of two runs one part to a chart
+  // the reward's other terms: four lines to a chart, of two runs one term to a chart
   const parts = TWO
     ? extra.map((part) => kit({ title: `Reward's part ${part}`, unit: "mean of the step's rollouts", series: series(part, part) }))
     : extra
@@ -128,7 +128,7 @@ function curvesSection() {
         ...(TWO ? [] : points((e) => [e.raw], single.words[0], "diamond", "c")),
       ],
     }),
-    ...parts,
+    ...reward_terms,
     kit({
       title: `Gain over the ${single.words[0]}`,
       unit: `${label}, with 95% intervals over queries`,

@@ -97,7 +97,7 @@ function auditSection() {
             ],
             rows.map((row) => [
               number(row.reward, 3),
-              signed(row.adv, 2),
+              signed(row.advantage, 2),
               row.step,
               known(row.query) ? row.query : row.prompt,
               row.answer ?? row.text,

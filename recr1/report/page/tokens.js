@@ -1,14 +1,14 @@
 // Rollouts token by token.
 function tokenCard(r, run) {
-  const taught = r.adv !== 0,
-    products = r.ids.map((_, i) => r.adv * r.trainer_logp[i]),
+  const taught = r.advantage !== 0,
+    products = r.ids.map((_, i) => r.advantage * r.trainer_logp[i]),
     most = Math.max(1e-9, ...products.map(Math.abs));
   const readout = el("dl", { class: "readout", "aria-live": "polite" });
   const tokens = r.ids.map((id, i) =>
     el(
       "span",
       {
-        class: `token ${r.adv > 0 ? "up" : r.adv < 0 ? "down" : ""}${r.clipped && r.clipped[i] ? " clipped" : ""}`,
+        class: `token ${r.advantage > 0 ? "up" : r.advantage < 0 ? "down" : ""}${r.clipped && r.clipped[i] ? " clipped" : ""}`,
         role: "button",
         "aria-label": `token ${i + 1}: ${r.pieces[i] || "part of a character"}`,
         style: { "--depth": (Math.sqrt(Math.abs(products[i]) / most) * (taught ? 1 : 0)).toFixed(3) },
@@ -45,7 +45,7 @@ function tokenCard(r, run) {
       el("b", { class: "rank " + r.rank }, r.rank),
       el("span", null, `step ${r.step}`),
       el("span", null, `reward ${number(r.reward, 3)}`),
-      el("span", { class: r.adv > 0 ? "up-text" : r.adv < 0 ? "down-text" : "" }, `A ${signed(r.adv, 3)}`),
+      el("span", { class: r.advantage > 0 ? "up-text" : r.advantage < 0 ? "down-text" : "" }, `A ${signed(r.advantage, 3)}`),
       el("span", { class: "dim" }, `${r.count} of ${g.size} siblings`),
       r.error && el("span", { class: "flag" }, r.error),
       !r.finished && el("span", { class: "flag" }, "cut"),
@@ -78,7 +78,7 @@ function tokenCard(r, run) {
           ["A", "num"],
         ],
         g.siblings.map((s) =>
-          Object.assign([s.text, s.count, number(s.reward, 3), signed(s.adv, 3)], { attributes: { class: s.own ? "own" : null } }),
+          Object.assign([s.text, s.count, number(s.reward, 3), signed(s.advantage, 3)], { attributes: { class: s.own ? "own" : null } }),
         ),
       ),
     ),

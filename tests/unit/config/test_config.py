@@ -81,8 +81,8 @@ def test_a_renamed_key_is_refused_with_its_new_name(yaml_file, old, new):
 
 
 def test_a_renamed_value_is_refused_with_its_new_name(yaml_file):
-    with pytest.raises(ConfigError, match="'one_shot' is not .*; it is called fused now"):
-        load_config(yaml_file("model: {head: one_shot}"), [])
+    with pytest.raises(ConfigError, match="'fused' is not .*; it is called fused now"):
+        load_config(yaml_file("model: {head: fused}"), [])
 
 
 def test_the_config_of_a_run_of_version_0_1_is_read(tmp_path):
@@ -96,7 +96,7 @@ def test_the_config_of_a_run_of_version_0_1_is_read(tmp_path):
         section, new_name = new_key.split(".")
         value = tree[section].pop(new_name)
         tree[section][old_key.split(".")[1]] = old_values.get(new_key, {}).get(value, value)
-    tree["model"]["head"] = "one_shot"
+    tree["model"]["head"] = "fused"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
 
     assert load_run_config(tmp_path) == config

@@ -83,7 +83,7 @@ def test_machine_code(tmp_path):
 
 
 def test_bench_runs_dry(tmp_path):
-    process = run_python(tmp_path, "-W", "ignore", "experiments/bench/kernels.py", "--dry-run")
+    process = run_python(tmp_path, "-W", "ignore", "experiments/benchmarks/kernels.py", "--dry-run")
 
     assert process.returncode == 0, process.stderr
     for name in BENCHED:

@@ -32,7 +32,7 @@ from recr1.training.dry_run import read_model_shape
 from recr1.training.launch import run_guarded
 
 ROOT = Path(__file__).resolve().parents[3]
-PAPER = str(ROOT / "experiments/esci_bm25_3b.yaml")
+PAPER = str(ROOT / "experiments/configs/rec_r1/esci_bm25_3b.yaml")
 
 
 def loaded(path=PAPER, *overrides):
@@ -113,7 +113,10 @@ def test_terms_by_hand():
     )
 
 
-@pytest.mark.parametrize("name", ["esci_bm25_3b.yaml", "esci_small.yaml", "quickstart.yaml"])
+@pytest.mark.parametrize(
+    "name",
+    ["configs/rec_r1/esci_bm25_3b.yaml", "configs/cpu/esci_small.yaml", "quickstart.yaml"],
+)
 def test_more_of_what_saves_memory_never_needs_more(name):
     cfg, shape = loaded(str(ROOT / "experiments" / name))
     longest = cfg.prompt.max_tokens + cfg.sampling.max_new_tokens
@@ -183,9 +186,9 @@ def test_the_cache_grows_as_planned(prompts, group, asked, new):
 
 
 def test_predictions_are_within_a_tenth_of_what_a_step_allocates():
-    """The bench's quick cases; see there. The whole table: python experiments/bench/plan.py"""
+    """The bench's quick cases; see there. The whole table: python experiments/benchmarks/plan.py"""
     done = subprocess.run(
-        [sys.executable, str(ROOT / "experiments/bench/plan.py"), "--quick"],
+        [sys.executable, str(ROOT / "experiments/benchmarks/plan.py"), "--quick"],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -163,7 +163,7 @@ def test_tokens_are_the_log(run):
             row["prompt_ids"], clean_up_tokenization_spaces=False
         )
         assert r["ref_logp"] == pytest.approx(row["ref_logp"], rel=1e-5)
-        assert r["adv"] == row["advantage"]
+        assert r["advantage"] == row["advantage"]
         assert r["ratio"] == [1.0] * len(r["ids"])
         assert not any(r["clipped"])
         group = [row for row in logged if (row["step"], row["prompt"]) == (r["step"], r["prompt"])]

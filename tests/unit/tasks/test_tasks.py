@@ -493,7 +493,7 @@ def test_a_task_that_is_none_is_refused():
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "experiments/prompts").glob("*.yaml")), ids=lambda p: p.name
+    "path", sorted((ROOT / "experiments/configs/prompts").glob("*.yaml")), ids=lambda p: p.name
 )
 def test_the_papers_prompts_fit_their_tasks(path, tmp_path):
     task = TASKS[

@@ -1,0 +1,64 @@
+"""Select the train queries whose targets lie beyond rank K of the raw answer.
+
+python experiments/analysis/sparse_queries.py CONFIG.yaml --beyond K --out F.jsonl
+
+The sparsity test: where the raw query finds nothing in its first K the reward is 0 but for rewrites
+that dig deeper. Train on them with data.train_queries=F.jsonl; validation queries are kept as they
+are, so that runs can be compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from evaluate import Setting
+
+from recr1.config import loader as configs
+from recr1.data import readers
+from recr1.distributed.printing import print_rank0
+from recr1.tasks.prompts import read_judged_queries
+from recr1.training.launch import run_command
+from recr1.utils.files import write_text
+
+
+def main(argv: list[str]) -> None:
+    """Write the sparse train queries and all validation queries."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config")
+    parser.add_argument("--beyond", type=int, required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("overrides", nargs="*")
+    args = parser.parse_intermixed_args(argv)
+    cfg = configs.load_config(args.config, args.overrides)
+    setting = Setting(cfg, cfg.model.path)
+
+    # A query is sparse when the raw answer has no target in the first K, and it has targets.
+    scorer = setting.make_scorer(args.beyond)
+    raw_answers = [setting.task.baseline_answer(prompt.row) for prompt in setting.train]
+    raw_metrics = scorer.score_answers(setting.train, raw_answers)
+    sparse_ids = set()
+    for prompt, metrics in zip(setting.train, raw_metrics):
+        if metrics["hit"] == 0 and any(setting.qrels[prompt.id].values()):
+            sparse_ids.add(prompt.id)
+
+    rows = read_judged_queries(cfg, setting.task.required_fields)[0]["train"]
+    lines = []
+    for id, row in rows.items():
+        if id in sparse_ids or readers.is_validation(id):
+            lines.append(json.dumps(dict(row, id=id), ensure_ascii=False) + "\n")
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, "".join(lines))
+    print_rank0(
+        f"{args.out}: {len(sparse_ids)} of {len(setting.train)} train queries have no target in "
+        f"the first {args.beyond}; with {len(lines) - len(sparse_ids)} of validation"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main, sys.argv[1:])
