@@ -312,7 +312,7 @@ def shard_model(model, backend, checkpointing):
         device=CPU,
         master=torch.float64,
         compute=torch.float64,
-        checkpointing=checkpointing,
+        gradient_checkpointing=checkpointing,
     )
 
 
