@@ -239,8 +239,8 @@ def test_search_shows_terms_that_add_up_to_the_score(world, capsys):
     assert "red lamp" in hits[0]
     for hit, terms_of_hit in zip(hits, terms):
         score = float(hit.split()[1])
-        parts = [float(part) for part in re.findall(r"\d\.\d{3}", terms_of_hit)]
-        assert sum(parts) == pytest.approx(score, abs=2e-3)
+        scores = [float(number) for number in re.findall(r"\d\.\d{3}", terms_of_hit)]
+        assert sum(scores) == pytest.approx(score, abs=2e-3)
     assert without_hits.strip() == "no hits"
 
 

@@ -236,7 +236,8 @@ def test_a_pipe_gets_whole_characters_while_the_text_is_sampled(tmp_path, monkey
         "\n",
     ]
     for piece, after in zip(pieces, pieces[1:]):
-        assert not piece or after is None, "a piece was not flushed"
+        if piece:
+            assert after is None, "a piece was not flushed"
 
     out, err = start_process([*argv, "x"]).communicate(timeout=120)
     text = '😀</think><answer>{"query": " lamp"}</answer>'
