@@ -140,7 +140,7 @@ def estimate_kl(estimator: str, logp: torch.Tensor, ref: torch.Tensor) -> torch.
 
 
 def compute_advantages(cfg: Config, rows: list[dict]) -> list[float]:
-    """Return one per row, by Python's own arithmetic."""
+    """Return one per row, by Python's own arithmetic, but for the KL."""
     groups = {}
     for row in rows:
         rewards = groups.setdefault(row["prompt"], [])
