@@ -271,15 +271,20 @@ def test_lucene_formula_by_hand():
 
     rankings, scores = searcher.search(["a red red Fox"], 10)
 
-    assert list_ids(searcher, rankings[0]) == sorted(expected, key=expected.get, reverse=True)
+    expected_ids = sorted(expected, key=expected.get, reverse=True)
     expected_scores = sorted(expected.values(), reverse=True)
+    assert list_ids(searcher, rankings[0]) == expected_ids
     np.testing.assert_allclose(scores[0, :3], expected_scores, rtol=1e-6)
 
-    terms = searcher.explain("a red red Fox purple", searcher.doc_ids.find("d3"))
-    assert [token for token, _ in terms] == ["red", "fox"]
+    row_of_d3 = searcher.doc_ids.find("d3")
+    terms = searcher.explain("a red red Fox purple", row_of_d3)
+    tokens = [token for token, _ in terms]
+    assert tokens == ["red", "fox"]
     total = sum(score for _, score in terms)
     assert total == pytest.approx(score_d3, rel=1e-6)
-    assert searcher.explain("red", searcher.doc_ids.find("d2")) == []
+
+    row_of_d2 = searcher.doc_ids.find("d2")
+    assert searcher.explain("red", row_of_d2) == []
 
 
 def compute_impacts(ids, texts, **options) -> np.ndarray:
@@ -288,9 +293,12 @@ def compute_impacts(ids, texts, **options) -> np.ndarray:
 
 def test_parameters_matter():
     default_impacts = compute_impacts(IDS, TEXTS)
-    for options in (dict(k1=2.0), dict(b=0.0), dict(variant="okapi")):
-        impacts = compute_impacts(IDS, TEXTS, **options)
-        assert not np.array_equal(impacts, default_impacts)
+    more_saturation = compute_impacts(IDS, TEXTS, k1=2.0)
+    no_lengths = compute_impacts(IDS, TEXTS, b=0.0)
+    okapi = compute_impacts(IDS, TEXTS, variant="okapi")
+    assert not np.array_equal(more_saturation, default_impacts)
+    assert not np.array_equal(no_lengths, default_impacts)
+    assert not np.array_equal(okapi, default_impacts)
 
     # k1 = 0: only whether the term is there
     flat = BM25Searcher.build(IDS, TEXTS, k1=0.0).index
@@ -307,8 +315,9 @@ def test_parameters_matter():
 
 
 def test_okapi_drops_scores_that_are_not_positive():
+    ids = ["a", "b", "c", "d"]
     texts = ["red x", "red y", "z u", "v w"]
-    searcher = BM25Searcher.build(["a", "b", "c", "d"], texts, variant="okapi")
+    searcher = BM25Searcher.build(ids, texts, variant="okapi")
 
     rankings, _ = searcher.search(["red", "x"], 4)
 
@@ -350,8 +359,9 @@ def test_rankings_nest():
 
 def test_nothing_found():
     searcher = BM25Searcher.build(IDS, TEXTS)
+    queries = ["", "the and", "purple", "!?", "cat"]
 
-    rankings, scores = searcher.search(["", "the and", "purple", "!?", "cat"], 6)
+    rankings, scores = searcher.search(queries, 6)
 
     assert (rankings[:4] == -1).all()
     assert (scores[:4] == -np.inf).all()
@@ -384,8 +394,11 @@ def test_a_query_does_not_depend_on_its_batch():
 
 
 def test_order_of_documents_does_not_matter():
+    ids_reversed = IDS[::-1]
+    texts_reversed = TEXTS[::-1]
+
     index = BM25Searcher.build(IDS, TEXTS).index
-    other = BM25Searcher.build(IDS[::-1], TEXTS[::-1]).index
+    other = BM25Searcher.build(ids_reversed, texts_reversed).index
 
     assert list(index.doc_ids) == sorted(IDS)
     assert list(other.doc_ids) == sorted(IDS)

@@ -41,9 +41,19 @@ def wrap_result(result, timeout=0.0) -> UserRetriever:
 
 SHORT_ROWS = [[2, 0], [1, -1]]
 SHORT_SCORES = [[2.0, 1.0], [0.5, 0.0]]
-FILLED_ROWS = [[2, 0, -1, -1], [1, -1, -1, -1]]
-FILLED_SCORES = [[2.0, 1.0, 9, 9], [0.5, 0, 0, 0]]  # behind a row -1 anything may stand
-EXPECTED_SCORES = [[2, 1, -np.inf, -np.inf], [0.5, -np.inf, -np.inf, -np.inf]]
+FILLED_ROWS = [
+    [2, 0, -1, -1],
+    [1, -1, -1, -1],
+]
+# behind a row -1 anything may stand
+FILLED_SCORES = [
+    [2.0, 1.0, 9, 9],
+    [0.5, 0, 0, 0],
+]
+EXPECTED_SCORES = [
+    [2, 1, -np.inf, -np.inf],
+    [0.5, -np.inf, -np.inf, -np.inf],
+]
 
 
 def test_lists_arrays_and_tensors_fit_and_short_rankings_are_filled():
@@ -119,7 +129,15 @@ def test_a_wrong_result_names_the_call(rows, scores, reason):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("result", [None, 7, ([[0]],), ([[0]], [[1.0]], 3)])
+NO_PAIRS = [
+    None,
+    7,
+    ([[0]],),
+    ([[0]], [[1.0]], 3),
+]
+
+
+@pytest.mark.parametrize("result", NO_PAIRS)
 def test_no_pair_is_a_wrong_result(result):
     retriever = wrap_result(result)
     with pytest.raises(RetrieverError, match="must return two arrays"):
@@ -244,15 +262,18 @@ def test_rank_bm25_is_the_package_and_our_okapi(tmp_path):
 
     rows, scores = retriever.search(queries, 100)
 
+    assert rows.shape == (5, 100)
     package = BM25Okapi([analyze(text) for text in texts])
     for i, query in enumerate(queries):
         true_scores = np.zeros(60)
         if query:
             true_scores = package.get_scores(analyze(query))
         ranking = np.argsort(-true_scores, kind="stable")
-        hits = [int(row) for row in ranking if true_scores[row] > 0]
-        assert rows[i].tolist() == hits + [-1] * (100 - len(hits))
-        assert np.allclose(scores[i, : len(hits)], true_scores[hits], rtol=1e-6)
+        hits = [row for row in ranking.tolist() if true_scores[row] > 0]
+        n = len(hits)
+        assert rows[i, :n].tolist() == hits
+        assert (rows[i, n:] == -1).all()
+        assert np.allclose(scores[i, :n], true_scores[hits], rtol=1e-6)
 
     searcher = BM25Searcher.build(ids, texts, k1=1.5, variant="okapi")
     _, our_scores = searcher.search(queries, 100)
@@ -344,7 +365,8 @@ def test_the_readmes_function_is_a_retriever():
     exec(code, names)
     retriever = UserRetriever("overlap", names["overlap"], IDS, TEXTS)
 
-    rows, scores = retriever.search([TEXTS[2], "", TEXTS[0]], len(IDS) + 3)
+    queries = [TEXTS[2], "", TEXTS[0]]
+    rows, scores = retriever.search(queries, len(IDS) + 3)
 
     assert rows[0, 0] == 2
     assert rows[2, 0] == 0
@@ -355,7 +377,8 @@ def test_the_readmes_function_is_a_retriever():
 
 def test_the_command_that_a_refused_index_names_makes_it_anew(tmp_path, capsys):
     corpus = tmp_path / "corpus.jsonl"
-    flags = ["--corpus", str(corpus), "--index-dir", str(tmp_path / "index"), "--k1", "0.9"]
+    index_dir = str(tmp_path / "index")
+    flags = ["--corpus", str(corpus), "--index-dir", index_dir, "--k1", "0.9"]
     search = ["search", *flags, "lamp"]
     search_and_drop = ["search", *flags, "--on-bad-line", "drop", "lamp"]
     corpus.write_text('{"id": "a", "text": "red lamp"}\n')

@@ -69,8 +69,9 @@ def test_scorers_against_a_whole_sort(num_docs, max_postings, levels):
     starts = np.cumsum([0, *query_sizes])
     weights = rng.integers(1, 4, len(terms)).astype(np.float32)
 
+    depths = {1, min(10, num_docs), min(1000, num_docs), num_docs}
     for scorer, dtype in scorers:
-        for k in {1, min(10, num_docs), min(1000, num_docs), num_docs}:
+        for k in depths:
             rows, scores = scorer.find_top_k(terms, weights, starts, k)
 
             for i in range(len(query_sizes)):
