@@ -183,7 +183,8 @@ def time_single_queries(searcher: DenseSearcher, queries: list[str]) -> float:
     """Return the median seconds of a search for one query."""
     times = []
     for query in queries:
-        times.append(time_call(lambda: searcher.search([query], K)))
+        seconds = time_call(lambda: searcher.search([query], K))
+        times.append(seconds)
     return np.median(times)
 
 
@@ -259,7 +260,8 @@ def time_batches(searcher: DenseSearcher, queries: list[str]) -> float:
     """Return the median seconds of a search for one batch, of three."""
     times = []
     for i in range(3):
-        times.append(time_call(lambda: searcher.search(queries[i * BATCH : (i + 1) * BATCH], K)))
+        seconds = time_call(lambda: searcher.search(queries[i * BATCH : (i + 1) * BATCH], K))
+        times.append(seconds)
     return np.median(times)
 
 
@@ -287,7 +289,8 @@ def measure_on_gpu() -> list[dict]:
             f"exact, {name} on {torch.cuda.get_device_name()}, 1,000,000 documents, top-1000: "
             f"{ms:.1f} ms per batch of {BATCH}"
         )
-        bars.append(make_bar(f"exact batch over 1M documents on a GPU, {name}, ms", ms, 20))
+        bar = make_bar(f"exact batch over 1M documents on a GPU, {name}, ms", ms, 20)
+        bars.append(bar)
     return bars
 
 

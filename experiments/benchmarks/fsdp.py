@@ -172,7 +172,8 @@ def time_steps(
             td.barrier()
             began = time.perf_counter()
             loss = float(steps[name](batches[number % 3]))
-            losses[name].append(dist.all_reduce_sum(loss)[0])
+            total_loss, *_ = dist.all_reduce_sum(loss)
+            losses[name].append(total_loss)
             synchronize()
             if number >= WARM:
                 seconds[name].append(time.perf_counter() - began)

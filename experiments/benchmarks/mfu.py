@@ -189,7 +189,8 @@ def make_rollouts(vocabulary: int, args: argparse.Namespace) -> list[Rollout]:
     for row, prompt in enumerate(prompts):
         for sibling in range(args.group):
             ids = draw_ids(args.completion)
-            rollouts.append(Rollout(prompt, row, sibling, ids, logp, True))
+            rollout = Rollout(prompt, row, sibling, ids, logp, True)
+            rollouts.append(rollout)
     return rollouts
 
 

@@ -275,10 +275,12 @@ def read_events(profiled: profile) -> tuple[list[MemoryEvent], list[Span]]:
     def visit(event, place: tuple[str, ...]) -> None:
         if event.name == "[memory]":
             fields = event.extra_fields
-            events.append(MemoryEvent(event.start_time_ns, fields.ptr, fields.alloc_size, place))
+            change = MemoryEvent(event.start_time_ns, fields.ptr, fields.alloc_size, place)
+            events.append(change)
         elif event.name.startswith("phase "):
             phase = event.name.removeprefix("phase ")
-            spans.append(Span(event.start_time_ns, event.end_time_ns, phase))
+            span = Span(event.start_time_ns, event.end_time_ns, phase)
+            spans.append(span)
         for child in event.children:
             visit(child, (*place, event.name))
 

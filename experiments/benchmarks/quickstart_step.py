@@ -76,7 +76,8 @@ def main() -> None:
     seconds = {name: [] for name in VARIANTS}
     for _ in range(rounds):
         for name, (ranks, threads, overrides) in VARIANTS.items():
-            seconds[name].append(measure_seconds(ranks, threads, overrides, steps))
+            median = measure_seconds(ranks, threads, overrides, steps)
+            seconds[name].append(median)
 
     bars = []
     for name in VARIANTS:

@@ -229,7 +229,8 @@ def open_page(page: Path) -> list[dict]:
         cpu_seconds = []
         for _ in range(OPENINGS):
             browser.open(address)
-            seconds.append(browser.value(OPENED))
+            opening = browser.value(OPENED)
+            seconds.append(opening)
             cpu_seconds.append(read_task_duration(browser))
         complaints = browser.complaints()
         requests = {url for url in browser.requests() if not url.startswith("data:")}

@@ -276,7 +276,8 @@ class RankBm25:
         rankings = []
         for query in self.corpus.queries[:count]:
             scores = self.model.get_scores(query)
-            rankings.append(np.argsort(-scores, kind="stable")[:DEPTH])
+            ranking = np.argsort(-scores, kind="stable")
+            rankings.append(ranking[:DEPTH])
         return np.array(rankings)
 
 

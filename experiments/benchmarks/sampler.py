@@ -201,7 +201,8 @@ class Theirs:
         assert sequences.shape == want, sequences.shape
         texts = []
         for row, length in zip(sequences, lengths):
-            texts.append(row[w.prompt : w.prompt + length].tolist())
+            ids = row[w.prompt : w.prompt + length]
+            texts.append(ids.tolist())
         return texts
 
 

@@ -174,7 +174,9 @@ class Ours:
             sampling=SamplingConfig(group_size=size.group, max_new_tokens=size.completion),
             loss=LossConfig(advantage_eps=1e-4),
         )
-        weights = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+        weights = {}
+        for name, tensor in decoder.state_dict().items():
+            weights[name] = tensor.clone()
         self.policy = Sharded(
             Decoder(decoder.config),
             weights.__getitem__,
@@ -411,7 +413,9 @@ def measure_pairs(name: str, size: Size, pairs: int) -> list[dict]:
     print_header()
     print_side("TRL", trl)
     print_side("ours", ours)
-    ratio = compare_seconds(ours.clock.get_seconds("step"), trl.clock.get_seconds("step"))
+    our_seconds = ours.clock.get_seconds("step")
+    their_seconds = trl.clock.get_seconds("step")
+    ratio = compare_seconds(our_seconds, their_seconds)
     for row in ours.rows + trl.rows:
         assert row["length"] == size.completion
     difference = compare_gradients(untrained, *trl.first)
