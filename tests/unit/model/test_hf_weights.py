@@ -555,3 +555,9 @@ def test_a_folder_stays_as_it_is(tmp_path):
     assert resolve_model_folder(str(tmp_path / "org" / "name")) == str(tmp_path / "org" / "name")
     with pytest.raises(ModelFolderError, match="config.json: no such file"):
         read_config(resolve_model_folder(str(tmp_path / "org" / "name")))
+
+
+def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    assert resolve_model_folder("~/models") == str(tmp_path / "models")
