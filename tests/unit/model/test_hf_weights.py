@@ -665,3 +665,9 @@ def test_a_folder_stays_as_it_is(tmp_path):
     assert folder == str(path)
     with pytest.raises(ModelFolderError, match="config.json: no such file"):
         read_config(folder)
+
+
+def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    assert resolve_model_folder("~/models") == str(tmp_path / "models")
