@@ -100,25 +100,42 @@ class PlainRun:
             prompts.append(prompt)
         return prompts
 
-    def draw_uniforms(self, step: int, prompts: list[Prompt]) -> np.ndarray:
-        """Draw random numbers (P, G, max_new_tokens) in (0, 1).
+    def draw_uniforms(self, step: int, prompts: list[Prompt]) -> torch.Tensor:
+        """Draw random numbers (R, max_new_tokens) in (0, 1), float64.
 
         Each is a function of (seed, step, prompt, sibling, token): there is no generator's state.
         """
-        return draw_uniforms(
+        sampling = self.cfg.sampling
+        uniforms = draw_uniforms(
             self.cfg.run.seed,
             step,
             np.array([prompt.index for prompt in prompts]),
-            self.cfg.sampling.group_size,
-            self.cfg.sampling.max_new_tokens,
+            sampling.group_size,
+            sampling.max_new_tokens,
         )
+        return torch.from_numpy(uniforms.reshape(-1, sampling.max_new_tokens))
 
     def score(self, rollouts: list[Rollout]) -> list[Reward]:
         """Search with each completion's answer, and measure what is found."""
         return self.train_scorer.score(rollouts)
 
+    def compute_lr(self, step: int, update: int) -> float:
+        """Compute the learning rate of an update of a step; updates count from 0.
+
+        It grows over optimizer.warmup_steps, then falls linearly to final_lr of itself.
+        """
+        optimizer = self.cfg.optimizer
+        updates_per_step = self.cfg.train.inner_steps
+        number = (step - 1) * updates_per_step + update
+        if number < optimizer.warmup_steps:
+            return optimizer.lr * (number + 1) / optimizer.warmup_steps
+        decay_steps = self.cfg.train.steps * updates_per_step - optimizer.warmup_steps
+        progress = (number - optimizer.warmup_steps) / max(1, decay_steps)
+        return optimizer.lr * (1 - (1 - optimizer.final_lr) * progress)
+
     def finish_step(
         self,
+        *,
         step: int,
         rollouts: list[Rollout],
         rewards: list[Reward],
