@@ -81,14 +81,10 @@ def train(cfg: Config) -> None:
                 logp, _ = compute_logp(policy, tokens[rows], is_text[rows], run)
                 logp.retain_grad()  # for the log
                 loss = compute_loss(
-                    logp,
-                    old_logp[rows],
-                    ref_logp[rows],
-                    advantages[rows],
-                    mask[rows],
-                    cfg,
+                    logp, old_logp[rows], ref_logp[rows], advantages[rows], mask[rows], cfg
                 )
-                loss.backward()
+                if reference or advantages[rows].any():
+                    loss.backward()  # else nothing is learned: no gradient, and no weight moves
                 lr = run.compute_lr(step, start // share)
                 grad_norm = update_weights(policy, optimizer, lr, cfg)  # line 11
                 updates.append((loss, logp))
@@ -185,7 +181,8 @@ def sample(
     for t in range(run.cfg.sampling.max_new_tokens):
         texts = [(questions[row].ids, completions[row]) for row in running]
         tokens, is_text = pad(texts, t)
-        log_pi = compute_log_pi(policy, tokens, is_text, 1, run)[:, 0]  # (running, V)
+        log_pi = compute_log_pi(policy, tokens, is_text, 1, run)
+        log_pi = log_pi[:, 0]  # (running, V)
         next_ids = log_pi.argmax(-1)
         if uniforms is not None:
             # The first id at which the sum of the probabilities exceeds u.
@@ -193,7 +190,6 @@ def sample(
             cdf = log_pi.double().exp().cumsum(-1)
             next_ids = (cdf <= u * cdf[:, -1:]).sum(-1)
         next_logp = log_pi.gather(-1, next_ids[:, None])
-
         for row, next_id, logp in zip(running, next_ids, next_logp):
             completions[row].append(int(next_id))
             logps[row].append(float(logp))
@@ -228,7 +224,8 @@ def compute_advantages(rewards: list[Reward], cfg: Config) -> Tensor:
     r = totals.view(-1, cfg.sampling.group_size)  # (P, G)
     A = r - r.mean(1, keepdim=True)
     if advantage == "mean_std":
-        A = A / (r.std(1, keepdim=True) + cfg.loss.std_floor)
+        std = r.std(1, keepdim=True)
+        A = A / (std + cfg.loss.std_floor)
     A[r.amax(1) == r.amin(1)] = 0.0  # exactly, whatever the mean was rounded to
     return A.flatten()
 

@@ -346,7 +346,13 @@ def _sum_stats(
     ref_logp = values["ref_logp"]
     assert old_logp is not None and entropy is not None
     logp = torch.cat([logp.detach() for _, logp in updates])  # (R, T)
-    grad_logp = torch.cat([logp.grad for _, logp in updates if logp.grad is not None])
+    grads = []
+    for _, of_update in updates:
+        if of_update.grad is None:  # nothing was learned
+            grads.append(torch.zeros_like(of_update))
+        else:
+            grads.append(of_update.grad)
+    grad_logp = torch.cat(grads)
 
     mask = torch.zeros_like(logp)
     sampler_logp = torch.zeros_like(logp)
