@@ -465,9 +465,11 @@ def measure_shape(shape: Shape, rounds: int) -> tuple[dict[str, float], list[dic
     counts = shape.row_step > 1
     growth: dict[tuple[str, str], float] = {}
     sampling, training = list_ways(shape, whole=False)
+    sampled = {}
     for name, way in sampling.items():
-        growth["sample", name], _ = measure_growth(way, 1)
-    rollouts = sampling["shared rows"](1)
+        growth["sample", name], measured = measure_growth(way, 1)
+        sampled[name] = measured.result
+    rollouts = sampled["shared rows"]
     rewards = shape.score(rollouts)
     _, whole_training = list_ways(shape, whole=True)
     norms = {}
@@ -477,7 +479,7 @@ def measure_shape(shape: Shape, rounds: int) -> tuple[dict[str, float], list[dic
         if counts:
             training_s.setdefault(name, []).append(measured.seconds)
 
-    others = count_other_texts(shape, sampling, rollouts)
+    others = count_other_texts(sampled)
     for number in range(rounds):
         measure_round(shape, number, sampling, training, sampling_s, training_s, reward_s)
 
@@ -496,13 +498,13 @@ def measure_shape(shape: Shape, rounds: int) -> tuple[dict[str, float], list[dic
     ]
 
 
-def count_other_texts(shape: Shape, sampling: dict[str, Callable], rollouts: list[Rollout]) -> int:
-    """Count the texts of step 1 in which a way to sample differs from the last one."""
+def count_other_texts(sampled: dict[str, list[Rollout]]) -> int:
+    """Count the texts in which a way to sample differs from shared rows."""
     others = 0
-    for way in sampling.values():
-        sampled = way(1)
-        if sampled:  # else the passes were of known texts
-            others += sum(a.ids != b.ids for a, b in zip(sampled, rollouts))
+    for rollouts in sampled.values():
+        # Where the passes were of known texts there are none.
+        for rollout, shared in zip(rollouts, sampled["shared rows"]):
+            others += rollout.ids != shared.ids
     return others
 
 
