@@ -100,6 +100,7 @@ def world(tmp_path_factory) -> str:
         "train.eval_every": 0,
         "log.tokens_every": 1,
         "log.show_every": 0,
+        "optimizer.lr": 3e-4,  # the quickstart's
         # AdamW divides a gradient by its own size, so rounding moves a weight as far as a gradient
         # does. With this eps what is far below it moves nothing.
         "optimizer.eps": 1e-5,
