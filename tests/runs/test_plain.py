@@ -79,7 +79,7 @@ LIMITS = {
     "weights": 1e-6,
 }
 # In float64 what is left is transformers' own: it computes norms and rope in float32.
-LIMITS_FLOAT64 = LIMITS | dict(weights=1e-7)
+LIMITS_FLOAT64 = LIMITS | dict(weights=1e-8)
 
 # A token may differ where the random number is so near to an edge between two ids.
 NEAR = 1e-5
