@@ -24,6 +24,7 @@ LONGEST = [
     "test_dense_index",
     "test_task_runs",
     "test_sft",
+    "test_plain",
     "test_train",
     "test_many_rollouts",
 ]

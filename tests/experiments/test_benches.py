@@ -51,6 +51,27 @@ def test_sharding_against_fully_shard():
     assert all(bar["ok"] for bar in bars if "state" in bar["name"] or "losses" in bar["name"])
 
 
+def test_the_ladder_from_plain_to_the_loop():
+    out, bars = run("experiments/bench/ladder.py", "--dry-run", "--threads=1", "--rounds=1")
+    for rung in ("plain", "our decoder", "KV cache", "shared rows", "packed training", "one-shot"):
+        assert out.count(f"\n  {rung} ") == 2, rung
+    assert len(bars) == 5
+    # no time: that all rungs sample the same texts and have one gradient holds at any size
+    assert all(bar["ok"] for bar in bars if "last rung" not in bar["name"])
+
+
+def test_plains_curve_beside_the_loops():
+    out, [bar] = run(
+        "experiments/bench/plain_curve.py",
+        "--minutes=0.02",
+        "train.prompts_per_step=2",
+        "sampling.max_new_tokens=4",
+        "run.threads=1",
+    )
+    assert "steps; rewards first differ" in out
+    assert bar["ok"]
+
+
 def test_share_of_the_peak():
     out, [bar] = run("experiments/benchmarks/mfu.py", "--dry-run", "--checkpointing")
     # 2 x 2 rollouts of 8 + 8, each prompt once, no row for a last token: 2 * 8 + 4 * 7

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # without a circle. recr1/README.md draws the same order.
 ROOMS = (
     "utils distributed data_types kernels config model data sampling rl retrieval memory tasks "
-    "tracking evaluation report training train sft doctor commands cli"
+    "tracking evaluation report training plain train sft doctor commands cli"
 ).split()
 
 

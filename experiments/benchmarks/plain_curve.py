@@ -1,0 +1,112 @@
+"""Train the quickstart by recr1.plain for ten minutes, and by recr1.train for as many steps.
+
+python experiments/bench/plain_curve.py [--minutes 10] [a.b=value ...]
+
+Both have the quickstart's config whole: the learning rates are those of its first steps. Plain is
+stopped when the minutes are over, counted from its first step; recr1.train goes as far. The reward
+and the seconds of each step stand side by side. Rewards are the same until rounding has moved the
+weights so far that a token differs; then a few texts of a step's 512 do. Ends with one line of
+JSON: the bars and whether they hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+POLL_S = 0.2
+
+
+def start_run(module: str, folder: Path, overrides: list[str]) -> subprocess.Popen:
+    """Start the quickstart by a module of recr1."""
+    command = [sys.executable, "-W", "ignore", "-m", module, "experiments/quickstart.yaml"]
+    settings = [f"run.dir={folder}", "train.eval_every=0", "log.print_every=1000000", *overrides]
+    return subprocess.Popen([*command, *settings], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """Read the steps that a run has logged so far."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n")[:-1]]  # the last one may be half written
+
+
+def run_for(module: str, folder: Path, overrides: list[str], seconds: float) -> list[dict]:
+    """Run for so many seconds from the first step on, and return the steps."""
+    run = start_run(module, folder, overrides)
+    try:
+        while run.poll() is None and not (folder / "eval_before.jsonl").exists():
+            time.sleep(POLL_S)
+        deadline = time.monotonic() + seconds
+        while run.poll() is None and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+    finally:
+        stop(run)
+    return read_rows(folder)
+
+
+def run_to(module: str, folder: Path, overrides: list[str], steps: int) -> list[dict]:
+    """Run until so many steps are logged, and return them."""
+    run = start_run(module, folder, overrides)
+    try:
+        while run.poll() is None and len(read_rows(folder)) < steps:
+            time.sleep(POLL_S)
+    finally:
+        stop(run)
+    return read_rows(folder)[:steps]
+
+
+def stop(run: subprocess.Popen) -> None:
+    """End a run that goes on, and wait for it."""
+    if run.poll() is None:
+        run.terminate()
+    run.wait()
+
+
+def main() -> int:
+    """Train by both and print the curves."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings of both runs")
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        ours = run_for("recr1.plain", folder / "plain", args.overrides, 60 * args.minutes)
+        if not ours:
+            sys.exit("plain_curve.py: recr1.plain finished no step; give it more --minutes")
+        theirs = run_to("recr1.train", folder / "fast", args.overrides, len(ours))
+
+    print(f"{'step':>5}{'reward plain':>14}{'reward train':>14}{'s plain':>10}{'s train':>10}")
+    for a, b in zip(ours, theirs, strict=True):
+        print(
+            f"{a['step']:>5}{a['reward']:14.4f}{b['reward']:14.4f}"
+            f"{a['seconds']['step']:10.2f}{b['seconds']['step']:10.2f}"
+        )
+    differences = np.array([a["reward"] - b["reward"] for a, b in zip(ours, theirs)])
+    differing = np.flatnonzero(differences)
+    first = int(differing[0]) + 1 if len(differing) else None
+    ratio = median(row["seconds"]["step"] for row in ours) / median(
+        row["seconds"]["step"] for row in theirs
+    )
+    print(f"{len(ours)} steps; rewards first differ at step {first}")
+    print(f"a step of recr1.plain takes {ratio:.1f} times as long")
+    largest = float(np.abs(differences).max())
+    bar = dict(name="largest difference of a step's reward", value=largest, bar=0.02)
+    print(json.dumps({"bars": [bar | dict(ok=largest <= 0.02)]}))
+    return 0 if largest <= 0.02 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
