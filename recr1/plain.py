@@ -27,16 +27,16 @@ from recr1.data_types import Prompt, Reward, Rollout
 from recr1.training.launch import launch_loop, run_command
 from recr1.training.plain_run import PlainRun, setup_plain_run
 
-# loss.kind -> what loss.advantage and loss.average are where the config leaves them empty
+# loss.kind -> what loss.advantage and loss.agg_mode are where the config leaves them empty
 ADVANTAGES = {
     "grpo": "mean_std",
     "dr_grpo": "mean",  # arXiv 2503.20783
     "dapo": "mean_std",  # arXiv 2503.14476
 }
-AVERAGES = {
-    "grpo": "token",  # as in Rec-R1's code; DeepSeekMath's own is "sequence"
-    "dr_grpo": "constant",
-    "dapo": "token",
+AGG_MODES = {
+    "grpo": "token-mean",  # as in Rec-R1's code; DeepSeekMath's own is "seq-mean-token-mean"
+    "dr_grpo": "seq-mean-token-sum-norm",
+    "dapo": "token-mean",
 }
 
 
@@ -47,10 +47,10 @@ def main(argv: list[str]) -> None:
 
 def train(cfg: Config) -> None:
     """Train by algorithm 1 of DeepSeekMath; the comments name its lines."""
-    run = setup_plain_run(cfg, known_kinds=tuple(AVERAGES))
+    run = setup_plain_run(cfg, known_kinds=tuple(AGG_MODES))
     T = cfg.sampling.max_new_tokens
     policy = load_model(run)  # line 1: the policy begins as the given model
-    reference = load_model(run) if cfg.loss.kl > 0 else None  # line 3: it stays as it is
+    reference = load_model(run) if cfg.loss.kl_coef > 0 else None  # line 3: it stays as it is
     optimizer = make_optimizer(policy, cfg)
     answers = sample(policy, run.test_prompts, None, run)
     before = run.evaluate_test("eval_before.jsonl", answers)
@@ -75,7 +75,7 @@ def train(cfg: Config) -> None:
 
             # Each update has an equal share of the prompts, with all their completions.
             updates = []
-            share = len(rollouts) // cfg.train.inner_steps
+            share = len(rollouts) // cfg.train.num_mini_batches
             for start in range(0, len(rollouts), share):  # line 10
                 rows = slice(start, start + share)
                 logp, _ = compute_logp(policy, tokens[rows], is_text[rows], run)
@@ -215,7 +215,7 @@ def sample(
 def compute_advantages(rewards: list[Reward], cfg: Config) -> Tensor:
     """Compute how much better each completion is than its siblings, (R,): section 4.1.2.
 
-        A_i = (r_i - mean(r)) / (std(r) + std_floor)        with the unbiased std
+        A_i = (r_i - mean(r)) / (std(r) + advantage_eps)        with the unbiased std
 
     Dr. GRPO ("mean") does not divide. Where all siblings have the same reward, A is 0.
     """
@@ -225,7 +225,7 @@ def compute_advantages(rewards: list[Reward], cfg: Config) -> Tensor:
     A = r - r.mean(1, keepdim=True)
     if advantage == "mean_std":
         std = r.std(1, keepdim=True)
-        A = A / (std + cfg.loss.std_floor)
+        A = A / (std + cfg.loss.advantage_eps)
     A[r.amax(1) == r.amin(1)] = 0.0  # exactly, whatever the mean was rounded to
     return A.flatten()
 
@@ -246,24 +246,25 @@ def compute_loss(
     """
     A = advantages[:, None]  # (R, 1): all tokens of a completion have the same
     rho = (logp - old_logp).exp()
-    clipped_rho = rho.clamp(1 - cfg.loss.clip, 1 + cfg.loss.high)
+    clipped_rho = rho.clamp(1 - cfg.loss.clip_ratio_low, 1 + cfg.loss.upper_clip_ratio)
     surrogate = torch.minimum(rho * A, clipped_rho * A)
     log_ratio = ref_logp - logp
     KL = log_ratio.expm1() - log_ratio  # expm1(x) = e^x - 1, exact for small x too
-    J = surrogate - cfg.loss.kl * KL  # (R, T)
+    J = surrogate - cfg.loss.kl_coef * KL  # (R, T)
     weight = weigh_tokens(mask, cfg)
     return -(weight * J).sum()
 
 
 def weigh_tokens(mask: Tensor, cfg: Config) -> Tensor:
     """Return the weight of each token in the mean over i, t: (R, T), 0 for padding."""
-    average = cfg.loss.average or AVERAGES[cfg.loss.kind]
+    agg_mode = cfg.loss.agg_mode or AGG_MODES[cfg.loss.kind]
     R, T = mask.shape
-    if average == "token":  # all tokens count the same
+    if agg_mode == "token-mean":  # all tokens count the same
         return mask / mask.sum()
-    if average == "sequence":  # all completions count the same
+    if agg_mode == "seq-mean-token-mean":  # all completions count the same
         return mask / mask.sum(1, keepdim=True) / R
-    return mask / (R * T)  # "constant": as if all completions were as long as they may be
+    # "seq-mean-token-sum-norm": as if all completions were as long as they may be
+    return mask / (R * T)
 
 
 def make_optimizer(policy: Any, cfg: Config) -> AdamW:
@@ -283,7 +284,7 @@ def update_weights(policy: Any, optimizer: AdamW, lr: float, cfg: Config) -> Ten
     """
     norm = clip_grad_norm_(
         policy.parameters(),
-        cfg.optimizer.clip_norm,
+        cfg.optimizer.max_grad_norm,
         error_if_nonfinite=True,
     )
     for group in optimizer.param_groups:

@@ -1,6 +1,6 @@
 """Climb from recr1/plain.py to recr1/train.py, one part at a time.
 
-python experiments/bench/ladder.py [--shape quickstart|135m|all] [--rounds 3] [--threads 2]
+python experiments/benchmarks/ladder.py [--shape quickstart|135m|all] [--rounds 3] [--threads 2]
 
 A step of every rung has the same prompts, random numbers and weights (the learning rate is 0), so
 all rungs sample the same texts and have the same gradient: both are checked. The rungs:
@@ -169,7 +169,7 @@ def make_quickstart(folder: str, tiny: bool) -> Shape:
     if tiny:
         overrides += ["train.prompts_per_step=2", "sampling.max_new_tokens=4"]
     cfg = configs.load_config(str(ROOT / "experiments/quickstart.yaml"), overrides)
-    run = setup_plain_run(cfg, known_kinds=tuple(plain.AVERAGES))
+    run = setup_plain_run(cfg, known_kinds=tuple(plain.AGG_MODES))
 
     def draw(step: int) -> tuple[list[Prompt], torch.Tensor]:
         prompts = run.draw_prompts(step)
@@ -431,7 +431,7 @@ def list_ways(shape: Shape, whole: bool) -> tuple[dict[str, Callable], dict[str,
             shape, "our decoder", padded, *given, row_step
         ),
         "packed": lambda *given: train_with_all_logits(shape, *given),
-        "one-shot head": lambda *given: train_packed(shape, *given, "one_shot"),
+        "one-shot head": lambda *given: train_packed(shape, *given, "fused"),
     }
     return sampling, training
 
@@ -606,7 +606,7 @@ def measure_quickstart(folder: str, threads: int, tiny: bool) -> float:
     subprocess.run([*command, *overrides], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     rows = (Path(folder) / "fast/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     first = 0 if tiny else 5  # the steps before are the warm-up
-    return median(json.loads(row)["seconds"]["step"] for row in rows[first:])
+    return median(json.loads(row)["timing_s"]["step"] for row in rows[first:])
 
 
 def make_bar(name: str, value: float, limit: float) -> dict:

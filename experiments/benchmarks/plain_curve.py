@@ -1,6 +1,6 @@
 """Train the quickstart by recr1.plain for ten minutes, and by recr1.train for as many steps.
 
-python experiments/bench/plain_curve.py [--minutes 10] [a.b=value ...]
+python experiments/benchmarks/plain_curve.py [--minutes 10] [a.b=value ...]
 
 Both have the quickstart's config whole: the learning rates are those of its first steps. Plain is
 stopped when the minutes are over, counted from its first step; recr1.train goes as far. The reward
@@ -97,8 +97,8 @@ def main() -> int:
     differences = np.array([a["reward"] - b["reward"] for a, b in zip(ours, theirs)])
     differing = np.flatnonzero(differences)
     first = int(differing[0]) + 1 if len(differing) else None
-    ratio = median(row["seconds"]["step"] for row in ours) / median(
-        row["seconds"]["step"] for row in theirs
+    ratio = median(row["timing_s"]["step"] for row in ours) / median(
+        row["timing_s"]["step"] for row in theirs
     )
     print(f"{len(ours)} steps; rewards first differ at step {first}")
     print(f"a step of recr1.plain takes {ratio:.1f} times as long")

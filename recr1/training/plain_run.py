@@ -48,10 +48,10 @@ KNOWN_VALUES: dict[str, tuple] = {
     "loss.advantage": ("", "mean_std", "mean"),
     "loss.kl_estimator": ("k3",),
     "loss.kl_in": ("loss",),
-    "loss.entropy": (0,),
-    "loss.importance_cap": (0,),
+    "loss.entropy_coef": (0,),
+    "loss.tis_cap": (0,),
     "sampling.top_p": (1,),
-    "sampling.resample": (0,),
+    "sampling.dynamic_sampling": (0,),
     "model.compute": ("auto", "float32"),
     "optimizer.kind": ("adamw",),
     "optimizer.on_nonfinite": ("stop",),
@@ -122,16 +122,16 @@ class PlainRun:
     def compute_lr(self, step: int, update: int) -> float:
         """Compute the learning rate of an update of a step; updates count from 0.
 
-        It grows over optimizer.warmup_steps, then falls linearly to final_lr of itself.
+        It grows over optimizer.warmup_steps, then falls linearly to min_lr_ratio of itself.
         """
         optimizer = self.cfg.optimizer
-        updates_per_step = self.cfg.train.inner_steps
+        updates_per_step = self.cfg.train.num_mini_batches
         number = (step - 1) * updates_per_step + update
         if number < optimizer.warmup_steps:
             return optimizer.lr * (number + 1) / optimizer.warmup_steps
         decay_steps = self.cfg.train.steps * updates_per_step - optimizer.warmup_steps
         progress = (number - optimizer.warmup_steps) / max(1, decay_steps)
-        return optimizer.lr * (1 - (1 - optimizer.final_lr) * progress)
+        return optimizer.lr * (1 - (1 - optimizer.min_lr_ratio) * progress)
 
     def finish_step(
         self,
@@ -158,7 +158,7 @@ class PlainRun:
         values = dict(
             trainer_logp=old_logp,
             old_logp=old_logp,
-            ref_logp=ref_logp if cfg.loss.kl > 0 else None,
+            ref_logp=ref_logp if cfg.loss.kl_coef > 0 else None,
             entropy=entropy,
         )
         record = _make_record(rollouts, rewards, advantages, values)
@@ -168,7 +168,7 @@ class PlainRun:
 
         self.log.seconds["step"] = sum(self.log.seconds.values())
         row = record.write_and_summarize(
-            step, self.log, cfg, grad_norm=float(grad_norm), lr=lr, skipped=0
+            step, self.log, cfg, grad_norm=float(grad_norm), lr=lr, skipped_steps=0
         )
         self.log.write_metrics(row)
         self.tracker.send(row)
@@ -367,12 +367,14 @@ def _sum_stats(
 
     A = advantages[:, None]
     ratio = (logp - old_logp).exp()
-    is_clipped = ((A > 0) & (ratio > 1 + cfg.loss.high)) | ((A < 0) & (ratio < 1 - cfg.loss.clip))
+    is_above = (A > 0) & (ratio > 1 + cfg.loss.upper_clip_ratio)
+    is_below = (A < 0) & (ratio < 1 - cfg.loss.clip_ratio_low)
+    is_clipped = is_above | is_below
     sums = dict(
-        clip_share=(mask * is_clipped).sum(),
-        dlogp_square=grad_of_text.square().sum(),
-        ratio_off=(mask * (ratio - 1).abs()).sum(),
-        trust=(mask * (old_logp - sampler_logp).exp()).sum(),
+        clip_ratio=(mask * is_clipped).sum(),
+        grad_logp_square=grad_of_text.square().sum(),
+        ratio_abs_deviation=(mask * (ratio - 1).abs()).sum(),
+        importance_sampling_ratio=(mask * (old_logp - sampler_logp).exp()).sum(),
         entropy=(mask * entropy).sum(),
         trained=mask.sum(),
     )

@@ -52,7 +52,7 @@ def test_sharding_against_fully_shard():
 
 
 def test_the_ladder_from_plain_to_the_loop():
-    out, bars = run("experiments/bench/ladder.py", "--dry-run", "--threads=1", "--rounds=1")
+    out, bars = run("experiments/benchmarks/ladder.py", "--dry-run", "--threads=1", "--rounds=1")
     for rung in ("plain", "our decoder", "KV cache", "shared rows", "packed training", "one-shot"):
         assert out.count(f"\n  {rung} ") == 2, rung
     assert len(bars) == 5
@@ -62,7 +62,7 @@ def test_the_ladder_from_plain_to_the_loop():
 
 def test_plains_curve_beside_the_loops():
     out, [bar] = run(
-        "experiments/bench/plain_curve.py",
+        "experiments/benchmarks/plain_curve.py",
         "--minutes=0.02",
         "train.prompts_per_step=2",
         "sampling.max_new_tokens=4",

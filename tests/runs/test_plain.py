@@ -40,25 +40,25 @@ VARIANTS = {
     "G 4": {"sampling.group_size": 4},
     "G 4, KL": {
         "sampling.group_size": 4,
-        "loss.kl": 0.05,
+        "loss.kl_coef": 0.05,
         "loss.kind": "dr_grpo",
         "optimizer.warmup_steps": 2,
-        "optimizer.final_lr": 0.1,
+        "optimizer.min_lr_ratio": 0.1,
     },
     "G 6": {
         "sampling.group_size": 6,
         "sampling.temperature": 1.3,
         "loss.kind": "dapo",
-        "loss.clip": 0.001,
-        "loss.clip_high": 0.002,
-        "train.inner_steps": 2,
+        "loss.clip_ratio_low": 0.001,
+        "loss.clip_ratio_high": 0.002,
+        "train.num_mini_batches": 2,
         "optimizer.weight_decay": 0.1,
     },
     "G 6, KL": {
         "sampling.group_size": 6,
         "sampling.temperature": 0.9,
-        "loss.kl": 0.05,
-        "loss.average": "sequence",
+        "loss.kl_coef": 0.05,
+        "loss.agg_mode": "seq-mean-token-mean",
         "data.shuffle_words": 0.6,
     },
 }
@@ -105,7 +105,7 @@ def world(tmp_path_factory) -> str:
         # does. With this eps what is far below it moves nothing.
         "optimizer.eps": 1e-5,
         "save.every": 1,
-        "save.keep": STEPS,
+        "save.keep_last": STEPS,
     }
     return write_yaml(folder, **settings)
 
@@ -186,9 +186,12 @@ def measure_deviations(plain_run: Path, fast_run: Path, states: list[dict]) -> d
     keys = ("step", "prompt", "prompt_ids", "sibling", "count", "ids", "finished", "text")
     found = dict(ids=float(select(ours, keys) != select(theirs, keys)))
     found["rewards"] = float(
-        select(ours, ("reward", "parts", "error")) != select(theirs, ("reward", "parts", "error"))
+        select(ours, ("reward", "reward_terms", "error"))
+        != select(theirs, ("reward", "reward_terms", "error"))
     )
-    found["advantages"] = largest([[r["adv"]] for r in ours], [[r["adv"]] for r in theirs])
+    found["advantages"] = largest(
+        [[r["advantage"]] for r in ours], [[r["advantage"]] for r in theirs]
+    )
     for name in ("sampler_logp", "trainer_logp", "ref_logp"):
         found[name] = largest([r[name] for r in ours], [r[name] for r in theirs])
 
@@ -247,7 +250,9 @@ def test_same_rollouts_rewards_and_weights(model, variant, world, tmp_path, monk
     print(f"{model}, {variant}: {num_other} other tokens", json.dumps(found))
     # Where a token differs plain goes on with the fast run's: what was found holds all the same.
     assert not list_broken(found, LIMITS)
-    steps_that_teach = {r["step"] for r in jsonl(tmp_path / "plain/rollouts.jsonl.gz") if r["adv"]}
+    steps_that_teach = {
+        r["step"] for r in jsonl(tmp_path / "plain/rollouts.jsonl.gz") if r["advantage"]
+    }
     assert steps_that_teach
 
 
@@ -291,10 +296,10 @@ def test_the_same_on_two_ranks(world, tmp_path, monkeypatch):
 
 def test_explain_reads_a_plain_run(world, tmp_path):
     """`recr1 explain` works the step again in numpy and by our decoder: all its checks agree."""
-    arguments = make_arguments(world, "llama", {"loss.kl": 0.05, "train.steps": 1})
+    arguments = make_arguments(world, "llama", {"loss.kl_coef": 0.05, "train.steps": 1})
     assert run_guarded(plain.main, [*arguments, f"run.dir={tmp_path / 'run'}"]) == 0
     text, result = explain_step(str(tmp_path / "run"), 1)
-    assert set(result["checks"]) == {"advantages", "loss", "dlogp_norm", "grad_norm"}
+    assert set(result["checks"]) == {"advantages", "loss", "grad_logp_norm", "grad_norm"}
     assert all(check["off"] is not None for check in result["checks"].values())
     assert result["agrees"], text
 
@@ -318,9 +323,9 @@ MISTAKEN = {
     "train.steps": 1,
     "sampling.group_size": 4,
     "sampling.temperature": 0.7,
-    "loss.kl": 0.05,
-    "loss.clip": 0.001,
-    "train.inner_steps": 2,
+    "loss.kl_coef": 0.05,
+    "loss.clip_ratio_low": 0.001,
+    "train.num_mini_batches": 2,
     "optimizer.lr": 1e-2,
     "optimizer.warmup_steps": 2,
     "optimizer.weight_decay": 0.1,
@@ -351,7 +356,7 @@ def leave_out_end_token(patch):
 
 def average_over_sequences(patch):
     def weigh(inner, mask, cfg):
-        return inner(mask, replace(cfg, loss=replace(cfg.loss, average="sequence")))
+        return inner(mask, replace(cfg, loss=replace(cfg.loss, agg_mode="seq-mean-token-mean")))
 
     wrap(patch, plain, "weigh_tokens", weigh)
 
@@ -369,7 +374,7 @@ def train_without_temperature(patch):
 def clip_widely(patch):
     def compute(inner, *args):
         *tensors, cfg = args
-        return inner(*tensors, replace(cfg, loss=replace(cfg.loss, clip=0.2)))
+        return inner(*tensors, replace(cfg, loss=replace(cfg.loss, clip_ratio_low=0.2)))
 
     wrap(patch, plain, "compute_loss", compute)
 
@@ -381,7 +386,7 @@ def reward_at_another_depth(patch):
 def bias_std(patch):
     def normalize(rewards, config):
         std = rewards.std(1, correction=0, keepdim=True)
-        return (rewards - rewards.mean(1, keepdim=True)) / (std + config.std_floor)
+        return (rewards - rewards.mean(1, keepdim=True)) / (std + config.advantage_eps)
 
     patch.setitem(advantages.ADVANTAGES, "mean_std", normalize)
 
