@@ -235,23 +235,31 @@ def write_list_world(folder: Path) -> None:
     from recr1.dryrun import shrunk
 
     path = "experiments/movielens_list.yaml"
-    with shrunk(config_file.load(path, []), path) as config:
-        made = Path(config.run.dir).parent
-        shutil.copytree(made, folder, dirs_exist_ok=True)
-        text = config_file.dump(config).replace(str(made), str(folder))
+    full_config = config_file.load(path, [])
+    with shrunk(full_config, path) as config:
+        shrunk_folder = Path(config.run.dir).parent
+        shutil.copytree(shrunk_folder, folder, dirs_exist_ok=True)
+        text = config_file.dump(config)
+    text = text.replace(str(shrunk_folder), str(folder))
     (folder / "config.yaml").write_text(text, encoding="utf-8")
 
 
 def write_quickstart_test(folder: Path) -> None:
     """Write the first queries of the quickstart's test split, and their judgements."""
     data = Path("experiments/data/msrd")
-    queries = data.joinpath("test.queries.jsonl").read_text(encoding="utf-8").splitlines()
+    queries = (data / "test.queries.jsonl").read_text(encoding="utf-8").splitlines()
     queries = queries[:TEST_QUERIES]
-    kept = {json.loads(line)["id"] for line in queries}
-    judged = gzip.decompress(data.joinpath("test.qrels.tsv.gz").read_bytes()).decode().splitlines()
-    judged = [line for line in judged if line.split("\t")[0] in kept]
+    query_ids = {json.loads(line)["id"] for line in queries}
+
+    packed = (data / "test.qrels.tsv.gz").read_bytes()
+    judgements = []
+    for line in gzip.decompress(packed).decode().splitlines():
+        query_id, _, _ = line.partition("\t")
+        if query_id in query_ids:
+            judgements.append(line)
+
     write_lines(folder / "test.queries.jsonl", queries)
-    write_lines(folder / "test.qrels.tsv", judged)
+    write_lines(folder / "test.qrels.tsv", judgements)
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
@@ -264,15 +272,16 @@ def write_lines(path: Path, lines: list[str]) -> None:
 
 def translate_key(key: str) -> str | None:
     """Give a config key's new name, by its own entry or that of the section it is in."""
-    parts = key.split(".")
-    for length in range(len(parts), 0, -1):
-        known = ".".join(parts[:length])
+    names = key.split(".")
+    for length in range(len(names), 0, -1):
+        known = ".".join(names[:length])
         if known not in CONFIG_KEYS:
             continue
         new = CONFIG_KEYS[known]
         if new is None:
             return None
-        return ".".join([new, *parts[length:]])
+        below = names[length:]
+        return ".".join([new, *below])
     return key
 
 
@@ -303,13 +312,14 @@ def translate_config(tree: dict) -> dict:
 
 def list_settings(tree: dict, above: str) -> list[tuple[str, object]]:
     """List (dotted key, value) of a config's tree."""
-    found = []
+    settings = []
     for name, value in tree.items():
+        key = f"{above}{name}"
         if isinstance(value, dict):
-            found += list_settings(value, f"{above}{name}.")
+            settings += list_settings(value, f"{key}.")
         else:
-            found.append((f"{above}{name}", value))
-    return found
+            settings.append((key, value))
+    return settings
 
 
 def translate_override(word: str) -> list[str]:
@@ -327,13 +337,15 @@ def translate_override(word: str) -> list[str]:
 
 def translate_command(words: list[str]) -> list[str]:
     """Give a command line in the new names."""
-    found = []
+    new_words = []
     for word in words:
         if re.match(r"[a-z0-9_]+(\.[a-z0-9_]+)+=", word):
-            found += translate_override(word)
+            new_words += translate_override(word)
+        elif word in FILES:
+            new_words.append(FILES[word])
         else:
-            found.append(FILES.get(word, ARGUMENTS.get(word, word)))
-    return found
+            new_words.append(ARGUMENTS.get(word, word))
+    return new_words
 
 
 def translate_row(value, key: str = ""):
@@ -341,7 +353,8 @@ def translate_row(value, key: str = ""):
     if isinstance(value, list):
         return [translate_row(item, key) for item in value]
     if isinstance(value, str):
-        return LOG_VALUES.get(key, {}).get(value, value)
+        new_texts = LOG_VALUES.get(key, {})
+        return new_texts.get(value, value)
     if not isinstance(value, dict):
         return value
     row = {}
@@ -378,8 +391,9 @@ class Tree:
 
     def run_python(self, words: list[str], output: Path) -> int:
         """Run python in this tree on one CPU thread; give its exit code. Its output is kept."""
-        own = {
-            "PYTHONPATH": f"{self.root}{os.pathsep}{self.root / 'tests'}",
+        folders = [str(self.root), str(self.root / "tests")]
+        settings = {
+            "PYTHONPATH": os.pathsep.join(folders),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "HF_HUB_OFFLINE": "1",
@@ -387,10 +401,10 @@ class Tree:
         errors = output.with_name(output.name.replace("stdout", "stderr"))
         with open(output, "wb") as out, open(errors, "wb") as err:
             try:
-                done = subprocess.run(
+                process = subprocess.run(
                     [sys.executable, *words],
                     cwd=self.root,
-                    env=os.environ | own,
+                    env=os.environ | settings,
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=err,
@@ -399,11 +413,11 @@ class Tree:
             except subprocess.TimeoutExpired:
                 err.write(f"it ran past {LONGEST} s\n".encode())
                 return 124
-        return done.returncode
+        return process.returncode
 
 
 @dataclass(frozen=True)
-class Done:
+class Outcome:
     """Hold what a tree made of a job. fault: why it failed, or empty."""
 
     folder: Path
@@ -411,7 +425,7 @@ class Done:
     fault: str = ""
 
 
-def run_job(job: Job, tree: Tree, root: Path) -> Done:
+def run_job(job: Job, tree: Tree, root: Path) -> Outcome:
     """Run a job's commands in a tree, one after the other."""
     name = re.sub(r"\W+", "_", job.name)
     folder = root / tree.name / name
@@ -420,30 +434,46 @@ def run_job(job: Job, tree: Tree, root: Path) -> Done:
     fault = ""
     for number, words in enumerate(job.commands, 1):
         output = folder / f"stdout_{number}.txt"
-        code = tree.run_python(tree.name_command(words, root / "world", folder), output)
+        command = tree.name_command(words, root / "world", folder)
+        code = tree.run_python(command, output)
         fault = find_fault(job, tree, folder, number, code)
         if fault:
             break
-    return Done(folder, time.perf_counter() - started, fault)
+    seconds = time.perf_counter() - started
+    return Outcome(folder, seconds, fault)
 
 
 def find_fault(job: Job, tree: Tree, folder: Path, number: int, code: int) -> str:
     """Say what is wrong after a command has ended; empty: nothing."""
-    summary = folder / tree.name_left("run/summary.json")
-    if code == 0 and job.stops_first and number == 1 and summary.exists():
-        return f"{tree.name}: the run was not stopped, it went to its end"
     if code == 0:
+        summary = folder / tree.name_left("run/summary.json")
+        if job.stops_first and number == 1 and summary.exists():
+            return f"{tree.name}: the run was not stopped, it went to its end"
         return ""
     # commits before recr1/exits.py abort at times when all is done and written
-    left = [folder / tree.name_left(path) for path in job.leaves]
-    if tree.name == "old" and number == len(job.commands) and all(path.exists() for path in left):
+    if tree.name == "old" and number == len(job.commands) and has_left_all(job, tree, folder):
         return ""
-    said = (
-        (folder / f"stderr_{number}.txt").read_text(encoding="utf-8", errors="replace").split("\n")
-    )
-    own = [line for line in said if line.startswith("recr1: ") or re.match(r"\w*Error\b", line)]
-    last = [line for line in said if line.strip()][-1:]
-    return f"{tree.name}: command {number} ended with {code}: {(own or last or ['no word'])[-1]}"
+    message = read_last_word(folder / f"stderr_{number}.txt")
+    return f"{tree.name}: command {number} ended with {code}: {message}"
+
+
+def has_left_all(job: Job, tree: Tree, folder: Path) -> bool:
+    """Say whether every file that the job leaves is there."""
+    paths = [folder / tree.name_left(path) for path in job.leaves]
+    return all(path.exists() for path in paths)
+
+
+def read_last_word(path: Path) -> str:
+    """Read the last line of a command's errors; before others one of recr1 or of an exception."""
+    last_line = "no word"
+    last_error = ""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.split("\n"):
+        if line.strip():
+            last_line = line
+        if re.match(r"recr1: |\w*Error\b", line):
+            last_error = line
+    return last_error or last_line
 
 
 # ---- Comparing -----------------------------------------------------------------------------------
@@ -467,13 +497,15 @@ def read_left(path: Path) -> list:
 def read_tensors(path: Path) -> dict[str, str]:
     """Read {name: type, shape and sha256 of the bytes} of a safetensors file."""
     raw = path.read_bytes()
-    data = 8 + int.from_bytes(raw[:8], "little")
+    header_length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + header_length])
+    data = raw[8 + header_length :]
     tensors = {}
-    for name, about in json.loads(raw[8:data]).items():
+    for name, about in header.items():
         if name == "__metadata__":
             continue
         start, end = about["data_offsets"]
-        digest = hashlib.sha256(raw[data + start : data + end]).hexdigest()
+        digest = hashlib.sha256(data[start:end]).hexdigest()
         tensors[name] = f"{about['dtype']} {about['shape']} sha256 {digest[:16]}"
     return tensors
 
@@ -493,39 +525,53 @@ def compare_file(path: str, old: Path, new: Path) -> str:
         old_rows = translate_row(old_rows)
     if len(old_rows) != len(new_rows):
         return f"{path}: {len(old_rows)} rows -> {len(new_rows)}"
-    found = []
-    for number, (old_row, new_row) in enumerate(zip(old_rows, new_rows, strict=True), 1):
-        where = find_difference(old_row, new_row, "")
-        if where:
-            found.append(f"{path} row {number}{where}")
-    if len(found) > 1:
-        return f"{found[0]} ({len(found)} of {len(old_rows)} rows differ)"
-    return "".join(found)
+    differences = []
+    row_pairs = zip(old_rows, new_rows, strict=True)
+    for number, (old_row, new_row) in enumerate(row_pairs, 1):
+        difference = find_difference(old_row, new_row, "")
+        if difference:
+            differences.append(f"{path} row {number}{difference}")
+    if len(differences) > 1:
+        return f"{differences[0]} ({len(differences)} of {len(old_rows)} rows differ)"
+    return "".join(differences)
 
 
 def find_difference(old, new, where: str) -> str:
     """Say where two values differ first; empty: nowhere. Floats are compared bit by bit."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in sorted(old.keys() | new.keys()):
-            if key in NOT_COMPARED:
-                continue
-            if key not in old or key not in new:
-                return f"{where} {key}: only in {'new' if key in new else 'old'}"
-            difference = find_difference(old[key], new[key], f"{where} {key}")
-            if difference:
-                return difference
-        return ""
+        return find_difference_of_rows(old, new, where)
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for place, (old_item, new_item) in enumerate(zip(old, new, strict=True)):
-            difference = find_difference(old_item, new_item, f"{where}[{place}]")
-            if difference:
-                return difference
-        return ""
+        return find_difference_of_lists(old, new, where)
     old_text = json.dumps(old, ensure_ascii=False)
     new_text = json.dumps(new, ensure_ascii=False)
     if old_text == new_text:
         return ""
     return f"{where}: {old_text[:80]} -> {new_text[:80]}"
+
+
+def find_difference_of_rows(old: dict, new: dict, where: str) -> str:
+    """Say where two rows differ first, by the order of their keys; empty: nowhere."""
+    for key in sorted(old.keys() | new.keys()):
+        if key in NOT_COMPARED:
+            continue
+        if key not in old:
+            return f"{where} {key}: only in new"
+        if key not in new:
+            return f"{where} {key}: only in old"
+        difference = find_difference(old[key], new[key], f"{where} {key}")
+        if difference:
+            return difference
+    return ""
+
+
+def find_difference_of_lists(old: list, new: list, where: str) -> str:
+    """Say where two lists of one length differ first; empty: nowhere."""
+    item_pairs = zip(old, new, strict=True)
+    for place, (old_item, new_item) in enumerate(item_pairs):
+        difference = find_difference(old_item, new_item, f"{where}[{place}]")
+        if difference:
+            return difference
+    return ""
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -543,8 +589,8 @@ def check_tree(tree: Tree, root: Path) -> None:
     """End the program unless the tree's processes import the tree's own code."""
     output = root / f"stdout_imports_{tree.name}.txt"
     if tree.run_python(["-c", IMPORTS], output):
-        errors = root / f"stderr_imports_{tree.name}.txt"
-        sys.exit(f"same_bits: {tree.root}: {errors.read_text().strip().splitlines()[-1]}")
+        message = read_last_word(root / f"stderr_imports_{tree.name}.txt")
+        sys.exit(f"same_bits: {tree.root}: {message}")
     for path in output.read_text().splitlines():
         if not Path(path).is_relative_to(tree.root):
             sys.exit(f"same_bits: {tree.root} imports {path}, which is another tree's")
@@ -554,8 +600,8 @@ def make_world(old: Tree, root: Path) -> None:
     """Make the jobs' world by the old tree's code, and the configs in both trees' names."""
     words = ["-P", str(Path(__file__).resolve()), "world", str(root / "world")]
     if old.run_python(words, root / "stdout_world.txt"):
-        errors = (root / "stderr_world.txt").read_text().strip().splitlines()
-        sys.exit(f"same_bits: {old.root} could not write the jobs' world: {errors[-1]}")
+        message = read_last_word(root / "stderr_world.txt")
+        sys.exit(f"same_bits: {old.root} could not write the jobs' world: {message}")
     for name in ("search", "sft", "list"):
         written = root / "world" / name / "config.yaml"
         tree = yaml.safe_load(written.read_text(encoding="utf-8"))
@@ -564,35 +610,65 @@ def make_world(old: Tree, root: Path) -> None:
         written.rename(written.with_name("old.yaml"))
 
 
-def compare_trees(old: Tree, new: Tree, root: Path, words: list[str]) -> int:
-    """Run the jobs in both trees at once, print the table, give the exit code."""
-    jobs = [job for job in JOBS if not words or any(word in job.name for word in words)]
+def choose_jobs(words: list[str]) -> list[Job]:
+    """Choose the jobs whose name holds one of the words; without words all."""
+    if not words:
+        return JOBS
+    jobs = []
+    for job in JOBS:
+        if any(word in job.name for word in words):
+            jobs.append(job)
     if not jobs:
         sys.exit(f"same_bits: no job's name holds {' or '.join(words)}")
+    return jobs
+
+
+def list_differences(job: Job, old: Outcome, new: Outcome) -> list[str]:
+    """List what is wrong with a job's outcomes; nothing: they are equal."""
+    faults = [fault for fault in (old.fault, new.fault) if fault]
+    if faults:
+        return faults
+    differences = []
+    for path in job.leaves:
+        difference = compare_file(path, old.folder, new.folder)
+        if difference:
+            differences.append(difference)
+    return differences
+
+
+def compare_job(job: Job, old_tree: Tree, new_tree: Tree, root: Path) -> bool:
+    """Run a job in both trees at once and print its row; say whether they leave the same."""
+    with ThreadPoolExecutor(2) as pool:
+        old_run = pool.submit(run_job, job, old_tree, root)
+        new_run = pool.submit(run_job, job, new_tree, root)
+    old = old_run.result()
+    new = new_run.result()
+    differences = list_differences(job, old, new)
+    result = "different" if differences else "equal"
+    times = f"{old.seconds:>12.1f}{new.seconds:>7.1f}"
+    print(f"{job.name:<24}{len(job.leaves):>6}  {result:<10}{times}", flush=True)
+    for difference in differences:
+        print(f"    {difference}", flush=True)
+    return not differences
+
+
+def compare_trees(old: Tree, new: Tree, root: Path, words: list[str]) -> int:
+    """Run the jobs in both trees, print the table, give the exit code."""
+    jobs = choose_jobs(words)
     started = time.perf_counter()
     root.mkdir(parents=True)
-    for tree in (old, new):
-        check_tree(tree, root)
+    check_tree(old, root)
+    check_tree(new, root)
     make_world(old, root)
+
     print(f"{'job':<24}{'files':>6}  {'result':<10}{'seconds old':>12}{'new':>7}", flush=True)
-    different = 0
+    equal = 0
     for job in jobs:
-        with ThreadPoolExecutor(2) as pool:
-            pending = [pool.submit(run_job, job, tree, root) for tree in (old, new)]
-        one, two = (done.result() for done in pending)
-        found = [fault for fault in (one.fault, two.fault) if fault]
-        if not found:
-            found = [compare_file(path, one.folder, two.folder) for path in job.leaves]
-            found = [where for where in found if where]
-        result = "different" if found else "equal"
-        times = f"{one.seconds:>12.1f}{two.seconds:>7.1f}"
-        print(f"{job.name:<24}{len(job.leaves):>6}  {result:<10}{times}", flush=True)
-        for where in found:
-            print(f"    {where}", flush=True)
-        different += bool(found)
+        if compare_job(job, old, new, root):
+            equal += 1
     seconds = time.perf_counter() - started
-    print(f"{len(jobs) - different} of {len(jobs)} jobs equal, {seconds:.0f} s")
-    return 1 if different else 0
+    print(f"{equal} of {len(jobs)} jobs equal, {seconds:.0f} s")
+    return 0 if equal == len(jobs) else 1
 
 
 def main(arguments: list[str]) -> int:

@@ -21,16 +21,20 @@ ROOMS = (
 ).split()
 
 
-def modules() -> dict[str, Path]:
-    """Dotted name -> file, for every source file of the package; an `__init__.py` goes by its
-    package's name.
+def list_modules() -> dict[str, Path]:
+    """List dotted name -> file, for every source file of the package.
+
+    An `__init__.py` goes by its package's name.
     """
-    found = {}
+    modules = {}
     for top, name in ((ROOT / "recr1", "recr1"), (ROOT / "kernels", "recr1.kernels")):
         for path in top.rglob("*.py"):
-            parts = path.relative_to(top).with_suffix("").parts
-            found[".".join((name, *(p for p in parts if p != "__init__")))] = path
-    return found
+            module = path.relative_to(top).with_suffix("")
+            if module.name == "__init__":
+                module = module.parent
+            dotted_name = ".".join((name, *module.parts))
+            modules[dotted_name] = path
+    return modules
 
 
 @cache
@@ -38,61 +42,72 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def unit(module: str) -> str:
+def name_room(module: str) -> str:
+    """Name the room that a dotted name is in."""
     return module.split(".")[1]
 
 
-def imports_of(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """Names of the recr1 modules that the file imports anywhere, in functions too."""
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    found = set()
+def resolve_base(node: ast.ImportFrom, package: str) -> str:
+    """Give the absolute dotted name of `from X import`; package: where the statement is."""
+    if node.level == 0:
+        return node.module
+    parents = package.split(".")
+    kept_parents = len(parents) - node.level + 1
+    names = parents[:kept_parents]
+    if node.module:
+        names.append(node.module)
+    return ".".join(names)
+
+
+def list_imports(name: str, path: Path, modules: dict[str, Path]) -> set[str]:
+    """List the recr1 modules that the file imports anywhere, in functions too."""
+    package = name
+    if path.name != "__init__.py":
+        package = name.rpartition(".")[0]
+    imports = set()
     for node in ast.walk(parse(path)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imports |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = (
-                ".".join(package.split(".")[: len(package.split(".")) - node.level + 1])
-                if node.level
-                else ""
-            )
-            base = ".".join(filter(None, (base, node.module)))
-            # `from .a import b`: b is a module or a name inside a
-            found |= {
-                f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base
-                for alias in node.names
-            }
-    return {module for module in found if module.startswith("recr1.")}
+            base = resolve_base(node, package)
+            for alias in node.names:
+                # `from .a import b`: b is a module or a name inside a
+                submodule = f"{base}.{alias.name}"
+                imports.add(submodule if submodule in modules else base)
+    return {module for module in imports if module.startswith("recr1.")}
 
 
 def test_imports_go_to_an_earlier_room():
-    known = modules()
+    modules = list_modules()
     wrong = []
-    for name, path in known.items():
+    for name, path in modules.items():
         if name in ("recr1", "recr1.kernels"):
             continue
         where = path.relative_to(ROOT)
-        assert unit(name) in ROOMS, (
-            f"{where}: {unit(name)!r} is no room of tests/repo/test_layout.py"
-        )
-        for target in sorted(imports_of(name, path, known)):
-            if unit(target) == unit(name):
-                continue
-            if ROOMS.index(unit(target)) >= ROOMS.index(unit(name)):
+        room = name_room(name)
+        assert room in ROOMS, f"{where}: {room!r} is no room of tests/repo/test_layout.py"
+        for target in sorted(list_imports(name, path, modules)):
+            target_room = name_room(target)
+            is_later = ROOMS.index(target_room) > ROOMS.index(room)
+            if is_later:
                 wrong.append(f"{where} imports {target}")
     assert not wrong, "imports that go back to a later room:\n" + "\n".join(wrong)
 
 
 def test_no_circles_inside_a_folder():
-    known = modules()
-    inside = {
-        name: {t for t in imports_of(name, path, known) if unit(t) == unit(name)}
-        for name, path in known.items()
-        if name != "recr1"
-    }
+    modules = list_modules()
+    imports_inside = {}
+    for name, path in modules.items():
+        if name == "recr1":
+            continue
+        room = name_room(name)
+        targets = list_imports(name, path, modules)
+        imports_inside[name] = {target for target in targets if name_room(target) == room}
+
     try:
-        TopologicalSorter(inside).prepare()
-    except CycleError as e:
-        pytest.fail("circle of imports: " + " <- ".join(e.args[1]))
+        TopologicalSorter(imports_inside).prepare()
+    except CycleError as error:
+        pytest.fail("circle of imports: " + " <- ".join(error.args[1]))
 
 
 def run_at_import(node: ast.AST):
@@ -109,60 +124,74 @@ def run_at_import(node: ast.AST):
         yield from run_at_import(child)
 
 
+def list_packages(node: ast.AST) -> set[str]:
+    """List the first words of the names that a node imports; of another node: none."""
+    names = []
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    elif isinstance(node, ast.ImportFrom) and node.module:
+        names = [node.module]
+    return {name.split(".")[0] for name in names}
+
+
 def test_nothing_imports_triton_or_transformers_at_import_time():
     """The CPU path runs without Triton; transformers' models take seconds to import, which every
     rank would wait for.
     """
-    for path in modules().values():
+    for path in list_modules().values():
         for node in run_at_import(parse(path)):
-            names = (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-            found = {"triton", "transformers"} & {name.split(".")[0] for name in names}
-            assert not found, (
-                f"{path.relative_to(ROOT)}:{node.lineno} imports {found} at import time: "
+            forbidden = {"triton", "transformers"} & list_packages(node)
+            assert not forbidden, (
+                f"{path.relative_to(ROOT)}:{node.lineno} imports {forbidden} at import time: "
                 "import it in the function that needs it"
             )
 
 
 def test_every_module_imports_without_the_optional_packages():
+    names = sorted(list_modules())
     script = (
         "import importlib, sys\n"
         "for name in ('triton', 'faiss', 'flash_attn', 'numba'): sys.modules[name] = None\n"
-        f"for name in {sorted(modules())!r}: importlib.import_module(name)\n"
+        f"for name in {names!r}: importlib.import_module(name)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+TOP_LEVEL = {"recr1", "kernels", "experiments", "tests", "setup.py", "README.md", "LICENSE"}
+LEFT_BY_BUILDS_AND_RUNS = {"build", "dist", "runs", "__pycache__"}
+
+
+def list_top_level_of_git() -> set[str] | None:
+    """List what is at the top and not ignored by git; None where git does not know."""
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode != 0:
+        return None
+    names = set()
+    for line in result.stdout.splitlines():
+        first_part = line.split("/")[0]
+        names.add(first_part.strip('"'))
+    return names
+
+
+def list_top_level_of_archive() -> set[str]:
+    """List what is at the top of an unpacked archive, but what builds and runs leave there."""
+    names = {path.name for path in ROOT.iterdir() if path.suffix != ".egg-info"}
+    return names - LEFT_BY_BUILDS_AND_RUNS
 
 
 def test_top_level_holds_nothing_else():
-    git = (
-        subprocess.run(
-            ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        if (ROOT / ".git").exists()
-        else None
-    )
-    if git and git.returncode == 0:
-        found = {line.split("/")[0].strip('"') for line in git.stdout.splitlines()}
-    else:
-        # an unpacked archive: without .gitignore's help, what builds and runs leave is named here
-        found = {
-            p.name
-            for p in ROOT.iterdir()
-            if p.name not in ("build", "dist", "runs", "__pycache__") and p.suffix != ".egg-info"
-        }
-    extra = {name for name in found if not name.startswith(".")} - set(
-        "recr1 kernels experiments tests setup.py README.md LICENSE".split()
-    )
-    assert not extra, f"at the top level and not allowed there: {sorted(extra)}"
+    names = list_top_level_of_git()
+    if names is None:
+        names = list_top_level_of_archive()
+
+    visible_names = {name for name in names if not name.startswith(".")}
+    extra = sorted(visible_names - TOP_LEVEL)
+    assert not extra, f"at the top level and not allowed there: {extra}"
 
 
 MAX_LINES = 60
@@ -183,10 +212,13 @@ LONG_FUNCTIONS = {  # (file, function): why it is longer
 
 def test_functions_fit_on_a_screen():
     """No function is longer than MAX_LINES but those with a reason; no reason outlives its need."""
-    found = set()
-    for path in modules().values():
+    long_functions = set()
+    for path in list_modules().values():
+        file = path.relative_to(ROOT).as_posix()
         for node in ast.walk(parse(path)):
-            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MAX_LINES:
-                found.add((path.relative_to(ROOT).as_posix(), node.name))
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            if node.end_lineno - node.lineno >= MAX_LINES:
+                long_functions.add((file, node.name))
 
-    assert found == set(LONG_FUNCTIONS)
+    assert long_functions == set(LONG_FUNCTIONS)

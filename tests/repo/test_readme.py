@@ -18,16 +18,20 @@ from recr1.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP = ("recr1", "kernels", "experiments", "tests")
-PAGES = [
-    ROOT / "README.md",
-    ROOT / ".github/CONTRIBUTING.md",
-    *sorted(page for top in TOP for page in (ROOT / top).rglob("README.md")),
-]
+PAGES = [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md"]
+for top in sorted(TOP):
+    PAGES += sorted((ROOT / top).rglob("README.md"))
 ROOMS = [
-    *(p.parent for p in sorted((ROOT / "recr1").glob("*/__init__.py"))),
-    *(ROOT / "recr1", ROOT / "kernels", ROOT / "tests", ROOT / "tests/faults"),
-    *(ROOT / "experiments", ROOT / "experiments/prepare", ROOT / "experiments/benchmarks"),
+    ROOT / "recr1",
+    ROOT / "kernels",
+    ROOT / "tests",
+    ROOT / "tests/faults",
+    ROOT / "experiments",
+    ROOT / "experiments/prepare",
+    ROOT / "experiments/benchmarks",
 ]
+for package in sorted((ROOT / "recr1").glob("*/__init__.py")):
+    ROOMS.append(package.parent)
 
 # What a README names and the repository does not hold: a reader's own files, and what a run leaves.
 OF_A_USER = {"my_loss.py", "my_task.py", "my_retriever.py", "mine.yaml", "other.yaml"}
@@ -39,206 +43,289 @@ PLACEHOLDER = re.compile(r"^~|[*$<]|(^|/)[A-Z][A-Z0-9]*(\.\w+)?(/|$)")
 PROGRAMS = ("bash", "python", "torchrun", "recr1", "pytest")
 
 
-def text_of(page: Path) -> str:
+def read_page(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 
 
-def name_of(page: Path) -> str:
+def name_page(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def fences(page: Path) -> list[tuple[str, str]]:
-    """(language, content) of each fenced block."""
-    return re.findall(r"^```(\w*)\n(.*?)^```", text_of(page), re.DOTALL | re.MULTILINE)
+def list_fences(page: Path) -> list[tuple[str, str]]:
+    """List (language, content) of each fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", read_page(page), re.DOTALL | re.MULTILINE)
 
 
-def prose(page: Path) -> str:
-    return re.sub(r"^```.*?^```", "", text_of(page), flags=re.DOTALL | re.MULTILINE)
+def read_prose(page: Path) -> str:
+    """Read a page without its fenced blocks."""
+    return re.sub(r"^```.*?^```", "", read_page(page), flags=re.DOTALL | re.MULTILINE)
 
 
-def in_backticks(page: Path) -> list[str]:
-    return [" ".join(text.split()) for text in re.findall(r"`([^`]+)`", prose(page))]
+def list_backticks(page: Path) -> list[str]:
+    """List what stands in backticks, each with single spaces."""
+    texts = []
+    for text in re.findall(r"`([^`]+)`", read_prose(page)):
+        words = text.split()
+        texts.append(" ".join(words))
+    return texts
 
 
-@pytest.fixture(params=PAGES, ids=name_of)
+@pytest.fixture(params=PAGES, ids=name_page)
 def page(request) -> Path:
     return request.param
+
+
+def check_names(room: Path, readme: Path) -> None:
+    """Check that a room's README names each of its source files."""
+    named = re.findall(r"([\w/]+\.py)\b", read_page(readme))
+    for path in room.rglob("*.py"):
+        if path.name != "__init__.py":
+            file = str(path.relative_to(room))
+            assert file in named, f"{name_page(readme)} does not name {file}"
 
 
 def test_every_room_has_a_readme_that_names_its_files():
     for room in ROOMS:
         readme = room / "README.md"
-        assert readme.exists(), f"{name_of(room)} has no README.md"
+        assert readme.exists(), f"{name_page(room)} has no README.md"
         if room.parent == ROOT / "recr1" or room == ROOT / "kernels":
-            named = set(re.findall(r"([\w/]+\.py)\b", text_of(readme)))
-            files = {str(p.relative_to(room)) for p in room.rglob("*.py")}
-            missing = {f for f in files if Path(f).name != "__init__.py"} - named
-            assert not missing, f"{name_of(readme)} does not name {sorted(missing)}"
+            check_names(room, readme)
 
 
 def test_the_order_of_rooms_is_the_one_that_imports_keep():
-    text = text_of(ROOT / "recr1/README.md")
-    assert " ".join(test_layout.ROOMS) in " ".join(text.split())
+    words = read_page(ROOT / "recr1/README.md").split()
+    assert " ".join(test_layout.ROOMS) in " ".join(words)
+
+
+def list_imported_rooms() -> dict[str, set[str]]:
+    """List room -> the rooms that its files import."""
+    modules = test_layout.list_modules()
+    imported = {}
+    for name, path in modules.items():
+        if "." not in name:
+            continue
+        room = test_layout.name_room(name)
+        imported.setdefault(room, set())
+        for target in test_layout.list_imports(name, path, modules):
+            imported[room].add(test_layout.name_room(target))
+    return imported
 
 
 def test_the_table_of_rooms_has_the_imports_that_are_there():
-    modules = test_layout.modules()
-    imports = {}
-    for name, path in modules.items():
-        if "." in name:
-            targets = test_layout.imports_of(name, path, modules)
-            units = {test_layout.unit(target) for target in targets}
-            imports.setdefault(test_layout.unit(name), set()).update(units)
-    rows = re.findall(r"^\| \[(\w+)\]\(.*?\) \| (.*?) \|", text_of(ROOT / "recr1/README.md"), re.M)
-    told = {room: set(re.findall(r"\w+", text)) - {"nothing"} for room, text in rows}
-    assert len(told) >= 15
-    for room in set(told) - {"training", "commands"}:  # they import nearly everything
-        assert told[room] == imports[room] - {room}, room
+    imported = list_imported_rooms()
+    text = read_page(ROOT / "recr1/README.md")
+    rows = re.findall(r"^\| \[(\w+)\]\(.*?\) \| (.*?) \|", text, re.MULTILINE)
+    rooms = {room for room, _ in rows}
+    assert len(rooms) >= 15
+    for room, cell in rows:
+        if room in ("training", "commands"):  # they import nearly everything
+            continue
+        named = set(re.findall(r"\w+", cell))
+        assert named - {"nothing"} == imported[room] - {room}, room
 
 
 def test_the_main_readme_is_short():
-    lines = text_of(ROOT / "README.md").splitlines()
+    lines = read_page(ROOT / "README.md").splitlines()
     assert len(lines) <= 250
-    assert not [line for line in lines if len(line) > 120]
+    for line in lines:
+        assert len(line) <= 120
 
 
 # --- links and paths ---------------------------------------------------------------------------
 
 
-def heading_anchors(page: Path) -> set[str]:
-    """The anchors that GitHub makes of a page's headings."""
-    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+def list_anchors(page: Path) -> set[str]:
+    """List the anchors that GitHub makes of a page's headings."""
+    anchors = set()
+    for heading in re.findall(r"^#+ (.+)$", read_prose(page), re.MULTILINE):
+        words = re.sub(r"[^\w\- ]", "", heading.lower()).strip()
+        anchors.add(words.replace(" ", "-"))
+    return anchors
 
 
-def check_links(page: Path) -> list[str]:
-    wrong = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
-        if re.match(r"https?:", target):
-            continue
-        path, _, anchor = target.partition("#")
-        to = (page.parent / path).resolve() if path else page
-        if not to.exists() or (anchor and anchor not in heading_anchors(to)):
-            wrong.append(target)
-    return wrong
+def is_broken(link: str, page: Path) -> bool:
+    path, _, anchor = link.partition("#")
+    target = page
+    if path:
+        target = (page.parent / path).resolve()
+    if not target.exists():
+        return True
+    return bool(anchor) and anchor not in list_anchors(target)
+
+
+def list_broken_links(page: Path) -> list[str]:
+    """List the links of a page to a file or a heading that is not there."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", read_prose(page)):
+        is_address = re.match(r"https?:", link)
+        if not is_address and is_broken(link, page):
+            broken.append(link)
+    return broken
 
 
 def test_links_lead_somewhere(page):
-    assert not check_links(page)
+    assert not list_broken_links(page)
 
 
 def test_links_of_the_results_lead_somewhere():
-    assert not check_links(ROOT / "experiments/RESULTS.md")
+    assert not list_broken_links(ROOT / "experiments/RESULTS.md")
 
 
-def looks_like_a_path(text: str) -> bool:
-    if not re.fullmatch(r"[\w.\-/]+", text) or PLACEHOLDER.search(text):
+def is_path(text: str) -> bool:
+    """Say whether a text in backticks is a path that the repository should hold."""
+    if not re.fullmatch(r"[\w.\-/]+", text):
+        return False
+    if PLACEHOLDER.search(text):
+        return False
+    if text in OF_A_USER or text == "__init__.py":
         return False
     first = text.split("/")[0]
-    if text in OF_A_USER or first in OF_A_RUN or text == "__init__.py":
+    if first in OF_A_RUN:
         return False
-    return first in TOP and "/" in text or Path(text).suffix in CHECKED_SUFFIXES
+    if first in TOP and "/" in text:
+        return True
+    return Path(text).suffix in CHECKED_SUFFIXES
 
 
 def exists_near(text: str, page: Path) -> bool:
     # Test files have unique names; what configs share is in a folder of theirs.
     if re.fullmatch(r"test_\w+\.py", text):
         return any((ROOT / "tests").rglob(text))
-    bases = (page.parent, ROOT, ROOT / "experiments", ROOT / "experiments/configs")
+    experiments = ROOT / "experiments"
+    bases = (page.parent, ROOT, experiments, experiments / "configs")
     return any((base / text).exists() for base in bases)
 
 
 def test_paths_in_backticks_exist(page):
-    paths = [text for text in in_backticks(page) if looks_like_a_path(text)]
-    assert not [text for text in paths if not exists_near(text, page)]
+    paths = [text for text in list_backticks(page) if is_path(text)]
+    missing = [path for path in paths if not exists_near(path, page)]
+    assert not missing
 
 
 def test_the_configs_of_the_table_are_those_that_are_there():
     experiments = ROOT / "experiments"
-    text = text_of(experiments / "README.md")
-    table = text.split("| config | folder | what |\n|---|---|---|\n")[1].split("\n\n")[0]
+    text = read_page(experiments / "README.md")
+    _, below_heading = text.split("| config | folder | what |\n|---|---|---|\n")
+    table, _, _ = below_heading.partition("\n\n")
+
     named = []
     for row in table.splitlines():
         names, folder, _ = row.split(" | ")
-        place = experiments if folder == "here" else experiments / folder.strip("`")
-        named += [place / f"{name}.yaml" for name in re.findall(r"`([^`]+)`", names)]
+        place = experiments
+        if folder != "here":
+            place = experiments / folder.strip("`")
+        for name in re.findall(r"`([^`]+)`", names):
+            named.append(place / f"{name}.yaml")
 
-    there = {experiments / "quickstart.yaml"}
+    configs = [experiments / "quickstart.yaml"]
     for folder in ("cpu", "rec_r1", "recllm_r1"):
-        there.update((experiments / "configs" / folder).glob("*.yaml"))
-    assert sorted(named) == sorted(there)
+        configs += (experiments / "configs" / folder).glob("*.yaml")
+    assert sorted(named) == sorted(configs)
 
 
 # --- commands ----------------------------------------------------------------------------------
 
 
-def commands(page: Path) -> list[list[str]]:
-    """The words of every command of a page: in its fences and in backticks."""
-    lines = in_backticks(page)
-    for language, content in fences(page):
+def list_commands(page: Path) -> list[list[str]]:
+    """List the words of every command of a page: in its fences and in backticks."""
+    lines = list_backticks(page)
+    for language, content in list_fences(page):
         if language in ("", "bash"):
-            lines += [part for line in content.splitlines() for part in line.split(";")]
-    found = []
+            lines += re.split("[\n;]", content)
+    commands = []
     for line in lines:
         command = line.strip().removeprefix("$ ").removeprefix("do ")
-        if command.split(" ")[0] in PROGRAMS:
-            found.append(shlex.split(command, comments=True))
-    return found
+        program = command.split(" ")[0]
+        if program in PROGRAMS:
+            words = shlex.split(command, comments=True)
+            commands.append(words)
+    return commands
+
+
+def list_flags(words: list[str]) -> list[str]:
+    return [word for word in words if word.startswith("--")]
 
 
 def check_file(path: str, flags: list[str]) -> str | None:
+    """Say what is wrong with a script and its flags; None: nothing."""
+    file = ROOT / path
     if PLACEHOLDER.search(path):
-        return None if (ROOT / path).parent.is_dir() else f"no folder of {path}"
-    if not (ROOT / path).is_file():
+        return None if file.parent.is_dir() else f"no folder of {path}"
+    if not file.is_file():
         return f"no file {path}"
-    source = text_of(ROOT / path)
+    if file.suffix != ".py":
+        return None
+    source = read_page(file)
     if path.startswith("experiments/prepare/"):  # whose command line is made there
-        source += text_of(ROOT / "experiments/prepare/writing.py")
-    unknown = [flag for flag in flags if f'"{flag}"' not in source]
-    return f"{path} has no {unknown[0]}" if unknown and path.endswith(".py") else None
+        source += read_page(ROOT / "experiments/prepare/writing.py")
+    for flag in flags:
+        if f'"{flag}"' not in source:
+            return f"{path} has no {flag}"
+    return None
+
+
+def has_setting(key: str) -> bool:
+    try:
+        get_value(Config(), key)
+    except AttributeError:
+        return False
+    return True
 
 
 def check_overrides(words: list[str]) -> str | None:
+    """Say which a.b=value names no setting; None: all do."""
     for word in words:
-        if re.match(r"[a-z]\w*\.\w+=", word) and word != "a.b=value":
-            try:
-                get_value(Config(), word.partition("=")[0])
-            except AttributeError:
-                return f"no setting {word}"
+        key, _, _ = word.partition("=")
+        is_override = re.match(r"[a-z]\w*\.\w+=", word)
+        if is_override and word != "a.b=value" and not has_setting(key):
+            return f"no setting {word}"
     return None
 
 
 def check_recr1(words: list[str]) -> str | None:
-    """Read by the command's own parser; a command's bare name only has to be one."""
+    """Say what the command's own parser refuses; a command's bare name only has to be one."""
     words = [word.strip("[]") for word in words]
     if words[0] in ("...", "COMMAND"):
         return None
     words = ["1" if word in ("N", "K") else word for word in words]
-    parser = cli.build_parser()
     if len(words) == 1:
-        words = [*words, "--help"]
+        words.append("--help")
+    parser = cli.build_parser()
     try:
         _, rest = parser.parse_known_args(words)
-    except SystemExit as e:
-        return None if e.code == 0 else "is refused by the parser"
-    unknown = [word for word in rest if "=" not in word]
-    return f"no argument {unknown[0]}" if unknown else check_overrides(rest)
+    except SystemExit as error:
+        return None if error.code == 0 else "is refused by the parser"
+    for word in rest:
+        if "=" not in word:
+            return f"no argument {word}"
+    return check_overrides(rest)
+
+
+def find_missing_file(words: list[str]) -> str | None:
+    """Find the first config or script among a command's words that is not there."""
+    for word in words:
+        if not re.search(r"\.(yaml|py)$", word) or "=" in word:
+            continue
+        if PLACEHOLDER.search(word) or word in OF_A_USER:
+            continue
+        if not (ROOT / word).exists():
+            return word
+    return None
 
 
 def check_module(words: list[str]) -> str | None:
+    """Say what is wrong with the words behind `python -m`; None: nothing."""
     module, *rest = words
     if module == "recr1.cli":
         return check_recr1(rest) if rest else None
     if not is_module(module):
         return f"no module {module}"
-    paths = [w for w in rest if re.search(r"\.(yaml|py)$", w) and "=" not in w]
-    missing = [p for p in paths if not (PLACEHOLDER.search(p) or p in OF_A_USER)]
-    missing = [p for p in missing if not (ROOT / p).exists()]
-    if missing:
-        return f"no file {missing[0]}"
-    flags = [word.strip("[]") for word in rest if word.strip("[]").startswith("--")]
-    known = {"recr1.doctor": {"--run", "--json"}}.get(module, {"--dry-run"})
-    if set(flags) - known:
+    missing_file = find_missing_file(rest)
+    if missing_file:
+        return f"no file {missing_file}"
+    flags = list_flags([word.strip("[]") for word in rest])
+    known_flags = {"--run", "--json"} if module == "recr1.doctor" else {"--dry-run"}
+    if set(flags) - known_flags:
         return f"{module} has no {flags}"
     return check_overrides(rest)
 
@@ -249,41 +336,49 @@ def is_module(name: str) -> bool:
 
 
 def check_command(words: list[str]) -> str | None:
+    """Say what a command names that is not there; None: nothing."""
     program, *rest = words
     if not rest:
         return None
     if program == "recr1":
         return check_recr1(rest)
     if program in ("python", "torchrun") and "-m" in rest:
-        return check_module(rest[rest.index("-m") + 1 :])
-    is_script = re.compile(r"/|\.(py|sh)$" if program == "bash" else r"\.py$")
-    paths = [word for word in rest if is_script.search(word)]
-    if program == "torchrun" and not paths:
-        return None
+        behind_m = rest.index("-m") + 1
+        return check_module(rest[behind_m:])
+    script = r"/|\.(py|sh)$" if program == "bash" else r"\.py$"
+    paths = [word for word in rest if re.search(script, word)]
     if not paths:
-        return "names no file"
-    return check_file(paths[0], [word for word in rest if word.startswith("--")])
+        return None if program == "torchrun" else "names no file"
+    return check_file(paths[0], list_flags(rest))
 
 
 def test_commands_name_files_and_flags_that_exist(page, capsys):
-    wrong = [(" ".join(c), error) for c in commands(page) if (error := check_command(c))]
+    wrong = []
+    for words in list_commands(page):
+        error = check_command(words)
+        if error:
+            wrong.append((" ".join(words), error))
     assert not wrong
 
 
+WRONG_COMMANDS = (
+    "bash experiments/quickstarts.sh",
+    "python experiments/prepare/msrd.py --outer DIR",
+    "python -m recr1.training_loop X.yaml",
+    "python -m recr1.train X.yaml loss.kid=1",
+    "python -m recr1.train experiments/quick.yaml",
+    "python -m recr1.doctor --jason",
+    "recr1 plan CONFIG.yaml --gpus N",
+    "recr1 explains --run RUN --step K",
+    "recr1 report RUN --inn F",
+)
+
+
 def test_wrong_commands_are_found(capsys):
-    """The check itself: each of these but the first has something that is not there."""
-    assert check_command("python experiments/prepare/NAME.py --out DIR".split()) is None
-    for command in (
-        "bash experiments/quickstarts.sh",
-        "python experiments/prepare/msrd.py --outer DIR",
-        "python -m recr1.training_loop X.yaml",
-        "python -m recr1.train X.yaml loss.kid=1",
-        "python -m recr1.train experiments/quick.yaml",
-        "python -m recr1.doctor --jason",
-        "recr1 plan CONFIG.yaml --gpus N",
-        "recr1 explains --run RUN --step K",
-        "recr1 report RUN --inn F",
-    ):
+    """The check itself: each of WRONG_COMMANDS has something that is not there."""
+    right_command = "python experiments/prepare/NAME.py --out DIR"
+    assert check_command(right_command.split()) is None
+    for command in WRONG_COMMANDS:
         assert check_command(command.split()), command
 
 
@@ -292,25 +387,52 @@ def test_wrong_commands_are_found(capsys):
 
 def test_settings_in_backticks_exist(page):
     sections = "|".join(Config.__dataclass_fields__)
-    keys = [re.match(rf"(?:{sections})\.[a-z_]+(?=$|[=:])", text) for text in in_backticks(page)]
-    unknown = []
-    for key in {match[0] for match in keys if match} - OF_A_CONFIG:
-        if Path(key).suffix in CHECKED_SUFFIXES:  # run.sh
+    setting = re.compile(rf"(?:{sections})\.[a-z_]+(?=$|[=:])")
+    unknown = set()
+    for text in list_backticks(page):
+        match = setting.match(text)
+        if match is None:
             continue
-        try:
-            get_value(Config(), key)
-        except AttributeError:
-            unknown.append(key)
+        key = match[0]
+        is_file = Path(key).suffix in CHECKED_SUFFIXES  # run.sh
+        if is_file or key in OF_A_CONFIG:
+            continue
+        if not has_setting(key):
+            unknown.add(key)
     assert not unknown
 
 
-def test_imports_of_the_examples_exist(page):
-    for language, content in fences(page):
-        if language != "python":
+def check_imports(content: str) -> None:
+    """Check that every name that an example imports from recr1 is there."""
+    for node in ast.walk(ast.parse(content)):
+        if not isinstance(node, ast.ImportFrom):
             continue
-        for node in ast.walk(ast.parse(content)):
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("recr1"):
-                source = importlib.import_module(node.module)
-                for alias in node.names:
-                    inside = hasattr(source, alias.name)
-                    assert inside or is_module(f"{node.module}.{alias.name}"), alias.name
+        if not node.module.startswith("recr1"):
+            continue
+        source = importlib.import_module(node.module)
+        for alias in node.names:
+            is_inside = hasattr(source, alias.name)
+            assert is_inside or is_module(f"{node.module}.{alias.name}"), alias.name
+
+
+def test_imports_of_the_examples_exist(page):
+    for language, content in list_fences(page):
+        if language == "python":
+            check_imports(content)
+
+
+def test_each_stop_names_what_it_makes_fast_in_plain():
+    """recr1/README.md says it in the form "In plain.py: `name`", or that plain.py uses the same."""
+    page = read_page(ROOT / "recr1/README.md")
+    start = page.index("## Ten stops")
+    end = page.index("## What flows")
+    stops = re.split(r"^\d+\. ", page[start:end], flags=re.MULTILINE)[1:]
+    source = read_page(ROOT / "recr1/plain.py")
+    functions = set(re.findall(r"^def (\w+)", source, re.MULTILINE))
+
+    assert len(stops) == 10
+    for stop in stops:
+        assert "plain.py" in stop, stop
+        _, _, sentence = stop.partition("plain.py:")
+        for name in re.findall(r"`(\w+)`", sentence):
+            assert name in functions, name

@@ -27,29 +27,36 @@ def world(tmp_path_factory):
     return write_yaml(tmp_path_factory.mktemp("world"))
 
 
-def glossary() -> dict[str, str]:
-    """{name: its rows} of the README's table of metrics: the names in backticks in the first
-    column.
+def read_glossary() -> dict[str, str]:
+    """Read {name: its rows} of the README's table of metrics.
+
+    Names are those in backticks in the first column.
     """
     text = (ROOT / "recr1/tracking/README.md").read_text(encoding="utf-8")
-    [table] = re.findall(
-        r"^\| metric \| meaning \|\n\|[-|]+\|\n(.*?)\n\n", text, re.MULTILINE | re.DOTALL
-    )
-    known = {}
+    pattern = r"^\| metric \| meaning \|\n\|[-|]+\|\n(.*?)\n\n"
+    [table] = re.findall(pattern, text, re.MULTILINE | re.DOTALL)
+    glossary = {}
     for row in table.splitlines():
-        for name in re.findall(r"`([^`]+)`", row.split(" | ")[0]):
-            known[name] = known.get(name, "") + row
-    return known
+        first_column, _, _ = row.partition(" | ")
+        for name in re.findall(r"`([^`]+)`", first_column):
+            glossary.setdefault(name, "")
+            glossary[name] += row
+    return glossary
 
 
-def fields(line: str) -> dict[str, str]:
-    """A line per step, "step     1/2  reward 0.5  zero-std 0.00  728 tok/s" -> {name: value}."""
-    pairs = []
-    for field in re.sub("^step +", "step ", line).split("  "):
+def parse_line(line: str) -> dict[str, str]:
+    """Read "step     1/2  reward 0.5  zero-std 0.00  728 tok/s" as {name: value}."""
+    line = re.sub("^step +", "step ", line)
+    values = {}
+    for field in line.split("  "):
         name, _, value = field.rpartition(" ")
-        pairs.append(("tok/s", name or value) if value in ("tok/s", "replay") else (name, value))
-    assert len(dict(pairs)) == len(pairs) and all(name for name, _ in pairs), line
-    return dict(pairs)
+        if value in ("tok/s", "replay"):
+            value = name or value
+            name = "tok/s"
+        assert name, line
+        assert name not in values, line
+        values[name] = value
+    return values
 
 
 EVERYTHING = [
@@ -60,6 +67,20 @@ EVERYTHING = [
     "train.num_mini_batches=2",
     "train.eval_every=1",
 ]
+FIGURE = r"[-+]?[\d.,]+(e[-+]\d+)?%?"
+
+
+def check_line(line: str, glossary: dict[str, str], min_names: int) -> None:
+    """Check that the glossary has every name of the line, and every value that is no figure."""
+    values = parse_line(line)
+    assert values.pop("step")
+    assert len(values) >= min_names
+    unknown = sorted(values.keys() - glossary.keys())
+    assert not unknown, f"in the line per step and not in the glossary: {unknown}"
+    for name, value in values.items():
+        if not re.fullmatch(FIGURE, value):
+            message = f"{name} {value}: the glossary does not say what that is"
+            assert f"`{value}`" in glossary[name], message
 
 
 @pytest.mark.parametrize(
@@ -70,99 +91,108 @@ EVERYTHING = [
 def test_every_metric_and_every_name_of_the_line_has_a_row_in_the_glossary(
     loop, overrides, world, tmp_path, capsys
 ):
-    config = world if loop is train else write_sft_yaml(tmp_path)
-    assert (
-        run_guarded(loop.main, [config, *overrides, "train.steps=2", f"run.dir={tmp_path / 'run'}"])
-        == 0
-    )
-    known = glossary()
-    rows = jsonl(tmp_path / "run/metrics.jsonl")
-    keys = {key for row in rows for key in row} - {"step"}
-    assert keys <= known.keys(), (
-        f"in metrics.jsonl and not in the README's glossary: {sorted(keys - known.keys())}"
-    )
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    config = write_sft_yaml(tmp_path) if loop is sft else world
+    min_names = 4 if loop is sft else 8
+    run = tmp_path / "run"
+    argv = [config, *overrides, "train.steps=2", f"run.dir={run}"]
+    assert run_guarded(loop.main, argv) == 0
+    output = capsys.readouterr().out.splitlines()
+
+    glossary = read_glossary()
+    rows = jsonl(run / "metrics.jsonl")
+    names = set().union(*rows)
+    unknown = sorted(names - glossary.keys() - {"step"})
+    assert not unknown, f"in metrics.jsonl and not in the README's glossary: {unknown}"
+
     # what is looked at below is what was printed
-    assert lines == [format_console_line(row, 2) for row in rows]
+    lines = [format_console_line(row, 2) for row in rows]
+    printed = [line for line in output if line.startswith("step ")]
+    assert printed == lines
+
+    for line in lines:
+        check_line(line, glossary, min_names)
     if loop is train:
         # as a replay and a run without reference have it
-        lines.append(format_console_line(rows[-1] | dict(rollout_tokens_per_s=None, kl=None), 2))
-    for line in lines:
-        said = fields(line)
-        assert said.pop("step")
-        assert len(said) >= (4 if loop is sft else 8)
-        assert said.keys() <= known.keys(), (
-            f"in the line per step and not in the glossary: {sorted(said.keys() - known.keys())}"
-        )
-        for name, value in said.items():
-            assert (
-                re.fullmatch(r"[-+]?[\d.,]+(e[-+]\d+)?%?", value) or f"`{value}`" in known[name]
-            ), f"{name} {value}: the glossary does not say what that is"
-    assert ("val gain" in fields(lines[0])) == ("val_gain" in rows[0])
+        row = rows[-1] | dict(rollout_tokens_per_s=None, kl=None)
+        check_line(format_console_line(row, 2), glossary, min_names)
+    first_values = parse_line(lines[0])
+    assert ("val gain" in first_values) == ("val_gain" in rows[0])
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+BAR = r"train: +\d+%\|[^|]*\| (\d)/3 \[\d+:\d\d<(\?|\d+:\d\d)"
 
 
 def test_a_bar_on_a_terminal_says_how_much_time_is_left(world, tmp_path, monkeypatch, capsys):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    for name, stderr in (("terminal", Terminal()), ("file", io.StringIO())):
+    cases = (
+        ("terminal", Terminal(), [("3", "00:00")]),
+        ("file", io.StringIO(), []),
+    )
+    for name, stderr, last_bar in cases:
         monkeypatch.setattr(sys, "stderr", stderr)
         assert run_guarded(train.main, [world, f"run.dir={tmp_path / name}"]) == 0
-        bars = re.findall(
-            r"train: +\d+%\|[^|]*\| (\d)/3 \[\d+:\d\d<(\?|\d+:\d\d)", stderr.getvalue()
-        )
-        assert bars[-1:] == ([("3", "00:00")] if name == "terminal" else [])
-        assert re.findall(r"^step +(\d)/3 ", capsys.readouterr().out, re.MULTILINE) == [
-            "1",
-            "2",
-            "3",
-        ]
+        output = capsys.readouterr().out
+
+        bars = re.findall(BAR, stderr.getvalue())
+        assert bars[-1:] == last_bar
+        steps = re.findall(r"^step +(\d)/3 ", output, re.MULTILINE)
+        assert steps == ["1", "2", "3"]
 
 
-def step(*texts: tuple[str, str | list[str] | None, float]) -> StepRecord:
-    """A step of these (query, rewrite, advantage)."""
-    rollouts = [
-        Rollout(Prompt(f"q{i}", i, query, (1,)), i, 0, (1, 2), (-0.5, -0.5), True)
-        for i, (query, _, _) in enumerate(texts)
-    ]
-    rewards = [
-        Reward(
-            0.25 if answer else -1.0, {}, None if answer else "no_json", answer, f"text of {query}"
-        )
-        for query, answer, _ in texts
-    ]
-    return StepRecord(
-        rollouts, rewards, [adv for _, _, adv in texts], rollouts, list(range(len(texts)))
-    )
+def make_step(*texts: tuple[str, str | list[str] | None, float]) -> StepRecord:
+    """Make a step of these (query, rewrite, advantage)."""
+    rollouts = []
+    rewards = []
+    advantages = []
+    for i, (query, answer, advantage) in enumerate(texts):
+        text = f"text of {query}"
+        prompt = Prompt(f"q{i}", i, query, (1,))
+        rollout = Rollout(prompt, i, 0, (1, 2), (-0.5, -0.5), True)
+        reward = Reward(0.25, {}, None, answer, text)
+        if not answer:
+            reward = Reward(-1.0, {}, "no_json", answer, text)
+        rollouts.append(rollout)
+        rewards.append(reward)
+        advantages.append(advantage)
+    indices = list(range(len(texts)))
+    return StepRecord(rollouts, rewards, advantages, rollouts, indices)
 
 
-def width(line: str) -> int:
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in line
-    )
+def measure_width(line: str) -> int:
+    """Count the columns of a terminal that a line takes."""
+    columns = 0
+    for character in line:
+        if unicodedata.combining(character):
+            continue
+        is_wide = unicodedata.east_asian_width(character) in "WF"
+        columns += 2 if is_wide else 1
+    return columns
 
 
 def test_a_table_shows_the_highest_the_middle_and_the_lowest_advantage():
-    lines = format_rollout_table(
-        step(
-            ("lamp", "red lamp", 0.0),
-            ("chair", "a chair", -1.5),
-            ("shirt", "blue shirt", 1.25),
-            ("table", None, -2.0),
-        ),
-        100,
-    ).splitlines()
-    assert [line.split() for line in lines] == [
-        ["query", "answer", "reward", "advantage"],
-        ["shirt", "blue", "shirt", "0.250", "+1.250"],
-        ["chair", "a", "chair", "0.250", "-1.500"],
-        ["table", "(no_json)", "text", "of", "table", "-1.000", "-2.000"],
-    ]
-    assert len({len(line) for line in lines}) == 1
-    # a recommended list
-    [_, line] = format_rollout_table(step(("lamp", ["d1", "d2"], 0.0)), 100).splitlines()
+    step = make_step(
+        ("lamp", "red lamp", 0.0),
+        ("chair", "a chair", -1.5),
+        ("shirt", "blue shirt", 1.25),
+        ("table", None, -2.0),
+    )
+
+    lines = format_rollout_table(step, 100).splitlines()
+
+    heading, highest, middle, lowest = lines
+    assert heading.split() == ["query", "answer", "reward", "advantage"]
+    assert highest.split() == ["shirt", "blue", "shirt", "0.250", "+1.250"]
+    assert middle.split() == ["chair", "a", "chair", "0.250", "-1.500"]
+    assert lowest.split() == ["table", "(no_json)", "text", "of", "table", "-1.000", "-2.000"]
+    lengths = {len(line) for line in lines}
+    assert len(lengths) == 1
+
+    step_of_a_list = make_step(("lamp", ["d1", "d2"], 0.0))
+    [_, line] = format_rollout_table(step_of_a_list, 100).splitlines()
     assert line.split()[:3] == ["lamp", '["d1",', '"d2"]']
 
 
@@ -171,13 +201,19 @@ def test_lines_keep_to_the_width_and_nothing_in_them_drives_the_terminal(columns
     hostile = "\x1b[31mred\x1b]0;title\x07\r\n\x9b2J \u202egnp\u2066 <script>"
     wide = "ユーザー検索" * 20
     accents = "e\u0301" * 200
-    lines = format_rollout_table(
-        step((hostile, wide, 1.0), (wide, accents, 0.0), (accents, hostile * 9, -1.0)), columns
-    ).split("\n")
+    step = make_step(
+        (hostile, wide, 1.0),
+        (wide, accents, 0.0),
+        (accents, hostile * 9, -1.0),
+    )
+
+    lines = format_rollout_table(step, columns).split("\n")
+
     assert len(lines) == 4
-    assert {width(line) for line in lines} <= set(range(columns + 1))
-    assert len({width(line) for line in lines}) == 1
+    width = measure_width(lines[0])
+    assert width <= columns
     for line in lines:
+        assert measure_width(line) == width
         assert line.isprintable()
         assert make_printable(line) == line
     assert "red" in lines[1]
@@ -201,24 +237,26 @@ def test_tables_come_every_few_steps_and_the_word_about_the_loss_once(
     world, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setenv("COLUMNS", "70")
-    for overrides, tables, words in (
+    cases = (
         (["log.show_every=2"], 2, 1),
         (["log.show_every=0", "loss.kind=reinforce"], 0, 0),
-    ):
-        assert (
-            run_guarded(train.main, [world, *overrides, f"run.dir={tmp_path / str(tables)}"]) == 0
-        )
-        out = capsys.readouterr().out
-        heads = [
-            i
-            for i, line in enumerate(out.splitlines())
-            if re.match("  query +answer +reward +advantage$", line)
-        ]
-        assert len(heads) == tables
-        assert out.count("a GRPO loss near 0 is no fault") == words
-        for i in heads:
-            assert re.match(r"step +[12]/3 ", out.splitlines()[i - 1])
-            assert all(len(line) < 70 for line in out.splitlines()[i : i + 4])
+    )
+    for overrides, tables, notes in cases:
+        run = tmp_path / str(tables)
+        assert run_guarded(train.main, [world, *overrides, f"run.dir={run}"]) == 0
+        output = capsys.readouterr().out
+        lines = output.splitlines()
+
+        headings = []
+        for i, line in enumerate(lines):
+            if re.match("  query +answer +reward +advantage$", line):
+                headings.append(i)
+        assert len(headings) == tables
+        assert output.count("a GRPO loss near 0 is no fault") == notes
+        for i in headings:
+            assert re.match(r"step +[12]/3 ", lines[i - 1])
+            for line in lines[i : i + 4]:
+                assert len(line) < 70
 
 
 def test_a_terminal_that_cannot_write_a_character_ends_no_run(monkeypatch):

@@ -18,26 +18,30 @@ from recr1.distributed import collectives as dist
 from recr1.tracking.trackers import Tracker, flatten_row
 from recr1.training.launch import run_guarded
 
+SETTINGS = {"train.steps": 4, "save.every": 2, "train.eval_every": 2, "loss.kl_coef": 0.05}
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return write_yaml(
-        tmp_path_factory.mktemp("world"),
-        **{"train.steps": 4, "save.every": 2, "train.eval_every": 2, "loss.kl_coef": 0.05},
-    )
+    folder = tmp_path_factory.mktemp("world")
+    return write_yaml(folder, **SETTINGS)
 
 
-def crash(argv, monkeypatch) -> None:
-    """The run, which dies in step 4: its checkpoint is that of step 2, its log and its tracker have
-    step 3.
+def interrupt(result):
+    raise KeyboardInterrupt
+
+
+def crash_run(argv, monkeypatch) -> None:
+    """Start the run, which dies in step 4: its checkpoint is that of step 2, its log and its
+    tracker have step 3.
     """
-
-    def interrupted(result):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        at("sample@4", interrupted, patch.setattr)
+        at("sample@4", interrupt, patch.setattr)
         run_guarded(train.main, argv)
+
+
+def list_steps(rows: list[dict]) -> list[int]:
+    return [row["step"] for row in rows]
 
 
 def test_names_are_those_of_metrics_jsonl():
@@ -59,55 +63,69 @@ def test_names_are_those_of_metrics_jsonl():
     }
 
 
+EXPECTED_TAGS = {
+    "reward",
+    "timing_s/step",
+    "memory/train",
+    "val_gain",
+    "val_gain_ci95/0",
+    "kl",
+}
+
+
 def test_tensorboard_has_every_step_once_after_a_crash(world, tmp_path, monkeypatch):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    argv = [world, "log.track=tensorboard", f"run.dir={tmp_path / 'run'}"]
-    crash(argv, monkeypatch)
-    first = jsonl(tmp_path / "run/metrics.jsonl")
-    assert [row["step"] for row in first] == [1, 2, 3]
+    run = tmp_path / "run"
+    argv = [world, "log.track=tensorboard", f"run.dir={run}"]
+    crash_run(argv, monkeypatch)
+    rows = jsonl(run / "metrics.jsonl")
+    assert list_steps(rows) == [1, 2, 3]
     assert run_guarded(train.main, argv) == 0
-    # step 3 was done again, and is not sent again
-    rows = first + jsonl(tmp_path / "run/metrics.jsonl")[3:]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    events = accumulator.EventAccumulator(
-        str(tmp_path / "run/tensorboard"), size_guidance=dict(scalars=0)
-    ).Reload()
-    want = {}
+    # step 3 was trained again, and is not sent again
+    rows += jsonl(run / "metrics.jsonl")[3:]
+    assert list_steps(rows) == [1, 2, 3, 4]
+
+    want_steps = {}
+    want_values = {}
     for row in rows:
+        step = row.pop("step")
         for name, value in flatten_row(row).items():
-            want.setdefault(name, []).append((row["step"], value))
-    del want["step"]
-    assert (
-        set(events.Tags()["scalars"])
-        == want.keys()
-        >= {"reward", "timing_s/step", "memory/train", "val_gain", "val_gain_ci95/0", "kl"}
-    )
-    for name, points in want.items():
-        found = [(e.step, e.value) for e in events.Scalars(name)]
-        assert [step for step, _ in found] == [step for step, _ in points], name
-        assert [value for _, value in found] == pytest.approx(
-            [value for _, value in points], rel=1e-6
-        ), name
+            want_steps.setdefault(name, []).append(step)
+            want_values.setdefault(name, []).append(value)
+
+    folder = str(run / "tensorboard")
+    events = accumulator.EventAccumulator(folder, size_guidance=dict(scalars=0))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert tags == want_steps.keys()
+    assert tags >= EXPECTED_TAGS
+    for name in tags:
+        points = events.Scalars(name)
+        steps = [point.step for point in points]
+        values = [point.value for point in points]
+        assert steps == want_steps[name], name
+        assert values == pytest.approx(want_values[name], rel=1e-6), name
 
 
-class Sent:
-    """A tracker's module and its run: what was asked of them. Signatures are the packages' own; a
-    keyword they lack is a TypeError.
+class FakeTracker:
+    """Stands for a tracker's module and its run, and notes what is asked of them.
+
+    Signatures are the packages' own; a keyword they lack is a TypeError.
     """
 
     def __init__(self, kind: str, fails_at: int | None = None, starts=True):
-        self.kind = kind
         self.fails_at = fails_at
         self.starts = starts
-        self.begun = []
+        self.started_runs = []
         self.rows = []
-        self.ended = 0
-        module = ModuleType(kind)
-        module.init = self.wandb_init if kind == "wandb" else self.trackio_init
-        self.module = module
-        self.run = SimpleNamespace(
-            log=self.wandb_log if kind == "wandb" else self.trackio_log, finish=self.finish
-        )
+        self.finishes = 0
+        self.module = ModuleType(kind)
+        if kind == "wandb":
+            self.module.init = self.wandb_init
+            self.run = SimpleNamespace(log=self.wandb_log, finish=self.finish)
+        else:
+            self.module.init = self.trackio_init
+            self.run = SimpleNamespace(log=self.trackio_log, finish=self.finish)
 
     def wandb_init(
         self,
@@ -136,7 +154,7 @@ class Sent:
         monitor_gym=None,
         settings=None,
     ):
-        return self.begin(project, id, resume, config)
+        return self.start(project, id, resume, config)
 
     def trackio_init(
         self,
@@ -159,12 +177,12 @@ class Sent:
         webhook_url=None,
         webhook_min_level=None,
     ):
-        return self.begin(project, name, resume, config)
+        return self.start(project, name, resume, config)
 
-    def begin(self, project, id, resume, config):
+    def start(self, project, id, resume, config):
         if not self.starts:
             raise RuntimeError("No API key configured.\nLog in first.")
-        self.begun.append((project, id, resume))
+        self.started_runs.append((project, id, resume))
         self.config = config
         return self.run
 
@@ -180,46 +198,66 @@ class Sent:
         self.rows.append((step, metrics))
 
     def finish(self, exit_code=None):
-        self.ended += 1
+        self.finishes += 1
+
+
+def install_fake(monkeypatch, kind: str, **options) -> FakeTracker:
+    """Let `import kind` give a tracker that only notes what it is sent."""
+    tracker = FakeTracker(kind, **options)
+    monkeypatch.setitem(sys.modules, kind, tracker.module)
+    return tracker
 
 
 @pytest.mark.parametrize("kind", ["wandb", "trackio"])
 def test_wandb_and_trackio_go_on_with_the_same_run(kind, world, tmp_path, monkeypatch):
-    sent = Sent(kind)
-    argv = [world, f"log.track={kind}", f"run.dir={tmp_path / 'run'}"]
-    monkeypatch.setitem(sys.modules, kind, sent.module)
-    crash(argv, monkeypatch)
+    fake = install_fake(monkeypatch, kind)
+    settings = [f"log.track={kind}", f"run.dir={tmp_path / 'run'}"]
+    argv = [world, *settings]
+    crash_run(argv, monkeypatch)
     rows = jsonl(tmp_path / "run/metrics.jsonl")
     assert run_guarded(train.main, argv) == 0
     rows += jsonl(tmp_path / "run/metrics.jsonl")[3:]
-    assert [(step, values) for step, values in sent.rows] == [
-        (row["step"], flatten_row({k: v for k, v in row.items() if k != "step"})) for row in rows
-    ]
-    assert [step for step, _ in sent.rows] == [1, 2, 3, 4]
-    assert sent.ended == 1
-    assert sent.begun[0] == sent.begun[1]
-    assert sent.begun[0][0] == "recr1"
-    assert sent.begun[0][2] == "allow"
-    assert sent.config == dataclasses.asdict(configs.load_config(world, argv[1:]))
+
+    want = []
+    for row in rows:
+        step = row.pop("step")
+        want.append((step, flatten_row(row)))
+    assert fake.rows == want
+    sent_steps = [step for step, _ in fake.rows]
+    assert sent_steps == [1, 2, 3, 4]
+    assert fake.finishes == 1
+
+    first, second = fake.started_runs
+    assert first == second
+    project, id, resume = first
+    assert project == "recr1"
+    assert resume == "allow"
+    config = configs.load_config(world, settings)
+    assert fake.config == dataclasses.asdict(config)
+
     # another run is another one to the tracker
-    assert (
-        run_guarded(train.main, [*argv[:-1], "train.steps=1", f"run.dir={tmp_path / 'second'}"])
-        == 0
-    )
-    assert sent.begun[2][1] != sent.begun[0][1]
+    argv = [world, f"log.track={kind}", "train.steps=1", f"run.dir={tmp_path / 'second'}"]
+    assert run_guarded(train.main, argv) == 0
+    _, id_of_another, _ = fake.started_runs[2]
+    assert id_of_another != id
 
 
 def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(
     world, tmp_path, monkeypatch, capsys
 ):
-    sent = Sent("wandb", fails_at=2)
-    monkeypatch.setitem(sys.modules, "wandb", sent.module)
-    assert run_guarded(train.main, [world, "log.track=wandb", f"run.dir={tmp_path / 'run'}"]) == 0
-    [line] = [line for line in capsys.readouterr().out.splitlines() if "log.track" in line]
+    fake = install_fake(monkeypatch, "wandb", fails_at=2)
+    run = tmp_path / "run"
+
+    assert run_guarded(train.main, [world, "log.track=wandb", f"run.dir={run}"]) == 0
+
+    output = capsys.readouterr().out.splitlines()
+    [line] = [line for line in output if "log.track" in line]
     assert "wandb failed at step 2: ConnectionError: gone away" in line
     assert "metrics.jsonl has every step" in line
-    assert [step for step, _ in sent.rows] == [1]
-    assert [row["step"] for row in jsonl(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
+    sent_steps = [step for step, _ in fake.rows]
+    assert sent_steps == [1]
+    rows = jsonl(run / "metrics.jsonl")
+    assert list_steps(rows) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -228,74 +266,90 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(
 def test_one_that_is_not_installed_is_refused_before_training(
     kind, package, world, tmp_path, monkeypatch, capsys
 ):
-    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
-        monkeypatch.delitem(sys.modules, name)
+    run = tmp_path / "run"
+    for name in list(sys.modules):
+        if name.startswith("torch.utils.tensorboard"):
+            monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, kind, None)
-    line = refused([world, f"log.track={kind}", f"run.dir={tmp_path / 'run'}"], capsys)
+
+    line = refused([world, f"log.track={kind}", f"run.dir={run}"], capsys)
+
     assert f"log.track: {kind} cannot be imported" in line
     assert f"pip install {package}," in line
-    assert not (tmp_path / "run/metrics.jsonl").exists()
-    assert not (tmp_path / "run/eval_before.jsonl").exists()
+    assert not (run / "metrics.jsonl").exists()
+    assert not (run / "eval_before.jsonl").exists()
 
 
 def test_one_that_does_not_start_is_refused_and_without_it_the_same_run_starts(
     world, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setitem(sys.modules, "wandb", Sent("wandb", starts=False).module)
+    install_fake(monkeypatch, "wandb", starts=False)
     argv = [world, "train.steps=1", f"run.dir={tmp_path / 'run'}"]
-    assert (
-        "log.track: wandb did not start: RuntimeError: No API key configured. Log in first.; "
-        in refused([*argv, "log.track=wandb"], capsys)
-    )
+
+    line = refused([*argv, "log.track=wandb"], capsys)
+
+    reason = "RuntimeError: No API key configured. Log in first.; "
+    assert f"log.track: wandb did not start: {reason}" in line
     assert run_guarded(train.main, argv) == 0
 
 
 def test_another_word_is_refused(world, capsys):
-    assert "log.track: 'tensorbord' is not one of none, tensorboard, wandb, trackio" in refused(
-        [world, "log.track=tensorbord"], capsys
-    )
+    line = refused([world, "log.track=tensorbord"], capsys)
+    assert "log.track: 'tensorbord' is not one of none, tensorboard, wandb, trackio" in line
+
+
+DAMAGED_NOTES = (
+    "",
+    "[]",
+    '{"tracker": "wandb", "id": "a"}',
+    '{"tracker": "wandb", "id": "a", "step": []}',
+)
 
 
 def test_a_damaged_note_is_refused(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", Sent("wandb").module)
-    for text in (
-        "",
-        "[]",
-        '{"tracker": "wandb", "id": "a"}',
-        '{"tracker": "wandb", "id": "a", "step": []}',
-    ):
-        (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run/config.yaml").write_text(
-            configs.dump_config(configs.load_config(world, [f"run.dir={tmp_path / 'run'}"]))
-        )
-        (tmp_path / "run/tracked.json").write_text(text)
-        assert f"{tmp_path / 'run/tracked.json'} is damaged; remove it" in refused(
-            [world, "log.track=wandb", f"run.dir={tmp_path / 'run'}"], capsys
-        )
+    install_fake(monkeypatch, "wandb")
+    run = tmp_path / "run"
+    note = run / "tracked.json"
+    place = f"run.dir={run}"
+    config = configs.load_config(world, [place])
+    for text in DAMAGED_NOTES:
+        run.mkdir(exist_ok=True)
+        (run / "config.yaml").write_text(configs.dump_config(config))
+        note.write_text(text)
+
+        line = refused([world, "log.track=wandb", place], capsys)
+
+        assert f"{note} is damaged; remove it" in line
 
 
 def test_another_tracker_begins_with_the_step_it_is_named_at(world, tmp_path, monkeypatch):
-    (tmp_path / "tracked.json").write_text(json.dumps(dict(tracker="trackio", id="a", step=7)))
-    sent = Sent("wandb")
-    monkeypatch.setitem(sys.modules, "wandb", sent.module)
-    tracker = Tracker(configs.load_config(world, ["log.track=wandb"]), tmp_path)
+    note = tmp_path / "tracked.json"
+    note_of_another = dict(tracker="trackio", id="a", step=7)
+    note.write_text(json.dumps(note_of_another))
+    fake = install_fake(monkeypatch, "wandb")
+    config = configs.load_config(world, ["log.track=wandb"])
+
+    tracker = Tracker(config, tmp_path)
     tracker.send(dict(step=6, reward=1.0))
-    assert sent.rows == [(6, dict(reward=1.0))]
-    assert json.loads((tmp_path / "tracked.json").read_text()) == dict(
-        tracker="wandb", id=sent.begun[0][1], step=6
-    )
+
+    assert fake.rows == [(6, dict(reward=1.0))]
+    _, id, _ = fake.started_runs[0]
+    new_note = json.loads(note.read_text())
+    assert new_note == dict(tracker="wandb", id=id, step=6)
 
 
 def test_only_rank_0_tracks_and_a_dry_run_does_not(world, tmp_path, monkeypatch):
-    sent = Sent("wandb")
-    monkeypatch.setitem(sys.modules, "wandb", sent.module)
+    fake = install_fake(monkeypatch, "wandb")
+    config = configs.load_config(world, ["log.track=wandb"])
+
     with monkeypatch.context() as patch:
         patch.setattr(dist, "rank", lambda: 1)
-        tracker = Tracker(configs.load_config(world, ["log.track=wandb"]), tmp_path)
+        tracker = Tracker(config, tmp_path)
         tracker.send(dict(step=1, reward=1.0))
         tracker.close()
     monkeypatch.chdir(tmp_path)
     assert run_guarded(train.main, [world, "log.track=wandb", "--dry-run"]) == 0
-    assert not sent.begun
-    assert not sent.rows
+
+    assert not fake.started_runs
+    assert not fake.rows
     assert not list(tmp_path.glob("tracked*"))
