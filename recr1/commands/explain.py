@@ -276,9 +276,8 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
     if recipe.surrogate is losses.sequence_clipped_surrogate:
         # A token moves the one ratio of its rollout by 1 / num_tokens.
         grad_surrogate = (np.bincount(text, grad_surrogate) / num_tokens)[text]
-    loss = weight * (
-        kl_coef * token_kl - importance * surrogate.value - config.entropy_coef * entropy
-    )
+    bonus = config.entropy_coef * entropy  # (N,)
+    loss = weight * (kl_coef * token_kl - importance * surrogate.value - bonus)  # (N,)
     kl_slope = _differentiate_kl(config.kl_estimator, log_ref_ratio)
     return NumpyStep(
         num_tokens=num_tokens,
