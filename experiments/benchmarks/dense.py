@@ -61,172 +61,208 @@ class Lookup:
         self.width = vectors.shape[1]
 
     def __call__(self, texts) -> np.ndarray:
-        return self.vectors[[int(text) for text in texts]]
+        rows = [int(text) for text in texts]
+        return self.vectors[rows]
 
-    def windows(self, texts, done):
+    def windows(self, texts, on_progress):
         for start in range(0, len(texts), 8192):
-            yield self(texts[start : start + 8192])
-            done(len(texts[start : start + 8192]))
+            window = texts[start : start + 8192]
+            yield self(window)
+            on_progress(len(window))
 
 
 def draw_mixture(n: int, seed: int) -> np.ndarray:
     """Draw n points (n, 384); the mixture is the same for every seed."""
-    centers = SPREAD * np.random.default_rng(0).standard_normal((CENTERS, WIDTH // 2), np.float32)
-    turn = np.random.default_rng(1).standard_normal((WIDTH // 2, WIDTH), np.float32) / np.float32(
-        (WIDTH // 2) ** 0.5
-    )
+    half = WIDTH // 2
+    centers = np.random.default_rng(0).standard_normal((CENTERS, half), np.float32)
+    centers = SPREAD * centers
+    turn = np.random.default_rng(1).standard_normal((half, WIDTH), np.float32)
+    turn = turn / np.float32(half**0.5)
+
     rng = np.random.default_rng(seed)
-    points = (
-        centers[rng.integers(0, CENTERS, n)] + rng.standard_normal((n, WIDTH // 2), np.float32)
-    ) @ turn
+    points = centers[rng.integers(0, CENTERS, n)]
+    points = points + rng.standard_normal((n, half), np.float32)
+    points = points @ turn
     points += np.float32(NOISE) * rng.standard_normal((n, WIDTH), np.float32)
     return points / np.linalg.norm(points, axis=1, keepdims=True)
 
 
-def main() -> None:
-    """Run the comparisons and print the bars."""
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line; a dry run has sizes of its own."""
+    default_ef = [100, 200, 400, RetrieverConfig.ef_search, 800]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--documents", type=int, default=100_000)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--ef", type=int, nargs="+", default=[100, 200, 400, RetrieverConfig.ef_search, 800]
-    )
+    parser.add_argument("--ef", type=int, nargs="+", default=default_ef)
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     if args.dry_run:
         args.documents = 3000
         args.pairs = 2
+    return args
+
+
+def main() -> None:
+    """Run the comparisons and print the bars."""
+    args = parse_arguments()
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
-    bars = []
     vectors = draw_mixture(args.documents, 2)
-    asked = draw_mixture(3 * BATCH, 3)
-    ids = [str(i) for i in range(args.documents)]
-    queries = [str(args.documents + i) for i in range(len(asked))]
-    encoder = Lookup(np.concatenate([vectors, asked]))
+    query_vectors = draw_mixture(3 * BATCH, 3)
+    encoder = Lookup(np.concatenate([vectors, query_vectors]))
+    ids = [str(row) for row in range(args.documents)]
+    queries = [str(row) for row in range(args.documents, len(encoder.vectors))]
     print(
         f"{args.documents:,} x {WIDTH}, top-{K}, {args.threads} threads, faiss {faiss.__version__}"
     )
 
     with tempfile.TemporaryDirectory() as folder:
-        ours = load_or_build_dense(encoder, ids, ids, folder)
-        ratio, rate, single = compare_with_faiss(ours, vectors, asked, queries, args.pairs)
-        print(
-            f"exact, {ours.description}: {rate:,.0f} queries/s in batches of {BATCH}, "
-            f"{single:,.0f} one by one; time over IndexFlatIP's own {ratio:.3f}"
-        )
-        bars.append(
-            dict(
-                name="exact search on the CPU: time over IndexFlatIP's",
-                value=ratio,
-                bar=1.05,
-                ok=ratio <= 1.05,
-            )
-        )
-        bars += [
-            *check_torch_on_cpu(vectors, asked, ours, queries),
-            *measure_hnsw(folder, ids, encoder, ours, queries, args),
-        ]
+        exact = load_or_build_dense(encoder, ids, ids, folder)
+        bars = compare_with_faiss(exact, vectors, query_vectors, queries, args.pairs)
+        bars += check_torch_on_cpu(vectors, query_vectors, exact, queries)
+        bars += measure_hnsw(folder, ids, encoder, exact, queries, args.ef)
     if torch.cuda.is_available():
         bars += measure_on_gpu()
     print(json.dumps({"bars": bars}))
 
 
 def compare_with_faiss(
-    ours: DenseSearcher, vectors: np.ndarray, asked: np.ndarray, queries: list[str], pairs: int
-) -> tuple[float, float, float]:
-    """Return the ratio of times, and our queries/s in batches and one by one.
+    ours: DenseSearcher,
+    vectors: np.ndarray,
+    query_vectors: np.ndarray,
+    queries: list[str],
+    pairs: int,
+) -> list[dict]:
+    """Measure the ratio of times, and our queries/s in batches and one by one.
 
     The ratio is the median over interleaved pairs. The results must be equal.
     """
     flat = faiss.IndexFlatIP(WIDTH)
     flat.add(vectors)
-    scores, rows = flat.search(asked[:BATCH], K)
-    found = ours.search(queries[:BATCH], K)
-    assert np.array_equal(found[1], scores) and np.array_equal(np.sort(found[0]), np.sort(rows))
+    check_equal_results(ours, flat, query_vectors, queries)
+
     ratios = []
-    times = []
+    our_times = []
     for i in range(pairs):
-        part = slice(i % 3 * BATCH, (i % 3 + 1) * BATCH)
-        runs = {
-            "theirs": lambda: flat.search(asked[part], K),
-            "ours": lambda: ours.search(queries[part], K),
+        start = i % 3 * BATCH
+        batch = slice(start, start + BATCH)
+        sides = {
+            "theirs": lambda: flat.search(query_vectors[batch], K),
+            "ours": lambda: ours.search(queries[batch], K),
         }
-        took = {
-            name: time_call(runs[name])
-            for name in (sorted(runs) if i % 2 else sorted(runs, reverse=True))
-        }
-        ratios.append(took["ours"] / took["theirs"])
-        times.append(took["ours"])
-    one = np.median([time_call(lambda: ours.search([query], K)) for query in queries[:20]])
-    return float(np.median(ratios)), BATCH / float(np.median(times)), 1 / float(one)
+        seconds = {}
+        for name in sorted(sides, reverse=i % 2 == 0):
+            seconds[name] = time_call(sides[name])
+        ratios.append(seconds["ours"] / seconds["theirs"])
+        our_times.append(seconds["ours"])
+
+    ratio = float(np.median(ratios))
+    rate = BATCH / float(np.median(our_times))
+    single_rate = 1 / float(time_single_queries(ours, queries[:20]))
+    print(
+        f"exact, {ours.description}: {rate:,.0f} queries/s in batches of {BATCH}, "
+        f"{single_rate:,.0f} one by one; time over IndexFlatIP's own {ratio:.3f}"
+    )
+    return [make_bar("exact search on the CPU: time over IndexFlatIP's", ratio, 1.05)]
+
+
+def check_equal_results(
+    ours: DenseSearcher, flat: faiss.IndexFlatIP, query_vectors: np.ndarray, queries: list[str]
+) -> None:
+    """Assert that one batch gives faiss' own scores and rows."""
+    want_scores, want_rows = flat.search(query_vectors[:BATCH], K)
+    rows, scores = ours.search(queries[:BATCH], K)
+    assert np.array_equal(scores, want_scores)
+    assert np.array_equal(np.sort(rows), np.sort(want_rows))
+
+
+def time_single_queries(searcher: DenseSearcher, queries: list[str]) -> float:
+    """Return the median seconds of a search for one query."""
+    times = []
+    for query in queries:
+        seconds = time_call(lambda: searcher.search([query], K))
+        times.append(seconds)
+    return np.median(times)
 
 
 def check_torch_on_cpu(
-    vectors: np.ndarray, asked: np.ndarray, ours: DenseSearcher, queries: list[str]
+    vectors: np.ndarray, query_vectors: np.ndarray, ours: DenseSearcher, queries: list[str]
 ) -> list[dict]:
     """Run on the CPU what a GPU without faiss-gpu runs: it must rank the same."""
-    nearest = make_torch_search(vectors, torch.device("cpu"))
-    scores, _ = nearest(asked[:BATCH], K)
-    off = float(np.abs(scores - ours.search(queries[:BATCH], K)[1]).max())
+    search = make_torch_search(vectors, torch.device("cpu"))
+    scores, _ = search(query_vectors[:BATCH], K)
+    _, want = ours.search(queries[:BATCH], K)
+    error = float(np.abs(scores - want).max())
+    seconds = time_call(lambda: search(query_vectors[:BATCH], K))
     print(
         "exact, torch (two-level top-k) on the CPU: "
-        f"{BATCH / time_call(lambda: nearest(asked[:BATCH], K)):,.0f} queries/s in batches; "
-        f"scores off by {off:.1e}"
+        f"{BATCH / seconds:,.0f} queries/s in batches; "
+        f"scores off by {error:.1e}"
     )
-    return [
-        dict(
-            name="torch's two-level top-k: scores off exact search's",
-            value=off,
-            bar=1e-5,
-            ok=off <= 1e-5,
-        )
-    ]
+    return [make_bar("torch's two-level top-k: scores off exact search's", error, 1e-5)]
 
 
 def measure_hnsw(
-    folder: str, ids: list[str], encoder: Lookup, truth: DenseSearcher, queries: list[str], args
+    folder: str,
+    ids: list[str],
+    encoder: Lookup,
+    exact: DenseSearcher,
+    queries: list[str],
+    ef_values: list[int],
 ) -> list[dict]:
     """Measure HNSW: recall and rates at each efSearch."""
-    started = time.perf_counter()
     bars = []
-    true = truth.search(queries, K)[0].tolist()
-    for n, ef in enumerate(sorted(set(args.ef) | {RetrieverConfig.ef_search})):
+    default_ef = RetrieverConfig.ef_search
+    started = time.perf_counter()
+    true_rows = exact.search(queries, K)[0].tolist()
+    for number, ef in enumerate(sorted({*ef_values, default_ef})):
         graph = load_or_build_dense(encoder, ids, ids, folder, index="hnsw", ef_search=ef)
-        if not n:
-            size = (Path(folder) / "hnsw/hnsw.faiss").stat().st_size / 2**20
-            print(
-                f"HNSW, M {M}, efConstruction {EF_CONSTRUCTION}: built in "
-                f"{time.perf_counter() - started:.0f} s, {size:.0f} MiB with the vectors"
-            )
-        found = graph.search(queries, K)[0].tolist()
-        recall = float(np.mean([len(set(a) & set(b)) / K for a, b in zip(true, found)]))
-        rate = BATCH / np.median(
-            [
-                time_call(lambda: graph.search(queries[i * BATCH : (i + 1) * BATCH], K))
-                for i in range(3)
-            ]
-        )
-        single = 1 / np.median(
-            [time_call(lambda: graph.search([query], K)) for query in queries[:50]]
-        )
+        if number == 0:
+            print_build(folder, time.perf_counter() - started)
+
+        rows = graph.search(queries, K)[0].tolist()
+        recall = compute_recall(rows, true_rows)
+        rate = BATCH / time_batches(graph, queries)
+        single_rate = 1 / time_single_queries(graph, queries[:50])
         print(
             f"  efSearch {ef:<5} recall@{K} {recall:.4f}   {rate:8,.0f} queries/s in batches, "
-            f"{single:7,.0f} one by one"
+            f"{single_rate:7,.0f} one by one"
         )
-        if ef == RetrieverConfig.ef_search:
-            bars.append(
-                dict(
-                    name=f"HNSW recall@{K} of exact at the default efSearch {ef}",
-                    value=recall,
-                    bar=BAR,
-                    ok=recall >= BAR,
-                )
-            )
+        if ef == default_ef:
+            name = f"HNSW recall@{K} of exact at the default efSearch {ef}"
+            bars.append(dict(name=name, value=recall, bar=BAR, ok=recall >= BAR))
     return bars
+
+
+def print_build(folder: str, seconds: float) -> None:
+    """Print how long the graph took to build, and its size."""
+    file = Path(folder) / "hnsw/hnsw.faiss"
+    size = file.stat().st_size / 2**20
+    print(
+        f"HNSW, M {M}, efConstruction {EF_CONSTRUCTION}: built in "
+        f"{seconds:.0f} s, {size:.0f} MiB with the vectors"
+    )
+
+
+def compute_recall(rows: list[list[int]], true_rows: list[list[int]]) -> float:
+    """Return the mean share of the true rows that were found."""
+    shares = []
+    for true, actual in zip(true_rows, rows):
+        common = set(true) & set(actual)
+        shares.append(len(common) / K)
+    return float(np.mean(shares))
+
+
+def time_batches(searcher: DenseSearcher, queries: list[str]) -> float:
+    """Return the median seconds of a search for one batch, of three."""
+    times = []
+    for i in range(3):
+        seconds = time_call(lambda: searcher.search(queries[i * BATCH : (i + 1) * BATCH], K))
+        times.append(seconds)
+    return np.median(times)
 
 
 def measure_on_gpu() -> list[dict]:
@@ -235,36 +271,39 @@ def measure_on_gpu() -> list[dict]:
     The transfer of queries and results is included.
     """
     device = dist.device()
-    bars = []
     vectors = draw_mixture(1_000_000, 2)
-    asked = draw_mixture(BATCH, 3)
-    searchers = {"torch": make_torch_search(vectors, device)}
-    nearest, how = make_exact_search(vectors, device)
-    if "faiss" in how:
-        searchers["faiss"] = nearest
-    for name, search in searchers.items():
-        search(asked, 1000)
-        ms = 1000 * float(np.median([time_call(lambda: search(asked, 1000)) for _ in range(10)]))
+    query_vectors = draw_mixture(BATCH, 3)
+    searches = {"torch": make_torch_search(vectors, device)}
+    search, description = make_exact_search(vectors, device)
+    if "faiss" in description:
+        searches["faiss"] = search
+
+    bars = []
+    for name, search in searches.items():
+        search(query_vectors, 1000)
+        times = []
+        for _ in range(10):
+            times.append(time_call(lambda: search(query_vectors, 1000)))
+        ms = 1000 * float(np.median(times))
         print(
             f"exact, {name} on {torch.cuda.get_device_name()}, 1,000,000 documents, top-1000: "
             f"{ms:.1f} ms per batch of {BATCH}"
         )
-        bars.append(
-            dict(
-                name=f"exact batch over 1M documents on a GPU, {name}, ms",
-                value=ms,
-                bar=20,
-                ok=ms <= 20,
-            )
-        )
+        bar = make_bar(f"exact batch over 1M documents on a GPU, {name}, ms", ms, 20)
+        bars.append(bar)
     return bars
 
 
-def time_call(run) -> float:
+def time_call(call) -> float:
     """Return the seconds of a call."""
     started = time.perf_counter()
-    run()
+    call()
     return time.perf_counter() - started
+
+
+def make_bar(name: str, value: float, most: float) -> dict:
+    """Return a bar for the line of JSON."""
+    return dict(name=name, value=value, bar=most, ok=value <= most)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,10 +48,11 @@ from recr1.memory.estimate import MemoryEstimate, sum_bytes
 from recr1.memory.plan import apply_overrides
 from recr1.model.decoder import Decoder
 from recr1.model.rope import DecoderConfig
-from recr1.rl.losses import resolve_objective
+from recr1.rl.losses import Objective, resolve_objective
 from recr1.rl.packing import deduplicate
 from recr1.rl.policy_loss import compute_policy_loss
 from recr1.sampling.generate import generate, make_cache
+from recr1.sampling.kv_cache import KVCache
 from recr1.train import log_token_values, make_updates
 from recr1.training.optimizer import Optimizer
 
@@ -60,6 +62,12 @@ MANY = dict(vocab_size=32_768)
 GROUP = 64 + 4 * 127  # tokens of a group of four: budgets are whole groups
 CHECKPOINTING = {"train.gradient_checkpointing": True}
 RECOMPUTE = {"model.head": "recompute"}
+LAST_SYNC = {"train.gradient_sync": "last_micro_batch"}
+SHORT_TEXTS = {"prompt.max_tokens": 24, "sampling.max_new_tokens": 28}
+COOLER = {"sampling.temperature": 0.7}
+BFLOAT16 = {"model.compute": "bfloat16"}
+UNTIED = dict(tie_word_embeddings=False)
+QWEN3 = dict(family="qwen3", head_dim=96)
 REFERENCE = {"loss.kl_coef": 0.1}
 CASES = {  # shape, token budget in groups, overrides, ranks
     "4x256": (SMALL, 4, {}, 1),
@@ -67,15 +75,10 @@ CASES = {  # shape, token budget in groups, overrides, ranks
     "4x256 checkpointing": (SMALL, 4, CHECKPOINTING, 1),
     "4x256 vocabulary 32768": (SMALL | MANY, 2, {}, 1),
     "4x256 vocabulary 32768 recompute, reference": (SMALL | MANY, 2, RECOMPUTE | REFERENCE, 1),
-    "4x256 untied 32768, temperature .7": (
-        SMALL | MANY | dict(tie_word_embeddings=False),
-        2,
-        {"sampling.temperature": 0.7},
-        1,
-    ),
-    "4x256 Qwen3, own head size": (SMALL | dict(family="qwen3", head_dim=96), 4, CHECKPOINTING, 1),
-    "4x256 bfloat16": (SMALL, 4, {"model.compute": "bfloat16"}, 1),
-    "4x256 short texts": (SMALL, 8, {"prompt.max_tokens": 24, "sampling.max_new_tokens": 28}, 1),
+    "4x256 untied 32768, temperature .7": (SMALL | MANY | UNTIED, 2, COOLER, 1),
+    "4x256 Qwen3, own head size": (SMALL | QWEN3, 4, CHECKPOINTING, 1),
+    "4x256 bfloat16": (SMALL, 4, BFLOAT16, 1),
+    "4x256 short texts": (SMALL, 8, SHORT_TEXTS, 1),
     "12x512": (WIDE, 2, {}, 1),
     "12x512 checkpointing, all in one micro-batch": (WIDE, 4, CHECKPOINTING, 1),
     "12x512 vocabulary 32768 checkpointing": (WIDE | MANY, 1, CHECKPOINTING, 1),
@@ -87,37 +90,32 @@ CASES = {  # shape, token budget in groups, overrides, ranks
         CHECKPOINTING | REFERENCE,
         2,
     ),
-    "4x256 two ranks, one reduction a step": (
-        SMALL,
-        2,
-        {"train.gradient_sync": "last_micro_batch"},
-        2,
-    ),
+    "4x256 two ranks, one reduction a step": (SMALL, 2, LAST_SYNC, 2),
 }
 QUICK = ["4x256 checkpointing", "4x256 vocabulary 32768 recompute, reference"]
 BARRED = ("sampling", "training")
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16)
 
 
 def make_config(name: str) -> tuple[Config, DecoderConfig, int]:
-    """Return the config of a case."""
+    """Return the config of a case, the model's shape and the number of ranks."""
     sizes, groups, overrides, ranks = CASES[name]
     width = sizes["hidden_size"]
-    shape = DecoderConfig(
-        **dict(
-            family="qwen2",
-            vocab_size=4096,
-            intermediate_size=4 * width,
-            num_attention_heads=width // 64,
-            num_key_value_heads=width // 128,
-            head_dim=64,
-            rms_norm_eps=1e-6,
-            rope_theta=1e4,
-            rope_scaling=None,
-            tie_word_embeddings=True,
-            max_position_embeddings=4096,
-        )
-        | sizes
+    base = dict(
+        family="qwen2",
+        vocab_size=4096,
+        intermediate_size=4 * width,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 128,
+        head_dim=64,
+        rms_norm_eps=1e-6,
+        rope_theta=1e4,
+        rope_scaling=None,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
     )
+    shape = DecoderConfig(**(base | sizes))
     prompts = 4 if sizes["num_hidden_layers"] > 4 else 8
     cfg = Config(
         model=ModelConfig(compute="float32"),
@@ -128,11 +126,19 @@ def make_config(name: str) -> tuple[Config, DecoderConfig, int]:
     )
     cfg = apply_overrides(cfg, overrides)
     group = cfg.prompt.max_tokens + 4 * (cfg.sampling.max_new_tokens - 1)
-    return (
-        replace(cfg, train=replace(cfg.train, tokens_per_micro_batch=groups * group)),
-        shape,
-        ranks,
-    )
+    train = replace(cfg.train, tokens_per_micro_batch=groups * group)
+    return replace(cfg, train=train), shape, ranks
+
+
+class Trainer(NamedTuple):
+    """Hold what lives from step to step."""
+
+    cfg: Config
+    policy: Sharded
+    reference: Sharded | None
+    optimizer: Optimizer
+    loss: Objective
+    generator: torch.Generator
 
 
 def run_steps(cfg: Config, shape: DecoderConfig) -> None:
@@ -140,77 +146,107 @@ def run_steps(cfg: Config, shape: DecoderConfig) -> None:
 
     The first, of short texts, makes Adam's moments.
     """
-    compute = dict(float32=torch.float32, bfloat16=torch.bfloat16)[cfg.model.compute]
-    g = torch.Generator().manual_seed(0)
-    s = cfg.sampling
-
-    def model(**how):
-        with torch.device("meta"):
-            decoder = Decoder(shape)
-        sizes = {name: p.shape for name, p in decoder.named_parameters()}
-        return Sharded(
-            decoder,
-            lambda name: torch.randn(sizes[name], generator=g) * 0.02,
-            device=dist.device(),
-            compute=compute,
-            **how,
-        )
-
-    def prompts(n):
-        return [
-            Prompt(
-                f"q{i}",
-                i,
-                "",
-                tuple(
-                    torch.randint(shape.vocab_size, (cfg.prompt.max_tokens,), generator=g).tolist()
-                ),
-            )
-            for i in range(n)
-        ]
-
-    policy = model(checkpointing=cfg.train.gradient_checkpointing)
-    reference = model(master=compute, frozen=("*",)) if cfg.loss.kl_coef else None
+    compute = DTYPES[cfg.model.compute]
+    generator = torch.Generator().manual_seed(0)
+    checkpointing = cfg.train.gradient_checkpointing
+    policy = make_model(shape, compute, generator, gradient_checkpointing=checkpointing)
+    reference = None
+    if cfg.loss.kl_coef:
+        reference = make_model(shape, compute, generator, master=compute, frozen=("*",))
     optimizer = Optimizer(policy, cfg.optimizer, 2)
     loss = resolve_objective(cfg.loss, cfg.model)
-    for length in (2, s.max_new_tokens):
+    trainer = Trainer(cfg, policy, reference, optimizer, loss, generator)
+
+    longest = cfg.sampling.max_new_tokens
+    for length in (2, longest):
         with unsharded(policy):
             cache = make_cache(policy)
-        mine = dist.split_across_ranks(prompts(cfg.train.prompts_per_step))
-        uniforms = np.random.default_rng(dist.rank()).random((len(mine), s.group_size, length))
-        with record_function("phase sampling"), unsharded(policy):
-            rollouts = generate(
-                policy, mine, s.group_size, s.temperature, length, frozenset(), uniforms, cache
-            )
-        texts, first = deduplicate(rollouts)
-        with record_function("phase scoring"):
-            log_token_values(policy, reference, texts, cfg)
-        with record_function("phase training"):
-            [(tokens, batches)] = make_updates(
-                policy,
-                reference,
-                texts,
-                torch.randn(len(rollouts), generator=g)[first],
-                cfg,
-                loss.agg_mode,
-            )
-            for i, batch in enumerate(batches, 1):
-                policy.requires_gradient_sync = (
-                    cfg.train.gradient_sync != "last_micro_batch" or i == len(batches)
-                )
-                value, logp, _ = compute_policy_loss(policy, batch, tokens, s.temperature, loss)
-                value.backward()
-                del value, logp  # the loop's next line binds them anew; here the phase ends
-        with record_function("phase update"):
-            optimizer.step()
-        del rollouts, texts, batches, batch
+        prompts = draw_prompts(cfg.train.prompts_per_step, cfg, shape, generator)
+        run_step(trainer, dist.split_across_ranks(prompts), cache, length)
+
+    evaluated = MemoryEstimate(cfg, shape, dist.world_size(), gpu=False).evaluated
     with record_function("phase evaluation"):
-        generate_greedily(
+        prompts = draw_prompts(evaluated, cfg, shape, generator)
+        generate_greedily(policy, prompts, frozenset(), longest)
+
+
+def make_model(
+    shape: DecoderConfig, compute: torch.dtype, generator: torch.Generator, **options
+) -> Sharded:
+    """Return a model with random weights."""
+    with torch.device("meta"):
+        decoder = Decoder(shape)
+    sizes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
+
+    def draw_weight(name: str) -> torch.Tensor:
+        return torch.randn(sizes[name], generator=generator) * 0.02
+
+    return Sharded(decoder, draw_weight, device=dist.device(), compute=compute, **options)
+
+
+def draw_prompts(
+    count: int, cfg: Config, shape: DecoderConfig, generator: torch.Generator
+) -> list[Prompt]:
+    """Draw prompts of random tokens, as long as they may be."""
+    size = (cfg.prompt.max_tokens,)
+    prompts = []
+    for row in range(count):
+        ids = torch.randint(shape.vocab_size, size, generator=generator).tolist()
+        prompts.append(Prompt(f"q{row}", row, "", tuple(ids)))
+    return prompts
+
+
+def run_step(trainer: Trainer, prompts: list[Prompt], cache: KVCache, length: int) -> None:
+    """Run one step of the loop, each phase under its name.
+
+    What the step made lives to its end, as in the loop.
+    """
+    cfg, policy, reference, optimizer, loss, generator = trainer
+    sampling = cfg.sampling
+    shape = (len(prompts), sampling.group_size, length)
+    uniforms = np.random.default_rng(dist.rank()).random(shape)
+    with record_function("phase sampling"), unsharded(policy):
+        rollouts = generate(
             policy,
-            prompts(MemoryEstimate(cfg, shape, dist.world_size(), gpu=False).evaluated),
+            prompts,
+            sampling.group_size,
+            sampling.temperature,
+            length,
             frozenset(),
-            s.max_new_tokens,
+            uniforms,
+            cache,
         )
+    texts, first = deduplicate(rollouts)
+    with record_function("phase scoring"):
+        log_token_values(policy, reference, texts, cfg)
+    with record_function("phase training"):
+        advantages = torch.randn(len(rollouts), generator=generator)[first]
+        [(tokens, batches)] = make_updates(policy, reference, texts, advantages, cfg, loss.agg_mode)
+        reduces_each = cfg.train.gradient_sync != "last_micro_batch"
+        for number, batch in enumerate(batches, 1):
+            policy.requires_gradient_sync = reduces_each or number == len(batches)
+            value, logp, _ = compute_policy_loss(policy, batch, tokens, sampling.temperature, loss)
+            value.backward()
+            del value, logp  # the loop's next line binds them anew; here the phase ends
+    with record_function("phase update"):
+        optimizer.step()
+
+
+class MemoryEvent(NamedTuple):
+    """Hold an allocation (size > 0) or a release, and the calls around it."""
+
+    time: int
+    address: int
+    size: int
+    place: tuple[str, ...]
+
+
+class Span(NamedTuple):
+    """Hold the start and end of a phase."""
+
+    start: int
+    end: int
+    phase: str
 
 
 def measure_live(
@@ -222,42 +258,59 @@ def measure_live(
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         run_steps(cfg, shape)
+    events, spans = read_events(profiled)
+    peaks, live_at_peak = find_peaks(events, spans, watched)
+    places = Counter()
+    for event in live_at_peak:
+        place = " > ".join(event.place[-3:])
+        places[event.size, place] += event.size
+    return peaks, places
+
+
+def read_events(profiled: profile) -> tuple[list[MemoryEvent], list[Span]]:
+    """Return the profile's memory events in the order of time, and the phases."""
     events = []
     spans = []
 
-    def walk(event, place):
+    def visit(event, place: tuple[str, ...]) -> None:
         if event.name == "[memory]":
-            events.append(
-                (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size, place)
-            )
+            fields = event.extra_fields
+            change = MemoryEvent(event.start_time_ns, fields.ptr, fields.alloc_size, place)
+            events.append(change)
         elif event.name.startswith("phase "):
-            spans.append(
-                (event.start_time_ns, event.end_time_ns, event.name.removeprefix("phase "))
-            )
+            phase = event.name.removeprefix("phase ")
+            span = Span(event.start_time_ns, event.end_time_ns, phase)
+            spans.append(span)
         for child in event.children:
-            walk(child, (*place, event.name))
+            visit(child, (*place, event.name))
 
     for root in profiled.profiler.kineto_results.experimental_event_tree():
-        walk(root, ())
+        visit(root, ())
+    events.sort(key=lambda event: event.time)
+    return events, spans
+
+
+def find_peaks(
+    events: list[MemoryEvent], spans: list[Span], watched: str | None
+) -> tuple[dict[str, int], list[MemoryEvent]]:
+    """Return {phase: bytes live at most}, and the allocations live at the watched phase's peak."""
     live = {}
-    now = 0
-    most = {}
-    held = {}
-    for time, address, size, place in sorted(events, key=lambda e: e[0]):
-        if size > 0:
-            live[address] = size, place
-        elif live.pop(address, None) is None:
+    total = 0
+    peaks = {}
+    live_at_peak = []
+    for event in events:
+        if event.size > 0:
+            live[event.address] = event
+        elif live.pop(event.address, None) is None:
             continue  # allocated before the profile began
-        now += size
-        for start, end, phase in spans:
-            if start <= time <= end and now > most.get(phase, 0):
-                most[phase] = now
-                if phase == watched:
-                    held = dict(live)
-    places = Counter()
-    for size, place in held.values():
-        places[size, " > ".join(place[-3:])] += size
-    return most, places
+        total += event.size
+        for span in spans:
+            is_inside = span.start <= event.time <= span.end
+            if is_inside and total > peaks.get(span.phase, 0):
+                peaks[span.phase] = total
+                if span.phase == watched:
+                    live_at_peak = list(live.values())
+    return peaks, live_at_peak
 
 
 def run_case(name: str, live: str | None) -> None:
@@ -265,27 +318,34 @@ def run_case(name: str, live: str | None) -> None:
     torch.set_num_threads(1)
     with process_group():
         cfg, shape, _ = make_config(name)
-        most, places = measure_live(cfg, shape, live)
+        peaks, places = measure_live(cfg, shape, live)
         if dist.rank() == 0:
             if live:
-                print(
-                    "\n".join(
-                        f"{bytes / 1e6:9.2f} MB of {size / 1e6:9.3f}  {place}"
-                        for (size, place), bytes in places.most_common(30)
-                    ),
-                    file=sys.stderr,
-                )
-            print("measured " + json.dumps(most))
+                print_places(places)
+            print("measured " + json.dumps(peaks))
 
 
-def main() -> int:
-    """Run the cases, each in a fresh process, and print the bars."""
+def print_places(places: Counter) -> None:
+    """Print what is live at a peak, the largest first."""
+    lines = []
+    for (size, place), total in places.most_common(30):
+        lines.append(f"{total / 1e6:9.2f} MB of {size / 1e6:9.3f}  {place}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="default: all")
     parser.add_argument("--quick", action="store_true", help="the cases that the tests run")
     parser.add_argument("--live", metavar="PHASE")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the cases, each in a fresh process, and print the bars."""
+    args = parse_arguments()
     if args.one:
         run_case(args.one, args.live)
         return 0
@@ -293,56 +353,60 @@ def main() -> int:
     print(f"torch {torch.__version__}; MB predicted / measured")
     for name in QUICK if args.quick else args.cases or CASES:
         cfg, shape, ranks = make_config(name)
-        launcher = (
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-            if ranks > 1
-            else []
-        )
-        more = ["--live", args.live] if args.live else []
-        done = subprocess.run(
-            [sys.executable, *launcher, str(Path(__file__).resolve()), "--one", name, *more],
-            stdout=subprocess.PIPE,
-            text=True,
-            stderr=None if args.live else subprocess.PIPE,
-        )
-        if done.returncode:
-            print(done.stderr, file=sys.stderr)
+        measured = measure_alone(name, ranks, args.live)
+        if measured is None:
             return 1
-        measured = json.loads(
-            next(
-                line for line in done.stdout.splitlines() if line.startswith("measured ")
-            ).removeprefix("measured ")
-        )
         phases = MemoryEstimate(cfg, shape, ranks, gpu=False).phases()
-        print(
-            f"{name:<60}"
-            + "  ".join(
-                f"{p} {sum_bytes(phases[p]) / 1e6:.1f}/{measured[p] / 1e6:.1f}"
-                f"={sum_bytes(phases[p]) / measured[p]:.3f}"
-                for p in measured
-            ),
-            flush=True,
-        )
+        predicted = {phase: sum_bytes(phases[phase]) for phase in measured}
+        print_case(name, predicted, measured)
         if args.live:
-            print(
-                "\n".join(
-                    f"{t.bytes / 1e6:9.2f} MB  {t.name}: {t.formula}"
-                    for t in phases[args.live]
-                    if t.bytes
-                )
-            )
+            print_terms(phases[args.live])
         for phase in BARRED:
-            ratio = sum_bytes(phases[phase]) / measured[phase]
-            bars.append(
-                dict(
-                    name=f"{name}: {phase}, predicted / measured",
-                    value=round(ratio, 4),
-                    bar=0.1,
-                    ok=abs(ratio - 1) <= 0.1,
-                )
-            )
+            ratio = predicted[phase] / measured[phase]
+            title = f"{name}: {phase}, predicted / measured"
+            is_near = abs(ratio - 1) <= 0.1
+            bars.append(dict(name=title, value=round(ratio, 4), bar=0.1, ok=is_near))
     print(json.dumps({"bars": bars}))
     return 0 if all(bar["ok"] for bar in bars) else 1
+
+
+def measure_alone(name: str, ranks: int, live: str | None) -> dict[str, int] | None:
+    """Run a case in processes of its own and return {phase: bytes}; print an error and return
+    None.
+    """
+    launcher = [*LAUNCHER, str(ranks)] if ranks > 1 else []
+    script = str(Path(__file__).resolve())
+    command = [sys.executable, *launcher, script, "--one", name]
+    stderr = subprocess.PIPE
+    if live:
+        command += ["--live", live]
+        stderr = None
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, stderr=stderr)
+    if result.returncode:
+        print(result.stderr, file=sys.stderr)
+        return None
+    lines = [line for line in result.stdout.splitlines() if line.startswith("measured ")]
+    return json.loads(lines[0].removeprefix("measured "))
+
+
+def print_case(name: str, predicted: dict[str, int], measured: dict[str, int]) -> None:
+    """Print the figures of all phases of a case in one line."""
+    columns = []
+    for phase in measured:
+        predicted_mb = predicted[phase] / 1e6
+        measured_mb = measured[phase] / 1e6
+        ratio = predicted[phase] / measured[phase]
+        columns.append(f"{phase} {predicted_mb:.1f}/{measured_mb:.1f}={ratio:.3f}")
+    print(f"{name:<60}" + "  ".join(columns), flush=True)
+
+
+def print_terms(terms: list) -> None:
+    """Print the terms of a phase's prediction."""
+    lines = []
+    for term in terms:
+        if term.bytes:
+            lines.append(f"{term.bytes / 1e6:9.2f} MB  {term.name}: {term.formula}")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -18,17 +18,17 @@ import numpy as np
 from recr1.evaluation.bootstrap import compute_bootstrap_ci
 
 
-def at_most(name: str, value: float, limit: float) -> dict:
+def make_at_most(name: str, value: float, limit: float) -> dict:
     """Return a bar that holds for values up to the limit."""
     return make_bar(name, value, limit, value <= limit)
 
 
-def at_least(name: str, value: float, limit: float) -> dict:
+def make_at_least(name: str, value: float, limit: float) -> dict:
     """Return a bar that holds for values from the limit."""
     return make_bar(name, value, limit, value >= limit)
 
 
-def above(name: str, value: float, limit: float) -> dict:
+def make_above(name: str, value: float, limit: float) -> dict:
     """Return a bar that holds for values above the limit."""
     return make_bar(name, value, limit, value > limit)
 
@@ -68,22 +68,25 @@ def check_run(folder: Path) -> tuple[list[dict], float]:
     lift_low, lift_high = compute_bootstrap_ci(lift)
     unparsable = np.mean([row["error"] is not None for row in rows_after])
     seed = summary["seed"]
-    print(
-        f"{folder.name:<24}{seed:>5}{raw.mean():8.4f}{before.mean():8.4f}{after.mean():8.4f}   "
-        f"{format_change(gain, gain_low, gain_high):<28}"
-        f"{format_change(lift, lift_low, lift_high):<28}"
-        f"{summary['wall_s']:7.0f}"
-    )
     wall_s = summary["wall_s"]
+
+    scores = f"{raw.mean():8.4f}{before.mean():8.4f}{after.mean():8.4f}"
+    gain_text = format_change(gain, gain_low, gain_high)
+    lift_text = format_change(lift, lift_low, lift_high)
+    print(f"{folder.name:<24}{seed:>5}{scores}   {gain_text:<28}{lift_text:<28}{wall_s:7.0f}")
+    drift = abs(before.mean() - raw.mean())
+    gap_mean = summary["sampling_logp_diff_mean"]
+    gap_p999 = summary["sampling_logp_diff_p999"]
+    gap_max = summary["sampling_logp_diff_max"]
     bars = [
-        at_most(f"seed {seed}: |before - raw|", abs(before.mean() - raw.mean()), 0.005),
-        at_least(f"seed {seed}: after - before", lift.mean(), 0.005),
-        above(f"seed {seed}: after - before, interval's low end", lift_low, 0.0),
-        above(f"seed {seed}: after - raw, interval's low end", gain_low, 0.0),
-        at_most(f"seed {seed}: unparsable share", unparsable, 0.003),
-        at_most(f"seed {seed}: gap mean", summary["sampling_logp_diff_mean"], 1e-6),
-        at_most(f"seed {seed}: gap p99.9", summary["sampling_logp_diff_p999"], 1e-5),
-        at_most(f"seed {seed}: gap max", summary["sampling_logp_diff_max"], 2e-4),
+        make_at_most(f"seed {seed}: |before - raw|", drift, 0.005),
+        make_at_least(f"seed {seed}: after - before", lift.mean(), 0.005),
+        make_above(f"seed {seed}: after - before, interval's low end", lift_low, 0.0),
+        make_above(f"seed {seed}: after - raw, interval's low end", gain_low, 0.0),
+        make_at_most(f"seed {seed}: unparsable share", unparsable, 0.003),
+        make_at_most(f"seed {seed}: gap mean", gap_mean, 1e-6),
+        make_at_most(f"seed {seed}: gap p99.9", gap_p999, 1e-5),
+        make_at_most(f"seed {seed}: gap max", gap_max, 2e-4),
         make_bar(f"seed {seed}: wall minutes", wall_s / 60, 12, wall_s <= 720),
     ]
     return bars, gain.mean()
@@ -104,9 +107,10 @@ def main(folders: list[str]) -> int:
         run_bars, gain = check_run(Path(folder))
         bars += run_bars
         gains.append(gain)
-    bars.append(at_least(f"mean after - raw of {len(gains)} runs", np.mean(gains), 0.010))
+    title = f"mean after - raw of {len(gains)} runs"
+    bars.append(make_at_least(title, np.mean(gains), 0.010))
     print(json.dumps({"bars": bars}))
-    return 0 if all(b["ok"] for b in bars) else 1
+    return 0 if all(bar["ok"] for bar in bars) else 1
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 They are: as it is, on two ranks of one thread, and with the recomputing head.
 
 python experiments/benchmarks/quickstart_step.py [STEPS] [ROUNDS]. A figure is the median of
-`seconds.step` over a run's steps but the first five; each round runs all variants, one after the
+`timing_s.step` over a run's steps but the first five; each round runs all variants, one after the
 other. The default should be the fastest. Run it on a quiet machine: two threads wait for each
 other.
 """
@@ -18,40 +18,32 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
+DEFAULT = "default (1 rank x 2 threads, fused)"
+# ranks, threads of each, overrides
 VARIANTS = {
-    "default (1 rank x 2 threads, fused)": (1, 2, ()),
+    DEFAULT: (1, 2, ()),
     "2 ranks x 1 thread": (2, 1, ()),
     "head recompute": (1, 2, ("model.head=recompute",)),
 }
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+SAME_WORK = ["train.eval_every=0", "optimizer.warmup_steps=0", "optimizer.lr=0"]
+WARM = 5  # steps that do not count
 
 
 def measure_seconds(ranks: int, threads: int, overrides: tuple, steps: int) -> float:
     """Run the quickstart and return the median seconds of a step."""
+    launcher = [] if ranks == 1 else [*LAUNCHER, str(ranks)]
     with tempfile.TemporaryDirectory() as folder:
-        launch = (
-            ["-m", "recr1.train"]
-            if ranks == 1
-            else [
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node",
-                str(ranks),
-                "-m",
-                "recr1.train",
-            ]
-        )
         command = [
             sys.executable,
-            *launch,
+            *launcher,
+            "-m",
+            "recr1.train",
             "experiments/quickstart.yaml",
             f"run.dir={folder}/run",
             f"run.threads={threads}",
             f"train.steps={steps}",
-            # lr 0: every variant does the same work
-            "train.eval_every=0",
-            "optimizer.warmup_steps=0",
-            "optimizer.lr=0",
+            *SAME_WORK,
             *overrides,
         ]
         subprocess.run(
@@ -62,41 +54,43 @@ def measure_seconds(ranks: int, threads: int, overrides: tuple, steps: int) -> f
             stderr=subprocess.DEVNULL,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         )
-        return float(
-            np.median(
-                [
-                    json.loads(line)["timing_s"]["step"]
-                    for line in open(f"{folder}/run/metrics.jsonl")
-                ][5:]
-            )
-        )
+        seconds = read_seconds(Path(folder) / "run/metrics.jsonl")
+    return float(np.median(seconds[WARM:]))
+
+
+def read_seconds(path: Path) -> list[float]:
+    """Read the seconds of each step."""
+    seconds = []
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            seconds.append(row["timing_s"]["step"])
+    return seconds
 
 
 def main() -> None:
     """Run all variants in turn and print their seconds."""
     arguments = [int(text) for text in sys.argv[1:]]
-    steps, rounds = arguments + [60, 3][len(arguments) :]
-    rows = [
-        {name: measure_seconds(*how, steps) for name, how in VARIANTS.items()}
-        for _ in range(rounds)
-    ]
-    base = next(iter(VARIANTS))
+    defaults = [60, 3]
+    steps, rounds = arguments + defaults[len(arguments) :]
+    seconds = {name: [] for name in VARIANTS}
+    for _ in range(rounds):
+        for name, (ranks, threads, overrides) in VARIANTS.items():
+            median = measure_seconds(ranks, threads, overrides, steps)
+            seconds[name].append(median)
+
     bars = []
     for name in VARIANTS:
-        ratio = float(np.median([row[base] / row[name] for row in rows]))
-        print(
-            f"{name:<40} {np.median([row[name] for row in rows]):.3f} s per step "
-            f"{[f'{row[name]:.3f}' for row in rows]}, default / this {ratio:.2f}"
-        )
-        if name != base:
-            bars.append(
-                {
-                    "name": f"default over {name}, seconds per step",
-                    "value": ratio,
-                    "bar": 1.0,
-                    "ok": ratio <= 1.0,
-                }
-            )
+        ratios = []
+        for default, variant in zip(seconds[DEFAULT], seconds[name]):
+            ratios.append(default / variant)
+        ratio = float(np.median(ratios))
+        median = np.median(seconds[name])
+        by_round = [f"{value:.3f}" for value in seconds[name]]
+        print(f"{name:<40} {median:.3f} s per step {by_round}, default / this {ratio:.2f}")
+        if name != DEFAULT:
+            title = f"default over {name}, seconds per step"
+            bars.append(dict(name=title, value=ratio, bar=1.0, ok=ratio <= 1.0))
     print(json.dumps({"bars": bars}))
 
 

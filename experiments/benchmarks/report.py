@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import random
 import sys
 import tempfile
 import time
 from pathlib import Path
+from random import Random
 from statistics import median
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -37,6 +38,9 @@ from recr1.tasks.ranking_metrics import compute_ndcg  # noqa: E402
 
 PROMPTS = 8
 SIBLINGS = 8
+EXTRA_WORDS = ["about", "films", "ideas"]
+SECONDS = dict(sample=1.0, reward=0.1, train=1.0, step=2.2)
+OPENINGS = 3
 OPENED = """new Promise((done) => { const look = () => {
   const navigation = performance.getEntriesByType("navigation")[0];
   const paint = performance.getEntriesByName("first-contentful-paint")[0];
@@ -50,168 +54,244 @@ OPENED = """new Promise((done) => { const look = () => {
 
 def make_run(folder: Path, cfg: Config, retriever: Retriever, steps: int, tokens: int) -> None:
     """Write the files of a finished run that is made up."""
-    rnd = random.Random(0)
-    train = list(readers.read_queries(cfg.data.train_queries)[0].items())
-    test = list(readers.read_queries(cfg.data.test_queries)[0].items())
-    qrels = readers.read_qrels(cfg.data.test_qrels)[0]
-    k = cfg.reward.k_eval
-
-    def scores(queries: list[str]) -> list[float]:
-        found = retriever.search(queries, k)[0].tolist()
-        return [
-            compute_ndcg([retriever.doc_ids[row] for row in rows if row >= 0], qrels.get(id, {}), k)
-            for (id, _), rows in zip(test, found)
-        ]
-
-    raws = [text for _, text in test]
-    rewrites = [" ".join([text, rnd.choice(text.split())]) for text in raws]
-    raw = scores(raws)
-    after = scores(rewrites)
+    random = Random(0)
+    train_queries, _ = readers.read_queries(cfg.data.train_queries)
+    test_queries, _ = readers.read_queries(cfg.data.test_queries)
     folder.mkdir()
     (folder / "config.yaml").write_text(configs.dump_config(cfg), encoding="utf-8")
-    for name, answers, own in (("eval_before", raws, raw), ("eval_after", rewrites, after)):
-        rows = [
-            dict(id=id, raw=text, rewrite=answer, ndcg_raw=r, ndcg=score, text=answer, error=None)
-            for (id, text), answer, r, score in zip(test, answers, raw, own)
-        ]
-        (folder / f"{name}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-        )
-    with open(folder / "metrics.jsonl", "w", encoding="utf-8") as file:
-        for step in range(1, steps + 1):
-            row = {name: rnd.random() for name in report.record.CURVES} | dict(
-                step=step, ndcg=rnd.random(), skipped_steps=0
+    write_evaluations(folder, cfg, retriever, test_queries, random)
+    write_metrics(folder / "metrics.jsonl", steps, random)
+    write_rollouts(folder / "rollouts.jsonl.gz", train_queries, steps, tokens, random)
+    summary = dict(steps=steps, n_eval=len(test_queries), unparsable_before=0, unparsable_after=0)
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+
+
+def write_evaluations(
+    folder: Path, cfg: Config, retriever: Retriever, queries: dict[str, str], random: Random
+) -> None:
+    """Write eval_before and eval_after: the queries, and the queries with a word repeated."""
+    qrels, _ = readers.read_qrels(cfg.data.test_qrels)
+    raws = list(queries.values())
+    rewrites = []
+    for text in raws:
+        word = random.choice(text.split())
+        rewrites.append(f"{text} {word}")
+
+    depth = cfg.reward.k_eval
+    query_ids = list(queries)
+    raw_scores = score_queries(retriever, raws, query_ids, qrels, depth)
+    rewrite_scores = score_queries(retriever, rewrites, query_ids, qrels, depth)
+    write_answers(folder / "eval_before.jsonl", queries, raws, raw_scores, raw_scores)
+    write_answers(folder / "eval_after.jsonl", queries, rewrites, raw_scores, rewrite_scores)
+
+
+def write_answers(
+    path: Path,
+    queries: dict[str, str],
+    answers: list[str],
+    raw_scores: list[float],
+    scores: list[float],
+) -> None:
+    """Write a row for each query with its answer and their scores."""
+    with open(path, "w", encoding="utf-8") as file:
+        for number, (query_id, text) in enumerate(queries.items()):
+            answer = answers[number]
+            row = dict(
+                id=query_id,
+                raw=text,
+                rewrite=answer,
+                ndcg_raw=raw_scores[number],
+                ndcg=scores[number],
+                text=answer,
+                error=None,
             )
-            more = (
-                dict(
+            write_row(file, row)
+
+
+def score_queries(
+    retriever: Retriever, texts: list[str], query_ids: list[str], qrels: dict, depth: int
+) -> list[float]:
+    """Return the NDCG of each text, searched as its query."""
+    rows_of_queries, *_ = retriever.search(texts, depth)
+    scores = []
+    for query_id, rows in zip(query_ids, rows_of_queries.tolist()):
+        doc_ids = [retriever.doc_ids[row] for row in rows if row >= 0]
+        scores.append(compute_ndcg(doc_ids, qrels.get(query_id, {}), depth))
+    return scores
+
+
+def write_metrics(path: Path, steps: int, random: Random) -> None:
+    """Write a row of random metrics for each step."""
+    with open(path, "w", encoding="utf-8") as file:
+        for step in range(1, steps + 1):
+            row = {name: random.random() for name in report.record.CURVES}
+            row |= dict(step=step, ndcg=random.random(), skipped_steps=0)
+            if step % 10 == 0:
+                row |= dict(
                     val_ndcg=0.5,
                     val_raw=0.5,
-                    val_gain=rnd.gauss(0, 0.01),
+                    val_gain=random.gauss(0, 0.01),
                     val_gain_ci95=[-0.02, 0.02],
                     val_format_errors=0,
                 )
-                if step % 10 == 0
-                else {}
-            )
-            file.write(
-                json.dumps(
-                    row | more | dict(timing_s=dict(sample=1.0, reward=0.1, train=1.0, step=2.2))
-                )
-                + "\n"
-            )
-    with gzip.open(folder / "rollouts.jsonl.gz", "wt", compresslevel=1, encoding="utf-8") as file:
+            row["timing_s"] = SECONDS
+            write_row(file, row)
+
+
+def write_rollouts(
+    path: Path, queries: dict[str, str], steps: int, tokens: int, random: Random
+) -> None:
+    """Write the rollouts of all steps, all distinct."""
+    population = list(queries.items())
+    with gzip.open(path, "wt", compresslevel=1, encoding="utf-8") as file:
         for step in range(1, steps + 1):
-            for id, text in rnd.sample(train, PROMPTS):
+            for query_id, text in random.sample(population, PROMPTS):
                 for sibling in range(SIBLINGS):
-                    thought = " ".join(
-                        rnd.choices(text.split() + ["about", "films", "ideas"], k=tokens // 2)
-                    )
-                    logp = [-round(rnd.expovariate(1), 6) for _ in range(tokens)]
-                    reward = rnd.random()
-                    file.write(
-                        json.dumps(
-                            dict(
-                                step=step,
-                                prompt=id,
-                                sibling=sibling,
-                                count=1,
-                                text=f'{thought}</think><answer>{{"query": '
-                                f'"{text} {rnd.randrange(10**6)}"}}</answer>',
-                                finished=True,
-                                reward=reward,
-                                reward_terms=dict(ndcg=reward),
-                                error=None,
-                                advantage=rnd.gauss(0, 1),
-                                prompt_ids=rnd.choices(range(300, 4000), k=64),
-                                ids=rnd.choices(range(300, 4000), k=tokens),
-                                sampler_logp=logp,
-                                trainer_logp=logp,
-                                ref_logp=logp,
-                                old_logp=logp,
-                                entropy=logp,
-                            )
-                        )
-                        + "\n"
-                    )
-    (folder / "summary.json").write_text(
-        json.dumps(dict(steps=steps, n_eval=len(test), unparsable_before=0, unparsable_after=0)),
-        encoding="utf-8",
+                    row = dict(step=step, prompt=query_id, sibling=sibling, count=1)
+                    row |= make_rollout(text, tokens, random)
+                    write_row(file, row)
+
+
+def make_rollout(query: str, tokens: int, random: Random) -> dict:
+    """Return a rollout's text, reward and tokens."""
+    words = query.split() + EXTRA_WORDS
+    thought = " ".join(random.choices(words, k=tokens // 2))
+    logp = []
+    for _ in range(tokens):
+        logp.append(-round(random.expovariate(1), 6))
+    reward = random.random()
+    rewrite = f"{query} {random.randrange(10**6)}"
+    return dict(
+        text=f'{thought}</think><answer>{{"query": "{rewrite}"}}</answer>',
+        finished=True,
+        reward=reward,
+        reward_terms=dict(ndcg=reward),
+        error=None,
+        advantage=random.gauss(0, 1),
+        prompt_ids=random.choices(range(300, 4000), k=64),
+        ids=random.choices(range(300, 4000), k=tokens),
+        sampler_logp=logp,
+        trainer_logp=logp,
+        ref_logp=logp,
+        old_logp=logp,
+        entropy=logp,
     )
+
+
+def write_row(file: TextIO, row: dict) -> None:
+    """Write a line of JSON."""
+    file.write(json.dumps(row) + "\n")
+
+
+def load_quickstart(folder: Path, steps: int) -> Config:
+    """Return the quickstart's config with the paths of this checkout."""
+    quickstart = str(ROOT / "experiments/quickstart.yaml")
+    data = configs.load_config(quickstart, []).data
+    overrides = []
+    for name, path in vars(data).items():
+        if str(path).startswith("experiments/"):
+            overrides.append(f"data.{name}={ROOT / path}")
+    overrides += [
+        f"model.path={ROOT / 'experiments/policy'}",
+        f"run.dir={folder}",
+        f"train.steps={steps}",
+        "log.tokens_every=1",
+        "loss.kl_coef=0.01",
+    ]
+    return configs.load_config(quickstart, overrides)
+
+
+def write_page(folder: Path, retriever: Retriever, steps: int, tokens: int) -> Path:
+    """Write the report's page and print the seconds that it takes."""
+    start = time.perf_counter()
+    cpu_start = time.process_time()
+    page = report.write_report([str(folder)], retriever=retriever)
+    seconds = time.perf_counter() - start
+    cpu_seconds = time.process_time() - cpu_start
+    rollouts = steps * PROMPTS * SIBLINGS
+    file = folder / "rollouts.jsonl.gz"
+    size = file.stat().st_size / 1e6
+    print(
+        f"{rollouts:,} rollouts of {tokens} tokens, "
+        f"{size:.0f} MB: written in "
+        f"{seconds:.1f} s ({cpu_seconds:.1f} s of CPU)"
+    )
+    return page
+
+
+def open_page(page: Path) -> list[dict]:
+    """Open the page in a browser, print its figures and return its bars."""
+    address = page.as_uri()
+    with Browser(installed(), 600) as browser:
+        browser.look(1280, 900, False)
+        browser.call("Performance.enable", timeDomain="threadTicks")
+        seconds = []
+        cpu_seconds = []
+        for _ in range(OPENINGS):
+            browser.open(address)
+            opening = browser.value(OPENED)
+            seconds.append(opening)
+            cpu_seconds.append(read_task_duration(browser))
+        complaints = browser.complaints()
+        requests = {url for url in browser.requests() if not url.startswith("data:")}
+    requests.discard(address)
+
+    size = page.stat().st_size
+    opening = median(seconds)
+    print(
+        f"page of {size:,} bytes, opened in "
+        f"{format_seconds(seconds)} s "
+        f"({format_seconds(cpu_seconds)} s of its main thread's CPU time); "
+        f"the browser reported {complaints or 'nothing'}"
+    )
+    return [
+        make_bar("page, MB", round(size / 1e6, 3), 5),
+        make_bar("opening, s", round(opening, 3), 2),
+        make_bar("console messages", len(complaints), 0),
+        make_bar("requests beside the file", len(requests), 0),
+    ]
+
+
+def read_task_duration(browser: Browser) -> float:
+    """Return the CPU seconds of the page's main thread."""
+    for metric in browser.call("Performance.getMetrics")["metrics"]:
+        if metric["name"] == "TaskDuration":
+            return metric["value"]
+    raise RuntimeError("the browser gave no TaskDuration among Performance.getMetrics")
+
+
+def format_seconds(values: list[float]) -> str:
+    """Format several seconds in a row."""
+    return ", ".join(f"{value:.2f}" for value in values)
+
+
+def make_bar(name: str, value: float, most: float) -> dict:
+    """Return a bar for the line of JSON."""
+    return dict(name=name, value=value, bar=most, ok=value <= most)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=157)
+    parser.add_argument("--tokens", type=int, default=512)
+    return parser.parse_args()
 
 
 def main() -> int:
     """Write the page, open it in a browser and print the bars."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=157)
-    parser.add_argument("--tokens", type=int, default=512)
-    args = parser.parse_args()
+    args = parse_arguments()
     if not installed():
         print("no browser on PATH; install chromium (apt-get install chromium)", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
-        quickstart = str(ROOT / "experiments/quickstart.yaml")
-        files = [
-            f"data.{name}={ROOT / path}"
-            for name, path in vars(configs.load_config(quickstart, []).data).items()
-            if str(path).startswith("experiments/")
-        ]
-        cfg = configs.load_config(
-            quickstart,
-            [
-                *files,
-                f"model.path={ROOT / 'experiments/policy'}",
-                f"run.dir={folder}",
-                f"train.steps={args.steps}",
-                "log.tokens_every=1",
-                "loss.kl_coef=0.01",
-            ],
-        )
-        retriever, _ = build_retriever(cfg.retriever)(cfg.data.corpus, "stop", None, print)
+        cfg = load_quickstart(folder, args.steps)
+        make_retriever = build_retriever(cfg.retriever)
+        retriever, _ = make_retriever(cfg.data.corpus, "stop", None, print)
         make_run(folder, cfg, retriever, args.steps, args.tokens)
-        start = time.perf_counter()
-        cpu = time.process_time()
-        page = report.write_report([str(folder)], retriever=retriever)
-        rollouts = args.steps * PROMPTS * SIBLINGS
-        print(
-            f"{rollouts:,} rollouts of {args.tokens} tokens, "
-            f"{(folder / 'rollouts.jsonl.gz').stat().st_size / 1e6:.0f} MB: written in "
-            f"{time.perf_counter() - start:.1f} s ({time.process_time() - cpu:.1f} s of CPU)"
-        )
-        with Browser(installed(), 600) as browser:
-            browser.look(1280, 900, False)
-            browser.call("Performance.enable", timeDomain="threadTicks")
-            seconds = []
-            busy = []
-            for _ in range(3):
-                browser.open(page.as_uri())
-                seconds.append(browser.value(OPENED))
-                busy.append(
-                    next(
-                        m["value"]
-                        for m in browser.call("Performance.getMetrics")["metrics"]
-                        if m["name"] == "TaskDuration"
-                    )
-                )
-            complaints = browser.complaints()
-            asked = {url for url in browser.requests() if not url.startswith("data:")} - {
-                page.as_uri()
-            }
-        print(
-            f"page of {page.stat().st_size:,} bytes, opened in "
-            f"{', '.join(f'{s:.2f}' for s in seconds)} s "
-            f"({', '.join(f'{s:.2f}' for s in busy)} s of its main thread's CPU time); "
-            f"the browser reported {complaints or 'nothing'}"
-        )
-        bars = [
-            dict(name=name, value=value, bar=bar, ok=value <= bar)
-            for name, value, bar in (
-                ("page, MB", round(page.stat().st_size / 1e6, 3), 5),
-                ("opening, s", round(median(seconds), 3), 2),
-                ("console messages", len(complaints), 0),
-                ("requests beside the file", len(asked), 0),
-            )
-        ]
+        page = write_page(folder, retriever, args.steps, args.tokens)
+        bars = open_page(page)
     print(json.dumps({"bars": bars}))
     return 0 if all(bar["ok"] for bar in bars) else 1
 

@@ -24,6 +24,7 @@ import json
 import multiprocessing
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -59,7 +60,9 @@ HERE = Path(__file__).resolve().parents[1]
 DEPTH = 1000
 QUERIES = 384
 CHECKED = 16
-SLOW = 24
+SLOW = 24  # queries of a slow side
+EVERY_TURN = sys.maxsize
+NAN = float("nan")
 COLUMNS = (
     "corpus",
     "engine",
@@ -91,54 +94,75 @@ class Corpus:
     ):
         self.name = name
         self.lengths = lengths
-        self.terms = terms
         used = np.unique(tokens)
         # only what the corpus has, in the order of spelling
+        spellings = np.array(terms)[used]
         number = np.full(len(terms), -1, np.int32)
-        number[used] = np.argsort(np.argsort(np.array(terms)[used]))
+        number[used] = np.argsort(np.argsort(spellings))
         self.terms = sorted(terms[i] for i in used.tolist())
         self.tokens = number[tokens]
-        self.queries = [sorted(n for n in number[query].tolist() if n >= 0) for query in queries]
+        self.queries = []
+        for query in queries:
+            numbers = number[query].tolist()
+            self.queries.append(sorted(n for n in numbers if n >= 0))
 
-    def lists(self) -> list[list[int]]:
-        return [part.tolist() for part in np.split(self.tokens, np.cumsum(self.lengths)[:-1])]
+    def split_documents(self) -> list[list[int]]:
+        ends = np.cumsum(self.lengths)[:-1]
+        return [document.tolist() for document in np.split(self.tokens, ends)]
+
+    def get_depth(self) -> int:
+        return min(DEPTH, len(self.lengths))
 
 
 def generate_corpus(documents: int, queries: int) -> Corpus:
     """Return a generated corpus of n documents."""
     zipf = Zipf()
-    tokens, lengths = zipf.corpus(documents)
-    return Corpus(
-        f"generated {documents:,}",
-        tokens,
-        lengths,
-        [f"w{i}" for i in range(zipf.words)],
-        zipf.queries(queries),
-    )
+    tokens, lengths = zipf.draw_corpus(documents)
+    terms = [f"w{word}" for word in range(zipf.words)]
+    return Corpus(f"generated {documents:,}", tokens, lengths, terms, zipf.draw_queries(queries))
 
 
 def read_bundled(name: str, queries: int) -> Corpus:
-    """Return a bundled catalog with queries.
+    """Return a bundled catalog with queries."""
+    numbers = {}
+    documents = []
+    for text in read_texts(HERE / "data" / name / "corpus.jsonl.gz"):
+        document = [numbers.setdefault(token, len(numbers)) for token in analyze(text)]
+        documents.append(document)
+    tokens = np.concatenate([np.array(document, np.int32) for document in documents])
+    lengths = np.array([len(document) for document in documents])
+    drawn = draw_queries(documents, tokens, queries)
+    return Corpus(name, tokens, lengths, list(numbers), drawn)
+
+
+def read_texts(path: Path) -> list[str]:
+    """Read a catalog's texts: title and description."""
+    texts = []
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            texts.append(f"{row['title']} {row['text']}")
+    return texts
+
+
+def draw_queries(documents: list[list[int]], tokens: np.ndarray, count: int) -> list[list[int]]:
+    """Draw queries of distinct terms.
 
     Half of a query's terms come from one document, half from the whole catalog, as often as they
     are there.
     """
-    with gzip.open(HERE / "data" / name / "corpus.jsonl.gz", "rt", encoding="utf-8") as lines:
-        texts = [f"{row['title']} {row['text']}" for row in map(json.loads, lines)]
-    numbers = {}
     random = np.random.default_rng(0)
-    docs = [[numbers.setdefault(token, len(numbers)) for token in analyze(text)] for text in texts]
-    tokens = np.concatenate([np.array(doc, np.int32) for doc in docs])
-    made = []
-    for size in random.integers(10, 41, queries):
-        mine = docs[random.integers(len(docs))]
+    queries = []
+    for size in random.integers(10, 41, count):
+        document = documents[random.integers(len(documents))]
         query = {}
         for turn in range(1000):
-            query[int(random.choice(mine if turn % 2 else tokens))] = None
+            source = document if turn % 2 else tokens
+            query[int(random.choice(source))] = None
             if len(query) == size:
                 break
-        made.append(list(query))
-    return Corpus(name, tokens, np.array([len(doc) for doc in docs]), list(numbers), made)
+        queries.append(list(query))
+    return queries
 
 
 class Ours:
@@ -148,8 +172,9 @@ class Ours:
         self.name = f"ours, {scorer}"
         self.scorer = scorer
         self.corpus = corpus
-        self.few = QUERIES
-        self.turns = 99
+        self.query_count = QUERIES
+        self.turns = EVERY_TURN
+        self.build_turns = EVERY_TURN
         self.queries = [dict.fromkeys(query, 1) for query in corpus.queries]
 
     def prepare(self) -> None:
@@ -157,33 +182,29 @@ class Ours:
         one = np.zeros(1, np.int64)
         build_postings(one.astype(np.int32), one + 1, one, 1, self.scorer == "numba")
 
-    def build(self) -> None:
+    def build_index(self) -> None:
         c = self.corpus
-        parameters = BM25Parameters()
         order = np.arange(len(c.lengths))
-        arrays = build_postings(c.tokens, c.lengths, order, len(c.terms), self.scorer == "numba")
-        self.arrays = *arrays[:2], compute_impacts(parameters, *arrays, c.lengths)
+        postings = build_postings(c.tokens, c.lengths, order, len(c.terms), self.scorer == "numba")
+        impacts = compute_impacts(BM25Parameters(), *postings, c.lengths)
+        self.arrays = (*postings[:2], impacts)
 
-    def ready(self) -> None:
-        c = self.corpus
+    def load_index(self) -> None:
         meta = dict(format=FORMAT, dropped=[0], k1=1.2, b=0.75, variant="lucene", length="exact")
-        self.index = BM25Index(
-            meta,
-            StringTable.of(f"{i:09}" for i in range(len(c.lengths))),
-            StringTable.of(c.terms),
-            *self.arrays,
-        )
+        ids = StringTable.of(f"{row:09}" for row in range(len(self.corpus.lengths)))
+        terms = StringTable.of(self.corpus.terms)
+        self.index = BM25Index(meta, ids, terms, *self.arrays)
         self.bm25 = BM25Searcher(self.index, self.scorer)
 
-    def bytes(self) -> int:
+    def count_bytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
 
     def save(self, folder: str) -> None:
         self.index.save(folder)
 
-    def search(self, n: int, threads: int) -> np.ndarray:
+    def search(self, count: int, threads: int) -> np.ndarray:
         torch.set_num_threads(threads)
-        return self.bm25.rank(self.queries[:n], min(DEPTH, len(self.corpus.lengths)))[0]
+        return self.bm25.rank(self.queries[:count], self.corpus.get_depth())[0]
 
 
 class Bm25s:
@@ -193,9 +214,9 @@ class Bm25s:
         self.name = f"bm25s, {backend}"
         self.backend = backend
         self.corpus = corpus
-        self.lists = corpus.lists()
-        self.few, self.turns = (QUERIES, 99) if backend == "numba" else (SLOW, 2)
-        self.queries = corpus.queries
+        self.documents = corpus.split_documents()
+        self.query_count = QUERIES if backend == "numba" else SLOW
+        self.turns = EVERY_TURN if backend == "numba" else 2
         self.build_turns = 2
 
     def prepare(self) -> None:
@@ -203,30 +224,29 @@ class Bm25s:
         if self.backend == "numba":
             self.model.warmup_numba_csc()
 
-    def build(self) -> None:
-        self.model.index(
-            Tokenized(ids=self.lists, vocab={term: i for i, term in enumerate(self.corpus.terms)}),
-            show_progress=False,
-        )
+    def build_index(self) -> None:
+        vocabulary = {term: number for number, term in enumerate(self.corpus.terms)}
+        tokenized = Tokenized(ids=self.documents, vocab=vocabulary)
+        self.model.index(tokenized, show_progress=False)
 
-    def ready(self) -> None:
-        pass
+    def load_index(self) -> None:
+        self.documents = None
 
-    def bytes(self) -> int:
+    def count_bytes(self) -> int:
         return sum(self.model.scores[name].nbytes for name in ("data", "indices", "indptr"))
 
     def save(self, folder: str) -> None:
         self.model.save(folder, show_progress=False)
 
-    def search(self, n: int, threads: int) -> np.ndarray:
-        k = min(DEPTH, len(self.corpus.lengths))
-        return self.model.retrieve(
-            self.queries[:n],
-            k=k,
+    def search(self, count: int, threads: int) -> np.ndarray:
+        result = self.model.retrieve(
+            self.corpus.queries[:count],
+            k=self.corpus.get_depth(),
             n_threads=0 if threads == 1 else threads,
             show_progress=False,
-            backend_selection=("numba" if self.backend == "numba" else "numpy"),
-        ).documents
+            backend_selection=self.backend,
+        )
+        return result.documents
 
 
 class RankBm25:
@@ -235,30 +255,30 @@ class RankBm25:
     def __init__(self, corpus: Corpus):
         self.name = "rank_bm25 (Okapi)"
         self.corpus = corpus
-        self.few = 4
+        self.documents = corpus.split_documents()
+        self.query_count = 4
         self.turns = 1
-        self.lists = corpus.lists()
         self.build_turns = 1
 
     def prepare(self) -> None:
         pass
 
-    def build(self) -> None:
-        self.model = BM25Okapi(self.lists, k1=1.5, b=0.75)
+    def build_index(self) -> None:
+        self.model = BM25Okapi(self.documents, k1=1.5, b=0.75)
 
-    def ready(self) -> None:
-        pass
+    def load_index(self) -> None:
+        self.documents = None
 
-    def bytes(self) -> None:
+    def count_bytes(self) -> None:
         return None
 
-    def search(self, n: int, threads: int) -> np.ndarray:
-        return np.array(
-            [
-                np.argsort(-self.model.get_scores(query), kind="stable")[:DEPTH]
-                for query in self.corpus.queries[:n]
-            ]
-        )
+    def search(self, count: int, threads: int) -> np.ndarray:
+        rankings = []
+        for query in self.corpus.queries[:count]:
+            scores = self.model.get_scores(query)
+            ranking = np.argsort(-scores, kind="stable")
+            rankings.append(ranking[:DEPTH])
+        return np.array(rankings)
 
 
 def time_call(call, *args) -> float:
@@ -268,147 +288,219 @@ def time_call(call, *args) -> float:
     return perf_counter() - start
 
 
-def measure_rss(what: str) -> int:
-    """Return the resident memory of this process."""
-    return 1024 * int(
-        next(
-            line.split()[1]
-            for line in Path("/proc/self/smaps_rollup").read_text().splitlines()
-            if line.startswith(f"{what}:")
-        )
-    )
+def read_resident(entry: str) -> int:
+    """Return the resident memory of this process, Rss or Pss, in bytes."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith(f"{entry}:"):
+            kib = line.split()[1]
+            return 1024 * int(kib)
+    raise RuntimeError(f"/proc/self/smaps_rollup has no line {entry}")
 
 
 def measure_growth_here(
-    kind: str, folder: str, queries: list[list[int]], pipe, what: str = "Rss"
+    kind: str, folder: str, queries: list[list[int]], pipe, entry: str = "Rss"
 ) -> None:
-    """Return by how much loading and searching makes this fresh process grow.
+    """Send by how much loading and searching makes this fresh process grow.
 
     It keeps in step with others where there are any.
     """
-    if kind.startswith("bm25s"):
-        warm = bm25s.BM25(backend=kind.split(", ")[1])
+    engine, backend = kind.split(", ")
+    if engine == "bm25s":
+        warm = bm25s.BM25(backend=backend)
         warm.index([[0, 1], [1, 2]], show_progress=False)
         warm.retrieve([[0]], k=1, show_progress=False)
     else:
-        BM25Searcher.build(["a"], ["a0"], scorer=kind.split(", ")[1]).search(["a0"], 1)
+        BM25Searcher.build(["a"], ["a0"], scorer=backend).search(["a0"], 1)
     pipe.send(None)
     pipe.recv()
-    before = measure_rss(what)
-    if kind.startswith("bm25s"):
+    before = read_resident(entry)
+    if engine == "bm25s":
         model = bm25s.BM25.load(folder)
-        model.retrieve(queries, k=min(DEPTH, model.scores["num_docs"]), show_progress=False)
+        depth = min(DEPTH, model.scores["num_docs"])
+        model.retrieve(queries, k=depth, show_progress=False)
     else:
-        model = BM25Searcher(BM25Index.load(folder), kind.split(", ")[1])
+        model = BM25Searcher(BM25Index.load(folder), backend)
         model.rank([dict.fromkeys(query, 1) for query in queries], DEPTH)
     pipe.send(None)
     pipe.recv()
-    pipe.send(measure_rss(what) - before)
+    pipe.send(read_resident(entry) - before)
     pipe.recv()
 
 
 def measure_growth(
-    kind: str, folder: str, queries: list[list[int]], processes: int = 1, what: str = "Rss"
+    kind: str, folder: str, queries: list[list[int]], processes: int = 1, entry: str = "Rss"
 ) -> int:
     """Return the bytes by which fresh processes grow, summed over them."""
     spawn = multiprocessing.get_context("spawn")
     pipes = []
     running = []
-    said = []
     for _ in range(processes):
-        here, there = spawn.Pipe()
-        running.append(
-            spawn.Process(target=measure_growth_here, args=(kind, folder, queries, there, what))
-        )
-        running[-1].start()
-        pipes.append(here)
+        pipe, far_end = spawn.Pipe()
+        arguments = (kind, folder, queries, far_end, entry)
+        process = spawn.Process(target=measure_growth_here, args=arguments)
+        process.start()
+        running.append(process)
+        pipes.append(pipe)
     for _ in range(3):
-        said.append([pipe.recv() for pipe in pipes])
+        messages = [pipe.recv() for pipe in pipes]
         for pipe in pipes:
             pipe.send(None)
     for process in running:
         process.join()
-    return sum(said[-1])
+    return sum(messages)
 
 
-def measure_engines(corpus: Corpus, pairs: int, slow: bool) -> tuple[dict[str, dict], Ours]:
+@dataclass
+class Figures:
+    """Hold what was measured of one engine; seconds, and rates by number of threads."""
+
+    builds: list[float] = field(default_factory=list)
+    rates: dict[int, list[float]] = field(default_factory=lambda: {1: [], 2: []})
+    bytes_per_posting: float = NAN
+    growth_mb: float = NAN
+    top_10: float = NAN
+    top: float = NAN
+
+    @property
+    def build_seconds(self) -> float:
+        return median(self.builds)
+
+    def compute_rate(self, threads: int) -> float:
+        rates = self.rates[threads]
+        return median(rates) if rates else NAN
+
+
+def measure_engines(corpus: Corpus, pairs: int, slow: bool) -> tuple[dict[str, Figures], Ours]:
     """Return {engine: figures}, printed as rows of the table, and ours with numba."""
-    sides = [
-        Ours("torch", corpus),
-        Ours("numba", corpus),
-        Bm25s("numba", corpus),
-        Bm25s("numpy", corpus),
-    ]
-    sides += [RankBm25(corpus)] if slow else []
-    found = {side.name: dict(index=[], one=[], two=[]) for side in sides}
+    with_torch = Ours("torch", corpus)
+    with_numba = Ours("numba", corpus)
+    reference = Bm25s("numpy", corpus)
+    sides = [with_torch, with_numba, Bm25s("numba", corpus), reference]
+    if slow:
+        sides.append(RankBm25(corpus))
+    figures = {side.name: Figures() for side in sides}
+
+    time_builds(sides, figures, pairs)
+    for side in sides:
+        side.load_index()
+    gc.collect()
+    print_corpus(corpus, with_torch)
+    compare_rankings(sides, figures, find_reference(reference))
+    time_queries(sides, figures, pairs)
+    postings = len(with_torch.arrays[1])
+    for side in sides:
+        size = side.count_bytes()
+        if size:
+            figures[side.name].bytes_per_posting = size / postings
+        if hasattr(side, "save"):
+            figures[side.name].growth_mb = measure_saved_growth(side) / 1e6
+        print_row(side, figures[side.name])
+    return figures, with_numba
+
+
+def time_builds(sides: list, figures: dict[str, Figures], pairs: int) -> None:
+    """Time the sides' indexing in turn."""
     for turn in range(pairs):
         for side in sides:
-            if turn < getattr(side, "build_turns", pairs):
+            if turn < side.build_turns:
                 side.prepare()
-                found[side.name]["index"].append(time_call(side.build))
-    for side in sides:
-        side.ready()
-        side.lists = None
-    gc.collect()
-    postings_per_term = np.diff(sides[0].arrays[0])
-    touched = [sum(postings_per_term[query]) for query in corpus.queries[:CHECKED]]
+                seconds = time_call(side.build_index)
+                figures[side.name].builds.append(seconds)
+
+
+def print_corpus(corpus: Corpus, ours: Ours) -> None:
+    """Print the corpus' size and how many postings a query touches."""
+    postings_per_term = np.diff(ours.arrays[0])
+    touched = []
+    for query in corpus.queries[:CHECKED]:
+        touched.append(sum(postings_per_term[query]))
+    documents = len(corpus.lengths)
+    tokens = len(corpus.tokens)
+    terms = len(corpus.terms)
+    postings = len(ours.arrays[1])
     print(
-        f"{corpus.name}: {len(corpus.lengths):,} documents, {len(corpus.tokens):,} tokens, "
-        f"{len(corpus.terms):,} terms, {len(sides[0].arrays[1]):,} postings, "
+        f"{corpus.name}: {documents:,} documents, {tokens:,} tokens, "
+        f"{terms:,} terms, {postings:,} postings, "
         f"{np.mean(touched):,.0f} of them touched by a query"
     )
-    oracle = sides[3].model.retrieve(
-        corpus.queries[:CHECKED],
-        k=min(DEPTH, len(corpus.lengths)),
+
+
+def find_reference(side: Bm25s) -> list[np.ndarray]:
+    """Return the documents that bm25s' numpy path finds for the queries that are checked."""
+    result = side.model.retrieve(
+        side.corpus.queries[:CHECKED],
+        k=side.corpus.get_depth(),
         show_progress=False,
         backend_selection="numpy",
     )
-    want = [docs[scores > 0] for docs, scores in zip(oracle.documents, oracle.scores)]
+    rankings = []
+    for documents, scores in zip(result.documents, result.scores):
+        rankings.append(documents[scores > 0])
+    return rankings
+
+
+def compare_rankings(sides: list, figures: dict[str, Figures], reference: list[np.ndarray]) -> None:
+    """Compute each side's overlap with the reference; it warms the sides up, too."""
     for side in sides:
+        count = min(side.query_count, CHECKED)
         # compiles, too
-        rows = side.search(min(side.few, CHECKED), 1)
-        n = min(side.few, CHECKED)
-        for key, depth in (("top 10", 10), ("top", DEPTH)):
-            found[side.name][key] = np.mean(
-                [
-                    len(set(a[:depth].tolist()) & set(b[:depth].tolist())) / len(b[:depth])
-                    for a, b in zip(rows, want[:n])
-                ]
-            )
+        rankings = side.search(count, 1)
+        figures[side.name].top_10 = compute_overlap(rankings, reference[:count], 10)
+        figures[side.name].top = compute_overlap(rankings, reference[:count], DEPTH)
         if side.turns > 1:
             side.search(2, 2)
+
+
+def compute_overlap(rankings: np.ndarray, reference: list[np.ndarray], depth: int) -> float:
+    """Return the mean share of the reference's documents that were ranked, too."""
+    shares = []
+    for ranking, want in zip(rankings, reference):
+        top = set(ranking[:depth].tolist())
+        want_top = want[:depth].tolist()
+        shares.append(len(top & set(want_top)) / len(want_top))
+    return np.mean(shares)
+
+
+def time_queries(sides: list, figures: dict[str, Figures], pairs: int) -> None:
+    """Time the sides' batches in turn, with one thread and with two."""
     for turn in range(pairs):
-        for key, threads in (("one", 1), ("two", 2)):
+        for threads in (1, 2):
             for side in sides:
-                if turn < side.turns and not (key == "two" and side.turns == 1):
-                    found[side.name][key].append(
-                        min(side.few, len(corpus.queries))
-                        / time_call(side.search, side.few, threads)
-                    )
-    for side in sides:
-        figures = found[side.name]
-        builds = len(figures["index"])
-        turns = len(figures["one"])
-        figures["index"] = median(figures["index"])
-        figures |= {
-            key: median(figures[key]) if figures[key] else float("nan") for key in ("one", "two")
-        }
-        figures["bytes"] = side.bytes() / len(sides[0].arrays[1]) if side.bytes() else float("nan")
-        if hasattr(side, "save"):
-            with tempfile.TemporaryDirectory() as folder:
-                side.save(f"{folder}/index")
-                figures["MB"] = (
-                    measure_growth(side.name, f"{folder}/index", corpus.queries[:CHECKED]) / 1e6
-                )
-        found[side.name] = figures
-        print(
-            f"{corpus.name:<20}{side.name:<20}{figures['index']:9.3f}{builds:4}"
-            f"{figures['bytes']:11.2f}{figures.get('MB', float('nan')):8.0f}{figures['one']:14.1f}"
-            f"{figures['two']:11.1f}{min(side.few, len(corpus.queries)):5} x "
-            f"{turns}{figures['top 10']:9.3f}{figures['top']:9.3f}",
-            flush=True,
-        )
-    return found, sides[1]
+                if turn >= side.turns:
+                    continue
+                if threads == 2 and side.turns == 1:
+                    continue
+                seconds = time_call(side.search, side.query_count, threads)
+                rate = count_queries(side) / seconds
+                figures[side.name].rates[threads].append(rate)
+
+
+def count_queries(side) -> int:
+    """Return how many queries a batch of the side has."""
+    return min(side.query_count, len(side.corpus.queries))
+
+
+def measure_saved_growth(side: Ours | Bm25s) -> int:
+    """Return the bytes by which a fresh process grows that loads the side's index."""
+    queries = side.corpus.queries[:CHECKED]
+    with tempfile.TemporaryDirectory() as folder:
+        side.save(f"{folder}/index")
+        return measure_growth(side.name, f"{folder}/index", queries)
+
+
+def print_row(side, figures: Figures) -> None:
+    """Print an engine's row of the table."""
+    builds = len(figures.builds)
+    turns = len(figures.rates[1])
+    index = f"{figures.build_seconds:9.3f}{builds:4}"
+    memory = f"{figures.bytes_per_posting:11.2f}{figures.growth_mb:8.0f}"
+    rates = f"{figures.compute_rate(1):14.1f}{figures.compute_rate(2):11.1f}"
+    overlap = f"{figures.top_10:9.3f}{figures.top:9.3f}"
+    print(
+        f"{side.corpus.name:<20}{side.name:<20}{index}{memory}{rates}"
+        f"{count_queries(side):5} x {turns}{overlap}",
+        flush=True,
+    )
 
 
 def measure_reward(ours: Ours, pairs: int) -> float:
@@ -418,91 +510,142 @@ def measure_reward(ours: Ours, pairs: int) -> float:
     """
     torch.set_num_threads(2)
     tokenizer = load_tokenizer(str(HERE / "policy"))
-    corpus = ours.corpus
     random = np.random.default_rng(1)
+
+    def decode(ids) -> str:
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
     times = []
     for _ in range(pairs + 1):
-        rollouts = []
-        qrels = {}
-        for q, query in enumerate(corpus.queries):
-            words = [corpus.terms[t] for t in random.permutation(query)]
-            ids = tokenizer.encode(f'</think><answer>{{"query": "{" ".join(words)}"}}</answer>')
-            qrels[f"q{q}"] = {f"{d:09}": 1.0 for d in random.integers(len(corpus.lengths), size=5)}
-            rollouts.append(
-                Rollout(Prompt(f"q{q}", q, "", ()), q, 0, tuple(ids), (0.0,) * len(ids), True)
-            )
-        task = Scorer(
+        rollouts, qrels = make_rollouts(ours.corpus, tokenizer, random)
+        scorer = Scorer(
             ProductSearch(RewardConfig()),
             ours.bm25,
             qrels,
             RewardTerms(RewardConfig(), DEPTH),
-            lambda ids: tokenizer.decode(ids, clean_up_tokenization_spaces=False),
+            decode,
             limit=512,
         )
         start = perf_counter()
-        rewards = task.score(rollouts)
+        rewards = scorer.score(rollouts)
         times.append(perf_counter() - start)
         assert not any(reward.error for reward in rewards), rewards[0]
     return median(times[1:])
 
 
-def main() -> None:
-    """Run the corpora and print the bars."""
+def make_rollouts(
+    corpus: Corpus, tokenizer, random: np.random.Generator
+) -> tuple[list[Rollout], dict[str, dict[str, float]]]:
+    """Make a completion for each query, its terms shuffled, and judge five documents for each."""
+    rollouts = []
+    qrels = {}
+    for number, query in enumerate(corpus.queries):
+        words = [corpus.terms[term] for term in random.permutation(query)]
+        text = " ".join(words)
+        ids = tokenizer.encode(f'</think><answer>{{"query": "{text}"}}</answer>')
+        rows = random.integers(len(corpus.lengths), size=5)
+        qrels[f"q{number}"] = {f"{row:09}": 1.0 for row in rows}
+        prompt = Prompt(f"q{number}", number, "", ())
+        logp = (0.0,) * len(ids)
+        rollouts.append(Rollout(prompt, number, 0, tuple(ids), logp, True))
+    return rollouts, qrels
+
+
+def measure_shared_index(ours: Ours) -> tuple[int, int]:
+    """Return the bytes of our saved index, and by how much four processes with it grow (PSS)."""
+    queries = ours.corpus.queries[:CHECKED]
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save(f"{folder}/index")
+        size = sum(path.stat().st_size for path in Path(folder, "index").iterdir())
+        growth = measure_growth("ours, numba", f"{folder}/index", queries, 4, "Pss")
+    return size, growth
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--documents", default="50000,200000,1000000", help="sizes of generated corpora"
     )
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes: times mean nothing")
-    args = parser.parse_args()
-    sizes = [3000] if args.dry_run else [int(size) for size in args.documents.split(",")]
-    queries = 24 if args.dry_run else QUERIES
-    pairs = 1 if args.dry_run else args.pairs
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the corpora and print the bars."""
+    args = parse_arguments()
+    if args.dry_run:
+        bundled = ()
+        sizes = [3000]
+        queries = 24
+        pairs = 1
+    else:
+        bundled = ("msrd", "esci_small")
+        sizes = [int(size) for size in args.documents.split(",")]
+        queries = QUERIES
+        pairs = args.pairs
     print("  ".join(COLUMNS))
-    for name in () if args.dry_run else ("msrd", "esci_small"):
+    for name in bundled:
         measure_engines(read_bundled(name, queries), pairs, True)
     for size in sizes:
-        figures, ours = measure_engines(generate_corpus(size, queries), pairs, size <= 50_000)
-    name = ours.corpus.name
-    theirs = figures["bm25s, numba"]
-    torch_ = figures["ours, torch"]
-    numba_ = figures["ours, numba"]
+        corpus = generate_corpus(size, queries)
+        figures, ours = measure_engines(corpus, pairs, size <= 50_000)
+
     reward = measure_reward(ours, pairs)
-    with tempfile.TemporaryDirectory() as folder:
-        ours.save(f"{folder}/index")
-        size = sum(path.stat().st_size for path in Path(folder, "index").iterdir())
-        shared = measure_growth(
-            "ours, numba", f"{folder}/index", ours.corpus.queries[:CHECKED], 4, "Pss"
-        )
+    index_bytes, growth = measure_shared_index(ours)
+    speedup = figures["bm25s, numba"].build_seconds / figures["ours, torch"].build_seconds
     print(
-        f"{name}: a reward of {queries} completions, 2 threads, {reward:.3f} s; "
-        f"four processes with one index of {size / 1e6:.0f} MB: "
-        f"PSS rises by {shared / 1e6:.0f} MB; "
-        f"index from token numbers, numpy: {theirs['index'] / torch_['index']:.1f}x bm25s numba's "
+        f"{corpus.name}: a reward of {queries} completions, 2 threads, {reward:.3f} s; "
+        f"four processes with one index of {index_bytes / 1e6:.0f} MB: "
+        f"PSS rises by {growth / 1e6:.0f} MB; "
+        f"index from token numbers, numpy: {speedup:.1f}x bm25s numba's "
         "speed"
     )
-    bars = [
-        ("numba / bm25s numba, 1 thread", numba_["one"] / theirs["one"], 1.5, 1),
-        ("torch / bm25s numba, 1 thread", torch_["one"] / theirs["one"], 0.85, 1),
-        ("numba, 2 threads / 1", numba_["two"] / numba_["one"], 1.7, 1),
-        ("torch, 2 threads / 1", torch_["two"] / torch_["one"], 1.7, 1),
-        ("index from token numbers, numba / bm25s numba", theirs["index"] / numba_["index"], 20, 1),
-        ("bytes per posting", numba_["bytes"], 8.5, -1),
-        (f"seconds of a reward of {queries} completions", reward, 3, -1),
-        ("PSS of four processes / index", shared / size, 1.5, -1),
-        ("overlap with bm25s, top 10", min(torch_["top 10"], numba_["top 10"]), 0.98, 1),
-        (f"overlap with bm25s, top {DEPTH}", min(torch_["top"], numba_["top"]), 0.98, 1),
-    ]
-    bars = [
-        dict(
-            name=f"{name}: {what}",
-            value=round(float(value), 4),
-            bar=bar,
-            ok=bool(value * sign >= bar * sign),
-        )
-        for what, value, bar, sign in bars
-    ]
+    bars = make_bars(corpus.name, figures, queries, reward, growth / index_bytes)
     print(json.dumps({"bars": bars}))
+
+
+def make_bars(
+    corpus: str, figures: dict[str, Figures], queries: int, reward: float, shared: float
+) -> list[dict]:
+    """Return the bars of the largest corpus."""
+    with_torch = figures["ours, torch"]
+    with_numba = figures["ours, numba"]
+    theirs = figures["bm25s, numba"]
+    torch_rate = with_torch.compute_rate(1)
+    numba_rate = with_numba.compute_rate(1)
+    their_rate = theirs.compute_rate(1)
+    numba_gain = with_numba.compute_rate(2) / numba_rate
+    torch_gain = with_torch.compute_rate(2) / torch_rate
+    build_ratio = theirs.build_seconds / with_numba.build_seconds
+    overlap_10 = min(with_torch.top_10, with_numba.top_10)
+    overlap = min(with_torch.top, with_numba.top)
+    bars = [
+        make_at_least("numba / bm25s numba, 1 thread", numba_rate / their_rate, 1.5),
+        make_at_least("torch / bm25s numba, 1 thread", torch_rate / their_rate, 0.85),
+        make_at_least("numba, 2 threads / 1", numba_gain, 1.7),
+        make_at_least("torch, 2 threads / 1", torch_gain, 1.7),
+        make_at_least("index from token numbers, numba / bm25s numba", build_ratio, 20),
+        make_at_most("bytes per posting", with_numba.bytes_per_posting, 8.5),
+        make_at_most(f"seconds of a reward of {queries} completions", reward, 3),
+        make_at_most("PSS of four processes / index", shared, 1.5),
+        make_at_least("overlap with bm25s, top 10", overlap_10, 0.98),
+        make_at_least(f"overlap with bm25s, top {DEPTH}", overlap, 0.98),
+    ]
+    for bar in bars:
+        bar["name"] = f"{corpus}: {bar['name']}"
+    return bars
+
+
+def make_at_least(name: str, value: float, least: float) -> dict:
+    """Return a bar that holds for values from the limit."""
+    return dict(name=name, value=round(float(value), 4), bar=least, ok=bool(value >= least))
+
+
+def make_at_most(name: str, value: float, most: float) -> dict:
+    """Return a bar that holds for values up to the limit."""
+    return dict(name=name, value=round(float(value), 4), bar=most, ok=bool(value <= most))
 
 
 if __name__ == "__main__":

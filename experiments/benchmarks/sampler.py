@@ -42,7 +42,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -67,6 +66,12 @@ COPY = 3.0e12
 PRODUCTS = 700e12
 FLOAT32 = torch.float32
 BFLOAT16 = torch.bfloat16
+# what the processes that measure a peak have imported before
+PRELOADED = [
+    "transformers.models.qwen2.modeling_qwen2",
+    "recr1.training.dry_run",
+    "recr1.sampling.generate",
+]
 
 
 @dataclass(frozen=True)
@@ -85,16 +90,15 @@ class Work:
     def batch(self, vocabulary: int, number: int) -> Batch:
         random = np.random.default_rng(number)
         # no prompt holds the stop id
-        ids = random.integers(vocabulary - 1, size=(self.prompts, self.prompt)).tolist()
-        shape = self.prompts, self.group
-        ends = (
-            draw_lengths(random.standard_normal(shape), self.new)
-            if self.ragged
-            else np.full(shape, self.new)
-        )
-        return Batch(
-            self, [Prompt(str(i), i, "", tuple(row)) for i, row in enumerate(ids)], ends, number
-        )
+        ids = random.integers(vocabulary - 1, size=(self.prompts, self.prompt))
+        prompts = []
+        for row, prompt_ids in enumerate(ids.tolist()):
+            prompts.append(Prompt(str(row), row, "", tuple(prompt_ids)))
+        shape = (self.prompts, self.group)
+        lengths = np.full(shape, self.new)
+        if self.ragged:
+            lengths = draw_lengths(random.standard_normal(shape), self.new)
+        return Batch(self, prompts, lengths, number)
 
 
 @dataclass(frozen=True)
@@ -116,9 +120,13 @@ def draw_lengths(z: np.ndarray, most: int) -> np.ndarray:
     high = float(np.log(most))
     for _ in range(50):
         middle = (low + high) / 2
-        ends = np.exp(middle + SIGMA * z).round().clip(1, most).astype(int)
-        low, high = (middle, high) if ends.mean() < MEAN * most else (low, middle)
-    return ends
+        lengths = np.exp(middle + SIGMA * z)
+        lengths = lengths.round().clip(1, most).astype(int)
+        if lengths.mean() < MEAN * most:
+            low = middle
+        else:
+            high = middle
+    return lengths
 
 
 class Ours:
@@ -132,17 +140,18 @@ class Ours:
     def __call__(self, batch: Batch) -> list[tuple[int, ...]]:
         w = batch.work
         u = draw_uniforms(0, batch.number, np.arange(w.prompts), w.group, w.new)
+        stops = frozenset()
         # float32 sums of a distribution that gives its last id more than 1e-6 and less than .01:
         # see the assert
         if w.ragged:
             u *= 0.99
-            np.put_along_axis(u, batch.lengths[..., None] - 1, np.nextafter(1, 0), axis=-1)
-        stops = frozenset([self.last] if w.ragged else [])
-        texts = [
-            r.ids
-            for r in generate(self.model, batch.prompts, w.group, 1.0, w.new, stops, u, self.cache)
-        ]
-        assert [len(ids) for ids in texts] == batch.lengths.flatten().tolist(), (
+            ends = batch.lengths[..., None] - 1
+            np.put_along_axis(u, ends, np.nextafter(1, 0), axis=-1)
+            stops = frozenset([self.last])
+        rollouts = generate(self.model, batch.prompts, w.group, 1.0, w.new, stops, u, self.cache)
+        texts = [rollout.ids for rollout in rollouts]
+        lengths = [len(ids) for ids in texts]
+        assert lengths == batch.lengths.flatten().tolist(), (
             "a text did not end where it was meant to"
         )
         return texts
@@ -158,7 +167,8 @@ class Theirs:
 
     def __call__(self, batch: Batch) -> list[list[int]]:
         w = batch.work
-        ids = torch.tensor([p.ids for p in batch.prompts], device=self.model.device)
+        device = self.model.device
+        ids = torch.tensor([prompt.ids for prompt in batch.prompts], device=device)
         settings = GenerationConfig(
             do_sample=True,
             temperature=1.0,
@@ -170,28 +180,30 @@ class Theirs:
             pad_token_id=0,
             use_cache=True,
         )
-        cache = (
-            dict(
-                past_key_values=StaticCache(
-                    config=self.model.config, max_cache_len=w.prompt + w.new
-                )
+        options = {}
+        if self.static:
+            options["past_key_values"] = StaticCache(
+                config=self.model.config, max_cache_len=w.prompt + w.new
             )
-            if self.static
-            else {}
-        )
-        ends = Ends(torch.as_tensor(batch.lengths.flatten(), device=self.model.device), w.prompt)
+        lengths = batch.lengths.flatten()
+        criteria = StoppingCriteriaList()
+        if w.ragged:
+            criteria.append(Ends(torch.as_tensor(lengths, device=device), w.prompt))
         torch.manual_seed(batch.number)
-        out = self.model.generate(
+        sequences = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             generation_config=settings,
-            stopping_criteria=StoppingCriteriaList([ends] if w.ragged else []),
-            **cache,
+            stopping_criteria=criteria,
+            **options,
         )
-        assert out.shape == (w.prompts * w.group, w.prompt + batch.lengths.max()), out.shape
-        return [
-            row[w.prompt : w.prompt + n].tolist() for row, n in zip(out, batch.lengths.flatten())
-        ]
+        want = (w.prompts * w.group, w.prompt + lengths.max())
+        assert sequences.shape == want, sequences.shape
+        texts = []
+        for row, length in zip(sequences, lengths):
+            ids = row[w.prompt : w.prompt + length]
+            texts.append(ids.tolist())
+        return texts
 
 
 class Ends(StoppingCriteria):
@@ -213,7 +225,8 @@ class Pair:
         self.config = config
         self.dtype = dtype
         self.device = device
-        self.title = f"{name} {str(dtype).removeprefix('torch.')}"
+        dtype_name = str(dtype).removeprefix("torch.")
+        self.title = f"{name} {dtype_name}"
         self.decoder, self.model = make_twins(config, dtype, device)
         self.sides = dict(
             ours=Ours(self.decoder),
@@ -221,119 +234,134 @@ class Pair:
             static=Theirs(self.model, True),
         )
 
-    def seconds(self, work: Work, repeats: int) -> dict[str, list[float]]:
-        found = {name: [] for name in self.sides}
+    def make_batch(self, work: Work, number: int) -> Batch:
+        return work.batch(self.config.vocab_size, number)
+
+    def time_sides(self, work: Work, repeats: int) -> tuple[dict[str, list[float]], float]:
+        """Return the seconds of each side, and the share of the texts' tokens that we computed."""
+        seconds = {name: [] for name in self.sides}
         # ours grows its cache to this work's size; a GPU compiles
         for side in self.sides.values():
-            side(work.batch(self.config.vocab_size, 0))
-        for i in range(1, 1 + repeats):
-            batch = work.batch(self.config.vocab_size, i)
-            for name, side in list(self.sides.items())[:: 1 if i % 2 else -1]:
+            side(self.make_batch(work, 0))
+        for number in range(1, 1 + repeats):
+            batch = self.make_batch(work, number)
+            names = list(self.sides)
+            if number % 2 == 0:
+                names.reverse()
+            for name in names:
+                side = self.sides[name]
                 self.synchronize()
                 began = perf_counter()
                 texts = side(batch)
                 self.synchronize()
-                found[name].append(perf_counter() - began)
+                seconds[name].append(perf_counter() - began)
                 if name == "ours":
-                    self.shared = count_computed(texts, work.group)
-        return found
+                    shared = count_computed(texts, work.group)
+        return seconds, shared
 
-    def measure(self, title: str, work: Work, repeats: int) -> SimpleNamespace:
-        """Prints a line of the table and returns its figures."""
-        peak = {name: self.peak(name, work) for name in self.sides}
-        first = {
-            name: median(times)
-            for name, times in self.seconds(replace(work, new=1, ragged=False), repeats).items()
-        }
-        seconds = self.seconds(work, repeats)
-        tokens = [
-            int(work.batch(self.config.vocab_size, i).lengths.sum()) for i in range(1, 1 + repeats)
-        ]
-        speed = {
-            name: median(n / t for n, t in zip(tokens, times)) for name, times in seconds.items()
-        }
-        best = max("dynamic", "static", key=speed.get)
-        ratio = speed["ours"] / speed[best]
-        by_turn = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds[best])]
+    def measure(self, title: str, work: Work, repeats: int) -> tuple[dict[str, float], float]:
+        """Print a line of the table; return the speeds, and ours over the faster of theirs."""
+        peaks = {}
+        for name in self.sides:
+            peaks[name] = self.measure_peak(name, work)
+        first_token = replace(work, new=1, ragged=False)
+        first_seconds, _ = self.time_sides(first_token, repeats)
+        seconds, shared = self.time_sides(work, repeats)
+
+        tokens = []
+        for number in range(1, 1 + repeats):
+            lengths = self.make_batch(work, number).lengths
+            tokens.append(int(lengths.sum()))
+        speeds = {}
+        for name, times in seconds.items():
+            speeds[name] = median(compute_ratios(tokens, times))
+        best = max("dynamic", "static", key=speeds.get)
+        ratio = speeds["ours"] / speeds[best]
+        by_turn = compute_ratios(seconds[best], seconds["ours"])
+
+        speed_columns = ""
+        first_columns = ""
+        peak_columns = ""
+        for name in self.sides:
+            speed_columns += f"{speeds[name]:>9,.0f}"
+            first_columns += f"{1e3 * median(first_seconds[name]):>9,.1f}"
+            peak_columns += f"{peaks[name] / 2**20:>9,.1f}"
+        low = min(by_turn)
+        high = max(by_turn)
         print(
-            f"{self.title:<16}{title:<26}"
-            + "".join(f"{speed[n]:>9,.0f}" for n in speed)
-            + f"{ratio:>7.2f} ({min(by_turn):.2f}-{max(by_turn):.2f})"
-            + "".join(f"{1e3 * first[n]:>9,.1f}" for n in first)
-            + "".join(f"{peak[n] / 2**20:>9,.1f}" for n in peak)
-            + f"{self.shared:>7.3f}",
+            f"{self.title:<16}{title:<26}{speed_columns}{ratio:>7.2f} ({low:.2f}-{high:.2f})"
+            f"{first_columns}{peak_columns}{shared:>7.3f}",
             flush=True,
         )
-        return SimpleNamespace(speed=speed, ratio=ratio)
+        return speeds, ratio
 
-    def peak(self, side: str, work: Work) -> int:
+    def measure_peak(self, side: str, work: Work) -> int:
+        """Return the bytes by which memory grows over a call, on a CPU in a process of its own."""
         if self.device == "cuda":
-            return self.growth(side, work)
+            return self.measure_growth(side, work)
         # a process that has only imported, and its forks
         fresh = multiprocessing.get_context("forkserver")
-        fresh.set_forkserver_preload(
-            [
-                "transformers.models.qwen2.modeling_qwen2",
-                "recr1.training.dry_run",
-                "recr1.sampling.generate",
-            ]
-        )
+        fresh.set_forkserver_preload(PRELOADED)
+        threads = torch.get_num_threads()
         with ProcessPoolExecutor(1, fresh) as process:
-            return process.submit(
-                measure_alone,
-                self.name,
-                self.config,
-                self.dtype,
-                side,
-                work,
-                torch.get_num_threads(),
-            ).result()
+            future = process.submit(
+                measure_alone, self.name, self.config, self.dtype, side, work, threads
+            )
+            return future.result()
 
-    def growth(self, side: str, work: Work) -> int:
+    def measure_growth(self, side: str, work: Work) -> int:
+        """Return the bytes by which memory grows over a call."""
         # ours with a cache of its own
         run = Ours(self.decoder) if side == "ours" else self.sides[side]
         memory.restart_peak()
         before = memory.measure_peak()
-        run(work.batch(self.config.vocab_size, 0))
+        run(self.make_batch(work, 0))
         return memory.measure_peak() - before
 
-    def greedy(self, work: Work) -> int:
+    def compare_greedy(self, work: Work) -> int:
         """Count the prompts whose greedy texts differ from transformers' where the best token is
         clear.
         """
-        prompts = work.batch(self.config.vocab_size, 0).prompts
-        differ = 0
-        clear = 0
+        prompts = self.make_batch(work, 0).prompts
+        ids = torch.tensor([prompt.ids for prompt in prompts], device=self.device)
         settings = GenerationConfig(
             do_sample=False, max_new_tokens=work.new, eos_token_id=None, pad_token_id=0
         )
-        ids = torch.tensor([p.ids for p in prompts], device=self.device)
-        theirs = self.model.generate(
+        sequences = self.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings
         )
-        for r, row in zip(
-            generate(self.decoder, prompts, 1, 1.0, work.new, frozenset(), None), theirs
-        ):
-            differs = [a != b for a, b in zip(r.ids, row[work.prompt :].tolist(), strict=True)]
+        rollouts = generate(self.decoder, prompts, 1, 1.0, work.new, frozenset(), None)
+        differ = 0
+        clear = 0
+        for rollout, sequence in zip(rollouts, sequences):
+            want = sequence[work.prompt :].tolist()
+            differs = [actual != token for actual, token in zip(rollout.ids, want, strict=True)]
             if any(differs):
-                with torch.no_grad():
-                    best, second = (
-                        self.model(row[None, : work.prompt + differs.index(True)])
-                        .logits[0, -1]
-                        .topk(2)
-                        .values.tolist()
-                    )
-                differ = differ + 1
-                clear = clear + (best - second > TIE)
+                differ += 1
+                lead = self.compute_lead(sequence[: work.prompt + differs.index(True)])
+                if lead > TIE:
+                    clear += 1
         print(
             f"{self.title:<16}greedy: {differ} of {len(prompts)} texts of {work.new} tokens "
             f"differ from transformers', {clear} of them not at a tie"
         )
         return clear
 
+    def compute_lead(self, ids: torch.Tensor) -> float:
+        """Return by how much transformers' best next logit leads the second."""
+        with torch.no_grad():
+            logits = self.model(ids[None]).logits[0, -1]
+        best, second = logits.topk(2).values.tolist()
+        return best - second
+
     def synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+def compute_ratios(above: list[float], below: list[float]) -> list[float]:
+    """Divide pairs of values."""
+    return [a / b for a, b in zip(above, below)]
 
 
 def count_computed(texts: list, group: int) -> float:
@@ -341,20 +369,21 @@ def count_computed(texts: list, group: int) -> float:
 
     These are the distinct beginnings of the texts of a group, over tokens.
     """
-    rows = {
-        (i // group, tuple(ids[: n + 1])) for i, ids in enumerate(texts) for n in range(len(ids))
-    }
-    return len(rows) / sum(map(len, texts))
+    beginnings = set()
+    tokens = 0
+    for row, ids in enumerate(texts):
+        tokens += len(ids)
+        for end in range(1, 1 + len(ids)):
+            beginning = tuple(ids[:end])
+            beginnings.add((row // group, beginning))
+    return len(beginnings) / tokens
 
 
+THREE_SIDES = "     ours  dynamic   static"
 HEADER = (
     f"{'':<42}{'texts, tokens per second':>27}{'ours over':>19}{'first token, ms':>27}"
     f"{'peak, MiB':>27}\n"
-    f"{'':<42}"
-    + "     ours  dynamic   static"
-    + f"{'faster theirs':>19}"
-    + 2 * "     ours  dynamic   static"
-    + "   rows"
+    f"{'':<42}{THREE_SIDES}{'faster theirs':>19}{THREE_SIDES}{THREE_SIDES}   rows"
 )
 
 
@@ -373,8 +402,9 @@ SIZES = {
 }
 # bars: tokens/s; over theirs
 GPU_SIZES = {"0.5B": (130_000, 6.0), "1.5B": (49_000, None), "3B": (29_000, None)}
+GPU_WORK = Work(prompts=32, group=12, prompt=256, new=512)
 DRY = Size(make_qwen2_config(2, 32, 48, 4, 128), 0.0, 0.0)
-TINY = dict(prompts=3, group=2, prompt=8, new=8)
+TINY = Work(prompts=3, group=2, prompt=8, new=8)
 
 
 def make_bar(name: str, value: float, least: float) -> dict:
@@ -384,37 +414,25 @@ def make_bar(name: str, value: float, least: float) -> dict:
 
 def make_bars(name: str, size: Size, work: Work, repeats: int) -> list[dict]:
     """Measure a shape and return its bars."""
-    bars = []
-    for dtype in (FLOAT32, BFLOAT16):
-        pair = Pair(name, size.config, dtype, "cpu")
-        figures = [
-            pair.measure(
-                title,
-                replace(work, ragged=title == "ragged"),
-                repeats if dtype == FLOAT32 else min(repeats, 3),
-            )
-            for title in ("equal", "ragged")
-        ]
-        if dtype == FLOAT32:
-            clear = pair.greedy(work)
-            bars += [
-                make_bar(
-                    f"{name}: tokens per second over transformers generate, {how} lengths",
-                    f.ratio,
-                    least,
-                )
-                for how, f, least in zip(("equal", "ragged"), figures, (size.equal, size.ragged))
-            ]
-            bars.append(
-                dict(
-                    name=f"{name}: greedy texts that differ from transformers' where its best "
-                    "token is clear",
-                    value=clear,
-                    bar=0,
-                    ok=clear == 0,
-                )
-            )
-    return bars
+    pair = Pair(name, size.config, FLOAT32, "cpu")
+    equal, ragged = measure_lengths(pair, work, repeats)
+    clear = pair.compare_greedy(work)
+    measure_lengths(Pair(name, size.config, BFLOAT16, "cpu"), work, min(repeats, 3))
+
+    title = f"{name}: tokens per second over transformers generate"
+    greedy = f"{name}: greedy texts that differ from transformers' where its best token is clear"
+    return [
+        make_bar(f"{title}, equal lengths", equal, size.equal),
+        make_bar(f"{title}, ragged lengths", ragged, size.ragged),
+        dict(name=greedy, value=clear, bar=0, ok=clear == 0),
+    ]
+
+
+def measure_lengths(pair: Pair, work: Work, repeats: int) -> tuple[float, float]:
+    """Return ours over theirs, of texts of equal and of ragged lengths."""
+    _, equal = pair.measure("equal", work, repeats)
+    _, ragged = pair.measure("ragged", replace(work, ragged=True), repeats)
+    return equal, ragged
 
 
 def measure_alone(
@@ -423,8 +441,9 @@ def measure_alone(
     """Return the bytes by which a process of its own grows over the work."""
     torch.set_num_threads(threads)
     pair = Pair(name, config, dtype, "cpu")
-    pair.sides[side](replace(work, new=4).batch(config.vocab_size, 1))
-    return pair.growth(side, work)
+    run = pair.sides[side]
+    run(pair.make_batch(replace(work, new=4), 1))
+    return pair.measure_growth(side, work)
 
 
 def print_table(name: str, size: Size, base: Work, repeats: int, dry: bool) -> None:
@@ -432,20 +451,25 @@ def print_table(name: str, size: Size, base: Work, repeats: int, dry: bool) -> N
 
     The batch has as many texts when the group's size changes.
     """
+    groups = (2,) if dry else (1, 2, 4, 8, 16)
+    lengths = (8, 16) if dry else (64, 128, 256, 512)
+    texts = base.prompts * base.group
+    works = []
+    for group in groups:
+        works.append(replace(base, prompts=texts // group, group=group))
+    for prompt in lengths:
+        if prompt != base.prompt:
+            works.append(replace(base, prompt=prompt))
+    for new in lengths:
+        if new != base.new:
+            works.append(replace(base, new=new))
+    prompts = texts // groups[-1]
+    works.append(Work(prompts, groups[-1], prompt=lengths[-1], new=lengths[-1]))
+
     pair = Pair(name, size.config, FLOAT32, "cpu")
-    rows = base.prompts * base.group
-    groups, more = ((2,), (8, 16)) if dry else ((1, 2, 4, 8, 16), (64, 128, 256, 512))
-    works = [replace(base, prompts=rows // g, group=g) for g in groups]
-    works += [replace(base, prompt=n) for n in more if n != base.prompt] + [
-        replace(base, new=n) for n in more if n != base.new
-    ]
-    works += [
-        replace(base, prompts=rows // groups[-1], group=groups[-1], prompt=more[-1], new=more[-1])
-    ]
-    for w in works:
-        pair.measure(
-            f"{w.prompts} of {w.prompt} x {w.group} to {w.new}", replace(w, ragged=True), repeats
-        )
+    for work in works:
+        title = f"{work.prompts} of {work.prompt} x {work.group} to {work.new}"
+        pair.measure(title, replace(work, ragged=True), repeats)
 
 
 def measure_on_gpu(name: str, work: Work, repeats: int, dry: bool) -> list[dict]:
@@ -453,32 +477,28 @@ def measure_on_gpu(name: str, work: Work, repeats: int, dry: bool) -> list[dict]
     shape = read_model_shape(
         f"Qwen/Qwen2.5-{name}-Instruct", str(ROOT / "experiments/configs/any.yaml")
     )
-    pair = Pair(name, DRY.config if dry else shape, BFLOAT16, "cpu" if dry else "cuda")
-    f = pair.measure(f"{work.prompts} of {work.prompt} x {work.group} of {work.new}", work, repeats)
-    speed = f.speed["ours"]
+    least, least_ratio = GPU_SIZES[name]
+    if dry:
+        pair = Pair(name, DRY.config, BFLOAT16, "cpu")
+        least = 0
+    else:
+        pair = Pair(name, shape, BFLOAT16, "cuda")
+    title = f"{work.prompts} of {work.prompt} x {work.group} of {work.new}"
+    speeds, ratio = pair.measure(title, work, repeats)
+    speed = speeds["ours"]
+
     copy = measure_copy_rate(pair.device)
-    least, over = GPU_SIZES[name]
-    reached = [speed / compute_roofline(shape, work, rate) for rate in (COPY, copy)]
+    share = speed / compute_roofline(shape, work, COPY)
+    share_here = speed / compute_roofline(shape, work, copy)
     print(
-        f"{'':<16}{reached[0]:.3f} of the serial roofline at {COPY / 1e12:.2f} TB/s, "
-        f"{reached[1]:.3f} at the {copy / 1e12:.2f} TB/s of a copy here"
+        f"{'':<16}{share:.3f} of the serial roofline at {COPY / 1e12:.2f} TB/s, "
+        f"{share_here:.3f} at the {copy / 1e12:.2f} TB/s of a copy here"
     )
-    bars = [
-        make_bar(
-            f"Qwen2.5-{name}, {work.prompts} x {work.group}, {work.prompt} + {work.new}: "
-            "tokens per second",
-            speed,
-            0 if dry else least,
-        )
-    ]
-    if over:
-        bars.append(
-            make_bar(
-                f"Qwen2.5-{name}: tokens per second over transformers generate",
-                f.ratio,
-                0 if dry else over,
-            )
-        )
+    batch = f"{work.prompts} x {work.group}, {work.prompt} + {work.new}"
+    bars = [make_bar(f"Qwen2.5-{name}, {batch}: tokens per second", speed, least)]
+    if least_ratio:
+        title = f"Qwen2.5-{name}: tokens per second over transformers generate"
+        bars.append(make_bar(title, ratio, 0 if dry else least_ratio))
     return bars
 
 
@@ -491,12 +511,11 @@ def compute_roofline(c: DecoderConfig, work: Work, copy: float) -> float:
     rows = work.prompts * work.group
     context = work.prompt + work.new / 2
     heads = c.num_attention_heads * c.head_dim
-    block = c.hidden_size * (
-        2 * heads + 2 * c.num_key_value_heads * c.head_dim + 3 * c.intermediate_size
-    )
+    kv = c.num_key_value_heads * c.head_dim
+    block = c.hidden_size * (2 * heads + 2 * kv + 3 * c.intermediate_size)
     weights = c.num_hidden_layers * block + c.hidden_size * c.vocab_size
     # numbers per row
-    cached = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * context
+    cached = 2 * c.num_hidden_layers * kv * context
     read = 2 * weights + rows * (2 * cached + 4 * c.vocab_size)
     flop = rows * (2 * weights + 4 * heads * context * c.num_hidden_layers)
     return rows / (read / copy + flop / PRODUCTS)
@@ -506,7 +525,8 @@ def measure_copy_rate(device: str) -> float:
     """Return the bytes read and written per second by a copy of 1 GiB (a CPU: 16 MiB), the fastest
     of ten.
     """
-    source = torch.ones(1 << (30 if device == "cuda" else 24), dtype=torch.uint8, device=device)
+    size = 1 << (30 if device == "cuda" else 24)
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times = []
     for _ in range(10):
@@ -520,8 +540,9 @@ def measure_copy_rate(device: str) -> float:
     return 2 * source.nbytes / min(times)
 
 
-def main() -> int:
-    """Run the shapes and print the bars."""
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    names = [*SIZES, *GPU_SIZES]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -529,9 +550,9 @@ def main() -> int:
         "--shape",
         nargs="+",
         default=list(SIZES),
-        choices=[*SIZES, *GPU_SIZES],
+        choices=names,
         metavar="SHAPE",
-        help=f"of {', '.join([*SIZES, *GPU_SIZES])}",
+        help=f"of {', '.join(names)}",
     )
     parser.add_argument("--repeats", type=int, help="default: 5; of the table and on a GPU 2")
     parser.add_argument("--threads", type=int, default=2)
@@ -544,38 +565,49 @@ def main() -> int:
         "--dry-run", action="store_true", help="tiny sizes: their times mean nothing"
     )
     args = parser.parse_args()
-    on_cpu = [name for name in args.shape if name in SIZES]
-    gpu = [name for name in args.shape if name in GPU_SIZES]
-    if gpu and (on_cpu or args.table):
+    args.cpu_shapes = [name for name in args.shape if name in SIZES]
+    args.gpu_shapes = [name for name in args.shape if name in GPU_SIZES]
+    if args.gpu_shapes and (args.cpu_shapes or args.table):
         parser.error("shapes of a GPU go alone, without --table")
-    if on_cpu or args.dry_run:
-        os.environ["CUDA_VISIBLE_DEVICES"] = (
-            ""  # memory/measure.py counts a GPU's bytes where it sees one
-        )
+    if args.cpu_shapes or args.dry_run:
+        # memory/measure.py counts a GPU's bytes where it sees one
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():
         parser.error("no GPU here; --dry-run shows that the bench works")
-    repeats = args.repeats or (1 if args.dry_run else 2 if args.table or gpu else 5)
+    args.repeats = args.repeats or get_default_repeats(args)
+    return args
+
+
+def get_default_repeats(args: argparse.Namespace) -> int:
+    """Return how often the sides take turns where the command line does not say."""
+    if args.dry_run:
+        return 1
+    if args.table or args.gpu_shapes:
+        return 2
+    return 5
+
+
+def main() -> int:
+    """Run the shapes and print the bars."""
+    args = parse_arguments()
     torch.set_num_threads(args.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     device_name = f"CPU, {args.threads} threads"
     if torch.cuda.is_available():
         device_name = torch.cuda.get_device_name()
-    print(f"{device_name}, torch {torch.__version__}, {repeats} repeats\n{HEADER}")
+    print(f"{device_name}, torch {torch.__version__}, {args.repeats} repeats\n{HEADER}")
+
     bars = []
-    tiny = Work(**TINY)
-    for name in on_cpu:
-        size, work = (DRY, tiny) if args.dry_run else (SIZES[name], Work())
+    for name in args.cpu_shapes:
+        size = DRY if args.dry_run else SIZES[name]
+        work = TINY if args.dry_run else Work()
         if args.table:
-            print_table(name, size, work, repeats, args.dry_run)
+            print_table(name, size, work, args.repeats, args.dry_run)
         else:
-            bars += make_bars(name, size, work, repeats)
-    for name in gpu:
-        bars += measure_on_gpu(
-            name,
-            tiny if args.dry_run else Work(prompts=32, group=12, prompt=256, new=512),
-            repeats,
-            args.dry_run,
-        )
+            bars += make_bars(name, size, work, args.repeats)
+    for name in args.gpu_shapes:
+        work = TINY if args.dry_run else GPU_WORK
+        bars += measure_on_gpu(name, work, args.repeats, args.dry_run)
     print(json.dumps({"bars": bars}))
     return 0 if all(bar["ok"] for bar in bars) else 1
 

@@ -30,6 +30,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager
+from itertools import chain
 from statistics import median
 from time import perf_counter
 from types import SimpleNamespace
@@ -107,28 +108,33 @@ class Clock:
     def __init__(self):
         self.steps: list[dict[str, float]] = []
 
-    def begin(self) -> None:
+    def begin_step(self) -> None:
         self.phases = defaultdict(float)
         self.began = perf_counter()
 
     @contextmanager
-    def phase(self, name: str):
+    def time_phase(self, name: str):
         start = perf_counter()
         yield
         self.phases[name] += perf_counter() - start
 
-    def timed(self, name: str, function):
+    def wrap(self, name: str, function):
         """Return the function with its calls counted to the phase."""
 
         def run(*args, **kwargs):
-            with self.phase(name):
+            with self.time_phase(name):
                 return function(*args, **kwargs)
 
         return run
 
-    def end(self) -> None:
-        whole = perf_counter() - self.began
-        self.steps.append(dict(self.phases, rest=whole - sum(self.phases.values()), step=whole))
+    def end_step(self) -> None:
+        step = perf_counter() - self.began
+        rest = step - sum(self.phases.values())
+        self.steps.append(dict(self.phases, rest=rest, step=step))
+
+    def get_seconds(self, phase: str) -> list[float]:
+        """Return a phase's seconds in each step that counts."""
+        return [step[phase] for step in self.steps[WARM:]]
 
 
 def make_models(size: Size) -> tuple[Decoder, torch.nn.Module, PreTrainedTokenizerFast]:
@@ -136,21 +142,16 @@ def make_models(size: Size) -> tuple[Decoder, torch.nn.Module, PreTrainedTokeniz
 
     The tokenizer's tokens are words: w0, w1, ...
     """
-    decoder, model = make_twins(
-        make_qwen2_config(size.layers, size.width, size.inner, size.heads, size.vocabulary)
-    )
-    core = Tokenizer(
-        models.WordLevel(
-            {f"w{i}": i for i in range(size.vocabulary)} | {"<stop>": size.vocabulary},
-            unk_token="<stop>",
-        )
-    )
+    config = make_qwen2_config(size.layers, size.width, size.inner, size.heads, size.vocabulary)
+    decoder, model = make_twins(config)
+    vocabulary = {f"w{number}": number for number in range(size.vocabulary)}
+    vocabulary["<stop>"] = size.vocabulary
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<stop>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return (
-        decoder,
-        model,
-        PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<stop>", pad_token="<stop>"),
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<stop>", pad_token="<stop>"
     )
+    return decoder, model, tokenizer
 
 
 def score_text(text: str) -> float:
@@ -166,89 +167,98 @@ class Ours:
         self.size = size
         self.tokenizer = tokenizer
         self.clock = Clock()
-        self.shown = []
+        self.rows = []
         # TRL adds 1e-4 to the standard deviation: the one setting that is not our default, so that
         # gradients can be compared
         self.cfg = Config(
             sampling=SamplingConfig(group_size=size.group, max_new_tokens=size.completion),
             loss=LossConfig(advantage_eps=1e-4),
         )
-        weights = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+        weights = {}
+        for name, tensor in decoder.state_dict().items():
+            weights[name] = tensor.clone()
         self.policy = Sharded(
             Decoder(decoder.config),
             weights.__getitem__,
             device=torch.device("cpu"),
-            checkpointing=self.cfg.train.gradient_checkpointing,
+            gradient_checkpointing=self.cfg.train.gradient_checkpointing,
         )
         self.loss = resolve_objective(self.cfg.loss, self.cfg.model)
         self.optimizer = Optimizer(self.policy, self.cfg.optimizer, 10**6)
         with unsharded(self.policy):
             self.cache = make_cache(self.policy)
 
-    def step(self, number: int, texts: list[str]) -> None:
+    def run_step(self, number: int, texts: list[str]) -> None:
         clock = self.clock
-        s = self.cfg.sampling
-        uniforms = np.random.default_rng(number).random(
-            (len(texts), s.group_size, s.max_new_tokens)
-        )
-        clock.begin()
-        prompts = [
-            Prompt(str(i), i, text, tuple(ids))
-            for i, (text, ids) in enumerate(zip(texts, self.tokenizer(texts)["input_ids"]))
-        ]
+        sampling = self.cfg.sampling
+        shape = (len(texts), sampling.group_size, sampling.max_new_tokens)
+        uniforms = np.random.default_rng(number).random(shape)
+        clock.begin_step()
+        prompts = self.make_prompts(texts)
         with unsharded(self.policy):
-            with clock.phase("sample"):
+            with clock.time_phase("sample"):
                 rollouts = generate(
                     self.policy,
                     prompts,
-                    s.group_size,
-                    s.temperature,
-                    s.max_new_tokens,
+                    sampling.group_size,
+                    sampling.temperature,
+                    sampling.max_new_tokens,
                     frozenset(),
                     uniforms,
                     self.cache,
                 )
-            with clock.phase("reward"):
-                rewards = [
-                    Reward(score_text(text))
-                    for text in self.tokenizer.batch_decode([r.ids for r in rollouts])
-                ]
-        done, norm = self.update(rollouts, rewards)
-        clock.end()
-        self.shown.append(
-            dict(
-                reward=float(np.mean([r.total for r in rewards])),
-                length=float(np.mean([len(r.ids) for r in rollouts])),
-                norm=norm,
-                distinct=len(done.unique) / len(rollouts),
-            )
-        )
+            with clock.time_phase("reward"):
+                rewards = self.score_rollouts(rollouts)
+        record, norm = self.update_policy(rollouts, rewards)
+        clock.end_step()
 
-    def update(self, rollouts: list[Rollout], rewards: list[Reward]) -> tuple[StepRecord, float]:
+        totals = [reward.total for reward in rewards]
+        lengths = [len(rollout.ids) for rollout in rollouts]
+        row = dict(
+            reward=float(np.mean(totals)),
+            length=float(np.mean(lengths)),
+            norm=norm,
+            distinct=len(record.unique) / len(rollouts),
+        )
+        self.rows.append(row)
+
+    def make_prompts(self, texts: list[str]) -> list[Prompt]:
+        prompts = []
+        all_ids = self.tokenizer(texts)["input_ids"]
+        for number, (text, ids) in enumerate(zip(texts, all_ids)):
+            prompts.append(Prompt(str(number), number, text, tuple(ids)))
+        return prompts
+
+    def score_rollouts(self, rollouts: list[Rollout]) -> list[Reward]:
+        texts = self.tokenizer.batch_decode([rollout.ids for rollout in rollouts])
+        return [Reward(score_text(text)) for text in texts]
+
+    def update_policy(
+        self, rollouts: list[Rollout], rewards: list[Reward]
+    ) -> tuple[StepRecord, float]:
         clock = self.clock
         cfg = self.cfg
+        loss = self.loss
         texts, first = deduplicate(rollouts)
-        adv = compute_group_advantages(
-            torch.tensor([r.total for r in rewards]),
-            cfg.sampling.group_size,
-            self.loss.advantage,
-            cfg.loss,
+        totals = torch.tensor([reward.total for reward in rewards])
+        advantages = compute_group_advantages(
+            totals, cfg.sampling.group_size, loss.advantage, cfg.loss
         )
-        done = StepRecord(rollouts, rewards, adv.tolist(), texts, first)
+        record = StepRecord(rollouts, rewards, advantages.tolist(), texts, first)
         for total, batches in make_updates(
-            self.policy, None, texts, adv[first], cfg, self.loss.agg_mode
+            self.policy, None, texts, advantages[first], cfg, loss.agg_mode
         ):
             for batch in batches:
-                with clock.phase("forward"):
+                with clock.time_phase("forward"):
                     value, logp, stats = compute_policy_loss(
-                        self.policy, batch, total, cfg.sampling.temperature, self.loss
+                        self.policy, batch, total, cfg.sampling.temperature, loss
                     )
-                with clock.phase("backward"):
+                with clock.time_phase("backward"):
                     value.backward()
-                done.add(value, logp, batch, stats)
-            with clock.phase("optimizer"):
+                record.add(value, logp, batch, stats)
+            with clock.time_phase("optimizer"):
                 norm, _ = self.optimizer.step()
-        return done, norm
+        return record, norm
 
 
 class Theirs(TrainerCallback):
@@ -260,7 +270,7 @@ class Theirs(TrainerCallback):
         self.ours = ours
         self.texts = texts
         self.clock = Clock()
-        self.shown = []
+        self.rows = []
         self.first = None
         config = GRPOConfig(
             output_dir=folder,
@@ -285,24 +295,24 @@ class Theirs(TrainerCallback):
             temperature=1.0,
             beta=0.0,
         )
-        data = Dataset.from_dict(dict(prompt=[text for step in texts for text in step]))
+        prompts = list(chain.from_iterable(texts))
         self.trainer = GRPOTrainer(
             model=model,
-            reward_funcs=self.reward,
+            reward_funcs=self.score_completions,
             args=config,
-            train_dataset=data,
+            train_dataset=Dataset.from_dict(dict(prompt=prompts)),
             processing_class=tokenizer,
             callbacks=[self],
         )
         self.trainer.remove_callback(PrinterCallback)
-        self.watch(self.trainer, self.clock)
+        self.watch_phases(self.trainer, self.clock)
 
-    def watch(self, trainer: GRPOTrainer, clock: Clock) -> None:
+    def watch_phases(self, trainer: GRPOTrainer, clock: Clock) -> None:
         """Time TRL's phases: they are its own methods.
 
         The optimizer's begins at the clipping and ends with the step.
         """
-        compute = clock.timed("forward", trainer.compute_loss)
+        compute = clock.wrap("forward", trainer.compute_loss)
         clip = trainer.accelerator.clip_grad_norm_
 
         def compute_loss(model, inputs, *args, **kwargs):
@@ -314,146 +324,152 @@ class Theirs(TrainerCallback):
             self.norm = clip(*args, **kwargs)
             return self.norm
 
-        trainer._generate_single_turn = clock.timed("sample", trainer._generate_single_turn)
-        trainer._calculate_rewards = clock.timed("reward", trainer._calculate_rewards)
+        trainer._generate_single_turn = clock.wrap("sample", trainer._generate_single_turn)
+        trainer._calculate_rewards = clock.wrap("reward", trainer._calculate_rewards)
         trainer.compute_loss = compute_loss
         trainer.accelerator.clip_grad_norm_ = clip_grad_norm_
-        trainer.accelerator.backward = clock.timed("backward", trainer.accelerator.backward)
+        trainer.accelerator.backward = clock.wrap("backward", trainer.accelerator.backward)
 
-    def reward(self, prompts: list[str], completions: list[str], **_) -> list[float]:
-        self.asked = prompts
+    def score_completions(self, prompts: list[str], completions: list[str], **_) -> list[float]:
+        self.prompts = prompts
         self.rewards = [score_text(text) for text in completions]
         return self.rewards
 
     def on_step_begin(self, args, state, control, **_):
         self.inputs = []  # by micro-batch
-        if state.global_step % 2:
-            self.ours.step(state.global_step, self.texts[state.global_step])
-        self.clock.begin()
+        number = state.global_step
+        if number % 2:
+            self.ours.run_step(number, self.texts[number])
+        self.clock.begin_step()
 
     def on_step_end(self, args, state, control, **_):
         self.clock.phases["optimizer"] = perf_counter() - self.clipping
-        self.clock.end()
+        self.clock.end_step()
         number = state.global_step - 1
-        lengths = torch.cat([inputs["completion_mask"] for inputs in self.inputs])
-        ids = torch.cat([inputs["completion_ids"] for inputs in self.inputs])
-        prompts = torch.cat([inputs["prompt_ids"] for inputs in self.inputs])
-        assert self.asked == [
-            text
-            for text in self.texts[number]
-            for _ in range(len(self.asked) // len(self.texts[number]))
-        ]
-        self.shown.append(
-            dict(
-                reward=float(np.mean(self.rewards)),
-                length=lengths.sum(1).float().mean().item(),
-                norm=float(self.norm),
-                distinct=len(ids.unique(dim=0)) / len(ids),
-            )
+        self.check_prompts(self.texts[number])
+        prompts = self.join_inputs("prompt_ids")
+        ids = self.join_inputs("completion_ids")
+        lengths = self.join_inputs("completion_mask").sum(1)
+        row = dict(
+            reward=float(np.mean(self.rewards)),
+            length=lengths.float().mean().item(),
+            norm=float(self.norm),
+            distinct=len(ids.unique(dim=0)) / len(ids),
         )
-        self.first = self.first or (prompts.tolist(), ids.tolist(), float(self.norm))
+        self.rows.append(row)
+        if self.first is None:
+            self.first = (prompts.tolist(), ids.tolist(), float(self.norm))
         if number % 2 == 0:
-            self.ours.step(number, self.texts[number])
+            self.ours.run_step(number, self.texts[number])
+
+    def check_prompts(self, texts: list[str]) -> None:
+        """Assert that TRL asked for the step's own prompts, each for its whole group."""
+        group = len(self.prompts) // len(texts)
+        want = []
+        for text in texts:
+            want += [text] * group
+        assert self.prompts == want
+
+    def join_inputs(self, name: str) -> torch.Tensor:
+        """Return a tensor of all micro-batches of the step."""
+        return torch.cat([inputs[name] for inputs in self.inputs])
 
 
 def compare_gradients(
-    ours: Ours, prompts: list[list[int]], completions: list[list[int]], norm: float
+    ours: Ours, prompts: list[list[int]], completions: list[list[int]], their_norm: float
 ) -> float:
     """Return the relative difference of gradient norms on the texts of TRL's first step.
 
     Ours is of an untrained model.
     """
     # TRL shuffles them
-    group = ours.cfg.sampling.group_size
     together = sorted(zip(prompts, completions))
-    rollouts = [
-        Rollout(
-            Prompt("", i // group, "", tuple(p)),
-            i // group,
-            i % group,
-            tuple(c),
-            (0.0,) * len(c),
-            False,
-        )
-        for i, (p, c) in enumerate(together)
-    ]
-    ours.clock.begin()
-    _, mine = ours.update(
-        rollouts,
-        [
-            Reward(score_text(text))
-            for text in ours.tokenizer.batch_decode([r.ids for r in rollouts])
-        ],
-    )
-    return abs(mine / norm - 1)
+    rollouts = []
+    for number, (prompt_ids, ids) in enumerate(together):
+        row, sibling = divmod(number, ours.cfg.sampling.group_size)
+        prompt = Prompt("", row, "", tuple(prompt_ids))
+        logp = (0.0,) * len(ids)
+        rollouts.append(Rollout(prompt, row, sibling, tuple(ids), logp, False))
+    ours.clock.begin_step()
+    _, norm = ours.update_policy(rollouts, ours.score_rollouts(rollouts))
+    return abs(norm / their_norm - 1)
 
 
 def measure_pairs(name: str, size: Size, pairs: int) -> list[dict]:
-    """Run both sides in turn and print their figures."""
-    steps = WARM + pairs
-    random = np.random.default_rng(0)
-    texts = [
-        [
-            " ".join(f"w{i}" for i in random.integers(size.vocabulary, size=size.prompt))
-            for _ in range(size.prompts)
-        ]
-        for _ in range(steps)
-    ]
+    """Run both sides in turn, print their figures and return the bars."""
+    texts = draw_texts(size, WARM + pairs)
     decoder, model, tokenizer = make_models(size)
     ours = Ours(size, decoder, tokenizer)
     untrained = Ours(size, decoder, tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         trl = Theirs(size, model, tokenizer, ours, texts, folder)
         trl.trainer.train()
+
     print(
         f"{name}: {ours.policy.size:,} parameters, {size.prompts} prompts of {size.prompt} x "
         f"{size.group} generations of {size.completion}, "
         f"{torch.get_num_threads()} threads, {pairs} pairs"
     )
-    print(
-        f"  {'seconds':<8}"
-        + "".join(f"{phase:>11}" for phase in PHASES)
-        + f"{'reward':>11}{'length':>11}{'distinct':>11}{'norm':>11}"
-    )
-    for who, side in (("TRL", trl), ("ours", ours)):
-        print(
-            f"  {who:<8}"
-            + "".join(
-                f"{median(s[phase] for s in side.clock.steps[WARM:]):11.3f}" for phase in PHASES
-            )
-            + "".join(
-                f"{np.mean([s[key] for s in side.shown]):11.4f}"
-                for key in ("reward", "length", "distinct", "norm")
-            )
-        )
-    whole = [[s["step"] for s in side.clock.steps[WARM:]] for side in (ours, trl)]
-    ratio = median(whole[0]) / median(whole[1])
-    print(
-        f"  ours / TRL {ratio:.3f}; of the fastest steps {min(whole[0]) / min(whole[1]):.3f}; "
-        f"by pair {' '.join(f'{a / b:.3f}' for a, b in zip(*whole))}"
-    )
-    for side in (ours, trl):
-        assert all(s["length"] == size.completion for s in side.shown)
-    off = compare_gradients(untrained, *trl.first)
-    print(f"  gradient norm on TRL's first texts: relative difference {off:.1e}")
+    print_header()
+    print_side("TRL", trl)
+    print_side("ours", ours)
+    our_seconds = ours.clock.get_seconds("step")
+    their_seconds = trl.clock.get_seconds("step")
+    ratio = compare_seconds(our_seconds, their_seconds)
+    for row in ours.rows + trl.rows:
+        assert row["length"] == size.completion
+    difference = compare_gradients(untrained, *trl.first)
+    print(f"  gradient norm on TRL's first texts: relative difference {difference:.1e}")
+
+    time_name = f"{name}: seconds per step, ours / TRL"
+    norm_name = f"{name}: gradient norm on the same texts, relative difference"
     return [
-        dict(
-            name=f"{name}: seconds per step, ours / TRL",
-            value=round(ratio, 4),
-            bar=size.bar,
-            ok=ratio <= size.bar,
-        ),
-        dict(
-            name=f"{name}: gradient norm on the same texts, relative difference",
-            value=off,
-            bar=1e-4,
-            ok=off <= 1e-4,
-        ),
+        dict(name=time_name, value=round(ratio, 4), bar=size.bar, ok=ratio <= size.bar),
+        dict(name=norm_name, value=difference, bar=1e-4, ok=difference <= 1e-4),
     ]
 
 
-def main() -> int:
-    """Run the shapes and print the bars."""
+def draw_texts(size: Size, steps: int) -> list[list[str]]:
+    """Draw the prompts of all steps: random words."""
+    random = np.random.default_rng(0)
+    texts = []
+    for _ in range(steps):
+        step_texts = []
+        for _ in range(size.prompts):
+            words = [f"w{i}" for i in random.integers(size.vocabulary, size=size.prompt)]
+            step_texts.append(" ".join(words))
+        texts.append(step_texts)
+    return texts
+
+
+def print_header() -> None:
+    """Print the names of the columns."""
+    columns = [*PHASES, "reward", "length", "distinct", "norm"]
+    print(f"  {'seconds':<8}" + "".join(f"{column:>11}" for column in columns))
+
+
+def print_side(name: str, side: Ours | Theirs) -> None:
+    """Print a side's median seconds, and what it sampled."""
+    columns = ""
+    for phase in PHASES:
+        columns += f"{median(side.clock.get_seconds(phase)):11.3f}"
+    for key in ("reward", "length", "distinct", "norm"):
+        mean = np.mean([row[key] for row in side.rows])
+        columns += f"{mean:11.4f}"
+    print(f"  {name:<8}{columns}")
+
+
+def compare_seconds(ours: list[float], theirs: list[float]) -> float:
+    """Print the comparison of the steps' seconds; return the ratio of the medians."""
+    ratio = median(ours) / median(theirs)
+    fastest = min(ours) / min(theirs)
+    by_pair = " ".join(f"{our / their:.3f}" for our, their in zip(ours, theirs))
+    print(f"  ours / TRL {ratio:.3f}; of the fastest steps {fastest:.3f}; by pair {by_pair}")
+    return ratio
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="all", choices=[*SIZES, "all"])
     parser.add_argument("--pairs", type=int, help="default: 5, of the long shape 3")
@@ -461,21 +477,25 @@ def main() -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="a tiny size: its times mean nothing"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the shapes and print the bars."""
+    args = parse_arguments()
     memory.keep_freed_pages()  # as run.py does; here TRL profits too
     torch.set_num_threads(args.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
-    sizes = (
-        {"dry run": DRY}
-        if args.dry_run
-        else {name: size for name, size in SIZES.items() if args.shape in (name, "all")}
-    )
-    bars = [
-        bar
-        for name, size in sizes.items()
-        for bar in measure_pairs(name, size, args.pairs or size.pairs)
-    ]
+    if args.dry_run:
+        sizes = {"dry run": DRY}
+    elif args.shape == "all":
+        sizes = SIZES
+    else:
+        sizes = {args.shape: SIZES[args.shape]}
+    bars = []
+    for name, size in sizes.items():
+        bars += measure_pairs(name, size, args.pairs or size.pairs)
     print(json.dumps({"bars": bars}))
     return 0 if all(bar["ok"] for bar in bars) else 1
 

@@ -42,28 +42,28 @@ def make_twins(
 
     They are transformers' own initialization. Plain rope only.
     """
-    theirs = asdict(config)
-    family = theirs.pop("family")
-    theta = theirs.pop("rope_theta")
-    scaling = theirs.pop("rope_scaling")
+    settings = asdict(config)
+    family = settings.pop("family")
+    theta = settings.pop("rope_theta")
+    scaling = settings.pop("rope_scaling")
     assert scaling is None, "rope scaling is not translated"
+    their_config = AutoConfig.for_model(
+        family,
+        **settings,
+        rope_parameters=dict(rope_type="default", rope_theta=theta),
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(
-                family,
-                **theirs,
-                rope_parameters=dict(rope_type="default", rope_theta=theta),
-                bos_token_id=None,
-                eos_token_id=None,
-                pad_token_id=None,
-            ),
-            dtype=dtype,
-            attn_implementation="sdpa",
-        ).eval()
+            their_config, dtype=dtype, attn_implementation="sdpa"
+        )
+        model.eval()
         decoder = Decoder(config).to(dtype)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    decoder.load_state_dict(
-        {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-    )
+    weights = model.state_dict()
+    if config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    decoder.load_state_dict(weights)
     return decoder, model

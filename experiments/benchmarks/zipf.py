@@ -22,62 +22,62 @@ SHIFT = 2.7
 
 
 class Zipf:
-    """Draw documents and queries of words, which are numbers.
-
-    `texts` spells them so that the analyzer keeps each as one token.
-    """
+    """Draw documents and queries of words, which are numbers below `words`."""
 
     def __init__(self, seed: int = 0, words: int = WORDS):
         self.random = np.random.default_rng(seed)
         self.words = words
-        self.all = cumulate_zipf(words)
-        self.own = cumulate_zipf(PER_TOPIC)
-        start = self.all[50]
-        self.topics = np.searchsorted(
-            self.all, start + (1 - start) * self.random.random((TOPICS, PER_TOPIC))
-        ).astype(np.int32)
+        self.cumulative = cumulate_zipf(words)
+        self.topic_cumulative = cumulate_zipf(PER_TOPIC)
+        start = self.cumulative[50]
+        draws = start + (1 - start) * self.random.random((TOPICS, PER_TOPIC))
+        self.topics = np.searchsorted(self.cumulative, draws).astype(np.int32)
 
-    def corpus(self, documents: int, mean_length: int = 15) -> tuple[np.ndarray, np.ndarray]:
+    def draw_corpus(self, documents: int, mean_length: int = 15) -> tuple[np.ndarray, np.ndarray]:
         """Draw tokens (N,) int32 of all documents in a row, and lengths (documents,)."""
         lengths = np.clip(self.random.poisson(mean_length, documents), 3, None)
         tokens = np.empty(lengths.sum(), np.int32)
-        at = 0
+        start = 0
         # the masks of a whole million would take gigabytes
-        for part in np.array_split(lengths, max(1, documents // 100_000)):
-            n = part.sum()
-            topic = np.repeat(self.random.integers(TOPICS, size=len(part)), part)
-            own = self.topics[topic, np.searchsorted(self.own, self.random.random(n))]
-            tokens[at : at + n] = np.where(
-                self.random.random(n) < SHARE, own, np.searchsorted(self.all, self.random.random(n))
-            )
-            at += n
+        parts = max(1, documents // 100_000)
+        for part in np.array_split(lengths, parts):
+            end = start + part.sum()
+            tokens[start:end] = self.draw_tokens(part)
+            start = end
         return tokens, lengths
 
-    def queries(self, n: int) -> list[list[int]]:
-        """Draw distinct words for each of n queries."""
-        found = []
-        for size in self.random.integers(10, 41, n):
+    def draw_tokens(self, lengths: np.ndarray) -> np.ndarray:
+        """Draw the tokens of documents of these lengths, each of one topic."""
+        count = lengths.sum()
+        topic = np.repeat(self.random.integers(TOPICS, size=len(lengths)), lengths)
+        topic_ranks = np.searchsorted(self.topic_cumulative, self.random.random(count))
+        topic_words = self.topics[topic, topic_ranks]
+        is_of_topic = self.random.random(count) < SHARE
+        words = np.searchsorted(self.cumulative, self.random.random(count))
+        return np.where(is_of_topic, topic_words, words)
+
+    def draw_queries(self, count: int) -> list[list[int]]:
+        """Draw distinct words for each query."""
+        queries = []
+        for size in self.random.integers(10, 41, count):
             topic = self.topics[self.random.integers(TOPICS)]
             query = {}
             while len(query) < size:
-                word = (
-                    topic[np.searchsorted(self.own, self.random.random())]
-                    if self.random.random() < 0.5
-                    else np.searchsorted(self.all, self.random.random())
-                )
-                query[min(int(word), self.words - 1)] = None
-            found.append(list(query))
-        return found
+                word = min(self.draw_word(topic), self.words - 1)
+                query[word] = None
+            queries.append(list(query))
+        return queries
+
+    def draw_word(self, topic: np.ndarray) -> int:
+        """Draw a word, half of the times from the topic."""
+        if self.random.random() < 0.5:
+            rank = np.searchsorted(self.topic_cumulative, self.random.random())
+            return int(topic[rank])
+        return int(np.searchsorted(self.cumulative, self.random.random()))
 
 
 def cumulate_zipf(n: int) -> np.ndarray:
     """Return the cumulative probabilities (n,) of the Zipf-Mandelbrot distribution over n ranks."""
-    weights = (np.arange(1, n + 1) + SHIFT) ** -EXPONENT
+    ranks = np.arange(1, n + 1)
+    weights = (ranks + SHIFT) ** -EXPONENT
     return np.cumsum(weights / weights.sum())
-
-
-def spell_words(tokens: np.ndarray, lengths: np.ndarray) -> list[str]:
-    """Spell the words."""
-    words = [f"w{i}" for i in tokens.tolist()]
-    ends = np.cumsum(lengths).tolist()
-    return [" ".join(words[a:b]) for a, b in zip([0, *ends], ends)]

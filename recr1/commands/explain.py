@@ -934,7 +934,8 @@ class StepStory:
         row = self.step.rows[shown]
         tokens = np.flatnonzero(self.numpy_step.text == shown)
         lines = [
-            f"tokens of text {shown}, A = {row['adv']:.6g}, {row['count']} of its group wrote it:",
+            f"tokens of text {shown}, A = {row['advantage']:.6g}, "
+            f"{row['count']} of its group wrote it:",
             f"{'t':>4}{'id':>9} {'token':<16}{'log pi':>11}{'log pi_old':>11}{'rho':>10}"
             f"{'clip(rho)':>10}{'gain':>11}{'loss_t':>12}{'dL/dlogp_t':>12}",
         ]

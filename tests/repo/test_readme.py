@@ -192,6 +192,8 @@ def check_file(path: str, flags: list[str]) -> str | None:
     if not (ROOT / path).is_file():
         return f"no file {path}"
     source = text_of(ROOT / path)
+    if path.startswith("experiments/prepare/"):  # whose command line is made there
+        source += text_of(ROOT / "experiments/prepare/writing.py")
     unknown = [flag for flag in flags if f'"{flag}"' not in source]
     return f"{path} has no {unknown[0]}" if unknown and path.endswith(".py") else None
 

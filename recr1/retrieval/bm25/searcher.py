@@ -76,9 +76,9 @@ class BM25Searcher:
     Args:
         scorer: "torch", on `device`, or "numba" (extra [fast], CPU): see their files. On a CPU, as
             many threads as torch has share a batch of queries.
-        reproduce_upstream_query_bug: search for "(contents:QUERY)" as the published code does. Lucene's
-            tokenizer joins letter:letter, so a query that begins with a letter loses its first
-            word, and another gains the token `content`.
+        reproduce_upstream_query_bug: search for "(contents:QUERY)" as the published code does.
+            Lucene's tokenizer joins letter:letter, so a query that begins with a letter loses its
+            first word, and another gains the token `content`.
         repeat_terms: what a token that stands n times in the query counts: "count": n times, as in
             Lucene; "once": like one that stands there once, so that nothing is gained by saying a
             word again.

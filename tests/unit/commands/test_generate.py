@@ -2,7 +2,6 @@
 themselves: test_sampling.py.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -33,131 +32,141 @@ HARD = "naïve 😀 ユーザー 👩‍👩‍👧 don't  two  spaces\nand a li
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(argv of a policy with its prompt, the corpus' flags, the policy's folder, the config)."""
+    """Return (argv of a policy with its prompt, the corpus' flags, the policy's folder, config)."""
     folder = tmp_path_factory.mktemp("generate")
     config = write_yaml(folder, **{"sampling.max_new_tokens": 40})
     model = str(folder / "policy")
+    argv = ["generate", "--model", model, "--config", config]
     corpus = ["--corpus", str(folder / "data/corpus.jsonl")]
-    return (
-        ["generate", "--model", model, "--config", config],
-        corpus,
-        model,
-        load_config(config, []),
-    )
+    return argv, corpus, model, load_config(config, [])
 
 
 def run(capsys, *argv, code=0) -> tuple[str, str]:
-    """What it wrote to the output and the error output, having ended with the code (None: any)."""
+    """Run the command; return its output and error output, once it has ended with the code (None:
+    with any).
+    """
     capsys.readouterr()
-    assert run_guarded(cli.main, list(argv)) == code or code is None
+    exit_code = run_guarded(cli.main, list(argv))
+    assert code in (exit_code, None)
     return capsys.readouterr()
 
 
-def decoded(ids) -> str:
-    return TOKENIZER.decode([i for i in ids if i != EOS], clean_up_tokenization_spaces=False)
+def decode(ids) -> str:
+    text_ids = [id for id in ids if id != EOS]
+    return TOKENIZER.decode(text_ids, clean_up_tokenization_spaces=False)
 
 
-def generated(world, query, temperature=0.0, seed=0) -> str:
-    """The text that the sampler writes for the query, without the command."""
-    *_, model, cfg = world
+def sample_text(world, query, temperature=0.0, seed=0) -> str:
+    """Return the text that the sampler writes for the query, without the command."""
+    _, _, model, cfg = world
     chat = ChatTemplate(TOKENIZER, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
-    new = cfg.sampling.max_new_tokens
-    u = draw_uniforms(seed, 0, np.array([0]), 1, new) if temperature else None
+    prompt = Prompt("", 0, query, chat.prompt(query))
+    max_new_tokens = cfg.sampling.max_new_tokens
+    uniforms = None
+    if temperature:
+        uniforms = draw_uniforms(seed, 0, np.array([0]), 1, max_new_tokens)
+
     [rollout] = generate(
         load_model(model, len(TOKENIZER)),
-        [Prompt("", 0, query, chat.prompt(query))],
+        [prompt],
         1,
         temperature or 1.0,
-        new,
+        max_new_tokens,
         frozenset([EOS]),
-        u,
+        uniforms,
     )
-    return decoded(rollout.ids)
+    return decode(rollout.ids)
 
 
 @pytest.mark.parametrize("how", [{}, dict(temperature=0.3, seed=3), dict(temperature=0.3)])
 def test_the_text_is_the_samplers_and_the_hits_are_those_of_search(world, capsys, how):
     argv, corpus, *_ = world
     options = [f"--{name}={value}" for name, value in how.items()]
-    text = generated(world, "red lamp", **how)
+    text = sample_text(world, "red lamp", **how)
     query, error = parse_query(text)
     assert error is None
     assert "\n" not in text
+
     out, err = run(capsys, *argv, *corpus, *options, "red lamp", "-k", "3")
-    raw, rewritten = (
-        run(capsys, "search", *corpus, words, "-k", "3")[0] for words in ("red lamp", query)
-    )
+    without_hits, _ = run(capsys, *argv, *options, "red lamp")
+
+    raw, _ = run(capsys, "search", *corpus, "red lamp", "-k", "3")
+    rewritten, _ = run(capsys, "search", *corpus, query, "-k", "3")
     assert out == f"{text}\n{query}\n\nraw: red lamp\n{raw}\nrewritten: {query}\n{rewritten}"
     assert not err
-    assert run(capsys, *argv, *options, "red lamp")[0] == f"{text}\n{query}\n"
+    assert without_hits == f"{text}\n{query}\n"
 
 
 def test_a_seed_draws_one_text_and_seeds_differ(world, capsys):
     argv = world[0]
-    texts = {
-        seed: run(
-            capsys,
-            *argv,
-            "--temperature=1",
-            *([f"--seed={seed}"] if seed else []),
-            "lamp",
-            code=None,
-        )[0]
-        for seed in ("", *"012")
-    }
-    assert texts[""] == texts["0"]
-    assert len(set(texts.values())) == 3
-    assert all(
-        texts[str(seed)].startswith(
-            cli.make_printable(generated(world, "lamp", 1.0, seed), keep="\n") + "\n"
-        )
-        for seed in range(3)
-    )
+
+    without_seed, _ = run(capsys, *argv, "--temperature=1", "lamp", code=None)
+    texts = []
+    for seed in range(3):
+        text, _ = run(capsys, *argv, "--temperature=1", f"--seed={seed}", "lamp", code=None)
+        texts.append(text)
+
+    assert without_seed == texts[0]
+    assert len(set(texts)) == 3
+    for seed, text in enumerate(texts):
+        sampled = sample_text(world, "lamp", 1.0, seed)
+        assert text.startswith(cli.make_printable(sampled, keep="\n") + "\n")
 
 
 @pytest.mark.parametrize("text", [HARD, "\ufffd", "a \ufffd", "😀😀", ""])
 def test_characters_are_written_once_they_are_whole(text):
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
     written = []
-    with TextStream(decoded, written.append) as stream:
-        for n, id in enumerate(ids, 1):
+    with TextStream(decode, written.append) as stream:
+        for count, id in enumerate(ids, 1):
             stream.hear(id)
-            # nothing is held back that is whole
-            assert "".join(written) == decoded(ids[:n]).rstrip("\ufffd")
+            # nothing is held back that is a character already
+            assert "".join(written) == decode(ids[:count]).rstrip("\ufffd")
+
     assert "".join(written) == text + "\n"
-    assert "\ufffd" in text or not any("\ufffd" in piece for piece in written)
+    if "\ufffd" not in text:
+        for piece in written:
+            assert "\ufffd" not in piece
     if text == HARD:
-        split = [i for i in ids if "\ufffd" in decoded([i])]
-        assert len(split) > 10 and len(written) > 20, (
-            "the tiny tokenizer has whole tokens for these: the test says nothing"
-        )
+        # or the tiny tokenizer has tokens of these characters, and the test says nothing
+        parts_of_characters = [id for id in ids if "\ufffd" in decode([id])]
+        assert len(parts_of_characters) > 10
+        assert len(written) > 20
 
 
 def test_bytes_that_never_become_a_character_are_written_at_the_end():
-    half = TOKENIZER("😀")["input_ids"][:2]
+    letter = TOKENIZER("a")["input_ids"]
+    half_emoji = TOKENIZER("😀")["input_ids"][:2]
+
     written = []
-    with TextStream(decoded, written.append) as stream:
-        for id in TOKENIZER("a")["input_ids"] + half:
+    with TextStream(decode, written.append) as stream:
+        for id in letter + half_emoji:
             stream.hear(id)
         assert written == ["a"]
+
     assert written == ["a", "\ufffd\n"]
 
 
-def chain(folder, ids, new) -> list[str]:
-    """A policy that writes these ids one after the other, each a different one, and then again from
-    the second; its command.
+def write_chain_policy(folder, ids, max_new_tokens) -> list[str]:
+    """Write a policy that samples these ids one after the other, each a different one, and then
+    again from the second; return its command.
     """
     model = answering_model()
     with torch.no_grad():
         embed = model.model.embed_tokens.weight
-        for a, b in zip(ids, ids[1:]):
-            model.lm_head.weight[b] += 40 * embed[a] / embed[a].norm() ** 2
-    save(model, folder / "policy", TOKENIZER, frozenset([EOS]))
-    (folder / "recipe.yaml").write_text(
+        for id, next_id in zip(ids, ids[1:]):
+            direction = embed[id] / embed[id].norm() ** 2
+            model.lm_head.weight[next_id] += 40 * direction
+    policy = folder / "policy"
+    save(model, policy, TOKENIZER, frozenset([EOS]))
+
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
         f"prompt: {{user: 'find: {{query}}', max_tokens: 64}}\n"
-        f"sampling: {{max_new_tokens: {new}}}\n"
+        f"sampling: {{max_new_tokens: {max_new_tokens}}}\n"
     )
-    return ["generate", "--model", str(folder / "policy"), "--config", str(folder / "recipe.yaml")]
+    return ["generate", "--model", str(policy), "--config", str(recipe)]
 
 
 # The command, waiting after each piece of text that it has written: what is to come while it is
@@ -169,20 +178,32 @@ import time
 from recr1 import cli
 signal.signal(signal.SIGINT, signal.default_int_handler)
 write = cli.print_now
-cli.print_now = lambda text: (write(text), time.sleep(0.1))
+def write_slowly(text):
+    write(text)
+    time.sleep(0.1)
+cli.print_now = write_slowly
 cli.run_console_script()
 """
 
 
-def subprocess_of(argv, program=("-m", "recr1.cli"), **how) -> subprocess.Popen:
+def start_process(argv, program=("-m", "recr1.cli")) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *program, *argv],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
-        **how,
     )
+
+
+class Terminal(list):
+    """An output that lists what is written to it, and a None for every flush."""
+
+    def write(self, piece):
+        self.append(piece)
+
+    def flush(self):
+        self.append(None)
 
 
 def test_a_pipe_gets_whole_characters_while_the_text_is_sampled(tmp_path, monkeypatch):
@@ -190,26 +211,21 @@ def test_a_pipe_gets_whole_characters_while_the_text_is_sampled(tmp_path, monkey
     and flushed when, and the bytes of a pipe.
     """
     think, close_think, answer, close_answer, start, end = TOKENIZER.convert_tokens_to_ids(CONTRACT)
-    emoji, [word] = TOKENIZER("😀")["input_ids"], TOKENIZER(" lamp")["input_ids"]
-    argv = chain(
-        tmp_path, [think, *emoji, close_think, answer, start, word, end, close_answer, EOS], 40
-    )
-    text = '😀</think><answer>{"query": " lamp"}</answer>'
-    assert len(set(emoji)) == len(emoji) == 4
+    emoji = TOKENIZER("😀")["input_ids"]
+    [word] = TOKENIZER(" lamp")["input_ids"]
+    assert len(emoji) == 4
+    assert len(set(emoji)) == len(emoji)
+    ids = [think, *emoji, close_think, answer, start, word, end, close_answer, EOS]
+    argv = write_chain_policy(tmp_path, ids, 40)
 
-    class Terminal(list):
-        def write(self, piece):
-            self.append(piece)
-
-        def flush(self):
-            self.append(None)
-
+    terminal = Terminal()
     with monkeypatch.context() as patched:
-        patched.setattr(sys, "stdout", Terminal())
-        assert run_guarded(cli.main, [*argv, "x"]) == 0
-        pieces = sys.stdout
-    pieces = pieces[: pieces.index("\n") + 1]
-    assert [p for p in pieces if p] == [
+        patched.setattr(sys, "stdout", terminal)
+        exit_code = run_guarded(cli.main, [*argv, "x"])
+    assert exit_code == 0
+    end_of_text = terminal.index("\n") + 1
+    pieces = terminal[:end_of_text]
+    assert [piece for piece in pieces if piece] == [
         "😀",
         "</think>",
         "<answer>",
@@ -219,40 +235,42 @@ def test_a_pipe_gets_whole_characters_while_the_text_is_sampled(tmp_path, monkey
         "</answer>",
         "\n",
     ]
-    assert all(pieces[i + 1] is None for i, p in enumerate(pieces[:-1]) if p), (
-        "a piece was not flushed"
-    )
-    out, err = subprocess_of([*argv, "x"]).communicate(timeout=120)
+    for piece, after in zip(pieces, pieces[1:]):
+        if piece:
+            assert after is None, "a piece was not flushed"
+
+    out, err = start_process([*argv, "x"]).communicate(timeout=120)
+    text = '😀</think><answer>{"query": " lamp"}</answer>'
     assert out.decode("utf-8") == f"{text}\nlamp\n"
     assert b"Traceback" not in err
 
 
 def test_control_characters_of_the_policy_do_not_reach_the_terminal_but_lines_do(tmp_path, capsys):
-    think, close_think, *_ = TOKENIZER.convert_tokens_to_ids(CONTRACT)
-    [escape], [line], [x] = (TOKENIZER(c)["input_ids"] for c in ("\x1b", "\n", "x"))
-    out, err = run(capsys, *chain(tmp_path, [think, escape, line, x, EOS], 10), "q", code=2)
+    think = TOKENIZER.convert_tokens_to_ids("<think>")
+    [escape] = TOKENIZER("\x1b")["input_ids"]
+    [line_end] = TOKENIZER("\n")["input_ids"]
+    [letter] = TOKENIZER("x")["input_ids"]
+    argv = write_chain_policy(tmp_path, [think, escape, line_end, letter, EOS], 10)
+
+    out, err = run(capsys, *argv, "q", code=2)
+
     assert out == " \nx\n"
     assert "no_think_end" in err
 
 
 def test_a_text_without_an_answer_is_shown_and_said_to_hold_none(world, tmp_path, capsys):
-    argv, corpus, model, cfg = world
-    (tmp_path / "short.yaml").write_text(
+    _, corpus, model, _ = world
+    short = tmp_path / "short.yaml"
+    short.write_text(
         "prompt: {user: 'find: {query}', max_tokens: 64}\nsampling: {max_new_tokens: 2}\n"
     )
-    out, err = run(
-        capsys,
-        "generate",
-        "--model",
-        model,
-        "--config",
-        str(tmp_path / "short.yaml"),
-        *corpus,
-        "lamp",
-        code=2,
-    )
+    argv = ["generate", "--model", model, "--config", str(short), *corpus, "lamp"]
+
+    out, err = run(capsys, *argv, code=2)
+
+    text = out.rstrip("\n")
     assert len(out.splitlines()) == 1
-    assert generated(world, "lamp").startswith(out.rstrip("\n"))
+    assert sample_text(world, "lamp").startswith(text)
     assert err.startswith("recr1: ")
     assert err.count("\n") == 1
     assert "holds no query (" in err
@@ -260,20 +278,24 @@ def test_a_text_without_an_answer_is_shown_and_said_to_hold_none(world, tmp_path
 
 
 def test_ctrl_c_and_a_closed_pipe_end_in_what_was_written(tmp_path):
-    words = [TOKENIZER(f" {w}")["input_ids"][0] for w in ("lamp", "chair")]
+    think = TOKENIZER.convert_tokens_to_ids("<think>")
+    lamp = TOKENIZER(" lamp")["input_ids"][0]
+    chair = TOKENIZER(" chair")["input_ids"][0]
     # without an end
-    argv = chain(tmp_path, [TOKENIZER.convert_tokens_to_ids("<think>"), *words, words[0]], 440)
-    asked = subprocess_of([*argv, "x"], ("-c", SLOWLY))
-    assert asked.stdout.read(5) == b" lamp"
-    asked.send_signal(signal.SIGINT)
-    rest, err = asked.communicate(timeout=120)
-    assert asked.returncode == 130
+    argv = write_chain_policy(tmp_path, [think, lamp, chair, lamp], 440)
+
+    interrupted = start_process([*argv, "x"], ("-c", SLOWLY))
+    assert interrupted.stdout.read(5) == b" lamp"
+    interrupted.send_signal(signal.SIGINT)
+    rest, err = interrupted.communicate(timeout=120)
+    words = rest.split()
+    assert interrupted.returncode == 130
     assert not err.strip()
     assert rest.endswith(b"\n")
-    assert set(rest.split()) <= {b"lamp", b"chair"} and len(rest.split()) < 439, (
-        "the text was finished before the signal came"
-    )
-    closed = subprocess_of([*argv, "x"], ("-c", SLOWLY))
+    assert set(words) <= {b"lamp", b"chair"}
+    assert len(words) < 439, "the text was finished before the signal came"
+
+    closed = start_process([*argv, "x"], ("-c", SLOWLY))
     assert closed.stdout.read(5) == b" lamp"
     closed.stdout.close()
     assert b"Traceback" not in closed.stderr.read()
@@ -281,45 +303,61 @@ def test_ctrl_c_and_a_closed_pipe_end_in_what_was_written(tmp_path):
 
 
 def test_bad_input_is_one_line_before_anything_is_sampled(world, tmp_path, capsys):
-    argv, corpus, model, _ = world
+    argv, _, model, _ = world
+    config = argv[-1]
+    bad_corpus = tmp_path / "bad.jsonl"
+    bad_corpus.write_text('{"title": "no id"}\n')
 
-    def refused(*args) -> str:
-        out, err = run(capsys, *args, code=2)
-        assert not out
-        assert err.startswith("recr1: ")
-        assert err.count("\n") == 1
-        return err
+    err = read_refusal(capsys, "generate", "--model", "no/such/folder", "x")
+    assert "no/such/folder" in err
 
-    assert "no/such/folder" in refused("generate", "--model", "no/such/folder", "x")
-    assert (
-        "recr1.yaml: no such file" in (err := refused("generate", "--model", model, "x"))
-        and "--config" in err
-    )
-    assert "nowhere.yaml: no such file" in refused(
-        "generate", "--model", model, "--config", "nowhere.yaml", "x"
-    )
-    assert "nowhere.jsonl: no such file" in refused(*argv, "--corpus", "nowhere.jsonl", "x")
-    (tmp_path / "bad.jsonl").write_text(json.dumps(dict(title="no id")) + "\n")
-    assert "bad.jsonl:1" in refused(*argv, "--corpus", str(tmp_path / "bad.jsonl"), "x")
-    assert "prompt.max_tokens is 64" in (err := refused(*argv, "lamp " * 100)) and argv[-1] in err
-    assert "--temperature 1" in refused(*argv, "--seed", "1", "x")
+    err = read_refusal(capsys, "generate", "--model", model, "x")
+    assert "recr1.yaml: no such file" in err
+    assert "--config" in err
+
+    err = read_refusal(capsys, "generate", "--model", model, "--config", "nowhere.yaml", "x")
+    assert "nowhere.yaml: no such file" in err
+
+    err = read_refusal(capsys, *argv, "--corpus", "nowhere.jsonl", "x")
+    assert "nowhere.jsonl: no such file" in err
+
+    err = read_refusal(capsys, *argv, "--corpus", str(bad_corpus), "x")
+    assert "bad.jsonl:1" in err
+
+    err = read_refusal(capsys, *argv, "lamp " * 100)
+    assert "prompt.max_tokens is 64" in err
+    assert config in err
+
+    err = read_refusal(capsys, *argv, "--seed", "1", "x")
+    assert "--temperature 1" in err
 
 
-@pytest.mark.parametrize(
-    "options, said",
-    [
-        (["--temperature", "-1"], "from 0.001"),
-        (["--temperature", "nan"], "from 0.001"),
-        (["--temperature", "1e-9"], "from 0.001"),
-        (["--temperature", "hot"], "from 0.001"),
-        (["--seed", "-1", "--temperature", "1"], "whole number"),
-        (["--seed", str(2**64)], "whole number"),
-        (["-k", "0"], "from 1"),
-        (["a\udcff"], "not UTF-8"),
-    ],
-)
-def test_bad_options_are_refused(options, said, capsys):
-    with pytest.raises(SystemExit) as e:
-        cli.main(["generate", "--model", "m", *options, *([] if "a\udcff" in options else ["x"])])
-    assert e.value.code == 2
-    assert said in capsys.readouterr().err
+def read_refusal(capsys, *argv) -> str:
+    """Run the command; return the one line of its error, once it has ended with 2 and no output."""
+    out, err = run(capsys, *argv, code=2)
+    assert not out
+    assert err.startswith("recr1: ")
+    assert err.count("\n") == 1
+    return err
+
+
+# words of the command line, and what the error says
+BAD_OPTIONS = [
+    (["x", "--temperature", "-1"], "from 0.001"),
+    (["x", "--temperature", "nan"], "from 0.001"),
+    (["x", "--temperature", "1e-9"], "from 0.001"),
+    (["x", "--temperature", "hot"], "from 0.001"),
+    (["x", "--seed", "-1", "--temperature", "1"], "whole number"),
+    (["x", "--seed", str(2**64)], "whole number"),
+    (["x", "-k", "0"], "from 1"),
+    (["a\udcff"], "not UTF-8"),
+]
+
+
+@pytest.mark.parametrize("options, message", BAD_OPTIONS)
+def test_bad_options_are_refused(options, message, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["generate", "--model", "m", *options])
+
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err

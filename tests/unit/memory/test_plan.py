@@ -33,84 +33,135 @@ from recr1.training.launch import run_guarded
 
 ROOT = Path(__file__).resolve().parents[3]
 PAPER = str(ROOT / "experiments/configs/rec_r1/esci_bm25_3b.yaml")
+NUM_WEIGHTS = 3_085_938_688  # of Qwen2.5-3B, as published
 
 
-def loaded(path=PAPER, *overrides):
+def load_config_and_shape(path=PAPER, *overrides):
     cfg = configs.load_config(path, list(overrides))
-    return cfg, read_model_shape(cfg.model.path, path)
+    shape = read_model_shape(cfg.model.path, path)
+    return cfg, shape
 
 
-def overrides(ranks: int, memory: str, *more) -> dict | None:
-    """What the plan advises; None where nothing fits."""
-    options, found = try_settings(
-        *loaded(PAPER, *more), ranks, get_usable_bytes(parse_bytes(memory))
-    )[-1]
-    return options if found.peak() <= get_usable_bytes(parse_bytes(memory)) else None
+def find_advice(ranks: int, memory: str, *overrides) -> dict | None:
+    """Return what the plan advises; None where nothing fits."""
+    cfg, shape = load_config_and_shape(PAPER, *overrides)
+    usable = get_usable_bytes(parse_bytes(memory))
+    options, estimate = try_settings(cfg, shape, ranks, usable)[-1]
+    if estimate.peak() > usable:
+        return None
+    return options
 
 
 def test_the_papers_3b_fits_where_it_should():
-    assert MemoryEstimate(*loaded(), 1).num_weights == 3_085_938_688  # as published
+    cfg, shape = load_config_and_shape()
+    assert MemoryEstimate(cfg, shape, 1).num_weights == NUM_WEIGHTS
+
     # nothing on the host, nothing else changed
-    assert overrides(2, "48GB") == overrides(2, "80GB") == {}
-    assert overrides(1, "48GB") == {"optimizer.cpu_offload": True}
-    assert overrides(1, "80GB") == {}
-    assert overrides(1, "24GB") is None
+    assert find_advice(2, "48GB") == {}
+    assert find_advice(2, "80GB") == {}
+    assert find_advice(1, "48GB") == {"optimizer.cpu_offload": True}
+    assert find_advice(1, "80GB") == {}
+    assert find_advice(1, "24GB") is None
 
 
 def test_advice_goes_from_cheap_to_dear():
-    assert overrides(2, "48GB", "train.tokens_per_micro_batch=131072") == {
-        "train.tokens_per_micro_batch": 32768
-    }
-    assert overrides(1, "80GB", "train.gradient_checkpointing=false") == {
-        "train.gradient_checkpointing": True
-    }
-    assert overrides(1, "72GB", "train.gradient_checkpointing=false") == {
+    many_tokens = "train.tokens_per_micro_batch=131072"
+    no_checkpointing = "train.gradient_checkpointing=false"
+    late_sync = "train.gradient_sync=last_micro_batch"
+
+    advice = find_advice(2, "48GB", many_tokens)
+    assert advice == {"train.tokens_per_micro_batch": 32768}
+
+    advice = find_advice(1, "80GB", no_checkpointing)
+    assert advice == {"train.gradient_checkpointing": True}
+
+    advice = find_advice(1, "72GB", no_checkpointing)
+    assert advice == {
         "train.gradient_checkpointing": True,
         "loss.reference_cpu_offload": True,
     }
+
     # fewer tokens before more work
-    assert overrides(1, "141GiB", "train.gradient_checkpointing=false") == {
-        "train.tokens_per_micro_batch": 8192
-    }
-    assert overrides(2, "41GB", "train.gradient_sync=last_micro_batch") == {
-        "train.gradient_sync": "every_micro_batch"
-    }
-    tried = [options for options, _ in try_settings(*loaded(PAPER, "loss.kl_coef=0"), 1, 0.0)]
+    advice = find_advice(1, "141GiB", no_checkpointing)
+    assert advice == {"train.tokens_per_micro_batch": 8192}
+
+    advice = find_advice(2, "41GB", late_sync)
+    assert advice == {"train.gradient_sync": "every_micro_batch"}
+
     # no reference, and the longest text
-    assert tried[:2] == [{}, {"optimizer.cpu_offload": True}]
-    assert tried[-1]["train.tokens_per_micro_batch"] == 768
+    cfg, shape = load_config_and_shape(PAPER, "loss.kl_coef=0")
+    tried_options = [options for options, _ in try_settings(cfg, shape, 1, 0.0)]
+    assert tried_options[:2] == [{}, {"optimizer.cpu_offload": True}]
+    assert tried_options[-1]["train.tokens_per_micro_batch"] == 768
+
+
+def read_terms(estimate: MemoryEstimate, phase: str) -> dict[str, float]:
+    """Return {name of the term: bytes} of one phase."""
+    terms = estimate.phases()[phase]
+    return {term.name: term.bytes for term in terms}
 
 
 def test_terms_by_hand():
     """Qwen2.5-3B on two ranks, from its config.json: what is large, computed here once more."""
-    cfg, shape = loaded()
-    P = 3_085_938_688
-    root = 151_936 * 2048 + 2048
-    phases = MemoryEstimate(cfg, shape, 2).phases()
-    block = (P - root) // 36
-    found = {phase: {t.name: t.bytes for t in terms} for phase, terms in phases.items()}
-    assert found["update"] == {
-        "master weights": 2 * P,
-        "Adam's moments": 4 * P,
-        "reference": P,
-        "gradients": 2 * P,
+    cfg, shape = load_config_and_shape()
+    estimate = MemoryEstimate(cfg, shape, 2)
+    num_layers = 36
+    root_weights = 151_936 * 2048 + 2048
+    block_weights = (NUM_WEIGHTS - root_weights) // num_layers
+    bytes_per_slot = num_layers * 2 * 2 * 128 * 2  # keys and values, heads, numbers, bytes
+    num_texts = 16 * 12
+
+    update = read_terms(estimate, "update")
+    assert update == {
+        "master weights": 2 * NUM_WEIGHTS,
+        "Adam's moments": 4 * NUM_WEIGHTS,
+        "reference": NUM_WEIGHTS,
+        "gradients": 2 * NUM_WEIGHTS,
         "cache, kept": 0,
         "moments on their way": 0,
         "gradient norm": 0,
     }
-    slot = 36 * 2 * 2 * 128 * 2  # layers, keys and values, heads, numbers, bytes
-    assert found["sampling"]["cache"] == 16 * 12 * 768 * slot
-    assert found["sampling"]["cache before it grew"] == 16 * 12 * 512 * slot
-    assert found["sampling"]["distribution"] == 8 * 16 * 12 * 151_936
-    assert found["sampling"]["gathered root"] == 2 * root
-    assert found["training"]["activations kept"] <= 36 * 16_384 * 2048 * 2
-    assert found["training"]["gathered blocks"] == 2.5 * 2 * block
-    assert (
-        MemoryEstimate(apply_overrides(cfg, {"optimizer.cpu_offload": True}), shape, 2)
-        .phases()["update"][1]
-        .bytes
-        == 0
-    )
+
+    sampling = read_terms(estimate, "sampling")
+    assert sampling["cache"] == num_texts * 768 * bytes_per_slot
+    assert sampling["cache before it grew"] == num_texts * 512 * bytes_per_slot
+    assert sampling["distribution"] == 8 * num_texts * 151_936
+    assert sampling["gathered root"] == 2 * root_weights
+
+    training = read_terms(estimate, "training")
+    assert training["activations kept"] <= num_layers * 16_384 * 2048 * 2
+    assert training["gathered blocks"] == 2.5 * 2 * block_weights
+
+    offloaded_cfg = apply_overrides(cfg, {"optimizer.cpu_offload": True})
+    offloaded_update = MemoryEstimate(offloaded_cfg, shape, 2).phases()["update"]
+    assert offloaded_update[1].bytes == 0
+
+
+def measure_peaks(cfg, shape, gpu: bool, option_sets: list[dict]) -> list[float]:
+    """Return the predicted peak on one rank with each set of options."""
+    peaks = []
+    for options in option_sets:
+        changed_cfg = apply_overrides(cfg, options)
+        estimate = MemoryEstimate(changed_cfg, shape, 1, gpu)
+        peaks.append(estimate.peak())
+    return peaks
+
+
+def check_never_rises(peaks: list[float]) -> None:
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks[-1] > 0
+
+
+OFFLOADS = [
+    {},
+    {"loss.reference_cpu_offload": True},
+    {"loss.reference_cpu_offload": True, "optimizer.cpu_offload": True},
+]
+FROZEN = [
+    {},
+    {"train.frozen": "*.mlp.*"},
+    {"train.frozen": "*"},
+]
 
 
 @pytest.mark.parametrize(
@@ -118,179 +169,185 @@ def test_terms_by_hand():
     ["configs/rec_r1/esci_bm25_3b.yaml", "configs/cpu/esci_small.yaml", "quickstart.yaml"],
 )
 def test_more_of_what_saves_memory_never_needs_more(name):
-    cfg, shape = loaded(str(ROOT / "experiments" / name))
+    cfg, shape = load_config_and_shape(str(ROOT / "experiments" / name))
     longest = cfg.prompt.max_tokens + cfg.sampling.max_new_tokens
+    budgets = []
+    for tokens in (65_536, 16_384, 4096, longest):
+        budgets.append({"train.tokens_per_micro_batch": tokens})
+
     for gpu in (True, False):
+        peaks_of_ranks = []
+        for ranks in (1, 2, 4, 8):
+            estimate = MemoryEstimate(cfg, shape, ranks, gpu)
+            peaks_of_ranks.append(estimate.peak())
+        check_never_rises(peaks_of_ranks)
 
-        def peak(ranks=1, **changes):
-            return MemoryEstimate(
-                apply_overrides(
-                    cfg, {key.replace("__", "."): value for key, value in changes.items()}
-                ),
-                shape,
-                ranks,
-                gpu,
-            ).peak()
-
-        for ladder in (
-            [peak(ranks) for ranks in (1, 2, 4, 8)],
-            [peak(train__tokens_per_micro_batch=b) for b in (65_536, 16_384, 4096, longest)],
-            [
-                peak(),
-                peak(loss__reference_cpu_offload=True),
-                peak(loss__reference_cpu_offload=True, optimizer__cpu_offload=True),
-            ],
-            [peak(), peak(train__frozen="*.mlp.*"), peak(train__frozen="*")],
-        ):
-            assert ladder == sorted(ladder, reverse=True)
-            assert ladder[-1] > 0
+        for option_sets in (budgets, OFFLOADS, FROZEN):
+            peaks = measure_peaks(cfg, shape, gpu, option_sets)
+            check_never_rises(peaks)
 
 
-@pytest.mark.parametrize(
-    "prompts,group,asked,new", [(3, 4, 9, 12), (2, 2, 40, 3), (5, 1, 17, 30), (1, 8, 4, 64)]
-)
-def test_the_cache_grows_as_planned(prompts, group, asked, new):
-    model = tiny_model(std=0.02)
-    g = torch.Generator().manual_seed(0)
-    cache = make_cache(model)
+def record_cache_sizes(cache) -> set[int]:
+    """Return a set that gets the bytes of the cache after each time it may have grown."""
     sizes = set()
     reserve = cache._reserve
-    cache._reserve = lambda *need: (reserve(*need), sizes.add(cache.kv.nbytes))
-    texts = [
-        Prompt(
-            f"q{i}",
-            i,
-            "",
-            tuple(torch.randint(model.config.vocab_size, (asked,), generator=g).tolist()),
-        )
-        for i in range(prompts)
-    ]
-    generate(
-        model,
-        texts,
-        group,
-        1.0,
-        new,
-        frozenset(),
-        np.random.default_rng(0).random((prompts, group, new)),
-        cache,
-    )
-    cfg = configs.load_config(
-        str(ROOT / "experiments/quickstart.yaml"),
-        [f"prompt.max_tokens={asked}", f"sampling.max_new_tokens={new}"],
-    )
-    planned = MemoryEstimate(
-        replace(cfg, train=replace(cfg.train, prompts_per_step=prompts)), model.config, 1, gpu=False
-    )
-    assert sizes == set(planned.count_cache_growth(prompts, group))
+
+    def reserve_and_record(*need):
+        reserve(*need)
+        sizes.add(cache.kv.nbytes)
+
+    cache._reserve = reserve_and_record
+    return sizes
+
+
+def draw_prompts(num_prompts: int, prompt_len: int, vocab_size: int) -> list[Prompt]:
+    rng = torch.Generator().manual_seed(0)
+    prompts = []
+    for i in range(num_prompts):
+        ids = torch.randint(vocab_size, (prompt_len,), generator=rng)
+        prompt = Prompt(f"q{i}", i, "", tuple(ids.tolist()))
+        prompts.append(prompt)
+    return prompts
+
+
+# prompts, samples of each, tokens of a prompt, new tokens
+CACHE_SHAPES = [
+    (3, 4, 9, 12),
+    (2, 2, 40, 3),
+    (5, 1, 17, 30),
+    (1, 8, 4, 64),
+]
+
+
+@pytest.mark.parametrize("num_prompts, group_size, prompt_len, new_tokens", CACHE_SHAPES)
+def test_the_cache_grows_as_planned(num_prompts, group_size, prompt_len, new_tokens):
+    model = tiny_model(std=0.02)
+    cache = make_cache(model)
+    sizes = record_cache_sizes(cache)
+    prompts = draw_prompts(num_prompts, prompt_len, model.config.vocab_size)
+    uniforms = np.random.default_rng(0).random((num_prompts, group_size, new_tokens))
+
+    no_stops = frozenset()
+    generate(model, prompts, group_size, 1.0, new_tokens, no_stops, uniforms, cache)
+
+    lengths = [f"prompt.max_tokens={prompt_len}", f"sampling.max_new_tokens={new_tokens}"]
+    cfg = configs.load_config(str(ROOT / "experiments/quickstart.yaml"), lengths)
+    train_cfg = replace(cfg.train, prompts_per_step=num_prompts)
+    cfg = replace(cfg, train=train_cfg)
+    estimate = MemoryEstimate(cfg, model.config, 1, gpu=False)
+    assert sizes == set(estimate.count_cache_growth(num_prompts, group_size))
 
 
 def test_predictions_are_within_a_tenth_of_what_a_step_allocates():
     """The bench's quick cases; see there. The whole table: python experiments/benchmarks/plan.py"""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "experiments/benchmarks/plan.py"), "--quick"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    bars = json.loads(done.stdout.splitlines()[-1])["bars"]
-    assert (
-        done.returncode == 0
-        and len(bars) == 4
-        and all(bar["ok"] and abs(bar["value"] - 1) <= 0.1 for bar in bars)
-    ), done.stdout + done.stderr
+    command = [sys.executable, str(ROOT / "experiments/benchmarks/plan.py"), "--quick"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    output = process.stdout + process.stderr
+    assert process.returncode == 0, output
+
+    last_line = process.stdout.splitlines()[-1]
+    bars = json.loads(last_line)["bars"]
+    assert len(bars) == 4, output
+    for bar in bars:
+        assert bar["ok"], output
+        assert abs(bar["value"] - 1) <= 0.1, output
 
 
 def test_the_command_says_what_to_add(capsys):
-    out = run(capsys, "plan", PAPER, "--gpus", 1, "--memory", "48GB")
-    assert "optimizer.cpu_offload=true" in out.splitlines()[-2]
-    assert re.search(r"too much +as configured", out)
-    sums = re.search(r"^sum((?: +[\d.]+)+)$", out, re.MULTILINE)[1].split()
-    assert [float(x) for x in sums] == [
-        round(sum_bytes(terms) / 2**30, 1)
-        for terms in MemoryEstimate(*loaded(PAPER, "optimizer.cpu_offload=true"), 1)
-        .phases()
-        .values()
-    ]
-    again = run(
-        capsys,
-        "plan",
-        PAPER,
-        "optimizer.cpu_offload=true",
-        "--gpus",
-        1,
-        "--memory",
-        "48GB",
-        "train.tokens_per_micro_batch=8192",
-    )
-    assert "fits as configured" in again
+    flags = ["--gpus", 1, "--memory", "48GB"]
+
+    output = run(capsys, "plan", PAPER, *flags)
+
+    assert "optimizer.cpu_offload=true" in output.splitlines()[-2]
+    assert re.search(r"too much +as configured", output)
+    sums = re.search(r"^sum((?: +[\d.]+)+)$", output, re.MULTILINE)[1].split()
+    cfg, shape = load_config_and_shape(PAPER, "optimizer.cpu_offload=true")
+    expected_sums = []
+    for terms in MemoryEstimate(cfg, shape, 1).phases().values():
+        gib = sum_bytes(terms) / 2**30
+        expected_sums.append(round(gib, 1))
+    assert [float(total) for total in sums] == expected_sums
+
+    overrides = ["optimizer.cpu_offload=true", "train.tokens_per_micro_batch=8192"]
+    output = run(capsys, "plan", PAPER, overrides[0], *flags, overrides[1])
+    assert "fits as configured" in output
 
 
 def test_a_plan_without_room_for_more_tokens():
     """Nothing larger than the config's token budget fits: the plan says only what to add."""
-    text, why = make_plan(*loaded(), 4, 24e9)
-    assert not why
+    cfg, shape = load_config_and_shape()
+
+    text, why_nothing_fits = make_plan(cfg, shape, 4, 24e9)
+
+    assert not why_nothing_fits
     assert "there is room for" not in text
 
 
-def test_bad_input_is_one_line(tmp_path, capsys):
-    def plan(*argv):
-        return refused(capsys, "plan", *argv)
+BAD_FLAGS = [
+    ["--gpus", "0", "--memory", "48GB"],
+    ["--gpus", "1"],
+    ["--gpus", "1", "--memory", "48GB", "--fast"],
+]
 
-    assert "take --gpus 3" in plan(PAPER, "--gpus", 1, "--memory", "24GB")
-    assert "nor do 64" in plan(PAPER, "--gpus", 1, "--memory", "2GiB")
-    assert "--memory" in plan(PAPER, "--gpus", 1, "--memory", "48")
-    assert "48GB" in plan(PAPER, "--gpus", 1, "--memory", "much")
-    assert "shapes.yaml" in plan(PAPER, "--gpus", 1, "--memory", "48GB", "model.path=some/model")
-    assert "unknown key train.stepz" in plan(
-        PAPER, "--gpus", 1, "--memory", "48GB", "train.stepz=1"
-    )
-    assert "exceeds train.tokens_per_micro_batch" in plan(
-        PAPER, "--gpus", 1, "--memory", "48GB", "train.tokens_per_micro_batch=700"
-    )
-    assert "no such file" in plan(tmp_path / "none.yaml", "--gpus", 1, "--memory", "48GB")
-    for argv in (
-        ["--gpus", "0", "--memory", "48GB"],
-        ["--gpus", "1"],
-        ["--gpus", "1", "--memory", "48GB", "--fast"],
-    ):
-        with pytest.raises(SystemExit) as e:
-            cli.main(["plan", PAPER, *argv])
-        assert e.value.code == 2
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    def refuse(memory, *overrides, config=PAPER):
+        return refused(capsys, "plan", config, "--gpus", 1, "--memory", memory, *overrides)
+
+    assert "take --gpus 3" in refuse("24GB")
+    assert "nor do 64" in refuse("2GiB")
+    assert "--memory" in refuse("48")
+    assert "48GB" in refuse("much")
+    assert "shapes.yaml" in refuse("48GB", "model.path=some/model")
+    assert "unknown key train.stepz" in refuse("48GB", "train.stepz=1")
+    message = refuse("48GB", "train.tokens_per_micro_batch=700")
+    assert "exceeds train.tokens_per_micro_batch" in message
+    assert "no such file" in refuse("48GB", config=tmp_path / "none.yaml")
+
+    for flags in BAD_FLAGS:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["plan", PAPER, *flags])
+        assert stopped.value.code == 2
+
     assert parse_bytes("141GiB") == 141 * 2**30
     assert parse_bytes("47.5 GB") == 47.5e9
 
 
+ANNOUNCEMENT = (
+    r"memory predicted per rank, at most: "
+    r"sample [\d,]+ MiB, train [\d,]+ MiB, evaluate [\d,]+ MiB\n"
+)
+
+
 def test_a_run_says_what_it_expects_and_logs_what_it_took(tmp_path, capsys):
     assert run_guarded(train.main, [write_yaml(tmp_path), "train.steps=2"]) == 0
-    assert re.search(
-        r"memory predicted per rank, at most: "
-        r"sample [\d,]+ MiB, train [\d,]+ MiB, evaluate [\d,]+ MiB\n",
-        capsys.readouterr().out,
-    )
-    summary = json.loads((tmp_path / "run/summary.json").read_text())["memory"]
+    output = capsys.readouterr().out
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    memory = summary["memory"]
     rows = jsonl(tmp_path / "run/metrics.jsonl")
-    assert (
-        summary["predicted"].keys()
-        == {"sample", "train", "evaluate"}
-        == summary["measured"].keys() - {"reward"}
-    )
-    assert (
-        summary["of"] == "torch.cuda.max_memory_allocated"
-        if torch.cuda.is_available()
-        else summary["of"] in ("VmHWM", "ru_maxrss")
-    )
-    assert {"sample", "train"} <= rows[0]["memory"].keys()
-    assert min(rows[0]["memory"].values()) > 1 << 20
-    assert all(
-        summary["measured"][phase] == max(row["memory"][phase] for row in rows)
-        for phase in ("sample", "train")
-    )
+
+    assert re.search(ANNOUNCEMENT, output)
+    assert set(memory["predicted"]) == {"sample", "train", "evaluate"}
+    assert set(memory["measured"]) - {"reward"} == {"sample", "train", "evaluate"}
+    if torch.cuda.is_available():
+        assert memory["of"] == "torch.cuda.max_memory_allocated"
+    else:
+        assert memory["of"] in ("VmHWM", "ru_maxrss")
+
+    first_row = rows[0]["memory"]
+    assert "sample" in first_row
+    assert "train" in first_row
+    assert min(first_row.values()) > 1 << 20
+    for phase in ("sample", "train"):
+        most = max(row["memory"][phase] for row in rows)
+        assert memory["measured"][phase] == most
 
 
 def test_a_run_that_may_not_fit_says_so():
-    found = MemoryEstimate(*loaded(), 1)
-    assert "\n" not in format_announcement(found, None)
-    assert "\n" not in format_announcement(found, 80e9)
-    assert "this fits: optimizer.cpu_offload=true" in format_announcement(found, 48e9)
-    assert "take more GPUs" in format_announcement(found, 8e9)
+    cfg, shape = load_config_and_shape()
+    estimate = MemoryEstimate(cfg, shape, 1)
+
+    assert "\n" not in format_announcement(estimate, None)
+    assert "\n" not in format_announcement(estimate, 80e9)
+    assert "this fits: optimizer.cpu_offload=true" in format_announcement(estimate, 48e9)
+    assert "take more GPUs" in format_announcement(estimate, 8e9)

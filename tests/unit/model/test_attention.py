@@ -34,36 +34,60 @@ CPU = torch.device("cpu")
 REAL = torch_varlen.varlen_attn
 
 
-def documented(q, k, v, cu_q, cu_k, max_q, max_k, scale=None):
-    """One sequence after the other: softmax over the keys that a causal mask, aligned to the bottom
-    right corner, leaves. Refuses what the kernels do.
-    """
+def check_lengths(cumulative, longest, total):
+    """Refuse what the kernels refuse of cumulative lengths."""
+    lengths = cumulative.diff()
+    assert cumulative.dtype == torch.int32
+    assert cumulative[0] == 0
+    assert cumulative[-1] == total
+    assert type(longest) is int
+    assert longest == lengths.max()
+    assert (lengths > 0).all()  # flash-attention issues 1537 and 1619
+
+
+def check_arguments(q, k, v, cu_q, cu_k, max_q, max_k):
+    """Refuse what the kernels refuse."""
     for x in (q, k, v):
         assert x.ndim == 3
         assert x.stride(-1) == 1
         assert x.shape[2] == q.shape[2]
     assert k.shape == v.shape
     assert q.shape[1] % k.shape[1] == 0
-    for cu, longest, total in ((cu_q, max_q, len(q)), (cu_k, max_k, len(k))):
-        lengths = cu.diff()
-        assert cu.dtype == torch.int32
-        assert cu[0] == 0
-        assert cu[-1] == total
-        assert type(longest) is int
-        assert longest == lengths.max()
-        assert (lengths > 0).all()  # flash-attention issues 1537 and 1619
+    check_lengths(cu_q, max_q, len(q))
+    check_lengths(cu_k, max_k, len(k))
     assert len(cu_q) == len(cu_k)
-    out = []
+
+
+def attend_in_sequence(q, k, v, scale):
+    """Compute softmax over the keys that a causal mask, aligned to the bottom right corner, leaves.
+
+    q is (T, H, D), k and v are (S, H, D).
+    """
+    T = len(q)
+    S = len(k)
+    # seqlen_q = 2, seqlen_k = 5: 1 1 1 1 0 / 1 1 1 1 1
+    ones = torch.ones(T, S, dtype=torch.bool)
+    mask = ones.tril(S - T)
+    scores = scale * torch.einsum("thd,shd->hts", q, k)
+    masked = scores.masked_fill(~mask, -torch.inf)
+    weights = masked.softmax(-1)
+    return torch.einsum("hts,shd->thd", weights, v)
+
+
+def attend_as_documented(q, k, v, cu_q, cu_k, max_q, max_k, scale=None):
+    """Attend in one sequence after the other."""
+    check_arguments(q, k, v, cu_q, cu_k, max_q, max_k)
+    # heads 0, 1, 2 of six read head 0 of two
     group = q.shape[1] // k.shape[1]
-    for a, b, c, d in zip(cu_q, cu_q[1:], cu_k, cu_k[1:]):
-        scores = torch.einsum("thd,shd->hts", q[a:b], k[c:d].repeat_interleave(group, 1)) * (
-            scale or q.shape[2] ** -0.5
-        )
-        # seqlen_q = 2, seqlen_k = 5: 1 1 1 1 0 / 1 1 1 1 1
-        read = torch.ones(b - a, d - c).tril(d - c - (b - a)).bool()
-        weights = scores.masked_fill(~read, -torch.inf).softmax(-1)
-        # heads 0, 1, 2 of six read head 0 of two
-        out.append(torch.einsum("hts,shd->thd", weights, v[c:d].repeat_interleave(group, 1)))
+    k = k.repeat_interleave(group, 1)
+    v = v.repeat_interleave(group, 1)
+    scale = scale or q.shape[2] ** -0.5
+    out = []
+    for i in range(len(cu_q) - 1):
+        queries = slice(cu_q[i], cu_q[i + 1])
+        keys = slice(cu_k[i], cu_k[i + 1])
+        attended = attend_in_sequence(q[queries], k[keys], v[keys], scale)
+        out.append(attended)
     return torch.cat(out)
 
 
@@ -94,16 +118,14 @@ class Flash:
         block_table=None,
     ):
         assert causal
-        assert (
-            dropout_p,
-            window_size,
-            softcap,
-            alibi_slopes,
-            return_attn_probs,
-            block_table,
-        ) == (0.0, (-1, -1), 0.0, None, False, None)
+        assert dropout_p == 0.0
+        assert window_size == (-1, -1)
+        assert softcap == 0.0
+        assert alibi_slopes is None
+        assert return_attn_probs is False
+        assert block_table is None
         self.calls.append((q.shape, k.shape))
-        return documented(
+        return attend_as_documented(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale
         )
 
@@ -132,7 +154,7 @@ def torch_2_11(
     assert window_size == (-1, 0)
     assert isinstance(window_size, tuple)
     assert return_aux is None
-    return documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale)
+    return attend_as_documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale)
 
 
 def torch_2_12(
@@ -155,8 +177,25 @@ def torch_2_12(
     assert enable_gqa or query.shape[1] == key.shape[1]
     assert window_size == (-1, 0)
     assert isinstance(window_size, tuple)
-    assert return_aux is seqused_k is block_table is num_splits is None
-    return documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale)
+    assert return_aux is None
+    assert seqused_k is None
+    assert block_table is None
+    assert num_splits is None
+    return attend_as_documented(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale)
+
+
+# name: varlen_attn of that torch
+VARLEN_STAND_INS = dict(torch_2_11=torch_2_11, torch_2_12=torch_2_12)
+STAND_INS = ("flash", *VARLEN_STAND_INS)
+LAYOUTS = {  # lengths of prompts, of completions' inputs, the prompt of each completion
+    "groups of unequal length": ([3, 9, 1], [4, 2, 7, 2, 1], [0, 0, 1, 2, 2]),
+    "completions of one token": ([3, 9, 1], [4, 0, 7, 0, 0], [0, 0, 1, 2, 2]),
+    "one input each": ([2, 5], [1, 1, 1], [0, 1, 1]),
+    "a long group": ([17], [20, 3, 5, 8], [0, 0, 0, 0]),
+    "prompts only": ([5, 2], [], []),
+    "no completion has inputs": ([4], [0, 0], [0, 0]),
+    "in_step's idle batch": ([1], [0], [0]),
+}
 
 
 @pytest.fixture
@@ -172,79 +211,129 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-def stand_in(monkeypatch, name, grouped, asked=None):
-    """Backend of a machine whose flash-attn or varlen_attn is the stand-in `name`."""
+def choose_stand_in(monkeypatch, name, grouped, asked=None):
+    """Choose the backend of a machine whose flash-attn or varlen_attn is the stand-in `name`."""
     if name == "flash":
         monkeypatch.setitem(sys.modules, "flash_attn", Flash())
     else:
-        monkeypatch.setattr(torch_varlen, "varlen_attn", globals()[name])
-    return choose_attention(
-        asked or ("flash" if name == "flash" else "varlen"), grouped, 64, torch.bfloat16, GPU
-    )
+        monkeypatch.setattr(torch_varlen, "varlen_attn", VARLEN_STAND_INS[name])
+    if asked is None:
+        asked = "flash" if name == "flash" else "varlen"
+    return choose_attention(asked, grouped, 64, torch.bfloat16, GPU)
 
 
-STAND_INS = ("flash", "torch_2_11", "torch_2_12")
-LAYOUTS = {  # prompts, completions' inputs, whose
-    "groups of unequal length": ([3, 9, 1], [4, 2, 7, 2, 1], [0, 0, 1, 2, 2]),
-    "completions of one token": ([3, 9, 1], [4, 0, 7, 0, 0], [0, 0, 1, 2, 2]),
-    "one input each": ([2, 5], [1, 1, 1], [0, 1, 1]),
-    "a long group": ([17], [20, 3, 5, 8], [0, 0, 0, 0]),
-    "prompts only": ([5, 2], [], []),
-    "no completion has inputs": ([4], [0, 0], [0, 0]),
-    "in_step's idle batch": ([1], [0], [0]),
-}
+def make_layout(name):
+    """Make a layout's tensors: prompt lengths, completion lengths, prompts of completions."""
+    return [torch.tensor(x, dtype=torch.int64) for x in LAYOUTS[name]]
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (5, 1)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", STAND_INS)
 def test_outputs_and_gradients_are_those_of_sdpa(gpu, monkeypatch, name, layout, heads, kv_heads):
-    lengths, own, prompt_of = (torch.tensor(x, dtype=torch.int64) for x in LAYOUTS[layout])
-    backend = stand_in(monkeypatch, name, heads != kv_heads)
+    lengths, completion_lengths, prompt_of = make_layout(layout)
+    tokens = int(lengths.sum() + completion_lengths.sum())
+    backend = choose_stand_in(monkeypatch, name, heads != kv_heads)
     generator = torch.Generator().manual_seed(0)
 
-    def random(n):
-        return torch.randn(
-            int(lengths.sum() + own.sum()), n, 8, generator=generator, dtype=torch.float64
-        )
+    def draw(n):
+        return torch.randn(tokens, n, 8, generator=generator, dtype=torch.float64)
 
-    inputs = [random(n).requires_grad_() for n in (heads, kv_heads, kv_heads)]
-    want = PackedAttention(lengths, own, prompt_of)(0, *inputs)
-    packed = PackedAttention(lengths, own, prompt_of, CPU, backend)
+    q = draw(heads)
+    k = draw(kv_heads)
+    v = draw(kv_heads)
+    toward = draw(heads)
+    inputs = (q, k, v)
+    for x in inputs:
+        x.requires_grad_()
+    sdpa = PackedAttention(lengths, completion_lengths, prompt_of)
+    packed = PackedAttention(lengths, completion_lengths, prompt_of, CPU, backend)
+
+    want = sdpa(0, q, k, v)
     monkeypatch.setattr(packed_attention, "_attend", None)  # no second way behind it
-    ours = packed(0, *inputs)
-    toward = random(heads)
+    ours = packed(0, q, k, v)
+
     assert (ours - want).abs().max() < 1e-12
-    for a, b in zip(
-        torch.autograd.grad(ours, inputs, toward), torch.autograd.grad(want, inputs, toward)
-    ):
+    grads = torch.autograd.grad(ours, inputs, toward)
+    want_grads = torch.autograd.grad(want, inputs, toward)
+    for a, b in zip(grads, want_grads):
         assert (a - b).norm() <= 1e-12 * b.norm()
 
 
 def test_no_row_is_padded_and_no_head_repeated_where_the_kernel_groups_them(gpu, monkeypatch):
-    lengths, own, prompt_of = (torch.tensor(x) for x in LAYOUTS["completions of one token"])
-    packed = PackedAttention(lengths, own, prompt_of, CPU, stand_in(monkeypatch, "flash", True))
+    layout = make_layout("completions of one token")
+    backend = choose_stand_in(monkeypatch, "flash", True)
+    packed = PackedAttention(*layout, CPU, backend)
     q = torch.randn(24, 4, 8)
     k = torch.randn(24, 2, 8)
+
     packed(0, q, k, k)
-    assert sys.modules["flash_attn"].calls == [
-        ((13, 4, 8), (13, 2, 8)),
-        ((11, 4, 8), (3 + 4 + 9 + 7, 2, 8)),
-    ]
+
+    flash = sys.modules["flash_attn"]
+    prompts = ((13, 4, 8), (13, 2, 8))
+    completions = ((11, 4, 8), (3 + 4 + 9 + 7, 2, 8))
+    assert flash.calls == [prompts, completions]
 
 
-def rollouts():
-    g = torch.Generator().manual_seed(0)
+PROMPT_LENGTHS = (3, 8, 1)
+COMPLETION_LENGTHS = ((4, 1, 6), (2, 2, 9), (1, 1, 5))
 
-    def ids(n):
-        return tuple(torch.randint(390, (n,), generator=g).tolist())
 
-    prompts = [Prompt(f"q{p}", p, "", ids(n)) for p, n in enumerate((3, 8, 1))]
-    return prompts, [
-        Rollout(p, p.index, s, ids(n), (0.0,) * n, True)
-        for p, sizes in zip(prompts, ((4, 1, 6), (2, 2, 9), (1, 1, 5)))
-        for s, n in enumerate(sizes)
-    ]
+def draw_rollouts():
+    """Draw three prompts and three completions of each."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw_ids(n):
+        ids = torch.randint(390, (n,), generator=generator)
+        return tuple(ids.tolist())
+
+    prompts = []
+    for i, length in enumerate(PROMPT_LENGTHS):
+        ids = draw_ids(length)
+        prompts.append(Prompt(f"q{i}", i, "", ids))
+    rollouts = []
+    for prompt, lengths in zip(prompts, COMPLETION_LENGTHS):
+        for sibling, n in enumerate(lengths):
+            ids = draw_ids(n)
+            logp = (0.0,) * n
+            rollout = Rollout(prompt, prompt.index, sibling, ids, logp, finished=True)
+            rollouts.append(rollout)
+    return prompts, rollouts
+
+
+def shard_model(model, backend, checkpointing):
+    """Shard a copy of the model whose attention is the backend's."""
+    state = dict(model.state_dict())
+    decoder = copy.deepcopy(model).to("meta")
+    decoder.backend = backend
+    return Sharded(
+        decoder,
+        state.__getitem__,
+        device=CPU,
+        master=torch.float64,
+        compute=torch.float64,
+        gradient_checkpointing=checkpointing,
+    )
+
+
+def train_and_sample(model, backend, checkpointing):
+    """Return the log-probs and gradients of drawn rollouts, and new rollouts."""
+    prompts, rollouts = draw_rollouts()
+    policy = shard_model(model, backend, checkpointing)
+    logps = []
+    for batch in pack_rollouts(rollouts, 30):
+        logp, _ = compute_log_probs(policy, batch, 1.3)
+        loss = logp.square().sum()
+        loss.backward()
+        logps.append(logp.detach())
+    grads = [unit.shard.grad for unit in policy.units]
+
+    random = np.random.default_rng(0)
+    uniforms = random.uniform(size=(3, 4, 6))
+    stops = frozenset([7])
+    model.backend = backend
+    sampled = generate(model, prompts, 4, 1.0, 6, stops, uniforms)
+    return torch.cat(logps), torch.cat(grads), sampled
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -257,261 +346,302 @@ def test_a_models_gradients_and_texts_are_those_of_sdpa(
     model.
     """
     model = tiny_model(1, **FAMILIES[family]).double()
-    state = dict(model.state_dict())
-    prompts, texts = rollouts()
-    uniforms = np.random.default_rng(0).uniform(size=(3, 4, 6))
-
-    def outcome(backend):
-        decoder = copy.deepcopy(model).to("meta")
-        decoder.backend = backend
-        policy = Sharded(
-            decoder,
-            state.__getitem__,
-            device=CPU,
-            master=torch.float64,
-            compute=torch.float64,
-            checkpointing=checkpointing,
-        )
-        logps = []
-        for batch in pack_rollouts(texts, 30):
-            logp, _ = compute_log_probs(policy, batch, 1.3)
-            logp.square().sum().backward()
-            logps.append(logp.detach())
-        model.backend = backend
-        sampled = generate(model, prompts, 4, 1.0, 6, frozenset([7]), uniforms)
-        return torch.cat(logps), torch.cat([unit.shard.grad for unit in policy.units]), sampled
-
-    logp, grad, sampled = outcome(AttentionBackend())
-    kernel = stand_in(monkeypatch, name, True).varlen.args[0]
+    sdpa = AttentionBackend()
+    want_logp, want_grad, want_sampled = train_and_sample(model, sdpa, checkpointing)
+    stand_in = choose_stand_in(monkeypatch, name, True)
+    kernel = stand_in.varlen.args[0]
     calls = []
 
-    def counted(*of):
-        calls.append(of)
-        return kernel(*of)
+    def count_call(*arguments):
+        calls.append(arguments)
+        return kernel(*arguments)
 
-    ours_logp, ours_grad, ours = outcome(AttentionBackend(varlen=partial(VarlenAttention, counted)))
-    assert (ours_logp - logp).abs().max() < 1e-11
-    assert (ours_grad - grad).norm() <= 1e-12 * grad.norm()
-    assert [r.ids for r in ours] == [r.ids for r in sampled]
-    batches = len(pack_rollouts(texts, 30))
+    varlen = partial(VarlenAttention, count_call)
+    backend = AttentionBackend(varlen=varlen)
+    logp, grad, sampled = train_and_sample(model, backend, checkpointing)
+
+    ids = [r.ids for r in sampled]
+    want_ids = [r.ids for r in want_sampled]
+    assert (logp - want_logp).abs().max() < 1e-11
+    assert (grad - want_grad).norm() <= 1e-12 * want_grad.norm()
+    assert ids == want_ids
+    _, rollouts = draw_rollouts()
+    batches = len(pack_rollouts(rollouts, 30))
+    assert batches > 1
     layers = model.config.num_hidden_layers
     # forward, recomputation; prefill
-    assert batches > 1
-    assert len(calls) == batches * layers * 2 * (1 + checkpointing) + layers
+    training_calls = batches * layers * 2 * (1 + checkpointing)
+    assert len(calls) == training_calls + layers
+
+
+def make_qkv(device):
+    """Make q of 4 heads, k and v of 2, for 24 tokens: zeros."""
+    options = dict(dtype=torch.bfloat16, device=device, requires_grad=True)
+    q = torch.zeros(24, 4, 64, **options)
+    k = torch.zeros(24, 2, 64, **options)
+    v = torch.zeros(24, 2, 64, **options)
+    return q, k, v
 
 
 def test_the_real_varlen_attn_takes_our_calls(gpu):
     """On the meta device: its checks of heads, its custom op's schema, its registered backward,
     shapes and types; no kernel runs.
     """
-    lengths, own, prompt_of = (torch.tensor(x) for x in LAYOUTS["completions of one token"])
+    layout = make_layout("completions of one token")
     backend = choose_attention("varlen", True, 64, torch.bfloat16, GPU)
     assert backend.name == "varlen"
-    assert inspect.signature(REAL) == inspect.signature(backend.varlen.args[0].func)
-    q, k, v = (
-        torch.empty(24, n, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
-        for n in (4, 2, 2)
-    )
-    out = backend.varlen(lengths, own, prompt_of, "meta")(q, k, v)
-    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    kernel = backend.varlen.args[0].func
+    assert inspect.signature(REAL) == inspect.signature(kernel)
+    inputs = make_qkv("meta")
+
+    attend = backend.varlen(*layout, "meta")
+    out = attend(*inputs)
     out.sum().backward()
-    assert all(x.grad.shape == x.shape and x.grad.dtype == x.dtype for x in (q, k, v))
-    with pytest.raises(NotImplementedError):  # and why it is refused on a CPU
-        backend.varlen(lengths, own, prompt_of, "cpu")(
-            *(torch.zeros(24, n, 64, dtype=torch.bfloat16) for n in (4, 2, 2))
-        )
+
+    assert out.shape == inputs[0].shape
+    assert out.dtype == torch.bfloat16
+    for x in inputs:
+        assert x.grad.shape == x.shape
+        assert x.grad.dtype == x.dtype
+
+    # and why it is refused on a CPU
+    inputs = make_qkv("cpu")
+    attend = backend.varlen(*layout, "cpu")
+    with pytest.raises(NotImplementedError):
+        attend(*inputs)
 
 
-@pytest.mark.parametrize("stand, installed", [(torch_2_12, REAL)])
-def test_the_newest_stand_in_has_the_real_signature(stand, installed):
-    def kinds(f):
-        return [(p.name, p.kind, p.default) for p in inspect.signature(f).parameters.values()]
-
-    assert kinds(stand) == kinds(installed)
+def list_parameters(function):
+    """List a function's parameters: name, kind, default."""
+    signature = inspect.signature(function)
+    return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
 
 
-@pytest.mark.parametrize(
-    "name, grouped, options, note",
-    [
-        ("torch_2_11", False, dict(window_size=(-1, 0)), ""),
-        (
-            "torch_2_11",
-            True,
-            dict(window_size=(-1, 0)),
-            "keys and values are repeated for every query head: "
-            "torch before 2.12 has no enable_gqa",
-        ),
-        ("torch_2_12", False, dict(window_size=(-1, 0)), ""),
-        ("torch_2_12", True, dict(window_size=(-1, 0), enable_gqa=True), ""),
-        ("flash", True, dict(causal=True), "flash-attn 2.8.3.post2"),
-    ],
-)
+def test_the_newest_stand_in_has_the_real_signature():
+    assert list_parameters(torch_2_12) == list_parameters(REAL)
+
+
+REPEATED = "keys and values are repeated for every query head: torch before 2.12 has no enable_gqa"
+# stand-in, grouped, the options of the kernel's call, what the run prints
+PROBES = [
+    ("torch_2_11", False, dict(window_size=(-1, 0)), ""),
+    ("torch_2_11", True, dict(window_size=(-1, 0)), REPEATED),
+    ("torch_2_12", False, dict(window_size=(-1, 0)), ""),
+    ("torch_2_12", True, dict(window_size=(-1, 0), enable_gqa=True), ""),
+    ("flash", True, dict(causal=True), "flash-attn 2.8.3.post2"),
+]
+
+
+@pytest.mark.parametrize("name, grouped, options, note", PROBES)
 def test_what_is_probed(gpu, monkeypatch, name, grouped, options, note):
-    backend = stand_in(monkeypatch, name, grouped)
+    backend = choose_stand_in(monkeypatch, name, grouped)
+
     kernel = backend.varlen.args[0]
-    assert (
-        kernel.args[0] if kernel.func is varlen_attention._repeat_heads else kernel
-    ).keywords == options
+    repeats_heads = kernel.func is varlen_attention._repeat_heads
+    if repeats_heads:
+        kernel = kernel.args[0]
+    assert kernel.keywords == options
+    assert repeats_heads == (name == "torch_2_11" and grouped)
     assert backend.note == note
-    assert (kernel.func is varlen_attention._repeat_heads) == (name == "torch_2_11" and grouped)
-    assert str(backend) == ("flash" if name == "flash" else "varlen") + f" ({note})" * bool(note)
-    if name != "flash":
-        assert (
-            str(stand_in(monkeypatch, name, grouped, "auto"))
-            == f"varlen (auto: torch {torch.__version__} has it{note and '; ' + note})"
-        )
+    want = "flash" if name == "flash" else "varlen"
+    if note:
+        want += f" ({note})"
+    assert str(backend) == want
+
+    if name == "flash":
+        return
+    auto = choose_stand_in(monkeypatch, name, grouped, "auto")
+    notes = f"auto: torch {torch.__version__} has it"
+    if note:
+        notes += f"; {note}"
+    assert str(auto) == f"varlen ({notes})"
 
 
-def hip(m):
-    m.setattr(torch.version, "hip", "6.4")
+def use_hip(patch):
+    patch.setattr(torch.version, "hip", "6.4")
 
 
-def old_gpu(m):
-    m.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+def use_old_gpu(patch):
+    patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
 
 
-def no_kernels(m):
-    m.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+def remove_kernels(patch):
+    patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
 
 
-def no_module(m):
-    m.setitem(sys.modules, "torch.nn.attention.varlen", None)
+def remove_varlen_module(patch):
+    patch.setitem(sys.modules, "torch.nn.attention.varlen", None)
 
 
-def causal_flag(m):
-    m.setattr(torch_varlen, "varlen_attn", torch_2_10)
+def use_torch_2_10(patch):
+    patch.setattr(torch_varlen, "varlen_attn", torch_2_10)
 
 
-def not_installed(m):
-    m.setitem(sys.modules, "flash_attn", None)
+def uninstall_flash(patch):
+    patch.setitem(sys.modules, "flash_attn", None)
 
 
-def only_version_4(m):
-    m.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+def use_flash_4(patch):
+    patch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
 
 
-def top_left(m):
-    m.setitem(sys.modules, "flash_attn", Flash("2.0.9"))
+def use_flash_2_0(patch):
+    patch.setitem(sys.modules, "flash_attn", Flash("2.0.9"))
 
 
-@pytest.mark.parametrize(
-    "asked, machine, settings, says",
-    [
-        ("varlen", None, dict(device=CPU), "varlen needs a GPU, this process computes on the cpu"),
-        ("flash", None, dict(device=CPU), "flash needs a GPU, this process computes on the cpu"),
-        (
-            "varlen",
-            None,
-            dict(compute=torch.float32),
-            "varlen computes in bfloat16 or float16, model.compute is float32",
-        ),
-        (
-            "flash",
-            None,
-            dict(compute=torch.float32),
-            "flash computes in bfloat16 or float16, model.compute is float32",
-        ),
-        ("varlen", hip, {}, "varlen is for NVIDIA's GPUs"),
-        (
-            "varlen",
-            old_gpu,
-            {},
-            "varlen needs an Ampere GPU (compute capability 8.0) or newer, this is a GPU",
-        ),
-        ("varlen", None, dict(head_dim=12), "a multiple of 8; the model's is 12"),
-        (
-            "flash",
-            None,
-            dict(head_dim=264),
-            "flash needs a head_dim of at most 256; the model's is 264",
-        ),
-        ("varlen", no_kernels, {}, "was built without FlashAttention"),
-        ("varlen", no_module, {}, "torch 2.11's or newer; this is torch"),
-        ("varlen", causal_flag, {}, "torch 2.11's or newer; this is torch"),
-        (
-            "flash",
-            not_installed,
-            {},
-            "the package flash-attn 2.1 or newer, which is not usable here "
-            "(import of flash_attn halted",
-        ),
-        (
-            "flash",
-            only_version_4,
-            {},
-            "(module 'flash_attn' has no attribute 'flash_attn_varlen_func')",
-        ),
-        (
-            "flash",
-            top_left,
-            {},
-            "flash-attn 2.1 or newer, which aligns a short query with the end of its keys; "
-            "this is 2.0.9",
-        ),
-    ],
-)
+# what is asked for, the machine, other settings, what the error says
+UNAVAILABLE = [
+    (
+        "varlen",
+        None,
+        dict(device=CPU),
+        "varlen needs a GPU, this process computes on the cpu",
+    ),
+    (
+        "flash",
+        None,
+        dict(device=CPU),
+        "flash needs a GPU, this process computes on the cpu",
+    ),
+    (
+        "varlen",
+        None,
+        dict(compute=torch.float32),
+        "varlen computes in bfloat16 or float16, model.compute is float32",
+    ),
+    (
+        "flash",
+        None,
+        dict(compute=torch.float32),
+        "flash computes in bfloat16 or float16, model.compute is float32",
+    ),
+    ("varlen", use_hip, {}, "varlen is for NVIDIA's GPUs"),
+    (
+        "varlen",
+        use_old_gpu,
+        {},
+        "varlen needs an Ampere GPU (compute capability 8.0) or newer, this is a GPU",
+    ),
+    ("varlen", None, dict(head_dim=12), "a multiple of 8; the model's is 12"),
+    (
+        "flash",
+        None,
+        dict(head_dim=264),
+        "flash needs a head_dim of at most 256; the model's is 264",
+    ),
+    ("varlen", remove_kernels, {}, "was built without FlashAttention"),
+    ("varlen", remove_varlen_module, {}, "torch 2.11's or newer; this is torch"),
+    ("varlen", use_torch_2_10, {}, "torch 2.11's or newer; this is torch"),
+    (
+        "flash",
+        uninstall_flash,
+        {},
+        "the package flash-attn 2.1 or newer, which is not usable here "
+        "(import of flash_attn halted",
+    ),
+    (
+        "flash",
+        use_flash_4,
+        {},
+        "(module 'flash_attn' has no attribute 'flash_attn_varlen_func')",
+    ),
+    (
+        "flash",
+        use_flash_2_0,
+        {},
+        "flash-attn 2.1 or newer, which aligns a short query with the end of its keys; "
+        "this is 2.0.9",
+    ),
+]
+
+
+@pytest.mark.parametrize("asked, machine, settings, says", UNAVAILABLE)
 def test_what_cannot_run_is_said(gpu, monkeypatch, asked, machine, settings, says):
     """By name it is an error; auto takes sdpa and says why."""
     if asked == "flash":
         monkeypatch.setitem(sys.modules, "flash_attn", Flash())
     if machine:
         machine(monkeypatch)
-    how = dict(grouped=True, head_dim=64, compute=torch.bfloat16, device=GPU) | settings
-    with pytest.raises(AttentionUnavailable) as e:
-        choose_attention(asked, **how)
-    assert says in str(e.value)
-    assert "\n" not in str(e.value)
-    assert choose_attention("sdpa", **how) == AttentionBackend()
+    usual = dict(grouped=True, head_dim=64, compute=torch.bfloat16, device=GPU)
+    arguments = usual | settings
+
+    with pytest.raises(AttentionUnavailable) as error:
+        choose_attention(asked, **arguments)
+
+    message = str(error.value)
+    assert says in message
+    assert "\n" not in message
+    assert choose_attention("sdpa", **arguments) == AttentionBackend()
     if asked == "varlen":
-        assert choose_attention("auto", **how) == AttentionBackend(note=f"auto: {e.value}")
+        auto = choose_attention("auto", **arguments)
+        assert auto == AttentionBackend(note=f"auto: {message}")
 
 
 def test_flash_pads_an_odd_head_itself(gpu, monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", Flash())
-    assert choose_attention("flash", False, 12, torch.float16, GPU).name == "flash"
+
+    backend = choose_attention("flash", False, 12, torch.float16, GPU)
+
+    assert backend.name == "flash"
 
 
 @pytest.mark.parametrize("asked", ["varlen", "flash"])
 def test_a_run_refuses_what_cannot_run(no_gpu, tmp_path, capsys, asked):
-    err = refused([write_yaml(tmp_path), f"model.attention={asked}"], capsys)
-    assert err == (
+    config = write_yaml(tmp_path)
+
+    unavailable = refused([config, f"model.attention={asked}"], capsys)
+    unknown = refused([config, "model.attention=eager"], capsys)
+
+    assert unavailable == (
         f"recr1: model.attention: {asked} needs a GPU, this process computes on the cpu; "
         "sdpa runs everywhere\n"
     )
-    assert "model.attention: 'eager' is not one of auto, varlen, flash, sdpa" in refused(
-        [write_yaml(tmp_path), "model.attention=eager"], capsys
-    )
+    assert "model.attention: 'eager' is not one of auto, varlen, flash, sdpa" in unknown
+
+
+def train_in(folder, asked):
+    """Train in a folder with the attention that is asked for; return the metrics' rows."""
+    config = write_yaml(folder, **{"loss.kl_coef": 0.1})
+    train.main([config, f"model.attention={asked}"])
+    return jsonl(folder / "run" / "metrics.jsonl")
 
 
 def test_a_run_says_what_it_took_and_learns_the_same(no_gpu, tmp_path, monkeypatch, capsys):
     """Two whole runs, sampler, reference and evaluation included: with SDPA, and with the stand-in
     of flash-attn in its place.
     """
-
-    def run(folder, asked):
-        train.main(
-            [write_yaml(tmp_path / folder, **{"loss.kl_coef": 0.1}), f"model.attention={asked}"]
-        )
-        return capsys.readouterr().out, jsonl(tmp_path / folder / "run" / "metrics.jsonl")
-
-    said, want = run("sdpa", "auto")
-    assert (
-        ", attention sdpa (auto: varlen needs a GPU, this process computes on the cpu), loss"
-        in said
-    )
     flash = Flash()
+
+    want_rows = train_in(tmp_path / "sdpa", "auto")
+    sdpa_output = capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
-    monkeypatch.setattr(
-        varlen_attention, "_check_flash_limits", lambda *asked: None
-    )  # the GPU and half precision
-    said, got = run("flash", "flash")
-    assert ", attention flash (flash-attn 2.8.3.post2), loss" in said
+    # the GPU and half precision
+    monkeypatch.setattr(varlen_attention, "_check_flash_limits", lambda *asked: None)
+    rows = train_in(tmp_path / "flash", "flash")
+    flash_output = capsys.readouterr().out
+
+    sdpa_note = "auto: varlen needs a GPU, this process computes on the cpu"
+    assert f", attention sdpa ({sdpa_note}), loss" in sdpa_output
+    assert ", attention flash (flash-attn 2.8.3.post2), loss" in flash_output
     assert len(flash.calls) > 50
     for key in ("reward", "grad_norm", "kl", "entropy", "val_ndcg"):
-        assert [row[key] for row in got if key in row] == pytest.approx(
-            [row[key] for row in want if key in row], rel=1e-4, abs=1e-7
-        ), key
-    assert max(row["sampling_logp_diff_max"] for row in got) < 2e-4
+        values = [row[key] for row in rows if key in row]
+        want = [row[key] for row in want_rows if key in row]
+        assert values == pytest.approx(want, rel=1e-4, abs=1e-7), key
+    for row in rows:
+        assert row["sampling_logp_diff_max"] < 2e-4
+
+
+def compute_on_gpu(layout, exact, dtype, backend):
+    """Compute output and gradients, as float32, of q, k, v and the output's gradient in a dtype."""
+    q, k, v, toward = [x.to(dtype, copy=True) for x in exact]
+    inputs = (q, k, v)
+    for x in inputs:
+        x.requires_grad_()
+    attend = PackedAttention(*layout, GPU, backend)
+    out = attend(0, q, k, v)
+    grads = torch.autograd.grad(out, inputs, toward)
+    return [x.float() for x in (out, *grads)]
 
 
 @pytest.mark.skipif(
@@ -525,30 +655,24 @@ def test_on_a_gpu(asked, heads, kv_heads, dim):
     """
     try:
         backend = choose_attention(asked, heads != kv_heads, dim, torch.bfloat16, GPU)
-    except AttentionUnavailable as e:
-        pytest.skip(str(e))
+    except AttentionUnavailable as error:
+        pytest.skip(str(error))
+    sdpa = AttentionBackend()
     generator = torch.Generator().manual_seed(0)
-    for layout in LAYOUTS.values():
-        lengths, own, prompt_of = (torch.tensor(x, dtype=torch.int64) for x in layout)
-        lengths = lengths * 37
-        own = own * 29
-        exact = [
-            torch.randn(int(lengths.sum() + own.sum()), n, dim, generator=generator)
-            .bfloat16()
-            .to(GPU)
-            for n in (heads, kv_heads, kv_heads, heads)
-        ]
+    for name in LAYOUTS:
+        lengths, completion_lengths, prompt_of = make_layout(name)
+        layout = (37 * lengths, 29 * completion_lengths, prompt_of)
+        tokens = int(layout[0].sum() + layout[1].sum())
+        exact = []
+        for n in (heads, kv_heads, kv_heads, heads):
+            x = torch.randn(tokens, n, dim, generator=generator)
+            exact.append(x.bfloat16().to(GPU))
 
-        def outcome(dtype, of):
-            *inputs, toward = (x.to(dtype, copy=True) for x in exact)
-            out = PackedAttention(lengths, own, prompt_of, GPU, of)(
-                0, *(x.requires_grad_() for x in inputs)
-            )
-            return [x.float() for x in (out, *torch.autograd.grad(out, inputs, toward))]
+        want = compute_on_gpu(layout, exact, torch.float32, sdpa)
+        theirs = compute_on_gpu(layout, exact, torch.bfloat16, sdpa)
+        ours = compute_on_gpu(layout, exact, torch.bfloat16, backend)
 
-        for want, sdpa, ours in zip(
-            outcome(torch.float32, AttentionBackend()),
-            outcome(torch.bfloat16, AttentionBackend()),
-            outcome(torch.bfloat16, backend),
-        ):
-            assert (ours - want).norm() <= 4 * (sdpa - want).norm() + 1e-3 * want.norm()
+        for exact_x, sdpa_x, our_x in zip(want, theirs, ours):
+            sdpa_error = (sdpa_x - exact_x).norm()
+            rounding = 1e-3 * exact_x.norm()
+            assert (our_x - exact_x).norm() <= 4 * sdpa_error + rounding

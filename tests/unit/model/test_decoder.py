@@ -46,28 +46,46 @@ SHAPES = {
 LENGTHS = [1, 37, 5, 90, 12]
 
 
-def prompts(seed, lengths=LENGTHS, vocab=394):
+def draw_prompts(seed, lengths=LENGTHS, vocab=394):
+    """Draw one prompt (length,) per length."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(vocab, (n,), generator=generator) for n in lengths]
+    sequences = []
+    for length in lengths:
+        sequence = torch.randint(vocab, (length,), generator=generator)
+        sequences.append(sequence)
+    return sequences
 
 
 @torch.no_grad()
-def our_logits(model, sequences):
-    """Of one packed forward: one (length, V) per sequence."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    none = torch.zeros(0, dtype=torch.int64)
-    positions = torch.cat([torch.arange(len(s)) for s in sequences])
-    hidden = model(torch.cat(sequences), positions, PackedAttention(lengths, none, none))
-    return (hidden @ model.head_weight.T).split(lengths.tolist())
+def compute_our_logits(model, sequences):
+    """Compute the logits of one packed forward: one (length, V) per sequence."""
+    lengths = [len(s) for s in sequences]
+    no_completions = torch.zeros(0, dtype=torch.int64)
+    attention = PackedAttention(torch.tensor(lengths), no_completions, no_completions)
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    hidden = model(torch.cat(sequences), positions, attention)
+    logits = hidden @ model.head_weight.T
+    return list(logits.split(lengths))
 
 
 @torch.no_grad()
-def their_logits(model, sequences):
-    return [model(input_ids=s[None]).logits[0] for s in sequences]
+def compute_their_logits(model, sequences):
+    """Compute the logits of transformers' model, sequence by sequence."""
+    logits = []
+    for sequence in sequences:
+        output = model(input_ids=sequence[None])
+        logits.append(output.logits[0])
+    return logits
 
 
-def gap(ours, theirs):
-    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+def measure_gap(ours, theirs):
+    """Measure the largest difference of two lists of tensors."""
+    differences = []
+    for a, b in zip(ours, theirs, strict=True):
+        difference = (a - b).abs().max()
+        assert not difference.isnan()
+        differences.append(difference.item())
+    return max(differences)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -75,46 +93,67 @@ def gap(ours, theirs):
 def test_logits_are_those_of_transformers(family, shape, tmp_path):
     """Theirs in memory, our folder read by them, and their folder read by us."""
     model = tiny_model(seed=len(shape), **FAMILIES[family] | SHAPES[shape])
-    theirs = oracle(model)
-    batch = prompts(1)
-    want = their_logits(theirs, batch)
-    assert torch.cat(list(want)).std() > 0.3  # else a wrong model could pass
-    difference = gap(our_logits(model, batch), want)
+    hf_model = oracle(model)
+    batch = draw_prompts(1)
+    ours = str(tmp_path / "ours")
+    theirs = str(tmp_path / "theirs")
+    want = compute_their_logits(hf_model, batch)
+    assert torch.cat(want).std() > 0.3  # else a wrong model could pass
+
+    logits = compute_our_logits(model, batch)
+    difference = measure_gap(logits, want)
     print(f"largest logits difference, {family}, {shape}: {difference:.2e}")
     assert difference <= 1e-4
 
-    save(model, tmp_path / "ours")
-    read = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
-    assert type(read) is type(theirs)
-    assert gap(their_logits(read, batch), want) <= 1e-5
+    save(model, ours)
+    reloaded = AutoModelForCausalLM.from_pretrained(ours, dtype=torch.float32)
+    logits = compute_their_logits(reloaded, batch)
+    assert type(reloaded) is type(hf_model)
+    assert measure_gap(logits, want) <= 1e-5
 
-    theirs.save_pretrained(tmp_path / "theirs")
-    assert (
-        read_config(str(tmp_path / "theirs")) == read_config(str(tmp_path / "ours")) == model.config
-    )
-    assert gap(our_logits(load_model(str(tmp_path / "theirs")), batch), want) <= 1e-4
+    hf_model.save_pretrained(theirs)
+    loaded = load_model(theirs)
+    logits = compute_our_logits(loaded, batch)
+    assert read_config(theirs) == model.config
+    assert read_config(ours) == model.config
+    assert measure_gap(logits, want) <= 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers_at_3000_positions(family):
     """Where float32 angles computed in another order are already 1e-4 apart."""
     model = tiny_model(4, **FAMILIES[family], max_position_embeddings=4096)
-    batch = prompts(7, [3000])
-    difference = gap(our_logits(model, batch), their_logits(oracle(model), batch))
+    hf_model = oracle(model)
+    batch = draw_prompts(7, [3000])
+
+    ours = compute_our_logits(model, batch)
+    theirs = compute_their_logits(hf_model, batch)
+
+    difference = measure_gap(ours, theirs)
     print(f"largest logits difference at 3000 positions, {family}: {difference:.2e}")
     assert difference <= 1e-5
+
+
+def compute_rms_error(logits, truth):
+    """Compute the root mean square of what the logits are off by."""
+    difference = torch.cat(logits) - torch.cat(truth)
+    mean_square = difference.pow(2).mean()
+    return mean_square.sqrt().item()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_16_bits_lose_no_more_than_in_transformers(family):
     model = tiny_model(4, **FAMILIES[family])
-    batch = prompts(7)
-    truth = torch.cat(our_logits(model, batch))
+    batch = draw_prompts(7)
+    truth = compute_our_logits(model, batch)
     model.bfloat16()
-    ours, theirs = (
-        (torch.cat(list(x)) - truth).pow(2).mean().sqrt().item()
-        for x in (our_logits(model, batch), their_logits(oracle(model), batch))
-    )
+    hf_model = oracle(model)
+
+    our_logits = compute_our_logits(model, batch)
+    their_logits = compute_their_logits(hf_model, batch)
+
+    ours = compute_rms_error(our_logits, truth)
+    theirs = compute_rms_error(their_logits, truth)
     print(
         f"bfloat16 logits, {family}: root mean square error {ours:.4f}, transformers' {theirs:.4f}"
     )
@@ -125,32 +164,45 @@ def test_scaled_rope_slows_the_slow_pairs_only():
     """And the scaled test models hold all three kinds of pairs: without scaling their logits would
     be other ones.
     """
-    model = tiny_model(**FAMILIES["llama"])
-    plain, scaled = (
-        compute_inv_freq(tiny_model(**FAMILIES["llama"] | more).config, "cpu", torch.float64)
-        for more in (dict(rope_scaling=None), {})
-    )
-    ratio = plain / scaled
+    llama = FAMILIES["llama"]
+    scaled = tiny_model(**llama)
+    unscaled = tiny_model(**llama | dict(rope_scaling=None))
+    batch = draw_prompts(6)
+
+    scaled_freq = compute_inv_freq(scaled.config, "cpu", torch.float64)
+    unscaled_freq = compute_inv_freq(unscaled.config, "cpu", torch.float64)
+    scaled_logits = compute_our_logits(scaled, batch)
+    unscaled_logits = compute_our_logits(unscaled, batch)
+
+    ratio = unscaled_freq / scaled_freq
     assert ratio[0] == 1
     assert 1 < ratio[1] < 8
     assert (ratio[2:] - 8).abs().max() < 1e-12
-    batch = prompts(6)
-    unscaled = tiny_model(**FAMILIES["llama"] | dict(rope_scaling=None))
-    assert gap(our_logits(model, batch), our_logits(unscaled, batch)) > 0.1
+    assert measure_gap(scaled_logits, unscaled_logits) > 0.1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_packed_together_do_not_see_each_other(family):
     model = tiny_model(**FAMILIES[family])
-    batch = prompts(2)
-    alone = [our_logits(model, [s])[0] for s in batch]
-    assert gap(our_logits(model, batch), alone) <= 1e-5
+    batch = draw_prompts(2)
+
+    together = compute_our_logits(model, batch)
+    alone = []
+    for prompt in batch:
+        alone += compute_our_logits(model, [prompt])
+
+    assert measure_gap(together, alone) <= 1e-5
 
 
 def test_reachable_ids_are_the_first_rows_of_the_logits(tmp_path):
-    write_policy(tmp_path)
-    batch = prompts(3)
-    full = our_logits(load_model(str(tmp_path)), batch)
-    cut = our_logits(load_model(str(tmp_path), reachable=300), batch)
-    assert cut[0].shape[1] == 300
-    assert gap(cut, [x[:, :300] for x in full]) <= 1e-6
+    folder = write_policy(tmp_path)
+    batch = draw_prompts(3)
+    model = load_model(folder)
+    reachable_model = load_model(folder, reachable=300)
+
+    logits = compute_our_logits(model, batch)
+    reachable_logits = compute_our_logits(reachable_model, batch)
+
+    assert reachable_logits[0].shape[1] == 300
+    want = [x[:, :300] for x in logits]
+    assert measure_gap(reachable_logits, want) <= 1e-6

@@ -36,46 +36,57 @@ def encode(bert):
     return Encoder(bert, "mean", 64)
 
 
-def counted(monkeypatch) -> list:
-    calls = []
-    whole = Encoder.windows
-    monkeypatch.setattr(
-        Encoder,
-        "windows",
-        lambda self, texts, *more: calls.append(len(texts)) or whole(self, texts, *more),
-    )
-    return calls
+def record_encoded_texts(monkeypatch) -> list[int]:
+    """Return a list that gets the number of texts of each call of Encoder.windows."""
+    counts = []
+    encode_windows = Encoder.windows
+
+    def record(self, texts, *more):
+        counts.append(len(texts))
+        return encode_windows(self, texts, *more)
+
+    monkeypatch.setattr(Encoder, "windows", record)
+    return counts
 
 
 def test_the_directory_is_used_while_it_is_of_this_corpus_and_encoder(bert, tmp_path, monkeypatch):
     """Each change of what decides a vector makes it anew, aloud; a change of what does not, does
     not.
     """
-    where, (ids, texts), calls, said = tmp_path / "i", corpus(40), counted(monkeypatch), []
+    folder = tmp_path / "i"
+    ids, texts = corpus(40)
+    counts = record_encoded_texts(monkeypatch)
+    messages = []
 
-    def build(encode=None, texts=texts, **more):
-        calls.clear(), said.clear()
-        return load_or_build_dense(
-            encode or Encoder(bert, "mean", 64), ids, texts, where, say=said.append, **more
-        )
+    def build(encode=None, texts=texts, **settings):
+        counts.clear()
+        messages.clear()
+        if encode is None:
+            encode = Encoder(bert, "mean", 64)
+        return load_or_build_dense(encode, ids, texts, folder, say=messages.append, **settings)
 
     build()
-    assert calls == [40]
-    assert not said
-    first = build()
-    assert not calls
-    assert not said
-    assert np.array_equal(
-        first.search(["lamp"], 5)[0], build(prefixes=("", "")).search(["lamp"], 5)[0]
-    )
+    assert counts == [40]
+    assert not messages
+
+    second = build()
+    assert not counts
+    assert not messages
+
+    third = build(prefixes=("", ""))
+    second_rows, _ = second.search(["lamp"], 5)
+    third_rows, _ = third.search(["lamp"], 5)
+    assert np.array_equal(second_rows, third_rows)
+
     build(index="hnsw", ef_search=9)
     build(index="hnsw", ef_search=99)
     build(prefixes=("query: ", ""))
-    assert not calls
-    assert not said
+    assert not counts
+    assert not messages
+
     other = write_encoder(tmp_path / "other", seed=1)
     wider = write_encoder(tmp_path / "wider", hidden_size=32)
-    for change, word in (
+    changes = [
         (dict(texts=[*texts[:-1], "lamp"]), "texts"),
         (dict(encode=Encoder(bert, "cls", 64)), "pooling"),
         (dict(encode=Encoder(bert, "cls", 32)), "max_length"),
@@ -84,143 +95,179 @@ def test_the_directory_is_used_while_it_is_of_this_corpus_and_encoder(bert, tmp_
         (dict(prefixes=("", "passage: ")), "prefix"),
         (dict(encode=Encoder(bert, "mean", 64, "bfloat16")), "dtype"),
         (dict(encode=Encoder(other, "mean", 64), index="hnsw"), "embeddings"),
-    ):
+    ]
+    for change, word in changes:
         build(**change)
-        assert (
-            len(said) == (2 if change.get("index") else 1)
-            and word in said[-1]
-            and "made anew" in said[0]
-            and str(where) in said[0]
-        ), (change, said)
-    assert load_or_build_dense(
-        Encoder(bert, "mean", 64), ids, texts, where, say=said.append
-    ).search(["lamp"], 1)[0].shape == (1, 1)
+        num_built = 2 if "index" in change else 1
+        assert len(messages) == num_built, change
+        assert "made anew" in messages[0]
+        assert str(folder) in messages[0]
+        assert word in messages[-1]
+
+    rows, _ = build().search(["lamp"], 1)
+    assert rows.shape == (1, 1)
 
 
-DAMAGE = dict(
-    cut=lambda p: p.write_bytes(p.read_bytes()[:-7]),
-    flipped=lambda p: p.write_bytes(p.read_bytes()[:-9] + b"\x55" + p.read_bytes()[-8:]),
-    empty=lambda p: p.write_bytes(b""),
-    gone=lambda p: p.unlink(),
-    link=lambda p: (p.rename(p.parent.parent.parent / "away"), p.symlink_to("../../away")),
-)
+def cut_file(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-7])
 
 
-@pytest.mark.parametrize("how", DAMAGE)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "embeddings/embeddings.npy",
-        "embeddings/facts.json",
-        "embeddings/manifest.json",
-        "hnsw/hnsw.faiss",
-        "hnsw/facts.json",
-    ],
-)
-def test_a_torn_directory_is_named_and_made_anew(encode, tmp_path, name, how):
-    said, (ids, texts) = [], corpus(30)
-    whole = load_or_build_dense(encode, ids, texts, tmp_path / "i", index="hnsw").search(texts, 10)
-    DAMAGE[how](tmp_path / "i" / name)
-    again = load_or_build_dense(
-        encode, ids, texts, tmp_path / "i", index="hnsw", say=said.append
-    ).search(texts, 10)
-    assert (
-        len(said) == 1
-        and "is damaged" in said[0]
-        and Path(name).name in said[0]
-        or "manifest.json" in said[0]
-    )
-    assert all(map(np.array_equal, whole, again))
-    load_or_build_dense(
-        encode, ids, texts, tmp_path / "i", index="hnsw", say=lambda text: pytest.fail(text)
-    )
+def flip_byte(path: Path) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] + b"\x55" + data[-8:])
+
+
+def empty_file(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def remove_file(path: Path) -> None:
+    path.unlink()
+
+
+def replace_by_link(path: Path) -> None:
+    top_folder = path.parent.parent.parent
+    path.rename(top_folder / "away")
+    path.symlink_to("../../away")
+
+
+DAMAGE = {
+    "cut": cut_file,
+    "flipped": flip_byte,
+    "empty": empty_file,
+    "gone": remove_file,
+    "link": replace_by_link,
+}
+
+DAMAGED_FILES = [
+    "embeddings/embeddings.npy",
+    "embeddings/facts.json",
+    "embeddings/manifest.json",
+    "hnsw/hnsw.faiss",
+    "hnsw/facts.json",
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", DAMAGED_FILES)
+def test_a_torn_directory_is_named_and_made_anew(encode, tmp_path, name, damage):
+    folder = tmp_path / "i"
+    ids, texts = corpus(30)
+    intact = load_or_build_dense(encode, ids, texts, folder, index="hnsw")
+    expected_rows, expected_scores = intact.search(texts, 10)
+    damage_file = DAMAGE[damage]
+    damage_file(folder / name)
+
+    messages = []
+    rebuilt = load_or_build_dense(encode, ids, texts, folder, index="hnsw", say=messages.append)
+    rows, scores = rebuilt.search(texts, 10)
+
+    if "manifest.json" not in messages[0]:
+        assert len(messages) == 1
+        assert "is damaged" in messages[0]
+        assert Path(name).name in messages[0]
+    assert np.array_equal(rows, expected_rows)
+    assert np.array_equal(scores, expected_scores)
+
+    # once is enough: nothing is said any more
+    load_or_build_dense(encode, ids, texts, folder, index="hnsw", say=pytest.fail)
 
 
 def test_an_interrupted_build_leaves_nothing_that_looks_whole(encode, tmp_path, monkeypatch):
+    folder = tmp_path / "i"
     ids, texts = corpus(30)
     monkeypatch.setattr(encoder, "WINDOW", 10)
-    real = Encoder._embed
-    n = []
-    monkeypatch.setattr(
-        Encoder,
-        "_embed",
-        lambda self, *a: n.append(1) or (real(self, *a) if len(n) < 4 else sys.exit("killed")),
-    )
+    embed = Encoder._embed
+    calls = []
+
+    def embed_or_exit(self, *args):
+        calls.append(args)
+        if len(calls) == 4:
+            sys.exit("killed")
+        return embed(self, *args)
+
+    monkeypatch.setattr(Encoder, "_embed", embed_or_exit)
     with pytest.raises(SystemExit):
-        load_or_build_dense(encode, ids, texts, tmp_path / "i")
-    assert [p.name for p in (tmp_path / "i").iterdir() if not p.name.startswith(".")] == [
-        "embeddings.partial"
-    ]
-    monkeypatch.setattr(Encoder, "_embed", real)
-    assert (
-        len(load_or_build_dense(encode, ids, texts, tmp_path / "i").search(["lamp"], 30)[0][0])
-        == 30
-    )
-    assert sorted(p.name for p in (tmp_path / "i").iterdir()) == [".lock", "embeddings"]
+        load_or_build_dense(encode, ids, texts, folder)
+    visible_paths = list(folder.glob("[!.]*"))
+    assert visible_paths == [folder / "embeddings.partial"]
+
+    monkeypatch.setattr(Encoder, "_embed", embed)
+    searcher = load_or_build_dense(encode, ids, texts, folder)
+    rows, _ = searcher.search(["lamp"], 30)
+    assert len(rows[0]) == 30
+    assert sorted(os.listdir(folder)) == [".lock", "embeddings"]
 
 
 def test_a_full_disk_is_one_line(encode, tmp_path):
+    ids, texts = corpus(200)
+    exact = load_or_build_dense(encode, ids, texts, tmp_path / "k")
+    expected_rows, _ = exact.search(["lamp"], 5)
+
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    kept = load_or_build_dense(encode, *corpus(200), tmp_path / "k").search(["lamp"], 5)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         with pytest.raises(WriteError, match="cannot write .*embeddings.*: File too large"):
-            load_or_build_dense(encode, *corpus(200), tmp_path / "i")
+            load_or_build_dense(encode, ids, texts, tmp_path / "i")
         with pytest.raises(WriteError, match="cannot write .*hnsw"):
-            load_or_build_dense(encode, *corpus(200), tmp_path / "k", index="hnsw")
+            load_or_build_dense(encode, ids, texts, tmp_path / "k", index="hnsw")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    for where in ("i", "k"):
-        assert np.array_equal(
-            load_or_build_dense(
-                encode, *corpus(200), tmp_path / where, index="hnsw", say=pytest.fail
-            ).search(["lamp"], 5)[0],
-            kept[0],
-        )
+
+    for name in ("i", "k"):
+        folder = tmp_path / name
+        graph = load_or_build_dense(encode, ids, texts, folder, index="hnsw", say=pytest.fail)
+        rows, _ = graph.search(["lamp"], 5)
+        assert np.array_equal(rows, expected_rows)
 
 
 def test_a_directory_of_something_else_is_left_alone(encode, tmp_path):
     (tmp_path / "index.json").write_text("{}")
-    with pytest.raises(
-        ValueError,
-        match="index.json is not part of a dense index; give the index a directory of its own",
-    ):
-        load_or_build_dense(encode, *corpus(3), tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["index.json"]
+    ids, texts = corpus(3)
+
+    message = "index.json is not part of a dense index; give the index a directory of its own"
+    with pytest.raises(ValueError, match=message):
+        load_or_build_dense(encode, ids, texts, tmp_path)
+
+    assert os.listdir(tmp_path) == ["index.json"]
 
 
-def _build_there(folder, where, queue):
+def build_in_process(encoder_folder, index_folder, queue):
     torch.set_num_threads(1)
-    said = []
-    index = load_or_build_dense(
-        Encoder(folder, "mean", 64), *corpus(60), where, index="hnsw", say=said.append
+    encode = Encoder(encoder_folder, "mean", 64)
+    ids, texts = corpus(60)
+    messages = []
+    searcher = load_or_build_dense(
+        encode, ids, texts, index_folder, index="hnsw", say=messages.append
     )
-    queue.put(
-        (
-            index.search(["lamp", "red chair"], 5)[0].tolist(),
-            said,
-            os.stat(Path(where) / "embeddings/embeddings.npy").st_ino,
-        )
-    )
+    rows, _ = searcher.search(["lamp", "red chair"], 5)
+    inode = os.stat(index_folder / "embeddings/embeddings.npy").st_ino
+    queue.put((rows.tolist(), messages, inode))
 
 
 def test_processes_that_start_together_build_once(bert, tmp_path):
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    workers = [
-        context.Process(target=_build_there, args=(bert, tmp_path / "i", queue)) for _ in range(2)
-    ]
-    for worker in workers:
+    workers = []
+    for _ in range(2):
+        arguments = (bert, tmp_path / "i", queue)
+        worker = context.Process(target=build_in_process, args=arguments)
         worker.start()
-    found = [queue.get(timeout=240) for _ in workers]
+        workers.append(worker)
+    results = [queue.get(timeout=240) for _ in workers]
     for worker in workers:
         worker.join()
-    assert len({inode for *_, inode in found}) == 1
-    assert all(rows == found[0][0] for rows, *_ in found)
-    assert all("waiting" in line for _, said, _ in found for line in said)
+
+    first_rows, _, first_inode = results[0]
+    for rows, messages, inode in results:
+        assert inode == first_inode
+        assert rows == first_rows
+        for message in messages:
+            assert "waiting" in message
 
 
-def dense_yaml(folder, **overrides) -> str:
+def write_dense_yaml(folder, **overrides) -> str:
     settings = {
         "retriever.kind": "dense",
         "retriever.encoder": write_encoder(Path(folder) / "encoder"),
@@ -230,154 +277,133 @@ def dense_yaml(folder, **overrides) -> str:
     return write_yaml(folder, **settings | overrides)
 
 
+def select_metrics(rows: list[dict]) -> list[tuple]:
+    metrics = []
+    for row in rows:
+        values = (row["step"], row["reward"], row["ndcg"], row["grad_norm"])
+        metrics.append(values)
+    return metrics
+
+
 def test_a_run_trains_on_it_and_goes_on_to_the_bit(tmp_path, capsys):
-    path = dense_yaml(tmp_path, **{"train.steps": 4, "save.every": 2})
+    path = write_dense_yaml(tmp_path, **{"train.steps": 4, "save.every": 2})
+    run_dir = tmp_path / "run"
+
     assert run_guarded(train.main, [path]) == 0
-    out = capsys.readouterr().out
-    assert "40 x 48, exact, faiss" in out
-    rows = jsonl(tmp_path / "run/metrics.jsonl")
+    assert "40 x 48, exact, faiss" in capsys.readouterr().out
+    rows = jsonl(run_dir / "metrics.jsonl")
     assert any(row["reward_std"] > 0 for row in rows)
+
+    hnsw_overrides = ["retriever.index=hnsw", f"retriever.index_dir={tmp_path}/hnsw"]
+    assert run_guarded(train.main, [path, f"run.dir={tmp_path}/again", *hnsw_overrides]) == 0
+    assert "efSearch 512" in capsys.readouterr().out
+
     # from the checkpoint of step 2: other queries are asked together, the rewards stay what they
     # were
-    assert (
-        run_guarded(
-            train.main,
-            [
-                path,
-                f"run.dir={tmp_path}/again",
-                "retriever.index=hnsw",
-                f"retriever.index_dir={tmp_path}/hnsw",
-            ],
-        )
-        == 0
-    )
-    assert "efSearch 512" in capsys.readouterr().out
-    kept = tmp_path / "run"
-    for name in ("summary.json", "eval_after.jsonl"):
-        (kept / name).unlink()
-    shutil.rmtree(kept / "checkpoints/step_000004"), shutil.rmtree(kept / "model")
+    (run_dir / "summary.json").unlink()
+    (run_dir / "eval_after.jsonl").unlink()
+    shutil.rmtree(run_dir / "checkpoints/step_000004")
+    shutil.rmtree(run_dir / "model")
     assert run_guarded(train.main, [path]) == 0
     assert "goes on after step 2" in capsys.readouterr().out
-
-    def values(rows):
-        return [{k: row[k] for k in ("step", "reward", "ndcg", "grad_norm")} for row in rows]
-
-    assert values(jsonl(kept / "metrics.jsonl")) == values(rows)
+    resumed_rows = jsonl(run_dir / "metrics.jsonl")
+    assert select_metrics(resumed_rows) == select_metrics(rows)
 
 
 def test_what_is_wrong_with_it_ends_a_run_in_one_line(tmp_path, capsys, monkeypatch):
-    path = dense_yaml(tmp_path)
-    assert "retriever.encoder" in refused([path, "retriever.encoder=''"], capsys)
-    assert "retriever.max_length=64" in refused([path, "retriever.max_length=512"], capsys)
-    assert "nowhere" in refused([path, "retriever.encoder=nowhere"], capsys)
-    assert "retriever.index" in refused([path, "retriever.index=ivf"], capsys)
-    assert "retriever.timeout" in refused([path, "retriever.timeout=5"], capsys)
-    assert "retriever.kind" in refused(
-        [path, "retriever.kind=sparse", "retriever.encoder=''"], capsys
-    )
+    path = write_dense_yaml(tmp_path)
+
+    def refuse(*overrides):
+        return refused([path, *overrides], capsys)
+
+    assert "retriever.encoder" in refuse("retriever.encoder=''")
+    assert "retriever.max_length=64" in refuse("retriever.max_length=512")
+    assert "nowhere" in refuse("retriever.encoder=nowhere")
+    assert "retriever.index" in refuse("retriever.index=ivf")
+    assert "retriever.timeout" in refuse("retriever.timeout=5")
+    assert "retriever.kind" in refuse("retriever.kind=sparse", "retriever.encoder=''")
     monkeypatch.setattr(dense, "_is_installed", lambda name: True)
-    assert "both installed" in refused([path], capsys)
+    assert "both installed" in refuse()
+
+
+def train_on_ranks(num_ranks: int, config: str, folder: Path) -> list[float]:
+    """Train with torchrun on num_ranks processes; return the reward of each step."""
+    run_dir = folder / f"run{num_ranks}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={num_ranks}", "-m", "recr1.train", config]
+    command += [f"run.dir={run_dir}", f"retriever.index_dir={folder}/index{num_ranks}"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return [row["reward"] for row in jsonl(run_dir / "metrics.jsonl")]
 
 
 def test_two_ranks_make_one_index_and_train_as_one_process(tmp_path):
-    path = dense_yaml(tmp_path, **{"train.steps": 2, "train.eval_every": 0})
-    out = {}
-    for n in (1, 2):
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                f"--nproc-per-node={n}",
-                "-m",
-                "recr1.train",
-                path,
-                f"run.dir={tmp_path}/run{n}",
-                f"retriever.index_dir={tmp_path}/index{n}",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        out[n] = [row["reward"] for row in jsonl(tmp_path / f"run{n}/metrics.jsonl")]
-    assert out[1] == pytest.approx(out[2], abs=1e-9)
-    assert len(out[1]) == 2
+    path = write_dense_yaml(tmp_path, **{"train.steps": 2, "train.eval_every": 0})
+
+    rewards_of_one = train_on_ranks(1, path, tmp_path)
+    rewards_of_two = train_on_ranks(2, path, tmp_path)
+
+    assert rewards_of_one == pytest.approx(rewards_of_two, abs=1e-9)
+    assert len(rewards_of_one) == 2
+
+
+def run_command(capsys, *argv) -> str:
+    """Return what recr1 prints: stdout where it ends well, else stderr."""
+    capsys.readouterr()
+    code = run_guarded(cli.main, [str(argument) for argument in argv])
+    output = capsys.readouterr()
+    if code != 0:
+        return output.err
+    return output.out
+
+
+BAD_FLAGS = [
+    (["index"], "--index-dir"),
+    (["index", "--retriever", "rank_bm25", "--index-dir", "x"], "keeps an index"),
+    (["search", "--retriever", "dense", "x"], "retriever.encoder"),
+    (["search", "--retriever", "splade", "x"], "retriever.kind"),
+]
 
 
 def test_the_commands_take_any_retriever(bert, tmp_path, capsys):
-    world = configs.load_config(write_yaml(tmp_path), []).data
+    data = configs.load_config(write_yaml(tmp_path), []).data
+    corpus_flags = ["--corpus", data.corpus]
+    dense_flags = [*corpus_flags, "--retriever", "dense", "--encoder", bert]
+    dense_flags += ["--max-length", 32, "--index-dir", tmp_path / "i"]
 
     def run(*argv):
-        capsys.readouterr()
-        code = run_guarded(cli.main, [str(a) for a in argv])
-        found = capsys.readouterr()
-        return found.out if not code else found.err
+        return run_command(capsys, *argv)
 
-    flags = [
-        "--corpus",
-        world.corpus,
-        "--retriever",
-        "dense",
-        "--encoder",
-        bert,
-        "--max-length",
-        32,
-        "--index-dir",
-        tmp_path / "i",
-    ]
-    said = run("index", *flags, "--index", "hnsw", "--ef-search", 77)
-    assert said.startswith(f"{tmp_path}/i: 40 documents, ")
-    assert "efSearch 77" in said
+    def evaluate(*flags):
+        queries = ["--queries", data.test_queries, "--qrels", data.test_qrels]
+        output = run("eval-queries", *flags, *queries, "--metrics", "ndcg@10", "--json")
+        last_line = output.splitlines()[-1]
+        return json.loads(last_line)["metrics"]["ndcg@10"]
+
+    output = run("index", *dense_flags, "--index", "hnsw", "--ef-search", 77)
+    assert output.startswith(f"{tmp_path}/i: 40 documents, ")
+    assert "efSearch 77" in output
     assert (tmp_path / "i/hnsw/hnsw.faiss").exists()
-    hits = run("search", *flags, "red lamp", "-k", 3).splitlines()
+
+    hits = run("search", *dense_flags, "red lamp", "-k", 3).splitlines()
     assert len(hits) == 3
-    assert float(hits[0].split()[1]) >= float(hits[2].split()[1])
+    first_score = float(hits[0].split()[1])
+    last_score = float(hits[2].split()[1])
+    assert first_score >= last_score
     assert "retriever.pooling" not in hits[0]
-    judged = [
-        "--queries",
-        world.test_queries,
-        "--qrels",
-        world.test_qrels,
-        "--metrics",
-        "ndcg@10",
-        "--json",
-    ]
-    assert (
-        0
-        <= json.loads(run("eval-queries", *flags, *judged).splitlines()[-1])["metrics"]["ndcg@10"]
-        <= 1
-    )
-    two = [
-        json.loads(
-            run(
-                "eval-queries",
-                "--corpus",
-                world.corpus,
-                "--retriever",
-                kind,
-                "--k1",
-                1.5,
-                "--variant",
-                "okapi",
-                *judged,
-            ).splitlines()[-1]
-        )["metrics"]
-        for kind in ("bm25", "rank_bm25")
-    ]
-    assert two[0]["ndcg@10"] == pytest.approx(two[1]["ndcg@10"], abs=0.05)
-    assert two[0]["ndcg@10"] > 0.3
-    assert "made with another texts" not in run("search", *flags, "lamp")
-    assert "made anew" in run("search", *flags, "--pooling", "mean", "lamp")
-    for argv, why in (
-        (("index", "--corpus", world.corpus), "--index-dir"),
-        (
-            ("index", "--corpus", world.corpus, "--retriever", "rank_bm25", "--index-dir", "x"),
-            "keeps an index",
-        ),
-        (("search", "--corpus", world.corpus, "--retriever", "dense", "x"), "retriever.encoder"),
-        (("search", "--corpus", world.corpus, "--retriever", "splade", "x"), "retriever.kind"),
-    ):
-        said = run(*argv)
-        assert said.startswith("recr1: ") and said.count("\n") == 1 and why in said, said
+
+    assert 0 <= evaluate(*dense_flags) <= 1
+    okapi_flags = ["--k1", 1.5, "--variant", "okapi"]
+    bm25_ndcg = evaluate(*corpus_flags, "--retriever", "bm25", *okapi_flags)
+    rank_bm25_ndcg = evaluate(*corpus_flags, "--retriever", "rank_bm25", *okapi_flags)
+    assert bm25_ndcg == pytest.approx(rank_bm25_ndcg, abs=0.05)
+    assert bm25_ndcg > 0.3
+
+    assert "made with another texts" not in run("search", *dense_flags, "lamp")
+    assert "made anew" in run("search", *dense_flags, "--pooling", "mean", "lamp")
+
+    for argv, phrase in BAD_FLAGS:
+        message = run(*argv, *corpus_flags)
+        assert message.startswith("recr1: ")
+        assert message.count("\n") == 1
+        assert phrase in message

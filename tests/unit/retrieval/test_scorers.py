@@ -7,72 +7,97 @@ from recr1.retrieval.bm25 import numba_scorer, torch_scorer
 from recr1.retrieval.bm25.impacts import build_postings
 from recr1.retrieval.bm25.index import BM25Index
 
+NUM_TERMS = 20
 
-def random_index(D: int, V: int, n: int, levels: int, seed: int) -> BM25Index:
-    """n postings a term, impacts of few levels: many ties. Some impacts are 0 or below, as in
-    okapi.
+# documents, most postings of a term, levels of impact
+SHAPES = [
+    (200_000, 30_000, 1000),
+    (200_000, 150_000, 3),
+    (70_000, 50, 10**6),
+    (65_536, 65_536, 40),
+    (65_537, 500, 7),
+    (3, 3, 3),
+]
+
+
+def build_random_index(num_docs: int, max_postings: int, levels: int, seed: int) -> BM25Index:
+    """Build up to max_postings postings a term, impacts of few levels: many ties. Some impacts are
+    0 or below, as in okapi.
     """
     rng = np.random.default_rng(seed)
-    docs = [np.sort(rng.choice(D, min(D, rng.integers(n) + 1), replace=False)) for _ in range(V)]
-    offsets = np.cumsum([0, *map(len, docs)])
-    impacts = (rng.integers(-1, levels, offsets[-1]) * np.float32(0.37)).astype(np.float32)
-    return BM25Index({}, None, None, offsets, np.concatenate(docs).astype(np.int32), impacts)
+    docs_of_terms = []
+    for _ in range(NUM_TERMS):
+        size = min(num_docs, rng.integers(max_postings) + 1)
+        docs_of_term = rng.choice(num_docs, size, replace=False)
+        docs_of_terms.append(np.sort(docs_of_term))
+    num_postings = [len(docs_of_term) for docs_of_term in docs_of_terms]
+    offsets = np.cumsum([0, *num_postings])
+    docs = np.concatenate(docs_of_terms).astype(np.int32)
+    impact_levels = rng.integers(-1, levels, offsets[-1])
+    impacts = (impact_levels * np.float32(0.37)).astype(np.float32)
+    return BM25Index({}, None, None, offsets, docs, impacts)
 
 
-@pytest.mark.parametrize(
-    "D, n, levels",
-    [
-        (200_000, 30_000, 1000),
-        (200_000, 150_000, 3),
-        (70_000, 50, 10**6),
-        (65_536, 65_536, 40),
-        (65_537, 500, 7),
-        (3, 3, 3),
-    ],
-)
-def test_scorers_against_a_whole_sort(D, n, levels):
+def sum_impacts(index: BM25Index, num_docs: int, terms, weights, dtype) -> np.ndarray:
+    """Return the score (num_docs,) of every document, each sum in the terms' order in dtype."""
+    sums = np.zeros(num_docs, dtype)
+    for term, weight in zip(terms, weights):
+        first = index.offsets[term]
+        last = index.offsets[term + 1]
+        docs = index.docs[first:last]
+        sums[docs] += weight * index.impacts[first:last]
+    return sums.astype(np.float32)
+
+
+@pytest.mark.parametrize("num_docs, max_postings, levels", SHAPES)
+def test_scorers_against_a_whole_sort(num_docs, max_postings, levels):
     """Several blocks, edges of blocks, ties at the cut, thresholds that rise: the numba scorer, the
     torch scorer, its GPU path, and numpy.
     """
-    found = random_index(D, 20, n, levels, D + n)
-    arrays = found.offsets, found.docs, found.impacts, D
-    rng = np.random.default_rng(1)
-    sizes = [1, 3, 20, 0, 7]
-    terms = np.concatenate([rng.choice(20, s, replace=False) for s in sizes])
-    starts = np.cumsum([0, *sizes])
-    weights = rng.integers(1, 4, len(terms)).astype(np.float32)
-    for scorer, kind in (
+    index = build_random_index(num_docs, max_postings, levels, seed=num_docs + max_postings)
+    arrays = (index.offsets, index.docs, index.impacts, num_docs)
+    scorers = [
         (numba_scorer.NumbaScorer(*arrays), np.float64),
         (torch_scorer.TorchScorer(*arrays, max_sum_bytes=2**22), np.float64),
         (torch_scorer.TorchScorer(*arrays, max_sum_bytes=0), np.float32),
-    ):
-        for k in {1, min(10, D), min(1000, D), D}:
+    ]
+
+    rng = np.random.default_rng(1)
+    query_sizes = [1, 3, 20, 0, 7]
+    terms_of_queries = [rng.choice(NUM_TERMS, size, replace=False) for size in query_sizes]
+    terms = np.concatenate(terms_of_queries)
+    starts = np.cumsum([0, *query_sizes])
+    weights = rng.integers(1, 4, len(terms)).astype(np.float32)
+
+    depths = {1, min(10, num_docs), min(1000, num_docs), num_docs}
+    for scorer, dtype in scorers:
+        for k in depths:
             rows, scores = scorer.find_top_k(terms, weights, starts, k)
-            for q in range(5):
-                sums = np.zeros(D, kind)
-                for t, w in zip(
-                    terms[starts[q] : starts[q + 1]], weights[starts[q] : starts[q + 1]]
-                ):
-                    at = slice(found.offsets[t], found.offsets[t + 1])
-                    sums[found.docs[at]] += w * found.impacts[at]
-                order = np.argsort(-sums.astype(np.float32), kind="stable")[:k]
-                order = order[sums[order].astype(np.float32) > 0]
-                n = len(order)
-                assert np.array_equal(rows[q, :n], order)
-                assert np.array_equal(scores[q, :n], sums[order].astype(np.float32))
-                assert (rows[q, n:] == -1).all()
-                assert (scores[q, n:] == -np.inf).all()
+
+            for i in range(len(query_sizes)):
+                query = slice(starts[i], starts[i + 1])
+                sums = sum_impacts(index, num_docs, terms[query], weights[query], dtype)
+                expected_rows = np.argsort(-sums, kind="stable")[:k]
+                is_hit = sums[expected_rows] > 0
+                expected_rows = expected_rows[is_hit]
+                n = len(expected_rows)
+                assert np.array_equal(rows[i, :n], expected_rows)
+                assert np.array_equal(scores[i, :n], sums[expected_rows])
+                assert (rows[i, n:] == -1).all()
+                assert (scores[i, n:] == -np.inf).all()
 
 
-@pytest.mark.parametrize("D", [7, 500])
-def test_both_builds_give_the_same_postings(D):
-    rng = np.random.default_rng(D)
-    lengths = rng.integers(0, 30, D)
-    tokens = np.minimum(rng.zipf(1.3, lengths.sum()), 400).astype(np.int32) - 1
-    order = rng.permutation(D)
-    for one, other in zip(
-        build_postings(tokens, lengths, order, 450, False),
-        build_postings(tokens, lengths, order, 450, True),
-    ):
-        assert one.dtype == other.dtype
-        assert np.array_equal(one, other)
+@pytest.mark.parametrize("num_docs", [7, 500])
+def test_both_builds_give_the_same_postings(num_docs):
+    rng = np.random.default_rng(num_docs)
+    lengths = rng.integers(0, 30, num_docs)
+    draws = rng.zipf(1.3, lengths.sum())
+    tokens = np.minimum(draws, 400).astype(np.int32) - 1
+    order = rng.permutation(num_docs)
+
+    numpy_arrays = build_postings(tokens, lengths, order, 450, False)
+    numba_arrays = build_postings(tokens, lengths, order, 450, True)
+
+    for numpy_array, numba_array in zip(numpy_arrays, numba_arrays, strict=True):
+        assert numpy_array.dtype == numba_array.dtype
+        assert np.array_equal(numpy_array, numba_array)

@@ -12,53 +12,68 @@ from recr1.rl.losses import resolve_objective
 from recr1.rl.policy_loss import compute_token_loss
 
 
-def batch_of(adv, old=None, ref=None, weight=None):
-    n = len(adv)
-    zeros = torch.zeros(n, dtype=torch.int64)
+def make_doubles(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def make_batch(adv, old=None, ref=None, weight=None) -> MicroBatch:
+    """Make a batch of N tokens, of which a loss reads the advantages and log-probs."""
+    count = len(adv)
+    zeros = torch.zeros(count, dtype=torch.int64)
+    if weight is None:
+        weight = torch.ones(count, dtype=torch.float64)
     return MicroBatch(
-        zeros,
-        zeros,
-        PackedLayout(zeros, zeros, zeros),
-        zeros,
-        zeros,
-        zeros,
-        torch.ones(n, dtype=torch.float64) if weight is None else weight,
-        torch.zeros(n),
-        old,
-        ref,
-        torch.tensor(adv, dtype=torch.float64),
+        tokens=zeros,
+        positions=zeros,
+        layout=PackedLayout(zeros, zeros, zeros),
+        target=zeros,
+        predict_from=zeros,
+        rollout=zeros,
+        weight=weight,
+        sampler_logp=torch.zeros(count),
+        old_logp=old,
+        ref_logp=ref,
+        advantages=make_doubles(adv),
     )
 
 
-def loss_of(logp, batch, total, **settings):
-    """(loss, d loss / d logp, statistics) of log-probs (N,)."""
+def compute_loss(logp, batch, total, **settings):
+    """Compute (loss, d loss / d logp, statistics) of log-probs (N,)."""
+    config = LossConfig(**settings)
+    objective = resolve_objective(config, ModelConfig())
+    entropy = torch.zeros_like(logp)
     loss, d_logp, _, stats = compute_token_loss(
-        logp,
-        torch.zeros_like(logp),
-        batch,
-        batch.weight,
-        total,
-        resolve_objective(LossConfig(**settings), ModelConfig()),
+        logp, entropy, batch, batch.weight, total, objective
     )
-    return loss, d_logp, stats
+    return loss.item(), d_logp, stats
 
 
-def advantages(rewards, size, floor):
-    return compute_group_advantages(
-        rewards, size, normalize_by_std, LossConfig(advantage_eps=floor)
-    )
+def compute_advantages(rewards, size, floor):
+    config = LossConfig(advantage_eps=floor)
+    return compute_group_advantages(rewards, size, normalize_by_std, config)
 
 
 def test_advantages_are_numpys():
-    r = np.random.default_rng(0).normal(size=(5, 8))
-    want = (r - r.mean(1, keepdims=True)) / (r.std(1, ddof=1, keepdims=True) + 0.1)
-    got = advantages(torch.tensor(r).flatten(), 8, 0.1).view(5, 8)
-    np.testing.assert_allclose(got.numpy(), want, rtol=1e-12)
+    rng = np.random.default_rng(0)
+    rewards = rng.normal(size=(5, 8))
+    mean = rewards.mean(1, keepdims=True)
+    std = rewards.std(1, ddof=1, keepdims=True)
+    want = (rewards - mean) / (std + 0.1)
+    flat_rewards = torch.tensor(rewards).flatten()
+
+    adv = compute_advantages(flat_rewards, 8, 0.1)
+
+    table = adv.view(5, 8)
+    np.testing.assert_allclose(table.numpy(), want, rtol=1e-12)
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7793, 1e6])
 def test_equal_rewards_are_exactly_zero(value):
-    assert (advantages(torch.full((12,), value), 6, 1e-6) == 0).all()
+    rewards = torch.full((12,), value)
+
+    adv = compute_advantages(rewards, 6, 1e-6)
+
+    assert (adv == 0).all()
 
 
 def test_four_tokens_by_hand():
@@ -71,74 +86,103 @@ def test_four_tokens_by_hand():
     3      1.5    -1    1.5 * -1  (not clipped)    +1 * 1.5 / 10 = +.15
     loss = -(2.4 - .8 + 2.2 - 1.5) / 10 = -.23
     """
-    logp = torch.tensor([1.5, 0.5, 1.1, 1.5], dtype=torch.float64).log()
-    loss, slope, stats = loss_of(
-        logp, batch_of([2, -1, 2, -1], old=torch.zeros(4)), 10, clip_ratio_low=0.2
-    )
-    assert loss.item() == pytest.approx(-0.23, abs=1e-12)
-    assert slope[:2].tolist() == [0.0, 0.0]
-    np.testing.assert_allclose(slope[2:].numpy(), [-0.22, 0.15], rtol=1e-12)
+    ratio = make_doubles([1.5, 0.5, 1.1, 1.5])
+    logp = ratio.log()
+    batch = make_batch([2, -1, 2, -1], old=torch.zeros(4))
+
+    loss, d_logp, stats = compute_loss(logp, batch, 10, clip_ratio_low=0.2)
+
+    derivatives = d_logp.numpy()
+    assert loss == pytest.approx(-0.23, abs=1e-12)
+    assert derivatives[0] == 0.0
+    assert derivatives[1] == 0.0
+    np.testing.assert_allclose(derivatives[2:], [-0.22, 0.15], rtol=1e-12)
     assert stats["grad_logp_square"] == pytest.approx(0.22**2 + 0.15**2)
     assert stats["clip_ratio"] == 2
 
 
 def test_one_step_per_batch_is_the_policy_gradient():
     adv = [1.0, -2.0, 0.5, 0.0, 3.0, -1.0]
-    slope = loss_of(torch.randn(6, dtype=torch.float64), batch_of(adv), 7, clip_ratio_low=0.2)[1]
-    np.testing.assert_allclose(slope.numpy(), -np.array(adv) / 7, rtol=1e-12)
+    logp = torch.randn(6, dtype=torch.float64)
+    batch = make_batch(adv)
+
+    _, d_logp, _ = compute_loss(logp, batch, 7, clip_ratio_low=0.2)
+
+    want = -np.array(adv) / 7
+    np.testing.assert_allclose(d_logp.numpy(), want, rtol=1e-12)
 
 
 def test_weight_is_identical_siblings_written_out():
-    logp = torch.tensor([-0.3, -1.2], dtype=torch.float64)
-    ref = torch.tensor([-0.5, -1.0], dtype=torch.float64)
-    out = []
-    for index, weight in (([0, 1], [1.0, 3.0]), ([0, 1, 1, 1], [1.0] * 4)):
-        batch = batch_of(
-            [2.0 if i == 0 else -1.0 for i in index],
-            ref=ref[index],
-            weight=torch.tensor(weight, dtype=torch.float64),
-        )
-        loss, slope, stats = loss_of(logp[index], batch, 4, kl_coef=0.1)
-        out.append(
-            (
-                loss.item(),
-                stats["kl"].item(),
-                *(slope[[i == j for i in index]].sum().item() for j in (0, 1)),
-            )
-        )
-    assert out[0] == pytest.approx(out[1], rel=1e-12)
+    logp = make_doubles([-0.3, -1.2])
+    ref = make_doubles([-0.5, -1.0])
+    weight = make_doubles([1.0, 3.0])
+    weighted = make_batch([2.0, -1.0], ref=ref, weight=weight)
+    index = [0, 1, 1, 1]
+    written_out = make_batch([2.0, -1.0, -1.0, -1.0], ref=ref[index])
+
+    loss, d_logp, stats = compute_loss(logp, weighted, 4, kl_coef=0.1)
+    want_loss, want_d_logp, want_stats = compute_loss(logp[index], written_out, 4, kl_coef=0.1)
+
+    kl = stats["kl"].item()
+    want_kl = want_stats["kl"].item()
+    first, second = d_logp.tolist()
+    want_first, *want_others = want_d_logp.tolist()
+    assert loss == pytest.approx(want_loss, rel=1e-12)
+    assert kl == pytest.approx(want_kl, rel=1e-12)
+    assert first == pytest.approx(want_first, rel=1e-12)
+    assert second == pytest.approx(sum(want_others), rel=1e-12)
 
 
 def test_k3_survives_float32_near_the_reference():
     """After a few small steps |ref - logp| is about 1e-4: k3 is d^2 / 2 = 5e-9, below the spacing
     of float32 around 1.
     """
-    d = torch.cat([sign * torch.logspace(-5, -1, 2001) for sign in (1, -1)])
-    value = k3(torch.zeros_like(d), d)
-    exact = torch.expm1(d.double()) - d.double()
+    size = torch.logspace(-5, -1, 2001)
+    difference = torch.cat([size, -size])
+    difference64 = difference.double()
+    exact = torch.expm1(difference64) - difference64
+    exact_sum = exact.sum()
+    zeros = torch.zeros_like(difference)
+
+    value = k3(zeros, difference)
+
+    value_sum = value.double().sum()
+    near = difference.abs() < 1e-3
+    near_error = (value - exact)[near].abs()
     assert (value >= 0).all()
-    assert abs(value.double().sum() - exact.sum()) < 1e-4 * exact.sum()
-    near = d.abs() < 1e-3
-    assert ((value - exact)[near].abs() < 0.02 * exact[near] + 1e-12).all()
+    assert abs(value_sum - exact_sum) < 1e-4 * exact_sum
+    assert (near_error < 0.02 * exact[near] + 1e-12).all()
 
 
 def test_kl_pulls_towards_the_reference():
     """Upstream's sign rewards divergence; here a descent step must bring logp nearer to ref, from
     either side.
     """
-    ref = torch.tensor([-1.0, -1.0], dtype=torch.float64)
-    logp = torch.tensor([-0.2, -2.5], dtype=torch.float64)
-    after = logp - 0.01 * loss_of(logp, batch_of([0.0, 0.0], ref=ref), 1, kl_coef=0.5)[1]
-    assert ((after - ref).abs() < (logp - ref).abs()).all()
-    assert (k3(torch.randn(1000), torch.randn(1000)) >= 0).all()
-    assert k3(ref, ref).abs().max() == 0
+    ref = make_doubles([-1.0, -1.0])
+    logp = make_doubles([-0.2, -2.5])
+    batch = make_batch([0.0, 0.0], ref=ref)
+
+    _, d_logp, _ = compute_loss(logp, batch, 1, kl_coef=0.5)
+
+    after = logp - 0.01 * d_logp
+    distance_before = (logp - ref).abs()
+    distance_after = (after - ref).abs()
+    assert (distance_after < distance_before).all()
+    some_logp = torch.randn(1000)
+    other_logp = torch.randn(1000)
+    assert (k3(some_logp, other_logp) >= 0).all()
+    assert (k3(ref, ref) == 0).all()
 
 
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_equal_rewards_are_exactly_zero_beside_unequal_ones(size):
-    """Whatever the floor, 0 too: a constant group is 0 and its neighbour is not."""
+    """Whatever the floor, 0 too: a constant group is 0 and its neighbor is not."""
+    equal = [0.1] * size
+    unequal = [0.0] * (size - 1) + [1.0]
+    rewards = torch.tensor(equal + unequal)
+
     for floor in (0.0, 1e-12):
-        adv = advantages(torch.tensor([0.1] * size + [0.0] * (size - 1) + [1.0]), size, floor)
+        adv = compute_advantages(rewards, size, floor)
         assert adv[:size].tolist() == [0.0] * size
         assert (adv[size:] != 0).all()
         assert adv.isfinite().all()
@@ -146,23 +190,42 @@ def test_equal_rewards_are_exactly_zero_beside_unequal_ones(size):
 
 def test_micro_batches_sum_to_the_whole():
     adv = [1.0, -2.0, 0.5, 3.0]
-    logp = torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)
-    whole, slope, _ = loss_of(logp, batch_of(adv), 4)
-    parts = [loss_of(logp[i : i + 1], batch_of(adv[i : i + 1]), 4) for i in range(4)]
-    assert torch.equal(slope, torch.cat([d for _, d, _ in parts]))
-    assert whole.item() == pytest.approx(sum(loss.item() for loss, _, _ in parts), rel=1e-15)
+    logp = make_doubles([-1.0, -2.0, -3.0, -4.0])
+    batch = make_batch(adv)
+
+    want_loss, want_d_logp, _ = compute_loss(logp, batch, 4)
+    loss_sum = 0
+    d_logps = []
+    for i in range(4):
+        token = slice(i, i + 1)
+        token_batch = make_batch(adv[token])
+        loss, d_logp, _ = compute_loss(logp[token], token_batch, 4)
+        loss_sum += loss
+        d_logps.append(d_logp)
+
+    actual_d_logp = torch.cat(d_logps)
+    assert torch.equal(actual_d_logp, want_d_logp)
+    assert want_loss == pytest.approx(loss_sum, rel=1e-15)
 
 
 def test_kl_by_hand():
     """d = ref - logp = 2 and -2: k3 = e^d - d - 1; d loss / d logp = kl (1 - e^d) / total. The
     other way round is another divergence.
     """
-    logp = torch.tensor([-3.0, -1.0, -2.0], dtype=torch.float64)
-    ref = torch.tensor([-1.0, -3.0, -2.0], dtype=torch.float64)
-    assert k3(logp, ref).tolist() == pytest.approx([np.exp(2) - 3, np.exp(-2) + 1, 0.0], rel=1e-12)
-    loss, slope, stats = loss_of(logp, batch_of([0.0] * 3, ref=ref), 5, kl_coef=0.1)
-    assert slope.tolist() == pytest.approx(
-        [0.1 * (1 - np.exp(2)) / 5, 0.1 * (1 - np.exp(-2)) / 5, 0.0], rel=1e-12
-    )
-    assert stats["kl"].item() == pytest.approx(np.exp(2) + np.exp(-2) - 2, rel=1e-12)
-    assert loss.item() == pytest.approx(0.1 * stats["kl"].item() / 5, rel=1e-12)
+    logp = make_doubles([-3.0, -1.0, -2.0])
+    ref = make_doubles([-1.0, -3.0, -2.0])
+    up = np.exp(2)
+    down = np.exp(-2)
+    batch = make_batch([0.0] * 3, ref=ref)
+
+    loss, d_logp, stats = compute_loss(logp, batch, 5, kl_coef=0.1)
+
+    kl = stats["kl"].item()
+    kls = k3(logp, ref).tolist()
+    derivatives = d_logp.tolist()
+    want_first = 0.1 * (1 - up) / 5
+    want_second = 0.1 * (1 - down) / 5
+    assert kls == pytest.approx([up - 3, down + 1, 0.0], rel=1e-12)
+    assert derivatives == pytest.approx([want_first, want_second, 0.0], rel=1e-12)
+    assert kl == pytest.approx(up + down - 2, rel=1e-12)
+    assert loss == pytest.approx(0.1 * kl / 5, rel=1e-12)

@@ -3,8 +3,9 @@ stand-in that keeps CUDA's rules on the CPU.
 """
 
 import weakref
+from collections import Counter
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import pytest
@@ -24,12 +25,24 @@ from recr1.sampling.kv_cache import KVCache
 STOPS = frozenset(range(0, 394, 30))
 
 
-def tensors(tree):
+def list_tensors(tree):
+    """List the tensors in a tree of arguments or results."""
     return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor) and not x.is_mkldnn]
 
 
-def place(x):
+def get_address(x):
+    """Return where a tensor's memory begins: views share it."""
     return x.untyped_storage().data_ptr()
+
+
+class Operation(NamedTuple):
+    """An operation that was captured."""
+
+    func: Callable
+    args: tuple
+    kwargs: dict
+    outputs: list[torch.Tensor]
+    is_new: list[bool]  # whether the output has memory of its own
 
 
 class Capture(TorchDispatchMode):
@@ -51,61 +64,82 @@ class Capture(TorchDispatchMode):
     def __init__(self, graph):
         super().__init__()
         self.graph = graph
-        self.before = {}
+        self.overwritten = {}  # address: a tensor there, and the bytes it had
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        inputs = list_tensors((args, kwargs))
+        self.refuse_waiting(func, inputs)
+        self.save_overwritten(func, args)
+        input_addresses = {get_address(x) for x in inputs}
+
+        result = func(*args, **kwargs)
+
+        outputs = list_tensors(result)
+        is_new = [get_address(x) not in input_addresses for x in outputs]
+        for output, new in zip(outputs, is_new):
+            if new:
+                self.graph.created.append(output)
+        self.graph.operations.append(Operation(func, args, kwargs, outputs, is_new))
+        return result
+
+    def refuse_waiting(self, func, inputs):
+        """Refuse an operation that cannot be captured."""
         name = func._schema.name.split("::")[1]
         assert name not in self.FORBIDDEN, f"{name} in a capture waits for the GPU"
-        given = {place(x) for x in tensors((args, kwargs))}
-        assert not (
-            name.startswith("index") and any(x.dtype == torch.bool for x in tensors((args, kwargs)))
-        ), "a mask's size is in the GPU's memory"
+        if name.startswith("index"):
+            has_mask = any(x.dtype == torch.bool for x in inputs)
+            assert not has_mask, "a mask's size is in the GPU's memory"
+
+    def save_overwritten(self, func, args):
+        """Save the bytes that the operation will write into, unless the capture created them."""
+        created = {get_address(x) for x in self.graph.created}
         for argument, value in zip(func._schema.arguments, args):
-            if (
-                argument.alias_info
-                and argument.alias_info.is_write
-                and place(value) not in {place(x) for x in self.graph.made}
-            ):
-                self.before.setdefault(place(value), (value, value.untyped_storage().clone()))
-        out = func(*args, **kwargs)
-        new = [place(x) not in given for x in tensors(out)]
-        self.graph.made += [x for x, fresh in zip(tensors(out), new) if fresh]
-        self.graph.steps.append((func, args, kwargs, tensors(out), new))
-        return out
+            if not argument.alias_info or not argument.alias_info.is_write:
+                continue
+            address = get_address(value)
+            if address in created or address in self.overwritten:
+                continue
+            saved = value.untyped_storage().clone()
+            self.overwritten[address] = (value, saved)
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        for value, bytes_before in self.before.values():
-            value.untyped_storage().copy_(bytes_before)
+        for value, saved in self.overwritten.values():
+            value.untyped_storage().copy_(saved)
         self.graph.spoil()
+
+
+def choose_garbage(dtype):
+    """Choose a value that no result can survive."""
+    if dtype.is_floating_point:
+        return float("nan")
+    if dtype == torch.bool:
+        return True
+    return 1 << 40
 
 
 class Graph:
     def __init__(self):
-        self.steps = []
-        self.made = []
+        self.operations = []
+        self.created = []
         self.replays = 0
 
     def replay(self):
-        assert self.steps, "replayed before it was captured"
+        assert self.operations, "replayed before it was captured"
         self.replays += 1
-        for func, args, kwargs, outs, new in self.steps:
-            for kept, value, fresh in zip(outs, tensors(func(*args, **kwargs)), new):
-                if fresh:
-                    kept.copy_(value)
+        for operation in self.operations:
+            result = operation.func(*operation.args, **operation.kwargs)
+            values = list_tensors(result)
+            for output, value, new in zip(operation.outputs, values, operation.is_new):
+                if new:
+                    output.copy_(value)
         self.spoil()
 
     def spoil(self):
         """The pool is the next graph's too: nobody may read what is left in it."""
-        for x in self.made:
-            x.fill_(
-                float("nan")
-                if x.is_floating_point()
-                else True
-                if x.dtype == torch.bool
-                else 1 << 40
-            )
+        for x in self.created:
+            x.fill_(choose_garbage(x.dtype))
 
 
 class Stream:
@@ -116,154 +150,188 @@ class Stream:
         self.waited.append(other)
 
 
-@pytest.fixture
-def on_cpu(monkeypatch):
-    """Graphs on the CPU. Yields the pairs whose step ran without a graph or was captured, in order,
-    and each DecodeGraphs with its addresses.
-    """
-    seen = SimpleNamespace(ran=[], pools=set(), made=[], calls=0)
-    main = Stream()
+class GraphLog:
+    """What happened while graphs ran on the CPU."""
+
+    def __init__(self):
+        self.keys = []  # of the steps that ran without a graph or were captured, in order
+        self.pools = set()
+        self.graphs = []  # each DecodeGraphs with its addresses
+        self.calls = 0
+        self.main_stream = Stream()
+
+
+def list_addresses(graphs):
+    """List the addresses that must stay where they are."""
+    fixed = (
+        graphs.cache.kv,
+        graphs.cache.lengths,
+        graphs.ids,
+        graphs.uniforms,
+        graphs.logp,
+        graphs.truncated_mass,
+    )
+    return [get_address(x) for x in fixed]
+
+
+def replace_cuda(monkeypatch, log):
+    """Put the stand-ins in the place of torch.cuda's graphs and streams."""
 
     @contextmanager
     def capture(graph, pool, stream, capture_error_mode):
-        seen.pools.add((id(pool), id(stream)))
+        log.pools.add((id(pool), id(stream)))
         assert capture_error_mode == "thread_local"
-        assert not graph.steps
+        assert not graph.operations
         with Capture(graph):
             yield
 
-    step = DecodeGraphs._step
-    made = DecodeGraphs.__init__
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: log.main_stream)
 
-    def noted(self, *pair):
-        seen.ran.append(pair)
-        rows, width, _ = pair
-        assert self.cache.num_rows <= rows <= self.cache.kv.shape[1]
-        assert self.cache.max_len < width <= self.cache.kv.shape[3]
-        step(self, *pair)
 
-    def remembered(self, *args):
-        made(self, *args)
-        seen.calls += 1
-        seen.made.append(
-            (
-                self,
-                [
-                    place(x)
-                    for x in (
-                        self.cache.kv,
-                        self.cache.lengths,
-                        self.ids,
-                        self.uniforms,
-                        self.logp,
-                        self.truncated_mass,
-                    )
-                ],
-            )
-        )
+def watch_graphs(monkeypatch, log):
+    """Let every DecodeGraphs, and every step that it runs or captures, write into the log."""
+    run_step = DecodeGraphs._step
+    initialize = DecodeGraphs.__init__
 
-    for name, stand_in in dict(
-        CUDAGraph=Graph,
-        graph=capture,
-        Stream=Stream,
-        stream=lambda stream: nullcontext(),
-        graph_pool_handle=object,
-        current_stream=lambda: main,
-    ).items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    monkeypatch.setattr(
-        cuda_graphs, "GRAPH_SLOT_MULTIPLE", 16
-    )  # the tiny texts pass several widths
-    monkeypatch.setattr(DecodeGraphs, "_step", noted)
-    monkeypatch.setattr(DecodeGraphs, "__init__", remembered)
+    def log_step(self, *key):
+        log.keys.append(key)
+        rows, width, _ = key
+        _, max_rows, _, max_width, _ = self.cache.kv.shape
+        assert self.cache.num_rows <= rows <= max_rows
+        assert self.cache.max_len < width <= max_width
+        run_step(self, *key)
+
+    def log_graphs(self, *args):
+        initialize(self, *args)
+        log.calls += 1
+        addresses = list_addresses(self)
+        log.graphs.append((self, addresses))
+
+    monkeypatch.setattr(DecodeGraphs, "_step", log_step)
+    monkeypatch.setattr(DecodeGraphs, "__init__", log_graphs)
+
+
+def check_log(log):
+    """Check that CUDA's rules were kept."""
+    for graphs, addresses in log.graphs:
+        assert addresses == list_addresses(graphs), "what graphs use has moved"
+        for graph in graphs.graphs.values():
+            assert graph is None or graph.replays
+        waited = graphs.stream.waited
+        assert waited
+        assert len(waited) == log.main_stream.waited.count(graphs.stream)
+        assert set(waited) == {log.main_stream}
+    assert 0 < len(log.pools) <= log.calls
+    most_steps = max(Counter(log.keys).values(), default=0)
+    assert most_steps <= 2 * log.calls, "a pair runs twice: to warm up, to be captured"
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Graphs on the CPU. Yields the log of what they do; CUDA's rules are checked at the end."""
+    log = GraphLog()
+    replace_cuda(monkeypatch, log)
+    watch_graphs(monkeypatch, log)
+    # the tiny texts pass several widths
+    monkeypatch.setattr(cuda_graphs, "GRAPH_SLOT_MULTIPLE", 16)
     monkeypatch.setattr(sampler, "SYNC_EVERY", {"cpu": 8})
     monkeypatch.setattr(sampler, "GRAPH_DEVICES", ("cpu",))
-    yield seen
-    for self, places in seen.made:
-        assert places == [
-            place(x)
-            for x in (
-                self.cache.kv,
-                self.cache.lengths,
-                self.ids,
-                self.uniforms,
-                self.logp,
-                self.truncated_mass,
-            )
-        ], "what graphs use has moved"
-        assert all(graph is None or graph.replays for graph in self.graphs.values())
-        assert self.stream.waited
-        assert len(self.stream.waited) == main.waited.count(self.stream)
-        assert set(self.stream.waited) == {main}
-    assert 0 < len(seen.pools) <= seen.calls
-    assert max((seen.ran.count(pair) for pair in set(seen.ran)), default=0) <= 2 * seen.calls, (
-        "a pair runs twice: to warm up, to be captured"
-    )
+    yield log
+    check_log(log)
 
 
-def questions(n, longest=30, seed=0):
-    random = np.random.default_rng(seed)
-    return [
-        Prompt(
-            f"q{i}", i, "", tuple(random.integers(394, size=random.integers(2, longest)).tolist())
-        )
-        for i in range(n)
-    ]
+class Case(NamedTuple):
+    prompts: int
+    siblings: int
+    new_tokens: int
+    options: dict[str, Any] = {}
+    greedy: bool = False
 
 
-CASES = {  # prompts, siblings, new tokens, what else
-    "siblings": (5, 4, 40, {}),
-    "one text": (1, 1, 40, {}),
-    "odd number of rows": (13, 1, 21, {}),
-    "top_p": (6, 2, 24, dict(top_p=0.8)),
-    "late": (16, 2, 30, dict(max_cache_tokens=900)),  # 64 slots a text: 14 at once
-    "late, alone": (25, 1, 30, dict(max_cache_tokens=900)),
-    "greedy": (14, 1, 40, dict(greedy=True)),
-    "greedy, late": (25, 1, 40, dict(greedy=True, max_cache_tokens=1000)),
+CASES = {
+    "siblings": Case(5, 4, 40),
+    "one text": Case(1, 1, 40),
+    "odd number of rows": Case(13, 1, 21),
+    "top_p": Case(6, 2, 24, dict(top_p=0.8)),
+    "late": Case(16, 2, 30, dict(max_cache_tokens=900)),  # 64 slots a text: 14 at once
+    "late, alone": Case(25, 1, 30, dict(max_cache_tokens=900)),
+    "greedy": Case(14, 1, 40, greedy=True),
+    "greedy, late": Case(25, 1, 40, dict(max_cache_tokens=1000), greedy=True),
 }
 
 
+def draw_prompts(n):
+    """Draw n prompts of 2 to 29 ids."""
+    random = np.random.default_rng(0)
+    prompts = []
+    for i in range(n):
+        length = random.integers(2, 30)
+        ids = random.integers(394, size=length)
+        prompts.append(Prompt(f"q{i}", i, "", tuple(ids.tolist())))
+    return prompts
+
+
 def draw(model, case, cache=None, **more):
-    n, group, new, options = CASES[case]
-    options = dict(options)
-    prompts = questions(n)
-    u = None if options.pop("greedy", False) else np.random.default_rng(3).random((n, group, new))
-    heard = {}
-    done = []
+    """Generate the texts of a case, and check that the callbacks heard the same texts."""
+    n, group_size, new_tokens, options, greedy = CASES[case]
+    prompts = draw_prompts(n)
+    uniforms = None
+    if not greedy:
+        random = np.random.default_rng(3)
+        uniforms = random.random((n, group_size, new_tokens))
+    streamed = {}
+    finished_groups = []
+
+    def record_token(row, token):
+        streamed.setdefault(row, []).append(token)
+
+    def record_group(group):
+        finished_groups.append([r.ids for r in group])
+
     rollouts = generate(
         model,
         prompts,
-        group,
+        group_size,
         0.8,
-        new,
+        new_tokens,
         STOPS,
-        u,
+        uniforms,
         cache,
-        on_token=lambda r, t: heard.setdefault(r, []).append(t),
-        on_group_finished=lambda group: done.append([r.ids for r in group]),
+        on_token=record_token,
+        on_group_finished=record_group,
         **options,
         **more,
     )
-    assert [tuple(heard[r]) for r in range(n * group)] == [r.ids for r in rollouts]
-    assert sorted(done) == sorted(
-        [r.ids for r in rollouts[i : i + group]] for i in range(0, n * group, group)
-    )
+
+    ids = [r.ids for r in rollouts]
+    streamed_ids = [tuple(streamed[row]) for row in range(n * group_size)]
+    groups = [ids[start : start + group_size] for start in range(0, len(ids), group_size)]
+    assert streamed_ids == ids
+    assert sorted(finished_groups) == sorted(groups)
     return rollouts
 
 
-def same(ours, theirs, bound):
-    assert [(r.prompt.id, r.sibling, r.ids, r.finished) for r in ours] == [
-        (r.prompt.id, r.sibling, r.ids, r.finished) for r in theirs
-    ]
-    off = [
-        abs(a - b)
-        for x, y in zip(ours, theirs)
-        for a, b in zip((*x.sampler_logp, x.cut), (*y.sampler_logp, y.cut))
-    ]
-    assert max(off) <= bound, max(off)
+def list_texts(rollouts):
+    """List what was written: prompt, sibling, ids, finished."""
+    return [(r.prompt.id, r.sibling, r.ids, r.finished) for r in rollouts]
 
 
-def model_of(kind):
+def assert_same(ours, theirs, bound):
+    """Compare texts, log-probs and cut mass."""
+    assert list_texts(ours) == list_texts(theirs)
+    for a, b in zip(ours, theirs):
+        difference = np.subtract(a.sampler_logp, b.sampler_logp)
+        assert np.abs(difference).max() <= bound
+        assert abs(a.cut - b.cut) <= bound
+
+
+def make_model(kind):
+    """Make a model, and say how far its log-probs may lie apart."""
     model = tiny_model(seed=4)
     if kind == "batch_invariant":
         model.backend = AttentionBackend(exact=True)
@@ -276,137 +344,226 @@ def world(request, monkeypatch):
     """A model, how far log-probs may lie apart, and the texts of the plain way: eager, every token
     looked at.
     """
-    model, bound = model_of(request.param)
+    model, bound = make_model(request.param)
 
-    def plain(case, **more):
-        with monkeypatch.context() as m:
-            m.setattr(sampler, "SYNC_EVERY", {"cpu": 1})
-            m.setattr(sampler, "GRAPH_DEVICES", ())
-            return draw(model, case, **more)
+    def draw_eagerly(case):
+        with monkeypatch.context() as patch:
+            patch.setattr(sampler, "SYNC_EVERY", {"cpu": 1})
+            patch.setattr(sampler, "GRAPH_DEVICES", ())
+            return draw(model, case)
 
-    return model, bound, plain
+    return model, bound, draw_eagerly
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_looking_every_eight_tokens_changes_nothing(world, case, monkeypatch):
-    model, bound, plain = world
+    model, bound, draw_eagerly = world
     monkeypatch.setattr(sampler, "SYNC_EVERY", {"cpu": 8})
+
     ours = draw(model, case)
-    same(ours, plain(case), bound)
-    assert any(r.finished and len(r.ids) % 8 for r in ours) or len(ours) == 1
+    theirs = draw_eagerly(case)
+
+    assert_same(ours, theirs, bound)
+    if len(ours) > 1:
+        assert any(r.finished and len(r.ids) % 8 for r in ours)
+
+
+def count_replays(log):
+    """Count the replays of all graphs."""
+    replays = 0
+    for graphs, _ in log.graphs:
+        for graph in graphs.graphs.values():
+            if graph is not None:
+                replays += graph.replays
+    return replays
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_graphs_change_nothing(world, case, on_cpu):
-    model, bound, plain = world
+    model, bound, draw_eagerly = world
+
     ours = draw(model, case)
-    ran = set(on_cpu.ran)
-    replays = sum(g.replays for self, _ in on_cpu.made for g in self.graphs.values() if g)
-    same(ours, plain(case), bound)
+    keys = set(on_cpu.keys)
+    replays = count_replays(on_cpu)
+    theirs = draw_eagerly(case)
+
+    assert_same(ours, theirs, bound)
     # new siblings share a row, and shared rows take the eager step
-    assert replays > len(ran) or case == "late"
-    assert len({rows for rows, _, _ in ran}) > 1 or len(ours) == 1
-    assert len({width for _, width, _ in ran}) > 1
+    if case != "late":
+        assert replays > len(keys)
+    numbers_of_rows = {rows for rows, _, _ in keys}
+    widths = {width for _, width, _ in keys}
+    if len(ours) > 1:
+        assert len(numbers_of_rows) > 1
+    assert len(widths) > 1
 
 
 def test_a_cache_of_before_is_used_again(world, on_cpu):
     """The second call captures anew, in the first one's memory where that is enough."""
-    model, bound, plain = world
+    model, bound, draw_eagerly = world
     cache = sampler.make_cache(model)
+
     for case in ("odd number of rows", "siblings", "odd number of rows"):
-        same(draw(model, case, cache), plain(case), bound)
-    (first, _), (second, _), (third, _) = on_cpu.made
+        ours = draw(model, case, cache)
+        theirs = draw_eagerly(case)
+        assert_same(ours, theirs, bound)
+
+    first, second, third = [graphs for graphs, _ in on_cpu.graphs]
     assert second.cache is cache
-    assert third.cache.kv.shape == second.cache.kv.shape != first.ids.shape
-    del on_cpu.made[0]  # its memory grew for the second
+    assert third.cache is cache
+    assert len(first.ids) < len(second.ids)
+    assert len(third.ids) == len(second.ids)
+    del on_cpu.graphs[0]  # its memory grew for the second
+
+
+@torch.no_grad()
+def decode_two_texts(model, first, second, spoil):
+    """Decode a text for eleven steps, then for eighteen beside another one that enters.
+
+    spoil: garbage stands in the cache's rows that are nobody's. Returns ids and log-probs.
+    """
+    cache = sampler.make_cache(model)
+    cache.reset(9, 64, reserve=True)
+    random = np.random.default_rng(0)
+    u = torch.from_numpy(random.random((30, 2, 1)))
+    sampled = []
+
+    def sample_tokens(hidden, uniforms):
+        return sampler.sample_from_hidden(
+            hidden, model.head_weight, 1.0, sampler.make_distribution, uniforms
+        )
+
+    graphs = DecodeGraphs(model, cache, sample_tokens)
+
+    def step(tokens, uniforms):
+        ids, logp, _ = graphs(tokens, uniforms)
+        sampled.extend(ids[:, 0].tolist())
+        sampled.extend(logp[:, 0].tolist())
+        return ids[:, 0]
+
+    if spoil:
+        cache.lengths[1:] = torch.arange(0, 4000, 500)
+        cache.kv[:, 1:] = 1e3
+    hidden = sampler.prefill(model, [first], cache)
+    ids, *_ = sample_tokens(hidden, u[0, :1])
+    tokens = ids[:, 0]
+    for t in range(1, 12):
+        tokens = step(tokens, u[t, :1])
+    tokens = torch.cat([tokens, torch.tensor([7])])
+    sampler.prefill(model, [second], cache)
+    for t in range(12, 30):
+        tokens = step(tokens, u[t])
+
+    want_lengths = [len(first.ids) + 29, len(second.ids) + 18]
+    assert cache.lengths[:2].tolist() == want_lengths
+    assert cache.max_len == max(want_lengths)
+    return sampled
 
 
 def test_rows_that_are_nobodys_change_nothing(on_cpu):
     """Whatever stands in the cache's other rows, the live ones' tokens stay, and a row that enters
     finds its own.
     """
-    model, (a, b) = tiny_model(seed=4).double(), questions(2)
-    with torch.no_grad():
-        runs = []
-        for spoil in (False, True):
-            cache = sampler.make_cache(model)
-            cache.reset(9, 64, reserve=True)
-            graphs = DecodeGraphs(
-                model,
-                cache,
-                lambda hidden, uniforms: sampler.sample_from_hidden(
-                    hidden, model.head_weight, 1.0, sampler.make_distribution, uniforms
-                ),
-            )
-            if spoil:
-                cache.lengths[1:] = torch.arange(0, 4000, 500)
-                cache.kv[:, 1:] = 1e3
-            u = torch.from_numpy(np.random.default_rng(0).random((30, 2, 1)))
-            tokens = sampler.sample_from_hidden(
-                sampler.prefill(model, [a], cache),
-                model.head_weight,
-                1.0,
-                sampler.make_distribution,
-                u[0, :1],
-            )[0][:, 0]
-            seen = []
-            for t in range(1, 12):
-                ids, logp, _ = graphs(tokens, u[t, :1])
-                tokens = ids[:, 0]
-                seen += [ids[0].item(), logp[0].item()]
-            tokens = torch.cat([tokens, torch.tensor([7])])
-            sampler.prefill(model, [b], cache)
-            for t in range(12, 30):
-                ids, logp, _ = graphs(tokens, u[t])
-                tokens = ids[:, 0]
-                seen += ids[:, 0].tolist() + logp[:, 0].tolist()
-            runs.append(seen)
-            assert cache.lengths[:2].tolist() == [
-                len(a.ids) + 29,
-                len(b.ids) + 18,
-            ]
-            assert cache.max_len == max(cache.lengths[:2].tolist())
-    assert runs[0] == runs[1]
-    assert {rows for rows, _, _ in on_cpu.ran} == {8}
+    model = tiny_model(seed=4).double()
+    first, second = draw_prompts(2)
+
+    clean = decode_two_texts(model, first, second, spoil=False)
+    spoiled = decode_two_texts(model, first, second, spoil=True)
+
+    assert clean == spoiled
+    numbers_of_rows = {rows for rows, _, _ in on_cpu.keys}
+    assert numbers_of_rows == {8}
+
+
+# rows, their rung of at most 500
+RUNGS = [
+    (1, 8),
+    (8, 8),
+    (9, 12),
+    (12, 12),
+    (13, 16),
+    (16, 16),
+    (17, 24),
+    (24, 24),
+    (25, 32),
+    (33, 48),
+    (48, 48),
+    (49, 64),
+    (193, 256),
+    (256, 256),
+    (257, 384),
+    (384, 384),
+    (385, 500),
+]
 
 
 def test_the_ladder():
-    assert [
-        round_to_rung(n, 500)
-        for n in (1, 8, 9, 12, 13, 16, 17, 24, 25, 33, 48, 49, 193, 256, 257, 384, 385)
-    ] == [8, 8, 12, 12, 16, 16, 24, 24, 32, 48, 48, 64, 256, 256, 384, 384, 500]
-    assert all(
-        n <= round_to_rung(n, most) <= max(8, 1.5 * n) and round_to_rung(n, most) <= most
-        for most in (1, 7, 9, 100, 384)
-        for n in range(1, most + 1)
-    )
-    assert len({round_to_rung(n, 384) for n in range(1, 385)}) == 12  # what the docstring counts
+    for rows, want in RUNGS:
+        assert round_to_rung(rows, 500) == want
+
+    for max_rows in (1, 7, 9, 100, 384):
+        for rows in range(1, max_rows + 1):
+            rung = round_to_rung(rows, max_rows)
+            assert rows <= rung
+            assert rung <= max(8, 1.5 * rows)
+            assert rung <= max_rows
+
+    rungs = {round_to_rung(rows, 384) for rows in range(1, 385)}
+    assert len(rungs) == 12  # what the docstring counts
 
 
-@pytest.mark.parametrize(
-    "forbidden",
-    [
-        lambda x: x.sum().item(),
-        lambda x: x[x > 0],
-        lambda x: x + torch.tensor([1.0]),
-        lambda x: x.nonzero(),
-        lambda x: bool((x > 0).any()),
-        lambda x: x.unique(),
-    ],
-)
+def read_item(x):
+    return x.sum().item()
+
+
+def index_by_mask(x):
+    return x[x > 0]
+
+
+def add_from_host(x):
+    return x + torch.tensor([1.0])
+
+
+def list_nonzero(x):
+    return x.nonzero()
+
+
+def read_condition(x):
+    return bool((x > 0).any())
+
+
+def list_unique(x):
+    return x.unique()
+
+
+FORBIDDEN = [
+    read_item,
+    index_by_mask,
+    add_from_host,
+    list_nonzero,
+    read_condition,
+    list_unique,
+]
+
+
+@pytest.mark.parametrize("forbidden", FORBIDDEN)
 def test_the_stand_in_refuses_what_cuda_would(forbidden):
+    x = torch.ones(3)
+
     with pytest.raises(AssertionError):
         with Capture(Graph()):
-            forbidden(torch.ones(3))
+            forbidden(x)
 
 
 def test_the_stand_in_captures_without_effect_and_replays_into_the_same_memory():
     graph = Graph()
     x = torch.arange(3.0)
     y = torch.zeros(3)
+
     with Capture(graph):
         z = x * 2
         y[:2] += z[1:]
+
     assert y.tolist() == [0, 0, 0]
     assert z.isnan().all()
     x += 1
@@ -419,95 +576,111 @@ def test_the_stand_in_captures_without_effect_and_replays_into_the_same_memory()
 def test_a_cache_that_moves_is_noticed(on_cpu, monkeypatch):
     """The stand-in is no rubber stamp: graphs over a cache that moves write other texts."""
     model = tiny_model(seed=4).double()
-    reserve = KVCache._reserve
     want = draw(model, "greedy")
+    reserve = KVCache._reserve
 
-    def moving(self, rows, room):
+    def reserve_and_move(self, rows, room):
         reserve(self, rows, room)
         self.kv = self.kv.clone()
 
-    monkeypatch.setattr(KVCache, "_reserve", moving)
-    got = draw(model, "greedy")
-    assert [r.ids for r in got] != [r.ids for r in want]
-    on_cpu.made.clear()
+    monkeypatch.setattr(KVCache, "_reserve", reserve_and_move)
+    rollouts = draw(model, "greedy")
+
+    ids = [r.ids for r in rollouts]
+    want_ids = [r.ids for r in want]
+    assert ids != want_ids
+    on_cpu.graphs.clear()
 
 
 def test_nothing_of_the_graphs_is_left(on_cpu):
-    draw(tiny_model(seed=4), "siblings")
-    graphs = weakref.ref(on_cpu.made.pop()[0])
-    assert graphs() is None, (
+    model = tiny_model(seed=4)
+    draw(model, "siblings")
+
+    graphs, _ = on_cpu.graphs.pop()
+    reference = weakref.ref(graphs)
+    del graphs
+
+    assert reference() is None, (
         "a circle of references keeps the graphs, and their memory, until the collector comes"
     )
 
 
 def test_the_cpu_keeps_its_growing_cache_and_has_no_graphs():
     model = tiny_model(seed=4)
-    cache = sampler.make_cache(tiny_model(seed=4))
+    cache = sampler.make_cache(model)
     assert cuda_graphs.GRAPH_DEVICES == ("cuda",)
     assert sampler.SYNC_EVERY["cpu"] == 1
     draw(model, "one text", cache)
+
     cache.reset(1000, 1024)
     assert cache.kv.shape[1] < 1000
+
     cache.reset(1000, 1024, reserve=True)
     assert cache.kv.shape[1] == 1000
     assert cache.kv.shape[3] == 1024
 
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: no CUDA graph was captured")
-
-
-@gpu
-@pytest.mark.parametrize(
-    "kernels, dtype, bound",
-    [
-        ("torch", torch.float64, 1e-11),
-        ("torch", torch.float32, 1e-4),
-        ("triton", torch.float32, 1e-4),
-    ],
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU: no CUDA graph was captured"
 )
+# kernels, dtype, how far log-probs may lie apart
+GPU_WAYS = [
+    ("torch", torch.float64, 1e-11),
+    ("torch", torch.float32, 1e-4),
+    ("triton", torch.float32, 1e-4),
+]
+
+
+@needs_gpu
+@pytest.mark.parametrize("kernels, dtype, bound", GPU_WAYS)
 @pytest.mark.parametrize("case", CASES)
 def test_on_a_gpu_graphs_change_nothing(case, kernels, dtype, bound, monkeypatch):
     model = tiny_model(seed=4).to("cuda", dtype)
     monkeypatch.setattr(cuda_graphs, "GRAPH_SLOT_MULTIPLE", 16)
+
     ours = draw(model, case, kernels=kernels)
     monkeypatch.setattr(sampler, "GRAPH_DEVICES", ())
     monkeypatch.setattr(sampler, "SYNC_EVERY", {"cuda": 1})
-    same(ours, draw(model, case, kernels=kernels), bound)
+    theirs = draw(model, case, kernels=kernels)
+
+    assert_same(ours, theirs, bound)
 
 
-@gpu
+@needs_gpu
 def test_on_a_gpu_nothing_of_the_graphs_is_left():
     model = tiny_model(seed=4).to("cuda")
     draw(model, "siblings")
     before = torch.cuda.memory_allocated()
+
     draw(model, "siblings")
+
     assert torch.cuda.memory_allocated() == before
 
 
-@gpu
+@needs_gpu
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_on_a_gpu_a_replayed_step_waits_for_nothing(kernels, monkeypatch):
     """In bfloat16; every step but a pair's first two, under torch's own check for synchronising
     calls.
     """
     model = tiny_model(seed=4).to("cuda", torch.bfloat16)
-    step = DecodeGraphs.__call__
+    case = "greedy" if kernels == "torch" else "odd number of rows"
+    run_step = DecodeGraphs.__call__
     checked = []
 
-    def quiet(self, *inputs):
-        known = (
-            self.graphs.get(self.choose_graph(len(inputs[0]), inputs[1] is not None)) is not None
-        )
-        torch.cuda.set_sync_debug_mode("error" if known else "default")
+    def check_waiting(self, ids, uniforms):
+        key = self.choose_graph(len(ids), uniforms is not None)
+        is_captured = self.graphs.get(key) is not None
+        torch.cuda.set_sync_debug_mode("error" if is_captured else "default")
         try:
-            return step(self, *inputs)
+            return run_step(self, ids, uniforms)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-            checked.append(known)
+            checked.append(is_captured)
 
-    monkeypatch.setattr(DecodeGraphs, "__call__", quiet)
-    rollouts = draw(
-        model, "greedy" if kernels == "torch" else "odd number of rows", kernels=kernels
-    )
+    monkeypatch.setattr(DecodeGraphs, "__call__", check_waiting)
+    rollouts = draw(model, case, kernels=kernels)
+
     assert sum(checked) > 8
-    assert all(np.isfinite(r.sampler_logp).all() for r in rollouts)
+    for rollout in rollouts:
+        assert np.isfinite(rollout.sampler_logp).all()

@@ -28,15 +28,28 @@ from recr1.sampling.generate import generate
 from recr1.utils.counter_rng import draw_uniforms
 
 EOS = tiny_tokenizer().eos_token_id
+EOS_ONLY = frozenset([EOS])
+MANY_STOPS = frozenset(range(0, 394, 20))
 NEW = 20
+GROUP_SIZE = 8
+HF_BATCH_SIZE = 50
+# lengths of prompts, lengths of completions' inputs, the prompt of each completion
+LAYOUTS = [
+    ([3, 9, 1], [4, 0, 7, 2, 1], [0, 0, 1, 2, 2]),
+    ([5, 2], [], []),
+    ([4], [0, 0], [0, 0]),
+]
 
 
-def prompts_of(n, seed=0, longest=40, vocab=394):
+def draw_prompts(n, seed=0, longest=40, vocab=394):
+    """Draw n prompts of 1 to `longest` ids."""
     rng = np.random.default_rng(seed)
-    return [
-        Prompt(f"q{i}", i, "", tuple(rng.integers(0, vocab, rng.integers(1, longest + 1)).tolist()))
-        for i in range(n)
-    ]
+    prompts = []
+    for i in range(n):
+        length = rng.integers(1, longest + 1)
+        ids = rng.integers(0, vocab, length)
+        prompts.append(Prompt(f"q{i}", i, "", tuple(ids.tolist())))
+    return prompts
 
 
 @functools.cache
@@ -45,105 +58,167 @@ def answering():
     retired.
     """
     tokenizer = tiny_tokenizer()
-    texts = [f"find {c} {t} {'cheap ' * i}<think>" for i, (c, t) in enumerate(zip(COLOURS, THINGS))]
-    return answering_model(), [
-        Prompt(f"q{i}", i, t, tuple(tokenizer(t)["input_ids"])) for i, t in enumerate(texts)
-    ]
+    prompts = []
+    for i, (color, thing) in enumerate(zip(COLOURS, THINGS)):
+        text = f"find {color} {thing} {'cheap ' * i}<think>"
+        ids = tokenizer(text)["input_ids"]
+        prompts.append(Prompt(f"q{i}", i, text, tuple(ids)))
+    return answering_model(), prompts
 
 
-def sample(
-    model, prompts, group_size=8, temperature=1.0, new=NEW, stops=frozenset([EOS]), seed=0, step=1
-):
-    u = draw_uniforms(seed, step, np.array([p.index for p in prompts]), group_size, new)
-    return generate(model, prompts, group_size, temperature, new, stops, u)
+def sample(model, prompts, group_size=GROUP_SIZE, temperature=1.0, seed=0, step=1):
+    """Sample groups of siblings with the uniforms of a seed and step."""
+    indices = np.array([p.index for p in prompts])
+    uniforms = draw_uniforms(seed, step, indices, group_size, NEW)
+    return generate(model, prompts, group_size, temperature, NEW, EOS_ONLY, uniforms)
 
 
-def greedy(model, prompts, new=NEW, stops=frozenset([EOS])):
-    return generate(model, prompts, 1, 1.0, new, stops, None)
+def decode_greedily(model, prompts, new_tokens, stops):
+    """Take the most likely id at each step."""
+    return generate(model, prompts, 1, 1.0, new_tokens, stops, None)
 
 
-def texts(rollouts):
+def list_texts(rollouts):
+    """List what was written: prompt, sibling, ids, finished."""
     return [(r.prompt.id, r.sibling, r.ids, r.finished) for r in rollouts]
 
 
+def index_texts(rollouts):
+    """Index what was written by prompt and sibling."""
+    texts = {}
+    for rollout in rollouts:
+        key = (rollout.prompt.id, rollout.sibling)
+        texts[key] = (rollout.ids, rollout.finished)
+    return texts
+
+
+def measure_logp_gap(ours, theirs):
+    """Measure the largest difference of two rollouts' log-probs."""
+    difference = np.subtract(ours.sampler_logp, theirs.sampler_logp)
+    return np.abs(difference).max()
+
+
+def cut_after_stop(ids, stops):
+    """Cut ids behind the first stop id."""
+    for i, token in enumerate(ids):
+        if token in stops:
+            return tuple(ids[: i + 1])
+    return tuple(ids)
+
+
 @torch.no_grad()
-def their_greedy(model, prompts, new, stops):
+def decode_greedily_by_transformers(hf_model, prompts, new_tokens, stops):
     """transformers' own greedy decoding, left-padded batches -> one list of ids per prompt, the EOS
     kept.
     """
-    out = []
     settings = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=new, eos_token_id=sorted(stops), pad_token_id=0
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=new_tokens,
+        eos_token_id=sorted(stops),
+        pad_token_id=0,
     )
-    for chunk in (prompts[i : i + 50] for i in range(0, len(prompts), 50)):
-        width = max(len(p.ids) for p in chunk)
-        ids = torch.tensor([(0,) * (width - len(p.ids)) + p.ids for p in chunk])
-        mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in chunk])
-        for row in model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[
-            :, width:
-        ].tolist():
-            end = next((i + 1 for i, t in enumerate(row) if t in stops), len(row))
-            out.append(tuple(row[:end]))
-    return out
+    completions = []
+    for start in range(0, len(prompts), HF_BATCH_SIZE):
+        batch = prompts[start : start + HF_BATCH_SIZE]
+        width = max(len(p.ids) for p in batch)
+        ids = torch.zeros(len(batch), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(batch):
+            padding = width - len(prompt.ids)
+            ids[row, padding:] = torch.tensor(prompt.ids)
+            mask[row, padding:] = 1
+        output = hf_model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        for new_ids in output[:, width:].tolist():
+            completion = cut_after_stop(new_ids, stops)
+            completions.append(completion)
+    return completions
+
+
+def find_first_difference(ours, theirs):
+    """Find the index of the first token that differs."""
+    for i, (a, b) in enumerate(zip(ours, theirs)):
+        if a != b:
+            return i
+    raise AssertionError("one text begins with the other: no token differs")
+
+
+@torch.no_grad()
+def compute_hf_logits(hf_model, ids):
+    """Compute transformers' logits (tokens, V) of one sequence."""
+    output = hf_model(input_ids=torch.tensor([ids]))
+    return output.logits[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_transformers_greedy_on_200_prompts_with_many_eos_ids(family):
     model = tiny_model(seed=3, **FAMILIES[family])
-    prompts = prompts_of(200)
-    stops = frozenset(range(0, 394, 20))
-    theirs = oracle(model)
-    ours = greedy(model, prompts, 24, stops)
-    want = their_greedy(theirs, prompts, 24, stops)
-    differ = 0
-    for rollout, ids in zip(ours, want, strict=True):
-        if rollout.ids != ids:
-            differ += 1
-            at = next(i for i, (a, b) in enumerate(zip(rollout.ids, ids)) if a != b)
-            top = (
-                theirs(input_ids=torch.tensor([rollout.prompt.ids + ids[:at]]))
-                .logits[0, -1]
-                .topk(2)
-                .values
-            )
-            assert top[0] - top[1] < 1e-4, (
-                f"{rollout.prompt.id} differs at token {at}, where the best is clear"
-            )
-        assert rollout.finished == (rollout.ids[-1] in stops)
-    print(f"greedy, {family}: {differ} of 200 differ from transformers, all at ties below 1e-4")
-    assert differ <= 2
-    assert len({r.ids[-1] for r in ours if r.finished}) >= 3
+    hf_model = oracle(model)
+    prompts = draw_prompts(200)
+
+    ours = decode_greedily(model, prompts, 24, MANY_STOPS)
+    theirs = decode_greedily_by_transformers(hf_model, prompts, 24, MANY_STOPS)
+
+    differences = 0
+    for rollout, want in zip(ours, theirs, strict=True):
+        is_at_stop = rollout.ids[-1] in MANY_STOPS
+        assert rollout.finished == is_at_stop
+        if rollout.ids == want:
+            continue
+        differences += 1
+        i = find_first_difference(rollout.ids, want)
+        logits = compute_hf_logits(hf_model, rollout.prompt.ids + want[:i])
+        best, second = logits[-1].topk(2).values
+        assert best - second < 1e-4, (
+            f"{rollout.prompt.id} differs at token {i}, where the best is clear"
+        )
+    print(
+        f"greedy, {family}: {differences} of 200 differ from transformers, all at ties below 1e-4"
+    )
+    assert differences <= 2
+    last_ids = {r.ids[-1] for r in ours if r.finished}
+    assert len(last_ids) >= 3
     assert any(not r.finished for r in ours)
 
 
 def test_a_text_ends_at_its_first_stop_id_or_is_cut():
     model = tiny_model(seed=3)
-    prompts = prompts_of(30)
-    stops = frozenset(range(0, 394, 20))
-    whole = greedy(model, prompts, 24, stops)
-    finished = next(r for r in whole if r.finished and len(r.ids) > 3)
-    n = len(finished.ids)
-    (exact,) = greedy(model, [finished.prompt], n, stops)
-    (cut,) = greedy(model, [finished.prompt], n - 1, stops)
-    assert (exact.ids, exact.finished) == (finished.ids, True)
-    assert (cut.ids, cut.finished) == (finished.ids[:-1], False)
-    assert all(
-        not set(r.ids[:-1]) & stops and len(r.ids) == len(r.sampler_logp) <= 24 for r in whole
-    )
+    prompts = draw_prompts(30)
+
+    rollouts = decode_greedily(model, prompts, 24, MANY_STOPS)
+    finished = next(r for r in rollouts if r.finished and len(r.ids) > 3)
+    length = len(finished.ids)
+    [exact] = decode_greedily(model, [finished.prompt], length, MANY_STOPS)
+    [shorter] = decode_greedily(model, [finished.prompt], length - 1, MANY_STOPS)
+
+    assert exact.ids == finished.ids
+    assert exact.finished
+    assert shorter.ids == finished.ids[:-1]
+    assert not shorter.finished
+    for rollout in rollouts:
+        assert MANY_STOPS.isdisjoint(rollout.ids[:-1])
+        assert len(rollout.ids) == len(rollout.sampler_logp)
+        assert len(rollout.ids) <= 24
 
 
 def test_order_and_seeds():
     model, prompts = answering()
+    want_order = []
+    for group, prompt in enumerate(prompts):
+        for sibling in range(GROUP_SIZE):
+            want_order.append((prompt.id, group, sibling))
+
     first = sample(model, prompts)
     again = sample(model, prompts)
     other = sample(model, prompts, seed=1)
     later = sample(model, prompts, step=2)
-    assert [(r.prompt.id, r.group, r.sibling) for r in first] == [
-        (p.id, g, s) for g, p in enumerate(prompts) for s in range(8)
-    ]
+
+    order = [(r.prompt.id, r.group, r.sibling) for r in first]
+    texts = list_texts(first)
+    assert order == want_order
     assert first == again
-    assert texts(first) != texts(other)
-    assert texts(first) != texts(later)
+    assert texts != list_texts(other)
+    assert texts != list_texts(later)
 
 
 def test_sharing_rows_changes_no_text():
@@ -151,138 +226,196 @@ def test_sharing_rows_changes_no_text():
     indeed shared.
     """
     model, prompts = answering()
-    group = 8
-    rows = []
-    u = draw_uniforms(0, 1, np.arange(len(prompts)), group, NEW)
-    hook = model.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    together = generate(model, prompts, group, 1.0, NEW, frozenset([EOS]), u)
+    indices = np.arange(len(prompts))
+    uniforms = draw_uniforms(0, 1, indices, GROUP_SIZE, NEW)
+    rows_per_step = []
+
+    def record_rows(module, inputs):
+        rows_per_step.append(len(inputs[0]))
+
+    hook = model.register_forward_pre_hook(record_rows)
+    together = generate(model, prompts, GROUP_SIZE, 1.0, NEW, EOS_ONLY, uniforms)
     hook.remove()
-    assert max(rows[1:]) > len(prompts)
-    assert sum(rows[1:]) < 0.9 * sum(len(r.ids) - 1 for r in together)
-    for r in together:
-        (alone,) = generate(
-            model,
-            [r.prompt],
-            1,
-            1.0,
-            NEW,
-            frozenset([EOS]),
-            u[r.group : r.group + 1, r.sibling : r.sibling + 1],
-        )
-        assert (alone.ids, alone.finished) == (r.ids, r.finished)
-        assert np.abs(np.subtract(alone.sampler_logp, r.sampler_logp)).max() < 1e-4
+
+    decode_rows = rows_per_step[1:]
+    unshared_rows = sum(len(r.ids) - 1 for r in together)
+    assert max(decode_rows) > len(prompts)
+    assert sum(decode_rows) < 0.9 * unshared_rows
+    for rollout in together:
+        group = rollout.group
+        sibling = rollout.sibling
+        sibling_uniforms = uniforms[group : group + 1, sibling : sibling + 1]
+        [alone] = generate(model, [rollout.prompt], 1, 1.0, NEW, EOS_ONLY, sibling_uniforms)
+        assert alone.ids == rollout.ids
+        assert alone.finished == rollout.finished
+        assert measure_logp_gap(alone, rollout) < 1e-4
 
 
 def test_a_prompts_texts_do_not_depend_on_the_rest_of_the_batch():
     model, prompts = answering()
-    want = {(id, s): (ids, f) for id, s, ids, f in texts(sample(model, prompts))}
-    for batch in (
+    others = draw_prompts(9, seed=5)[len(prompts) :]
+    batches = [
         prompts[::-1],
         prompts[2:4],
         prompts[4:] + prompts[:1],
-        prompts + prompts_of(9, seed=5)[len(prompts) :],
-    ):
-        got = {(id, s): (ids, f) for id, s, ids, f in texts(sample(model, batch))}
-        assert all(got[key] == want[key] for key in want.keys() & got.keys())
-        assert want.keys() & got.keys()
-    fewer = texts(sample(model, prompts, group_size=3))  # nor on how many siblings there are
-    assert all((ids, f) == want[id, s] for id, s, ids, f in fewer)
+        prompts + others,
+    ]
+    rollouts = sample(model, prompts)
+    want = index_texts(rollouts)
+
+    for batch in batches:
+        rollouts = sample(model, batch)
+        texts = index_texts(rollouts)
+        common = want.keys() & texts.keys()
+        assert common
+        for key in common:
+            assert texts[key] == want[key]
+
+    # nor on how many siblings there are
+    fewer = sample(model, prompts, group_size=3)
+    texts = index_texts(fewer)
+    for key, text in texts.items():
+        assert text == want[key]
+
+
+def make_model(kind):
+    """Make the model of a kind, float32."""
+    if kind == "answering":
+        return answering_model()
+    return tiny_model(
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        reachable=390,
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.3])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("kind", ["answering", "random, tied, reachable"])
 def test_the_samplers_log_probs_are_the_trainers(kind, dtype, bound, temperature):
-    model = (
-        answering_model()
-        if kind == "answering"
-        else tiny_model(
-            num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=True, reachable=390
-        )
-    )
-    model = model.to(dtype)
-    rollouts, _ = deduplicate(sample(model, answering()[1], temperature=temperature))
+    model = make_model(kind).to(dtype)
+    _, prompts = answering()
+    sampled = sample(model, prompts, temperature=temperature)
+    rollouts, _ = deduplicate(sampled)
     batches = pack_rollouts(rollouts, 200)
-    seen = []
     assert len(batches) > 1
+
+    packed = []
     for batch in batches:
-        ours = compute_log_probs(model, batch, temperature)[0].detach()
-        mine = batch.rollout.unique_consecutive().tolist()
-        seen += mine
-        assert batch.target.tolist() == [t for i in mine for t in rollouts[i].ids]
-        sampler = torch.tensor(
-            [x for i in mine for x in rollouts[i].sampler_logp], dtype=torch.float64
-        )
-        assert ours.dtype == dtype
-        assert (ours - sampler).abs().max() <= bound
-        assert (batch.sampler_logp - sampler).abs().max() <= 1e-5
-    assert sorted(seen) == list(range(len(rollouts)))
+        logp, _ = compute_log_probs(model, batch, temperature)
+
+        indices = batch.rollout.unique_consecutive().tolist()
+        packed += indices
+        want_target = []
+        want_logp = []
+        for i in indices:
+            want_target += rollouts[i].ids
+            want_logp += rollouts[i].sampler_logp
+        want_logp = torch.tensor(want_logp, dtype=torch.float64)
+        assert batch.target.tolist() == want_target
+        assert logp.dtype == dtype
+        assert (logp.detach() - want_logp).abs().max() <= bound
+        assert (batch.sampler_logp - want_logp).abs().max() <= 1e-5
+    assert sorted(packed) == list(range(len(rollouts)))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_log_probs_are_transformers_log_softmax_over_reachable_ids(temperature):
     """Unreachable ids get no probability, and temperature divides the logits."""
     model = tiny_model(seed=1, reachable=300)
-    theirs = oracle(model)
-    rollouts = sample(model, prompts_of(4, vocab=300), group_size=16, temperature=temperature)
-    assert max(max(r.ids) for r in rollouts) < 300
-    assert len({t for r in rollouts for t in r.ids}) > 200
-    for r in rollouts:
-        with torch.no_grad():
-            logits = theirs(input_ids=torch.tensor([r.prompt.ids + r.ids])).logits[
-                0, len(r.prompt.ids) - 1 : -1, :300
-            ]
-        want = (logits / temperature).log_softmax(-1)[range(len(r.ids)), list(r.ids)]
-        assert (want - torch.tensor(r.sampler_logp)).abs().max() <= 1e-4
+    hf_model = oracle(model)
+    prompts = draw_prompts(4, vocab=300)
+
+    rollouts = sample(model, prompts, group_size=16, temperature=temperature)
+
+    sampled_ids = set()
+    for rollout in rollouts:
+        sampled_ids.update(rollout.ids)
+    assert max(sampled_ids) < 300
+    assert len(sampled_ids) > 200
+    for rollout in rollouts:
+        logits = compute_hf_logits(hf_model, rollout.prompt.ids + rollout.ids)
+        first = len(rollout.prompt.ids) - 1
+        reachable = logits[first:-1, :300] / temperature
+        logp = reachable.log_softmax(-1)
+        target = torch.tensor(rollout.ids)
+        want = logp.gather(1, target[:, None])[:, 0]
+        actual = torch.tensor(rollout.sampler_logp)
+        assert (want - actual).abs().max() <= 1e-4
 
 
-def naive_attention(q, k, v, lengths, own, prompt_of):
+def attend_causally(q, k, v):
+    """Attend in one causal sequence; q, k and v are (tokens, heads, head_dim)."""
+    q = q.transpose(0, 1)[None]
+    k = k.transpose(0, 1)[None]
+    v = v.transpose(0, 1)[None]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return out[0].transpose(0, 1)
+
+
+def attend_naively(q, k, v, prompt_lengths, completion_lengths, prompt_of):
     """transformers' way: every completion with a copy of its prompt, one causal row, kv heads
     repeated.
     """
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    group = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(group, dim=1)
+    v = v.repeat_interleave(group, dim=1)
+    tokens = torch.arange(len(q))
+    sequences = tokens.split(prompt_lengths + completion_lengths)
+    prompts = sequences[: len(prompt_lengths)]
+    completions = sequences[len(prompt_lengths) :]
 
-    def causal(rows):
-        return F.scaled_dot_product_attention(
-            *(x[rows].transpose(0, 1)[None] for x in (q, k, v)), is_causal=True
-        )[0].transpose(0, 1)
-
-    at = np.concatenate([[0], np.cumsum(lengths + own)]).tolist()
-    rows = [list(range(a, b)) for a, b in zip(at, at[1:])]
-    out = [causal(r) for r in rows[: len(lengths)]]
-    out += [causal(rows[p] + r)[lengths[p] :] for p, r in zip(prompt_of, rows[len(lengths) :]) if r]
+    out = []
+    for prompt in prompts:
+        attended = attend_causally(q[prompt], k[prompt], v[prompt])
+        out.append(attended)
+    for i, completion in enumerate(completions):
+        if not len(completion):
+            continue
+        prompt = prompts[prompt_of[i]]
+        rows = torch.cat([prompt, completion])
+        attended = attend_causally(q[rows], k[rows], v[rows])
+        out.append(attended[len(prompt) :])
     return torch.cat(out)
 
 
 @pytest.mark.parametrize("short", [0, packed_attention.SHORT_ROWS])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (5, 1)])
-@pytest.mark.parametrize(
-    "lengths, own, prompt_of",
-    [([3, 9, 1], [4, 0, 7, 2, 1], [0, 0, 1, 2, 2]), ([5, 2], [], []), ([4], [0, 0], [0, 0])],
-)
+@pytest.mark.parametrize("lengths, completion_lengths, prompt_of", LAYOUTS)
 def test_packed_attention_is_causal_attention_over_prompt_and_own_tokens(
-    short, heads, kv_heads, lengths, own, prompt_of, monkeypatch
+    short, heads, kv_heads, lengths, completion_lengths, prompt_of, monkeypatch
 ):
     """Both ways of computing it, outputs and gradients: a prompt's gradient is the sum over its
     siblings.
     """
     monkeypatch.setattr(packed_attention, "SHORT_ROWS", short)
     generator = torch.Generator().manual_seed(0)
+    tokens = sum(lengths + completion_lengths)
 
-    def random(n):
-        return torch.randn(sum(lengths + own), n, 8, generator=generator, dtype=torch.float64)
+    def draw(n):
+        return torch.randn(tokens, n, 8, generator=generator, dtype=torch.float64)
 
-    inputs = [random(n).requires_grad_() for n in (heads, kv_heads, kv_heads)]
-    packed = PackedAttention(
-        *(torch.tensor(x, dtype=torch.int64) for x in (lengths, own, prompt_of))
+    q = draw(heads)
+    k = draw(kv_heads)
+    v = draw(kv_heads)
+    toward = draw(heads)
+    inputs = (q, k, v)
+    for x in inputs:
+        x.requires_grad_()
+    attention = PackedAttention(
+        torch.tensor(lengths, dtype=torch.int64),
+        torch.tensor(completion_lengths, dtype=torch.int64),
+        torch.tensor(prompt_of, dtype=torch.int64),
     )
-    ours = packed(0, *inputs)
-    want = naive_attention(*inputs, lengths, own, prompt_of)
-    toward = random(heads)
+
+    ours = attention(0, q, k, v)
+    want = attend_naively(q, k, v, lengths, completion_lengths, prompt_of)
+
     assert (ours - want).abs().max() < 1e-12
-    for a, b in zip(
-        torch.autograd.grad(ours, inputs, toward), torch.autograd.grad(want, inputs, toward)
-    ):
+    our_grads = torch.autograd.grad(ours, inputs, toward)
+    want_grads = torch.autograd.grad(want, inputs, toward)
+    for a, b in zip(our_grads, want_grads):
         assert (a - b).abs().max() < 1e-12
 
 
@@ -290,9 +423,10 @@ def test_both_ways_of_attention_write_the_same_texts(monkeypatch):
     model, prompts = answering()
     want = sample(model, prompts)
     monkeypatch.setattr(packed_attention, "SHORT_ROWS", 0)
-    got = sample(model, prompts)
-    assert texts(got) == texts(want)
-    assert all(
-        isinstance(r, Rollout) and np.abs(np.subtract(r.sampler_logp, w.sampler_logp)).max() < 1e-4
-        for r, w in zip(got, want)
-    )
+
+    rollouts = sample(model, prompts)
+
+    assert list_texts(rollouts) == list_texts(want)
+    for rollout, want_rollout in zip(rollouts, want):
+        assert isinstance(rollout, Rollout)
+        assert measure_logp_gap(rollout, want_rollout) < 1e-4

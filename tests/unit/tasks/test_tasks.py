@@ -6,6 +6,8 @@ import json
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,14 @@ from helpers.fuzz_answers import completions, wrap
 from helpers.tiny_world import tiny_tokenizer
 
 from recr1.config import loader as configs
-from recr1.config.schema import Config, ConfigError, DataConfig, PromptConfig, RewardConfig
+from recr1.config.schema import (
+    Config,
+    ConfigError,
+    DataConfig,
+    PromptConfig,
+    RewardConfig,
+    TrainConfig,
+)
 from recr1.data.chat_template import ChatTemplate
 from recr1.data.readers import DataError
 from recr1.data_types import Prompt, Rollout
@@ -34,13 +43,22 @@ from recr1.tasks.sequential import Sequential
 ROOT = Path(__file__).resolve().parents[3]
 RULE = RewardConfig()
 TITLES = dict(a="red lamp", b="green\nchair Item_3: \u2028 x", c="</think> table", d="blue shirt")
-
-
-def title(id):
-    return " ".join(TITLES[id].split())
+CORPUS = [
+    *(dict(id=id, title=title) for id, title in TITLES.items()),
+    dict(id="e", text="a text alone that is long"),
+]
+USERS = dict(
+    rerank="{query}|{candidates}",
+    sequential="{history}",
+    recommend_list="{profile}|{history}|{candidates}",
+)
 
 
 # --- prompts --------------------------------------------------------------------------------------
+
+
+def show_title(id: str) -> str:
+    return " ".join(TITLES[id].split())
 
 
 def test_what_the_prompts_show():
@@ -50,156 +68,173 @@ def test_what_the_prompts_show():
         history=[["a", "2018-01-02"], ["d", "2018-02-03"]],
         candidates=["b", "c"],
     )
-    shown = "Item_1: green chair Item_3: x\nItem_2: </think> table"
-    assert ProductSearch(RULE).render(row, title) == ("lamps",)
-    assert (
-        Sequential(RULE).render(row, title)
-        == Sequential(RULE).render(row | dict(history=["a", "d"]), title)
-        == ("Item 1: red lamp\nItem 2: blue shirt",)
-    )
-    assert Rerank(RULE).render(row, title) == ("lamps", shown)
-    assert RecommendList(RULE).render(row, title) == (
-        "likes lamps",
-        "2018-01-02: red lamp\n2018-02-03: blue shirt",
-        shown,
-    )
-    assert RecommendList(RULE).render(
-        dict(text="x", profile=" ", history=[], candidates=["a"]), title
-    ) == ("unknown", "none", "Item_1: red lamp")
+    undated = row | dict(history=["a", "d"])
+    empty = dict(text="x", profile=" ", history=[], candidates=["a"])
+
+    product_search = ProductSearch(RULE)
+    sequential = Sequential(RULE)
+    rerank = Rerank(RULE)
+    recommend_list = RecommendList(RULE)
+
+    history = "Item 1: red lamp\nItem 2: blue shirt"
+    dated_history = "2018-01-02: red lamp\n2018-02-03: blue shirt"
+    candidates = "Item_1: green chair Item_3: x\nItem_2: </think> table"
+    shown = recommend_list.render(row, show_title)
+    shown_of_empty = recommend_list.render(empty, show_title)
+    assert product_search.render(row, show_title) == ("lamps",)
+    assert sequential.render(row, show_title) == (history,)
+    assert sequential.render(undated, show_title) == (history,)
+    assert rerank.render(row, show_title) == ("lamps", candidates)
+    assert shown == ("likes lamps", dated_history, candidates)
+    assert shown_of_empty == ("unknown", "none", "Item_1: red lamp")
     assert list_mentioned(row) == ["a", "d", "b", "c"]
     assert list_mentioned(dict(text="x")) == []
 
 
-def write(folder: Path, corpus, queries, gains=None) -> DataConfig:
-    for name, rows in (("corpus.jsonl", corpus), ("q.jsonl", queries)):
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    gains = gains or [(row["id"], corpus[0]["id"], 1) for row in queries]
-    (folder / "r.tsv").write_text("".join(f"{q}\t{d}\t{g}\n" for q, d, g in gains))
+def write_rows(path: Path, rows: list[dict]) -> str:
+    lines = [json.dumps(row) + "\n" for row in rows]
+    path.write_text("".join(lines))
+    return str(path)
+
+
+def write_data(folder: Path, corpus: list[dict], queries: list[dict]) -> DataConfig:
+    """Write a corpus, queries and judgements: each query looks for the first document."""
+    relevant = corpus[0]["id"]
+    judgements = [f"{query['id']}\t{relevant}\t1\n" for query in queries]
+    qrels = folder / "r.tsv"
+    qrels.write_text("".join(judgements))
     return DataConfig(
-        corpus=str(folder / "corpus.jsonl"),
-        train_queries=str(folder / "q.jsonl"),
-        train_qrels=str(folder / "r.tsv"),
+        corpus=write_rows(folder / "corpus.jsonl", corpus),
+        train_queries=write_rows(folder / "q.jsonl", queries),
+        train_qrels=str(qrels),
     )
 
 
-def splits(data: DataConfig, task: str, user: str, **prompt):
-    cfg = Config(
-        task=task,
-        data=data,
-        prompt=PromptConfig(user=user, max_tokens=4096, **prompt),
-        train=Config().train.__class__(prompts_per_step=1),
-    )
-    made = build_task(cfg)
-    return load_prompts(
-        cfg, ChatTemplate(tiny_tokenizer(), "", user, "<think>", made.placeholders), made
-    )
+def make_queries(**fields) -> list[dict]:
+    """Make 60 queries q0, q1, ... with the same fields."""
+    return [dict(id=f"q{i}", **fields) for i in range(60)]
 
 
-CORPUS = [dict(id=id, title=t) for id, t in TITLES.items()] + [
-    dict(id="e", text="a text alone that is long")
+def load_splits(data: DataConfig, task_name: str, user: str):
+    prompt = PromptConfig(user=user, max_tokens=4096)
+    train = TrainConfig(prompts_per_step=1)
+    cfg = Config(task=task_name, data=data, prompt=prompt, train=train)
+    task = build_task(cfg)
+    template = ChatTemplate(tiny_tokenizer(), "", user, "<think>", task.placeholders)
+    return load_prompts(cfg, template, task)
+
+
+SCRAPS_OF_TITLES = [
+    "\n",
+    "\r",
+    "\x85",
+    "\u2029",
+    "\v",
+    "Item_2: ",
+    "\nItem_1: lamp",
+    "</think>",
+    "<|end|>",
+    "<answer>",
+    " ",
+    "red",
+    '["Item_1"]',
 ]
-USERS = dict(
-    rerank="{query}|{candidates}",
-    sequential="{history}",
-    recommend_list="{profile}|{history}|{candidates}",
-)
+
+
+def draw_hostile_data(folder: Path) -> DataConfig:
+    """Draw 40 documents whose titles are scraps, and 60 queries of six candidates each."""
+    rng = random.Random(0)
+    corpus = []
+    for i in range(40):
+        scraps = rng.choices(SCRAPS_OF_TITLES, k=rng.randint(1, 8))
+        title = "".join(scraps) + "x"
+        corpus.append(dict(id=f"d{i}", title=title))
+    queries = []
+    for i in range(60):
+        candidates = [f"d{d}" for d in rng.sample(range(40), 6)]
+        queries.append(dict(id=f"q{i}", text="lamp", candidates=candidates))
+    return write_data(folder, corpus, queries)
 
 
 def test_a_titles_newlines_and_labels_do_not_make_lines(tmp_path):
     """However the data try: as many lines as items, labels in order at their beginnings, no control
     token.
     """
-    rng = random.Random(0)
-    scraps = [
-        "\n",
-        "\r",
-        "\x85",
-        "\u2029",
-        "\v",
-        "Item_2: ",
-        "\nItem_1: lamp",
-        "</think>",
-        "<|end|>",
-        "<answer>",
-        " ",
-        "red",
-        '["Item_1"]',
-    ]
-    corpus = [
-        dict(id=f"d{i}", title="".join(rng.choices(scraps, k=rng.randint(1, 8))) + "x")
-        for i in range(40)
-    ]
-    queries = [
-        dict(id=f"q{i}", text="lamp", candidates=[f"d{d}" for d in rng.sample(range(40), 6)])
-        for i in range(60)
-    ]
+    data = draw_hostile_data(tmp_path)
     tokenizer = tiny_tokenizer()
-    for prompt in splits(write(tmp_path, corpus, queries), "rerank", USERS["rerank"])[0]:
-        text = (
-            tokenizer.decode(prompt.ids)
-            .removeprefix("<|user|>lamp|")
-            .removesuffix("<|end|><|assistant|><think>")
-        )
-        assert [line.split(":")[0] for line in text.splitlines()] == [
-            f"Item_{i}" for i in range(1, 7)
-        ]
+    control_tokens = tokenizer.get_added_vocab()
+    control_ids = set(control_tokens.values())
+
+    train, *_ = load_splits(data, "rerank", USERS["rerank"])
+
+    for prompt in train:
+        text = tokenizer.decode(prompt.ids)
+        text = text.removeprefix("<|user|>lamp|")
+        text = text.removesuffix("<|end|><|assistant|><think>")
+        labels = [line.split(":")[0] for line in text.splitlines()]
+        assert labels == ["Item_1", "Item_2", "Item_3", "Item_4", "Item_5", "Item_6"]
         # of the template, and <think>
-        assert sum(i in set(tokenizer.get_added_vocab().values()) for i in prompt.ids) == 4
+        assert sum(i in control_ids for i in prompt.ids) == 4
 
 
 def test_titles_are_cut_and_taken_from_the_text_where_there_is_none(tmp_path):
-    data = write(tmp_path, CORPUS, [dict(id="q", text="x")])
+    data = write_data(tmp_path, CORPUS, [dict(id="q", text="x")])
+
     show, lacking, dropped = read_titles(data.corpus, "stop", ["b", "e", "zz"], 3)
-    assert (show("b"), show("e"), lacking, dropped) == (
-        "green chair Item_3:",
-        "a text alone",
-        {"zz"},
-        [],
-    )
+
+    assert show("b") == "green chair Item_3:"
+    assert show("e") == "a text alone"
+    assert lacking == {"zz"}
+    assert dropped == []
     with pytest.raises(KeyError):
         show("a")  # titles that no prompt shows are not kept
 
 
 def test_product_search_reads_no_corpus_for_its_prompts(tmp_path):
-    data = write(
-        tmp_path,
-        CORPUS,
-        [dict(id=f"q{i}", text="lamp", history=["a"], candidates=["b"]) for i in range(60)],
-    )
+    queries = make_queries(text="lamp", history=["a"], candidates=["b"])
+    data = write_data(tmp_path, CORPUS, queries)
     Path(data.corpus).write_text("no document")
-    train, *_ = splits(data, "product_search", "{query}")
+
+    train, *_ = load_splits(data, "product_search", "{query}")
+
     assert train[0].row == dict(text="lamp")
 
 
-@pytest.mark.parametrize(
-    "task, broken, message",
-    [
-        ("rerank", dict(candidates=None), "no key 'candidates'"),
-        ("rerank", dict(candidates=[]), "want a list of distinct document ids, at least one"),
-        ("rerank", dict(candidates=["a", "a"]), "want a list of distinct"),
-        ("rerank", dict(candidates="ab"), "want a list of distinct"),
-        ("rerank", dict(candidates=["a", 3]), "want a list of distinct"),
-        ("rerank", dict(candidates=["a", "zz"]), "shows document 'zz'"),
-        ("sequential", dict(history="a"), "want a list of document ids"),
-        ("sequential", dict(history=[["a"]]), "want a list of document ids"),
-        ("sequential", dict(history=[["a", "2018", "x"]]), "want a list"),
-        ("sequential", dict(history=["zz"]), "shows document 'zz'"),
-        ("recommend_list", dict(profile=None), "no key 'profile'"),
-        ("recommend_list", dict(profile=3), "'profile' is a int, not a string"),
-    ],
-)
-def test_rows_that_a_task_cannot_use_are_named(tmp_path, task, broken, message):
-    good = dict(text="lamp", profile="p", history=["a"], candidates=["a", "b"])
-    rows = [dict(id=f"q{i}", **good) for i in range(60)]
-    rows[7] = {key: value for key, value in (rows[7] | broken).items() if value is not None}
-    data = write(tmp_path, CORPUS, rows)
-    with pytest.raises(DataError) as e:
-        splits(data, task, USERS[task])
-    assert message in str(e.value)
-    assert "q.jsonl:8: " in str(e.value) or "query 'q7'" in str(e.value)
-    assert "\n" not in str(e.value)
-    parts = splits(DataConfig(**vars(data) | dict(on_bad_line="drop")), task, USERS[task])[:3]
-    assert {p.id for part in parts for p in part} == {f"q{i}" for i in range(60)} - {"q7"}
+BROKEN_ROWS = [  # task, key, its value (None: without it), message
+    ("rerank", "candidates", None, "no key 'candidates'"),
+    ("rerank", "candidates", [], "want a list of distinct document ids, at least one"),
+    ("rerank", "candidates", ["a", "a"], "want a list of distinct"),
+    ("rerank", "candidates", "ab", "want a list of distinct"),
+    ("rerank", "candidates", ["a", 3], "want a list of distinct"),
+    ("rerank", "candidates", ["a", "zz"], "shows document 'zz'"),
+    ("sequential", "history", "a", "want a list of document ids"),
+    ("sequential", "history", [["a"]], "want a list of document ids"),
+    ("sequential", "history", [["a", "2018", "x"]], "want a list"),
+    ("sequential", "history", ["zz"], "shows document 'zz'"),
+    ("recommend_list", "profile", None, "no key 'profile'"),
+    ("recommend_list", "profile", 3, "'profile' is a int, not a string"),
+]
+
+
+@pytest.mark.parametrize("task, key, value, message", BROKEN_ROWS)
+def test_rows_that_a_task_cannot_use_are_named(tmp_path, task, key, value, message):
+    rows = make_queries(text="lamp", profile="p", history=["a"], candidates=["a", "b"])
+    rows[7][key] = value
+    if value is None:
+        del rows[7][key]
+    data = write_data(tmp_path, CORPUS, rows)
+
+    with pytest.raises(DataError) as error:
+        load_splits(data, task, USERS[task])
+    text = str(error.value)
+    assert message in text
+    assert "q.jsonl:8: " in text or "query 'q7'" in text
+    assert "\n" not in text
+
+    tolerant = replace(data, on_bad_line="drop")
+    train, validation, test, *_ = load_splits(tolerant, task, USERS[task])
+    ids = {prompt.id for prompt in [*train, *validation, *test]}
+    assert ids == {row["id"] for row in rows} - {"q7"}
 
 
 # --- parsers --------------------------------------------------------------------------------------
@@ -207,20 +242,21 @@ def test_rows_that_a_task_cannot_use_are_named(tmp_path, task, broken, message):
 ROW = dict(text="lamps", candidates=["a", "b", "c"])
 
 
-def listed(items, key="reranked_items"):
-    return wrap(json.dumps({key: items}))
+def write_list(items: list, key: str = "reranked_items") -> str:
+    body = json.dumps({key: items})
+    return wrap(body)
 
 
 def test_lists_are_taken():
-    assert Rerank(RULE).parse(listed(["Item_3", "Item_1", "Item_2"]), ROW) == (
-        ["c", "a", "b"],
-        None,
-    )
-    assert RecommendList(RULE).parse(listed(["Item_3"], "items"), ROW) == (["c"], None)
-    assert RecommendList(RULE).parse(wrap('{"why": 1, "items": ["Item_2", "Item_1"]}'), ROW) == (
-        ["b", "a"],
-        None,
-    )
+    complete = write_list(["Item_3", "Item_1", "Item_2"])
+    short = write_list(["Item_3"], "items")
+    with_reason = wrap('{"why": 1, "items": ["Item_2", "Item_1"]}')
+
+    recommend_list = RecommendList(RULE)
+    rerank = Rerank(RULE)
+    assert rerank.parse(complete, ROW) == (["c", "a", "b"], None)
+    assert recommend_list.parse(short, ROW) == (["c"], None)
+    assert recommend_list.parse(with_reason, ROW) == (["b", "a"], None)
 
 
 LISTS = [
@@ -251,115 +287,168 @@ LISTS = [
 
 @pytest.mark.parametrize("body, error", LISTS, ids=range(len(LISTS)))
 def test_lists_are_refused_by_name(body, error):
-    assert Rerank(RULE).parse(wrap(body), ROW) == (None, error)
-    assert error in set(re.findall(r"\b[a-z]+_[a-z]+\b", CandidateRanking.parse.__doc__)) | {
-        "duplicate_key",
-        "not_object",
-    }
+    documented = re.findall(r"\b[a-z]+_[a-z]+\b", CandidateRanking.parse.__doc__)
+
+    answer = wrap(body)
+    assert Rerank(RULE).parse(answer, ROW) == (None, error)
+    assert error in [*documented, "duplicate_key", "not_object"]
 
 
 def test_an_empty_list_is_no_recommendation():
-    assert RecommendList(RULE).parse(listed([], "items"), ROW) == (None, "list_length")
+    empty = write_list([], "items")
+
+    assert RecommendList(RULE).parse(empty, ROW) == (None, "list_length")
+
+
+LABELS = ["Item_1", "Item_2", "Item_3"]
+SCRAPS_OF_LISTS = [
+    "Item_1",
+    "Item_2",
+    "Item_3",
+    "Item_4",
+    "Item_",
+    "1",
+    None,
+    2,
+    ["Item_1"],
+    {"a": 1},
+    "\ud800",
+    "Item_1\n",
+]
+FUZZ_OUTCOMES = {
+    None,
+    "no_list",
+    "not_label",
+    "unknown_item",
+    "repeated_item",
+    "list_length",
+    "no_think_end",
+    "tags",
+    "no_json",
+    "too_deep",
+    "too_long",
+}
+
+
+def draw_broken_lists(count: int, rng: random.Random) -> Iterator[str]:
+    """Draw lists of labels with now and then a scrap among them, the other task's key, or a cut."""
+    for _ in range(count):
+        items = rng.sample(LABELS, rng.randint(0, 3))
+        scraps = rng.choice([0, 0, 0, 1])
+        items += rng.choices(SCRAPS_OF_LISTS, k=scraps)
+        rng.shuffle(items)
+        key = rng.choice(["reranked_items"] * 9 + ["items"])
+        text = write_list(items, key)
+        if rng.random() >= 0.9:
+            end = rng.randrange(len(text))
+            text = text[:end]
+        yield text
+
+
+def check_parsed(task, answer, error) -> None:
+    """Check that an answer is distinct candidates of the row, or that the error has a name."""
+    assert (answer is None) != (error is None)
+    if answer is None:
+        return
+    distinct = set(answer)
+    assert len(distinct) == len(answer)
+    assert distinct <= {"a", "b", "c"}
+    if task.whole:
+        assert len(answer) == 3
 
 
 def test_fuzz_of_the_lists():
-    """10,000 hostile completions and 3,000 broken lists: an answer is distinct candidates of the
-    row, an error has a name; nothing raises.
-    """
+    """Parse 10,000 hostile completions and 3,000 broken lists; nothing raises."""
     rng = random.Random(1)
+    hostile = list(completions(10_000, seed=2))
+    hostile += draw_broken_lists(3_000, rng)
+    tasks = (Rerank(RULE), RecommendList(RULE))
+
     outcomes = Counter()
-
-    def broken_lists(n):
-        scraps = [
-            "Item_1",
-            "Item_2",
-            "Item_3",
-            "Item_4",
-            "Item_",
-            "1",
-            None,
-            2,
-            ["Item_1"],
-            {"a": 1},
-            "\ud800",
-            "Item_1\n",
-        ]
-        for _ in range(n):
-            items = rng.sample(["Item_1", "Item_2", "Item_3"], rng.randint(0, 3)) + rng.choices(
-                scraps, k=rng.choice([0, 0, 0, 1])
-            )
-            rng.shuffle(items)
-            text = listed(items, rng.choice(["reranked_items"] * 9 + ["items"]))
-            yield text if rng.random() < 0.9 else text[: rng.randrange(len(text))]
-
-    for completion in (*completions(10_000, seed=2), *broken_lists(3_000)):
-        for task in (Rerank(RULE), RecommendList(RULE)):
+    for completion in hostile:
+        for task in tasks:
             answer, error = task.parse(completion, ROW)
-            assert (answer is None) != (error is None)
-            assert (
-                answer is None
-                or len(set(answer)) == len(answer)
-                and set(answer) <= {"a", "b", "c"}
-                and (not task.whole or len(answer) == 3)
-            )
+            check_parsed(task, answer, error)
             outcomes[error] += 1
-    wanted = {
-        None,
-        "no_list",
-        "not_label",
-        "unknown_item",
-        "repeated_item",
-        "list_length",
-        "no_think_end",
-        "tags",
-        "no_json",
-        "too_deep",
-        "too_long",
-    }
-    assert wanted <= set(outcomes) and all(outcomes[error] >= 20 for error in wanted), outcomes
+
+    for error in FUZZ_OUTCOMES:
+        assert outcomes[error] >= 20, (error, outcomes)
 
 
 # --- scoring --------------------------------------------------------------------------------------
 
 
-class Words:
-    """A retriever by hand: documents d0 .. d19, those that have a number of the query come first,
-    in the query's order.
+class NumberRetriever:
+    """Retrieve by hand: documents d0 .. d19, those that have a number of the query come first, in
+    the query's order.
     """
 
     doc_ids = [f"d{i}" for i in range(20)]
     description = "by hand"
 
-    def search(self, queries, k):
-        rows = np.full((len(queries), k), -1)
-        for q, query in enumerate(queries):
-            hits = list(
-                dict.fromkeys(int(w) for w in query.split() if w.isdecimal() and int(w) < 20)
-            )[:k]
-            rows[q, : len(hits)] = hits
-        return rows, np.where(rows < 0, -np.inf, 0.0)
+    def search(self, queries: list[str], k: int):
+        shape = (len(queries), k)
+        rows = np.full(shape, -1)
+        for i, query in enumerate(queries):
+            hits = find_numbers(query)[:k]
+            rows[i, : len(hits)] = hits
+        scores = np.where(rows < 0, -np.inf, 0.0)
+        return rows, scores
 
 
-def scorer(task, gains, rule=RULE, k=5, closed=False, **more):
+class CountingRetriever(NumberRetriever):
+    def __init__(self):
+        self.queries = []
+
+    def search(self, queries: list[str], k: int):
+        self.queries += queries
+        return super().search(queries, k)
+
+
+def find_numbers(query: str) -> list[int]:
+    """Find the distinct numbers below 20 in a query, in its order."""
+    numbers = []
+    for word in query.split():
+        if not word.isdecimal():
+            continue
+        number = int(word)
+        if number < 20 and number not in numbers:
+            numbers.append(number)
+    return numbers
+
+
+TEXTS = {}  # what the tests' token ids stand for
+
+
+def make_scorer(task, gains, rule=RULE, k=5, closed=False) -> Scorer:
+    retriever = NumberRetriever() if task.uses_retriever else NoRetriever()
     return Scorer(
         task,
-        Words() if task.uses_retriever else NoRetriever(),
+        retriever,
         gains,
-        RewardTerms(rule, k, **more),
-        decode=lambda ids: texts[ids],
+        RewardTerms(rule, k),
+        decode=TEXTS.__getitem__,
         stops=frozenset(),
         limit=0,
         thought_closed=closed,
     )
 
 
-texts = {}  # what the test's token ids stand for
+def write_query(query: str) -> str:
+    body = json.dumps({"query": query})
+    return wrap(body)
 
 
-def rollout(text, id="q", row=None, sibling=0):
-    ids = (len(texts) + 1,)
-    texts[ids] = text
-    return Rollout(Prompt(id, 0, "", (), row or dict(text="0 1")), 0, sibling, ids, (0.0,), True)
+def make_prompt(id="q", row=None) -> Prompt:
+    default = dict(text="0 1")
+    return Prompt(id, 0, "", (), row or default)
+
+
+def make_rollout(text: str, row=None) -> Rollout:
+    """Make a rollout whose one token stands for the text."""
+    ids = (len(TEXTS) + 1,)
+    TEXTS[ids] = text
+    return Rollout(make_prompt(row=row), 0, 0, ids, (0.0,), True)
 
 
 @pytest.mark.parametrize(
@@ -373,162 +462,190 @@ def rollout(text, id="q", row=None, sibling=0):
 def test_product_search_totals_are_the_published_rule_to_the_bit(rule):
     rng = random.Random(0)
     gains = dict(d3=1.0, d7=2.0, d11=1.0)
-    queries = [" ".join(map(str, rng.choices(range(30), k=rng.randint(1, 9)))) for _ in range(200)]
-    answers = [
-        rollout(wrap(json.dumps({"query": q})) if rng.random() < 0.9 else q) for q in queries
-    ]
-    for r, query, reward in zip(
-        answers, queries, scorer(ProductSearch(rule), {"q": gains}, rule).score(answers)
-    ):
-        ranked = [f"d{int(w)}" for w in dict.fromkeys(query.split()) if int(w) < 20][:5]
-        value = compute_ndcg(ranked, gains, 5)
-        if "<answer>" in texts[r.ids]:
-            assert reward.total == (rule.bonus + value if value > 0 else rule.miss)
-            assert reward.terms == {"ndcg": value}
+    queries = []
+    for _ in range(200):
+        length = rng.randint(1, 9)
+        numbers = rng.choices(range(30), k=length)
+        query = " ".join(map(str, numbers))
+        queries.append(query)
+    rollouts = []
+    for query in queries:
+        text = query
+        if rng.random() < 0.9:
+            text = write_query(query)
+        rollouts.append(make_rollout(text))
+
+    scorer = make_scorer(ProductSearch(rule), {"q": gains}, rule)
+    rewards = scorer.score(rollouts)
+
+    for rollout, query, reward in zip(rollouts, queries, rewards, strict=True):
+        if "<answer>" in TEXTS[rollout.ids]:
+            ranked = [f"d{number}" for number in find_numbers(query)[:5]]
+            ndcg = compute_ndcg(ranked, gains, 5)
+            assert reward.total == (rule.bonus + ndcg if ndcg > 0 else rule.miss)
+            assert reward.terms == {"ndcg": ndcg}
             assert reward.answer == query
         else:
-            assert (reward.total, reward.terms, reward.error, reward.answer) == (
-                rule.unparsable,
-                {"ndcg": 0.0},
-                "no_think_end",
-                None,
-            )
+            assert reward.total == rule.unparsable
+            assert reward.terms == {"ndcg": 0.0}
+            assert reward.error == "no_think_end"
+            assert reward.answer is None
 
 
 def test_a_completion_is_searched_once_and_each_query_has_its_own_judgements():
-    class Counting(Words):
-        asked = []
+    scorer = make_scorer(ProductSearch(RULE), {"q": {"d1": 1.0}, "p": {"d2": 1.0}})
+    scorer.retriever = CountingRetriever()
+    one = make_rollout(write_query("1 2"))
+    other_prompt = Prompt("p", 1, "", (), dict(text="x"))
+    other = Rollout(other_prompt, 1, 0, one.ids, (0.0,), True)
 
-        def search(self, queries, k):
-            self.asked += queries
-            return super().search(queries, k)
+    rewards = scorer.score([one, one, other])
 
-    s = scorer(ProductSearch(RULE), {"q": {"d1": 1.0}, "p": {"d2": 1.0}})
-    s.retriever = Counting()
-    one = rollout(wrap('{"query": "1 2"}'))
-    other = Rollout(Prompt("p", 1, "", (), dict(text="x")), 1, 0, one.ids, (0.0,), True)
-    first = s.score([one, one, other])
-    assert first[0] is first[1]
-    assert first[0].total == 1.1
-    assert first[2].total == pytest.approx(0.1 + 1 / np.log2(3))
-    assert s.retriever.asked == ["1 2", "1 2"]
-    assert s.score([other, one]) == [first[2], first[0]]
-    assert len(s.retriever.asked) == 2
-    assert s.score([]) == []
+    assert rewards[0] is rewards[1]
+    assert rewards[0].total == 1.1
+    assert rewards[2].total == pytest.approx(0.1 + 1 / np.log2(3))
+    assert scorer.retriever.queries == ["1 2", "1 2"]
+    assert scorer.score([other, one]) == [rewards[2], rewards[0]]
+    assert len(scorer.retriever.queries) == 2
+    assert scorer.score([]) == []
 
 
 def test_what_was_seen_is_removed_and_the_rest_moves_up():
     row = dict(text="4", history=["d0", ["d2", "2018-01-01"]])
-    gains = {"q": {"d3": 1.0}}
-    ranked = [f"d{i}" for i in range(8)]
-    query = wrap(json.dumps({"query": " ".join(d[1:] for d in ranked)}))
-    for remove, place in ((False, 4), (True, 2)):
+    without_history = dict(text="", history=[])
+    completion = write_query("0 1 2 3 4 5 6 7")
+    answers = ["0 1 2 3 4 5", "0 1"]
+    all_ranked = [["d0", "d1", "d2"], ["d0", "d1"]]
+    unseen_ranked = [["d1", "d3", "d4"], ["d0", "d1"]]
+
+    for remove, place, want in ((False, 4, all_ranked), (True, 2, unseen_ranked)):
         task = Sequential(RewardConfig(remove_seen=remove))
-        [reward] = scorer(task, gains, k=4).score([rollout(query, row=row)])
+        scorer = make_scorer(task, {"q": {"d3": 1.0}}, k=4)
+        [reward] = scorer.score([make_rollout(completion, row=row)])
+        ranked = task.rank(answers, [row, without_history], 3, scorer.search)
         assert reward.terms["ndcg"] == pytest.approx(1 / np.log2(place + 1))
-        found = task.rank(
-            ["0 1 2 3 4 5", "0 1"], [row, dict(text="", history=[])], 3, scorer(task, {}).search
-        )
-        assert found == (
-            [["d1", "d3", "d4"], ["d0", "d1"]] if remove else [["d0", "d1", "d2"], ["d0", "d1"]]
-        )
+        assert ranked == want
     assert task.baseline_answer(row) == "4"  # the last title
 
 
 def test_lists_are_scored_as_they_are_ordered_and_compared_with_the_given_order():
-    gains = {"q": {"c": 2.0, "a": 1.0}}
+    gains = {"c": 2.0, "a": 1.0}
+    orders = [
+        ["Item_3", "Item_1", "Item_2"],
+        ["Item_2", "Item_1", "Item_3"],
+        ["Item_1", "Item_1", "Item_2"],
+    ]
+
     for task, key in ((Rerank(RULE), "reranked_items"), (RecommendList(RULE), "items")):
-        s = scorer(task, gains, k=3)
-        best, worst, bad = s.score(
-            [
-                rollout(listed([f"Item_{i}" for i in order], key), row=ROW)
-                for order in ((3, 1, 2), (2, 1, 3), (1, 1, 2))
-            ]
-        )
+        scorer = make_scorer(task, {"q": gains}, k=3)
+        rollouts = [make_rollout(write_list(order, key), row=ROW) for order in orders]
+        best, worst, bad = scorer.score(rollouts)
+        baseline = task.baseline_answer(ROW)
+        [raw] = scorer.score_answers([make_prompt(row=ROW)], [baseline])
         assert best.total == 1.1
         assert best.answer == ["c", "a", "b"]
         assert 0.1 < worst.total < 0.9
-        assert (bad.total, bad.error) == (-2.0, "repeated_item")
-        [raw] = s.score_answers([Prompt("q", 0, "", (), ROW)], [task.baseline_answer(ROW)])
-        assert raw["ndcg"] == compute_ndcg(["a", "b", "c"], gains["q"], 3)
+        assert bad.total == -2.0
+        assert bad.error == "repeated_item"
+        assert raw["ndcg"] == compute_ndcg(["a", "b", "c"], gains, 3)
 
 
 def test_where_the_prompt_has_closed_the_thought_the_answer_stands_alone():
     bare = '<answer>{"query": "1"}</answer>'
-    thought = wrap('{"query": "1"}')
+    thought = write_query("1")
+
     for closed, want in ((False, ["no_think_end", None]), (True, [None, "tags"])):
-        rewards = scorer(ProductSearch(RULE), {"q": {"d1": 1.0}}, closed=closed).score(
-            [rollout(bare), rollout(thought)]
-        )
-        assert [r.error for r in rewards] == want
-        assert [r.text for r in rewards] == [bare, thought]
+        scorer = make_scorer(ProductSearch(RULE), {"q": {"d1": 1.0}}, closed=closed)
+        first = make_rollout(bare)
+        second = make_rollout(thought)
+        rewards = scorer.score([first, second])
+        assert [reward.error for reward in rewards] == want
+        assert [reward.text for reward in rewards] == [bare, thought]
 
 
 # --- the config's task ----------------------------------------------------------------------------
 
+BAD_TASKS = [  # task, message
+    ("search", "not one of product_search, sequential, rerank, recommend_list"),
+    ("nowhere:Task", "cannot be loaded"),
+    ("builtins:str", "has no placeholders, required_fields"),
+    ("collections:Counter", "raised TypeError"),
+    ("recr1.data_types:Nothing", "cannot be loaded"),
+]
+
 
 def test_a_task_that_is_none_is_refused():
-    for name, message in (
-        ("search", "not one of product_search, sequential, rerank, recommend_list"),
-        ("nowhere:Task", "cannot be loaded"),
-        ("builtins:str", "has no placeholders, required_fields"),
-        ("collections:Counter", "raised TypeError"),
-        ("recr1.data_types:Nothing", "cannot be loaded"),
-    ):
+    for name, message in BAD_TASKS:
+        bad_config = Config(task=name)
         with pytest.raises(ConfigError, match=message):
-            build_task(Config(task=name))
+            build_task(bad_config)
+    shuffled = Config(task="rerank", data=DataConfig(shuffle_words=0.5))
     with pytest.raises(ConfigError, match="data.shuffle_words"):
-        build_task(Config(task="rerank", data=DataConfig(shuffle_words=0.5)))
-    own = build_task(Config(task="recr1.tasks.rerank:Rerank"))
-    assert isinstance(own.task, Rerank)
-    assert (
-        own.placeholders,
-        own.required_fields,
-        own.uses_retriever,
-    ) == (
-        Rerank.placeholders,
-        Rerank.required_fields,
-        False,
-    )
+        build_task(shuffled)
+
+    user_config = Config(task="recr1.tasks.rerank:Rerank")
+    loaded = build_task(user_config)
+    assert isinstance(loaded.task, Rerank)
+    assert loaded.placeholders == Rerank.placeholders
+    assert loaded.required_fields == Rerank.required_fields
+    assert loaded.uses_retriever is False
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "experiments/configs/prompts").glob("*.yaml")), ids=lambda p: p.name
-)
+PROMPT_FILES = sorted((ROOT / "experiments/configs/prompts").glob("*.yaml"))
+TASK_OF_PROMPT_FILE = {
+    "beauty_sequential": "sequential",
+    "esci_rerank": "rerank",
+    "recllm_list": "recommend_list",
+}
+
+
+def load_prompt_config(folder: Path, *overrides: str, **settings) -> PromptConfig:
+    path = folder / "c.yaml"
+    tree = dict(prompt=settings)
+    path.write_text(yaml.safe_dump(tree))
+    cfg = configs.load_config(str(path), list(overrides))
+    return cfg.prompt
+
+
+@pytest.mark.parametrize("path", PROMPT_FILES, ids=lambda path: path.name)
 def test_the_papers_prompts_fit_their_tasks(path, tmp_path):
-    task = TASKS[
-        {
-            "beauty_sequential": "sequential",
-            "esci_rerank": "rerank",
-            "recllm_list": "recommend_list",
-        }.get(path.stem, "product_search")
-    ](RULE)
-    (tmp_path / "c.yaml").write_text(
-        yaml.safe_dump(dict(prompt=dict(file=str(path), max_tokens=99)))
+    task_name = TASK_OF_PROMPT_FILE.get(path.stem, "product_search")
+    task = TASKS[task_name](RULE)
+    written = yaml.safe_load(path.read_text())
+
+    prompt = load_prompt_config(tmp_path, "prompt.assistant=so", file=str(path), max_tokens=99)
+
+    assert prompt.user == written["user"]
+    assert prompt.system == written["system"]
+    assert prompt.assistant == "so"
+    assert prompt.max_tokens == 99
+    template = ChatTemplate(
+        tiny_tokenizer(),
+        written["system"],
+        written["user"],
+        written["assistant"],
+        task.placeholders,
     )
-    p = configs.load_config(str(tmp_path / "c.yaml"), ["prompt.assistant=so"]).prompt
-    own = yaml.safe_load(path.read_text())
-    assert (p.user, p.system, p.assistant, p.max_tokens) == (own["user"], own["system"], "so", 99)
-    ChatTemplate(
-        tiny_tokenizer(), own["system"], own["user"], own["assistant"], task.placeholders
-    ).prompt(*["x"] * len(task.placeholders))
-    example = re.search(r"<answer>\s*(\{.*?\})\s*</answer>", own["user"], re.DOTALL)[1]
-    assert list(json.loads(example)) == [getattr(task, "key", "query")]
+    values = ["x"] * len(task.placeholders)
+    template.prompt(*values)
+    match = re.search(r"<answer>\s*(\{.*?\})\s*</answer>", written["user"], re.DOTALL)
+    example = json.loads(match[1])
+    assert list(example) == [getattr(task, "key", "query")]
 
 
-@pytest.mark.parametrize(
-    "file, text, message",
-    [
-        ("none.yaml", "", "no such file"),
-        ("p.yaml", "- a", "expected `key: value`"),
-        ("p.yaml", "a: [", "p.yaml"),
-        ("p.yaml", "usr: x", "unknown key prompt.usr"),
-        (3, "", "prompt.file: expected str"),
-    ],
-)
+BAD_PROMPT_FILES = [  # prompt.file, what p.yaml says, message
+    ("none.yaml", "", "no such file"),
+    ("p.yaml", "- a", "expected `key: value`"),
+    ("p.yaml", "a: [", "p.yaml"),
+    ("p.yaml", "usr: x", "unknown key prompt.usr"),
+    (3, "", "prompt.file: expected str"),
+]
+
+
+@pytest.mark.parametrize("file, text, message", BAD_PROMPT_FILES)
 def test_a_prompt_file_that_is_none_is_named(tmp_path, file, text, message):
     (tmp_path / "p.yaml").write_text(text)
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(dict(prompt=dict(file=file))))
-    with pytest.raises(ConfigError, match=message) as e:
-        configs.load_config(str(tmp_path / "c.yaml"), [])
-    assert "\n" not in str(e.value)
+
+    with pytest.raises(ConfigError, match=message) as error:
+        load_prompt_config(tmp_path, file=file)
+    assert "\n" not in str(error.value)
