@@ -353,8 +353,8 @@ def test_a_text_does_not_depend_on_the_budget():
                 changed = call._replace(prompts=prompts)
                 actual = run_call(changed, cache, model, max_cache_tokens=room)
                 check_rollouts(changed, actual)
-                held = count_held_bytes(cache)
-                assert held <= 1.05 * slot_bytes * room, (room, call.count_slots())
+                held_bytes = count_held_bytes(cache)
+                assert held_bytes <= 1.05 * slot_bytes * room, (room, call.count_slots())
                 rows = rows + len(actual)
                 different = different + count_different(model, call, want, actual)
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TASKS = dict(
     movielens_sequential="sequential", esci_rerank="rerank", movielens_list="recommend_list"
 )
-PARTS = {"ndcg", "recall", "mrr", "hit"}
+EVALUATED = {"ndcg", "recall", "mrr", "hit"}
 FIGURES = ("raw", "before", "after", "gain", "after_minus_before")
 SAME_ON_TWO = ("prompt", "text", "count", "reward", "reward_terms", "error")
 
@@ -77,9 +77,9 @@ def test_two_steps_on_one_rank_and_on_two(name, tmp_path):
     summary = read_summary(one)
     assert summary["task"] == TASKS[name]
     assert (summary["retriever"] is None) == (not has_retriever)
-    assert set(summary["reward_terms"]) == PARTS | set(weights)
-    terms = summary["reward_terms"]["ndcg"]
-    assert summary == summary | terms
+    assert set(summary["reward_terms"]) == EVALUATED | set(weights)
+    figures = summary["reward_terms"]["ndcg"]
+    assert summary == summary | figures
 
 
 def check_reports(one: Path, two: Path, has_retriever: bool) -> None:
@@ -126,24 +126,24 @@ def average_metric(rows: list[dict], key: str) -> float:
 
 
 def check_evaluation(folder: Path, weights: dict) -> None:
-    """Compute the summary's figures of each part of the reward from the rows."""
+    """Compute the summary's figures of each term of the reward from the rows."""
     rows_before = jsonl(folder / "eval_before.jsonl")
     rows_after = jsonl(folder / "eval_after.jsonl")
-    parts = PARTS | set(weights)
-    raw_parts = {f"{part}_raw" for part in parts}
-    assert rows_after[0].keys() == parts | raw_parts | {"id", "raw", "rewrite", "text", "error"}
+    terms = EVALUATED | set(weights)
+    raw_terms = {f"{term}_raw" for term in terms}
+    assert rows_after[0].keys() == terms | raw_terms | {"id", "raw", "rewrite", "text", "error"}
 
-    for part, terms in read_summary(folder)["reward_terms"].items():
-        raw = average_metric(rows_before, f"{part}_raw")
-        before = average_metric(rows_before, part)
-        after = average_metric(rows_after, part)
+    for term, figures in read_summary(folder)["reward_terms"].items():
+        raw = average_metric(rows_before, f"{term}_raw")
+        before = average_metric(rows_before, term)
+        after = average_metric(rows_after, term)
         want = [raw, before, after, after - raw, after - before]
-        actual = [terms[name] for name in FIGURES]
+        actual = [figures[name] for name in FIGURES]
         assert actual == pytest.approx(want, abs=1e-12)
-        low, high = terms["gain_ci95"]
-        assert low <= terms["gain"]
-        assert terms["gain"] <= high
-        assert 0 < terms["gain_p"] <= 1
+        low, high = figures["gain_ci95"]
+        assert low <= figures["gain"]
+        assert figures["gain"] <= high
+        assert 0 < figures["gain_p"] <= 1
 
 
 def test_the_metric_of_the_evaluation_may_be_another(tmp_path):
@@ -158,7 +158,7 @@ def test_the_metric_of_the_evaluation_may_be_another(tmp_path):
     summary = read_summary(folder)
     assert summary["metric"] == "mrr@8"
     assert summary["raw"] == summary["reward_terms"]["mrr"]["raw"]
-    assert set(summary["reward_terms"]) == PARTS | {"lcs"}
+    assert set(summary["reward_terms"]) == EVALUATED | {"lcs"}
     [row] = jsonl(folder / "metrics.jsonl")
     assert "val_mrr" in row
     assert "val_ndcg" not in row
