@@ -13,8 +13,8 @@ from helpers import rank_jobs
 from helpers.interrupted import at, infinite, nan, sigterm
 from helpers.tiny_world import jsonl, refused, runs_of, tiny_model, write_sft_yaml, write_yaml
 from test_gradient import padded_cross_entropy
-from test_ranks import error, torchrun
-from test_resume import kept
+from test_ranks import relative_error, torchrun
+from test_resume import collect_outputs, list_checkpoints
 from test_teacher import GOOD, prompts_of, teacher, weights
 
 from recr1 import cli, sft, train
@@ -30,14 +30,14 @@ from recr1.training.launch import run_guarded
 from recr1.utils.interrupts import signal_handlers
 
 ROOT = Path(__file__).resolve().parents[2]
+SMALL_BATCHES = "train.tokens_per_micro_batch=90"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return write_sft_yaml(
-        tmp_path_factory.mktemp("world"),
-        **{"train.steps": 4, "save.every": 2, "train.eval_every": 2, "sampling.max_new_tokens": 20},
-    )
+    folder = tmp_path_factory.mktemp("world")
+    overrides = {"train.steps": 4, "save.every": 2, "train.eval_every": 2}
+    return write_sft_yaml(folder, **overrides, **{"sampling.max_new_tokens": 20})
 
 
 @pytest.fixture(scope="module")
@@ -52,28 +52,43 @@ TEXTS = [
     Rollout(Prompt("a", 0, "", (1, 2, 3)), 0, 0, (10, 11), (0.0,) * 2, True),
     Rollout(Prompt("b", 1, "", (4,)), 1, 0, (12,), (0.0,), True),
 ]
+# sft.mask_prompt, the targets of each text
+LEARNED = [
+    (True, {"a": [10, 11], "b": [12]}),
+    (False, {"a": [2, 3, 10, 11], "b": [12]}),
+]
 
 
-@pytest.mark.parametrize(
-    "mask, learned", [(True, {"a": [10, 11], "b": [12]}), (False, {"a": [2, 3, 10, 11], "b": [12]})]
-)
+@pytest.mark.parametrize("mask, learned", LEARNED)
 def test_which_tokens_are_learned_and_what_is_read_before_them(mask, learned):
     """Each target is predicted from the row of the token before it, which sees all that stands
     before.
     """
-    texts = [select_targets(r, mask) for r in TEXTS]
-    [batch] = pack_rollouts(texts, 100)
-    for i, r in enumerate(TEXTS):
-        whole = [*r.prompt.ids, *r.ids]
-        mine = batch.rollout == i
-        assert batch.target[mine].tolist() == learned[r.prompt.id]
-        rows = batch.predict_from[mine]
-        assert batch.tokens[rows].tolist() == whole[-1 - len(rows) : -1]
-        assert batch.positions[rows].tolist() == list(
-            range(len(whole) - 1 - len(rows), len(whole) - 1)
-        )
-        assert [*texts[i].prompt.ids, *texts[i].ids] == whole
+    targets = [select_targets(text, mask) for text in TEXTS]
+
+    [batch] = pack_rollouts(targets, 100)
+
+    for i, text in enumerate(TEXTS):
+        tokens = [*text.prompt.ids, *text.ids]
+        of_text = batch.rollout == i
+        rows = batch.predict_from[of_text]
+        last = len(tokens) - 1
+        first = last - len(rows)
+        assert batch.target[of_text].tolist() == learned[text.prompt.id]
+        assert batch.tokens[rows].tolist() == tokens[first:last]
+        assert batch.positions[rows].tolist() == list(range(first, last))
+        assert [*targets[i].prompt.ids, *targets[i].ids] == tokens
     assert batch.weight.tolist() == [1] * len(batch.target)
+
+
+def count_targets(texts: list[Rollout], mask: bool) -> int:
+    """Count the tokens learned: the answers', and, unmasked, the prompts' but their first."""
+    count = 0
+    for text in texts:
+        count = count + len(text.ids)
+        if not mask:
+            count = count + len(text.prompt.ids) - 1
+    return count
 
 
 @pytest.mark.parametrize("head", ["fused", "recompute"])
@@ -86,23 +101,23 @@ def test_loss_and_gradient_are_torchs_cross_entropy(mask, temperature, budget, h
     model = tiny_model(1).double()
     texts = rank_jobs.lesson_texts()
     want_loss, want = padded_cross_entropy(model, texts, mask, temperature)
-    total, batches = make_update([select_targets(r, mask) for r in texts], budget)
-    assert (len(batches) == 1) == (budget == 10_000)
-    assert total == sum(len(r.ids) + (not mask) * (len(r.prompt.ids) - 1) for r in texts)
+    targets = [select_targets(text, mask) for text in texts]
+    objective = resolve_objective(CROSS_ENTROPY, ModelConfig(head=head))
+
+    total, batches = make_update(targets, budget)
     loss = 0.0
     for batch in batches:
-        value, stats = compute_cross_entropy(
-            model,
-            batch,
-            total,
-            temperature,
-            resolve_objective(CROSS_ENTROPY, ModelConfig(head=head)),
-        )
+        value, stats = compute_cross_entropy(model, batch, total, temperature, objective)
         value.backward()
         loss += value.item()
         assert stats["trained"] == len(batch.target)
+
+    fits_one_batch = budget == 10_000
+    assert (len(batches) == 1) == fits_one_batch
+    assert total == count_targets(texts, mask)
     assert loss == pytest.approx(want_loss, abs=1e-12)
-    assert max(error(p.grad, want[name]) for name, p in model.named_parameters()) <= 1e-12
+    for name, parameter in model.named_parameters():
+        assert relative_error(parameter.grad, want[name]) <= 1e-12, name
 
 
 @pytest.mark.parametrize("mask", [True, False])
@@ -110,35 +125,33 @@ def test_a_runs_first_loss_is_that_of_the_lines_it_keeps(mask, run, world):
     """Step 1 takes every text: from teacher.jsonl, the data's prompts and the model's folder, by
     the padded reference.
     """
-    lines = [
-        line
-        for line in jsonl(run() / "teacher.jsonl")
-        if line["error"] is None and line["score"] > line["raw"]
-    ]
-    folder = run(
-        "sft.filter=better",
-        f"train.prompts_per_step={len(lines)}",
-        "train.steps=1",
-        f"sft.mask_prompt={mask}",
-    )
+    lines = []
+    for line in jsonl(run() / "teacher.jsonl"):
+        if line["error"] is None and line["score"] > line["raw"]:
+            lines.append(line)
+    overrides = ["sft.filter=better", "train.steps=1", f"sft.mask_prompt={mask}"]
+    folder = run(*overrides, f"train.prompts_per_step={len(lines)}")
+
     cfg = configs.load_config(world, [])
-    prompts = {p.id: p for p in prompts_of(cfg)}
-    texts = [
-        Rollout(prompts[line["id"]], i, 0, tuple(line["ids"]), (), True)
-        for i, line in enumerate(lines)
-    ]
-    want, grads = padded_cross_entropy(load_model(cfg.model.path).double(), texts, mask)
+    prompts = {prompt.id: prompt for prompt in prompts_of(cfg)}
+    texts = []
+    for i, line in enumerate(lines):
+        prompt = prompts[line["id"]]
+        texts.append(Rollout(prompt, i, 0, tuple(line["ids"]), (), True))
+    model = load_model(cfg.model.path).double()
+    want, gradients = padded_cross_entropy(model, texts, mask)
+    norm = torch.nn.utils.get_total_norm(gradients.values()).item()
+
     [row] = jsonl(folder / "metrics.jsonl")
     assert len(lines) > 3
     assert row["loss"] == pytest.approx(want, rel=1e-5)
     assert row["epoch"] == 1
-    assert row["grad_norm"] == pytest.approx(
-        torch.nn.utils.get_total_norm(grads.values()).item(), rel=1e-4
-    )
-    assert row["tokens"] == sum(len(r.ids) + (not mask) * (len(r.prompt.ids) - 1) for r in texts)
-    about = json.loads((folder / "summary.json").read_text())["teacher"]
-    assert (about["texts"], about["kept"]) == (56, len(lines))
-    assert about["score_kept"] > about["raw_kept"]
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert row["tokens"] == count_targets(texts, mask)
+    summary = json.loads((folder / "summary.json").read_text())["teacher"]
+    assert summary["texts"] == 56
+    assert summary["kept"] == len(lines)
+    assert summary["score_kept"] > summary["raw_kept"]
 
 
 # --- a run like GRPO's ----------------------------------------------------------------------------
@@ -155,7 +168,8 @@ MOMENTS = {  # when SIGTERM comes: the step after which the run is saved, 0: non
 }
 
 
-def stop(what: str, argv: list[str], monkeypatch) -> int:
+def stop_training(what: str, argv: list[str], monkeypatch) -> int:
+    """Run in this process, with a SIGTERM at that moment; return the exit code."""
     with monkeypatch.context() as patch, signal_handlers():
         at(what, sigterm, patch.setattr)
         return run_guarded(sft.main, argv)
@@ -165,87 +179,123 @@ def stop(what: str, argv: list[str], monkeypatch) -> int:
 def test_sigterm_then_the_same_command_is_the_undisturbed_run(
     what, world, run, tmp_path, monkeypatch, capsys
 ):
-    argv = [world, "train.tokens_per_micro_batch=90", f"run.dir={tmp_path / 'run'}"]
-    assert stop(what, argv, monkeypatch) == 0
-    said = capsys.readouterr().out
-    saved = sorted(p.name for p in (tmp_path / "run/checkpoints").glob("step_*"))
-    assert "recr1: stopped" in said
-    assert not (tmp_path / "run/summary.json").exists()
-    assert MOMENTS[what] is None or saved[-1:] == [f"step_{MOMENTS[what]:06d}"] * bool(
-        MOMENTS[what]
-    )
+    folder = tmp_path / "run"
+    argv = [world, SMALL_BATCHES, f"run.dir={folder}"]
+    step = MOMENTS[what]
+
+    code = stop_training(what, argv, monkeypatch)
+
+    assert code == 0
+    out = capsys.readouterr().out
+    assert "recr1: stopped" in out
+    assert not (folder / "summary.json").exists()
+    if step is not None:
+        last = list_checkpoints(folder)[-1:]
+        want = [f"step_{step:06d}"] if step else []
+        assert last == want
     if what == "teach@3":
-        assert "teacher.jsonl, the same command goes on behind them" in said
-        assert len(jsonl(tmp_path / "run/teacher.jsonl")) == 8
-        with open(tmp_path / "run/teacher.jsonl", "a") as f:
-            f.write('{"id": "torn')  # as a kill within a write would leave it
-        monkeypatch.setattr(
-            "recr1.training.teacher.generate",
-            lambda model, prompts, *a, **k: (
-                pytest.fail("sampled again")
-                if prompts[0].index < 8
-                else generate(model, prompts, *a, **k)
-            ),
-        )
-    assert run_guarded(sft.main, argv) == 0
+        assert "teacher.jsonl, the same command goes on behind them" in out
+        check_torn_teacher(folder, monkeypatch)
+
+    code = run_guarded(sft.main, argv)
+
+    assert code == 0
     assert "not bit for bit" not in capsys.readouterr().out
-    assert kept(tmp_path / "run") == kept(run("train.tokens_per_micro_batch=90"))
+    assert collect_outputs(folder) == collect_outputs(run(SMALL_BATCHES))
+
+
+def check_torn_teacher(folder: Path, monkeypatch) -> None:
+    """Check the teacher's first 8 lines, tear the next, and fail if one of the 8 is made again."""
+
+    def generate_rest(model, prompts, *arguments, **settings):
+        if prompts[0].index < 8:
+            pytest.fail("sampled again")
+        return generate(model, prompts, *arguments, **settings)
+
+    path = folder / "teacher.jsonl"
+    assert len(jsonl(path)) == 8
+    with open(path, "a") as file:
+        # as a kill within a write would leave it
+        file.write('{"id": "torn')
+    monkeypatch.setattr("recr1.training.teacher.generate", generate_rest)
 
 
 def test_a_teacher_that_has_changed_is_refused(world, tmp_path, monkeypatch, capsys):
-    argv = [world, teacher(world, tmp_path / "t.jsonl"), f"run.dir={tmp_path / 'run'}"]
-    assert stop("lesson@2", argv, monkeypatch) == 0
-    teacher(world, tmp_path / "t.jsonl", json.dumps(dict(id="train0", text=GOOD)))
-    assert "teacher's file or the data have changed" in refused(argv, capsys, sft.main)
+    path = tmp_path / "t.jsonl"
+    argv = [world, teacher(world, path), f"run.dir={tmp_path / 'run'}"]
+    code = stop_training("lesson@2", argv, monkeypatch)
+    assert code == 0
+    line = json.dumps(dict(id="train0", text=GOOD))
+    teacher(world, path, line)
+
+    message = refused(argv, capsys, sft.main)
+
+    assert "teacher's file or the data have changed" in message
+
+
+NOT_COMPARED = {"timing_s", "memory", "tokens_per_s"}
 
 
 def test_two_ranks_are_the_run_on_one(world, run, tmp_path):
-    argv = [world, "train.prompts_per_step=5"]
-    one = run(*argv[1:])
+    override = "train.prompts_per_step=5"
     many = tmp_path / "many"
-    torchrun(2, "-m", "recr1.sft", *argv, f"run.dir={many}")
-    assert {p.name for p in one.iterdir()} == {p.name for p in many.iterdir()}
+
+    one = run(override)
+    torchrun(2, "-m", "recr1.sft", world, override, f"run.dir={many}")
+
+    names = {path.name for path in one.iterdir()}
+    assert {path.name for path in many.iterdir()} == names
     assert jsonl(one / "teacher.jsonl") == jsonl(many / "teacher.jsonl")
     assert jsonl(one / "eval_before.jsonl") == jsonl(many / "eval_before.jsonl")
-    for a, b in zip(jsonl(one / "metrics.jsonl"), jsonl(many / "metrics.jsonl"), strict=True):
-        for key in a.keys() - {"timing_s", "memory", "tokens_per_s"}:
-            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
+    rows = jsonl(one / "metrics.jsonl")
+    others = jsonl(many / "metrics.jsonl")
+    for row, other in zip(rows, others, strict=True):
+        for key in row.keys() - NOT_COMPARED:
+            assert row[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), key
 
 
 def test_where_gradients_are_summed_changes_no_bit(run):
-    budget = "train.tokens_per_micro_batch=90"
-    assert (
-        weights(run(budget, "train.gradient_sync=last_micro_batch", "optimizer.cpu_offload=true"))
-        == weights(run(budget))
-        == weights(run(budget, "train.gradient_checkpointing=true"))
-    )
+    want = weights(run(SMALL_BATCHES))
+    overrides = ["train.gradient_sync=last_micro_batch", "optimizer.cpu_offload=true"]
+
+    summed_once = run(SMALL_BATCHES, *overrides)
+    recomputed = run(SMALL_BATCHES, "train.gradient_checkpointing=true")
+
+    assert weights(summed_once) == want
+    assert weights(recomputed) == want
 
 
 @pytest.mark.parametrize("value", [nan, infinite])
 def test_a_step_that_is_not_finite_moves_no_weight(value, world, tmp_path, monkeypatch, capsys):
     argv = [world, "train.steps=2", f"run.dir={tmp_path / 'run'}"]
+
     with monkeypatch.context() as patch:
         at("lesson@2", value, patch.setattr)
-        assert "optimizer step 2: the gradient norm is nan" in refused(argv, capsys, sft.main)
+        line = refused(argv, capsys, sft.main)
+
+    assert "optimizer step 2: the gradient norm is nan" in line
     [folder] = (tmp_path / "run/nonfinite").iterdir()
     note = json.loads((folder / "rank_00000.json").read_text())
     assert note["step"] == 2
     assert len(note["texts"]) == 4
-    assert {"prompt", "ids"} == note["texts"][0].keys()
+    assert note["texts"][0].keys() == {"prompt", "ids"}
 
 
 def test_sft_then_grpo(run, tmp_path):
     """The two commands of the README: GRPO begins as the policy that SFT left."""
     taught = run("sft.filter=better")
-    argv = [
-        write_yaml(tmp_path),
-        f"model.path={taught / 'model'}",
-        f"run.dir={tmp_path / 'grpo'}",
-        "train.steps=2",
-    ]
-    assert run_guarded(train.main, argv) == 0
-    assert jsonl(tmp_path / "grpo/eval_before.jsonl") == jsonl(taught / "eval_after.jsonl")
-    assert weights(tmp_path / "grpo") != weights(taught)
+    folder = tmp_path / "grpo"
+    config = write_yaml(tmp_path)
+    argv = [config, f"model.path={taught / 'model'}", f"run.dir={folder}", "train.steps=2"]
+
+    code = run_guarded(train.main, argv)
+
+    assert code == 0
+    assert jsonl(folder / "eval_before.jsonl") == jsonl(taught / "eval_after.jsonl")
+    assert weights(folder) != weights(taught)
+
+
+# --- settings -------------------------------------------------------------------------------------
 
 
 OTHERS = {  # overrides of the SFT config -> why it is refused
@@ -267,47 +317,50 @@ OTHERS = {  # overrides of the SFT config -> why it is refused
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_setting_that_it_would_not_read_is_refused(name, world, tmp_path, capsys):
     overrides, message = OTHERS[name]
-    assert message in refused(
-        [world, *(o for o in overrides if "=" in o), f"run.dir={tmp_path / 'run'}"],
-        capsys,
-        sft.main,
-    )
-    assert not (tmp_path / "run").exists()
+    folder = tmp_path / "run"
+
+    line = refused([world, *overrides, f"run.dir={folder}"], capsys, sft.main)
+
+    assert message in line
+    assert not folder.exists()
 
 
 def test_the_other_loop_and_the_plan_refuse_its_config(world, tmp_path, capsys):
-    assert "sft.teacher: for python -m recr1.sft only" in refused(
-        [world, f"run.dir={tmp_path / 'run'}"], capsys
-    )
-    assert "recr1 plan: " in refused(
-        ["plan", world, "--gpus", "1", "--memory", "48GB"], capsys, cli.main
-    )
-    assert "usage: python -m recr1.sft" in refused([], capsys, sft.main)
+    line = refused([world, f"run.dir={tmp_path / 'run'}"], capsys)
+    assert "sft.teacher: for python -m recr1.sft only" in line
+
+    plan = ["plan", world, "--gpus", "1", "--memory", "48GB"]
+    line = refused(plan, capsys, cli.main)
+    assert "recr1 plan: " in line
+
+    line = refused([], capsys, sft.main)
+    assert "usage: python -m recr1.sft" in line
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        [],
-        [
-            "sft.teacher=nowhere/t.jsonl.gz",
-            "sampling={max_new_tokens: 20}",
-            "sft.mask_prompt=false",
-        ],
-        ["sft.filter=better", "sft.min_score=0.9"],
-    ],
-)
+NO_FILE = ["sft.teacher=nowhere/t.jsonl.gz", "sampling={max_new_tokens: 20}"]
+DRY_RUNS = [
+    [],
+    [*NO_FILE, "sft.mask_prompt=false"],
+    ["sft.filter=better", "sft.min_score=0.9"],
+]
+
+
+@pytest.mark.parametrize("more", DRY_RUNS)
 def test_a_dry_run(more, world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run_guarded(sft.main, [world, *more, "--dry-run"]) == 0
+
+    code = run_guarded(sft.main, [world, *more, "--dry-run"])
+
+    assert code == 0
     out = capsys.readouterr().out
     assert "dry run passed" in out
-    assert float(re.search(r"grad +([\d.]+)", out)[1]) > 0
-    assert not list(tmp_path.iterdir())
+    norm = re.search(r"grad +([\d.]+)", out)[1]
+    assert float(norm) > 0
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_make_policy_starts_from_nothing_and_learns(tmp_path, capsys):
-    """The bundled policy's script: the same loss and packing, whole weights, Muon. Two steps of
+def test_make_policy_starts_from_nothing_and_learns():
+    """The bundled policy's script: the same loss and packing, all weights, Muon. Two steps of
     each stage.
     """
     sys.path.insert(0, str(ROOT / "experiments/make"))
@@ -315,14 +368,12 @@ def test_make_policy_starts_from_nothing_and_learns(tmp_path, capsys):
         import make_policy
     finally:
         sys.path.pop(0)
+    config = OptimizerConfig(kind="muon", lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
     model = make_policy.initialize_model(0)
-    losses = make_policy.fit(
-        model,
-        lambda step: TEXTS,
-        12,
-        OptimizerConfig(kind="muon", lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0),
-        1024,
-    )
-    want, _ = padded_cross_entropy(make_policy.initialize_model(0).double(), TEXTS, True)
+    start = make_policy.initialize_model(0).double()
+
+    losses = make_policy.fit(model, lambda step: TEXTS, 12, config, 1024)
+
+    want, _ = padded_cross_entropy(start, TEXTS, True)
     assert losses[0] == pytest.approx(want, rel=1e-5)
     assert losses[-1] < 0.5 * losses[0]

@@ -16,31 +16,38 @@ pytest.importorskip(
 )
 
 
-def test_bench_runs_dry():
+def run_bench() -> list[str]:
+    """Run two pairs of the bench on the tiny model; return the lines it prints."""
     env = os.environ | dict(PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1")
-    command = [
-        sys.executable,
-        "experiments/benchmarks/step.py",
-        "--dry-run",
-        "--pairs",
-        "2",
-        "--threads",
-        "1",
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    table = {
-        words[0]: words[1:]
-        for words in map(str.split, done.stdout.splitlines())
-        if words[0] in ("seconds", "TRL", "ours") and words[1] != "/"
-    }
+    command = [sys.executable, "experiments/benchmarks/step.py", "--dry-run"]
+    command += ["--pairs", "2", "--threads", "1"]
+    process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout.splitlines()
+
+
+def read_table(lines: list[str]) -> dict[str, list[str]]:
+    """Read the rows of the table: {the row's first word: its other words}."""
+    table = {}
+    for line in lines:
+        head, *cells = line.split()
+        if head in ("seconds", "TRL", "ours") and cells[0] != "/":
+            table[head] = cells
+    return table
+
+
+def test_bench_runs_dry():
+    lines = run_bench()
+
+    table = read_table(lines)
     for who in ("TRL", "ours"):
-        row = dict(zip(table["seconds"], map(float, table[who])))
+        values = map(float, table[who])
+        row = dict(zip(table["seconds"], values))
         assert row["length"] == 8
         assert 0 < row["reward"] < 1
         assert row["norm"] > 0
         assert row["step"] > 0
-    time, gradient = json.loads(done.stdout.splitlines()[-1])["bars"]
+    time, gradient = json.loads(lines[-1])["bars"]
     assert time["ok"]
     assert gradient["ok"]
     assert gradient["value"] < 1e-5
