@@ -14,8 +14,8 @@ from multiprocessing import Pipe
 from pathlib import Path
 
 from helpers import tiny_world
-from jobs import dies_with_parent
-from world import Outcome, World, result
+from jobs import die_with_parent
+from world import Outcome, World, read_result
 
 from recr1 import train
 from recr1.training import setup
@@ -73,7 +73,7 @@ def receive_outcome(reader, limit: float) -> Outcome | str:
 def run_and_leave(cases: list[Case], writer) -> None:
     """Send the outcomes of the cases, and end this process."""
     try:
-        dies_with_parent()
+        die_with_parent()
         for where, check in cases:
             outcome = run_case(where, check)
             writer.send(outcome)
@@ -128,15 +128,15 @@ class Bench:
         self.world = world
         self.rng = world.rng
         self.folder = world.folder / name
-        self.made = 0
-        self.kept = {}
+        self.folders = 0
+        self.cache = {}
         self.config = config or world.config
         self.main = main
 
-    def data(self) -> dict[str, Path]:
+    def copy_data(self) -> dict[str, Path]:
         """Copy the world's data, to be spoiled: {setting: file}."""
-        self.made += 1
-        folder = self.folder / f"data{os.getpid()}.{self.made}"
+        self.folders += 1
+        folder = self.folder / f"data{os.getpid()}.{self.folders}"
         shutil.copytree(self.world.folder / "data", folder)
         names = dict(
             corpus="corpus.jsonl",
@@ -147,9 +147,9 @@ class Bench:
         )
         return {key: folder / name for key, name in names.items()}
 
-    def listed(self) -> dict[str, Path]:
+    def copy_listed_data(self) -> dict[str, Path]:
         """Copy data whose queries have what the tasks with lists need."""
-        data = self.data()
+        data = self.copy_data()
         ids = [row["id"] for row in tiny_world.jsonl(data["corpus"])]
         for split in ("train", "test"):
             file = data[f"{split}_queries"]
@@ -161,10 +161,10 @@ class Bench:
             write_rows(file, rows)
         return data
 
-    def argv(self, data: dict[str, Path] | None = None, *more: str) -> tuple[list[str], Path]:
+    def make_argv(self, data: dict[str, Path] | None = None, *more: str) -> tuple[list[str], Path]:
         """Return (arguments of recr1.train, the run's folder)."""
-        self.made += 1
-        run = self.folder / f"run{os.getpid()}.{self.made}"
+        self.folders += 1
+        run = self.folder / f"run{os.getpid()}.{self.folders}"
         paths = data or {}
         settings = [f"data.{key}={path}" for key, path in paths.items()]
         settings.append(f"retriever.index_dir={run}.index")
@@ -172,26 +172,26 @@ class Bench:
 
     def run(self, data: dict[str, Path] | None = None, *more: str) -> tuple[str, Path]:
         """Run what has to come to its end; return (stdout, folder)."""
-        argv, folder = self.argv(data, *more)
+        argv, folder = self.make_argv(data, *more)
         code, out, err = run_command(self.main, argv)
         if code or err:
             raise Lost(f"exit code {code}: {err or out[-1000:]}")
         return out, folder
 
-    def result(self, *more: str) -> dict:
+    def read_result(self, *more: str) -> dict:
         """Return what the undisturbed run of these settings comes to."""
-        if more not in self.kept:
+        if more not in self.cache:
             _, folder = self.run(None, *more)
-            self.kept[more] = result(folder)
-        return self.kept[more]
+            self.cache[more] = read_result(folder)
+        return self.cache[more]
 
     def run_saying(
         self, texts: Iterator[str], data: dict[str, Path] | None = None, *more: str
     ) -> tuple[str, Path]:
         """Do as `run`, with a policy whose completions read as `texts` has them."""
-        return self.saying(texts, lambda: self.run(data, *more))
+        return self.call_saying(texts, lambda: self.run(data, *more))
 
-    def saying(self, texts: Iterator[str], work: Callable):
+    def call_saying(self, texts: Iterator[str], work: Callable):
         """Return work(), with whatever a policy samples decoded to the next of `texts`."""
         load = setup.load_tokenizer
 

@@ -90,16 +90,16 @@ def check_answer(bench: Bench, answers: list[Answer], made: Answer) -> None:
 
 def log_by_text(bench: Bench, task: str, texts: list[str]) -> dict[str, list[dict]]:
     """Return {text: what the run has written down of it}. One run for all texts of a task."""
-    if task in bench.kept:
-        return bench.kept[task]
+    if task in bench.cache:
+        return bench.cache[task]
     settings = list(SETTINGS)
     data = None
     if task != "product_search":
         user = " ".join(f"{{{place}}}" for place in tasks.TASKS[task].placeholders)
         settings += [f"task={task}", f"prompt.user='{user}'", "prompt.max_tokens=256"]
-        data = bench.listed()
+        data = bench.copy_listed_data()
     _, run = bench.run_saying(itertools.cycle(texts), data, *settings)
-    rows = bench.kept[task] = {}
+    rows = bench.cache[task] = {}
     for row in read_log(run):
         rows.setdefault(row["text"], []).append(row)
     return rows

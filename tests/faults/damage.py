@@ -51,7 +51,7 @@ def resume_damaged(world: World, what: str, named: str, damage: Callable[[Path],
     """Check that the run goes on from the checkpoint before the damaged one, and that one line says
     which file was refused.
     """
-    run = world.fresh()
+    run = world.choose_folder()
     shutil.copytree(world.unfinished, run)
     damage(run / "checkpoints")
     job, verdict, note = world.finish(run)
@@ -61,9 +61,9 @@ def resume_damaged(world: World, what: str, named: str, damage: Callable[[Path],
         return Outcome(what, verdict, note)
     used = LAST if what.startswith("LATEST") else BEFORE
     if not find_lines(job, named, "refused"):
-        return Outcome(what, "silent", f"{named!r} is not named: {job.lines()}")
+        return Outcome(what, "silent", f"{named!r} is not named: {job.read_lines()}")
     if not find_lines(job, used, "goes on after step"):
-        return Outcome(what, "silent", f"it did not go on from {used}: {job.lines()}")
+        return Outcome(what, "silent", f"it did not go on from {used}: {job.read_lines()}")
     return Outcome(what, verdict, note)
 
 
@@ -225,7 +225,7 @@ def spoil_model(bench: Bench, where: str, spoil: Callable[[Path], None], why: st
     spoil(folder)
 
     def check():
-        argv, _ = bench.argv(None, f"model.path={folder}")
+        argv, _ = bench.make_argv(None, f"model.path={folder}")
         expect_refusal(train.main, argv, folder, why)
         generate = ["generate", "--model", folder, "--config", world.config, "red lamp"]
         expect_refusal(cli.main, generate, folder, why)
@@ -296,18 +296,18 @@ def disks(world: World, n: int) -> Iterator[Outcome]:
 
 def fill_disk(world: World, what: str, owner, name: str, call: int, limit: int) -> tuple[str, str]:
     """Return (verdict, note)."""
-    run = world.fresh()
+    run = world.choose_folder()
     if what == "the index":
         shutil.rmtree(world.folder / "index")
     before = world.start(run, prepare=lambda rank: limit_files_from(owner, name, call, limit))
     codes = before.wait(world.limit)
     if codes == [0] * RANKS:
         return "lost", "the write never came"
-    full = [line for line in before.lines() if "File too large" in line]
-    if codes != [2] * RANKS or len(full) != 1 or "Traceback" in before.said():
-        return "lost", f"exit codes {codes}: {before.said()[-1500:]}"
+    full = [line for line in before.read_lines() if "File too large" in line]
+    if codes != [2] * RANKS or len(full) != 1 or "Traceback" in before.read_output():
+        return "lost", f"exit codes {codes}: {before.read_output()[-1500:]}"
     _, verdict, note = world.finish(run)
-    return verdict, note and f"{before.lines()}: {note}"
+    return verdict, note and f"{before.read_lines()}: {note}"
 
 
 def limit_files_from(owner, name: str, first: int, limit: int) -> None:

@@ -111,7 +111,7 @@ def check_terminal(out: str) -> None:
 def spoil_queries(bench: Bench) -> Case:
     text = draw_payload(bench.rng)
     answer = draw_answer(bench.rng)
-    data = bench.data()
+    data = bench.copy_data()
     for split in SPLITS:
         file = data[f"{split}_queries"]
         rows = []
@@ -144,8 +144,8 @@ def spoil_products(bench: Bench) -> Case:
     text = draw_payload(bench.rng)
     # what may stand in a line of judgements; "!" sorts below digits
     mark = f"!{text}!".translate(dict.fromkeys(map(ord, "\t\n\r")))
-    data = bench.data()
-    twin_data = bench.data()
+    data = bench.copy_data()
+    twin_data = bench.copy_data()
     docs = tiny_world.jsonl(data["corpus"])
     for doc in docs:
         doc["title"] = f"{doc['title']} {text}"
@@ -246,18 +246,18 @@ def stop_and_resume(bench: Bench) -> Case:
     later = draw_with_line_end(bench.rng)
 
     def check():
-        argv, run = bench.argv(None, "retriever.kind=shaky:overlap", "train.steps=2")
+        argv, run = bench.make_argv(None, "retriever.kind=shaky:overlap", "train.steps=2")
         evaluated = run / "eval_before.jsonl"
         stop = partial(expect_refusal, train.main, argv, "stopped after step 1")
         resume = partial(run_command, train.main, argv)
 
         shaky.fault = (2, "ConnectionError")
         try:
-            bench.saying(itertools.repeat(first), stop)
+            bench.call_saying(itertools.repeat(first), stop)
         finally:
             shaky.fault = None
         before = evaluated.read_bytes()
-        code, _, err = bench.saying(itertools.repeat(later), resume)
+        code, _, err = bench.call_saying(itertools.repeat(later), resume)
         if code:
             raise Lost(f"exit code {code}: {err}")
 

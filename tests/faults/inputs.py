@@ -25,7 +25,7 @@ from alone import (
 from helpers import tiny_world
 from helpers.fuzz_answers import wrap
 from safetensors import safe_open
-from world import Outcome, World, result
+from world import Outcome, World, read_result
 
 from recr1 import cli, sft, train
 from recr1.data.readers import is_validation
@@ -232,7 +232,7 @@ BAD_LINES = {"train_queries": QUERY, "corpus": CORPUS, "train_qrels": QRELS}
 
 def spoil_lines(bench: Bench, key: str, bad: str, policy: str) -> Case:
     rng = bench.rng
-    data = bench.data()
+    data = bench.copy_data()
     file = data[key]
     rows = file.read_bytes().splitlines()
     make = BAD_LINES[key][bad]
@@ -247,7 +247,7 @@ def spoil_lines(bench: Bench, key: str, bad: str, policy: str) -> Case:
 
     def check():
         if policy == "stop":
-            argv, _ = bench.argv(data)
+            argv, _ = bench.make_argv(data)
             return expect_refusal(train.main, argv, first)
         out, run = bench.run(data, "data.on_bad_line=drop")
         told = rf"recr1: {count} [\w ]+ left out, first: {re.escape(first)}"
@@ -255,7 +255,10 @@ def spoil_lines(bench: Bench, key: str, bad: str, policy: str) -> Case:
             re.search(told, out),
             f"{count} lines from {file.name}:{position + 1} are not told of: {out[:1500]}",
         )
-        expect(result(run) == bench.result(), "the run is another one than without these lines")
+        expect(
+            read_result(run) == bench.run_undisturbed(),
+            "the run is another one than without these lines",
+        )
 
     return f"{bad} ({key}, {policy})", check
 
@@ -324,7 +327,7 @@ def write_sft_config(world: World) -> str:
 def spoil_lessons(bench: Bench, bad: str) -> Case:
     """Spoil lines of the teacher's file."""
     rng = bench.rng
-    data = bench.data()
+    data = bench.copy_data()
     rows = draw_lessons(rng, data["train_queries"])
     clean_file = data["corpus"].with_name("whole.jsonl")
     clean_file.write_bytes(b"\n".join(rows) + b"\n")
@@ -339,18 +342,18 @@ def spoil_lessons(bench: Bench, bad: str) -> Case:
     bad_lesson = [f"sft.teacher={file}", "data.on_bad_line=drop"]
 
     def check():
-        argv, _ = bench.argv(data, f"sft.teacher={file}")
+        argv, _ = bench.make_argv(data, f"sft.teacher={file}")
         expect_refusal(sft.main, argv, first)
         if not is_left_out:
-            argv, _ = bench.argv(data, *bad_lesson)
+            argv, _ = bench.make_argv(data, *bad_lesson)
             return expect_refusal(sft.main, argv, first)
-        out, found = learn_from(bench, data, file, "data.on_bad_line=drop")
+        out, actual = learn_from(bench, data, file, "data.on_bad_line=drop")
         expect(
             f"recr1: {count} lines of the teacher left out, first: {first}" in out,
             f"{count} lines from {position + 1} are not told of: {out[:1500]}",
         )
         _, want = learn_from(bench, data, clean_file)
-        expect(found == want, "the run is another one than without these lines")
+        expect(actual == want, "the run is another one than without these lines")
 
     return f"{bad} (teacher)", check
 
@@ -369,11 +372,11 @@ def draw_lessons(rng, train_queries: Path) -> list[bytes]:
 def learn_from(bench: Bench, data: dict, file: Path, *more: str) -> tuple[str, dict]:
     """Train on the teacher's file; return (stdout, what the run comes to)."""
     out, run = bench.run(data, f"sft.teacher={file}", *more)
-    found = result(run)
-    found["teacher"] = tiny_world.jsonl(run / "teacher.jsonl")
-    source = found["summary"]["teacher"].pop("source")
+    learned = read_result(run)
+    learned["teacher"] = tiny_world.jsonl(run / "teacher.jsonl")
+    source = learned["summary"]["teacher"].pop("source")
     expect(source == str(file), "summary.json names another teacher")
-    return out, found
+    return out, learned
 
 
 # --- files that are bad as a whole, or only look so ---
@@ -381,7 +384,7 @@ def learn_from(bench: Bench, data: dict, file: Path, *more: str) -> tuple[str, d
 
 def spoil_file(bench: Bench, spoil: Callable[[bytes], bytes], where: str, *names: object) -> Case:
     """Spoil one of the files; names: what the run's line must hold beside the file."""
-    data = bench.data()
+    data = bench.copy_data()
     key = bench.rng.choice(sorted(data))
     file = data[key]
     raw = file.read_bytes()
@@ -389,7 +392,7 @@ def spoil_file(bench: Bench, spoil: Callable[[bytes], bytes], where: str, *names
     policy = bench.rng.choice(["stop", "drop"])
 
     def check():
-        argv, _ = bench.argv(data, f"data.on_bad_line={policy}")
+        argv, _ = bench.make_argv(data, f"data.on_bad_line={policy}")
         expect_refusal(train.main, argv, file, *names)
 
     return f"{where} ({file.name})", check
@@ -416,7 +419,7 @@ def misname_gzip(bench: Bench) -> Case:
 
 
 def tear_gzip(bench: Bench) -> Case:
-    data = bench.data()
+    data = bench.copy_data()
     key = bench.rng.choice(sorted(data))
     packed = gzip.compress(data[key].read_bytes())
     file = data[key].with_name(data[key].name + ".gz")
@@ -424,21 +427,21 @@ def tear_gzip(bench: Bench) -> Case:
     file.write_bytes(packed[:length])
 
     def check():
-        argv, _ = bench.argv(data | {key: file}, "data.on_bad_line=drop")
+        argv, _ = bench.make_argv(data | {key: file}, "data.on_bad_line=drop")
         expect_refusal(train.main, argv, file, "torn")
 
     return f"torn gzip ({file.name})", check
 
 
 def change_harmlessly(bench: Bench, change: Callable[[bytes], bytes], where: str) -> Case:
-    data = bench.data()
+    data = bench.copy_data()
     for file in data.values():
         raw = file.read_bytes()
         file.write_bytes(change(raw))
 
     def check():
         _, run = bench.run(data)
-        expect(result(run) == bench.result(), "the run is another one")
+        expect(read_result(run) == bench.run_undisturbed(), "the run is another one")
 
     return where, check
 
@@ -502,14 +505,14 @@ def add_queries(bench: Bench, data: dict, split: str, texts: list[str]) -> list[
 
 def add_long_prompts(bench: Bench, split: str, policy: str) -> Case:
     rng = bench.rng
-    data = bench.data()
+    data = bench.copy_data()
     count = 1 if policy == "stop" else rng.randrange(1, 6)
     texts = [draw_text(rng) * rng.randrange(40, 400) for _ in range(count)]
     ids = add_queries(bench, data, split, texts)
 
     def check():
         if policy == "stop":
-            argv, _ = bench.argv(data)
+            argv, _ = bench.make_argv(data)
             says = ("prompt.max_tokens is 64", "data.on_long_prompt=drop")
             return expect_refusal(train.main, argv, ids[0], *says)
         out, run = bench.run(data, "data.on_long_prompt=drop")
@@ -517,20 +520,23 @@ def add_long_prompts(bench: Bench, split: str, policy: str) -> Case:
             f"recr1: {count} prompts over the limit left out, first: query '" in out,
             f"{count} prompts are not told of: {out[:1500]}",
         )
-        expect(result(run) == bench.result(), "the run is another one than without these prompts")
+        expect(
+            read_result(run) == bench.run_undisturbed(),
+            "the run is another one than without these prompts",
+        )
 
     return f"too long ({split}, {policy})", check
 
 
 def add_megabyte(bench: Bench) -> Case:
-    data = bench.data()
+    data = bench.copy_data()
     piece = bench.rng.choice(["a", "<|end|>", "é ", "\u200d", "1"])
     add_queries(bench, data, "train", [piece * 1_000_000])
 
     def check():
         out, run = bench.run(data, "data.on_long_prompt=drop")
         expect("recr1: 1 prompts over the limit left out" in out, out[:1500])
-        expect(result(run) == bench.result(), out[:1500])
+        expect(read_result(run) == bench.run_undisturbed(), out[:1500])
 
     return "1,000,000 characters", check
 
@@ -538,7 +544,7 @@ def add_megabyte(bench: Bench) -> Case:
 def ask_control_tokens(bench: Bench) -> Case:
     """Every query: then some of them are sampled from, and those are logged with their ids."""
     rng = bench.rng
-    data = bench.data()
+    data = bench.copy_data()
     for split in SPLITS:
         file = data[f"{split}_queries"]
         rows = []
@@ -566,15 +572,15 @@ def check_prompt_ids(run: Path) -> None:
     prompt = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
     prompt_ids = tokenizer(prompt + "<think>")["input_ids"]
     want = [i for i in prompt_ids if i in control_ids]
-    found = [row["prompt_ids"] for row in read_log(run) if "prompt_ids" in row]
-    note = f"control tokens {found}, must be {want}"
-    expect(bool(found), note)
-    for ids in found:
+    sampled = [row["prompt_ids"] for row in read_log(run) if "prompt_ids" in row]
+    note = f"control tokens {sampled}, must be {want}"
+    expect(bool(sampled), note)
+    for ids in sampled:
         expect([i for i in ids if i in control_ids] == want, note)
 
 
 def add_empty_query(bench: Bench) -> Case:
-    data = bench.data()
+    data = bench.copy_data()
     blanks = bench.rng.choices(" \t\u3000\u2028", k=bench.rng.randrange(4))
     [id] = add_queries(bench, data, "test", ["".join(blanks)])
     file = data["test_queries"]
@@ -582,18 +588,18 @@ def add_empty_query(bench: Bench) -> Case:
     [line] = [number for number, row in enumerate(rows, 1) if id in row]
 
     def check():
-        argv, _ = bench.argv(data)
+        argv, _ = bench.make_argv(data)
         expect_refusal(train.main, argv, f"{file}:{line}: ", "'text' is empty")
         out, run = bench.run(data, "data.on_bad_line=drop")
         expect("recr1: 1 data lines left out" in out, out[:1500])
-        expect(result(run) == bench.result(), out[:1500])
+        expect(read_result(run) == bench.run_undisturbed(), out[:1500])
 
     return "empty query", check
 
 
 def sample_no_tokens(bench: Bench) -> Case:
     def check():
-        argv, _ = bench.argv(None, "sampling.max_new_tokens=0")
+        argv, _ = bench.make_argv(None, "sampling.max_new_tokens=0")
         expect_refusal(train.main, argv, "sampling.max_new_tokens")
 
     return "max_new_tokens 0", check
@@ -616,7 +622,7 @@ def sample_one_token(bench: Bench) -> Case:
 
 def limit_every_prompt(bench: Bench) -> Case:
     def check():
-        argv, _ = bench.argv(None, "prompt.max_tokens=5", "data.on_long_prompt=drop")
+        argv, _ = bench.make_argv(None, "prompt.max_tokens=5", "data.on_long_prompt=drop")
         expect_refusal(train.main, argv, "train.prompts_per_step")
 
     return "no prompt fits", check

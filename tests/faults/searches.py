@@ -22,7 +22,7 @@ from alone import (
 )
 from helpers import tiny_world
 from helpers.fuzz_answers import wrap
-from world import Outcome, World, result
+from world import Outcome, World, read_result
 
 from recr1 import cli, train
 from recr1.config import schema
@@ -118,9 +118,9 @@ def search_no_words(bench: Bench) -> Case:
     text = bench.rng.choice(["", " ", "\t\u3000", draw_unknown(bench.rng, name)])
 
     def check():
-        corpus = bench.data()["corpus"]
-        found = search_corpus(corpus, text, *FLAGS[name])
-        expect(not found, f"{text!r} finds {found}")
+        corpus = bench.copy_data()["corpus"]
+        ids = search_corpus(corpus, text, *FLAGS[name])
+        expect(not ids, f"{text!r} finds {ids}")
 
     return f"search, no words ({name})", check
 
@@ -132,12 +132,12 @@ def search_for_more(bench: Bench) -> Case:
     query = draw_product(bench.rng)
 
     def check():
-        corpus = bench.data()["corpus"]
-        found = search_corpus(corpus, query, *FLAGS[name], "-k", k)
+        corpus = bench.copy_data()["corpus"]
+        ids = search_corpus(corpus, query, *FLAGS[name], "-k", k)
         want = find_sharing(corpus, query)
-        expect(sorted(found) == sorted(want), f"{query!r}: {sorted(found)}, must be {sorted(want)}")
+        expect(sorted(ids) == sorted(want), f"{query!r}: {sorted(ids)}, must be {sorted(want)}")
         cut = search_corpus(corpus, query, *FLAGS[name], "-k", CORPUS_SIZE)
-        expect(found == cut, "the order depends on k")
+        expect(ids == cut, "the order depends on k")
 
     return f"search, k {k} of 40 ({name})", check
 
@@ -158,9 +158,9 @@ def reward_beyond(bench: Bench) -> Case:
     k = bench.rng.randrange(CORPUS_SIZE + 1, 5_000)
 
     def check():
-        found = reward_at(bench, k)
+        actual = reward_at(bench, k)
         want = reward_at(bench, CORPUS_SIZE)
-        expect(found == want, "the run is another one than with k = 40")
+        expect(actual == want, "the run is another one than with k = 40")
 
     return f"reward at {k} of 40", check
 
@@ -168,13 +168,13 @@ def reward_beyond(bench: Bench) -> Case:
 def reward_at(bench: Bench, k: int) -> dict:
     """Return what a run comes to, without the metric's name, which has the k in it."""
     _, run = bench.run(None, f"reward.k_train={k}", f"reward.k_eval={k}")
-    found = result(run)
-    found["summary"].pop("metric")
-    return found
+    values = read_result(run)
+    values["summary"].pop("metric")
+    return values
 
 
 def write_corpus(bench: Bench, docs: list[dict]) -> dict[str, Path]:
-    data = bench.data()
+    data = bench.copy_data()
     write_rows(data["corpus"], docs)
     return data
 
@@ -187,7 +187,7 @@ def empty_corpus(bench: Bench) -> Case:
     argv = ["search", "--corpus", corpus, "lamp"]
     if command == "train":
         main = train.main
-        argv, _ = bench.argv(data)
+        argv, _ = bench.make_argv(data)
 
     def check():
         expect_refusal(main, argv, corpus, "empty")
@@ -204,7 +204,7 @@ def write_no_words(bench: Bench) -> Case:
     data = write_corpus(bench, docs)
 
     def check():
-        argv, _ = bench.argv(data)
+        argv, _ = bench.make_argv(data)
         expect_refusal(train.main, argv, data["corpus"], "token")
 
     return "a corpus of no words", check
@@ -227,8 +227,8 @@ def search_ties(bench: Bench) -> Case:
     name = bench.rng.choice(["bm25", "numba"])
 
     def check():
-        found = search_corpus(corpus, "lamp", *FLAGS[name], "-k", 1000)
-        expect(found == ids, f"{found[:9]}, must be {ids[:9]}")
+        ranking = search_corpus(corpus, "lamp", *FLAGS[name], "-k", 1000)
+        expect(ranking == ids, f"{ranking[:9]}, must be {ids[:9]}")
 
     return f"{len(ids)} ties ({name})", check
 
@@ -239,8 +239,8 @@ def cut_ties(bench: Bench) -> Case:
     k = bench.rng.randrange(1, len(ids))
 
     def check():
-        found = search_corpus(corpus, "red", *FLAGS[name], "-k", k)
-        expect(found == ids[:k], f"{found[:9]}, must be {ids[:9]}")
+        ranking = search_corpus(corpus, "red", *FLAGS[name], "-k", k)
+        expect(ranking == ids[:k], f"{ranking[:9]}, must be {ids[:9]}")
 
     return f"{len(ids)} ties cut at {k} ({name})", check
 
@@ -289,7 +289,7 @@ def judge_nothing(bench: Bench) -> Case:
     """
 
     def check():
-        data = bench.data()
+        data = bench.copy_data()
         for split in ("train", "test"):
             file = data[f"{split}_qrels"]
             judgements = file.read_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from alone import Bench, Case, draw_cases, expect, expect_refusal, run_cases
 from inputs import draw_id
-from world import Outcome, World, result
+from world import Outcome, World, read_result
 
 from recr1 import train
 from recr1.config.loader import MINIMUMS
@@ -47,7 +47,7 @@ def refuse_value(
     """
 
     def check():
-        argv, run = bench.argv()
+        argv, run = bench.make_argv()
         config, *settings = argv
         path = (folder or bench.folder) / f"{run.name}.yaml"
         path.parent.mkdir(exist_ok=True)
@@ -116,9 +116,9 @@ def write_number_as_text(bench: Bench) -> Case:
     texts = ("optimizer.lr=1e-3", "loss.kl_coef=1e-2", "optimizer.weight_decay='0e0'")
 
     def check():
-        want = bench.result()
+        want = bench.run_undisturbed()
         _, run = bench.run(None, *texts)
-        expect(result(run) == want, "the run is another one than with 0.001")
+        expect(read_result(run) == want, "the run is another one than with 0.001")
 
     return "1e-3", check
 

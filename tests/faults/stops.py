@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jobs import Job, at_events, end_all
-from world import RANKS, STEPS, Outcome, World, checkpoints
+from jobs import Job, end_all, first_word, watch_events
+from world import RANKS, STEPS, Outcome, World, list_checkpoints
 
 from recr1 import train
 from recr1.distributed import heartbeat
@@ -37,7 +37,7 @@ def kills(world: World, n: int) -> Iterator[Outcome]:
 
 def kill_in_one_run(world: World, first: int, at_most: int) -> list[Outcome]:
     """Kill a run again and again, first in the phase of this number."""
-    run = world.fresh()
+    run = world.choose_folder()
     chain = []
     step = 0
     while True:
@@ -50,7 +50,9 @@ def kill_in_one_run(world: World, first: int, at_most: int) -> list[Outcome]:
             codes = job.wait(world.limit)
         after = find_resumed_step(job)
         if step and after not in (None, step - 1, step):
-            chain[-1].lose(f"killed in step {step}, it went on after step {after}: {job.said()}")
+            chain[-1].lose(
+                f"killed in step {step}, it went on after step {after}: {job.read_output()}"
+            )
         if not killed:
             return judge_chain(world, run, job, codes, chain)
         killed_in, outcome = killed
@@ -85,10 +87,10 @@ def find_resumed_step(job: Job) -> int | None:
     """Return the step after which a job went on, 0: from the start; None if it was killed before
     that or has not said.
     """
-    found = re.search(r"goes on after step (\d+)", job.said())
-    if found:
-        return int(found[1])
-    if "starts from step 1" in job.said():
+    match = re.search(r"goes on after step (\d+)", job.read_output())
+    if match:
+        return int(match[1])
+    if "starts from step 1" in job.read_output():
         return 0
     return None
 
@@ -101,13 +103,13 @@ def kill_one(world: World, job: Job, phase: str, step: int) -> tuple[int, Outcom
     target = 0
     if phase != "setup":
         target = min(STEPS, step + world.rng.randrange(1, 3))
-    if not job.reached(rank, phase, target):
+    if not job.wait_for_phase(rank, phase, target):
         return None
     time.sleep(world.rng.random() ** 4 * 0.02)
     job.kill(ranks=[rank])
     codes = job.wait(world.limit)
     if codes is None:
-        note = f"the other rank hangs after rank {rank} was killed: {job.said()[-1000:]}"
+        note = f"the other rank hangs after rank {rank} was killed: {job.read_output()[-1000:]}"
         return step, Outcome("?", "lost", note)
     if codes[rank] != -signal.SIGKILL:
         return None
@@ -120,17 +122,11 @@ def kill_one(world: World, job: Job, phase: str, step: int) -> tuple[int, Outcom
         f"it was in phase {state['phase']} of step {state['step']}"
     )
     others = list_others(codes, rank)
-    is_blamed = others == [3] and f"recr1: {blame}" in job.lines()
+    is_blamed = others == [3] and f"recr1: {blame}" in job.read_lines()
     if state["step"] and not is_blamed:
-        said = job.lines()[-1:]
-        outcome.lose(f"the other rank ended with {others} and said {said}, not {blame!r}")
+        last_line = job.read_lines()[-1:]
+        outcome.lose(f"the other rank ended with {others} and said {last_line}, not {blame!r}")
     return state["step"], outcome
-
-
-def first_word(phase: str) -> str:
-    """Return the phase without what it counts."""
-    word, *_ = phase.split()
-    return word
 
 
 def list_others(codes: list[int] | None, rank: int) -> list[int]:
@@ -143,7 +139,7 @@ def saves(world: World, n: int) -> Iterator[Outcome]:
     name: the checkpoint before is used and nothing partial.
     """
     points = []
-    for rank, names in world.events().items():
+    for rank, names in world.read_events().items():
         for event, name in enumerate(names):
             points.append((rank, event, name))
     drawn = world.rng.sample(points, min(n, len(points)))
@@ -159,19 +155,19 @@ def kill_in_save(world: World, killed_rank: int, event: int, name: str, step: in
 
     def prepare(rank: int) -> None:
         if rank == killed_rank:
-            at_events(rank, kill_itself, step)
+            watch_events(rank, kill_itself, step)
 
-    run = world.fresh()
+    run = world.choose_folder()
     where = f"rank {killed_rank} before {name}"
     job = world.start(run, prepare=prepare)
     codes = job.wait(world.limit)
     if codes is None or codes[killed_rank] != -signal.SIGKILL:
-        return Outcome(where, "lost", f"exit codes {codes}: {job.said()[-1000:]}")
-    names = checkpoints(run)
+        return Outcome(where, "lost", f"exit codes {codes}: {job.read_output()[-1000:]}")
+    names = list_checkpoints(run)
     last_step = step if f"step_{step:06d}" in names else step - 1
     job, verdict, note = world.finish(run)
     if verdict == "survived" and find_resumed_step(job) != last_step:
-        note = f"{names} were there; it went on otherwise: {job.lines()}"
+        note = f"{names} were there; it went on otherwise: {job.read_lines()}"
         return Outcome(where, "silent", note)
     return Outcome(where, verdict, note)
 
@@ -190,7 +186,7 @@ def terms(world: World, n: int) -> Iterator[Outcome]:
 
 def stop_in_one_run(world: World, first: int, at_most: int) -> list[Outcome]:
     """Stop a run again and again, first in the phase of this number."""
-    run = world.fresh()
+    run = world.choose_folder()
     chain = []
     step = 0
     while True:
@@ -198,11 +194,11 @@ def stop_in_one_run(world: World, first: int, at_most: int) -> list[Outcome]:
         rank = world.rng.randrange(RANKS)
         phase = PHASES[(first + len(chain)) % len(PHASES)]
         target = step if phase == "setup" else min(STEPS, step + 1)
-        if len(chain) == at_most or not job.reached(rank, phase, target):
+        if len(chain) == at_most or not job.wait_for_phase(rank, phase, target):
             break
         time.sleep(world.rng.random() * 0.05)
-        state = job.state(rank)
-        if not job.running():
+        state = job.read_state(rank)
+        if not job.is_running():
             break
         outcome = stop_job(world, run, job, state)
         chain.append(outcome)
@@ -223,18 +219,18 @@ def stop_job(world: World, run: Path, job: Job, state: dict) -> Outcome:
     steps = list_saved_steps(run)
     is_through = (run / "summary.json").exists()
     if codes != [0] * RANKS or seconds > ENDS * world.slow:
-        outcome.lose(f"exit codes {codes} after {seconds:.1f} s: {job.said()[-1000:]}")
+        outcome.lose(f"exit codes {codes} after {seconds:.1f} s: {job.read_output()[-1000:]}")
     elif not is_through and max(steps, default=0) < state["step"] - 1:
-        outcome.lose(f"in step {state['step']}; saved {steps}: {job.said()[-1000:]}")
+        outcome.lose(f"in step {state['step']}; saved {steps}: {job.read_output()[-1000:]}")
     return outcome
 
 
 def list_saved_steps(run: Path) -> list[int]:
     steps = []
-    for name in checkpoints(run):
-        found = re.fullmatch(r"step_(\d+)", name)
-        if found:
-            steps.append(int(found[1]))
+    for name in list_checkpoints(run):
+        match = re.fullmatch(r"step_(\d+)", name)
+        if match:
+            steps.append(int(match[1]))
     return steps
 
 
@@ -298,14 +294,14 @@ def spoil_one(world: World, way: str, spoilt_rank: int, phase: str) -> Outcome:
 
     patience = round(5 * world.slow)
     settings = (f"run.collective_timeout={patience}", "save.every=2")
-    job = world.start(world.fresh(), *settings, ranks=3, prepare=prepare)
+    job = world.start(world.choose_folder(), *settings, ranks=3, prepare=prepare)
     seconds = wait_for_ranks(job, 1 if way == "hangs" else 0, world.limit)
     job.kill()
     codes = job.wait(10 * world.slow)
     is_named = is_spoilt_named(job, codes, way, spoilt_rank, phase)
     if is_named and seconds < patience + 15 * world.slow:
         return Outcome(f"{way} in {phase}", seconds=seconds)
-    note = f"rank {spoilt_rank}: exit codes {codes}, said {job.said()[-1500:]}"
+    note = f"rank {spoilt_rank}: exit codes {codes}, said {job.read_output()[-1500:]}"
     return Outcome(f"{way} in {phase}", "lost", note, seconds)
 
 
@@ -313,7 +309,7 @@ def wait_for_ranks(job: Job, hanging: int, limit: float) -> float:
     """Wait until all ranks but so many that hang have ended. Return the seconds that it took."""
     start = time.monotonic()
     while count_running(job) > hanging and time.monotonic() < start + limit:
-        job.running()
+        job.is_running()
         time.sleep(0.01)
     return time.monotonic() - start
 
@@ -328,23 +324,23 @@ def is_spoilt_named(job: Job, codes: list[int] | None, way: str, rank: int, phas
     # then every rank waits for the others, and those that did as they should may be named too
     if way == UNEVEN:
         lines = find_lines(job, HANGS, f"phase {phase} of step 2")
-        return codes == [3, 3, 3] and bool(lines) and "Traceback" not in job.said()
+        return codes == [3, 3, 3] and bool(lines) and "Traceback" not in job.read_output()
     if way == "raises" and phase != "train":  # where all ranks hear of it, all raise it
-        return others == [1, 1] and job.said().count(f"on rank {rank}") == 2
+        return others == [1, 1] and job.read_output().count(f"on rank {rank}") == 2
     _, says = WAYS[way]
     lines = find_lines(job, f"rank {rank} ", says, f"phase {phase}", "step 2")
     tracebacks = 1 if way == "raises" else 0
-    is_told_once = len(lines) == 1 and job.said().count("Traceback") == tracebacks
+    is_told_once = len(lines) == 1 and job.read_output().count("Traceback") == tracebacks
     return others == [3, 3] and is_told_once
 
 
 def find_lines(job: Job, *parts: str) -> list[str]:
     """Return the job's lines that hold all of these."""
-    found = []
-    for line in job.lines():
+    lines = []
+    for line in job.read_lines():
         if all(part in line for part in parts):
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines
 
 
 def make_one_less(step: int) -> None:
@@ -383,7 +379,7 @@ def torchruns(world: World, n: int) -> Iterator[Outcome]:
 
 
 def kill_under_torchrun(world: World, rank: int, phase: str) -> Outcome:
-    run = world.fresh()
+    run = world.choose_folder()
     where = f"rank {rank} in {phase}"
     command = [
         sys.executable,
@@ -406,12 +402,12 @@ def kill_under_torchrun(world: World, rank: int, phase: str) -> Outcome:
         if code is None:
             end_all()  # torchrun's ranks too
         log.seek(0)
-        said = log.read()
+        output = log.read()
     if killed is None or code != 0:
-        return Outcome(where, "lost", f"torchrun ends with {code}: {said[-2000:]}")
+        return Outcome(where, "lost", f"torchrun ends with {code}: {output[-2000:]}")
     verdict, note = world.judge(run, None, [0] * RANKS)
-    if not note and f"rank {rank} (pid {killed}" not in said:
-        note = f"nobody named the rank: {said[-1500:]}"
+    if not note and f"rank {rank} (pid {killed}" not in output:
+        note = f"nobody named the rank: {output[-1500:]}"
     return Outcome(where, verdict, note)
 
 

@@ -51,15 +51,15 @@ def spoil_value(
             spoil = FAULTS[what]
             spoil(value, step)
 
-    run = world.fresh()
+    run = world.choose_folder()
     settings = (f"optimizer.on_nonfinite={policy}", "save.keep_last=9")
     job = world.start(run, *settings, prepare=prepare)
     codes = job.wait(world.limit)
     folder = f"nonfinite/step_{step:06d}"
     lines = find_lines(job, "no weight was changed", f"step {step}: ", folder)
     code = 2 if policy == "stop" else 0
-    if codes != [code] * RANKS or len(lines) != 1 or "Traceback" in job.said():
-        return "lost", f"exit codes {codes}: {job.said()[-1500:]}"
+    if codes != [code] * RANKS or len(lines) != 1 or "Traceback" in job.read_output():
+        return "lost", f"exit codes {codes}: {job.read_output()[-1500:]}"
     why = explain_missing(run / folder, step)
     if why:
         return "silent", why
@@ -81,10 +81,10 @@ def patch_result(owner, name: str, step: int, change: Callable) -> None:
     inner = getattr(owner, name)
 
     def outer(*args, **kwargs):
-        found = inner(*args, **kwargs)
+        value = inner(*args, **kwargs)
         if is_in_step(step):
-            return change(found)
-        return found
+            return change(value)
+        return value
 
     setattr(owner, name, outer)
 
@@ -92,8 +92,8 @@ def patch_result(owner, name: str, step: int, change: Callable) -> None:
 def spoil_loss(value: float, step: int) -> None:
     """Of the last micro-batch of every rank's; its gradient stays as it is."""
 
-    def change(found: tuple) -> tuple:
-        loss, *rest = found
+    def change(losses: tuple) -> tuple:
+        loss, *rest = losses
         return loss + value, *rest
 
     patch_result(train, "compute_policy_loss", step, change)
@@ -196,14 +196,14 @@ def functions(world: World, n: int) -> Iterator[Outcome]:
     """
     ways = list(USERS)
     ways = world.rng.sample(ways, min(n, len(ways)))
-    want = world.undisturbed(*KINDS)
+    want = world.run_undisturbed(*KINDS)
     while ways:
         yield from fail_in_one_run(world, ways, want)
 
 
 def fail_in_one_run(world: World, ways: list[str], want: dict) -> list[Outcome]:
     """Let one run fail in the first of these ways, then in the next, and take them off the list."""
-    run = world.fresh()
+    run = world.choose_folder()
     chain = []
     after = 0
     while True:
@@ -213,17 +213,22 @@ def fail_in_one_run(world: World, ways: list[str], want: dict) -> list[Outcome]:
         job = start_failing(world, run, way, after)
         codes = job.wait(world.limit)
         if chain and find_resumed_step(job) != after:
-            said = job.said()[-1500:]
-            chain[-1].lose(f"stopped after step {after}, it went on otherwise: {said}")
+            output = job.read_output()[-1500:]
+            chain[-1].lose(f"stopped after step {after}, it went on otherwise: {output}")
         # also where the run was through before the next fault came: that is made in another
         if not way or codes == [0] * RANKS:
             break
         outcome = Outcome(ways.pop(0))
         chain.append(outcome)
-        stopped = re.search(STOPPED, job.said())
+        stopped = re.search(STOPPED, job.read_output())
         lines = find_naming(job, way)
-        if codes != [2] * RANKS or len(lines) != 1 or not stopped or "Traceback" in job.said():
-            outcome.lose(f"exit codes {codes}: {job.said()[-1500:]}")
+        if (
+            codes != [2] * RANKS
+            or len(lines) != 1
+            or not stopped
+            or "Traceback" in job.read_output()
+        ):
+            outcome.lose(f"exit codes {codes}: {job.read_output()[-1500:]}")
             break
         after = int(stopped[1] or 0)
     if way and not chain:
@@ -251,8 +256,8 @@ def find_naming(job: Job, way: str) -> list[str]:
     """Return the job's lines that say what failed in this way."""
     _, says = USERS[way]
     pattern = LINE.format(says)
-    found = []
-    for line in job.lines():
+    lines = []
+    for line in job.read_lines():
         if line.isprintable() and re.match(pattern, line):
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines

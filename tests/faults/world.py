@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import tiny_world
-from jobs import Job, at_events, forked
+from jobs import Job, run_forked, watch_events
 
 STEPS = 6
 RANKS = 2
@@ -69,12 +69,12 @@ class World:
         # the undisturbed run as it was after its last save
         self.config = str(folder / "config.yaml")
         self.unfinished = folder / "unfinished"
-        forked(lambda: tiny_world.write_yaml(folder, **SETTINGS))
+        run_forked(lambda: tiny_world.write_yaml(folder, **SETTINGS))
         start = time.monotonic()
-        self.want = self.undisturbed()
+        self.want = self.run_undisturbed()
         self.slow = max(1.0, (time.monotonic() - start) / USUAL)
 
-    def events(self) -> dict[int, list[str]]:
+    def read_events(self) -> dict[int, list[str]]:
         """Return {rank: what a save forces onto the disk and renames, in this order}, from the
         undisturbed run.
         """
@@ -88,16 +88,16 @@ class World:
     def limit(self) -> float:
         return LIMIT * self.slow
 
-    def undisturbed(self, *more: str) -> dict:
+    def run_undisturbed(self, *more: str) -> dict:
         """Return what this run comes to, made once."""
         if more in self.results:
             return self.results[more]
-        run = self.fresh()
+        run = self.choose_folder()
         job = self.start(run, *more, prepare=self._trace_events)
         codes = job.wait(self.limit)
-        said = f"the undisturbed run {more} ends with {codes}:\n{job.said()}"
-        assert codes == [0] * RANKS, said
-        self.results[more] = result(run)
+        note = f"the undisturbed run {more} ends with {codes}:\n{job.read_output()}"
+        assert codes == [0] * RANKS, note
+        self.results[more] = read_result(run)
         if not more:
             unsaved = shutil.ignore_patterns("summary.json", "eval_after.jsonl")
             shutil.copytree(run, self.unfinished, ignore=unsaved)
@@ -112,9 +112,9 @@ class World:
             with open(path, "a") as file:
                 file.write(f"{name}\n")
 
-        at_events(rank, write_event)
+        watch_events(rank, write_event)
 
-    def fresh(self) -> Path:
+    def choose_folder(self) -> Path:
         """Return the folder of a new run; the one before is removed."""
         shutil.rmtree(self.folder / f"run{self.runs}", ignore_errors=True)
         self.runs += 1
@@ -140,29 +140,29 @@ class World:
         """
         want = want or self.want
         if codes != [0] * RANKS:
-            return "lost", f"exit codes {codes}: {job.said()[-1500:]}"
-        found = result(run)
-        wrong = [name for name in want if found[name] != want[name]]
+            return "lost", f"exit codes {codes}: {job.read_output()[-1500:]}"
+        actual = read_result(run)
+        wrong = [name for name in want if actual[name] != want[name]]
         if wrong:
             return "silent", f"differs in {', '.join(wrong)}"
         return "survived", ""
 
 
-def result(run: Path) -> dict:
+def read_result(run: Path) -> dict:
     """Return all that a run is to come to, whatever happened on the way."""
     weights = run / "model/model.safetensors"
     rollouts = run / "rollouts.jsonl.gz"
-    found = dict(weights=None, rollouts=None)
+    values = dict(weights=None, rollouts=None)
     if weights.exists():
-        found["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        values["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     if rollouts.exists():
-        found["rollouts"] = gzip.decompress(rollouts.read_bytes())
-    found["metrics"] = read_plain_rows(run / "metrics.jsonl")
-    found["scores"] = read_plain_rows(run / "eval_before.jsonl")
-    found["scores"] += read_plain_rows(run / "eval_after.jsonl")
+        values["rollouts"] = gzip.decompress(rollouts.read_bytes())
+    values["metrics"] = read_plain_rows(run / "metrics.jsonl")
+    values["scores"] = read_plain_rows(run / "eval_before.jsonl")
+    values["scores"] += read_plain_rows(run / "eval_after.jsonl")
     summary = json.loads((run / "summary.json").read_text())
-    found["summary"] = drop_otherwise(summary)
-    return found
+    values["summary"] = drop_otherwise(summary)
+    return values
 
 
 def read_plain_rows(path: Path) -> list[dict]:
@@ -178,7 +178,7 @@ def drop_otherwise(row: dict) -> dict:
     return {key: value for key, value in row.items() if key not in OTHERWISE}
 
 
-def checkpoints(run: Path) -> list[str]:
+def list_checkpoints(run: Path) -> list[str]:
     """Return the names in its folder of checkpoints, the partial ones too."""
     folder = run / "checkpoints"
     if not folder.is_dir():
