@@ -178,7 +178,7 @@ class Bench:
             raise Lost(f"exit code {code}: {err or out[-1000:]}")
         return out, folder
 
-    def read_result(self, *more: str) -> dict:
+    def run_undisturbed(self, *more: str) -> dict:
         """Return what the undisturbed run of these settings comes to."""
         if more not in self.cache:
             _, folder = self.run(None, *more)

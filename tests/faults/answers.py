@@ -39,7 +39,7 @@ class Answer(NamedTuple):
     errors: tuple[str, ...]  # the names that its error may have
 
 
-def malformed(world: World, n: int) -> Iterator[Outcome]:
+def write_malformed(world: World, n: int) -> Iterator[Outcome]:
     """Parse texts that hold no answer alone, by the way in which they were made, and then all of
     them as what a run's policy writes.
     """

@@ -43,7 +43,7 @@ class Ending(NamedTuple):
     check: Callable[[str], None]
 
 
-def endings(world: World, n: int) -> Iterator[Outcome]:
+def end_jobs(world: World, n: int) -> Iterator[Outcome]:
     """Start n jobs: training to the end, SIGTERM, a search that fails on the way, evaluation,
     collectives alone; on 2 and 3 ranks in turn.
 

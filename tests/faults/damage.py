@@ -36,7 +36,7 @@ KINDS = (
 )
 
 
-def corruptions(world: World, n: int) -> Iterator[Outcome]:
+def damage_checkpoints(world: World, n: int) -> Iterator[Outcome]:
     """Damage the newest checkpoint in one file: it is refused with the file's name, and the one
     before used.
     """
@@ -180,7 +180,7 @@ def copy_older(root: Path) -> None:
 PICKLES = ["optimizer.pt", "model/pytorch_model.bin", "state.pkl", "model/modeling.py"]
 
 
-def hostile(world: World, n: int) -> Iterator[Outcome]:
+def write_hostile(world: World, n: int) -> Iterator[Outcome]:
     """Make checkpoints and model folders of somebody who wants code to run or files outside to be
     read: nothing is executed or followed.
     """
@@ -282,7 +282,7 @@ FULL = (  # what is written, the function that writes it, the call from which on
 )
 
 
-def disks(world: World, n: int) -> Iterator[Outcome]:
+def fill_disks(world: World, n: int) -> Iterator[Outcome]:
     """Let no file grow past a limit any more (RLIMIT_FSIZE) once a certain write comes: one clear
     line, and with room again the run goes on.
     """

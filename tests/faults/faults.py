@@ -22,26 +22,24 @@ from tqdm import tqdm
 from world import Outcome, World
 
 KINDS = {  # name: (what makes them, how many)
-    "SIGKILL of a rank": (stops.kills, 47),
-    "SIGKILL under torchrun": (stops.torchruns, 3),
-    "SIGKILL inside a save": (stops.saves, 20),
-    "corrupted checkpoint": (damage.corruptions, 28),
-    "disk full": (damage.disks, 14),
-    "SIGTERM": (stops.terms, 20),
-    "NaN or infinity on a rank": (values.nonfinite, 16),
-    "user's function or task": (values.functions, 24),
-    "malformed answer": (answers.malformed, 60),
-    "bad data file": (inputs.lines, 20),
-    "prompt": (inputs.prompts, 12),
-    "search finds nothing": (searches.empty, 14),
-    "injection": (injection.injections, 20),
-    "a rank hangs or leaves": (stops.between_ranks, 8),
-    "wrong setting": (settings.settings, 10),
-    "hostile checkpoint": (damage.hostile, 4),
-    "a busy machine": (busy.endings, 16),
+    "SIGKILL of a rank": (stops.kill_ranks, 47),
+    "SIGKILL under torchrun": (stops.kill_under_torchrun, 3),
+    "SIGKILL inside a save": (stops.kill_in_saves, 20),
+    "corrupted checkpoint": (damage.damage_checkpoints, 28),
+    "disk full": (damage.fill_disks, 14),
+    "SIGTERM": (stops.stop_jobs, 20),
+    "NaN or infinity on a rank": (values.spoil_values, 16),
+    "user's function or task": (values.break_functions, 24),
+    "malformed answer": (answers.write_malformed, 60),
+    "bad data file": (inputs.spoil_data, 20),
+    "prompt": (inputs.spoil_prompts, 12),
+    "search finds nothing": (searches.search_in_vain, 14),
+    "injection": (injection.inject_payloads, 20),
+    "a rank hangs or leaves": (stops.spoil_ranks, 8),
+    "wrong setting": (settings.spoil_settings, 10),
+    "hostile checkpoint": (damage.write_hostile, 4),
+    "a busy machine": (busy.end_jobs, 16),
 }
-
-
 HEADER = f"{'fault':<27}{'N':>5}{'survived':>10}{'lost':>7}{'silent':>8}{'seconds':>9}  where"
 
 

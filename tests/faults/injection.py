@@ -67,7 +67,7 @@ PAYLOADS = [
 ]
 
 
-def injections(world: World, n: int) -> Iterator[Outcome]:
+def inject_payloads(world: World, n: int) -> Iterator[Outcome]:
     """Put payloads beside ordinary words: prompts hold no forged control token, no reward changes,
     files stay what they are, terminals are not driven.
     """

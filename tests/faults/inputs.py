@@ -37,7 +37,7 @@ SPLITS = ("train", "test")
 POLICIES = ("stop", "drop")
 
 
-def lines(world: World, n: int) -> Iterator[Outcome]:
+def spoil_data(world: World, n: int) -> Iterator[Outcome]:
     """Spoil lines: a run stops at them by file and line, or leaves them out, counts them, and is
     the run without them.
     """
@@ -476,7 +476,7 @@ FILE_MAKERS = (
 # --- prompts ---
 
 
-def prompts(world: World, n: int) -> Iterator[Outcome]:
+def spoil_prompts(world: World, n: int) -> Iterator[Outcome]:
     """Make prompts too long, empty, of nothing but control tokens; answers of 0 and 1 tokens."""
     bench = Bench(world, "prompts")
     makers = []

@@ -45,7 +45,7 @@ FLAGS = {
 CORPUS_SIZE = 40
 
 
-def empty(world: World, n: int) -> Iterator[Outcome]:
+def search_in_vain(world: World, n: int) -> Iterator[Outcome]:
     """Search unknown words, no words, k beyond the corpus, a corpus without a word, ties."""
     bench = Bench(world, "searches")
     makers = [partial(find_nothing, bench, name) for name in RETRIEVERS]

@@ -16,7 +16,7 @@ from recr1.config.loader import MINIMUMS
 from recr1.config.schema import Config
 
 
-def settings(world: World, n: int) -> Iterator[Outcome]:
+def spoil_settings(world: World, n: int) -> Iterator[Outcome]:
     """Set a key drawn at random wrongly: it is refused by name before the run has a folder."""
     bench = Bench(world, "settings")
     makers = [partial(make, bench) for make in MAKERS]

@@ -23,7 +23,7 @@ ENDS = 25.0  # seconds after SIGTERM
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
-def kills(world: World, n: int) -> Iterator[Outcome]:
+def kill_ranks(world: World, n: int) -> Iterator[Outcome]:
     """Kill a random rank by SIGKILL at a random moment; the same command again, until the run is
     through.
     """
@@ -134,7 +134,7 @@ def list_others(codes: list[int] | None, rank: int) -> list[int]:
     return [code for other, code in enumerate(codes or ()) if other != rank]
 
 
-def saves(world: World, n: int) -> Iterator[Outcome]:
+def kill_in_saves(world: World, n: int) -> Iterator[Outcome]:
     """Kill a rank by SIGKILL inside a save, before or after a file reached the disk or got its
     name: the checkpoint before is used and nothing partial.
     """
@@ -172,7 +172,7 @@ def kill_in_save(world: World, killed_rank: int, event: int, name: str, step: in
     return Outcome(where, verdict, note)
 
 
-def terms(world: World, n: int) -> Iterator[Outcome]:
+def stop_jobs(world: World, n: int) -> Iterator[Outcome]:
     """Send SIGTERM to all ranks at a random moment, with no checkpoint but the one that it asks
     for: all exit 0 in time, the run goes on from there.
     """
@@ -270,7 +270,7 @@ SPOILT = [  # (what a rank does, in which phase)
 ]
 
 
-def between_ranks(world: World, n: int) -> Iterator[Outcome]:
+def spoil_ranks(world: World, n: int) -> Iterator[Outcome]:
     """Let one of three ranks hang, leave, raise or make a micro-batch less: the job ends soon, with
     that rank and its phase in one line of another.
     """
@@ -369,16 +369,16 @@ def act_in_phase(phase: str, step: int, act: Callable[[], None]) -> None:
     heartbeat.enter_phase = watched
 
 
-def torchruns(world: World, n: int) -> Iterator[Outcome]:
+def kill_under_torchrun(world: World, n: int) -> Iterator[Outcome]:
     """Kill a rank under torchrun --max-restarts: it starts all of them again, and the run comes to
     its end by itself.
     """
     for i in range(n):
         phase = ("sample", "train", "save")[i % 3]
-        yield kill_under_torchrun(world, i % RANKS, phase)
+        yield kill_one_under_torchrun(world, i % RANKS, phase)
 
 
-def kill_under_torchrun(world: World, rank: int, phase: str) -> Outcome:
+def kill_one_under_torchrun(world: World, rank: int, phase: str) -> Outcome:
     run = world.choose_folder()
     where = f"rank {rank} in {phase}"
     command = [

@@ -23,7 +23,7 @@ from recr1.rl import policy_loss
 from recr1.training.optimizer import Optimizer
 
 
-def nonfinite(world: World, n: int) -> Iterator[Outcome]:
+def spoil_values(world: World, n: int) -> Iterator[Outcome]:
     """Make a value NaN or infinite on one rank: no weight moves on any, the batches of all are
     kept; stopped, the run goes on to the same bytes.
     """
@@ -190,7 +190,7 @@ USERS = shaky.SEARCHES | shaky.PARTS | shaky.TASKS
 STOPPED = r"stopped after step (\d+); the same command goes on|there is nothing new to save"
 
 
-def functions(world: World, n: int) -> Iterator[Outcome]:
+def break_functions(world: World, n: int) -> Iterator[Outcome]:
     """Let a user's retriever, reward or task fail in a step: one line names it, the state before
     the step is saved, and the run goes on to the same bytes.
     """
