@@ -14,8 +14,8 @@ from multiprocessing import Pipe
 from pathlib import Path
 
 from helpers import tiny_world
-from jobs import dies_with_parent
-from world import Outcome, World, result
+from jobs import die_with_parent
+from world import Outcome, World, read_result
 
 from recr1 import train
 from recr1.training import setup
@@ -39,71 +39,84 @@ def expect(true: bool, note: object) -> None:
         raise Silent(note)
 
 
-def each(world: World, cases: list[Case]) -> Iterator[Outcome]:
-    """Their outcomes. One that ends the process or hangs is lost, and those after it run in
+def run_cases(world: World, cases: list[Case]) -> Iterator[Outcome]:
+    """Yield their outcomes. One that ends the process or hangs is lost, and those after it run in
     another.
     """
-    done = 0
-    while done < len(cases):
+    ended = 0
+    while ended < len(cases):
         reader, writer = Pipe(duplex=False)
-        pid = os.fork() or _work(cases[done:], writer)
+        pid = os.fork() or run_and_leave(cases[ended:], writer)
         writer.close()
-        while done < len(cases):
-            why = "" if reader.poll(world.limit) else f"no end within {world.limit:.0f} s"
-            try:
-                outcome = Outcome(cases[done][0], "lost", why) if why else reader.recv()
-            except EOFError:
-                why = "it ended the process"
-                outcome = Outcome(cases[done][0], "lost", why)
-            done += 1
-            yield outcome
-            if why:
+        for where, _ in cases[ended:]:
+            outcome = receive_outcome(reader, world.limit)
+            ended += 1
+            if isinstance(outcome, str):
+                yield Outcome(where, "lost", outcome)
                 break
+            yield outcome
         os.kill(pid, signal.SIGKILL)
         reader.close()
         os.waitpid(pid, 0)
 
 
-def _work(cases: list[Case], writer) -> None:
+def receive_outcome(reader, limit: float) -> Outcome | str:
+    """Return the next outcome, or why there is none."""
+    if not reader.poll(limit):
+        return f"no end within {limit:.0f} s"
     try:
-        dies_with_parent()
-        for where, case in cases:
-            verdict = "survived"
-            note = ""
-            try:
-                case()
-            except (Lost, Silent) as e:
-                verdict = type(e).__name__.lower()
-                note = str(e)[-1500:]
-            except BaseException:
-                verdict = "lost"
-                note = traceback.format_exc()[-1500:]
-            writer.send(Outcome(where, verdict, note))
+        return reader.recv()
+    except EOFError:
+        return "it ended the process"
+
+
+def run_and_leave(cases: list[Case], writer) -> None:
+    """Send the outcomes of the cases, and end this process."""
+    try:
+        die_with_parent()
+        for where, check in cases:
+            outcome = run_case(where, check)
+            writer.send(outcome)
     finally:
         os._exit(0)
 
 
-def said(main, argv: list) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a command of ours."""
+def run_case(where: str, check: Callable[[], None]) -> Outcome:
+    try:
+        check()
+    except (Lost, Silent) as error:
+        verdict = type(error).__name__.lower()
+        return Outcome(where, verdict, str(error)[-1500:])
+    except BaseException:
+        return Outcome(where, "lost", traceback.format_exc()[-1500:])
+    return Outcome(where)
+
+
+def run_command(main, argv: list) -> tuple[int, str, str]:
+    """Return (exit code, stdout, stderr) of a command of ours."""
     out = io.StringIO()
     err = io.StringIO()
+    arguments = [str(argument) for argument in argv]
     with redirect_stdout(out), redirect_stderr(err):
-        code = run_guarded(main, [str(a) for a in argv])
+        code = run_guarded(main, arguments)
     return code, out.getvalue(), err.getvalue()
 
 
-def refused(main, argv: list, *names: object) -> None:
-    """The command ends with 2 and one line that holds all of `names`."""
-    code, out, err = said(main, argv)
+def expect_refusal(main, argv: list, *names: object) -> None:
+    """Check that the command ends with 2 and one line that holds all of `names`."""
+    code, out, err = run_command(main, argv)
     expect(code != 0, f"it was accepted: {out[-600:]}")
-    if (
-        code != 2
-        or not err.startswith("recr1: ")
-        or err.count("\n") != 1
-        or not err[:-1].isprintable()
-    ):
+    is_one_line = err.count("\n") == 1 and err[:-1].isprintable()
+    if code != 2 or not err.startswith("recr1: ") or not is_one_line:
         raise Lost(f"exit code {code}: {err}")
-    expect(all(str(name) in err for name in names), f"{names} are not all named: {err}")
+    for name in names:
+        expect(str(name) in err, f"{names} are not all named: {err}")
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write a file of JSONL."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    path.write_text("".join(lines))
 
 
 class Bench:
@@ -115,15 +128,15 @@ class Bench:
         self.world = world
         self.rng = world.rng
         self.folder = world.folder / name
-        self.made = 0
-        self.kept = {}
+        self.folders = 0
+        self.cache = {}
         self.config = config or world.config
         self.main = main
 
-    def data(self) -> dict[str, Path]:
-        """A copy of the world's data, to be spoiled: {setting: file}."""
-        self.made += 1
-        folder = self.folder / f"data{os.getpid()}.{self.made}"
+    def copy_data(self) -> dict[str, Path]:
+        """Copy the world's data, to be spoiled: {setting: file}."""
+        self.folders += 1
+        folder = self.folder / f"data{os.getpid()}.{self.folders}"
         shutil.copytree(self.world.folder / "data", folder)
         names = dict(
             corpus="corpus.jsonl",
@@ -134,102 +147,93 @@ class Bench:
         )
         return {key: folder / name for key, name in names.items()}
 
-    def listed(self) -> dict[str, Path]:
-        """Data whose queries have what the tasks with lists need."""
-        data = self.data()
+    def copy_listed_data(self) -> dict[str, Path]:
+        """Copy data whose queries have what the tasks with lists need."""
+        data = self.copy_data()
         ids = [row["id"] for row in tiny_world.jsonl(data["corpus"])]
         for split in ("train", "test"):
-            rows = [
-                row
-                | dict(
-                    profile="likes lamps",
-                    history=self.rng.sample(ids, 2),
-                    candidates=self.rng.sample(ids, LISTED),
-                )
-                for row in tiny_world.jsonl(data[f"{split}_queries"])
-            ]
-            data[f"{split}_queries"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+            file = data[f"{split}_queries"]
+            rows = tiny_world.jsonl(file)
+            for row in rows:
+                row["profile"] = "likes lamps"
+                row["history"] = self.rng.sample(ids, 2)
+                row["candidates"] = self.rng.sample(ids, LISTED)
+            write_rows(file, rows)
         return data
 
-    def argv(self, data: dict[str, Path] | None = None, *more: str) -> tuple[list[str], Path]:
-        """(arguments of recr1.train, the run's folder)."""
-        self.made += 1
-        run = self.folder / f"run{os.getpid()}.{self.made}"
+    def make_argv(self, data: dict[str, Path] | None = None, *more: str) -> tuple[list[str], Path]:
+        """Return (arguments of recr1.train, the run's folder)."""
+        self.folders += 1
+        run = self.folder / f"run{os.getpid()}.{self.folders}"
         paths = data or {}
-        return [
-            self.config,
-            *ONE_STEP,
-            *(f"data.{key}={path}" for key, path in paths.items()),
-            f"retriever.index_dir={run}.index",
-            *more,
-            f"run.dir={run}",
-        ], run
+        settings = [f"data.{key}={path}" for key, path in paths.items()]
+        settings.append(f"retriever.index_dir={run}.index")
+        return [self.config, *ONE_STEP, *settings, *more, f"run.dir={run}"], run
 
     def run(self, data: dict[str, Path] | None = None, *more: str) -> tuple[str, Path]:
-        """A run that has to come to its end: (stdout, folder)."""
-        argv, folder = self.argv(data, *more)
-        code, out, err = said(self.main, argv)
+        """Run what has to come to its end; return (stdout, folder)."""
+        argv, folder = self.make_argv(data, *more)
+        code, out, err = run_command(self.main, argv)
         if code or err:
             raise Lost(f"exit code {code}: {err or out[-1000:]}")
         return out, folder
 
-    def result(self, *more: str) -> dict:
-        """What the undisturbed run of these settings comes to."""
-        if more not in self.kept:
-            self.kept[more] = result(self.run(None, *more)[1])
-        return self.kept[more]
+    def run_undisturbed(self, *more: str) -> dict:
+        """Return what the undisturbed run of these settings comes to."""
+        if more not in self.cache:
+            _, folder = self.run(None, *more)
+            self.cache[more] = read_result(folder)
+        return self.cache[more]
 
     def run_saying(
         self, texts: Iterator[str], data: dict[str, Path] | None = None, *more: str
     ) -> tuple[str, Path]:
-        """`run` of a policy whose completions read as `texts` has them."""
-        return self.saying(texts, lambda: self.run(data, *more))
+        """Do as `run`, with a policy whose completions read as `texts` has them."""
+        return self.call_saying(texts, lambda: self.run(data, *more))
 
-    def saying(self, texts: Iterator[str], work: Callable):
-        """work(), with whatever a policy samples decoded to the next of `texts`."""
+    def call_saying(self, texts: Iterator[str], work: Callable):
+        """Return work(), with whatever a policy samples decoded to the next of `texts`."""
         load = setup.load_tokenizer
 
-        def loaded(folder):
+        def load_speaker(folder):
             tokenizer = load(folder)
             tokenizer.decode = lambda ids, **how: next(texts)
             return tokenizer
 
-        setup.load_tokenizer = loaded
+        setup.load_tokenizer = load_speaker
         try:
             return work()
         finally:
             setup.load_tokenizer = load
 
 
-def logged(run: Path) -> list[dict]:
-    """Every completion that a run has written down, with `error` and `answer`, where it was
+def read_log(run: Path) -> list[dict]:
+    """Read every completion that a run has written down, with `error` and `answer`, where it was
     evaluated `ndcg`, where it was trained on `reward`. Each line must be JSON in the strict sense,
     and there must be as many as the run has made.
     """
-
-    def rows(path: Path) -> list[dict]:
-        found = tiny_world.jsonl(path)
-        expect(
-            json.dumps(found, allow_nan=False) and all(isinstance(row, dict) for row in found),
-            f"{path} is no JSONL",
-        )
-        return found
-
-    steps = rows(run / "metrics.jsonl")
-    expect(
-        [row["step"] for row in steps] == [1],
-        f"metrics.jsonl has the steps {[row.get('step') for row in steps]}",
-    )
-    return (
-        rows(run / "rollouts.jsonl.gz")
-        + rows(run / "eval_before.jsonl")
-        + rows(run / "eval_after.jsonl")
-    )
+    steps = [row.get("step") for row in read_strictly(run / "metrics.jsonl")]
+    expect(steps == [1], f"metrics.jsonl has the steps {steps}")
+    rows = []
+    for name in ("rollouts.jsonl.gz", "eval_before.jsonl", "eval_after.jsonl"):
+        rows += read_strictly(run / name)
+    return rows
 
 
-def spread(rng, n: int, makers: list[Callable[[], Case]]) -> list[Case]:
-    """n cases: every maker as often as any other, a sample of them where n is less."""
-    chosen = [
-        maker for _ in range(-(-n // len(makers))) for maker in rng.sample(makers, len(makers))
-    ][:n]
-    return [maker() for maker in chosen]
+def read_strictly(path: Path) -> list[dict]:
+    """Read a file of objects without a NaN or an infinity."""
+    rows = tiny_world.jsonl(path)
+    for row in rows:
+        expect(isinstance(row, dict), f"{path} is no JSONL")
+    expect(json.dumps(rows, allow_nan=False), f"{path} is no JSONL")
+    return rows
+
+
+def draw_cases(rng, n: int, makers: list[Callable[[], Case]]) -> list[Case]:
+    """Make n cases: by every maker as often as by any other, by a sample of them where n is
+    less.
+    """
+    chosen = []
+    while len(chosen) < n:
+        chosen += rng.sample(makers, len(makers))
+    return [make() for make in chosen[:n]]

@@ -43,59 +43,57 @@ class Ending(NamedTuple):
     check: Callable[[str], None]
 
 
-def endings(world: World, n: int) -> Iterator[Outcome]:
-    """n jobs: training to the end, SIGTERM, a search that fails on the way, evaluation, collectives
-    alone; on 2 and 3 ranks in turn.
+def end_jobs(world: World, n: int) -> Iterator[Outcome]:
+    """Start n jobs: training to the end, SIGTERM, a search that fails on the way, evaluation,
+    collectives alone; on 2 and 3 ranks in turn.
 
     Every eleventh is started by torchrun, the others by spawner.py, which spares them the seconds
     of their imports.
     """
-    makers = [trains, is_told_to_stop, fails_midway, evaluates, meets]
+    names = list(MAKERS)
     at_once = min(n, SIDE_BY_SIDE)
-    with hogs(), spawners(at_once) as idle, ThreadPoolExecutor(at_once) as pool:
+    with take_the_cores(), provide_spawners(at_once) as idle, ThreadPoolExecutor(at_once) as pool:
 
-        def run(i: int) -> Outcome:
-            ranks = 2 + i // len(makers) % 2
-            return judged(
-                world,
-                makers[i % len(makers)],
-                ranks,
-                world.folder / f"ending{i}",
-                None if i % 11 == 10 else idle,
-            )
+        def run_job(i: int) -> Outcome:
+            name = names[i % len(names)]
+            ranks = 2 + i // len(names) % 2
+            folder = world.folder / f"ending{i}"
+            if i % 11 == 10:
+                return judge_job(world, name, ranks, folder, None)
+            return judge_job(world, name, ranks, folder, idle)
 
-        yield from pool.map(run, range(n))
+        yield from pool.map(run_job, range(n))
 
 
-def judged(
-    world: World, make: Callable, ranks: int, folder: Path, idle: SimpleQueue | None
+def judge_job(
+    world: World, name: str, ranks: int, folder: Path, idle: SimpleQueue | None
 ) -> Outcome:
     """Return the outcome of one job.
 
     idle: the spawners that have nothing to do; None: torchrun starts the job.
     """
-    where = f"{make.__name__} on {ranks} ranks"
+    where = f"{name} on {ranks} ranks"
     folder.mkdir()
     output = folder / "said"
-    ending = make(world, folder / "run")
+    ending = MAKERS[name](world, folder / "run")
     if idle is None:
-        codes = by_torchrun(ranks, ending, output, world.limit)
+        codes = run_by_torchrun(ranks, ending, output, world.limit)
     else:
-        codes = by_spawner(ranks, ending, output, idle, world.limit)
-    said = output.read_text(errors="replace")
+        codes = run_by_spawner(ranks, ending, output, idle, world.limit)
+    text = output.read_text(errors="replace")
     if codes is None:
-        return Outcome(where, "lost", f"no end within {world.limit:.0f} s: {said[-4000:]}")
-    if codes != {ending.rank_code} or "terminate called" in said or "Fatal Python error" in said:
-        return Outcome(where, "lost", f"exit codes {codes}: {said[-4000:]}")
+        return Outcome(where, "lost", f"no end within {world.limit:.0f} s: {text[-4000:]}")
+    if codes != {ending.rank_code} or "terminate called" in text or "Fatal Python error" in text:
+        return Outcome(where, "lost", f"exit codes {codes}: {text[-4000:]}")
     try:
-        ending.check(said)
-    except Exception as e:
-        return Outcome(where, "silent", f"{type(e).__name__}: {e}: {said[-4000:]}")
+        ending.check(text)
+    except Exception as error:
+        return Outcome(where, "silent", f"{type(error).__name__}: {error}: {text[-4000:]}")
     shutil.rmtree(folder)
     return Outcome(where)
 
 
-def by_spawner(
+def run_by_spawner(
     ranks: int, ending: Ending, output: Path, idle: SimpleQueue, limit: float
 ) -> set[int] | None:
     """Return the exit codes of the job's ranks; None if they still run after `limit` seconds."""
@@ -113,8 +111,8 @@ def by_spawner(
     return set(codes)
 
 
-def by_torchrun(ranks: int, ending: Ending, output: Path, limit: float) -> set[int] | None:
-    """Do as by_spawner; torchrun names the codes of ranks that failed, and ends with 0 if none
+def run_by_torchrun(ranks: int, ending: Ending, output: Path, limit: float) -> set[int] | None:
+    """Do as run_by_spawner; torchrun names the codes of ranks that failed, and ends with 0 if none
     has.
     """
     command = [
@@ -127,30 +125,30 @@ def by_torchrun(ranks: int, ending: Ending, output: Path, limit: float) -> set[i
     ]
     with open(output, "w") as out:
         try:
-            done = subprocess.run(
+            torchrun = subprocess.run(
                 [*command, *ending.arguments],
                 cwd=CHECKOUT,
-                env=environment(),
+                env=make_environment(),
                 stdout=out,
                 stderr=out,
                 timeout=limit,
             )
         except subprocess.TimeoutExpired:
             return None
-    named = {
-        int(code)
-        for code in re.findall(r"exitcode *: *(-?\d+)", output.read_text(errors="replace"))
-    }
-    return named if done.returncode else named | {0}
+    text = output.read_text(errors="replace")
+    codes = {int(code) for code in re.findall(r"exitcode *: *(-?\d+)", text)}
+    if torchrun.returncode == 0:
+        codes.add(0)
+    return codes
 
 
-def environment() -> dict[str, str]:
+def make_environment() -> dict[str, str]:
     path = os.pathsep.join([str(TESTS), str(TESTS / "faults"), str(CHECKOUT)])
     return os.environ | dict(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", PYTHONPATH=path)
 
 
 @contextmanager
-def spawners(n: int):
+def provide_spawners(n: int):
     """Provide a queue of n processes of spawner.py."""
     idle = SimpleQueue()
     for _ in range(n):
@@ -167,7 +165,7 @@ def start_spawner() -> subprocess.Popen:
     return subprocess.Popen(
         command,
         cwd=CHECKOUT,
-        env=environment(),
+        env=make_environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -175,15 +173,15 @@ def start_spawner() -> subprocess.Popen:
 
 
 def stop_spawner(spawner: subprocess.Popen) -> None:
-    """Kill it; its ranks die with it (jobs.dies_with_parent)."""
+    """Kill it; its ranks die with it (jobs.die_with_parent)."""
     spawner.kill()
     spawner.communicate()
 
 
-def trains(world: World, folder: Path) -> Ending:
-    """Trains to the end."""
+def train_to_the_end(world: World, folder: Path) -> Ending:
+    """Train to the end."""
 
-    def check(said: str) -> None:
+    def check(text: str) -> None:
         assert len(jsonl(folder / "metrics.jsonl")) == 2
         assert jsonl(folder / "eval_before.jsonl")
         assert jsonl(folder / "eval_after.jsonl")
@@ -195,11 +193,11 @@ def trains(world: World, folder: Path) -> Ending:
     return Ending(["-m", "recr1.train", world.config, *STEPS, f"run.dir={folder}"], 0, check)
 
 
-def is_told_to_stop(world: World, folder: Path) -> Ending:
-    """Gets a SIGTERM in the second step, and saves what the first has made."""
+def stop_training(world: World, folder: Path) -> Ending:
+    """Get a SIGTERM in the second step, and save what the first has made."""
 
-    def check(said: str) -> None:
-        assert "recr1: stopped after step 1" in said
+    def check(text: str) -> None:
+        assert "recr1: stopped after step 1" in text
         saved = folder / "checkpoints/step_000001"
         assert (saved / "manifest.json").exists()
         for shard in saved.glob("rank_*.safetensors"):
@@ -211,27 +209,24 @@ def is_told_to_stop(world: World, folder: Path) -> Ending:
     return Ending(arguments, 0, check)
 
 
-def fails_midway(world: World, folder: Path) -> Ending:
-    """Ends by a user's own search that raises in training: one line, exit code 2 on every rank."""
+def fail_midway(world: World, folder: Path) -> Ending:
+    """End by a user's own search that raises in training: one line, exit code 2 on every rank."""
 
-    def check(said: str) -> None:
-        lines = [
-            line
-            for line in said.splitlines()
-            if line.startswith("recr1: ") and "IndexError: made up" in line
-        ]
-        assert len(lines) == 1
+    def check(text: str) -> None:
+        lines = [line for line in text.splitlines() if line.startswith("recr1: ")]
+        failed = [line for line in lines if "IndexError: made up" in line]
+        assert len(failed) == 1
         assert len(jsonl(folder / "metrics.jsonl")) == 1
         assert (folder / "checkpoints/step_000001/manifest.json").exists()
 
-    setting = "retriever.kind=busy:fails_in_the_second_step"
+    setting = "retriever.kind=busy:build_failing_search"
     return Ending(
         ["-m", "recr1.train", world.config, *STEPS, setting, f"run.dir={folder}"], 2, check
     )
 
 
-def fails_in_the_second_step(doc_ids: list[str], texts: list[str]) -> Callable:
-    """The search of fails_midway: a retriever of a user's own, which the ranks import from this
+def build_failing_search(doc_ids: list[str], texts: list[str]) -> Callable:
+    """The search of fail_midway: a retriever of a user's own, which the ranks import from this
     file.
     """
     from recr1.distributed import heartbeat
@@ -239,17 +234,18 @@ def fails_in_the_second_step(doc_ids: list[str], texts: list[str]) -> Callable:
     def search(queries: list[str], k: int) -> tuple[np.ndarray, np.ndarray]:
         if heartbeat._heartbeat.state["step"] == 2:
             raise IndexError("made up")
-        rows = np.array([[len(query) % len(doc_ids)] for query in queries])
+        lengths = np.array([len(query) for query in queries])
+        rows = lengths[:, None] % len(doc_ids)
         return rows, np.ones(rows.shape)
 
     return search
 
 
-def evaluates(world: World, folder: Path) -> Ending:
-    """Scores a policy's rewrites by `recr1 eval`."""
+def score_rewrites(world: World, folder: Path) -> Ending:
+    """Score a policy's rewrites by `recr1 eval`."""
 
-    def check(said: str) -> None:
-        [line] = [line for line in said.splitlines() if line.startswith("{")]
+    def check(text: str) -> None:
+        [line] = [line for line in text.splitlines() if line.startswith("{")]
         assert json.loads(line)["n"] == 12
 
     root = world.folder
@@ -262,13 +258,22 @@ def evaluates(world: World, folder: Path) -> Ending:
     return Ending(["-m", "recr1.cli", "eval", *files, "--json"], 0, check)
 
 
-def meets(world: World, folder: Path) -> Ending:
-    """Collectives and nothing else."""
+def meet(world: World, folder: Path) -> Ending:
+    """Run collectives and nothing else."""
 
-    def check(said: str) -> None:
-        assert "has met the others" in said
+    def check(text: str) -> None:
+        assert "has met the others" in text
 
     return Ending([str(TESTS / "faults/meets.py")], 0, check)
+
+
+MAKERS = {
+    "trains": train_to_the_end,
+    "is_told_to_stop": stop_training,
+    "fails_midway": fail_midway,
+    "evaluates": score_rewrites,
+    "meets": meet,
+}
 
 
 def read_weights(path: Path) -> None:
@@ -278,8 +283,8 @@ def read_weights(path: Path) -> None:
 
 
 @contextmanager
-def hogs():
-    """A process for each core that does nothing but take it."""
+def take_the_cores():
+    """Run a process for each core that does nothing but take it."""
     command = ["nice", "-n", str(NICENESS), sys.executable, "-c", "while True: pass"]
     running = [subprocess.Popen(command) for _ in range(os.cpu_count() or 1)]
     try:

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from alone import Bench, Case, each, expect, refused
+from alone import Bench, Case, expect, expect_refusal, run_cases
 from safetensors import safe_open
+from stops import find_lines
 from world import RANKS, STEPS, Outcome, World
 
 from recr1 import cli, train
@@ -35,118 +36,93 @@ KINDS = (
 )
 
 
-def corruptions(world: World, n: int) -> Iterator[Outcome]:
-    """The newest checkpoint damaged in one file: it is refused with the file's name, and the one
+def damage_checkpoints(world: World, n: int) -> Iterator[Outcome]:
+    """Damage the newest checkpoint in one file: it is refused with the file's name, and the one
     before used.
     """
-    cases = [*_rot(world), *_lies(world)]
-    for case in cases if n >= len(cases) else world.rng.sample(cases, n):
-        yield _refused(world, *case)
+    cases = [*rot_files(world), *tell_lies(world)]
+    if n < len(cases):
+        cases = world.rng.sample(cases, n)
+    for case in cases:
+        yield resume_damaged(world, *case)
 
 
-def _refused(world: World, what: str, named: str, damage: Callable[[Path], None]) -> Outcome:
-    """The run goes on from the checkpoint before the damaged one, and one line says which file was
-    refused.
+def resume_damaged(world: World, what: str, named: str, damage: Callable[[Path], None]) -> Outcome:
+    """Check that the run goes on from the checkpoint before the damaged one, and that one line says
+    which file was refused.
     """
-    run = world.fresh()
+    run = world.choose_folder()
     shutil.copytree(world.unfinished, run)
     damage(run / "checkpoints")
     job, verdict, note = world.finish(run)
-    used = LAST if what.startswith("LATEST") else BEFORE
     if (world.folder / "executed").exists():
-        verdict = "silent"
-        note = "the payload was executed"
-    elif verdict == "survived" and not any(
-        named in line and "refused" in line for line in job.lines()
-    ):
-        verdict = "silent"
-        note = f"{named!r} is not named: {job.lines()}"
-    elif verdict == "survived" and not any(
-        used in line and "goes on after step" in line for line in job.lines()
-    ):
-        verdict = "silent"
-        note = f"it did not go on from {used}: {job.lines()}"
+        return Outcome(what, "silent", "the payload was executed")
+    if verdict != "survived":
+        return Outcome(what, verdict, note)
+    used = LAST if what.startswith("LATEST") else BEFORE
+    if not find_lines(job, named, "refused"):
+        return Outcome(what, "silent", f"{named!r} is not named: {job.read_lines()}")
+    if not find_lines(job, used, "goes on after step"):
+        return Outcome(what, "silent", f"it did not go on from {used}: {job.read_lines()}")
     return Outcome(what, verdict, note)
 
 
-def _rot(world: World):
-    """Every kind of file cut short, with one bit changed, gone."""
+# --- files that rot ---
 
-    def cut(path: Path):
-        os.truncate(path, world.rng.randrange(path.stat().st_size))
 
-    def flip(path: Path):
-        raw = bytearray(path.read_bytes())
-        raw[world.rng.randrange(len(raw))] ^= 1 << world.rng.randrange(8)
-        path.write_bytes(raw)
+def cut_file(rng, path: Path) -> None:
+    length = rng.randrange(path.stat().st_size)
+    os.truncate(path, length)
 
+
+def flip_bit(rng, path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    position = rng.randrange(len(raw))
+    bit = rng.randrange(8)
+    raw[position] ^= 1 << bit
+    path.write_bytes(raw)
+
+
+def remove_file(rng, path: Path) -> None:
+    path.unlink()
+
+
+ROTS = (("cut short", cut_file), ("one bit", flip_bit), ("gone", remove_file))
+
+
+def rot_files(world: World) -> Iterator[tuple]:
+    """Yield every kind of file cut short, with one bit changed, gone."""
     for kind in KINDS:
-        for how, damage in (("cut short", cut), ("one bit", flip), ("gone", Path.unlink)):
-            yield (
-                f"{kind} {how}",
-                LAST if (kind, how) == ("manifest.json", "one bit") else kind,
-                lambda root, kind=kind, damage=damage: damage(root / LAST / kind),
-            )
+        for how, damage in ROTS:
+            named = kind
+            if (kind, how) == ("manifest.json", "one bit"):
+                named = LAST
+            yield f"{kind} {how}", named, partial(damage_last, world.rng, kind, damage)
 
 
-def _lies(world: World):
-    """What somebody might have put there."""
-    payload = _payload(world)
-    executed = world.folder / "executed"
-
-    def manifest(change):
-        def damage(root: Path):
-            path = root / LAST / "manifest.json"
-            value = json.loads(path.read_text())
-            change(value["files"])
-            path.write_text(json.dumps(value))
-
-        return damage
-
-    def rename(to):
-        def change(named):
-            named[to] = named.pop("state.json")
-
-        return manifest(change)
-
-    def pickled_shard(root: Path):
-        (root / LAST / KINDS[0]).write_bytes(payload)
-
-    def linked(root: Path):
-        path = root / LAST / KINDS[0]
-        path.rename(root.parent / "elsewhere")
-        path.symlink_to(root.parent / "elsewhere")
-
-    def linked_folder(root: Path):
-        (root / LAST).rename(root.parent / "elsewhere")
-        (root / LAST).symlink_to(root.parent / "elsewhere")
-
-    def swapped(root: Path):
-        a, b = (root / LAST / kind for kind in KINDS[:2])
-        kept = a.read_bytes()
-        a.write_bytes(b.read_bytes())
-        b.write_bytes(kept)
-
-    def older(root: Path):
-        shutil.rmtree(root / LAST)
-        shutil.copytree(root / BEFORE, root / LAST)
-
-    def deep(root: Path):
-        (root / LAST / "manifest.json").write_text("[" * 100_000)
-
-    yield "manifest: ../../secret", "manifest.json", rename("../../secret")
-    yield "manifest: /etc/passwd", "manifest.json", rename("/etc/passwd")
-    yield "manifest: nested 100,000 deep", "manifest.json", deep
-    yield "a pickle in place of a shard", KINDS[0], pickled_shard
-    yield "a shard is a link", KINDS[0], linked
-    yield "the folder is a link", LAST, linked_folder
-    yield "two shards in each other's place", "rank_0000", swapped
-    if not executed.exists():
-        yield "an older checkpoint under this name", "state.json", older
+def damage_last(rng, kind: str, damage: Callable, root: Path) -> None:
+    damage(rng, root / LAST / kind)
 
 
-def _payload(world: World) -> bytes:
-    """A pickle that leaves a file where it is loaded."""
+# --- what somebody might have put there ---
+
+
+def tell_lies(world: World) -> Iterator[tuple]:
+    payload = pickle_payload(world)
+    shard, *_ = KINDS
+    yield "manifest: ../../secret", "manifest.json", partial(rename_listed, "../../secret")
+    yield "manifest: /etc/passwd", "manifest.json", partial(rename_listed, "/etc/passwd")
+    yield "manifest: nested 100,000 deep", "manifest.json", nest_manifest
+    yield "a pickle in place of a shard", shard, partial(replace_shard, payload)
+    yield "a shard is a link", shard, link_shard
+    yield "the folder is a link", LAST, link_folder
+    yield "two shards in each other's place", "rank_0000", swap_shards
+    if not (world.folder / "executed").exists():
+        yield "an older checkpoint under this name", "state.json", copy_older
+
+
+def pickle_payload(world: World) -> bytes:
+    """Return a pickle that leaves a file where it is loaded."""
 
     class Payload:
         def __reduce__(self):
@@ -155,151 +131,197 @@ def _payload(world: World) -> bytes:
     return pickle.dumps(Payload())
 
 
-def hostile(world: World, n: int) -> Iterator[Outcome]:
-    """Checkpoints and model folders of somebody who wants code to run or files outside to be read:
-    nothing is executed or followed.
+def rename_listed(name: str, root: Path) -> None:
+    """Give a file another name in the manifest."""
+    path = root / LAST / "manifest.json"
+    manifest = json.loads(path.read_text())
+    files = manifest["files"]
+    files[name] = files.pop("state.json")
+    path.write_text(json.dumps(manifest))
+
+
+def nest_manifest(root: Path) -> None:
+    (root / LAST / "manifest.json").write_text("[" * 100_000)
+
+
+def replace_shard(payload: bytes, root: Path) -> None:
+    (root / LAST / KINDS[0]).write_bytes(payload)
+
+
+def link_shard(root: Path) -> None:
+    move_elsewhere(root / LAST / KINDS[0], root.parent / "elsewhere")
+
+
+def link_folder(root: Path) -> None:
+    move_elsewhere(root / LAST, root.parent / "elsewhere")
+
+
+def move_elsewhere(path: Path, elsewhere: Path) -> None:
+    """Move it, and leave a link."""
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def swap_shards(root: Path) -> None:
+    first = root / LAST / KINDS[0]
+    second = root / LAST / KINDS[1]
+    raw = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(raw)
+
+
+def copy_older(root: Path) -> None:
+    shutil.rmtree(root / LAST)
+    shutil.copytree(root / BEFORE, root / LAST)
+
+
+# --- what wants to be executed or followed ---
+
+PICKLES = ["optimizer.pt", "model/pytorch_model.bin", "state.pkl", "model/modeling.py"]
+
+
+def write_hostile(world: World, n: int) -> Iterator[Outcome]:
+    """Make checkpoints and model folders of somebody who wants code to run or files outside to be
+    read: nothing is executed or followed.
     """
-    payload = _payload(world)
+    rng = world.rng
+    payload = pickle_payload(world)
     bench = Bench(world, "hostile")
-
-    def pickled(root: Path):
-        (
-            root
-            / LAST
-            / world.rng.choice(
-                ["optimizer.pt", "model/pytorch_model.bin", "state.pkl", "model/modeling.py"]
-            )
-        ).write_bytes(payload)
-
-    def pointing(root: Path):
-        (root / "LATEST").write_text(
-            world.rng.choice(["../../x", "/etc", f"../{root.name}/{BEFORE}", f"{LAST}/../../x"])
-            + "\n"
-        )
-
+    leave_pickles = partial(keep_only_pickles, payload)
+    lead_outside = partial(index_outside, rng)
     cases = [
-        ("a pickle beside the shards", LAST, pickled),
-        ("LATEST leads outside", "LATEST", pointing),
-        _model(
-            bench,
-            "a model of pickles",
-            partial(_only_pickles, payload=payload),
-            "only safetensors is read",
-        ),
-        _model(
-            bench,
-            "an index that leads outside",
-            partial(_leads_outside, rng=world.rng),
-            "outside the folder",
-        ),
+        ("a pickle beside the shards", LAST, partial(add_pickle, rng, payload)),
+        ("LATEST leads outside", "LATEST", partial(point_outside, rng)),
+        spoil_model(bench, "a model of pickles", leave_pickles, "only safetensors is read"),
+        spoil_model(bench, "an index that leads outside", lead_outside, "outside the folder"),
     ]
-    cases = cases if n >= len(cases) else world.rng.sample(cases, n)
+    if n < len(cases):
+        cases = rng.sample(cases, n)
+    of_models = []
     for case in cases:
         if len(case) == 3:
-            yield _refused(world, *case)
-    yield from each(world, [case for case in cases if len(case) == 2])
+            yield resume_damaged(world, *case)
+        else:
+            of_models.append(case)
+    yield from run_cases(world, of_models)
 
 
-def _model(bench: Bench, where: str, spoil, why: str) -> Case:
+def add_pickle(rng, payload: bytes, root: Path) -> None:
+    name = rng.choice(PICKLES)
+    (root / LAST / name).write_bytes(payload)
+
+
+def point_outside(rng, root: Path) -> None:
+    targets = ["../../x", "/etc", f"../{root.name}/{BEFORE}", f"{LAST}/../../x"]
+    target = rng.choice(targets)
+    (root / "LATEST").write_text(f"{target}\n")
+
+
+def spoil_model(bench: Bench, where: str, spoil: Callable[[Path], None], why: str) -> Case:
+    """why: what the line that refuses the model says."""
+    world = bench.world
     folder = bench.folder / where.replace(" ", "_")
-    executed = bench.world.folder / "executed"
-    shutil.copytree(bench.world.folder / "policy", folder)
+    shutil.copytree(world.folder / "policy", folder)
     spoil(folder)
 
-    def case():
-        refused(train.main, bench.argv(None, f"model.path={folder}")[0], folder, why)
-        refused(
-            cli.main,
-            ["generate", "--model", folder, "--config", bench.world.config, "red lamp"],
-            folder,
-            why,
-        )
-        expect(not executed.exists(), "the payload was executed")
+    def check():
+        argv, _ = bench.make_argv(None, f"model.path={folder}")
+        expect_refusal(train.main, argv, folder, why)
+        generate = ["generate", "--model", folder, "--config", world.config, "red lamp"]
+        expect_refusal(cli.main, generate, folder, why)
+        expect(not (world.folder / "executed").exists(), "the payload was executed")
 
-    return where, case
+    return where, check
 
 
-def _only_pickles(folder: Path, payload: bytes) -> None:
+def keep_only_pickles(payload: bytes, folder: Path) -> None:
     """And code that a loader which trusts the folder would import."""
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(payload)
-    (folder / "modeling_own.py").write_text(
-        f"import pickle\npickle.loads({payload!r})\nclass Own: pass\n"
-    )
-    for name, classes in (
-        ("config.json", dict(AutoModelForCausalLM="modeling_own.Own")),
-        ("tokenizer_config.json", dict(AutoTokenizer=["modeling_own.Own", None])),
-    ):
-        path = folder / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | dict(auto_map=classes)))
+    code = f"import pickle\npickle.loads({payload!r})\nclass Own: pass\n"
+    (folder / "modeling_own.py").write_text(code)
+    map_classes(folder / "config.json", AutoModelForCausalLM="modeling_own.Own")
+    map_classes(folder / "tokenizer_config.json", AutoTokenizer=["modeling_own.Own", None])
 
 
-def _leads_outside(folder: Path, rng) -> None:
+def map_classes(path: Path, **classes) -> None:
+    config = json.loads(path.read_text())
+    config["auto_map"] = classes
+    path.write_text(json.dumps(config))
+
+
+def index_outside(rng, folder: Path) -> None:
     weights = folder / "model.safetensors"
     elsewhere = weights.rename(folder.parent / "elsewhere.safetensors")
     with safe_open(elsewhere, "pt") as file:
         names = list(file.keys())
-    outside = rng.choice(
-        [str(elsewhere), "../elsewhere.safetensors", "x/../../elsewhere.safetensors"]
-    )
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps(dict(weight_map=dict.fromkeys(names, outside)))
-    )
+    name = elsewhere.name
+    outside = rng.choice([str(elsewhere), f"../{name}", f"x/../../{name}"])
+    index = dict(weight_map=dict.fromkeys(names, outside))
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def disks(world: World, n: int) -> Iterator[Outcome]:
-    """No file may grow past a limit any more (RLIMIT_FSIZE) once a certain write comes: one clear
+# --- a full disk ---
+
+FULL = (  # what is written, the function that writes it, the call from which on a file may have
+    # no more bytes, and how many
+    ("config.yaml", configs, "dump_config", 1, 0),
+    ("the index", BM25Index, "save", 1, 100),
+    ("eval_before.jsonl", run_log.RunLog, "write_rows", 1, 10),
+    ("rollouts.jsonl.gz", run_log.RunLog, "write_rollouts", 3, 1),
+    ("rollouts.jsonl.gz, torn", run_log.RunLog, "write_rollouts", 2, 1500),
+    ("metrics.jsonl", run_log.RunLog, "write_metrics", 3, 1),
+    ("metrics.jsonl, torn", run_log.RunLog, "write_metrics", 2, 700),
+    ("a shard", checkpoint, "save_file", 2, 5000),
+    ("HF export", load_model, "save_model", 3, 10_000),
+    ("state.json", checkpoint, "_describe_setting", 3, 10),
+    ("manifest.json", checkpoint, "write_manifest", 2, 10),
+    ("LATEST", checkpoint, "write_text", 3, 0),
+    ("final model", run, "save_policy", 1, 100),
+    ("summary.json", run_log.RunLog, "write_json", 1, 10),
+)
+
+
+def fill_disks(world: World, n: int) -> Iterator[Outcome]:
+    """Let no file grow past a limit any more (RLIMIT_FSIZE) once a certain write comes: one clear
     line, and with room again the run goes on.
     """
-    cases = (
-        ("config.yaml", configs, "dump_config", 1, 0),
-        ("the index", BM25Index, "save", 1, 100),
-        ("eval_before.jsonl", run_log.RunLog, "write_rows", 1, 10),
-        ("rollouts.jsonl.gz", run_log.RunLog, "write_rollouts", 3, 1),
-        ("rollouts.jsonl.gz, torn", run_log.RunLog, "write_rollouts", 2, 1500),
-        ("metrics.jsonl", run_log.RunLog, "write_metrics", 3, 1),
-        ("metrics.jsonl, torn", run_log.RunLog, "write_metrics", 2, 700),
-        ("a shard", checkpoint, "save_file", 2, 5000),
-        ("HF export", load_model, "save_model", 3, 10_000),
-        ("state.json", checkpoint, "_describe_setting", 3, 10),
-        ("manifest.json", checkpoint, "write_manifest", 2, 10),
-        ("LATEST", checkpoint, "write_text", 3, 0),
-        ("final model", run, "save_policy", 1, 100),
-        ("summary.json", run_log.RunLog, "write_json", 1, 10),
-    )
-    for case in cases if n >= len(cases) else world.rng.sample(cases, n):
-        yield Outcome(case[0], *_filled(world, *case))
+    cases = FULL
+    if n < len(FULL):
+        cases = world.rng.sample(FULL, n)
+    for what, *write in cases:
+        verdict, note = fill_disk(world, what, *write)
+        yield Outcome(what, verdict, note)
 
 
-def _filled(world: World, what: str, owner, name: str, time: int, limit: int) -> tuple[str, str]:
-    run = world.fresh()
+def fill_disk(world: World, what: str, owner, name: str, call: int, limit: int) -> tuple[str, str]:
+    """Return (verdict, note)."""
+    run = world.choose_folder()
     if what == "the index":
         shutil.rmtree(world.folder / "index")
-    before = world.start(run, prepare=lambda rank: _full_from(owner, name, time, limit))
+    before = world.start(run, prepare=lambda rank: limit_files_from(owner, name, call, limit))
     codes = before.wait(world.limit)
     if codes == [0] * RANKS:
         return "lost", "the write never came"
-    if (
-        codes != [2] * RANKS
-        or "Traceback" in before.said()
-        or sum("File too large" in line for line in before.lines()) != 1
-    ):
-        return "lost", f"exit codes {codes}: {before.said()[-1500:]}"
+    full = [line for line in before.read_lines() if "File too large" in line]
+    if codes != [2] * RANKS or len(full) != 1 or "Traceback" in before.read_output():
+        return "lost", f"exit codes {codes}: {before.read_output()[-1500:]}"
     _, verdict, note = world.finish(run)
-    return verdict, note and f"{before.lines()}: {note}"
+    return verdict, note and f"{before.read_lines()}: {note}"
 
 
-def _full_from(owner, name: str, time: int, limit: int) -> None:
-    """In this process, from the `time`-th call of owner.name on, no file may become longer than
+def limit_files_from(owner, name: str, first: int, limit: int) -> None:
+    """In this process, from the `first`-th call of owner.name on, no file may become longer than
     `limit` bytes.
     """
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     function = getattr(owner, name)
-    calls = [0]
+    calls = 0
 
     def watched(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] >= time:
+        nonlocal calls
+        calls += 1
+        if calls >= first:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         return function(*args, **kwargs)
 

@@ -22,100 +22,119 @@ from tqdm import tqdm
 from world import Outcome, World
 
 KINDS = {  # name: (what makes them, how many)
-    "SIGKILL of a rank": (stops.kills, 47),
-    "SIGKILL under torchrun": (stops.torchruns, 3),
-    "SIGKILL inside a save": (stops.saves, 20),
-    "corrupted checkpoint": (damage.corruptions, 28),
-    "disk full": (damage.disks, 14),
-    "SIGTERM": (stops.terms, 20),
-    "NaN or infinity on a rank": (values.nonfinite, 16),
-    "user's function or task": (values.functions, 24),
-    "malformed answer": (answers.malformed, 60),
-    "bad data file": (inputs.lines, 20),
-    "prompt": (inputs.prompts, 12),
-    "search finds nothing": (searches.empty, 14),
-    "injection": (injection.injections, 20),
-    "a rank hangs or leaves": (stops.between_ranks, 8),
-    "wrong setting": (settings.settings, 10),
-    "hostile checkpoint": (damage.hostile, 4),
-    "a busy machine": (busy.endings, 16),
+    "SIGKILL of a rank": (stops.kill_ranks, 47),
+    "SIGKILL under torchrun": (stops.kill_under_torchrun, 3),
+    "SIGKILL inside a save": (stops.kill_in_saves, 20),
+    "corrupted checkpoint": (damage.damage_checkpoints, 28),
+    "disk full": (damage.fill_disks, 14),
+    "SIGTERM": (stops.stop_jobs, 20),
+    "NaN or infinity on a rank": (values.spoil_values, 16),
+    "user's function or task": (values.break_functions, 24),
+    "malformed answer": (answers.write_malformed, 60),
+    "bad data file": (inputs.spoil_data, 20),
+    "prompt": (inputs.spoil_prompts, 12),
+    "search finds nothing": (searches.search_in_vain, 14),
+    "injection": (injection.inject_payloads, 20),
+    "a rank hangs or leaves": (stops.spoil_ranks, 8),
+    "wrong setting": (settings.spoil_settings, 10),
+    "hostile checkpoint": (damage.write_hostile, 4),
+    "a busy machine": (busy.end_jobs, 16),
 }
+HEADER = f"{'fault':<27}{'N':>5}{'survived':>10}{'lost':>7}{'silent':>8}{'seconds':>9}  where"
 
 
 def main(argv: list[str]) -> int:
     """[N: so many of each] [name of a kind ...]; 0 if nothing was lost."""
-    each = next((int(a) for a in argv if a.isdigit()), None)
-    chosen = [a for a in argv if not a.isdigit()] or list(KINDS)
-    if each == 0 or (unknown := [name for name in chosen if name not in KINDS]):
-        reason = f"no kind {unknown[0]!r}" if each != 0 else "none of each is none"
-        print(
-            f"faults.py [N] [kind ...]: {reason}; the kinds are {', '.join(KINDS)}",
-            file=sys.stderr,
-        )
+    numbers = [int(argument) for argument in argv if argument.isdigit()]
+    at_most = numbers[0] if numbers else None
+    chosen = [argument for argument in argv if not argument.isdigit()]
+    reason = explain_refusal(at_most, chosen)
+    if reason:
+        kinds = ", ".join(KINDS)
+        print(f"faults.py [N] [kind ...]: {reason}; the kinds are {kinds}", file=sys.stderr)
         return 2
-    bars = []
-    started = time.monotonic()
+    start = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory() as folder, none_left():
-            world = World(Path(folder))
-            print(
-                f"{'fault':<27}{'N':>5}{'survived':>10}{'lost':>7}{'silent':>8}{'seconds':>9}"
-                "  where",
-                flush=True,
-            )
-            for seed, (kind, (make, n)) in enumerate(KINDS.items()):
-                if kind in chosen:
-                    world.rng.seed(seed)
-                    bars.append(row(kind, make, world, min(n, each or n)))
+        bars = make_faults(chosen or list(KINDS), at_most)
     except KeyboardInterrupt:
-        print(
-            f"stopped after {time.monotonic() - started:.0f} s; no process is left", file=sys.stderr
-        )
+        seconds = time.monotonic() - start
+        print(f"stopped after {seconds:.0f} s; no process is left", file=sys.stderr)
         return 130
-    survived, made = (sum(bar[key] for bar in bars) for key in ("value", "bar"))
-    print(
-        f"{made} faults made, {survived} survived, {time.monotonic() - started:.0f} s", flush=True
-    )
+    seconds = time.monotonic() - start
+    survived = sum(bar["value"] for bar in bars)
+    count = sum(bar["bar"] for bar in bars)
+    print(f"{count} faults made, {survived} survived, {seconds:.0f} s", flush=True)
     print(json.dumps(dict(bars=bars)))
-    return 0 if all(bar["ok"] for bar in bars) else 1
+    is_fine = all(bar["ok"] for bar in bars)
+    return 0 if is_fine else 1
 
 
-def row(kind: str, make: Callable[[World, int], Iterator[Outcome]], world: World, n: int) -> dict:
+def explain_refusal(at_most: int | None, chosen: list[str]) -> str:
+    """Say why these arguments are none; "" if they are."""
+    if at_most == 0:
+        return "none of each is none"
+    for kind in chosen:
+        if kind not in KINDS:
+            return f"no kind {kind!r}"
+    return ""
+
+
+def make_faults(chosen: list[str], at_most: int | None) -> list[dict]:
+    """Make the faults of these kinds, at most so many of each. Return a bar for each kind."""
+    bars = []
+    with tempfile.TemporaryDirectory() as folder, none_left():
+        world = World(Path(folder))
+        print(HEADER, flush=True)
+        for seed, (kind, (make, n)) in enumerate(KINDS.items()):
+            if kind not in chosen:
+                continue
+            world.rng.seed(seed)
+            count = min(n, at_most or n)
+            bars.append(make_kind(kind, make, world, count))
+    return bars
+
+
+def make_kind(
+    kind: str, make: Callable[[World, int], Iterator[Outcome]], world: World, n: int
+) -> dict:
     """Make n faults of a kind. Print their row of the table, and each that was not survived."""
-    # its thread might hold a lock that a fork takes along
     start = time.monotonic()
     outcomes = []
+    # its thread might hold a lock that a fork takes along
     tqdm.monitor_interval = 0
-    with tqdm(make(world, n), kind, n, leave=False, disable=None) as bar:
-        for outcome in bar:
+    with tqdm(make(world, n), kind, n, leave=False, disable=None) as progress:
+        for outcome in progress:
             outcomes.append(outcome)
-            bar.set_postfix_str(f"{outcome.verdict}: {outcome.where}")
-    counts = {
-        verdict: sum(o.verdict == verdict for o in outcomes)
-        for verdict in ("survived", "lost", "silent")
-    }
-    where = Counter(o.where for o in outcomes)
-    told = (
-        ", ".join(f"{name} {count}" for name, count in where.items())
-        if len(where) <= 10
-        else "each another place"
-    )
-    slowest = max((o.seconds for o in outcomes if o.seconds is not None), default=None)
-    told += f"; all ended within {slowest:.1f} s" if slowest is not None else ""
+            progress.set_postfix_str(f"{outcome.verdict}: {outcome.where}")
+    counts = Counter(outcome.verdict for outcome in outcomes)
+    survived = counts["survived"]
+    seconds = time.monotonic() - start
     print(
-        f"{kind:<27}{len(outcomes):>5}{counts['survived']:>10}{counts['lost']:>7}"
-        f"{counts['silent']:>8}{time.monotonic() - start:>9.0f}  {told}",
+        f"{kind:<27}{len(outcomes):>5}{survived:>10}{counts['lost']:>7}"
+        f"{counts['silent']:>8}{seconds:>9.0f}  {describe_places(outcomes)}",
         flush=True,
     )
-    for o in outcomes:
-        if o.note or o.verdict != "survived":
-            print(f"    {o.verdict}: {o.where}: {o.note}", flush=True)
+    for outcome in outcomes:
+        if outcome.note or outcome.verdict != "survived":
+            print(f"    {outcome.verdict}: {outcome.where}: {outcome.note}", flush=True)
     return dict(
         name=f"{kind}: survived of {n}",
-        value=counts["survived"],
+        value=survived,
         bar=n,
-        ok=counts["survived"] == n == len(outcomes),
+        ok=survived == n == len(outcomes),
     )
+
+
+def describe_places(outcomes: list[Outcome]) -> str:
+    """Say where faults came, and how soon all ranks had ended where that is the question."""
+    counts = Counter(outcome.where for outcome in outcomes)
+    text = "each another place"
+    if len(counts) <= 10:
+        text = ", ".join(f"{where} {count}" for where, count in counts.items())
+    seconds = [outcome.seconds for outcome in outcomes if outcome.seconds is not None]
+    if seconds:
+        text += f"; all ended within {max(seconds):.1f} s"
+    return text
 
 
 if __name__ == "__main__":

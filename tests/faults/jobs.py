@@ -34,9 +34,8 @@ class Job:
 
     def __init__(self, argv: list[str], ranks: int = 2, prepare=None, slow: float = 1.0):
         self.slow = slow
-        self.folder = Path(
-            next(a for a in reversed(argv) if a.startswith("run.dir=")).removeprefix("run.dir=")
-        )
+        folders = [setting for setting in argv if setting.startswith("run.dir=")]
+        self.folder = Path(folders[-1].removeprefix("run.dir="))
         # a pipe: a limit on the size of files does not touch what the ranks say
         self.output, out = os.pipe()
         os.set_blocking(self.output, False)
@@ -45,33 +44,38 @@ class Job:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        self.pids = [
-            os.fork() or _rank(rank, ranks, port, argv, out, prepare) for rank in range(ranks)
-        ]
+        self.pids = []
+        for rank in range(ranks):
+            pid = os.fork() or run_rank(rank, ranks, port, argv, out, prepare)
+            self.pids.append(pid)
         os.close(out)
 
-    def running(self) -> bool:
+    def is_running(self) -> bool:
         self._listen()
         for rank, pid in enumerate(self.pids):
             if self.codes[rank] is None:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
+                ended_pid, status = os.waitpid(pid, os.WNOHANG)
+                if ended_pid:
                     self.codes[rank] = os.waitstatus_to_exitcode(status)
         return None in self.codes.values()
 
     def kill(self, how: int = signal.SIGKILL, ranks=None) -> None:
-        """Sends a signal to those of `ranks` (all) that still run."""
-        for rank in range(len(self.pids)) if ranks is None else ranks:
-            if self.running() and self.codes[rank] is None:
+        """Send a signal to those of `ranks` (all) that still run."""
+        if ranks is None:
+            ranks = range(len(self.pids))
+        for rank in ranks:
+            if self.is_running() and self.codes[rank] is None:
                 os.kill(self.pids[rank], how)
 
     def wait(self, limit: float) -> list[int] | None:
-        """Exit codes by rank; None if it still ran after `limit` seconds and had to be killed."""
+        """Return the exit codes by rank; None if it still ran after `limit` seconds and had to be
+        killed.
+        """
         deadline = time.monotonic() + limit
-        while self.running():
+        while self.is_running():
             if time.monotonic() > deadline:
                 self.kill()
-                while self.running():
+                while self.is_running():
                     time.sleep(0.01)
                 return None
             time.sleep(0.005)
@@ -88,43 +92,55 @@ class Job:
         except BlockingIOError:
             pass
 
-    def said(self) -> str:
-        """All that the ranks have written to stdout and stderr."""
+    def read_output(self) -> str:
+        """Return all that the ranks have written to stdout and stderr."""
         return self.heard.decode(errors="replace")
 
-    def lines(self) -> list[str]:
-        """What the ranks said in lines of ours."""
-        return [line for line in self.said().splitlines() if line.startswith("recr1: ")]
+    def read_lines(self) -> list[str]:
+        """Return what the ranks said in lines of ours."""
+        return [line for line in self.read_output().splitlines() if line.startswith("recr1: ")]
 
-    def state(self, rank: int) -> dict | None:
-        """This job's heartbeat of a rank, not an earlier one's."""
+    def read_state(self, rank: int) -> dict | None:
+        """Read this job's heartbeat of a rank, not an earlier one's."""
         state = heartbeat.read_heartbeat(self.folder / "heartbeats", rank)
-        return state if state and state["pid"] == self.pids[rank] else None
+        if state and state["pid"] == self.pids[rank]:
+            return state
+        return None
 
-    def reached(self, rank: int, phase: str, step: int) -> bool:
-        """Waits until the rank is in this phase of this step or has passed the step; False if the
+    def wait_for_phase(self, rank: int, phase: str, step: int) -> bool:
+        """Wait until the rank is in this phase of this step or has passed the step; False if the
         job ends first.
         """
         deadline = time.monotonic() + 60 * self.slow
-        while self.running() and time.monotonic() < deadline:
-            state = self.state(rank)
-            if state and (
-                state["step"] > step or state["step"] == step and state["phase"].split()[0] == phase
-            ):
+        while self.is_running() and time.monotonic() < deadline:
+            state = self.read_state(rank)
+            if state and has_reached(state, phase, step):
                 return True
             time.sleep(0.0005)
         return False
 
 
-def _rank(rank: int, ranks: int, port: int, argv: list[str], out: int, prepare) -> None:
+def has_reached(state: dict, phase: str, step: int) -> bool:
+    """Say whether a rank is in this phase of this step, or has passed the step."""
+    if state["step"] != step:
+        return state["step"] > step
+    return first_word(state["phase"]) == phase
+
+
+def first_word(phase: str) -> str:
+    """Return the phase without what it counts."""
+    word, *_ = phase.split()
+    return word
+
+
+def run_rank(rank: int, ranks: int, port: int, argv: list[str], out: int, prepare) -> None:
     code = 1
     try:
-        dies_with_parent()
+        die_with_parent()
         os.dup2(out, 1)
         os.dup2(out, 2)
-        sys.stdout, sys.stderr = (
-            open(n, "w", buffering=1, closefd=False, encoding="utf-8") for n in (1, 2)
-        )
+        sys.stdout = open_lines(1)
+        sys.stderr = open_lines(2)
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
@@ -137,50 +153,73 @@ def _rank(rank: int, ranks: int, port: int, argv: list[str], out: int, prepare) 
             prepare(rank)
         with signal_handlers():
             code = run_guarded(train.main, argv)
-    except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except SystemExit as exit:
+        code = exit.code
+        if not isinstance(code, int):
+            code = int(code is not None)
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(code)
 
 
-def forked(work) -> None:
-    """Runs work() in a process of its own: what this one must not do."""
+def open_lines(descriptor: int):
+    """Open it for writing line by line."""
+    return open(descriptor, "w", buffering=1, closefd=False, encoding="utf-8")
+
+
+def run_forked(work) -> None:
+    """Run work() in a process of its own: what this one must not do."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            dies_with_parent()
+            die_with_parent()
             work()
             code = 0
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(code)
-    assert os.waitpid(pid, 0)[1] == 0, "a helper process failed"
+    _, status = os.waitpid(pid, 0)
+    assert status == 0, "a helper process failed"
 
 
-def at_events(rank: int, act, step: int = 2) -> None:
-    """In this process, calls act(k, name) before the k-th file of this step's save is forced onto
+def watch_events(rank: int, act, step: int = 2) -> None:
+    """In this process, call act(k, name) before the k-th file of this step's save is forced onto
     the disk or gets its name.
     """
-    seen = [0]
+    count = 0
 
-    def watched(function, describe):
+    def watch(function, describe):
         def call(*args, **kwargs):
-            state = heartbeat._heartbeat and heartbeat._heartbeat.state
-            if state and state["phase"] == "save" and state["step"] == step:
-                seen[0] += 1
-                act(seen[0] - 1, describe(*args))
+            nonlocal count
+            if is_saving(step):
+                count += 1
+                act(count - 1, describe(*args))
             return function(*args, **kwargs)
 
         return call
 
-    os.fsync = watched(
-        os.fsync, lambda file: f"fsync {Path(os.readlink(f'/proc/self/fd/{file}')).name}"
-    )
-    os.replace = watched(os.replace, lambda a, b: f"rename to {Path(b).name}")
+    os.fsync = watch(os.fsync, describe_fsync)
+    os.replace = watch(os.replace, describe_rename)
+
+
+def is_saving(step: int) -> bool:
+    """Say whether this process is in the save of this step."""
+    if not heartbeat._heartbeat:
+        return False
+    state = heartbeat._heartbeat.state
+    return state["phase"] == "save" and state["step"] == step
+
+
+def describe_fsync(descriptor: int) -> str:
+    path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return f"fsync {path.name}"
+
+
+def describe_rename(source, target) -> str:
+    return f"rename to {Path(target).name}"
 
 
 # --- leaving no process behind ---
@@ -190,9 +229,9 @@ PARENTS_DEATH = 1
 SUBREAPER = 36
 
 
-def dies_with_parent() -> None:
-    """This forked process is killed when the one that forked it ends, however that ends; a Ctrl-C
-    in the terminal is that one's matter.
+def die_with_parent() -> None:
+    """Let this forked process be killed when the one that forked it ends, however that ends; a
+    Ctrl-C in the terminal is that one's matter.
     """
     ctypes.CDLL(None).prctl(PARENTS_DEATH, signal.SIGKILL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -200,21 +239,22 @@ def dies_with_parent() -> None:
 
 
 def end_all() -> None:
-    """Kills every process that this one has started, and what those have."""
+    """Kill every process that this one has started, and what those have."""
     while True:
         for children in Path("/proc/self/task").glob("*/children"):
-            for pid in map(int, children.read_text().split()):
-                os.kill(pid, signal.SIGKILL)
+            for pid in children.read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
         try:
-            if not os.waitpid(-1, os.WNOHANG)[0]:
-                time.sleep(0.01)
+            ended_pid, _ = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             return
+        if not ended_pid:
+            time.sleep(0.01)
 
 
 @contextmanager
 def none_left():
-    """A block that leaves no process behind; SIGTERM ends it as Ctrl-C does."""
+    """Run a block that leaves no process behind; SIGTERM ends it as Ctrl-C does."""
     # what torchrun has started is this process's child once torchrun is gone
     ctypes.CDLL(None).prctl(SUBREAPER, 1)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -7,11 +7,22 @@ import json
 import re
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
-from alone import Bench, Case, each, expect, logged, refused, said, spread
+from alone import (
+    Bench,
+    Case,
+    draw_cases,
+    expect,
+    expect_refusal,
+    read_log,
+    run_cases,
+    run_command,
+    write_rows,
+)
 from helpers import tiny_world
 from helpers.fuzz_answers import wrap
-from world import Outcome, World, result
+from world import Outcome, World, read_result
 
 from recr1 import cli, train
 from recr1.config import schema
@@ -31,250 +42,275 @@ FLAGS = {
     "rank_bm25": ("--retriever", "rank_bm25"),
     "a user's": ("--retriever", "shaky:overlap"),
 }
+CORPUS_SIZE = 40
 
 
-def empty(world: World, n: int) -> Iterator[Outcome]:
-    """Unknown words, no words, k beyond the corpus, a corpus without a word, ties."""
+def search_in_vain(world: World, n: int) -> Iterator[Outcome]:
+    """Search unknown words, no words, k beyond the corpus, a corpus without a word, ties."""
     bench = Bench(world, "searches")
-    nothing = [partial(_nothing_found, bench, name) for name in RETRIEVERS]
-    rest = [
-        partial(make, bench)
-        for make in (
-            _search_nothing,
-            _more_than_there_is,
-            _rewarded_beyond,
-            _empty_corpus,
-            _corpus_without_words,
-            _ties,
-            _ties_cut,
-            _ties_of_scorers,
-            _unjudged,
-        )
-    ]
-    return each(world, spread(world.rng, n, [*nothing, *rest]))
+    makers = [partial(find_nothing, bench, name) for name in RETRIEVERS]
+    for make in MAKERS:
+        makers.append(partial(make, bench))
+    cases = draw_cases(world.rng, n, makers)
+    return run_cases(world, cases)
 
 
-def unknown(rng, name: str) -> str:
-    """Return a text in which this retriever finds no word of the corpus; the user's knows no stop
+def draw_unknown(rng, name: str) -> str:
+    """Draw a text in which this retriever finds no word of the corpus; the user's knows no stop
     words.
     """
     letters = "".join(rng.choices("qxzvj", k=rng.randrange(5, 12)))
-    return rng.choice(
-        [
-            letters,
-            " ".join([letters, letters[::-1], letters]),
-            letters if name == "a user's" else "the of and a",
-            "?! ... --",
-            "🎬🎬 ☃",
-            "\u200d\u2060x\u0301z",
-            "(contents:" + letters + ")",
-            'AND OR NOT +-"*~^' + letters,
-            letters * 2_000,
-        ]
-    )
+    stop_words = letters if name == "a user's" else "the of and a"
+    texts = [
+        letters,
+        f"{letters} {letters[::-1]} {letters}",
+        stop_words,
+        "?! ... --",
+        "🎬🎬 ☃",
+        "\u200d\u2060x\u0301z",
+        f"(contents:{letters})",
+        f'AND OR NOT +-"*~^{letters}',
+        letters * 2_000,
+    ]
+    return rng.choice(texts)
 
 
-def _nothing_found(bench: Bench, name: str) -> Case:
-    text = unknown(bench.rng, name)
+def draw_product(rng) -> str:
+    colour = rng.choice(tiny_world.COLOURS)
+    thing = rng.choice(tiny_world.THINGS)
+    return f"{colour} {thing}"
 
-    def case():
-        _, run = bench.run_saying(
-            itertools.repeat(wrap(json.dumps({"query": text}))),
-            None,
-            *RETRIEVERS[name],
-            "reward.bonus=0.5",
-            "reward.miss=-0.25",
-        )
-        rows = logged(run)
+
+def answer_query(query: str) -> str:
+    return wrap(json.dumps({"query": query}))
+
+
+def find_nothing(bench: Bench, name: str) -> Case:
+    text = draw_unknown(bench.rng, name)
+    settings = [*RETRIEVERS[name], "reward.bonus=0.5", "reward.miss=-0.25"]
+
+    def check():
+        answers = itertools.repeat(answer_query(text))
+        _, run = bench.run_saying(answers, None, *settings)
+        rows = read_log(run)
         trained = [row for row in rows if "reward" in row]
-        expect(
-            trained
-            and all(row["reward"] == -0.25 and row["reward_terms"]["ndcg"] == 0 for row in trained),
-            f"{text[:80]!r} is rewarded: {trained[0]}",
-        )
-        expect(
-            all(row["error"] is None and row.get("ndcg", 0) == 0 for row in rows),
-            f"{text[:80]!r}: {rows[-1]}",
-        )
+        expect(trained, f"{text[:80]!r}: no completion was trained on")
+        for row in trained:
+            is_miss = row["reward"] == -0.25 and row["reward_terms"]["ndcg"] == 0
+            expect(is_miss, f"{text[:80]!r} is rewarded: {row}")
+        for row in rows:
+            is_plain_zero = row["error"] is None and row.get("ndcg", 0) == 0
+            expect(is_plain_zero, f"{text[:80]!r}: {row}")
 
-    return f"nothing found ({name})", case
+    return f"nothing found ({name})", check
 
 
-def _search(bench: Bench, corpus, query: str, *flags) -> list[str]:
-    """Ids of the hits that `recr1 search` prints."""
-    code, out, err = said(cli.main, ["search", "--corpus", corpus, query, *flags])
+def search_corpus(corpus: Path, query: str, *flags) -> list[str]:
+    """Return the ids of the hits that `recr1 search` prints."""
+    code, out, err = run_command(cli.main, ["search", "--corpus", corpus, query, *flags])
     expect(code == 0 and not err, f"search {query!r} ends with {code}: {err}")
     expect("no hits" in out or re.search(r"^ +1 ", out), out)
     return re.findall(r"^ *\d+ +-?[\d.]+  (\S+)  ", out, re.MULTILINE)
 
 
-def _search_nothing(bench: Bench) -> Case:
+def search_no_words(bench: Bench) -> Case:
     name = bench.rng.choice(sorted(FLAGS))
-    text = bench.rng.choice(["", " ", "\t\u3000", unknown(bench.rng, name)])
-    return f"search, no words ({name})", lambda: expect(
-        not (found := _search(bench, bench.data()["corpus"], text, *FLAGS[name])),
-        f"{text!r} finds {found}",
-    )
+    text = bench.rng.choice(["", " ", "\t\u3000", draw_unknown(bench.rng, name)])
+
+    def check():
+        corpus = bench.copy_data()["corpus"]
+        ids = search_corpus(corpus, text, *FLAGS[name])
+        expect(not ids, f"{text!r} finds {ids}")
+
+    return f"search, no words ({name})", check
 
 
-def _more_than_there_is(bench: Bench) -> Case:
+def search_for_more(bench: Bench) -> Case:
+    """More hits than there are documents."""
     name = bench.rng.choice(sorted(FLAGS))
-    k = bench.rng.randrange(41, 10**6)
-    query = f"{bench.rng.choice(tiny_world.COLOURS)} {bench.rng.choice(tiny_world.THINGS)}"
+    k = bench.rng.randrange(CORPUS_SIZE + 1, 10**6)
+    query = draw_product(bench.rng)
 
-    def case():
-        corpus = bench.data()["corpus"]
-        found = _search(bench, corpus, query, *FLAGS[name], "-k", k)
-        have = [json.loads(line) for line in corpus.read_text().splitlines()]
-        want = {
-            doc["id"]
-            for doc in have
-            if set(query.split()) & set(f"{doc['title']} {doc['text']}".split())
-        }
-        expect(
-            set(found) == want and len(found) == len(want),
-            f"{query!r}: {sorted(found)}, must be {sorted(want)}",
-        )
-        expect(
-            found == _search(bench, corpus, query, *FLAGS[name], "-k", 40), "the order depends on k"
-        )
+    def check():
+        corpus = bench.copy_data()["corpus"]
+        ids = search_corpus(corpus, query, *FLAGS[name], "-k", k)
+        want = find_sharing(corpus, query)
+        expect(sorted(ids) == sorted(want), f"{query!r}: {sorted(ids)}, must be {sorted(want)}")
+        cut = search_corpus(corpus, query, *FLAGS[name], "-k", CORPUS_SIZE)
+        expect(ids == cut, "the order depends on k")
 
-    return f"search, k {k} of 40 ({name})", case
+    return f"search, k {k} of 40 ({name})", check
 
 
-def _rewarded_beyond(bench: Bench) -> Case:
+def find_sharing(corpus: Path, query: str) -> set[str]:
+    """Return the ids of the documents that share a word with the query."""
+    query_words = set(query.split())
+    ids = set()
+    for doc in tiny_world.jsonl(corpus):
+        doc_words = f"{doc['title']} {doc['text']}".split()
+        if query_words.intersection(doc_words):
+            ids.add(doc["id"])
+    return ids
+
+
+def reward_beyond(bench: Bench) -> Case:
     """A ranking is no longer than the corpus, so k beyond it is k = the corpus."""
-    k = bench.rng.randrange(41, 5_000)
+    k = bench.rng.randrange(CORPUS_SIZE + 1, 5_000)
 
-    def case():
-        runs = [
-            result(bench.run(None, f"reward.k_train={k}", f"reward.k_eval={k}")[1]) for k in (40, k)
-        ]
-        for found in runs:
-            found["summary"].pop("metric")  # which has the k in its name
-        expect(runs[0] == runs[1], "the run is another one than with k = 40")
+    def check():
+        actual = reward_at(bench, k)
+        want = reward_at(bench, CORPUS_SIZE)
+        expect(actual == want, "the run is another one than with k = 40")
 
-    return f"reward at {k} of 40", case
+    return f"reward at {k} of 40", check
 
 
-def _corpus(bench: Bench, docs: list[dict]):
-    data = bench.data()
-    data["corpus"].write_text("".join(json.dumps(doc) + "\n" for doc in docs))
+def reward_at(bench: Bench, k: int) -> dict:
+    """Return what a run comes to, without the metric's name, which has the k in it."""
+    _, run = bench.run(None, f"reward.k_train={k}", f"reward.k_eval={k}")
+    values = read_result(run)
+    values["summary"].pop("metric")
+    return values
+
+
+def write_corpus(bench: Bench, docs: list[dict]) -> dict[str, Path]:
+    data = bench.copy_data()
+    write_rows(data["corpus"], docs)
     return data
 
 
-def _empty_corpus(bench: Bench) -> Case:
-    data = _corpus(bench, [])
+def empty_corpus(bench: Bench) -> Case:
+    data = write_corpus(bench, [])
+    corpus = data["corpus"]
     command = bench.rng.choice(["train", "search"])
-    argv = (
-        bench.argv(data)[0]
-        if command == "train"
-        else ["search", "--corpus", data["corpus"], "lamp"]
-    )
-    return f"empty corpus ({command})", lambda: refused(
-        train.main if command == "train" else cli.main, argv, data["corpus"], "empty"
-    )
+    main = cli.main
+    argv = ["search", "--corpus", corpus, "lamp"]
+    if command == "train":
+        main = train.main
+        argv, _ = bench.make_argv(data)
+
+    def check():
+        expect_refusal(main, argv, corpus, "empty")
+
+    return f"empty corpus ({command})", check
 
 
-def _corpus_without_words(bench: Bench) -> Case:
-    data = _corpus(
-        bench,
-        [
-            dict(id=f"d{i}", text=bench.rng.choice(["the of and", "?!", "a a a"]))
-            for i in range(bench.rng.randrange(1, 20))
-        ],
-    )
-    return "a corpus of no words", lambda: refused(
-        train.main, bench.argv(data)[0], data["corpus"], "token"
-    )
+def write_no_words(bench: Bench) -> Case:
+    count = bench.rng.randrange(1, 20)
+    docs = []
+    for i in range(count):
+        text = bench.rng.choice(["the of and", "?!", "a a a"])
+        docs.append(dict(id=f"d{i}", text=text))
+    data = write_corpus(bench, docs)
+
+    def check():
+        argv, _ = bench.make_argv(data)
+        expect_refusal(train.main, argv, data["corpus"], "token")
+
+    return "a corpus of no words", check
 
 
-def _same(bench: Bench) -> tuple[dict, list[str]]:
-    """A corpus whose documents say the same, in random order, and their ids ascending."""
-    ids = sorted({f"p{bench.rng.randrange(10**4)}" for _ in range(bench.rng.randrange(5, 400))})
-    return _corpus(
-        bench, [dict(id=id, text="red lamp") for id in bench.rng.sample(ids, len(ids))]
-    ), ids
+def write_ties(bench: Bench) -> tuple[Path, list[str]]:
+    """Write a corpus whose documents say the same, in random order. Return it and their ids,
+    ascending.
+    """
+    count = bench.rng.randrange(5, 400)
+    numbers = {bench.rng.randrange(10**4) for _ in range(count)}
+    ids = sorted(f"p{number}" for number in numbers)
+    shuffled = bench.rng.sample(ids, len(ids))
+    data = write_corpus(bench, [dict(id=id, text="red lamp") for id in shuffled])
+    return data["corpus"], ids
 
 
-def _ties(bench: Bench) -> Case:
-    (data, ids), name = _same(bench), bench.rng.choice(["bm25", "numba"])
-    return f"{len(ids)} ties ({name})", lambda: expect(
-        (found := _search(bench, data["corpus"], "lamp", *FLAGS[name], "-k", 1000)) == ids,
-        f"{found[:9]}, must be {ids[:9]}",
-    )
+def search_ties(bench: Bench) -> Case:
+    corpus, ids = write_ties(bench)
+    name = bench.rng.choice(["bm25", "numba"])
+
+    def check():
+        ranking = search_corpus(corpus, "lamp", *FLAGS[name], "-k", 1000)
+        expect(ranking == ids, f"{ranking[:9]}, must be {ids[:9]}")
+
+    return f"{len(ids)} ties ({name})", check
 
 
-def _ties_cut(bench: Bench) -> Case:
-    (data, ids), name = _same(bench), bench.rng.choice(["bm25", "numba"])
+def cut_ties(bench: Bench) -> Case:
+    corpus, ids = write_ties(bench)
+    name = bench.rng.choice(["bm25", "numba"])
     k = bench.rng.randrange(1, len(ids))
-    return f"{len(ids)} ties cut at {k} ({name})", lambda: expect(
-        (found := _search(bench, data["corpus"], "red", *FLAGS[name], "-k", k)) == ids[:k],
-        f"{found[:9]}, must be {ids[:9]}",
-    )
+
+    def check():
+        ranking = search_corpus(corpus, "red", *FLAGS[name], "-k", k)
+        expect(ranking == ids[:k], f"{ranking[:9]}, must be {ids[:9]}")
+
+    return f"{len(ids)} ties cut at {k} ({name})", check
 
 
-def _ties_of_scorers(bench: Bench) -> Case:
+def compare_scorers(bench: Bench) -> Case:
     """Groups of equal documents, queries alone and among others: every scorer gives one and the
     same ranking.
     """
     rng = bench.rng
-    data = _corpus(
-        bench,
-        [
-            dict(
-                id=f"p{i}", text=f"{rng.choice(tiny_world.COLOURS)} {rng.choice(tiny_world.THINGS)}"
-            )
-            for i in rng.sample(range(1000), 300)
-        ],
-    )
-    queries = [
-        " ".join(rng.choices(tiny_world.COLOURS + tiny_world.THINGS, k=2)) for _ in range(20)
-    ]
+    docs = []
+    for number in rng.sample(range(1000), 300):
+        docs.append(dict(id=f"p{number}", text=draw_product(rng)))
+    data = write_corpus(bench, docs)
+    queries = []
+    for _ in range(20):
+        words = rng.choices(tiny_world.COLOURS + tiny_world.THINGS, k=2)
+        queries.append(" ".join(words))
 
-    def case():
-        rankings = []
-        for scorer in ("torch", "numba"):
-            retriever, _ = build_retriever(schema.RetrieverConfig(scorer=scorer))(
-                data["corpus"], "stop", None, print
-            )
-            together = retriever.search(queries, 50)[0].tolist()
-            expect(
-                together == [retriever.search([query], 50)[0][0].tolist() for query in queries],
-                f"{scorer}: a query's hits depend on its neighbours",
-            )
-            rankings.append([[retriever.doc_ids[i] for i in row if i >= 0] for row in together])
-        expect(rankings[0] == rankings[1], "the scorers differ")
+    def check():
+        by_torch = rank_by(data["corpus"], "torch", queries)
+        by_numba = rank_by(data["corpus"], "numba", queries)
+        expect(by_torch == by_numba, "the scorers differ")
 
-    return "ties, both scorers", case
+    return "ties, both scorers", check
 
 
-def _unjudged(bench: Bench) -> Case:
+def rank_by(corpus: Path, scorer: str, queries: list[str]) -> list[list[str]]:
+    """Return each query's ranking, which must not depend on the queries beside it."""
+    build = build_retriever(schema.RetrieverConfig(scorer=scorer))
+    retriever, _ = build(corpus, "stop", None, print)
+    together, _ = retriever.search(queries, 50)
+    rankings = []
+    for query, rows in zip(queries, together.tolist(), strict=True):
+        alone, _ = retriever.search([query], 50)
+        expect(
+            [rows] == alone.tolist(),
+            f"{scorer}: a query's hits depend on its neighbours",
+        )
+        rankings.append([retriever.doc_ids[row] for row in rows if row >= 0])
+    return rankings
+
+
+def judge_nothing(bench: Bench) -> Case:
     """Queries without a relevant document score 0, and a run of nothing else has no gradient to
     follow.
     """
 
-    def case():
-        data = bench.data()
+    def check():
+        data = bench.copy_data()
         for split in ("train", "test"):
             file = data[f"{split}_qrels"]
-            file.write_text(re.sub(r"\t\d$", "\t0", file.read_text(), flags=re.MULTILINE))
-        rows = logged(
-            bench.run_saying(
-                (
-                    wrap(json.dumps({"query": f"red {thing}"}))
-                    for thing in itertools.cycle(tiny_world.THINGS)
-                ),
-                data,
-                "reward.miss=-0.5",
-            )[1]
-        )
-        expect(
-            all(
-                row["error"] is None and row.get("ndcg", 0) == 0 and row.get("reward", -0.5) == -0.5
-                for row in rows
-            ),
-            rows[0],
-        )
+            judgements = file.read_text()
+            file.write_text(re.sub(r"\t\d$", "\t0", judgements, flags=re.MULTILINE))
+        answers = [answer_query(f"red {thing}") for thing in tiny_world.THINGS]
+        _, run = bench.run_saying(itertools.cycle(answers), data, "reward.miss=-0.5")
+        for row in read_log(run):
+            is_miss = row.get("ndcg", 0) == 0 and row.get("reward", -0.5) == -0.5
+            expect(row["error"] is None and is_miss, row)
 
-    return "no relevant document", case
+    return "no relevant document", check
+
+
+MAKERS = (
+    search_no_words,
+    search_for_more,
+    reward_beyond,
+    empty_corpus,
+    write_no_words,
+    search_ties,
+    cut_ties,
+    compare_scorers,
+    judge_nothing,
+)

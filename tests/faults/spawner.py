@@ -18,13 +18,11 @@ import sys
 import nltk.stem.porter  # noqa: F401
 import torch.distributed.distributed_c10d  # noqa: F401
 import transformers.models.auto.tokenization_auto  # noqa: F401
-from jobs import dies_with_parent
-
-# noqa: F401
+from jobs import die_with_parent
 
 
-def serve() -> list[str]:
-    """Starts the jobs that come on stdin. Returns in the ranks alone: what a rank is to run."""
+def serve_jobs() -> list[str]:
+    """Start the jobs that come on stdin. Return in the ranks alone: what a rank is to run."""
     for line in sys.stdin:
         job = json.loads(line)
         with socket.socket() as s:
@@ -37,13 +35,18 @@ def serve() -> list[str]:
                 become_rank(rank, job["ranks"], port, job["output"])
                 return job["argv"]
             pids.append(pid)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        codes = [wait_for_code(pid) for pid in pids]
         print(json.dumps(codes), flush=True)
     sys.exit(0)
 
 
+def wait_for_code(pid: int) -> int:
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
 def become_rank(rank: int, ranks: int, port: int, output: str) -> None:
-    dies_with_parent()
+    die_with_parent()
     out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(out, 1)
     os.dup2(out, 2)
@@ -59,7 +62,7 @@ def become_rank(rank: int, ranks: int, port: int, output: str) -> None:
 
 
 if __name__ == "__main__":
-    arguments = serve()
+    arguments = serve_jobs()
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import tiny_world
-from jobs import Job, at_events, forked
+from jobs import Job, run_forked, watch_events
 
 STEPS = 6
 RANKS = 2
@@ -52,6 +52,10 @@ class Outcome:
     note: str = ""
     seconds: float | None = None  # until every rank had ended, where that is the question
 
+    def lose(self, note: str) -> None:
+        self.verdict = "lost"
+        self.note = note
+
 
 class World:
     """Config, policy and data in `folder`, and the result of an undisturbed run."""
@@ -65,109 +69,118 @@ class World:
         # the undisturbed run as it was after its last save
         self.config = str(folder / "config.yaml")
         self.unfinished = folder / "unfinished"
-        forked(lambda: tiny_world.write_yaml(folder, **SETTINGS))
+        run_forked(lambda: tiny_world.write_yaml(folder, **SETTINGS))
         start = time.monotonic()
-        self.want = self.undisturbed()
+        self.want = self.run_undisturbed()
         self.slow = max(1.0, (time.monotonic() - start) / USUAL)
 
-    def events(self) -> dict[int, list[str]]:
-        """{rank: what a save forces onto the disk and renames, in this order}, from the undisturbed
-        run.
+    def read_events(self) -> dict[int, list[str]]:
+        """Return {rank: what a save forces onto the disk and renames, in this order}, from the
+        undisturbed run.
         """
-        return {
-            rank: (self.folder / f"events{rank}").read_text().splitlines() for rank in range(RANKS)
-        }
+        events = {}
+        for rank in range(RANKS):
+            text = (self.folder / f"events{rank}").read_text()
+            events[rank] = text.splitlines()
+        return events
 
     @property
     def limit(self) -> float:
         return LIMIT * self.slow
 
-    def undisturbed(self, *more: str) -> dict:
-        """What this run comes to, made once."""
-        if more not in self.results:
-            run = self.fresh()
-            job = self.start(run, *more, prepare=self._trace)
-            codes = job.wait(self.limit)
-            assert codes == [0] * RANKS, (
-                f"the undisturbed run {more} ends with {codes}:\n{job.said()}"
-            )
-            self.results[more] = result(run)
-            if not more:
-                shutil.copytree(
-                    run,
-                    self.unfinished,
-                    ignore=shutil.ignore_patterns("summary.json", "eval_after.jsonl"),
-                )
-                shutil.rmtree(self.unfinished / "model")
+    def run_undisturbed(self, *more: str) -> dict:
+        """Return what this run comes to, made once."""
+        if more in self.results:
+            return self.results[more]
+        run = self.choose_folder()
+        job = self.start(run, *more, prepare=self._trace_events)
+        codes = job.wait(self.limit)
+        note = f"the undisturbed run {more} ends with {codes}:\n{job.read_output()}"
+        assert codes == [0] * RANKS, note
+        self.results[more] = read_result(run)
+        if not more:
+            unsaved = shutil.ignore_patterns("summary.json", "eval_after.jsonl")
+            shutil.copytree(run, self.unfinished, ignore=unsaved)
+            shutil.rmtree(self.unfinished / "model")
         return self.results[more]
 
-    def _trace(self, rank: int) -> None:
+    def _trace_events(self, rank: int) -> None:
         path = self.folder / f"events{rank}"
         path.unlink(missing_ok=True)
-        at_events(rank, lambda k, name: open(path, "a").write(f"{name}\n"))
 
-    def fresh(self) -> Path:
-        """The folder of a new run; the one before is removed."""
+        def write_event(number: int, name: str) -> None:
+            with open(path, "a") as file:
+                file.write(f"{name}\n")
+
+        watch_events(rank, write_event)
+
+    def choose_folder(self) -> Path:
+        """Return the folder of a new run; the one before is removed."""
         shutil.rmtree(self.folder / f"run{self.runs}", ignore_errors=True)
         self.runs += 1
         return self.folder / f"run{self.runs}"
 
     def start(self, run: Path, *more: str, ranks: int = RANKS, prepare=None) -> Job:
-        return Job(
-            [
-                self.config,
-                f"run.collective_timeout={round(PATIENCE * self.slow)}",
-                *more,
-                f"run.dir={run}",
-            ],
-            ranks,
-            prepare,
-            self.slow,
-        )
+        patience = round(PATIENCE * self.slow)
+        settings = [f"run.collective_timeout={patience}", *more, f"run.dir={run}"]
+        return Job([self.config, *settings], ranks, prepare, self.slow)
 
     def finish(self, run: Path, *more: str) -> tuple[Job, str, str]:
-        """The same command again, left alone: (job, verdict, note)."""
+        """Run the same command again, left alone; return (job, verdict, note)."""
         job = self.start(run, *more)
-        return job, *self.judge(run, job, job.wait(self.limit))
+        codes = job.wait(self.limit)
+        verdict, note = self.judge(run, job, codes)
+        return job, verdict, note
 
     def judge(
         self, run: Path, job: Job, codes: list[int] | None, want: dict | None = None
     ) -> tuple[str, str]:
-        """(verdict, note) of a job that was to finish the run; want: another than the world's."""
+        """Return (verdict, note) of a job that was to finish the run; want: another than the
+        world's.
+        """
         want = want or self.want
         if codes != [0] * RANKS:
-            return "lost", f"exit codes {codes}: {job.said()[-1500:]}"
-        now = result(run)
-        wrong = [name for name in want if now[name] != want[name]]
-        return ("silent", f"differs in {', '.join(wrong)}") if wrong else ("survived", "")
+            return "lost", f"exit codes {codes}: {job.read_output()[-1500:]}"
+        actual = read_result(run)
+        wrong = [name for name in want if actual[name] != want[name]]
+        if wrong:
+            return "silent", f"differs in {', '.join(wrong)}"
+        return "survived", ""
 
 
-def result(run: Path) -> dict:
-    """All that a run is to come to, whatever happened on the way."""
-
-    def plain(row: dict) -> dict:
-        return {key: value for key, value in row.items() if key not in OTHERWISE}
-
-    def rows(path: Path) -> list[dict]:
-        return (
-            [plain(json.loads(line)) for line in path.read_bytes().split(b"\n")[:-1]]
-            if path.exists()
-            else []
-        )
-
+def read_result(run: Path) -> dict:
+    """Return all that a run is to come to, whatever happened on the way."""
     weights = run / "model/model.safetensors"
-    return dict(
-        weights=hashlib.sha256(weights.read_bytes()).hexdigest() if weights.exists() else None,
-        metrics=rows(run / "metrics.jsonl"),
-        rollouts=gzip.decompress((run / "rollouts.jsonl.gz").read_bytes())
-        if (run / "rollouts.jsonl.gz").exists()
-        else None,
-        scores=rows(run / "eval_before.jsonl") + rows(run / "eval_after.jsonl"),
-        summary=plain(json.loads((run / "summary.json").read_text())),
-    )
+    rollouts = run / "rollouts.jsonl.gz"
+    values = dict(weights=None, rollouts=None)
+    if weights.exists():
+        values["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if rollouts.exists():
+        values["rollouts"] = gzip.decompress(rollouts.read_bytes())
+    values["metrics"] = read_plain_rows(run / "metrics.jsonl")
+    values["scores"] = read_plain_rows(run / "eval_before.jsonl")
+    values["scores"] += read_plain_rows(run / "eval_after.jsonl")
+    summary = json.loads((run / "summary.json").read_text())
+    values["summary"] = drop_otherwise(summary)
+    return values
 
 
-def checkpoints(run: Path) -> list[str]:
-    """Names in its folder of checkpoints, the partial ones too."""
+def read_plain_rows(path: Path) -> list[dict]:
+    """Read all whole lines of a file, without what two equal runs differ in."""
+    if not path.exists():
+        return []
+    *lines, _ = path.read_bytes().split(b"\n")
+    return [drop_otherwise(json.loads(line)) for line in lines]
+
+
+def drop_otherwise(row: dict) -> dict:
+    """Drop what two equal runs differ in."""
+    return {key: value for key, value in row.items() if key not in OTHERWISE}
+
+
+def list_checkpoints(run: Path) -> list[str]:
+    """Return the names in its folder of checkpoints, the partial ones too."""
     folder = run / "checkpoints"
-    return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir())
