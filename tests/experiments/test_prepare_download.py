@@ -13,6 +13,7 @@ from helpers.prepared import refused, script
 download = script("download")
 DATA = bytes(range(256)) * 4000  # 1,024,000 bytes
 SHA = hashlib.sha256(DATA).hexdigest()
+RESUMES = "the connection ended at 2,000 of 1,024,000 bytes; the same command goes on from there"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -54,16 +55,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as s:
-        s.data, s.cut, s.cuts, s.etag, s.status, s.sized, s.linked, s.asked = (
-            DATA,
-            None,
-            [],
-            '"one"',
-            None,
-            True,
-            SHA,
-            [],
-        )
+        s.data = DATA
+        s.cut = None
+        s.cuts = []
+        s.etag = '"one"'
+        s.status = None
+        s.sized = True
+        s.linked = SHA
+        s.asked = []
         s.url = f"http://127.0.0.1:{s.server_address[1]}"
         threading.Thread(target=s.serve_forever, daemon=True).start()
         yield s
@@ -75,56 +74,51 @@ def fetch(server, tmp_path):
     """Fetches /file (or another path) as `got`; the path of the file."""
 
     def fetch(path="/file", source=None, **published):
-        (found,), _ = download.fetch_files(
-            [download.Remote("got", server.url + path, **published)],
-            Namespace(downloads=tmp_path / "down", source=source),
-        )
-        return found
+        remote = download.Remote("got", server.url + path, **published)
+        args = Namespace(downloads=tmp_path / "down", source=source)
+        [fetched], _ = download.fetch_files([remote], args)
+        return fetched
 
     return fetch
 
 
-def there(tmp_path) -> dict[str, int]:
+def list_sizes(tmp_path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in (tmp_path / "down").iterdir()}
 
 
 def test_whole_and_then_not_again(server, fetch, tmp_path):
     for _ in range(2):
         assert fetch(size=len(DATA), sha256=SHA).read_bytes() == DATA
-    assert there(tmp_path) == {"got": len(DATA)}
+    assert list_sizes(tmp_path) == {"got": len(DATA)}
     assert len(server.asked) == 1
 
 
 def test_every_cut_goes_on_where_it_was(server, fetch, tmp_path):
     server.cut = 300_000
     assert fetch(sha256=SHA).read_bytes() == DATA
-    assert [a.get("Range") for a in server.asked] == [
-        None,
-        "bytes=300000-",
-        "bytes=600000-",
-        "bytes=900000-",
-    ]
-    assert {a.get("If-Range") for a in server.asked[1:]} == {'"one"'}
-    assert there(tmp_path) == {"got": len(DATA)}
+    ranges = [headers.get("Range") for headers in server.asked]
+    assert ranges == [None, "bytes=300000-", "bytes=600000-", "bytes=900000-"]
+    for headers in server.asked[1:]:
+        assert headers["If-Range"] == '"one"'
+    assert list_sizes(tmp_path) == {"got": len(DATA)}
 
 
 def test_a_truncated_download_is_one_line_and_the_same_command_resumes(
     server, fetch, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(
-        script("amazon_c4"), "FILES", [download.Remote("got", f"{server.url}/file", sha256=SHA)] * 2
-    )
-    server.cuts, server.cut = [1000, 1000], 0
+    remote = download.Remote("got", f"{server.url}/file", sha256=SHA)
+    monkeypatch.setattr(script("amazon_c4"), "FILES", [remote, remote])
+    server.cuts = [1000, 1000]
+    server.cut = 0
     said = refused(capsys, "amazon_c4", tmp_path / "out", "--downloads", tmp_path / "down")
-    assert (
-        "the connection ended at 2,000 of 1,024,000 bytes; the same command goes on from there"
-        in said
-    )
+    assert RESUMES in said
     assert "HTTPS_PROXY" in said
     assert "--from" in said
-    assert there(tmp_path)["got.part"] == 2000
-    assert "got" not in there(tmp_path)
-    server.cut, server.asked[:] = None, []
+    assert list_sizes(tmp_path)["got.part"] == 2000
+    assert "got" not in list_sizes(tmp_path)
+
+    server.cut = None
+    server.asked.clear()
     assert fetch(sha256=SHA).read_bytes() == DATA
     assert server.asked[0]["Range"] == "bytes=2000-"
 
@@ -152,7 +146,7 @@ def test_the_hubs_hash_is_taken_from_the_redirect(server, fetch, tmp_path):
         download.PrepareError, match="its sha256 is .* was published; it was deleted: run again"
     ):
         fetch("/hub")
-    assert there(tmp_path) == {}
+    assert list_sizes(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
@@ -179,7 +173,7 @@ def test_what_cannot_be_fetched(server, fetch, tmp_path, change, published, why)
     with pytest.raises(download.PrepareError, match=why) as e:
         fetch(**published)
     assert "\n" not in str(e.value)
-    assert "got" not in there(tmp_path)
+    assert "got" not in list_sizes(tmp_path)
 
 
 def test_nobody_answers(server, fetch):
