@@ -29,12 +29,20 @@ LONGEST = [
     "test_many_rollouts",
 ]
 
+POSITIONS = {}
+for index, name in enumerate(LONGEST):
+    POSITIONS[name] = index
+
 # Behind everything else, and without tests/faults: its modules have common names (values, inputs).
-for folder in sorted({path.parent for path in TESTS.rglob("test_*.py")}):
+FOLDERS = {path.parent for path in TESTS.rglob("test_*.py")}
+for folder in sorted(FOLDERS):
     sys.path.append(str(folder))
 
 
 def pytest_collection_modifyitems(items):
     """Sort stably: inside a file, and among the other files, the tests stay as they were found."""
-    place = {name: index for index, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: place.get(item.path.stem, len(place)))
+    items.sort(key=get_position)
+
+
+def get_position(item) -> int:
+    return POSITIONS.get(item.path.stem, len(LONGEST))

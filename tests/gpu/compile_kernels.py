@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for GPUs this machine lacks and prints, as one line of JSON, what
+"""Compile every Triton kernel for GPUs this machine lacks and print, as one line of JSON, what
 the machine code holds, and how many times the token kernel would be compiled over batches of
 different lengths. Run by test_kernels.py.
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,186 +32,186 @@ I = "*i64"
 H = "*bf16"
 LOSS = dict(inverse="fp32", low="fp32", high="fp32", kl="fp32", cap="fp32")
 TOKEN = dict(old_logp=F, ref_logp=F, sampler_logp=F, rollout=I, weight=F, advantages=F)
+FIRST_STEP = dict(old_logp=None, ref_logp=None)
 FLAGS = dict(CISPO=False, CAPPED=True)
+GRADIENT = dict(logits=H, target=I, logsumexp=F, grad_logp=F, temperature="fp32", STRIDE="i32")
+ENTROPY = dict(entropy=F, grad_entropy=F)
+NO_ENTROPY = dict(entropy=None, grad_entropy=None)
+SAMPLE = dict(ids=I, logp=F, truncated_mass=F, temperature="fp32", top_p="fp32")
+LENGTHS = [1, 2, 15, 16, 17, 1000, 4096, 65536]
 
 head = logprob.get_kernels()
 group = group_loss.get_kernels()
-CASES = {  # name: kernel, types of its arguments, constants, warps
-    "statistics": (
-        head.statistics_kernel,
-        dict(logits=H, target=I, logp=F, entropy=F, logsumexp=F, temperature="fp32"),
-        dict(V=V, STRIDE=STRIDE, TILE=8192),
-        8,
+sampler = sample_token.get_kernels()
+
+
+class Case(NamedTuple):
+    kernel: object
+    types: dict  # of the arguments
+    constants: dict
+    warps: int
+
+
+CASES = {}
+CASES["statistics"] = Case(
+    head.statistics_kernel,
+    dict(logits=H, target=I, logp=F, entropy=F, logsumexp=F, temperature="fp32"),
+    dict(V=V, STRIDE=STRIDE, TILE=8192),
+    8,
+)
+CASES["gradient"] = Case(
+    head.gradient_kernel,
+    GRADIENT,
+    dict(**NO_ENTROPY, TILE=4096),
+    4,
+)
+CASES["gradient with entropy"] = Case(
+    head.gradient_kernel,
+    GRADIENT | ENTROPY,
+    dict(TILE=4096),
+    4,
+)
+CASES["tokens"] = Case(
+    group.token_kernel,
+    dict(logp=F, **TOKEN, grad_logp=F, sums=F, N="i32", **LOSS),
+    dict(**FLAGS, TILE=1024),
+    4,
+)
+CASES["tokens, first step"] = Case(
+    group.token_kernel,
+    dict(
+        logp=F,
+        sampler_logp=F,
+        rollout=I,
+        weight=F,
+        advantages=F,
+        grad_logp=F,
+        sums=F,
+        N="i32",
+        **LOSS,
     ),
-    "gradient": (
-        head.gradient_kernel,
-        dict(logits=H, target=I, logsumexp=F, grad_logp=F, temperature="fp32", STRIDE="i32"),
-        dict(entropy=None, grad_entropy=None, TILE=4096),
-        4,
-    ),
-    "gradient with entropy": (
-        head.gradient_kernel,
-        dict(
-            logits=H,
-            target=I,
-            logsumexp=F,
-            grad_logp=F,
-            entropy=F,
-            grad_entropy=F,
-            temperature="fp32",
-            STRIDE="i32",
-        ),
-        dict(TILE=4096),
-        4,
-    ),
-    "tokens": (
-        group.token_kernel,
-        dict(logp=F, **TOKEN, grad_logp=F, sums=F, N="i32", **LOSS),
-        dict(**FLAGS, TILE=1024),
-        4,
-    ),
-    "tokens, first step": (
-        group.token_kernel,
-        dict(
-            logp=F,
-            sampler_logp=F,
-            rollout=I,
-            weight=F,
-            advantages=F,
-            grad_logp=F,
-            sums=F,
-            N="i32",
-            **LOSS,
-        ),
-        dict(old_logp=None, ref_logp=None, CISPO=False, CAPPED=False, TILE=1024),
-        4,
-    ),
-    "joined": (
-        group.joined_kernel,
-        dict(logits=H, target=I, **TOKEN, logp=F, entropy=F, sums=F, temperature="fp32", **LOSS),
-        dict(**FLAGS, V=V, STRIDE=STRIDE, TILE=8192),
-        32,
-    ),
-    **{
-        f"choose {name}": (
-            sample_token.get_kernels().sample_token_kernel,
-            dict(
-                logits=kind,
-                **({} if greedy else dict(uniforms=D)),
-                ids=I,
-                logp=F,
-                truncated_mass=F,
-                temperature="fp32",
-                top_p="fp32",
-            ),
-            dict(
-                V=V, STRIDE=STRIDE, BITS=bits, TILE=8192, **(dict(uniforms=None) if greedy else {})
-            ),
-            8,
-        )
-        for name, kind, bits, greedy in (
-            ("greedy", H, 0, True),
-            ("bf16", H, 0, False),
-            ("float32", F, 0, False),
-            ("nucleus, bf16", H, 16, False),
-            ("nucleus, float32", F, 32, False),
-        )
-    },
-    "advantage": (
-        group.advantage_kernel,
-        dict(rewards=F, advantages=F, floor="fp32"),
-        dict(G=12, OTHERS=11, TILE=16, KIND=0),
-        4,
-    ),
+    dict(**FIRST_STEP, CISPO=False, CAPPED=False, TILE=1024),
+    4,
+)
+CASES["joined"] = Case(
+    group.joined_kernel,
+    dict(logits=H, target=I, **TOKEN, logp=F, entropy=F, sums=F, temperature="fp32", **LOSS),
+    dict(**FLAGS, V=V, STRIDE=STRIDE, TILE=8192),
+    32,
+)
+CASES["choose greedy"] = Case(
+    sampler.sample_token_kernel,
+    dict(logits=H, **SAMPLE),
+    dict(V=V, STRIDE=STRIDE, BITS=0, TILE=8192, uniforms=None),
+    8,
+)
+# logits, bits of the nucleus' threshold
+SAMPLERS = {
+    "choose bf16": (H, 0),
+    "choose float32": (F, 0),
+    "choose nucleus, bf16": (H, 16),
+    "choose nucleus, float32": (F, 32),
 }
-
-
-def compiled(kernel, types: dict, constants: dict, warps: int, capability: int):
-    # as the launcher would: pointers of torch's allocator and strides are multiples of 16, and N is
-    # not specialized
-    whole = [name for name, kind in types.items() if kind.startswith("*") or name == "STRIDE"]
-    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in whole}
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(k),): v for k, v in constants.items()},
-        attrs=attrs,
+for name, (logits, bits) in SAMPLERS.items():
+    CASES[name] = Case(
+        sampler.sample_token_kernel,
+        dict(logits=logits, uniforms=D, **SAMPLE),
+        dict(V=V, STRIDE=STRIDE, BITS=bits, TILE=8192),
+        8,
     )
-    return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
-    )
+CASES["advantage"] = Case(
+    group.advantage_kernel,
+    dict(rewards=F, advantages=F, floor="fp32"),
+    dict(G=12, OTHERS=11, TILE=16, KIND=0),
+    4,
+)
 
 
-def measured(binary) -> dict:
+def compile_case(case: Case, capability: int):
+    """Compile a kernel as its launcher would: pointers of torch's allocator and strides are
+    multiples of 16, and N is not specialized.
+    """
+    position = case.kernel.arg_names.index
+    signature = {}
+    attributes = {}
+    for name in case.kernel.arg_names:
+        kind = case.types.get(name, "constexpr")
+        signature[name] = kind
+        is_pointer = kind.startswith("*")
+        is_stride = name == "STRIDE" and name in case.types
+        if is_pointer or is_stride:
+            attributes[(position(name),)] = [["tt.divisibility", 16]]
+    constants = {(position(name),): value for name, value in case.constants.items()}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": case.warps})
+
+
+def measure_code(binary) -> dict:
+    """Count what the machine code holds."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        code = subprocess.run(
-            [TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    [registers], [stack], [local] = (
-        re.findall(rf"\b{name}:(\d+)", usage) for name in ("REG", "STACK", "LOCAL")
-    )
+        usage = run_tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = run_tool("nvdisasm", "-c", file.name)
+    ptx = binary.asm["ptx"]
     return dict(
-        registers=int(registers),
-        spills=int(stack) + int(local),
+        registers=read_usage("REG", usage),
+        spills=read_usage("STACK", usage) + read_usage("LOCAL", usage),
         shared=binary.metadata.shared,
-        rounded=len(re.findall(r"cvt\.rn\.bf16", binary.asm["ptx"])),
-        cut=len(re.findall(r"cvt\.r[zmp]i?\.bf16", binary.asm["ptx"])),
-        wide_loads=len(re.findall(r"\bLDG\S*\.128", code)),
-        wide_stores=len(re.findall(r"\bSTG\S*\.128", code)),
+        rounded=count_matches(r"cvt\.rn\.bf16", ptx),
+        cut=count_matches(r"cvt\.r[zmp]i?\.bf16", ptx),
+        wide_loads=count_matches(r"\bLDG\S*\.128", code),
+        wide_stores=count_matches(r"\bSTG\S*\.128", code),
     )
 
 
-def variants(lengths) -> int:
-    """Different keys under which the launcher would look for `tokens`."""
-    bind = create_function_from_signature(
-        group.token_kernel.signature,
-        group.token_kernel.params,
-        make_backend(GPUTarget("cuda", 90, 32)),
-    )
-    x = torch.zeros(16)
+def run_tool(name: str, *arguments: str) -> str:
+    """Return what a tool that comes with Triton prints."""
+    command = [TOOLS / name, *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    return process.stdout
+
+
+def read_usage(name: str, usage: str) -> int:
+    """Read the figure of that name, of which there must be one."""
+    [number] = re.findall(rf"\b{name}:(\d+)", usage)
+    return int(number)
+
+
+def count_matches(pattern: str, text: str) -> int:
+    matches = re.findall(pattern, text)
+    return len(matches)
+
+
+def count_variants(lengths: list[int]) -> int:
+    """Count the different keys under which the launcher would look for `tokens`."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    kernel = group.token_kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    tensor = torch.zeros(16)
     index = torch.zeros(16, dtype=torch.int64)
-    return len(
-        {
-            str(
-                bind(
-                    x,
-                    None,
-                    None,
-                    x,
-                    index,
-                    x,
-                    x,
-                    x,
-                    x,
-                    N,
-                    0.1,
-                    0.8,
-                    1.2,
-                    0.0,
-                    0.0,
-                    False,
-                    False,
-                    TILE=1024,
-                )[1]
-            )
-            for N in lengths
-        }
-    )
+    # in the kernel's order: logp, TOKEN's without old and reference, grad_logp, sums
+    tensors = (tensor, None, None, tensor, index, tensor, tensor, tensor, tensor)
+    loss = (0.1, 0.8, 1.2, 0.0, 0.0)
+    flags = (False, False)
+    keys = set()
+    for length in lengths:
+        _, key, *_ = bind(*tensors, length, *loss, *flags, TILE=1024)
+        keys.add(str(key))
+    return len(keys)
+
+
+def main() -> None:
+    capabilities = [int(argument) for argument in sys.argv[1:]]
+    code = {}
+    for name, case in CASES.items():
+        for capability in capabilities:
+            binary = compile_case(case, capability)
+            code[f"{name} sm_{capability}"] = measure_code(binary)
+    code["variants"] = count_variants(LENGTHS)
+    print(json.dumps(code))
 
 
 if __name__ == "__main__":
-    code = {
-        f"{name} sm_{sm}": measured(compiled(*case, sm))
-        for name, case in CASES.items()
-        for sm in map(int, sys.argv[1:])
-    }
-    print(json.dumps(code | {"variants": variants([1, 2, 15, 16, 17, 1000, 4096, 65536])}))
+    main()

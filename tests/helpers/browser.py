@@ -21,11 +21,32 @@ NAMES = (
     "headless_shell",
     "msedge",
 )
+# no sandbox: inside containers there is none to be had
+FLAGS = (
+    "--headless=new",
+    "--remote-debugging-pipe",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--no-default-browser-check",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--hide-scrollbars",
+)
+DOMAINS = ("Page", "Runtime", "Network", "Log")
+# the descriptors from which the browser reads commands, and to which it writes answers
+COMMANDS = 3
+ANSWERS = 4
 
 
 def installed() -> str | None:
-    """The first browser of NAMES on PATH."""
-    return next((path for name in NAMES if (path := shutil.which(name))), None)
+    """Return the path of the first browser of NAMES on PATH, None without one."""
+    for name in NAMES:
+        path = shutil.which(name)
+        if path:
+            return path
+    return None
 
 
 class Browser:
@@ -40,50 +61,43 @@ class Browser:
         self.profile = tempfile.TemporaryDirectory(
             prefix="recr1-browser-", ignore_cleanup_errors=True
         )
-        (read, self.write), (self.read, write) = os.pipe(), os.pipe()
-        # it reads commands from descriptor 3 and writes to 4; no sandbox: inside containers there
-        # is none to be had
-        flags = (
-            "--headless=new",
-            "--remote-debugging-pipe",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-dev-shm-usage",
-            "--no-first-run",
-            "--no-default-browser-check",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--hide-scrollbars",
-            f"--user-data-dir={self.profile.name}",
-            "about:blank",
-        )
+        read, self.write = os.pipe()
+        self.read, write = os.pipe()
+        self.process = self._start(path, read, write)
+
+        target = self.call("Target.createTarget", url="about:blank")
+        session = self.call("Target.attachToTarget", targetId=target["targetId"], flatten=True)
+        self.session = session["sessionId"]
+        for domain in DOMAINS:
+            self.call(f"{domain}.enable")
+
+    def _start(self, path: str, read: int, write: int) -> subprocess.Popen:
+        """Start the process on its ends of the two pipes, and close them in this one."""
         # neither may stand where the other is to go
-        low, high = (os.dup(fd) if fd in (3, 4) else fd for fd in (read, write))
+        low = _avoid_targets(read)
+        high = _avoid_targets(write)
+
+        def connect_pipes():
+            os.dup2(low, 63)
+            os.dup2(high, 62)
+            os.dup2(63, COMMANDS)
+            os.dup2(62, ANSWERS)
+            os.set_inheritable(COMMANDS, True)
+            os.set_inheritable(ANSWERS, True)
+
+        command = [path, *FLAGS, f"--user-data-dir={self.profile.name}", "about:blank"]
         try:
-            self.process = subprocess.Popen(
-                [path, *flags],
+            return subprocess.Popen(
+                command,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 close_fds=False,
                 pass_fds=(),
-                preexec_fn=lambda: (
-                    os.dup2(low, 63),
-                    os.dup2(high, 62),
-                    os.dup2(63, 3),
-                    os.dup2(62, 4),
-                    os.set_inheritable(3, True),
-                    os.set_inheritable(4, True),
-                ),
+                preexec_fn=connect_pipes,
             )
         finally:
-            for fd in {read, write, low, high}:
-                os.close(fd)
-        target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
-            "sessionId"
-        ]
-        for domain in ("Page", "Runtime", "Network", "Log"):
-            self.call(f"{domain}.enable")
+            for descriptor in {read, write, low, high}:
+                os.close(descriptor)
 
     def __enter__(self):
         return self
@@ -91,92 +105,101 @@ class Browser:
     def __exit__(self, *error):
         self.process.kill()
         self.process.wait()
-        os.close(self.read), os.close(self.write)
+        os.close(self.read)
+        os.close(self.write)
         self.profile.cleanup()
 
     def call(self, method: str, **params) -> dict:
-        """One command and its result. Raises RuntimeError for a refusal, TimeoutError when no
-        answer comes.
+        """Send one command and return its result.
+
+        Raises RuntimeError for a refusal, TimeoutError when no answer comes.
         """
         self.number += 1
-        message = dict(id=self.number, method=method, params=params) | (
-            dict(sessionId=self.session) if self.session else {}
-        )
-        os.write(self.write, json.dumps(message).encode() + b"\0")
+        message = dict(id=self.number, method=method, params=params)
+        if self.session:
+            message["sessionId"] = self.session
+        line = json.dumps(message).encode()
+        os.write(self.write, line + b"\0")
+
         deadline = time.monotonic() + self.limit
         while True:
-            answer = self._next(deadline)
+            answer = self._receive(deadline)
             if answer.get("id") == self.number:
-                if "error" in answer:
-                    raise RuntimeError(f"{method}: {answer['error']['message']}")
-                return answer["result"]
-            self.events.append((answer.get("method"), answer.get("params", {})))
+                break
+            event = (answer.get("method"), answer.get("params", {}))
+            self.events.append(event)
+        if "error" in answer:
+            raise RuntimeError(f"{method}: {answer['error']['message']}")
+        return answer["result"]
 
-    def _next(self, deadline: float) -> dict:
+    def _receive(self, deadline: float) -> dict:
+        """Read the next message of the browser: an answer or an event."""
         while b"\0" not in self.rest:
-            if not select.select([self.read], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            seconds = max(0.0, deadline - time.monotonic())
+            readable, _, _ = select.select([self.read], [], [], seconds)
+            if not readable:
                 raise TimeoutError(f"the browser did not answer within {self.limit:g} s")
-            part = os.read(self.read, 1 << 20)
-            if not part:
+            data = os.read(self.read, 1 << 20)
+            if not data:
                 raise RuntimeError("the browser is gone")
-            self.rest += part
+            self.rest += data
         line, _, self.rest = self.rest.partition(b"\0")
         return json.loads(line)
 
     def open(self, url: str) -> None:
-        """Loads a page and waits until its script says that it is ready (<html data-ready>), or the
+        """Load a page and wait until its script says that it is ready (<html data-ready>), or the
         time is over.
         """
         self.call("Page.navigate", url=url)
         deadline = time.monotonic() + self.limit
         while self.value("document.documentElement?.dataset.ready || ''") != "yes":
             if time.monotonic() > deadline:
+                complaints = self.complaints()
                 raise TimeoutError(
-                    f"{url} is not ready after {self.limit:g} s; it reported: {self.complaints()}"
+                    f"{url} is not ready after {self.limit:g} s; it reported: {complaints}"
                 )
             time.sleep(0.05)
 
     def value(self, expression: str):
-        """What the expression, or the promise it gives, comes to."""
-        result = self.call(
+        """Evaluate the expression, or the promise it gives.
+
+        Raises RuntimeError for an exception of the page.
+        """
+        answer = self.call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
-        if "exceptionDetails" in result:
-            raise RuntimeError(
-                result["exceptionDetails"].get("exception", {}).get("description")
-                or result["exceptionDetails"]["text"]
-            )
-        return result["result"].get("value")
+        if "exceptionDetails" in answer:
+            description = _describe_exception(answer["exceptionDetails"])
+            raise RuntimeError(description)
+        return answer["result"].get("value")
 
     def complaints(self) -> list[str]:
-        """Exceptions, console messages of any kind, and what the browser itself logged (refused by
-        the page's policy, failed to load).
+        """List exceptions, console messages of any kind, and what the browser itself logged
+        (refused by the page's policy, failed to load).
         """
-        found = []
-        for method, p in self.events:
+        complaints = []
+        for method, params in self.events:
             if method == "Runtime.exceptionThrown":
-                found.append(
-                    p["exceptionDetails"].get("exception", {}).get("description")
-                    or p["exceptionDetails"]["text"]
-                )
+                complaint = _describe_exception(params["exceptionDetails"])
+                complaints.append(complaint)
             elif method == "Runtime.consoleAPICalled":
-                found.append(
-                    f"console.{p['type']}: "
-                    f"{[a.get('value', a.get('description')) for a in p['args']]}"
-                )
+                complaint = _describe_console_message(params)
+                complaints.append(complaint)
             elif method == "Log.entryAdded":
-                found.append(f"{p['entry']['level']}: {p['entry']['text']}")
-        return found
+                entry = params["entry"]
+                complaints.append(f"{entry['level']}: {entry['text']}")
+        return complaints
 
     def requests(self) -> list[str]:
-        """Every address that was asked for."""
-        return [
-            p["request"]["url"]
-            for method, p in self.events
-            if method == "Network.requestWillBeSent"
-        ]
+        """List every address that was asked for."""
+        addresses = []
+        for method, params in self.events:
+            if method == "Network.requestWillBeSent":
+                addresses.append(params["request"]["url"])
+        return addresses
 
     def look(self, width: int, height: int, dark: bool, phone: bool = False) -> None:
+        """Set the window's size in pixels, the color scheme, and whether it is a phone."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -184,14 +207,38 @@ class Browser:
             deviceScaleFactor=1,
             mobile=phone,
         )
-        self.call(
-            "Emulation.setEmulatedMedia",
-            features=[dict(name="prefers-color-scheme", value="dark" if dark else "light")],
-        )
+        scheme = "dark" if dark else "light"
+        feature = dict(name="prefers-color-scheme", value=scheme)
+        self.call("Emulation.setEmulatedMedia", features=[feature])
 
     def picture(self, path, clip: dict | None = None) -> None:
-        more = dict(clip=clip | dict(scale=1), captureBeyondViewport=True) if clip else {}
+        """Write a PNG of the window, or of the page's rectangle clip: x, y, width, height."""
+        options = {}
+        if clip:
+            options["clip"] = clip | dict(scale=1)
+            options["captureBeyondViewport"] = True
+        answer = self.call("Page.captureScreenshot", format="png", **options)
+        image = base64.b64decode(answer["data"])
         with open(path, "wb") as file:
-            file.write(
-                base64.b64decode(self.call("Page.captureScreenshot", format="png", **more)["data"])
-            )
+            file.write(image)
+
+
+def _avoid_targets(descriptor: int) -> int:
+    """Return a copy of a descriptor that is one of COMMANDS and ANSWERS, else itself."""
+    if descriptor in (COMMANDS, ANSWERS):
+        return os.dup(descriptor)
+    return descriptor
+
+
+def _describe_exception(details: dict) -> str:
+    exception = details.get("exception", {})
+    return exception.get("description") or details["text"]
+
+
+def _describe_console_message(params: dict) -> str:
+    values = []
+    for argument in params["args"]:
+        description = argument.get("description")
+        value = argument.get("value", description)
+        values.append(value)
+    return f"console.{params['type']}: {values}"

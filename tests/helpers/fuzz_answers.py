@@ -70,6 +70,16 @@ VALUES = [
     "{'query': 'a'}",
     "",
 ]
+# without the tags and the first pieces of an answer
+SCRAPS_OF_A_QUERY = SCRAPS[10:]
+MORE_SCRAPS = ["<answer", '{"a":', '\\"', '"a":1,', "[]", '"",', "<", "</think", "1.", "0."]
+# what opens a level of nesting, and what closes it
+BRACKETS = [
+    ("[", "]"),
+    ('{"a":', "}"),
+    ('[{"query":', "}]"),
+    ("[[],", "]"),
+]
 
 
 def wrap(answer: str, thought: str = "so") -> str:
@@ -77,7 +87,7 @@ def wrap(answer: str, thought: str = "so") -> str:
 
 
 def completions(n: int, seed: int):
-    """Yields n strings: scraps in random order, broken valid answers, JSON oddities, deep nesting;
+    """Yield n strings: scraps in random order, broken valid answers, JSON oddities, deep nesting;
     one in 50 near 1 MB.
     """
     rng = random.Random(seed)
@@ -85,72 +95,74 @@ def completions(n: int, seed: int):
         if i % 50 == 0:
             yield huge(rng)
         else:
-            yield rng.choice([soup, broken, broken, odd, nested])(rng)
+            write = rng.choice([soup, broken, broken, odd, nested])
+            yield write(rng)
 
 
 def soup(rng):
-    return "".join(rng.choices(SCRAPS, k=rng.randint(0, 40)))
+    """Join up to 40 scraps."""
+    count = rng.randint(0, 40)
+    scraps = rng.choices(SCRAPS, k=count)
+    return "".join(scraps)
 
 
 def broken(rng):
-    """A valid answer after 0 to 4 deletions, repeats, insertions or cuts."""
-    text = "".join(rng.choices(SCRAPS[10:], k=rng.randint(0, 6)))
-    text = wrap(
-        json.dumps({"query": text}, ensure_ascii=rng.random() < 0.5),
-        thought="why " * rng.randint(0, 50),
-    )
+    """Write a valid answer, and damage it by 0 to 4 deletions, repeats, insertions or cuts."""
+    count = rng.randint(0, 6)
+    scraps = rng.choices(SCRAPS_OF_A_QUERY, k=count)
+    query = "".join(scraps)
+    is_ascii = rng.random() < 0.5
+    answer = json.dumps({"query": query}, ensure_ascii=is_ascii)
+    thought = "why " * rng.randint(0, 50)
+    text = wrap(answer, thought=thought)
+
     for _ in range(rng.randint(0, 4)):
-        a, b = sorted(rng.choices(range(len(text) + 1), k=2))
-        b = min(b, a + 12)
-        text = rng.choice(
-            [
-                text[:a] + text[b:],
-                text[:b] + text[a:],
-                text[:a] + rng.choice(SCRAPS) + text[a:],
-                text[:b] + text[b:].rstrip(">"),
-            ]
-        )
+        positions = range(len(text) + 1)
+        start, end = sorted(rng.choices(positions, k=2))
+        end = min(end, start + 12)
+        scrap = rng.choice(SCRAPS)
+        deletion = text[:start] + text[end:]
+        repeat = text[:end] + text[start:]
+        insertion = text[:start] + scrap + text[start:]
+        cut = text[:end] + text[end:].rstrip(">")
+        text = rng.choice([deletion, repeat, insertion, cut])
     return text
 
 
 def odd(rng):
-    return wrap(
-        rng.choice(["", " ", "\n", "\u2003"])
-        + rng.choice(VALUES)
-        + rng.choice(["", " ", "}", ",", "\x00"])
-    )
+    """Write an answer of JSON that is valid or nearly so, and seldom the contract's."""
+    before = rng.choice(["", " ", "\n", "\u2003"])
+    value = rng.choice(VALUES)
+    after = rng.choice(["", " ", "}", ",", "\x00"])
+    return wrap(before + value + after)
 
 
 def nested(rng):
+    """Write an answer whose second value is nested deeply, and is closed wholly, nearly or not."""
     depth = rng.choice([3, 30, 400, 600, 3_000, 15_000])
-    opening, closing = rng.choice([("[", "]"), ('{"a":', "}"), ('[{"query":', "}]"), ("[[],", "]")])
-    return wrap(
-        '{"query": "x", "y": '
-        + opening * depth
-        + "1"
-        + closing * rng.choice([depth, depth - 1, 0])
-        + "}"
-    )
+    opening, closing = rng.choice(BRACKETS)
+    closed = rng.choice([depth, depth - 1, 0])
+    value = opening * depth + "1" + closing * closed
+    return wrap('{"query": "x", "y": ' + value + "}")
 
 
 def huge(rng):
-    """Up to 1 MB of one thing: where a lazy regular expression, a recursion or a backtracking one
-    takes seconds.
+    """Write up to 1 MB of one thing: where a lazy regular expression, a recursion or a backtracking
+    one takes seconds.
     """
-    piece = rng.choice(
-        SCRAPS + ["<answer", '{"a":', '\\"', '"a":1,', "[]", '"",', "<", "</think", "1.", "0."]
-    )
-    many = piece * (rng.choice([30_000, MB // 2, MB]) // len(piece))
-    return rng.choice(
-        [
-            many,
-            wrap(many),
-            wrap('{"query": "' + many + '"}'),
-            wrap('{"query": "x", "y": ' + many),
-            wrap('"' + many),
-            wrap('{"query": "x"}', thought=many),
-            wrap('{"query": "x"}') + many,
-            "</think><answer>" + many,
-            many + "</answer>",
-        ]
-    )
+    scrap = rng.choice(SCRAPS + MORE_SCRAPS)
+    size = rng.choice([30_000, MB // 2, MB])
+    text = scrap * (size // len(scrap))
+    answer = wrap('{"query": "x"}')
+    texts = [
+        text,
+        wrap(text),
+        wrap('{"query": "' + text + '"}'),
+        wrap('{"query": "x", "y": ' + text),
+        wrap('"' + text),
+        wrap('{"query": "x"}', thought=text),
+        answer + text,
+        "</think><answer>" + text,
+        text + "</answer>",
+    ]
+    return rng.choice(texts)

@@ -1,4 +1,4 @@
-"""Writes tiny models as GGUF, as llama.cpp's convert_hf_to_gguf.py does: names of its own, Llama's
+"""Write tiny models as GGUF, as llama.cpp's convert_hf_to_gguf.py does: names of its own, Llama's
 query and key rows in its order, a config and a tokenizer as metadata.
 """
 
@@ -7,12 +7,15 @@ from pathlib import Path
 import torch
 from helpers.tiny_world import CONTRACT, ROLES, TEMPLATE, tiny_tokenizer, vocabulary
 
-CONTROL, USER_DEFINED, NORMAL = 3, 4, 1  # llama.cpp's kinds of tokens
+# llama.cpp's kinds of tokens
+CONTROL = 3
+USER_DEFINED = 4
+NORMAL = 1
 
 
 def permute_rows(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """llama.cpp's order of the rows of Llama's q_proj and k_proj: (first half, second half) of a
-    head's rows become (first, second) pairs.
+    """Put the rows of Llama's q_proj and k_proj in llama.cpp's order: (first half, second half) of
+    a head's rows become (first, second) pairs.
     """
     rows, width = weight.shape
     halves = weight.reshape(heads, 2, rows // heads // 2, width)
@@ -24,15 +27,19 @@ def write_tokenizer(writer, template: str | None, spaced_token: bool) -> None:
     tiny_tokenizer. transformers loses it.
     """
     tokenizer = tiny_tokenizer()
-    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    id_of = tokenizer.get_vocab()
+    tokens = sorted(id_of, key=id_of.get)
     added = [token for token in CONTRACT if spaced_token or " " not in token]
     kinds = dict.fromkeys(ROLES, CONTROL) | dict.fromkeys(added, USER_DEFINED)
+    kind_of_tokens = [kinds.get(token, NORMAL) for token in tokens]
+    _, merges = vocabulary()
+    merge_lines = [" ".join(pair) for pair in merges]
+
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(tokens)
-    writer.add_token_types([kinds.get(token, NORMAL) for token in tokens])
-    _, merges = vocabulary()
-    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_token_types(kind_of_tokens)
+    writer.add_token_merges(merge_lines)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     if template:
@@ -56,9 +63,26 @@ def write_gguf(
     """
     import gguf
 
-    config = model.config
-    name = architecture or config.family
+    name = architecture or model.config.family
     writer = gguf.GGUFWriter(path, name)
+    _write_config(writer, model.config)
+    if scaling:
+        scaling_type = gguf.RopeScalingType(scaling)
+        writer.add_rope_scaling_type(scaling_type)
+    write_tokenizer(writer, template, spaced_token)
+    expected = _write_weights(writer, model, quantized)
+    for extra in more_tensors:
+        ones = torch.ones(8)
+        writer.add_tensor(extra, ones.numpy())
+
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def _write_config(writer, config) -> None:
     writer.add_name("Tiny")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -72,37 +96,37 @@ def write_gguf(
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    if scaling:
-        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
-    write_tokenizer(writer, template, spaced_token)
 
+
+def _write_weights(writer, model, quantized: bool) -> dict[str, torch.Tensor]:
+    """Write every weight under llama.cpp's name; return them as they have to be read."""
+    import gguf
+
+    config = model.config
     kinds = gguf.MODEL_ARCH_NAMES
     [arch] = [arch for arch in kinds if kinds[arch] == config.family]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    q8 = gguf.GGMLQuantizationType.Q8_0
+    heads = {}
+    if config.family == "llama":
+        heads = dict(q_proj=config.num_attention_heads, k_proj=config.num_key_value_heads)
     expected = {}
-    heads = dict(q_proj=config.num_attention_heads, k_proj=config.num_key_value_heads)
-    for key, weight in model.state_dict().items():
+    for key, parameter in model.state_dict().items():
         stem, _, kind = key.rpartition(".")
-        tensor = weight.detach().clone()
+        name = f"{names.get_name(stem)}.{kind}"
+        weight = parameter.detach().clone()
+        tensor = weight
         projection = stem.rpartition(".")[2]
-        is_permuted = config.family == "llama" and projection in heads
-        if is_permuted:
-            tensor = permute_rows(tensor, heads[projection])
-        values = tensor.numpy()
-        options = {}
-        expected[key] = weight.detach().clone()
-        if quantized and tensor.ndim == 2:
-            q8 = gguf.GGMLQuantizationType.Q8_0
-            values = gguf.quants.quantize(values, q8)
-            options = dict(raw_dtype=q8)
+        if projection in heads:
+            tensor = permute_rows(weight, heads[projection])
+        if quantized and weight.ndim == 2:
+            blocks = gguf.quants.quantize(tensor.numpy(), q8)
+            writer.add_tensor(name, blocks, raw_dtype=q8)
             # a block is a part of one row: the rows' order does not matter
-            in_order = gguf.quants.quantize(weight.detach().numpy(), q8)
-            expected[key] = torch.from_numpy(gguf.quants.dequantize(in_order, q8))
-        writer.add_tensor(f"{names.get_name(stem)}.{kind}", values, **options)
-    for extra in more_tensors:
-        writer.add_tensor(extra, torch.ones(8).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+            blocks_in_order = gguf.quants.quantize(weight.numpy(), q8)
+            values = gguf.quants.dequantize(blocks_in_order, q8)
+            expected[key] = torch.from_numpy(values)
+        else:
+            writer.add_tensor(name, tensor.numpy())
+            expected[key] = weight
     return expected

@@ -16,6 +16,17 @@ from recr1.tracking import run_log
 from recr1.training import checkpoint, launch, teacher
 from recr1.utils.interrupts import signal_handlers
 
+MOMENTS = {
+    "sample": (train, "generate"),
+    "batch": (train, "compute_policy_loss"),
+    "teach": (teacher, "generate"),
+    "lesson": (sft, "compute_cross_entropy"),
+    "evaluate": (evaluate, "generate"),
+    "save": (checkpoint, "save_file"),
+    "log": (run_log.RunLog, "write_metrics"),
+    "index": (bm25, "load_or_build_bm25"),
+}
+
 
 def at(what: str, act, patch=setattr) -> None:
     """Patch the moment so that its N-th call returns act(result) in place of its result."""
@@ -23,49 +34,51 @@ def at(what: str, act, patch=setattr) -> None:
     number, _, rank = rest.partition(":")
     if rank and os.environ.get("RANK", "0") != rank:
         return
-    owner, name = {
-        "sample": (train, "generate"),
-        "batch": (train, "compute_policy_loss"),
-        "teach": (teacher, "generate"),
-        "lesson": (sft, "compute_cross_entropy"),
-        "evaluate": (evaluate, "generate"),
-        "save": (checkpoint, "save_file"),
-        "log": (run_log.RunLog, "write_metrics"),
-        "index": (bm25, "load_or_build_bm25"),
-    }[word]
-    inner = getattr(owner, name)
-    calls = []
+    owner, name = MOMENTS[word]
+    function = getattr(owner, name)
+    target_call = int(number or 1)
+    calls = 0
 
-    def outer(*args, **kwargs):
-        calls.append(None)
-        result = inner(*args, **kwargs)
-        return act(result) if len(calls) == int(number or 1) else result
+    def call_and_act(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        result = function(*args, **kwargs)
+        if calls == target_call:
+            return act(result)
+        return result
 
-    patch(owner, name, outer)
+    patch(owner, name, call_and_act)
 
 
 def sigterm(result):
-    os.kill(os.getpid(), signal.SIGTERM)
+    """Send this process SIGTERM, which its handler sees; the call goes on."""
+    own_id = os.getpid()
+    os.kill(own_id, signal.SIGTERM)
     return result
 
 
 def sigkill(result):
-    os.kill(os.getpid(), signal.SIGKILL)
+    """End this process as the kernel does when memory is over."""
+    own_id = os.getpid()
+    os.kill(own_id, signal.SIGKILL)
 
 
 def nan(result):
+    """Make the loss, and with it its gradient, not a number."""
     value, *rest = result
     return value * float("nan"), *rest
 
 
 def infinite(result):
-    """Only the loss, its gradient stays as it is."""
+    """Make only the loss infinite, its gradient stays as it is."""
     value, *rest = result
     return value + float("inf"), *rest
 
 
+ACTIONS = dict(sigterm=sigterm, sigkill=sigkill, nan=nan, infinite=infinite)
+
 if __name__ == "__main__":
-    act, what = sys.argv[1].split("-")
-    at(what, dict(sigterm=sigterm, sigkill=sigkill, nan=nan, infinite=infinite)[act])
+    action, moment = sys.argv[1].split("-")
+    at(moment, ACTIONS[action])
     with signal_handlers():
         launch.run_command(train.main, sys.argv[2:])

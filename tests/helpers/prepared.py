@@ -1,4 +1,4 @@
-"""Runs the scripts of experiments/prepare in this process, on files of upstream's formats that
+"""Run the scripts of experiments/prepare in this process, on files of upstream's formats that
 tests make.
 """
 
@@ -17,69 +17,111 @@ sys.path.insert(0, str(ROOT / "experiments/prepare"))
 
 
 def script(name: str):
+    """Import a script of experiments/prepare."""
     return importlib.import_module(name)
 
 
+def _run_script(name: str, out: Path, options: tuple) -> int:
+    argv = ["--out", str(out)]
+    for option in options:
+        argv.append(str(option))
+    return script(name).main(argv)
+
+
 def prepare(name: str, out: Path, *options) -> Path:
-    """The prepared folder; the script must succeed and leave nothing beside it."""
-    assert script(name).main(["--out", str(out), *map(str, options)]) == 0
-    assert not out.with_name(out.name + ".partial").exists()
+    """Run the script, which must succeed and leave nothing beside its folder; return the folder."""
+    code = _run_script(name, out, options)
+    partial = out.with_name(out.name + ".partial")
+
+    assert code == 0
+    assert not partial.exists()
     return out
 
 
 def refused(capsys, name: str, out: Path, *options) -> str:
-    """The one line that the script prints before it ends with 2; nothing is half-written."""
-    before = sorted(out.rglob("*")) if out.exists() else None
+    """Return the one line that the script prints before it ends with 2; nothing is half-written."""
+    paths_before = _list_paths(out)
     capsys.readouterr()
-    assert script(name).main(["--out", str(out), *map(str, options)]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith(f"{name}.py: "), (
-        said.err
-    )
-    assert (sorted(out.rglob("*")) if out.exists() else None) == before
-    assert not list(out.parent.glob(f"{out.name}*.partial"))
-    return said.err
+
+    code = _run_script(name, out, options)
+
+    assert code == 2
+    output = capsys.readouterr()
+    assert output.out == "", output.err
+    assert output.err.count("\n") == 1, output.err
+    assert output.err.startswith(f"{name}.py: "), output.err
+    paths_after = _list_paths(out)
+    assert paths_after == paths_before
+    partial = list(out.parent.glob(f"{out.name}*.partial"))
+    assert not partial
+    return output.err
+
+
+def _list_paths(folder: Path) -> list[Path] | None:
+    """List everything in the folder; None where there is no folder."""
+    if not folder.exists():
+        return None
+    return sorted(folder.rglob("*"))
 
 
 def rows(path: Path) -> list[dict]:
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+    """Read the lines of a file of JSON lines, compressed or not."""
+    open_file = gzip.open if path.suffix == ".gz" else open
+    with open_file(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def read(folder: Path, name: str) -> tuple[dict[str, dict], dict[str, dict[str, float]]]:
-    """({id: row}, qrels) of a split, both also read by the product's strict readers."""
-    found = {row["id"]: row for row in rows(folder / f"{name}.queries.jsonl")}
-    queries, dropped = read_queries(folder / f"{name}.queries.jsonl")
+    """Read ({id: row}, qrels) of a split, both also by the product's strict readers."""
+    path = folder / f"{name}.queries.jsonl"
+    row_of = {row["id"]: row for row in rows(path)}
+    queries, dropped = read_queries(path)
     qrels, repeats = read_qrels(folder / f"{name}.qrels.tsv")
+
     assert not dropped
     assert not repeats
-    assert queries.keys() == found.keys() == qrels.keys()
-    return found, qrels
+    assert queries.keys() == row_of.keys()
+    assert qrels.keys() == row_of.keys()
+    return row_of, qrels
 
 
 def corpus(folder: Path) -> dict[str, dict]:
-    found = {row["id"]: row for row in rows(folder / "corpus.jsonl.gz")}
-    assert read_corpus(folder / "corpus.jsonl.gz")[0] == list(found)
-    assert not any("\n" in row.get(key, "") for row in found.values() for key in ("title", "text"))
-    return found
+    """Read {id: row} of the documents, also by the product's strict reader."""
+    path = folder / "corpus.jsonl.gz"
+    row_of = {row["id"]: row for row in rows(path)}
+    ids = read_corpus(path)[0]
+
+    assert ids == list(row_of)
+    for row in row_of.values():
+        assert "\n" not in row.get("title", "")
+        assert "\n" not in row.get("text", "")
+    return row_of
 
 
 def counts(folder: Path) -> dict[str, int]:
-    """The counts of prepared.json, after a look at whether those of the splits are true."""
-    said = json.loads((folder / "prepared.json").read_text(encoding="utf-8"))["counts"]
-    ids = list(read(folder, "train")[0])
-    assert said["validation"] == sum(map(is_validation, ids))
-    assert said["train"] == len(ids) - said["validation"]
-    assert said["documents"] == len(corpus(folder))
-    return said
+    """Read the counts of prepared.json, and check those of the splits and the documents."""
+    text = (folder / "prepared.json").read_text(encoding="utf-8")
+    count_of = json.loads(text)["counts"]
+    queries, _ = read(folder, "train")
+    held_out = [query for query in queries if is_validation(query)]
+    documents = corpus(folder)
+
+    assert count_of["validation"] == len(held_out)
+    assert count_of["train"] == len(queries) - len(held_out)
+    assert count_of["documents"] == len(documents)
+    return count_of
 
 
 def write_csv(path: Path, header: list[str], lines: list[list]) -> Path:
     with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *lines])
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(lines)
     return path
 
 
 def write_json(path: Path, objects: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(o) + "\n" for o in objects), encoding="utf-8")
+    """Write an object a line."""
+    lines = [json.dumps(each) + "\n" for each in objects]
+    path.write_text("".join(lines), encoding="utf-8")
     return path

@@ -1,5 +1,5 @@
-"""One optimizer step's gradient, and three steps' weights, by the code of the loop: on the ranks of
-a torchrun job or in this process.
+"""Compute one optimizer step's gradient, and three steps' weights, by the code of the loop: on the
+ranks of a torchrun job or in this process.
 
 torchrun --nproc-per-node N tests/helpers/rank_jobs.py FILE writes {case: {name: tensor}} for every
 case; test_ranks.py compares the files.
@@ -102,23 +102,29 @@ CASES = {
 }
 # Shared prompts under checkpointing, for test_ranks.py's padded reference: budgets that split a
 # group of 8, and that hold several groups
-PADDED = {
-    f"{name}, groups of {group}, {family}, {budget} tokens": Case(
-        ONE,
-        budget,
-        dtype,
-        gradient_checkpointing=True,
-        group=group,
-        shape=dict(family=family, **tied),
-    )
-    for name, dtype in (("float64", torch.float64), ("float32", torch.float32))
-    for group, budget, family, tied in (
-        (1, 40, "qwen2", {}),
-        (3, 40, "llama", TIED),
-        (8, 40, "qwen3", TIED),
-        (8, 200, "qwen2", {}),
-    )
-}
+PADDED_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+# group, budget, family, and what else the model's shape has
+PADDED_GROUPS = (
+    (1, 40, "qwen2", {}),
+    (3, 40, "llama", TIED),
+    (8, 40, "qwen3", TIED),
+    (8, 200, "qwen2", {}),
+)
+
+
+def _list_padded_cases() -> dict[str, Case]:
+    cases = {}
+    for dtype_name, dtype in PADDED_DTYPES.items():
+        for group, budget, family, tied in PADDED_GROUPS:
+            name = f"{dtype_name}, groups of {group}, {family}, {budget} tokens"
+            shape = dict(family=family, **tied)
+            cases[name] = Case(
+                ONE, budget, dtype, gradient_checkpointing=True, group=group, shape=shape
+            )
+    return cases
+
+
+PADDED = _list_padded_cases()
 CASES |= PADDED
 AGAINST_FSDP2 = [
     "float64 checkpointing",
@@ -141,66 +147,79 @@ GATHERED = [
 def rollouts_and_rewards(
     step: int, same: tuple = (), group: int = GROUP
 ) -> tuple[list[Rollout], list[float]]:
-    """PROMPTS * group rollouts of unequal lengths; every third sibling repeats its elder; groups in
-    `same` have one reward.
+    """Draw PROMPTS * group rollouts of unequal lengths; every third sibling repeats its elder;
+    groups in `same` have one reward.
     """
-    g = torch.Generator().manual_seed(step)
-
-    def ids(low, high):
-        return tuple(
-            torch.randint(
-                tiny_config().vocab_size,
-                (int(torch.randint(low, high, (1,), generator=g)),),
-                generator=g,
-            ).tolist()
-        )
-
+    generator = torch.Generator().manual_seed(step)
     rollouts = []
     rewards = []
-    for p in range(PROMPTS):
-        prompt = Prompt(f"q{p}", p, "", ids(1, 8))
-        texts = []
-        for s in range(group):
-            texts.append(texts[-1] if s % 3 == 2 else ids(1, 10))
-            rollouts.append(Rollout(prompt, p, s, texts[-1], (0.0,) * len(texts[-1]), True))
-            rewards.append(1.0 if p in same else len(texts[-1]) * 0.1 + p)
+    for group_number in range(PROMPTS):
+        prompt_ids = _draw_ids(1, 8, generator)
+        prompt = Prompt(f"q{group_number}", group_number, "", prompt_ids)
+        text = ()
+        for sibling in range(group):
+            repeats_elder = sibling % 3 == 2
+            if not repeats_elder:
+                text = _draw_ids(1, 10, generator)
+            logp = (0.0,) * len(text)
+            rollout = Rollout(prompt, group_number, sibling, text, logp, True)
+            reward = 1.0 if group_number in same else len(text) * 0.1 + group_number
+            rollouts.append(rollout)
+            rewards.append(reward)
     return rollouts, rewards
 
 
+def _draw_ids(low: int, high: int, generator: torch.Generator) -> tuple[int, ...]:
+    """Draw low to high - 1 ids of the vocabulary."""
+    length = torch.randint(low, high, (1,), generator=generator).item()
+    vocab_size = tiny_config().vocab_size
+    ids = torch.randint(vocab_size, (length,), generator=generator)
+    return tuple(ids.tolist())
+
+
 def advantages(rewards: list[float], cfg: Config, group: int, dtype: torch.dtype) -> torch.Tensor:
-    """The loop's. Of a group of one they would all be 0: what its reward has over 3."""
-    rewards = torch.tensor(rewards, dtype=dtype)
-    return (
-        compute_group_advantages(
-            rewards, group, resolve_objective(cfg.loss, cfg.model).advantage, cfg.loss
-        )
-        if group > 1
-        else rewards - 3
-    )
+    """Compute the loop's. Of a group of one they would all be 0: what its reward has over 3."""
+    reward_tensor = torch.tensor(rewards, dtype=dtype)
+    if group == 1:
+        return reward_tensor - 3
+    kind = resolve_objective(cfg.loss, cfg.model).advantage
+    return compute_group_advantages(reward_tensor, group, kind, cfg.loss)
 
 
 def accumulate(policy, reference, step: int, same: tuple, cfg: Config, group: int = GROUP) -> float:
-    """The loop's train phase for this rank's share of the step, without the optimizer. Returns this
-    rank's part of the loss.
+    """Run the loop's train phase for this rank's share of the step, without the optimizer. Returns
+    this rank's part of the loss.
     """
     rollouts, rewards = rollouts_and_rewards(step, same, group)
-    mine = set(dist.split_across_ranks(list(range(PROMPTS))))
-    rewards = [r for x, r in zip(rollouts, rewards) if x.group in mine]
-    rollouts = [x for x in rollouts if x.group in mine]
+    groups = dist.split_across_ranks(list(range(PROMPTS)))
+    first_group = min(groups)
+    local_rollouts = []
+    local_rewards = []
+    for rollout, reward in zip(rollouts, rewards):
+        if rollout.group in groups:
+            local_group = rollout.group - first_group
+            local_rollouts.append(replace(rollout, group=local_group))
+            local_rewards.append(reward)
     dtype = next(policy.parameters()).dtype
+    local_advantages = advantages(local_rewards, cfg, group, dtype)
+    texts, first = deduplicate(local_rollouts)
+
     loss = resolve_objective(cfg.loss, cfg.model)
-    adv = advantages(rewards, cfg, group, dtype)
-    texts, first = deduplicate([replace(x, group=x.group - min(mine)) for x in rollouts])
-    [(total, batches)] = make_updates(policy, reference, texts, adv[first], cfg, loss.agg_mode)
+    updates = make_updates(policy, reference, texts, local_advantages[first], cfg, loss.agg_mode)
+    [(total, batches)] = updates
     sum_of_losses = 0.0
     for i, batch in enumerate(batches, 1):
-        policy.requires_gradient_sync = cfg.train.gradient_sync != "last_micro_batch" or i == len(
-            batches
-        )
+        is_last = i == len(batches)
+        policy.requires_gradient_sync = _needs_sync(cfg.train.gradient_sync, is_last)
         value, *_ = compute_policy_loss(policy, batch, total, cfg.sampling.temperature, loss)
         value.backward()
         sum_of_losses += value.item()
     return sum_of_losses
+
+
+def _needs_sync(gradient_sync: str, is_last: bool) -> bool:
+    """Tell whether the ranks reduce the gradient of this micro-batch."""
+    return is_last or gradient_sync != "last_micro_batch"
 
 
 def settings(case: Case) -> Config:
@@ -214,93 +233,136 @@ def settings(case: Case) -> Config:
 
 
 def freeze(decoder, frozen: tuple[str, ...]):
-    for name, p in decoder.named_parameters():
-        p.requires_grad_(not any(fnmatchcase(name, pattern) for pattern in frozen))
+    """Exclude the parameters that a pattern matches from training."""
+    for name, parameter in decoder.named_parameters():
+        is_frozen = any(fnmatchcase(name, pattern) for pattern in frozen)
+        parameter.requires_grad_(not is_frozen)
     return decoder
 
 
 def results(name: str, sharded: bool) -> dict[str, torch.Tensor]:
-    """{"grad NAME", "weight NAME": tensor}: the first step's gradient and the weights after three
-    AdamW steps; "loss" of the first, "norm" of the last.
+    """Train three steps of a case: {"grad NAME", "weight NAME": tensor}, the first step's gradient
+    and the weights after three AdamW steps; "loss" of the first, "norm" of the last.
     """
     case = CASES[name]
-    cfg = settings(case if sharded else case._replace(on_host=False))
-
-    def model(seed, frozen):
-        decoder = tiny_model(seed, **case.shape).to(case.dtype)
-        if not sharded:
-            return freeze(decoder, frozen)
-        state = dict(decoder.state_dict())
-        return Sharded(
-            decoder,
-            state.__getitem__,
-            device=dist.device(),
-            master=case.dtype,
-            compute=case.compute or case.dtype,
-            gradient_checkpointing=case.gradient_checkpointing,
-            frozen=frozen,
-            on_host=case.on_host and frozen == ("*",),
-        )
-
-    def named(take):  # `take` of every parameter, by Hugging Face's names
-        if not sharded:
-            return {name: take(p) for name, p in policy.named_parameters() if take(p) is not None}
-        return {
-            w.name: w.view(whole)
-            for u in policy.units
-            if take(u.shard) is not None
-            for whole in [dist.start_all_gather(take(u.shard))()]
-            for w in u.flat_param.weights
-        }
-
-    policy = model(1, case.frozen)
-    reference = model(2, ("*",)) if cfg.loss.kl_coef else None
+    if not sharded:
+        case = case._replace(on_host=False)
+    cfg = settings(case)
+    policy = _build_model(case, 1, case.frozen, sharded)
+    reference = None
+    if cfg.loss.kl_coef:
+        reference = _build_model(case, 2, ("*",), sharded)
     optimizer = Optimizer(policy, cfg.optimizer, 3)
-    out = {}
+
+    tensors = {}
     for step in range(3):
         loss = accumulate(policy, reference, step, case.same, cfg, case.group)
         if step == 0:
-            out = {f"grad {name}": t.clone() for name, t in named(lambda p: p.grad).items()} | dict(
-                loss=torch.tensor(dist.all_reduce_sum(loss)[0], dtype=torch.float64)
-            )
+            for weight_name, gradient in _gather_named(policy, _get_gradient, sharded):
+                tensors[f"grad {weight_name}"] = gradient.clone()
+            tensors["loss"] = _sum_loss(loss)
         norm, _ = optimizer.step()
-    if sharded:  # what the sampler would see is what was trained
-        with unsharded(policy):
-            assert not next(iter(policy.decoder.model.layers)).mlp.up_proj.weight.requires_grad
-    return (
-        out
-        | {f"weight {name}": t.detach().clone() for name, t in named(lambda p: p.data).items()}
-        | {"norm": torch.tensor(norm)}
+    if sharded:
+        _check_unsharded(policy)
+    for weight_name, weight in _gather_named(policy, _get_data, sharded):
+        tensors[f"weight {weight_name}"] = weight.detach().clone()
+    tensors["norm"] = torch.tensor(norm)
+    return tensors
+
+
+def _build_model(case: Case, seed: int, frozen: tuple[str, ...], sharded: bool):
+    decoder = tiny_model(seed, **case.shape).to(case.dtype)
+    if not sharded:
+        return freeze(decoder, frozen)
+    state = dict(decoder.state_dict())
+    is_reference = frozen == ("*",)
+    return Sharded(
+        decoder,
+        state.__getitem__,
+        device=dist.device(),
+        master=case.dtype,
+        compute=case.compute or case.dtype,
+        gradient_checkpointing=case.gradient_checkpointing,
+        frozen=frozen,
+        on_host=case.on_host and is_reference,
     )
+
+
+def _get_gradient(parameter) -> torch.Tensor | None:
+    return parameter.grad
+
+
+def _get_data(parameter) -> torch.Tensor:
+    return parameter.data
+
+
+def _gather_named(policy, get_tensor, sharded: bool):
+    """Yield (name, get_tensor(parameter)) of every parameter that has one, by Hugging Face's names;
+    of shards the whole, gathered from all ranks.
+    """
+    if not sharded:
+        for name, parameter in policy.named_parameters():
+            tensor = get_tensor(parameter)
+            if tensor is not None:
+                yield name, tensor
+        return
+    for unit in policy.units:
+        shard = get_tensor(unit.shard)
+        if shard is None:
+            continue
+        wait = dist.start_all_gather(shard)
+        flat = wait()
+        for weight in unit.flat_param.weights:
+            yield weight.name, weight.view(flat)
+
+
+def _sum_loss(loss: float) -> torch.Tensor:
+    """Sum the ranks' parts of the loss."""
+    total = dist.all_reduce_sum(loss)[0]
+    return torch.tensor(total, dtype=torch.float64)
+
+
+def _check_unsharded(policy: Sharded) -> None:
+    """Check that what the sampler would see is what was trained."""
+    with unsharded(policy):
+        first_block = next(iter(policy.decoder.model.layers))
+        assert not first_block.mlp.up_proj.weight.requires_grad
 
 
 def fsdp2(name: str) -> dict[str, torch.Tensor]:
-    """The first step's gradient and loss by torch's fully_shard: per block and root, sums in place
-    of its means.
+    """Compute the first step's gradient and loss by torch's fully_shard: per block and root, sums
+    in place of its means.
     """
+    case = CASES[name]
+    policy = tiny_model(1, **case.shape).to(case.dtype)
+    reference = tiny_model(2, **case.shape).to(case.dtype)
+    freeze(policy, case.frozen)
+    freeze(reference, ("*",))
+    _shard_fully(policy, case)
+    _shard_fully(reference, case)
+
+    loss = accumulate(policy, reference, 0, case.same, settings(case))
+    tensors = {}
+    for weight_name, parameter in policy.named_parameters():
+        if parameter.requires_grad:
+            tensors[f"grad {weight_name}"] = parameter.grad.full_tensor()
+    tensors["loss"] = _sum_loss(loss)
+    return tensors
+
+
+def _shard_fully(decoder, case: Case) -> None:
     # a second, for ranks that are here for another function
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    case = CASES[name]
-    policy, reference = (tiny_model(seed, **case.shape).to(case.dtype) for seed in (1, 2))
-    freeze(policy, case.frozen), freeze(reference, ("*",))
-    mixed = (
-        MixedPrecisionPolicy(param_dtype=case.compute, reduce_dtype=case.dtype)
-        if case.compute
-        else MixedPrecisionPolicy()
-    )
-    for decoder in (policy, reference):
-        for module in (*decoder.model.layers, decoder):
-            # the head is used after the root's forward
-            fully_shard(module, reshard_after_forward=module is not decoder, mp_policy=mixed)
-            # gloo cannot scale
-            module.set_gradient_divide_factor(1.0), module.set_force_sum_reduction_for_comms(True)
-    loss = accumulate(policy, reference, 0, case.same, settings(case))
-    return {
-        f"grad {name}": p.grad.full_tensor()
-        for name, p in policy.named_parameters()
-        if p.requires_grad
-    } | dict(loss=torch.tensor(dist.all_reduce_sum(loss)[0], dtype=torch.float64))
+    precision = MixedPrecisionPolicy()
+    if case.compute:
+        precision = MixedPrecisionPolicy(param_dtype=case.compute, reduce_dtype=case.dtype)
+    for module in (*decoder.model.layers, decoder):
+        # the head is used after the root's forward
+        fully_shard(module, reshard_after_forward=module is not decoder, mp_policy=precision)
+        # gloo cannot scale
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
 # seconds: wait() of a gloo work returns before its worker thread has let go of the tensors
@@ -308,7 +370,7 @@ RELEASED_WITHIN = 5.0
 
 
 def released(storages: list[StorageWeakRef]) -> bool:
-    """Whether all of them are freed, now or when gloo's workers have come to it."""
+    """Tell whether all of them are freed, now or when gloo's workers have come to it."""
     deadline = time.monotonic() + RELEASED_WITHIN
     while not all(storage.expired() for storage in storages):
         if time.monotonic() > deadline:
@@ -317,169 +379,172 @@ def released(storages: list[StorageWeakRef]) -> bool:
     return True
 
 
-def gathered_bytes(name: str) -> tuple[int, int]:
-    """(the most bytes of gathered weights alive at one time in two steps' forward and backward, two
-    largest blocks and the root).
-    """
-    case = CASES[name]
-    alive = []
-    most = 0
-    decoder = tiny_model(1, **case.shape).to(case.dtype)
-    state = dict(decoder.state_dict())
-    policy = Sharded(
-        decoder,
-        state.__getitem__,
-        device=dist.device(),
-        master=case.dtype,
-        compute=case.dtype,
-        gradient_checkpointing=case.gradient_checkpointing,
-        frozen=case.frozen,
-    )
-    begin = dist._all_gather
+class _GatheredWeights:
+    """Stands in for dist._all_gather and counts the gathered weights that are alive."""
 
-    def counted(whole, *more, **kwargs):
-        nonlocal most
-        alive.append((StorageWeakRef(whole.untyped_storage()), whole.nbytes))
+    def __init__(self, all_gather, bound: int):
+        self.all_gather = all_gather
+        self.bound = bound
+        self.alive = []  # (storage, bytes)
+        self.most = 0
+
+    def __call__(self, output, *arguments, **options):
+        storage = StorageWeakRef(output.untyped_storage())
+        self.alive.append((storage, output.nbytes))
         deadline = time.monotonic() + RELEASED_WITHIN
-        while (
-            now := sum(size for storage, size in alive if not storage.expired())
-        ) > bound and time.monotonic() < deadline:
+        size = self.count_bytes()
+        while size > self.bound and time.monotonic() < deadline:
             # what is over it may be a finished work's that a worker is about to free
             time.sleep(0.001)
-        most = max(most, now)
-        return begin(whole, *more, **kwargs)
+            size = self.count_bytes()
+        self.most = max(self.most, size)
+        return self.all_gather(output, *arguments, **options)
 
-    blocks = policy.block_groups[1:-1]
-    sizes = [sum(dist.world_size() * u.shard.nbytes for u in groups) for groups in blocks]
-    bound = sum(sorted(sizes)[-2:]) + sum(
-        dist.world_size() * u.shard.nbytes for u in policy.root_groups
-    )
-    dist._all_gather = counted
+    def count_bytes(self) -> int:
+        return sum(size for storage, size in self.alive if not storage.expired())
+
+
+def gathered_bytes(name: str) -> tuple[int, int]:
+    """Measure (the most bytes of gathered weights alive at one time in two steps' forward and
+    backward, two largest blocks and the root).
+    """
+    case = CASES[name]
+    cfg = replace(settings(case), loss=LossConfig(**TWO))
+    policy = _build_model(case._replace(compute=None, on_host=False), 1, case.frozen, sharded=True)
+    bound = _count_largest_bytes(policy)
+    all_gather = dist._all_gather
+    gathered = _GatheredWeights(all_gather, bound)
+    dist._all_gather = gathered
     try:
         for step in range(2):
-            accumulate(
-                policy, None, step, case.same, replace(settings(case), loss=LossConfig(**TWO))
-            )
-            assert released([storage for storage, _ in alive]), (
-                "gathered weights outlive the backward"
-            )
+            accumulate(policy, None, step, case.same, cfg)
+            storages = [storage for storage, _ in gathered.alive]
+            assert released(storages), "gathered weights outlive the backward"
     finally:
-        dist._all_gather = begin
-    return most, bound
+        dist._all_gather = all_gather
+    return gathered.most, bound
 
 
-LESSONS = {
-    f"{'masked' if mask else 'unmasked'}, {budget} tokens, {head}, {gradient_sync}": (
-        mask,
-        budget,
-        head,
-        gradient_sync,
-    )
-    for mask, budget, head, gradient_sync in (
-        (True, 18, "fused", "every_micro_batch"),
-        (False, 18, "recompute", "last_micro_batch"),
-        (False, 10_000, "fused", "every_micro_batch"),
-    )
-}
+def _count_largest_bytes(policy: Sharded) -> int:
+    """Count the bytes of the two largest blocks and the root."""
+    blocks = policy.block_groups[1:-1]
+    sizes = [_count_bytes(units) for units in blocks]
+    sizes.sort()
+    return sum(sizes[-2:]) + _count_bytes(policy.root_groups)
+
+
+def _count_bytes(units) -> int:
+    """Count the bytes of the units' weights, gathered from all ranks."""
+    return sum(dist.world_size() * unit.shard.nbytes for unit in units)
+
+
+# mask, budget, head, gradient_sync
+LESSON_ROWS = (
+    (True, 18, "fused", "every_micro_batch"),
+    (False, 18, "recompute", "last_micro_batch"),
+    (False, 10_000, "fused", "every_micro_batch"),
+)
+
+
+def _name_lessons() -> dict[str, tuple]:
+    lessons = {}
+    for row in LESSON_ROWS:
+        mask, budget, head, gradient_sync = row
+        word = "masked" if mask else "unmasked"
+        lessons[f"{word}, {budget} tokens, {head}, {gradient_sync}"] = row
+    return lessons
+
+
+LESSONS = _name_lessons()
 
 
 def lesson_texts() -> list[Rollout]:
-    """One text for each prompt."""
-    return [r for r in rollouts_and_rewards(0)[0] if r.sibling == 0]
+    """Draw one text for each prompt."""
+    rollouts, _ = rollouts_and_rewards(0)
+    return [rollout for rollout in rollouts if rollout.sibling == 0]
 
 
 def lesson(name: str) -> dict[str, torch.Tensor]:
-    """{"grad NAME": tensor, "loss"}: one optimizer step of SFT on this rank's share, by the code of
-    its loop, in float64.
+    """Compute {"grad NAME": tensor, "loss"}: one optimizer step of SFT on this rank's share, by the
+    code of its loop, in float64.
     """
     mask, budget, head, gradient_sync = LESSONS[name]
-    decoder = tiny_model(1, tie_word_embeddings=True).double()
-    policy = Sharded(
-        decoder,
-        dict(decoder.state_dict()).__getitem__,
-        device=dist.device(),
-        master=torch.float64,
-        compute=torch.float64,
-    )
-    total, batches = make_update(
-        [select_targets(r, mask) for r in dist.split_across_ranks(lesson_texts())], budget
-    )
+    case = Case({}, shape=dict(tie_word_embeddings=True))
+    policy = _build_model(case, 1, (), sharded=True)
+    texts = dist.split_across_ranks(lesson_texts())
+    targets = [select_targets(text, mask) for text in texts]
+    total, batches = make_update(targets, budget)
+    objective = resolve_objective(CROSS_ENTROPY, ModelConfig(head=head))
+
     loss = 0.0
     for i, batch in enumerate(batches, 1):
-        policy.requires_gradient_sync = gradient_sync != "last_micro_batch" or i == len(batches)
-        value, _ = compute_cross_entropy(
-            policy, batch, total, 1.0, resolve_objective(CROSS_ENTROPY, ModelConfig(head=head))
-        )
+        is_last = i == len(batches)
+        policy.requires_gradient_sync = _needs_sync(gradient_sync, is_last)
+        value, _ = compute_cross_entropy(policy, batch, total, 1.0, objective)
         value.backward()
         loss += value.item()
-    grads = {
-        f"grad {w.name}": w.view(whole)
-        for u in policy.units
-        for whole in [dist.start_all_gather(u.shard.grad)()]
-        for w in u.flat_param.weights
-    }
-    return grads | dict(loss=torch.tensor(dist.all_reduce_sum(loss)[0], dtype=torch.float64))
+
+    tensors = {}
+    for weight_name, gradient in _gather_named(policy, _get_gradient, sharded=True):
+        tensors[f"grad {weight_name}"] = gradient
+    tensors["loss"] = _sum_loss(loss)
+    return tensors
 
 
 def one_fails() -> str:
-    """What every rank is told when the last one fails in a block of dist.fail_together."""
+    """Return what every rank is told when the last one fails in a block of dist.fail_together."""
     try:
         with dist.fail_together():
-            if dist.rank() == dist.world_size() - 1:
+            is_last = dist.rank() == dist.world_size() - 1
+            if is_last:
                 raise ConfigError("only here")
-    except ConfigError as e:
-        return str(e)
+    except ConfigError as error:
+        return str(error)
 
 
 def a_leak() -> str:
-    """What is said of gathered weights that somebody keeps."""
+    """Return what is said of gathered weights that somebody keeps."""
     global RELEASED_WITHIN
     keeper = []
-    inner = dist._start_collective
+    start_collective = dist._start_collective
     limit = RELEASED_WITHIN
 
-    def keeps(*args):
-        wait = inner(*args)
+    def start_and_keep(*arguments):
+        wait = start_collective(*arguments)
 
-        def kept():
-            keeper.append(wait())
-            return keeper[-1]
+        def wait_and_keep():
+            tensor = wait()
+            keeper.append(tensor)
+            return tensor
 
-        return kept
+        return wait_and_keep
 
-    dist._start_collective, RELEASED_WITHIN = keeps, 0.2
+    dist._start_collective = start_and_keep
+    RELEASED_WITHIN = 0.2
     try:
         gathered_bytes(GATHERED[0])
         return "nothing"
-    except AssertionError as e:
-        return str(e)
+    except AssertionError as error:
+        return str(error)
     finally:
-        dist._start_collective, RELEASED_WITHIN = inner, limit
+        dist._start_collective = start_collective
+        RELEASED_WITHIN = limit
 
 
 def work() -> int:
+    """Run every case and write the file."""
     torch.set_num_threads(1)
     with process_group():
-        done = {case: results(case, sharded=True) for case in CASES}
-        lessons = {case: lesson(case) for case in LESSONS}
-        theirs = {case: fsdp2(case) for case in AGAINST_FSDP2}
-        sizes = {case: gathered_bytes(case) for case in GATHERED}
-        leak = a_leak()
-        told = dist.gather_to_rank0(one_fails())
-        shares = dist.gather_to_rank0(dist.split_across_ranks(list(range(7))))
+        tensors = {case: results(case, sharded=True) for case in CASES}
+        tensors["lessons"] = {case: lesson(case) for case in LESSONS}
+        tensors["fsdp2"] = {case: fsdp2(case) for case in AGAINST_FSDP2}
+        tensors["gathered_bytes"] = {case: gathered_bytes(case) for case in GATHERED}
+        tensors["leak"] = a_leak()
+        tensors["told"] = dist.gather_to_rank0(one_fails())
+        share = dist.split_across_ranks(list(range(7)))
+        tensors["shares"] = dist.gather_to_rank0(share)
         if dist.rank() == 0:
-            torch.save(
-                done
-                | dict(
-                    lessons=lessons,
-                    told=told,
-                    shares=shares,
-                    fsdp2=theirs,
-                    gathered_bytes=sizes,
-                    leak=leak,
-                ),
-                sys.argv[1],
-            )
+            torch.save(tensors, sys.argv[1])
     return 0
 
 
