@@ -35,6 +35,7 @@ TASKS = "ifeval,gsm8k,mbpp,humaneval,mmlu"
 # of lm-eval's own results: what was run
 RUN_FIELDS = ("versions", "n-shot", "n-samples")
 
+NUMBERS = (bool, int, float, np.number, np.bool_)
 SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
 
 
@@ -88,9 +89,11 @@ def main(argv: list[str]) -> None:
     """Run the audit, print its table and write its figures."""
     args = build_parser().parse_args(argv)
     result = audit_models(args)
-    print_rank0(format_table(result))
+    table = format_table(result)
+    print_rank0(table)
     if args.out:
-        write_text(Path(args.out), json.dumps(result, indent=1) + "\n")
+        text = json.dumps(result, indent=1)
+        write_text(Path(args.out), text + "\n")
 
 
 def audit_models(args: argparse.Namespace) -> dict:
@@ -108,17 +111,19 @@ def audit_models(args: argparse.Namespace) -> dict:
             f"{e.name} is not installed; the audit needs lm-evaluation-harness: "
             'pip install "recr1[audit]"'
         ) from None
-    folders = {"after": resolve_model_folder(args.model)}
-    if args.before:
-        folders = {"before": resolve_model_folder(args.before)} | folders
-
+    folders = resolve_models(args)
     template_hashes = hash_templates(folders) if args.chat_template else {}
 
     # What may not run, or lacks its data, is reported before a model is loaded.
-    tasks = list(dict.fromkeys(name.strip() for name in args.tasks.split(",")))
+    tasks = split_tasks(args.tasks)
     manager = TaskManager(include_path=args.include_path)
-    leaves_by_task = {name: list_leaf_tasks(manager.task_index, name) for name in tasks}
-    leaves = sorted(set().union(*leaves_by_task.values()))
+    leaves_by_task = {}
+    all_leaves: set[str] = set()
+    for name in tasks:
+        task_leaves = list_leaf_tasks(manager.task_index, name)
+        leaves_by_task[name] = task_leaves
+        all_leaves.update(task_leaves)
+    leaves = sorted(all_leaves)
     unsafe = [name for name in leaves if runs_code(manager.task_index, name)]
     if unsafe:
         confirm_unsafe_code(unsafe, tasks, args.confirm_unsafe_code)
@@ -150,14 +155,38 @@ def audit_models(args: argparse.Namespace) -> dict:
         unsafe=unsafe,
     )
 
+    return dict(settings=settings, rows=compare_tasks(leaves_by_task, runs))
+
+
+def resolve_models(args: argparse.Namespace) -> dict[str, str]:
+    """Return the folder of each model, in the order in which they run."""
+    after = resolve_model_folder(args.model)
+    if not args.before:
+        return dict(after=after)
+    before = resolve_model_folder(args.before)
+    return dict(before=before, after=after)
+
+
+def split_tasks(text: str) -> list[str]:
+    """Split a list of tasks; one that is named twice is run once."""
+    names = []
+    for part in text.split(","):
+        name = part.strip()
+        if name not in names:
+            names.append(name)
+    return names
+
+
+def compare_tasks(leaves_by_task: dict[str, list[str]], runs: dict[str, dict]) -> list[dict]:
+    """Return the rows of compare_scores of all tasks."""
     rows = []
-    for name, task_leaves in leaves_by_task.items():
+    for name, leaves in leaves_by_task.items():
         if name in runs["after"]["results"]:
-            rows += compare_scores(name, task_leaves, runs)
+            rows += compare_scores(name, leaves, runs)
         else:  # a tag has no score of its own: its tasks have
-            for leaf in task_leaves:
+            for leaf in leaves:
                 rows += compare_scores(leaf, [leaf], runs)
-    return dict(settings=settings, rows=rows)
+    return rows
 
 
 def check_same_settings(runs: dict[str, dict]) -> None:
@@ -196,12 +225,22 @@ def collect_settings(
     tasks = {}
     for name in names:
         version = result["versions"].get(name)
-        tasks[name] = dict(version=version, fewshot=result["n-shot"].get(name))
+        fewshot = result["n-shot"].get(name)
+        tasks[name] = dict(version=version, fewshot=fewshot)
+    documents = {}
+    for name in leaves:
+        documents[name] = result["n-samples"][name]["effective"]
+    seeds = {key: result["config"][key] for key in SEEDS}
+    versions = dict(
+        lm_eval=lm_eval.__version__,
+        transformers=transformers.__version__,
+        torch=torch.__version__,
+    )
     return dict(
         model=args.model,
         before=args.before,
         tasks=tasks,
-        documents={name: result["n-samples"][name]["effective"] for name in leaves},
+        documents=documents,
         chat_template=args.chat_template,
         chat_template_sha256=template_hashes,
         limit=args.limit,
@@ -210,12 +249,8 @@ def collect_settings(
         dtype=args.dtype,
         device=args.device,
         unsafe_code=unsafe,
-        seeds={key: result["config"][key] for key in SEEDS},
-        versions=dict(
-            lm_eval=lm_eval.__version__,
-            transformers=transformers.__version__,
-            torch=torch.__version__,
-        ),
+        seeds=seeds,
+        versions=versions,
     )
 
 
@@ -224,7 +259,8 @@ def hash_templates(folders: dict[str, str]) -> dict[str, str]:
     template_hashes = {}
     for name, folder in folders.items():
         template = load_tokenizer(folder).chat_template
-        template_hashes[name] = hashlib.sha256(template.encode()).hexdigest()
+        digest = hashlib.sha256(template.encode())
+        template_hashes[name] = digest.hexdigest()
     return template_hashes
 
 
@@ -251,7 +287,8 @@ def list_leaf_tasks(index: dict, name: str) -> list[str]:
     for member in members:
         if not isinstance(member, str):
             member = member.get("task") or member.get("group")
-        leaves.update(dict.fromkeys(list_leaf_tasks(index, member)))
+        member_leaves = list_leaf_tasks(index, member)
+        leaves.update(dict.fromkeys(member_leaves))
     return list(leaves)
 
 
@@ -261,7 +298,8 @@ def runs_code(index: dict, name: str) -> bool:
     It is read from the task's file, functions unresolved: HumanEval's code runs some as soon as its
     task is loaded.
     """
-    return bool((index[name].cfg or {}).get("unsafe_code"))
+    config = index[name].cfg or {}
+    return bool(config.get("unsafe_code"))
 
 
 def confirm_unsafe_code(unsafe: list[str], tasks: list[str], confirmed: bool) -> None:
@@ -269,17 +307,18 @@ def confirm_unsafe_code(unsafe: list[str], tasks: list[str], confirmed: bool) ->
 
     Raises ConfigError where the user has not.
     """
+    names = ", ".join(unsafe)
     verb = "runs" if len(unsafe) == 1 else "run"
-    what = (
-        f"{', '.join(unsafe)} {verb} code that the model writes, on this machine and as this user"
-    )
+    what = f"{names} {verb} code that the model writes, on this machine and as this user"
     if not confirmed and sys.stdin.isatty():
         print_rank0(f"audit: {what}. Best in a container without network or secrets.")
-        confirmed = input("Type yes to run it: ").strip() == "yes"
+        answer = input("Type yes to run it: ")
+        confirmed = answer.strip() == "yes"
     if not confirmed:
-        safe_tasks = ",".join(name for name in tasks if name not in unsafe) or "gsm8k"
+        safe_tasks = [name for name in tasks if name not in unsafe] or ["gsm8k"]
         raise ConfigError(
-            f"{what}; add --confirm-unsafe-code to allow it, or leave it out: --tasks {safe_tasks}"
+            f"{what}; add --confirm-unsafe-code to allow it, or leave it out: "
+            f"--tasks {','.join(safe_tasks)}"
         )
     os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric itself asks a second time
 
@@ -291,7 +330,8 @@ def load_task(manager, name: str) -> None:
     except ImportError as e:
         raise ConfigError(f'{name}: needs {e.name or e}; pip install "recr1[audit]"') from None
     except Exception as e:  # whatever the hub, datasets, nltk or the task's own code raise
-        message = " ".join(str(e).split())[:200]
+        words = str(e).split()
+        message = " ".join(words)[:200]
         raise ConfigError(
             f"{name}: lm-eval cannot load it ({type(e).__name__}: {message}); "
             "its data come from the Hugging Face hub: go online once, or fill HF_HOME"
@@ -311,27 +351,27 @@ def compare_scores(name: str, leaves: list[str], runs: dict[str, dict]) -> list[
         if not filter_name or metric.endswith("_stderr") or not is_number:
             continue
         scores = {}
+        logged = {}
         for run, result in runs.items():
             scores[run] = collect_documents(result, leaves, metric, filter_name)
-        num_documents = len(scores["after"])
+            logged[run] = float(result["results"][name][key])
+        higher_is_better = runs["after"]["higher_is_better"].get(name, {})
         row = dict(
             task=name,
             metric=key,
-            n=num_documents,
-            after=float(value),
-            higher_is_better=runs["after"]["higher_is_better"].get(name, {}).get(metric),
+            n=len(scores["after"]),
+            after=logged["after"],
+            higher_is_better=higher_is_better.get(metric),
         )
         # A score that is no mean over documents has no standard error here.
-        is_mean = num_documents > 0
-        for run, documents in scores.items():
-            logged = runs[run]["results"][name][key]
-            if is_mean and not math.isclose(compute_mean(documents), logged, abs_tol=1e-6):
-                is_mean = False
-        row["stderr"] = compute_stderr(*sum_values(scores["after"])) if is_mean else None
+        is_mean = are_means(scores, logged)
+        row["stderr"] = None
+        if is_mean:
+            total, weight = sum_values(scores["after"])
+            row["stderr"] = compute_stderr(total, weight)
         if "before" in runs:
-            before = float(runs["before"]["results"][name][key])
-            row["before"] = before
-            row["difference"] = float(value) - before
+            row["before"] = logged["before"]
+            row["difference"] = logged["after"] - logged["before"]
             if scores["before"].keys() != scores["after"].keys():
                 raise ConfigError(
                     f"{name}: the two models were not asked the same documents; run the audit again"
@@ -339,6 +379,17 @@ def compare_scores(name: str, leaves: list[str], runs: dict[str, dict]) -> list[
             row["difference_stderr"] = compute_difference_stderr(scores) if is_mean else None
         rows.append(row)
     return rows
+
+
+def are_means(scores: dict[str, dict[tuple, list[float]]], logged: dict[str, float]) -> bool:
+    """Return whether the score of every run is the mean of its documents' values."""
+    if not scores["after"]:
+        return False
+    for run, documents in scores.items():
+        mean = compute_mean(documents)
+        if not math.isclose(mean, logged[run], abs_tol=1e-6):
+            return False
+    return True
 
 
 def compute_difference_stderr(scores: dict[str, dict[tuple, list[float]]]) -> float | None:
@@ -369,7 +420,7 @@ def collect_documents(
             values = sample[metric]
             if not isinstance(values, (list, tuple)):
                 values = [values]
-            if not all(isinstance(v, (bool, int, float, np.number, np.bool_)) for v in values):
+            if not all(isinstance(value, NUMBERS) for value in values):
                 return {}
             document = (leaf, sample["doc_id"], sample["doc_hash"])
             documents[document] = [float(value) for value in values]
@@ -378,8 +429,11 @@ def collect_documents(
 
 def sum_values(documents: dict[tuple, list[float]]) -> tuple[np.ndarray, np.ndarray]:
     """Return the sum and the number of the values of every document, (n,) each."""
-    totals = [sum(values) for values in documents.values()]
-    counts = [len(values) for values in documents.values()]
+    totals = []
+    counts = []
+    for values in documents.values():
+        totals.append(sum(values))
+        counts.append(len(values))
     return np.array(totals), np.array(counts, dtype=float)
 
 
@@ -399,8 +453,10 @@ def compute_stderr(total: np.ndarray, weight: np.ndarray) -> float | None:
     n = len(total)
     if n < 2:
         return None
-    residual = total - total.sum() / weight.sum() * weight
-    return float(math.sqrt(n / (n - 1) * (residual**2).sum()) / weight.sum())
+    total_weight = weight.sum()
+    residual = total - total.sum() / total_weight * weight
+    sum_of_squares = (residual**2).sum()
+    return float(math.sqrt(n / (n - 1) * sum_of_squares) / total_weight)
 
 
 def format_table(result: dict) -> str:
@@ -408,7 +464,8 @@ def format_table(result: dict) -> str:
     settings = result["settings"]
     has_both = settings["before"] is not None
     lines = [format_settings(settings)]
-    if len(set(settings["chat_template_sha256"].values())) > 1:
+    template_hashes = set(settings["chat_template_sha256"].values())
+    if len(template_hashes) > 1:
         lines.append(
             "the two models have different chat templates: the difference is that of model and "
             "template together"

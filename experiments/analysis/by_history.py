@@ -12,8 +12,9 @@ from pathlib import Path
 from recr1.data import readers
 from recr1.evaluation.evaluate import compute_mean_ci, get_column, list_metrics
 
+NO_LIMIT = 10**9
 # shortest and longest history
-BANDS = ((0, 1), (2, 4), (5, 9), (10, 10**9))
+BANDS = ((0, 1), (2, 4), (5, 9), (10, NO_LIMIT))
 
 
 def main() -> None:
@@ -25,26 +26,39 @@ def main() -> None:
     parser.add_argument("queries")
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     args = parser.parse_args()
-    path = args.rows / "eval_after.jsonl" if args.rows.is_dir() else args.rows
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    query_rows = readers.read_rows(args.queries, "stop", ("history",))[0]
-    history_lengths = {id: len(row["history"]) for id, row in query_rows.items()}
+    rows = read_evaluation(args.rows)
+    query_rows, *_ = readers.read_rows(args.queries, "stop", ("history",))
     metric = list_metrics(rows)[0]
     result = []
     for low, high in BANDS:
-        band_rows = [row for row in rows if low <= history_lengths[row["id"]] <= high]
+        band_rows = []
+        for row in rows:
+            history = query_rows[row["id"]]["history"]
+            if low <= len(history) <= high:
+                band_rows.append(row)
         if band_rows:
-            name = f"{low}-{high}" if high < 10**9 else f"{low}+"
-            result.append(summarize_band(name, band_rows, metric))
-    for band in result:
-        interval_low, interval_high = band["gain_ci95"]
-        print(
-            f"history {band['history']:<6} n {band['n']:>5}   raw {band['raw']:.4f}   "
-            f"after {band['after']:.4f}   "
-            f"{band['gain']:+.4f} [{interval_low:+.4f}, {interval_high:+.4f}]"
-        )
+            name = format_band(low, high)
+            summary = summarize_band(name, band_rows, metric)
+            result.append(summary)
+    for summary in result:
+        print(format_summary(summary))
     if args.json:
         print(json.dumps(result))
+
+
+def read_evaluation(path: Path) -> list[dict]:
+    """Read the rows of an evaluation: a file of them, or the last one of a run's folder."""
+    if path.is_dir():
+        path = path / "eval_after.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def format_band(low: int, high: int) -> str:
+    """Format the limits of a band of lengths."""
+    if high == NO_LIMIT:
+        return f"{low}+"
+    return f"{low}-{high}"
 
 
 def summarize_band(name: str, rows: list[dict], metric: str) -> dict:
@@ -60,6 +74,14 @@ def summarize_band(name: str, rows: list[dict], metric: str) -> dict:
         gain=gain,
         gain_ci95=interval,
     )
+
+
+def format_summary(summary: dict) -> str:
+    """Format a band's line."""
+    low, high = summary["gain_ci95"]
+    scores = f"raw {summary['raw']:.4f}   after {summary['after']:.4f}"
+    gain = f"{summary['gain']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return f"history {summary['history']:<6} n {summary['n']:>5}   {scores}   {gain}"
 
 
 if __name__ == "__main__":

@@ -48,56 +48,69 @@ def main() -> None:
     first = runs[0]
     for run in runs:
         check_comparable(run, first)
-    qrels_path = first.cfg.data.test_qrels or first.cfg.data.train_qrels
-    qrels = readers.read_qrels(qrels_path, first.cfg.data.on_bad_line)[0]
+    data = first.cfg.data
+    qrels, *_ = readers.read_qrels(data.test_qrels or data.train_qrels, data.on_bad_line)
     relevance = [qrels.get(row["id"], {}) for row in first.rows]
     k = first.cfg.reward.k_eval
 
     result = []
-    lines = []
-    for searcher in runs:
+    lines = [
+        f"NDCG@{k} on {len(relevance)} test queries, mean and 95% paired bootstrap interval of the "
+        "gain over the raw query"
+    ]
+    for number, searcher in enumerate(runs):
         retriever = open_retriever(searcher)
-        raw = score_queries(retriever, [row["raw"] for row in searcher.rows], relevance, k)
+        raw_queries = [row["raw"] for row in searcher.rows]
+        raw = score_queries(retriever, raw_queries, relevance, k)
         check_logged(searcher, "ndcg_raw", raw)
         note = describe_weights(searcher.cfg.retriever.encoder)
-        lines.append(f"\nsearched with {retriever.description}{note}")
+        if number > 0:
+            lines.append("")
+        lines.append(f"searched with {retriever.description}{note}")
         lines.append(f"  {'raw query':<44}{raw.mean():8.4f}")
         for writer in runs:
             rewrites = [row["rewrite"] for row in writer.rows]
             scores = score_queries(retriever, rewrites, relevance, k)
             if writer.folder == searcher.folder:
                 check_logged(searcher, "ndcg", scores)
-            gain, (low, high) = compute_mean_ci(scores - raw)
-            kind = writer.cfg.retriever.kind
-            name = f"rewritten, trained with {kind} ({writer.folder.name})"
-            lines.append(
-                f"  {name:<44}{scores.mean():8.4f}   gain {gain:+.4f} [{low:+.4f}, {high:+.4f}]"
-            )
-            result.append(
-                dict(
-                    searched_with=searcher.cfg.retriever.kind,
-                    encoder=searcher.cfg.retriever.encoder,
-                    trained_with=kind,
-                    run=str(writer.folder),
-                    raw=raw.mean(),
-                    rewritten=scores.mean(),
-                    gain=gain,
-                    gain_ci95=[low, high],
-                )
-            )
-    print(
-        f"NDCG@{k} on {len(relevance)} test queries, mean and 95% paired bootstrap interval of the "
-        "gain over the raw query" + "\n".join(lines)
-    )
+            figures = compare_scores(searcher, writer, raw, scores)
+            result.append(figures)
+            lines.append(format_gain(writer, figures))
+    print("\n".join(lines))
     if args.json:
         print(json.dumps(result))
+
+
+def compare_scores(searcher: Run, writer: Run, raw: np.ndarray, scores: np.ndarray) -> dict:
+    """Return the means of the raw queries and of the writer's rewrites, and the gain."""
+    gain, interval = compute_mean_ci(scores - raw)
+    return dict(
+        searched_with=searcher.cfg.retriever.kind,
+        encoder=searcher.cfg.retriever.encoder,
+        trained_with=writer.cfg.retriever.kind,
+        run=str(writer.folder),
+        raw=raw.mean(),
+        rewritten=scores.mean(),
+        gain=gain,
+        gain_ci95=list(interval),
+    )
+
+
+def format_gain(writer: Run, figures: dict) -> str:
+    """Format the line of a run's rewrites."""
+    name = f"rewritten, trained with {figures['trained_with']} ({writer.folder.name})"
+    low, high = figures["gain_ci95"]
+    gain = f"{figures['gain']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return f"  {name:<44}{figures['rewritten']:8.4f}   gain {gain}"
 
 
 def read_run(folder: Path) -> Run:
     """Read a run's config and its eval_after.jsonl."""
     cfg = configs.load_run_config(folder)
-    lines = (folder / "eval_after.jsonl").read_bytes().split(b"\n")[:-1]
-    return Run(folder, cfg, rows=[json.loads(line) for line in lines])
+    content = (folder / "eval_after.jsonl").read_bytes()
+    lines = content.split(b"\n")[:-1]
+    rows = [json.loads(line) for line in lines]
+    return Run(folder, cfg, rows)
 
 
 def check_comparable(run: Run, first: Run) -> None:
@@ -114,8 +127,9 @@ def check_comparable(run: Run, first: Run) -> None:
 
 def open_retriever(run: Run) -> Retriever:
     """Load the run's retriever, with the run's number of threads."""
+    summary = json.loads((run.folder / "summary.json").read_text())
     # The sums of an encoder are rounded by the number of threads.
-    torch.set_num_threads(json.loads((run.folder / "summary.json").read_text())["threads"])
+    torch.set_num_threads(summary["threads"])
     build = build_retriever(run.cfg.retriever)
     index_dir = get_index_dir(run.cfg.retriever, run.folder)
     retriever, _ = build(run.cfg.data.corpus, run.cfg.data.on_bad_line, index_dir, print)
@@ -126,11 +140,15 @@ def score_queries(
     retriever: Retriever, queries: list[str | None], relevance: list[dict[str, float]], k: int
 ) -> np.ndarray:
     """Return NDCG@k (Q,) of each query; no query (an unparsable answer) scores 0."""
-    hits = retriever.search([query or "" for query in queries], k)[0]
+    texts = [query or "" for query in queries]
+    hits, *_ = retriever.search(texts, k)
     scores = []
     for query, rows, judged in zip(queries, hits.tolist(), relevance):
-        ids = [retriever.doc_ids[row] for row in rows if row >= 0]
-        scores.append(0.0 if query is None else compute_ndcg(ids, judged, k))
+        score = 0.0
+        if query is not None:
+            ids = [retriever.doc_ids[row] for row in rows if row >= 0]
+            score = compute_ndcg(ids, judged, k)
+        scores.append(score)
     return np.array(scores)
 
 

@@ -92,16 +92,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args(argv)
-    setting = Setting(configs.load_config(args.config, args.overrides), args.model)
-    metric = setting.cfg.reward.metric
-    k = setting.cfg.reward.k_eval
+    cfg = configs.load_config(args.config, args.overrides)
+    setting = Setting(cfg, args.model)
+    metric = cfg.reward.metric
+    k = cfg.reward.k_eval
     policy = setting.load_policy()
-    rows = evaluate_prompts(
-        policy, setting.test, setting.make_scorer(k), setting.cfg.sampling.max_new_tokens
-    )
+    scorer = setting.make_scorer(k)
+    rows = evaluate_prompts(policy, setting.test, scorer, cfg.sampling.max_new_tokens)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_text(out, "".join(lines))
     scores = get_column(rows, metric)
     raw = get_column(rows, f"{metric}_raw")
     gain, (low, high) = compute_mean_ci(scores - raw)

@@ -61,22 +61,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--queries", type=int, default=300)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_intermixed_args(argv)
-    setting = Setting(configs.load_config(args.config, args.overrides), args.model)
-    reward = setting.cfg.reward
+    cfg = configs.load_config(args.config, args.overrides)
+    setting = Setting(cfg, args.model)
+    reward = cfg.reward
     policy = setting.load_policy()
     scorer = setting.make_scorer(reward.k_eval)
 
-    # The policy's own thoughts; those of fewer than two words cannot be perturbed.
     all_prompts = setting.test[: args.queries]
-    rollouts = generate_greedily(
-        policy, all_prompts, setting.stop_token_ids, setting.cfg.sampling.max_new_tokens
-    )
-    thoughts = {}  # {index of the prompt: words}
-    for index, answer in enumerate(scorer.score(rollouts)):
-        thought, end, _ = answer.text.partition(THOUGHT_END)
-        words = thought.split()
-        if end and len(words) > 1:
-            thoughts[index] = words
+    thoughts = generate_thoughts(setting, policy, scorer, all_prompts)
     result = dict(model=args.model, queries=len(all_prompts), with_thought=len(thoughts))
     print_rank0(f"{len(thoughts)} of {len(all_prompts)} thoughts have two words or more")
 
@@ -86,20 +78,37 @@ def main(argv: list[str]) -> None:
         for name, perturb in PERTURBATIONS.items():
             texts = []
             for index, words in thoughts.items():
-                perturbed = perturb(words, random.Random(index))
-                texts.append(" " + " ".join(perturbed) + THOUGHT_END)
+                rng = random.Random(index)
+                text = " ".join(perturb(words, rng))
+                texts.append(f" {text}{THOUGHT_END}")
             answers[name] = answer_after(setting, policy, scorer, prompts, texts)
             figures = compare_answers(answers["unchanged"], answers[name], reward.metric)
             result[name] = figures
-            low, high = figures["difference_ci95"]
-            print_rank0(
-                f"  {name:<10} another answer {figures['other_answer'][0]:.3f}   "
-                f"{reward.metric}@{reward.k_eval} {figures['metric']:.4f}, "
-                f"{figures['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
-            )
+            line = format_figures(figures, f"{reward.metric}@{reward.k_eval}")
+            print_rank0(f"  {name:<10} {line}")
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1)
+    write_text(out, text + "\n")
+
+
+def generate_thoughts(
+    setting: Setting, policy: Sharded, scorer: Scorer, prompts: list[Prompt]
+) -> dict[int, list[str]]:
+    """Return {index of the prompt: the words of the policy's own thought}.
+
+    Thoughts of fewer than two words cannot be perturbed and are left out.
+    """
+    rollouts = generate_greedily(
+        policy, prompts, setting.stop_token_ids, setting.cfg.sampling.max_new_tokens
+    )
+    thoughts = {}
+    for index, answer in enumerate(scorer.score(rollouts)):
+        thought, end, _ = answer.text.partition(THOUGHT_END)
+        words = thought.split()
+        if end and len(words) > 1:
+            thoughts[index] = words
+    return thoughts
 
 
 def answer_after(
@@ -129,16 +138,30 @@ def answer_after(
 
 def compare_answers(unchanged: list[Reward], perturbed: list[Reward], metric: str) -> dict:
     """Return how often the answer is another one, and the metric's paired difference."""
-    is_other = np.array([a.answer != b.answer for a, b in zip(unchanged, perturbed)], float)
-    unchanged_scores = np.array([answer.terms[metric] for answer in unchanged])
-    perturbed_scores = np.array([answer.terms[metric] for answer in perturbed])
-    difference, interval = compute_mean_ci(perturbed_scores - unchanged_scores)
+    is_other = []
+    old_scores = []
+    new_scores = []
+    for old, new in zip(unchanged, perturbed):
+        is_other.append(old.answer != new.answer)
+        old_scores.append(old.terms[metric])
+        new_scores.append(new.terms[metric])
+    share_other = compute_mean_ci(np.array(is_other, float))
+    perturbed_scores = np.array(new_scores)
+    difference, interval = compute_mean_ci(perturbed_scores - np.array(old_scores))
     return dict(
-        other_answer=compute_mean_ci(is_other),
+        other_answer=share_other,
         metric=float(perturbed_scores.mean()),
         difference=difference,
         difference_ci95=interval,
     )
+
+
+def format_figures(figures: dict, metric: str) -> str:
+    """Format what a perturbation did; metric: its name."""
+    share_other, _ = figures["other_answer"]
+    low, high = figures["difference_ci95"]
+    difference = f"{figures['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    return f"another answer {share_other:.3f}   {metric} {figures['metric']:.4f}, {difference}"
 
 
 if __name__ == "__main__":

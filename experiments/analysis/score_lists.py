@@ -26,6 +26,7 @@ import json
 import re
 import sys
 import zlib
+from functools import partial
 from math import log2
 
 import numpy as np
@@ -38,6 +39,10 @@ from recr1.training.launch import run_command
 
 DEFAULT_METRICS = "ndcg@10,ndcg@100,recall@10,recall@100"
 TOLERANCE = 1e-9  # the released figures are float64, written in full
+HEAD = (
+    f"{'':<12}{'ours':>8}   {'95% interval':<18}{'upstream':>9}   {'ours - upstream':<30}"
+    "stored figures that differ from"
+)
 
 
 def main(argv: list[str]) -> None:
@@ -53,8 +58,10 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object on the last line")
     args = parser.parse_args(argv)
-    result = score_lists(read_lists(args.file), args.metrics)
-    print_rank0(format_table(args.file, result))
+    rows = read_lists(args.file)
+    result = score_lists(rows, args.metrics)
+    table = format_table(args.file, result)
+    print_rank0(table)
     if args.json:
         print_rank0(json.dumps(result))
 
@@ -73,7 +80,10 @@ def parse_metrics(text: str) -> list[str]:
 def split_metric(name: str) -> tuple[str, int] | None:
     """Split "ndcg@10" into ("ndcg", 10); return None for what is not scored here."""
     match = re.fullmatch(r"(ndcg|recall)@([1-9]\d{0,8})", name)
-    return (match[1], int(match[2])) if match else None
+    if match is None:
+        return None
+    kind, k = match.groups()
+    return kind, int(k)
 
 
 def read_lists(path: str) -> dict[str, dict]:
@@ -86,10 +96,12 @@ def read_lists(path: str) -> dict[str, dict]:
         DataError: with file and key.
     """
     open_file = gzip.open if path.endswith(".gz") else open
+    make_object = partial(_make_object, path=path)
     try:
         with open_file(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")
-        rows = json.loads(text, object_pairs_hook=lambda pairs: _make_object(pairs, path))
+            content = file.read()
+        text = content.decode("utf-8-sig")
+        rows = json.loads(text, object_pairs_hook=make_object)
     except DataError:
         raise
     except FileNotFoundError:
@@ -103,11 +115,14 @@ def read_lists(path: str) -> dict[str, dict]:
             f"{path}: not JSON in UTF-8 ({e or type(e).__name__}); download it again, whole"
         ) from None
     if not isinstance(rows, dict) or not rows:
-        content = "an empty object" if rows == {} else f"a {type(rows).__name__}"
+        kind = "an empty object" if rows == {} else f"a {type(rows).__name__}"
         raise DataError(
-            f'{path}: {content}; want one object, "<n>_<query>" -> {{"retrieved", "target", ...}}'
+            f'{path}: {kind}; want one object, "<n>_<query>" -> {{"retrieved", "target", ...}}'
         )
-    return {key: _check_row(row, f"{path}: key {key[:60]!a}") for key, row in rows.items()}
+    lists = {}
+    for key, row in rows.items():
+        lists[key] = _check_row(row, f"{path}: key {key[:60]!a}")
+    return lists
 
 
 def _make_object(pairs: list[tuple], path: str) -> dict:
@@ -139,7 +154,8 @@ def _check_row(row: object, where: str) -> dict:
     for name, value in row.items():
         if "@" not in name:
             continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) > 1e300:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or abs(value) > 1e300:
             raise DataError(
                 f"{where}: {name!r} is {str(value)[:40]!a}, a {type(value).__name__}, "
                 "not a metric's value"
@@ -157,42 +173,49 @@ def _read_ids(row: dict, name: str, where: str, may_be_bare: bool = False) -> li
     may_be_bare: the string may also be one id itself: letters, digits, - and _, as ASINs are.
     """
     if name not in row:
-        keys = ", ".join(map(repr, list(row)[:6])) or "none"
-        raise DataError(f"{where}: no {name!r}; its keys are {keys}")
+        keys = [repr(key) for key in row]
+        first_keys = ", ".join(keys[:6]) or "none"
+        raise DataError(f"{where}: no {name!r}; its keys are {first_keys}")
     ids = row[name]
-    if may_be_bare and isinstance(ids, str) and re.fullmatch(r"[\w-]+", ids):
-        return [ids]
     if isinstance(ids, str):
+        if may_be_bare and re.fullmatch(r"[\w-]+", ids):
+            return [ids]
         try:
             ids = ast.literal_eval(ids)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
+            text = row[name][:40]
+            no_id = " and is no id" if may_be_bare else ""
             raise DataError(
-                f"{where}: {name!r} is a string that holds no Python list"
-                f"{' and is no id' * may_be_bare}: {row[name][:40]!a}"
+                f"{where}: {name!r} is a string that holds no Python list{no_id}: {text!a}"
             ) from None
     if not isinstance(ids, list):
         raise DataError(f"{where}: {name!r} holds a {type(ids).__name__}, not a list")
     for id in ids:
         if not isinstance(id, str):
-            raise DataError(
-                f"{where}: {name!r} holds {str(id)[:40]}, a {type(id).__name__}; "
-                "document ids are strings"
-            )
+            text = str(id)[:40]
+            kind = type(id).__name__
+            raise DataError(f"{where}: {name!r} holds {text}, a {kind}; document ids are strings")
     return ids
 
 
 def compute_upstream_ndcg(retrieved: list[str], target: list[str], k: int) -> float:
     """Compute NDCG@k as upstream does; `target` is not empty."""
     targets = set(target)
-    dcg = sum(1 / log2(rank + 1) for rank, doc in enumerate(retrieved[:k], 1) if doc in targets)
-    ideal_dcg = sum(1 / log2(rank + 1) for rank in range(1, min(k, len(target)) + 1))
+    dcg = 0.0
+    for rank, doc in enumerate(retrieved[:k], 1):
+        if doc in targets:
+            dcg += 1 / log2(rank + 1)
+    ideal_dcg = 0.0
+    for rank, _ in enumerate(target[:k], 1):
+        ideal_dcg += 1 / log2(rank + 1)
     return dcg / ideal_dcg
 
 
 def compute_upstream_recall(retrieved: list[str], target: list[str], k: int) -> float:
     """Compute recall@k as the released figures do; `target` is not empty."""
     targets = set(target)
-    return len(set(retrieved[:k]) & targets) / len(targets)
+    hits = targets.intersection(retrieved[:k])
+    return len(hits) / len(targets)
 
 
 # kind -> (by our convention, by upstream's)
@@ -212,42 +235,59 @@ def score_lists(rows: dict[str, dict], names: list[str]) -> dict:
     for row in rows.values():
         stored_names.update(row["stored"])
         other_names.update(row["other"])
-    result = dict(
+    lengths = [len(row["retrieved"]) for row in rows.values()]
+    metrics = {}
+    for name in sorted({*names, *stored_names}, key=split_metric):
+        ours, upstream = _score_metric(rows, name)
+        difference = ours - upstream
+        ours_interval = compute_bootstrap_ci(ours)
+        difference_interval = compute_bootstrap_ci(difference)
+        figures = dict(
+            ours=float(ours.mean()),
+            ci95=list(ours_interval),
+            upstream=float(upstream.mean()),
+            difference=float(difference.mean()),
+            difference_ci95=list(difference_interval),
+        )
+        if name in stored_names:
+            computed = dict(upstream=upstream, ours=ours)
+            figures["stored"] = compare_stored(rows, name, computed)
+        metrics[name] = figures
+    return dict(
         n=len(rows),
         repeated_target=_count_repeats(rows, "target"),
         repeated_retrieved=_count_repeats(rows, "retrieved"),
-        longest=max(len(row["retrieved"]) for row in rows.values()),
+        longest=max(lengths),
         not_compared=sorted(other_names),
-        metrics={},
+        metrics=metrics,
     )
-    for name in sorted({*names, *stored_names}, key=split_metric):
-        kind, k = split_metric(name)
-        compute_ours, compute_upstream = METRICS[kind]
-        our_scores = []
-        upstream_scores = []
-        for row in rows.values():
-            relevance = dict.fromkeys(row["target"], 1.0)
-            our_scores.append(compute_ours(row["retrieved"], relevance, k))
-            upstream_scores.append(compute_upstream(row["retrieved"], row["target"], k))
-        ours = np.array(our_scores)
-        upstream = np.array(upstream_scores)
-        difference = ours - upstream
-        entry = dict(
-            ours=float(ours.mean()),
-            ci95=list(compute_bootstrap_ci(ours)),
-            upstream=float(upstream.mean()),
-            difference=float(difference.mean()),
-            difference_ci95=list(compute_bootstrap_ci(difference)),
-        )
-        if name in stored_names:
-            entry["stored"] = compare_stored(rows, name, dict(upstream=upstream, ours=ours))
-        result["metrics"][name] = entry
-    return result
+
+
+def _score_metric(rows: dict[str, dict], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a metric of every query under our convention and under upstream's, (Q,) each."""
+    kind, k = split_metric(name)
+    compute_ours, compute_upstream = METRICS[kind]
+    ours = []
+    upstream = []
+    for row in rows.values():
+        retrieved = row["retrieved"]
+        target = row["target"]
+        relevance = dict.fromkeys(target, 1.0)
+        our_score = compute_ours(retrieved, relevance, k)
+        upstream_score = compute_upstream(retrieved, target, k)
+        ours.append(our_score)
+        upstream.append(upstream_score)
+    return np.array(ours), np.array(upstream)
 
 
 def _count_repeats(rows: dict[str, dict], name: str) -> int:
     """Count the queries whose list `name` has a document twice."""
-    return sum(len(set(row[name])) < len(row[name]) for row in rows.values())
+    num_queries = 0
+    for row in rows.values():
+        distinct_ids = set(row[name])
+        if len(distinct_ids) < len(row[name]):
+            num_queries += 1
+    return num_queries
 
 
 def compare_stored(rows: dict[str, dict], name: str, computed: dict[str, np.ndarray]) -> dict:
@@ -265,55 +305,63 @@ def compare_stored(rows: dict[str, dict], name: str, computed: dict[str, np.ndar
             indices.append(index)
             values.append(row["stored"][name])
     stored = np.array(values, dtype=np.float64)
-    mean = float(stored.mean()) if np.isfinite(stored).all() else None
+    is_finite = np.isfinite(stored).all()
+    mean = float(stored.mean()) if is_finite else None
     comparison = dict(n=len(stored), mean=mean)
     for convention, scores in computed.items():
         gap = np.abs(stored - scores[indices])
         gap[~np.isfinite(gap)] = np.inf  # a stored NaN differs from everything
-        worst = int(gap.argmax())
-        comparison[f"differ_from_{convention}"] = dict(
-            n=int((gap > TOLERANCE).sum()),
-            largest=float(gap[worst]) if np.isfinite(gap[worst]) else None,
-            key=keys[worst] if gap[worst] > TOLERANCE else None,
-        )
+        comparison[f"differ_from_{convention}"] = _summarize_gap(gap, keys)
     return comparison
+
+
+def _summarize_gap(gap: np.ndarray, keys: list[str]) -> dict:
+    """Return how many figures differ, the largest gap (None where infinite) and its key."""
+    worst = int(gap.argmax())
+    largest = float(gap[worst])
+    differs = gap > TOLERANCE
+    return dict(
+        n=int(differs.sum()),
+        largest=largest if np.isfinite(largest) else None,
+        key=keys[worst] if differs[worst] else None,
+    )
 
 
 def format_table(path: str, result: dict) -> str:
     """Format a line per metric, then what is wrong with the stored figures."""
-    lines = [
-        f"{path}: {result['n']} queries; {result['repeated_target']} repeat a target, "
-        f"{result['repeated_retrieved']} a retrieved document; "
-        f"the longest list has {result['longest']}",
-        f"{'':<12}{'ours':>8}   {'95% interval':<18}{'upstream':>9}   {'ours - upstream':<30}"
-        "stored figures that differ from",
-    ]
+    num_queries = result["n"]
+    longest = result["longest"]
+    counts = (
+        f"{path}: {num_queries} queries; {result['repeated_target']} repeat a target, "
+        f"{result['repeated_retrieved']} a retrieved document; the longest list has {longest}"
+    )
+    lines = [counts, HEAD]
     for name, figures in result["metrics"].items():
-        lines.append(_format_metric(name, figures, result["longest"]))
+        line = _format_metric(name, figures, longest)
+        lines.append(line)
     for name, figures in result["metrics"].items():
         if "stored" in figures:
-            lines += _describe_stored(name, figures["stored"], result["n"])
+            lines += _describe_stored(name, figures["stored"], num_queries)
     if result["not_compared"]:
-        lines.append(f"stored and not compared: {', '.join(result['not_compared'])}")
+        not_compared = ", ".join(result["not_compared"])
+        lines.append(f"stored and not compared: {not_compared}")
     return "\n".join(lines)
 
 
 def _format_metric(name: str, figures: dict, longest: int) -> str:
     """Format the table's line of a metric."""
-    interval = "[{:.4f}, {:.4f}]".format(*figures["ci95"])
-    difference = "{:+.4f} [{:+.4f}, {:+.4f}]".format(
-        figures["difference"], *figures["difference_ci95"]
-    )
-    line = (
-        f"{name:<12}{figures['ours']:8.4f}   {interval:<18}{figures['upstream']:9.4f}   "
-        f"{difference:<30}"
-    )
+    low, high = figures["ci95"]
+    ours = f"{figures['ours']:8.4f}"
+    interval = f"[{low:.4f}, {high:.4f}]"
+    upstream = f"{figures['upstream']:9.4f}"
+    low, high = figures["difference_ci95"]
+    difference = f"{figures['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    line = f"{name:<12}{ours}   {interval:<18}{upstream}   {difference:<30}"
     stored = figures.get("stored")
     if stored:
-        line += (
-            f"upstream's {stored['differ_from_upstream']['n']}, "
-            f"ours {stored['differ_from_ours']['n']} of {stored['n']}"
-        )
+        from_upstream = stored["differ_from_upstream"]["n"]
+        from_ours = stored["differ_from_ours"]["n"]
+        line += f"upstream's {from_upstream}, ours {from_ours} of {stored['n']}"
     _, k = split_metric(name)
     if k > longest:
         line += "   (no list is that long)"
@@ -325,10 +373,12 @@ def _describe_stored(name: str, stored: dict, num_queries: int) -> list[str]:
     lines = []
     wrong = stored["differ_from_upstream"]
     if wrong["n"]:
-        by = "not a number" if wrong["largest"] is None else f"by {wrong['largest']:.4g}"
+        largest = wrong["largest"]
+        gap = "not a number" if largest is None else f"by {largest:.4g}"
+        key = wrong["key"][:60]
         lines.append(
             f"stored {name} is not what its lists give, by upstream's formula: "
-            f"{wrong['n']} of {stored['n']}, most {by} at key {wrong['key'][:60]!a}"
+            f"{wrong['n']} of {stored['n']}, most {gap} at key {key!a}"
         )
     if 0 < stored["n"] < num_queries:
         lines.append(f"stored {name} is there for {stored['n']} of {num_queries} queries")

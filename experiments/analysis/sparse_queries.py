@@ -46,17 +46,20 @@ def main(argv: list[str]) -> None:
         if metrics["hit"] == 0 and any(setting.qrels[prompt.id].values()):
             sparse_ids.add(prompt.id)
 
-    rows = read_judged_queries(cfg, setting.task.required_fields)[0]["train"]
+    rows, *_ = read_judged_queries(cfg, setting.task.required_fields)
     lines = []
-    for id, row in rows.items():
+    for id, row in rows["train"].items():
         if id in sparse_ids or readers.is_validation(id):
-            lines.append(json.dumps(dict(row, id=id), ensure_ascii=False) + "\n")
+            line = json.dumps(dict(row, id=id), ensure_ascii=False)
+            lines.append(line + "\n")
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "".join(lines))
+    num_sparse = len(sparse_ids)
+    num_validation = len(lines) - num_sparse
     print_rank0(
-        f"{args.out}: {len(sparse_ids)} of {len(setting.train)} train queries have no target in "
-        f"the first {args.beyond}; with {len(lines) - len(sparse_ids)} of validation"
+        f"{args.out}: {num_sparse} of {len(setting.train)} train queries have no target in "
+        f"the first {args.beyond}; with {num_validation} of validation"
     )
 
 

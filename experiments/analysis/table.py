@@ -36,6 +36,8 @@ HEAD = (
 SCORES = ("raw", "before", "after")
 
 SHORT_HEAD = (*SCORES, "after - raw", "after - before")
+TERM_HEAD = ("run", "part", *SHORT_HEAD)
+EVALUATION_HEAD = ("rows", "metric", *SHORT_HEAD)
 
 
 def main() -> None:
@@ -45,19 +47,25 @@ def main() -> None:
         sys.exit(__doc__)
     out = paths[0] if len(paths) == 1 and (paths[0] / "done").is_dir() else None
     runs = list_runs(out) if out else paths
-    lines = format_head(HEAD) + [format_run(run) for run in runs]
+    lines = format_head(HEAD)
+    for run in runs:
+        lines.append(format_run(run))
     term_lines = []
     for run in runs:
         if (run / "summary.json").exists():
             term_lines += format_reward_terms(run)
     if term_lines:
         lines += ["", "Parts beside the accuracy", ""]
-        lines += format_head(("run", "part", *SHORT_HEAD)) + term_lines
+        lines += format_head(TERM_HEAD)
+        lines += term_lines
     if out:
-        lines += ["", "Other test sets", "", *format_head(("rows", "metric", *SHORT_HEAD))]
+        lines += ["", "Other test sets", ""]
+        lines += format_head(EVALUATION_HEAD)
         for path in sorted(out.glob("*/eval_after.jsonl")):
-            if not (path.parent / "config.yaml").exists():
-                lines.append(format_evaluation(path.parent))
+            folder = path.parent
+            is_run = (folder / "config.yaml").exists()
+            if not is_run:
+                lines.append(format_evaluation(folder))
         lines += format_logs(out)
         lines += format_commands(out)
     print("\n".join(lines))
@@ -72,7 +80,7 @@ def list_runs(out: Path) -> list[Path]:
 def format_logs(out: Path) -> list[str]:
     """Return what the scripts printed; runs and the scripts that prepare data are left out."""
     lines = []
-    for log in sorted(out.glob("*.log"), key=lambda path: path.stat().st_mtime):
+    for log in sorted(out.glob("*.log"), key=get_modified_time):
         is_run = (out / log.stem / "config.yaml").exists()
         if is_run or log.stem.startswith(("data_", "cold_")):
             continue
@@ -86,21 +94,28 @@ def format_logs(out: Path) -> list[str]:
 def format_commands(out: Path) -> list[str]:
     """Return the table of the steps of run_all_cpu.sh: their seconds and commands."""
     lines = ["", "| step | seconds | command |", "|---|---|---|"]
-    for path in sorted(out.glob("done/*"), key=lambda path: path.stat().st_mtime):
-        text = path.read_text(encoding="utf-8").rstrip("\n")
-        seconds, command = text.split("\t", 1)
+    for path in sorted(out.glob("done/*"), key=get_modified_time):
+        text = path.read_text(encoding="utf-8")
+        seconds, command = text.rstrip("\n").split("\t", 1)
         lines.append(f"| {path.name} | {seconds} | `{command}` |")
     return lines
 
 
+def get_modified_time(path: Path) -> float:
+    """Return when a file was written last."""
+    return path.stat().st_mtime
+
+
 def format_run(run: Path) -> str:
     """Return a run's row. Exits where summary.json and the rows disagree."""
-    if not (run / "summary.json").exists():
-        return format_row([run.name, "not finished", *[""] * (len(HEAD) - 2)])
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    summary_path = run / "summary.json"
+    if not summary_path.exists():
+        empty_cells = [""] * (len(HEAD) - 2)
+        return format_row([run.name, "not finished", *empty_cells])
+    summary = json.loads(summary_path.read_text(encoding="utf-8"))
     before = read_rows(run / "eval_before.jsonl")
     after = read_rows(run / "eval_after.jsonl")
-    metric = summary["metric"].partition("@")[0]
+    metric, *_ = summary["metric"].partition("@")
     figures = compare_evaluations(before, after, metric)
     for name in (*SCORES, "gain"):
         if abs(figures[name] - summary[name]) > 1e-9:
@@ -108,19 +123,15 @@ def format_run(run: Path) -> str:
                 f"{run}: summary.json says {name} {summary[name]}, its rows {figures[name]}; "
                 "one of the files is not this run's"
             )
-    num_errors = sum(row["error"] is not None for row in after)
-    return format_row(
-        [
-            run.name,
-            summary["metric"],
-            *format_figures(figures),
-            f"{figures['after_minus_before_p']:.4f}",
-            f"{num_errors} of {len(after)}",
-            summary["steps"],
-            f"{summary['wall_s']:.0f}",
-            summary["seed"],
-        ]
-    )
+    errors = [row["error"] for row in after if row["error"] is not None]
+    cells = [run.name, summary["metric"]]
+    cells += format_figures(figures)
+    cells.append(f"{figures['after_minus_before_p']:.4f}")
+    cells.append(f"{len(errors)} of {len(after)}")
+    cells.append(summary["steps"])
+    cells.append(f"{summary['wall_s']:.0f}")
+    cells.append(summary["seed"])
+    return format_row(cells)
 
 
 def format_reward_terms(run: Path) -> list[str]:
@@ -131,25 +142,30 @@ def format_reward_terms(run: Path) -> list[str]:
     for term in list_metrics(after):
         if term not in METRICS:
             figures = compare_evaluations(before, after, term)
-            lines.append(format_row([run.name, term, *format_figures(figures)]))
+            cells = format_figures(figures)
+            line = format_row([run.name, term, *cells])
+            lines.append(line)
     return lines
 
 
 def format_evaluation(folder: Path) -> str:
     """Return the row of an evaluation without a run (evaluate.py)."""
     after = read_rows(folder / "eval_after.jsonl")
-    metric = list_metrics(after)[0]
-    if (folder / "eval_before.jsonl").exists():
-        before = read_rows(folder / "eval_before.jsonl")
+    metric, *_ = list_metrics(after)
+    before_path = folder / "eval_before.jsonl"
+    if before_path.exists():
+        before = read_rows(before_path)
         figures = compare_evaluations(before, after, metric)
-        return format_row([folder.name, metric, *format_figures(figures)])
+        cells = format_figures(figures)
+        return format_row([folder.name, metric, *cells])
     raw = get_column(after, f"{metric}_raw")
     scores = get_column(after, metric)
     gain, interval = compute_mean_ci(scores - raw)
-    gain_text = format_change(dict(gain=gain, gain_ci95=interval), "gain")
-    return format_row(
-        [folder.name, metric, f"{raw.mean():.4f}", "", f"{scores.mean():.4f}", gain_text, ""]
-    )
+    figures = dict(gain=gain, gain_ci95=interval)
+    gain_text = format_change(figures, "gain")
+    raw_text = f"{raw.mean():.4f}"
+    score_text = f"{scores.mean():.4f}"
+    return format_row([folder.name, metric, raw_text, "", score_text, gain_text, ""])
 
 
 def format_figures(figures: dict) -> list[str]:
@@ -168,18 +184,21 @@ def format_change(figures: dict, name: str) -> str:
 
 def read_rows(path: Path) -> list[dict]:
     """Read a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def format_head(cells: Iterable[str]) -> list[str]:
     """Return the two lines that begin a table."""
     cells = list(cells)
-    return [format_row(cells), format_row(["---"] * len(cells))]
+    rules = ["---"] * len(cells)
+    return [format_row(cells), format_row(rules)]
 
 
 def format_row(cells: Iterable) -> str:
     """Format a row of a markdown table."""
-    return "| " + " | ".join(map(str, cells)) + " |"
+    texts = [str(cell) for cell in cells]
+    return "| " + " | ".join(texts) + " |"
 
 
 if __name__ == "__main__":

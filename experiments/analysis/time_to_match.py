@@ -26,10 +26,11 @@ def main() -> None:
     args = parser.parse_args()
     sft_validations = read_validations(args.sft)
     grpo_validations = read_validations(args.grpo)
-    sft_wall_s = json.loads((args.sft / "summary.json").read_text())["wall_s"]
+    summary = json.loads((args.sft / "summary.json").read_text())
+    sft_wall_s = summary["wall_s"]
     target = sft_validations[-1]
     print(
-        f"SFT's last validation: gain {target['gain']:+.4f} {format_interval(target)} after "
+        f"SFT's last validation: gain {format_gain(target)} after "
         f"{target['seconds']:.0f} s of steps, {sft_wall_s:.0f} s with teacher and evaluations"
     )
 
@@ -39,10 +40,8 @@ def main() -> None:
         if match is None and validation["gain"] >= target["gain"]:
             match = validation
             note = "   <- reached"
-        print(
-            f"  GRPO, {validation['seconds']:6.0f} s: {validation['gain']:+.4f} "
-            f"{format_interval(validation)}{note}"
-        )
+        gain = format_gain(validation)
+        print(f"  GRPO, {validation['seconds']:6.0f} s: {gain}{note}")
     if match is None:
         print("GRPO did not reach it")
     if args.json:
@@ -61,24 +60,24 @@ def read_validations(run: Path) -> list[dict]:
     """Return [{step, seconds since the first step, gain over raw, ci}] of a run's metrics.jsonl."""
     validations = []
     seconds = 0.0
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    for line in text.splitlines():
         row = json.loads(line)
         seconds += row["timing_s"]["step"]
         if "val_gain" in row:
-            validations.append(
-                dict(
-                    step=row["step"], seconds=seconds, gain=row["val_gain"], ci=row["val_gain_ci95"]
-                )
-            )
+            validation = dict(step=row["step"], seconds=seconds)
+            validation["gain"] = row["val_gain"]
+            validation["ci"] = row["val_gain_ci95"]
+            validations.append(validation)
     if not validations:
         raise SystemExit(f"{run}: no validation in metrics.jsonl; train with train.eval_every")
     return validations
 
 
-def format_interval(validation: dict) -> str:
-    """Format the 95% interval of a validation's gain."""
+def format_gain(validation: dict) -> str:
+    """Format a validation's gain with its 95% interval."""
     low, high = validation["ci"]
-    return f"[{low:+.4f}, {high:+.4f}]"
+    return f"{validation['gain']:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ def main(argv: list[str]) -> None:
     cfg = configs.load_config(args.config, args.overrides)
     task = tasks.build_task(cfg)
     rows = read_train_rows(cfg, task)
-    mentioned_ids = (id for row in rows.values() for id in list_mentioned(row))
+    mentioned_ids: list[str] = []
+    for row in rows.values():
+        mentioned_ids += list_mentioned(row)
     title, *_ = read_titles(
         cfg.data.corpus, cfg.data.on_bad_line, mentioned_ids, cfg.prompt.title_words
     )
@@ -67,18 +69,23 @@ def main(argv: list[str]) -> None:
     for copy in range(args.copies):
         for id, row in rows.items():
             rng = random.Random(f"{args.seed}/{copy}/{id}")
-            texts[id, make_completion(task, row, title, rng, args)] = None
-    lines = [json.dumps(dict(id=id, text=text), ensure_ascii=False) for id, text in texts]
+            text = make_completion(task, row, title, rng, args)
+            texts[id, text] = None
+    lines = []
+    for id, text in texts:
+        line = json.dumps(dict(id=id, text=text), ensure_ascii=False)
+        lines.append(line + "\n")
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, "".join(line + "\n" for line in lines))
+    write_text(out, "".join(lines))
     print_rank0(f"{args.out}: {len(lines)} texts")
 
 
 def read_train_rows(cfg: Config, task: Task) -> dict[str, dict]:
     """Read the train queries that are neither of validation nor, without test queries, of test."""
+    queries, *_ = read_judged_queries(cfg, task.required_fields)
     rows = {}
-    for id, row in read_judged_queries(cfg, task.required_fields)[0]["train"].items():
+    for id, row in queries["train"].items():
         is_held_out = not cfg.data.test_queries and readers.is_test(id)
         if not readers.is_validation(id) and not is_held_out:
             rows[id] = row
@@ -98,30 +105,39 @@ def make_completion(
     """
     thought = ""
     if isinstance(task, CandidateRanking):
-        labels = [f"Item_{place}" for place in range(1, 1 + len(row["candidates"]))]
+        labels = [f"Item_{place}" for place, _ in enumerate(row["candidates"], 1)]
         stir_labels(labels, args.stir, rng)
-        answer = {task.key: labels if task.whole else labels[: args.most]}
+        if not task.whole:
+            labels = labels[: args.most]
+        answer = {task.key: labels}
     else:
-        words = choose_source(task, row, title, rng).split()
+        source = choose_source(task, row, title, rng)
+        words = source.split()
         kept_words = [word for word in words if rng.random() >= args.stir / 4] or words
         repeated_words = []
         if rng.random() < args.stir:
             repeated_words.append(rng.choice(kept_words))
         # " word" is one token of most tokenizers
-        thought = " ".join(rng.sample(words, len(words)))
-        answer = {"query": " " + " ".join(kept_words + repeated_words)}
-    text = f"</think><answer>{json.dumps(answer, ensure_ascii=False)}</answer>"
-    return f" {thought}{text}" if args.thought else text
+        shuffled_words = rng.sample(words, len(words))
+        thought = " ".join(shuffled_words)
+        query = " ".join(kept_words + repeated_words)
+        answer = {"query": f" {query}"}
+    answer_json = json.dumps(answer, ensure_ascii=False)
+    text = f"</think><answer>{answer_json}</answer>"
+    if not args.thought:
+        return text
+    return f" {thought}{text}"
 
 
 def choose_source(task: Task, row: dict, title: Callable[[str], str], rng: random.Random) -> str:
     """Return the text that the query is made of."""
     if not isinstance(task, Sequential):
         return row["text"]
-    newest_first = [id for id, _ in get_history(row)][::-1]
-    if not newest_first:
+    oldest_first = [id for id, _ in get_history(row)]
+    if not oldest_first:
         return row["text"]
-    weights = [0.5**age for age in range(len(newest_first))]
+    newest_first = oldest_first[::-1]
+    weights = [0.5**age for age, _ in enumerate(newest_first)]
     [id] = rng.choices(newest_first, weights)
     return title(id)
 

@@ -55,10 +55,13 @@ def main() -> None:
         model.embeddings.token_type_embeddings.weight.zero_()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    origin = dict(weights="random, never trained", seed=args.seed, corpus=Path(args.corpus).name)
-    (folder / "ORIGIN.json").write_text(json.dumps(origin) + "\n")
+    corpus = Path(args.corpus).name
+    origin = dict(weights="random, never trained", seed=args.seed, corpus=corpus)
+    text = json.dumps(origin)
+    (folder / "ORIGIN.json").write_text(text + "\n")
     num_weights = sum(weight.numel() for weight in model.parameters())
-    print(f"{folder}: {num_weights:,} random weights, never trained; {len(tokenizer)} word pieces")
+    num_pieces = len(tokenizer)
+    print(f"{folder}: {num_weights:,} random weights, never trained; {num_pieces} word pieces")
 
 
 if __name__ == "__main__":

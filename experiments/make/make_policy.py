@@ -34,6 +34,8 @@ from recr1.training.optimizer import Optimizer
 
 EXPERIMENTS = Path(__file__).resolve().parents[1]
 CONTRACT = ["<think>", "</think>", "<answer>", "</answer>", '{"query": "', '"}']
+ANSWER_START = ["</think>", "<answer>", '{"query": "']
+ANSWER_END = ['"}', "</answer>", "<|end|>"]
 ROLES = ["<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -70,22 +72,25 @@ def make_tokenizer(texts: list[str]) -> Qwen2Tokenizer:
     AutoTokenizer gives every qwen2 folder Qwen2's word splitting, so we learn with it.
     """
     core = Qwen2Tokenizer()._tokenizer
+    vocab_size = SHAPE.vocab_size - len(ROLES) - len(CONTRACT)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=SHAPE.vocab_size - len(ROLES) - len(CONTRACT),
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=vocab_size, show_progress=False, initial_alphabet=alphabet
     )
     core.train_from_iterator(texts, trainer)
     model = json.loads(core.to_str())["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(merge) for merge in model["merges"]],
+        merges=merges,
         unk_token=ROLES[0],
         pad_token=ROLES[0],
         eos_token="<|end|>",
     )
-    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in ROLES])
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in CONTRACT])
+    role_tokens = [AddedToken(text, special=True, normalized=False) for text in ROLES]
+    contract_tokens = [AddedToken(text, special=False, normalized=False) for text in CONTRACT]
+    tokenizer.add_tokens(role_tokens)
+    tokenizer.add_tokens(contract_tokens)
     tokenizer.chat_template = TEMPLATE
     if len(tokenizer) != SHAPE.vocab_size:
         raise SystemExit(f"the tokenizer has {len(tokenizer)} ids, the model {SHAPE.vocab_size}")
@@ -124,9 +129,8 @@ class Examples:
         for id in range(SHAPE.vocab_size):
             if tokenizer.convert_ids_to_tokens(id) not in special_tokens:
                 self.ordinary_ids.append(id)
-        to_id = tokenizer.convert_tokens_to_ids
-        self.answer_start = [to_id(token) for token in ("</think>", "<answer>", '{"query": "')]
-        self.answer_end = [to_id(token) for token in ('"}', "</answer>", "<|end|>")]
+        self.answer_start = tokenizer.convert_tokens_to_ids(ANSWER_START)
+        self.answer_end = tokenizer.convert_tokens_to_ids(ANSWER_END)
 
     def __call__(self, step: int) -> list[Rollout]:
         """Return the batch of a step."""
@@ -135,22 +139,22 @@ class Examples:
         while len(rollouts) < self.batch:
             source, target = self.make_pair(rng)
             prompt_ids = self.chat.prompt(source)
-            answer_ids = self.chat.user_ids(" " + json.dumps(target, ensure_ascii=False)[1:-1])
+            escaped = json.dumps(target, ensure_ascii=False)[1:-1]
+            answer_ids = self.chat.user_ids(" " + escaped)
             is_long = len(prompt_ids) > MAX_QUERY_TOKENS + 8 or len(answer_ids) > MAX_QUERY_TOKENS
             if not target or is_long:
                 continue
             ids = (*self.answer_start, *answer_ids, *self.answer_end)
             index = len(rollouts)
-            rollouts.append(
-                Rollout(
-                    prompt=Prompt("", index, source, prompt_ids),
-                    group=index,
-                    sibling=0,
-                    ids=ids,
-                    sampler_logp=(0.0,) * len(ids),
-                    finished=True,
-                )
+            rollout = Rollout(
+                prompt=Prompt("", index, source, prompt_ids),
+                group=index,
+                sibling=0,
+                ids=ids,
+                sampler_logp=(0.0,) * len(ids),
+                finished=True,
             )
+            rollouts.append(rollout)
         return rollouts
 
     def make_pair(self, rng: random.Random) -> tuple[str, str]:
@@ -160,19 +164,25 @@ class Examples:
         """
         kind = rng.random()
         if kind < 0.30:
-            ids = rng.choices(self.ordinary_ids, k=rng.randint(1, 10))
-            text = self.tokenizer.decode(ids).replace("\ufffd", "").strip()
+            length = rng.randint(1, 10)
+            ids = rng.choices(self.ordinary_ids, k=length)
+            text = self.tokenizer.decode(ids).replace("\ufffd", "")
         elif kind < 0.55:
-            text = " ".join(rng.choices(self.words, k=rng.randint(1, 7)))
+            length = rng.randint(1, 7)
+            text = " ".join(rng.choices(self.words, k=length))
         elif kind < 0.75:
             words = rng.choice(self.documents).split()
             start = rng.randrange(len(words))
-            text = " ".join(words[start : start + rng.randint(1, 8)])
+            end = start + rng.randint(1, 8)
+            text = " ".join(words[start:end])
         else:
             text = rng.choice(self.queries)
-        text = " ".join(text.split())
+        words = text.split()
+        text = " ".join(words)
         is_copy = not self.edits or (kind < 0.30 and rng.random() < 0.60)
-        return text, text if is_copy else edit_words(text.split(), rng)
+        if is_copy:
+            return text, text
+        return text, edit_words(words, rng)
 
 
 def edit_words(words: list[str], rng: random.Random) -> str:
@@ -181,7 +191,7 @@ def edit_words(words: list[str], rng: random.Random) -> str:
     At the end, never in place: a repeat in the middle makes the greedy decoder loop.
     """
     kept_words = [word for word in words if rng.random() >= 0.07] or words
-    num_repeats = rng.choices([0, 1, 2, 3], weights=[0.76, 0.17, 0.05, 0.02])[0]
+    [num_repeats] = rng.choices([0, 1, 2, 3], weights=[0.76, 0.17, 0.05, 0.02])
     if not words:
         return ""
     repeated_words = [rng.choice(words) for _ in range(num_repeats)]
@@ -250,10 +260,13 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     cfg = configs.load_config(args.config, [])
     torch.set_num_threads(cfg.run.threads or torch.get_num_threads())
-    all_queries = readers.read_queries(cfg.data.train_queries)[0]
+    all_queries, *_ = readers.read_queries(cfg.data.train_queries)
     queries = [text for id, text in all_queries.items() if not readers.is_validation(id)]
-    _, documents, _ = readers.read_corpus(cfg.data.corpus)
-    documents = [" ".join(text.lower().split()) for text in documents]
+    _, texts, _ = readers.read_corpus(cfg.data.corpus)
+    documents = []
+    for text in texts:
+        words = text.lower().split()
+        documents.append(" ".join(words))
     tokenizer = make_tokenizer(queries * 3 + documents)
     chat = ChatTemplate(tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
     model = initialize_model(args.seed)
@@ -268,20 +281,18 @@ def main(argv: list[str]) -> None:
             warmup_steps=50,
             min_lr_ratio=0.02,
         )
-        examples = Examples(
-            tokenizer, chat, queries, documents, args.batch, name == "edit", args.seed + i
-        )
+        edits = name == "edit"
+        seed = args.seed + i
+        examples = Examples(tokenizer, chat, queries, documents, args.batch, edits, seed)
         print(f"stage {name}: {steps} steps of {args.batch} examples")
         fit(model, examples, steps, optimizer, max_tokens=1024)
-    save_model(
-        model.config,
-        model.state_dict().items(),
-        tokenizer,
-        frozenset([tokenizer.eos_token_id]),
-        args.out,
-    )
-    (Path(args.out) / "NOTICE").write_text(NOTICE, encoding="utf-8")
-    (Path(args.out) / "recr1.yaml").write_text(configs.dump_answering_config(cfg), encoding="utf-8")
+    weights = model.state_dict().items()
+    stop_token_ids = frozenset([tokenizer.eos_token_id])
+    save_model(model.config, weights, tokenizer, stop_token_ids, args.out)
+    out = Path(args.out)
+    answering_config = configs.dump_answering_config(cfg)
+    (out / "NOTICE").write_text(NOTICE, encoding="utf-8")
+    (out / "recr1.yaml").write_text(answering_config, encoding="utf-8")
 
 
 if __name__ == "__main__":

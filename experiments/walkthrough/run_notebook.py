@@ -85,10 +85,9 @@ def set_parameters(namespace: dict, parameters: dict) -> None:
     known_names = [name for name in namespace if not name.startswith("__")]
     unknown_names = parameters.keys() - set(known_names)
     if unknown_names:
-        raise NoParameter(
-            f"the notebook has no parameter {', '.join(sorted(unknown_names))}; "
-            f"it has {', '.join(known_names)}"
-        )
+        unknown = ", ".join(sorted(unknown_names))
+        known = ", ".join(known_names)
+        raise NoParameter(f"the notebook has no parameter {unknown}; it has {known}")
     namespace.update(parameters)
 
 
@@ -103,12 +102,14 @@ def take_pictures() -> list[dict]:
     outputs = []
     for number in plt.get_fignums():
         drawn = io.BytesIO()
-        plt.figure(number).savefig(drawn, format="png")
-        image = Image.open(drawn).convert("RGB").quantize(192)
+        figure = plt.figure(number)
+        figure.savefig(drawn, format="png")
+        image = Image.open(drawn).convert("RGB")
+        image = image.quantize(192)
         png = io.BytesIO()
         image.save(png, format="png", optimize=True)
-        text = base64.b64encode(png.getvalue()).decode()
-        data = {"image/png": text, "text/plain": ["<Figure>"]}
+        encoded = base64.b64encode(png.getvalue())
+        data = {"image/png": encoded.decode(), "text/plain": ["<Figure>"]}
         outputs.append(dict(output_type="display_data", metadata={}, data=data))
     plt.close("all")
     return outputs
@@ -128,8 +129,9 @@ def main(argv: list[str]) -> str | None:
             name, _, value = item.partition("=")
             parameters[name] = ast.literal_eval(value)
     except (SyntaxError, ValueError):
+        arguments = " ".join(argv)
         return (
-            f"walkthrough: {' '.join(argv)}: each must be name=value, the value as Python writes "
+            f"walkthrough: {arguments}: each must be name=value, the value as Python writes "
             "it: steps=20 \"folder='elsewhere'\""
         )
     if find_spec("matplotlib") is None:
@@ -138,13 +140,15 @@ def main(argv: list[str]) -> str | None:
     os.environ["MPLBACKEND"] = "Agg"
     os.chdir(ROOT)
     start = time.perf_counter()
+    source = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     try:
-        notebook = run_notebook(json.loads(NOTEBOOK.read_text(encoding="utf-8")), parameters)
+        notebook = run_notebook(source, parameters)
     except NoParameter as e:
         return f"walkthrough: {e}"
-    text = json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
-    out.write_text(text, encoding="utf-8")
-    print(f"{time.perf_counter() - start:.0f} s; with its pictures: {out}")
+    text = json.dumps(notebook, indent=1, ensure_ascii=False)
+    out.write_text(text + "\n", encoding="utf-8")
+    seconds = time.perf_counter() - start
+    print(f"{seconds:.0f} s; with its pictures: {out}")
 
 
 if __name__ == "__main__":
