@@ -25,7 +25,9 @@ import json
 import sys
 import time
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import counts
 import numpy as np
@@ -60,8 +62,8 @@ METHODS = ("popularity", "last title", "last item", "item-kNN", "SASRec")
 MOST_VALIDATED = 2000
 
 
-def main(argv: list[str]) -> None:
-    """Run all methods, print the table and write the figures."""
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__.splitlines()[0])
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--setting", choices=("transductive", "inductive"), required=True)
@@ -91,7 +93,12 @@ def main(argv: list[str]) -> None:
         "--epochs", type=parse_positive, default=sasrec.Settings.epochs, help="of SASRec, at most"
     )
     parser.add_argument("--seed", type=parse_natural, default=0)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Run all methods, print the table and write the figures."""
+    args = parse_arguments(argv)
     start = time.monotonic()
     data = sequences.load_data_set(args.folder, args.setting)
     histories = []
@@ -101,12 +108,13 @@ def main(argv: list[str]) -> None:
     values = {}
     for name, scorer in methods.items():
         values[name] = evaluate(scorer, data.items, data.test, histories, args.remove_seen)
+    known_items = [count for count in data.counts if count > 0]
     result = dict(
         folder=str(args.folder),
         setting=args.setting,
         n=len(data.test),
         items=len(data.items),
-        known_items=sum(count > 0 for count in data.counts),
+        known_items=len(known_items),
         history=args.history,
         remove_seen=args.remove_seen,
         seed=args.seed,
@@ -130,8 +138,10 @@ def compare_with_sasrec(values: dict[str, dict[str, np.ndarray]]) -> dict[str, d
     differences = {}
     for name, scores in values.items():
         if name != "SASRec":
-            difference = {metric: values["SASRec"][metric] - scores[metric] for metric in METRICS}
-            differences[f"SASRec - {name}"] = summarize(difference)
+            paired = {}
+            for metric in METRICS:
+                paired[metric] = values["SASRec"][metric] - scores[metric]
+            differences[f"SASRec - {name}"] = summarize(paired)
     return differences
 
 
@@ -161,7 +171,7 @@ def make_scorers(
 ) -> tuple[dict[str, counts.Scorer], dict]:
     """Return {method: its scorer}, and how SASRec came about."""
     by_user = list(data.sequences.values())
-    all_sequences = [sequence for user_sequences in by_user for sequence in user_sequences]
+    all_sequences = list(chain.from_iterable(by_user))
     num_items = len(data.items)
     sasrec_scorer, fitted = tune_sasrec(data, all_sequences, args)
     scorers = (
@@ -174,6 +184,23 @@ def make_scorers(
     return dict(zip(METHODS, scorers)), fitted
 
 
+class SASRecRun(NamedTuple):
+    """Hold what training with one dropout gave."""
+
+    settings: sasrec.Settings
+    scorer: counts.Scorer
+    log: list[dict]  # of the epochs
+
+    def get_best_epoch(self) -> dict:
+        """Return the first of the epochs with the best validation score."""
+        return max(self.log, key=get_validation)
+
+
+def get_validation(epoch: dict) -> float:
+    """Return the validation score of an epoch."""
+    return epoch["validation"]
+
+
 def tune_sasrec(
     data: sequences.Sequential, all_sequences: list[sequences.Sequence], args: argparse.Namespace
 ) -> tuple[counts.Scorer, dict]:
@@ -183,7 +210,8 @@ def tune_sasrec(
     """
     num_items = len(data.items)
     known_items = np.flatnonzero(np.array(data.counts) > 0)
-    if not any(data.counts[item] for query in data.test for item in query.history):
+    test_items = set(chain.from_iterable(query.history for query in data.test))
+    if test_items.isdisjoint(known_items.tolist()):
         print_rank0(
             "SASRec: not trained, because train has no item of the test's histories: "
             "it ranks nothing"
@@ -202,27 +230,26 @@ def tune_sasrec(
         values = evaluate(scorer, data.items, queries, histories, args.remove_seen)
         return float(values["ndcg@10"].mean())
 
-    runs = []  # (settings, scorer, log of the epochs)
+    best = None
+    logs = []
     for dropout in args.dropout:
         settings = replace(sasrec.Settings(), dropout=dropout, epochs=args.epochs)
         title = f"sasrec, dropout {dropout:g}"
         scorer, log = sasrec.fit(
             all_sequences, known_items, num_items, settings, args.seed, validate, title
         )
-        runs.append((settings, scorer, log))
-        best = max(log, key=lambda row: row["validation"])
+        logs.append(dict(dropout=dropout, log=log))
+        run = SASRecRun(settings, scorer, log)
+        epoch = run.get_best_epoch()
         print_rank0(
-            f"SASRec, dropout {dropout:g}: validation NDCG@10 {best['validation']:.4f} "
-            f"(n {len(queries)}) after epoch {best['epoch']} of {len(log)}, "
-            f"loss {best['loss']:.3f}"
+            f"SASRec, dropout {dropout:g}: validation NDCG@10 {epoch['validation']:.4f} "
+            f"(n {len(queries)}) after epoch {epoch['epoch']} of {len(log)}, "
+            f"loss {epoch['loss']:.3f}"
         )
-    settings, scorer, _ = max(runs, key=lambda run: max(row["validation"] for row in run[2]))
-    fitted = dict(
-        settings=asdict(settings),
-        validation_queries=len(queries),
-        runs=[dict(dropout=run_settings.dropout, log=log) for run_settings, _, log in runs],
-    )
-    return scorer, fitted
+        if best is None or epoch["validation"] > best.get_best_epoch()["validation"]:
+            best = run
+    fitted = dict(settings=asdict(best.settings), validation_queries=len(queries), runs=logs)
+    return best.scorer, fitted
 
 
 def evaluate(
@@ -238,13 +265,13 @@ def evaluate(
         batch = slice(start, start + AT_ONCE)
         texts = [query.text for query in queries[batch]]
         scores = scorer(histories[batch], texts)
-        if remove_seen:
-            for row, history in zip(scores, histories[batch]):
-                row[history] = -np.inf
-        for index, (row, query) in enumerate(zip(scores, queries[batch]), start):
+        for offset, row in enumerate(scores):
+            index = start + offset
+            if remove_seen:
+                row[histories[index]] = -np.inf
             ranked_ids = [items[number] for number in rank_items(row)]
             for name, (compute_metric, k) in METRICS.items():
-                values[name][index] = compute_metric(ranked_ids, query.gains, k)
+                values[name][index] = compute_metric(ranked_ids, queries[index].gains, k)
     return values
 
 

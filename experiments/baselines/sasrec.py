@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from counts import Scorer
 from sequences import Sequence
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from recr1.kernels.logprob import fused_linear_loss, make_token_loss
@@ -59,18 +60,19 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply causal attention and the MLP to x (B, L, C)."""
         B, L, C = x.shape
-        # each (B, heads, L, C / heads)
-        q, k, v = (
-            self.qkv(self.norm1(x))
-            .view(B, L, 3, self.heads, C // self.heads)
-            .permute(2, 0, 3, 1, 4)
-        )
-        a = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=self.p if self.training else 0.0
-        )
-        x = x + F.dropout(self.out(a.transpose(1, 2).reshape(B, L, C)), self.p, self.training)
-        h = F.dropout(F.gelu(self.up(self.norm2(x))), self.p, self.training)
-        return x + F.dropout(self.down(h), self.p, self.training)
+        qkv = self.qkv(self.norm1(x))
+        qkv = qkv.view(B, L, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, C / heads)
+        dropout = self.p if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
+        attended = attended.transpose(1, 2).reshape(B, L, C)
+        x = x + self.drop(self.out(attended))
+        hidden = F.gelu(self.up(self.norm2(x)))
+        return x + self.drop(self.down(self.drop(hidden)))
+
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply dropout in training."""
+        return F.dropout(x, self.p, self.training)
 
 
 class SASRec(nn.Module):
@@ -118,36 +120,55 @@ def fit(
     rng = np.random.default_rng(seed)
     model = SASRec(len(known), settings)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, betas=(0.9, 0.98))
-    within = {int(item): i for i, item in enumerate(known)}
-    rows = [
-        [(within[item], t) for item, t in zip(s.items, s.trained) if item in within]
-        for s in sequences
-        if any(s.trained)
-    ]
-    score = make_scorer(model, within, n_items)
+    columns = {int(item): column for column, item in enumerate(known)}
+    rows = [number_items(sequence, columns) for sequence in sequences if any(sequence.trained)]
+    score = make_scorer(model, columns, n_items)
     log = []
     best = None
     bar = tqdm(range(1, settings.epochs + 1), desc=title, disable=None, leave=False)
     for epoch in bar:
         model.train()
-        total = n = 0.0
-        for inputs, targets in iterate_batches(rows, settings, rng):
-            at = targets >= 0  # (B, L)
-            loss = compute_cross_entropy(model(inputs)[at], model.item.weight, targets[at])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total = total + float(loss.detach()) * int(at.sum())
-            n = n + int(at.sum())
-        log.append(dict(epoch=epoch, loss=total / n, validation=validate(score)))
-        bar.set_postfix(loss=f"{total / n:.3f}", validation=f"{log[-1]['validation']:.4f}")
-        if best is None or log[-1]["validation"] > best["validation"]:
-            best = log[-1]
+        loss = train_epoch(model, optimizer, iterate_batches(rows, settings, rng))
+        record = dict(epoch=epoch, loss=loss, validation=validate(score))
+        log.append(record)
+        bar.set_postfix(loss=f"{loss:.3f}", validation=f"{record['validation']:.4f}")
+        if best is None or record["validation"] > best["validation"]:
+            best = record
             state = copy.deepcopy(model.state_dict())
         elif epoch - best["epoch"] >= settings.patience:
             break
     model.load_state_dict(state)
     return score, log
+
+
+def number_items(sequence: Sequence, columns: dict[int, int]) -> list[tuple[int, bool]]:
+    """Return (the model's number, is it train data) of each item that the model knows."""
+    numbered = []
+    for item, is_train in zip(sequence.items, sequence.trained):
+        if item in columns:
+            numbered.append((columns[item], is_train))
+    return numbered
+
+
+def train_epoch(
+    model: SASRec,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+) -> float:
+    """Take a step on every batch; return the mean loss of a prediction."""
+    total = 0.0
+    num_targets = 0
+    for inputs, targets in batches:
+        is_target = targets >= 0  # (B, L)
+        hidden = model(inputs)[is_target]
+        loss = compute_cross_entropy(hidden, model.item.weight, targets[is_target])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        batch_size = int(is_target.sum())
+        total += float(loss.detach()) * batch_size
+        num_targets += batch_size
+    return total / num_targets
 
 
 def compute_cross_entropy(
@@ -157,14 +178,12 @@ def compute_cross_entropy(
 
     It uses the product's head: the (N, K) logits are most of SASRec's time.
     """
-    return fused_linear_loss(
-        hidden,
-        weight,
-        target,
-        1.0,
-        make_distribution,
-        make_token_loss(lambda logp, rows: -logp.sum() / len(target)),
-    )[0]
+
+    def compute_nll(log_probs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return -log_probs.sum() / len(target)
+
+    token_loss = make_token_loss(compute_nll)
+    return fused_linear_loss(hidden, weight, target, 1.0, make_distribution, token_loss)[0]
 
 
 def iterate_batches(
@@ -177,51 +196,56 @@ def iterate_batches(
     """
     windows = []
     for row in rows:
-        start = -int(rng.integers(s.length))
-        windows += [
-            row[max(0, at) : at + s.length + 1]
-            for at in range(start, len(row) - 1, s.length)
-            if at + s.length > 0
-        ]
+        first = -int(rng.integers(s.length))
+        for start in range(first, len(row) - 1, s.length):
+            end = start + s.length
+            if end > 0:
+                windows.append(row[max(0, start) : end + 1])
     order = rng.permutation(len(windows))
-    for first in range(0, len(order), s.batch):
-        chosen = [windows[i] for i in order[first : first + s.batch]]
-        inputs = torch.zeros(len(chosen), max(map(len, chosen)) - 1, dtype=torch.long)
-        targets = torch.full_like(inputs, -1)
-        for i, window in enumerate(chosen):
-            inputs[i, : len(window) - 1] = torch.tensor(
-                [item for item, _ in window[:-1]], dtype=torch.long
-            )
-            targets[i, : len(window) - 1] = torch.tensor(
-                [item if trained else -1 for item, trained in window[1:]], dtype=torch.long
-            )
+    for start in range(0, len(order), s.batch):
+        batch = [windows[index] for index in order[start : start + s.batch]]
+        inputs, targets = pad_windows(batch)
         if (targets >= 0).any():
             yield inputs, targets
 
 
-def make_scorer(model: SASRec, within: dict[int, int], n_items: int) -> Scorer:
+def pad_windows(windows: list[list[tuple[int, bool]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs and targets (B, L): item n of a window is the input of item n + 1."""
+    longest = max(map(len, windows)) - 1
+    inputs = torch.zeros(len(windows), longest, dtype=torch.long)
+    targets = torch.full_like(inputs, -1)
+    for row, window in enumerate(windows):
+        numbers, trained = torch.tensor(window, dtype=torch.long).T
+        length = len(window) - 1
+        inputs[row, :length] = numbers[:-1]
+        targets[row, :length] = torch.where(trained[1:] == 1, numbers[1:], -1)
+    return inputs, targets
+
+
+def make_scorer(model: SASRec, columns: dict[int, int], n_items: int) -> Scorer:
     """Return what scores every item after each history.
 
-    `within`: item number -> the model's number. A history of unknown items only ranks nothing.
+    `columns`: item number -> the model's number. A history of unknown items only ranks nothing.
     """
-    columns = np.array(list(within))
+    known = np.array(list(columns))
+    length = model.settings.length
 
     @torch.no_grad()
-    def scores(histories: list[list[int]], texts: list[str]) -> np.ndarray:
+    def score(histories: list[list[int]], texts: list[str]) -> np.ndarray:
         model.eval()
-        out = np.full((len(histories), n_items), -np.inf, np.float32)
-        rows = [
-            [within[item] for item in history if item in within][-model.settings.length :]
-            for history in histories
-        ]
-        asked = [q for q, row in enumerate(rows) if row]
-        if asked:
-            lengths = torch.tensor([len(rows[q]) for q in asked])
-            inputs = torch.zeros(len(asked), int(lengths.max()), dtype=torch.long)
-            for i, q in enumerate(asked):
-                inputs[i, : len(rows[q])] = torch.tensor(rows[q])
-            last = model(inputs)[torch.arange(len(asked)), lengths - 1]  # (asked, C)
-            out[np.ix_(asked, columns)] = (last @ model.item.weight.T).numpy()
-        return out
+        scores = np.full((len(histories), n_items), -np.inf, np.float32)
+        queries = []
+        rows = []
+        for query, history in enumerate(histories):
+            row = [columns[item] for item in history if item in columns]
+            if row:
+                queries.append(query)
+                rows.append(torch.tensor(row[-length:]))
+        if queries:
+            inputs = pad_sequence(rows, batch_first=True)
+            last_positions = torch.tensor([len(row) - 1 for row in rows])
+            hidden = model(inputs)[torch.arange(len(rows)), last_positions]  # (queries, C)
+            scores[np.ix_(queries, known)] = (hidden @ model.item.weight.T).numpy()
+        return scores
 
-    return scores
+    return score

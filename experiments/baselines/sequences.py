@@ -15,6 +15,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from recr1.data import readers
 from recr1.data.readers import DataError
@@ -55,6 +56,24 @@ class Sequential:
     test: list[Query]
 
 
+class Window(NamedTuple):
+    """Hold one row of a prepared split: a query with the documents that answer it."""
+
+    id: str
+    user: str
+    text: str
+    history: list[str]
+    gains: dict[str, float]  # of the relevant documents
+
+
+@dataclass
+class DocSequence:
+    """Hold a Sequence whose items are document ids still."""
+
+    docs: list[str]
+    trained: list[bool]
+
+
 def load_data_set(folder: str, setting: str) -> Sequential:
     """Reads train and the test of `setting` ("transductive", "inductive") from a prepared folder.
     Raises DataError.
@@ -62,44 +81,66 @@ def load_data_set(folder: str, setting: str) -> Sequential:
     place = Path(folder)
     ids, contents, _ = readers.read_corpus(_find_file(place, "corpus.jsonl"))
     known = set(ids)
-    windows = _iterate_windows(place, "train", known)
-    test = _iterate_windows(place, f"test_{setting}", known)
-    sequences: dict[str, list[tuple[list[str], list[bool]]]] = {}
-    for id, user, _, history, gains in windows:
-        _append_window(
-            sequences.setdefault(user, []), history, list(gains), not readers.is_validation(id)
-        )
-    counts = Counter(
-        item
-        for parts in sequences.values()
-        for items, trained in parts
-        for item, t in zip(items, trained)
-        if t
-    )
-    order = sorted(range(len(ids)), key=lambda i: (-counts[ids[i]], ids[i]))
-    number = {ids[i]: n for n, i in enumerate(order)}
-    queries = [
-        [
-            Query(id, user, text, [number[doc] for doc in history], gains)
-            for id, user, text, history, gains in rows
-        ]
-        for rows in ([w for w in windows if readers.is_validation(w[0])], test)
-    ]
-    if not queries[0] or not counts:
+    windows = _read_windows(place, "train", known)
+    test = _read_windows(place, f"test_{setting}", known)
+    by_user: dict[str, list[DocSequence]] = {}
+    for window in windows:
+        _append_window(by_user.setdefault(window.user, []), window)
+    counts = _count_trained(by_user)
+    validation = [window for window in windows if readers.is_validation(window.id)]
+    if not validation or not counts:
         raise DataError(
-            f"{place}: train has {len(windows)} windows, {len(queries[0])} of them in the "
+            f"{place}: train has {len(windows)} windows, {len(validation)} of them in the "
             "validation tenth; both parts are needed, prepare a larger set"
         )
+
+    def get_rank(doc: str) -> tuple[int, str]:
+        return -counts[doc], doc
+
+    items = sorted(ids, key=get_rank)
+    numbers = {doc: number for number, doc in enumerate(items)}
+    contents_by_id = dict(zip(ids, contents))
     return Sequential(
-        [ids[i] for i in order],
-        [contents[i] for i in order],
-        [counts[ids[i]] for i in order],
-        {
-            user: [Sequence([number[doc] for doc in items], trained) for items, trained in parts]
-            for user, parts in sequences.items()
-        },
-        *queries,
+        items=items,
+        contents=[contents_by_id[doc] for doc in items],
+        counts=[counts[doc] for doc in items],
+        sequences=_number_sequences(by_user, numbers),
+        validation=_number_queries(validation, numbers),
+        test=_number_queries(test, numbers),
     )
+
+
+def _count_trained(by_user: dict[str, list[DocSequence]]) -> Counter:
+    """Count the interactions of each document that are train data."""
+    counts = Counter()
+    for sequences in by_user.values():
+        for sequence in sequences:
+            for doc, is_train in zip(sequence.docs, sequence.trained):
+                if is_train:
+                    counts[doc] += 1
+    return counts
+
+
+def _number_sequences(
+    by_user: dict[str, list[DocSequence]], numbers: dict[str, int]
+) -> dict[str, list[Sequence]]:
+    """Return the sequences with item numbers for document ids."""
+    numbered: dict[str, list[Sequence]] = {}
+    for user, sequences in by_user.items():
+        numbered[user] = []
+        for sequence in sequences:
+            items = [numbers[doc] for doc in sequence.docs]
+            numbered[user].append(Sequence(items, sequence.trained))
+    return numbered
+
+
+def _number_queries(windows: list[Window], numbers: dict[str, int]) -> list[Query]:
+    """Return the windows as queries, with item numbers for the histories' document ids."""
+    queries = []
+    for window in windows:
+        history = [numbers[doc] for doc in window.history]
+        queries.append(Query(window.id, window.user, window.text, history, window.gains))
+    return queries
 
 
 def extend_history(query: Query, sequences: dict[str, list[Sequence]], length: int) -> list[int]:
@@ -108,23 +149,30 @@ def extend_history(query: Query, sequences: dict[str, list[Sequence]], length: i
     They are the query's own history, and what came before it where train knows the user.
     """
     for sequence in sequences.get(query.user, ()):
-        if joined := _join_items(sequence.items, query.history):
+        joined = _join_items(sequence.items, query.history)
+        if joined:
             return joined[-length:]
     return query.history[-length:]
 
 
-def _append_window(
-    parts: list[tuple[list[str], list[bool]]], history: list[str], targets: list[str], trained: bool
-) -> None:
+def _append_window(sequences: list[DocSequence], window: Window) -> None:
     """Add a window to the user's last sequence, or as a new one.
 
     What an earlier window has given keeps its mark.
     """
-    if parts and (items := _join_items(parts[-1][0], history)):
-        marks = parts[-1][1] + [trained] * (len(items) - len(parts[-1][0]))
-        parts[-1] = items + targets, marks + [trained] * len(targets)
-    else:
-        parts.append((history + targets, [trained] * (len(history) + len(targets))))
+    is_train = not readers.is_validation(window.id)
+    targets = list(window.gains)
+    joined = None
+    if sequences:
+        joined = _join_items(sequences[-1].docs, window.history)
+    if not joined:
+        docs = window.history + targets
+        sequences.append(DocSequence(docs, [is_train] * len(docs)))
+        return
+    last = sequences[-1]
+    last.docs = joined + targets
+    num_new = len(last.docs) - len(last.trained)
+    last.trained = last.trained + [is_train] * num_new
 
 
 def _join_items(items: list, history: list) -> list | None:
@@ -139,52 +187,52 @@ def _find_file(place: Path, name: str) -> str:
     """Return the file, plain or gzip; the plain name where neither is there, so that the reader
     says so.
     """
-    return str(
-        next(
-            (path for path in (place / name, place / f"{name}.gz") if path.is_file()), place / name
-        )
-    )
+    plain = place / name
+    packed = place / f"{name}.gz"
+    if packed.is_file() and not plain.is_file():
+        return str(packed)
+    return str(plain)
 
 
-def _iterate_windows(
-    place: Path, split: str, known: set[str]
-) -> list[tuple[str, str, str, list[str], dict[str, float]]]:
-    """Yield (id, user, text, history, relevant documents' gains) of every query.
-
-    Raises DataError with file and line.
-    """
+def _read_windows(place: Path, split: str, known: set[str]) -> list[Window]:
+    """Return every query of a split. Raises DataError with file and line."""
     path = _find_file(place, f"{split}.queries.jsonl")
     judged = _find_file(place, f"{split}.qrels.tsv")
     # after this every line is an object with an id and a text
     texts = readers.read_queries(path)[0]
     qrels = readers.read_qrels(judged)[0]
-    rows = []
+    windows = []
     with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
         for line, (id, text) in zip(file, texts.items()):
             row = json.loads(line.decode("utf-8-sig"))
-            where = f"{path}:{len(rows) + 1}"
-            user = row.get("user")
-            history = row.get("history")
-            if not isinstance(user, str):
-                raise DataError(
-                    f"{where}: 'user' is {'missing' if user is None else 'no string'}; "
-                    "prepare the set again"
-                )
-            is_list = isinstance(history, list) and all(isinstance(doc, str) for doc in history)
-            if not is_list or not history:
-                fault = "no list of document ids with at least one"
-                if history is None:
-                    fault = "missing"
-                raise DataError(f"{where}: 'history' is {fault}; prepare the set again")
+            where = f"{path}:{len(windows) + 1}"
+            user, history = _parse_user_and_history(row, where)
             gains = {doc: gain for doc, gain in qrels.get(id, {}).items() if gain > 0}
             if not gains:
                 raise DataError(
                     f"{where}: {id!r} has no relevant document in {judged}; prepare the set again"
                 )
-            if strange := [doc for doc in (*history, *gains) if doc not in known]:
-                raise DataError(
-                    f"{where}: {id!r} names document {strange[0]!r}, which the corpus has not; "
-                    "prepare the set again"
-                )
-            rows.append((id, user, text, history, gains))
-    return rows
+            for doc in (*history, *gains):
+                if doc not in known:
+                    raise DataError(
+                        f"{where}: {id!r} names document {doc!r}, which the corpus has not; "
+                        "prepare the set again"
+                    )
+            windows.append(Window(id, user, text, history, gains))
+    return windows
+
+
+def _parse_user_and_history(row: dict, where: str) -> tuple[str, list[str]]:
+    """Return a query's user and its history. Raises DataError."""
+    user = row.get("user")
+    if not isinstance(user, str):
+        fault = "missing" if user is None else "no string"
+        raise DataError(f"{where}: 'user' is {fault}; prepare the set again")
+    history = row.get("history")
+    is_list = isinstance(history, list) and all(isinstance(doc, str) for doc in history)
+    if not is_list or not history:
+        fault = "no list of document ids with at least one"
+        if history is None:
+            fault = "missing"
+        raise DataError(f"{where}: 'history' is {fault}; prepare the set again")
+    return user, history

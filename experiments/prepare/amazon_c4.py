@@ -39,43 +39,54 @@ def iterate_products(path: Path) -> Iterator[dict]:
         yield dict(id=row["item_id"], text=to_one_line(row["metadata"]), category=row["category"])
 
 
+def read_queries(path: Path) -> list[tuple[str, str, str]]:
+    """Return (query id, text, product) of every query, in file order."""
+    queries = []
+    for _, row in iterate_csv(path, ("qid", "query", "item_id")):
+        queries.append((row["qid"], to_one_line(row["query"]), row["item_id"]))
+    return queries
+
+
+def read_categories(path: Path, products: set[str]) -> dict[str, str]:
+    """Return {product: category} of the products that the metadata has."""
+    category = {}
+    for row in iterate_products(path):
+        if row["id"] in products:
+            category[row["id"]] = row["category"]
+    return category
+
+
 def make_splits(queries: Path, items: Path, last: int) -> tuple[dict[str, Split], int]:
-    """Make Rec-R1's splits."""
-    rows = [
-        (row["qid"], to_one_line(row["query"]), row["item_id"])
-        for _, row in iterate_csv(queries, ("qid", "query", "item_id"))
-    ]
-    wanted = {item for _, _, item in rows}
-    category = {
-        row["id"]: row["category"] for row in iterate_products(items) if row["id"] in wanted
-    }
+    """Make Rec-R1's splits. Returns also how many train queries were left out as repeats."""
+    rows = read_queries(queries)
+    category = read_categories(items, {item for _, _, item in rows})
     test = Split()
     others = Split()
-    by_domain = {f"test_{domain.lower()}": Split() for domain in TEST_DOMAINS}
+    by_domain = {domain: Split() for domain in TEST_DOMAINS}
     for qid, text, item in rows:
         if item not in category:
             raise PrepareError(
                 f"{queries}: query {qid} asks for {item!r}, which {items.name} does not have; "
                 "take both files from one release"
             )
-        row = dict(id=f"c4-{qid}", text=text, category=category[item])
+        domain = category[item]
+        row = dict(id=f"c4-{qid}", text=text, category=domain)
         targets = [(item, 1.0)]
-        for split in (
-            (test, by_domain[f"test_{category[item].lower()}"])
-            if category[item] in TEST_DOMAINS
-            else (others,)
-        ):
-            split.add(row, targets)
+        if domain in TEST_DOMAINS:
+            test.add(row, targets)
+            by_domain[domain].add(row, targets)
+        else:
+            others.add(row, targets)
+
     end = max(0, len(others.rows) - last)
-    train = select_rows(others, others.rows[:end])
-    in_domain = select_rows(others, others.rows[end:])
-    tests = dict(
-        test=test,
-        **{name: split for name, split in by_domain.items() if split.rows},
-        test_in_domain=in_domain,
-    )
-    train, left = drop_repeats(train, tests)
-    return dict(train=train, **tests), left
+    tests = dict(test=test)
+    for domain, split in by_domain.items():
+        if split.rows:
+            tests[f"test_{domain.lower()}"] = split
+    tests["test_in_domain"] = select_rows(others, others.rows[end:])
+    all_train = select_rows(others, others.rows[:end])
+    train, num_dropped = drop_repeats(all_train, tests)
+    return dict(train=train, **tests), num_dropped
 
 
 def select_rows(split: Split, rows: list[dict]) -> Split:
@@ -86,14 +97,14 @@ def select_rows(split: Split, rows: list[dict]) -> Split:
 def prepare(args: Namespace, out: Path) -> None:
     """Download the files and write the data set into `folder`."""
     (queries, items), source = download.fetch_files(FILES, args)
-    splits, left = make_splits(queries, items, args.last)
+    splits, num_dropped = make_splits(queries, items, args.last)
     write_data_set(
         out,
         iterate_products(items),
         splits,
         source=source,
         options=dict(last=args.last),
-        counts=dict(train_left_out_as_repeats=left),
+        counts=dict(train_left_out_as_repeats=num_dropped),
     )
 
 

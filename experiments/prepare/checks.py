@@ -64,13 +64,16 @@ def get_history(row: dict) -> list[str]:
 
 def count_popularity(train: Split) -> Counter:
     """Count for each document the users whose train examples show it, validation's not counted."""
+    popularity = Counter()
     user_docs = set()
     for row in train.rows:
         if is_validation(row["id"]):
             continue
         for doc in (*get_history(row), *list_relevant(train.targets[row["id"]])):
-            user_docs.add((row["user"], doc))
-    return Counter(doc for _, doc in user_docs)
+            if (row["user"], doc) not in user_docs:
+                user_docs.add((row["user"], doc))
+                popularity[doc] += 1
+    return popularity
 
 
 def drop_repeats(train: Split, tests: dict[str, Split]) -> tuple[Split, int]:
@@ -80,7 +83,8 @@ def drop_repeats(train: Split, tests: dict[str, Split]) -> tuple[Split, int]:
     """
     seen_texts = set()
     for split in tests.values():
-        seen_texts.update(by_text(row, []) for row in split.rows)
+        for row in split.rows:
+            seen_texts.add(by_text(row, []))
     unique = Split()
     for row in train.rows:
         text = by_text(row, [])
@@ -97,7 +101,9 @@ def check_document(row: dict, docs: set[str]) -> None:
         raise PrepareError(f"document id {id!r} is no string, empty, or has white space around it")
     if id in docs:
         raise PrepareError(f"document {id!r} came before; ids are unique")
-    if not (row.get("title", "").strip() or row.get("text", "").strip()):
+    title = row.get("title", "").strip()
+    text = row.get("text", "").strip()
+    if not title and not text:
         raise PrepareError(f"document {id!r} has neither title nor text")
     docs.add(id)
 
@@ -199,11 +205,17 @@ def check_inductive(train: Split, test: Split, name: str) -> list[str]:
     users = {row["user"] for row in train.rows}
     docs = set()
     for row in train.rows:
-        docs.update(get_history(row), (doc for doc, _ in train.targets[row["id"]]))
+        docs.update(list_shown(train, row))
     for row in test.rows:
         if row["user"] in users:
             raise PrepareError(f"{name}: user {row['user']!r} of {row['id']!r} is in train")
-        for doc in (*get_history(row), *(doc for doc, _ in test.targets[row["id"]])):
+        for doc in list_shown(test, row):
             if doc in docs:
                 raise PrepareError(f"{name}: document {doc!r} of {row['id']!r} is in train")
     return [f"{name}: neither user, history nor target in train"]
+
+
+def list_shown(split: Split, row: dict) -> list[str]:
+    """Return the documents of a row's history and of its judgements."""
+    judged_docs = [doc for doc, _ in split.targets[row["id"]]]
+    return get_history(row) + judged_docs

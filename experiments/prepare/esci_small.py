@@ -10,7 +10,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from bundled import read_bundled
-from checks import Split
+from checks import Split, list_relevant
 from rerank import write_lists
 from writing import run_command_line, write_data_set
 
@@ -23,16 +23,20 @@ def add_categories(corpus: list[dict], splits: dict[str, Split]) -> list[dict]:
 
     It also goes to the queries whose first relevant product has one.
     """
-    rows = [
-        {key: value for key, value in row.items() if key != "category"}
-        | (dict(category=path[0]) if (path := row.get("category")) else {})
-        for row in corpus
-    ]
-    category = {row["id"]: row["category"] for row in rows if "category" in row}
+    rows = []
+    categories = {}
+    for document in corpus:
+        row = dict(document)
+        path = row.pop("category", None)
+        if path:
+            row["category"] = path[0]
+            categories[row["id"]] = path[0]
+        rows.append(row)
     for split in splits.values():
         for row in split.rows:
-            first = next((doc for doc, gain in split.targets[row["id"]] if gain > 0), None)
-            row.update(dict(category=category[first]) if first in category else {})
+            relevant = list_relevant(split.targets[row["id"]])
+            if relevant and relevant[0] in categories:
+                row["category"] = categories[relevant[0]]
     return rows
 
 

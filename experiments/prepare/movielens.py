@@ -19,13 +19,20 @@ Ratings of the same second keep the file's order. Popularity counts train withou
 import sys
 from argparse import ArgumentParser, Namespace
 from collections import Counter
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from checks import PrepareError, Split, by_interaction, check_inductive, count_popularity
+from checks import (
+    PrepareError,
+    Split,
+    by_interaction,
+    check_inductive,
+    count_popularity,
+    get_history,
+)
 from tqdm import tqdm
 from upstream import find_file, iterate_csv, make_example_id, parse_number, to_one_line
 from writing import run_command_line, write_data_set
@@ -39,6 +46,7 @@ HISTORY = 10
 FUTURE = 10
 POOL = 20
 LIKED = 4.0
+NO_GENRES = "(no genres listed)"
 
 
 class Rating(NamedTuple):
@@ -53,14 +61,14 @@ def read_films(path: Path) -> dict[str, dict]:
     """Return {id: corpus row without popularity}, in file order."""
     films = {}
     for line, row in iterate_csv(path, ("movieId", "title", "genres")):
-        genres = [] if row["genres"] == "(no genres listed)" else row["genres"].split("|")
-        if row["movieId"] in films:
-            raise PrepareError(
-                f"{path}:{line}: film {row['movieId']} came before; keep one of the lines"
-            )
-        films[row["movieId"]] = dict(
-            id=row["movieId"], title=to_one_line(row["title"]), text=" ".join(genres), genres=genres
-        )
+        id = row["movieId"]
+        if id in films:
+            raise PrepareError(f"{path}:{line}: film {id} came before; keep one of the lines")
+        genres = row["genres"].split("|")
+        if row["genres"] == NO_GENRES:
+            genres = []
+        title = to_one_line(row["title"])
+        films[id] = dict(id=id, title=title, text=" ".join(genres), genres=genres)
     return films
 
 
@@ -82,43 +90,57 @@ def read_ratings(path: Path, films: dict[str, dict]) -> dict[str, list[Rating]]:
                 "keep one of the lines"
             )
         seen.add((user, film))
-        users.setdefault(user, []).append(
-            Rating(
-                film,
-                parse_number(path, line, "rating", row["rating"]),
-                parse_number(path, line, "timestamp", row["timestamp"], int),
-            )
-        )
-    # a stable sort
-    return {user: sorted(ratings, key=lambda r: r.time) for user, ratings in users.items()}
+        stars = parse_number(path, line, "rating", row["rating"])
+        time = parse_number(path, line, "timestamp", row["timestamp"], int)
+        users.setdefault(user, []).append(Rating(film, stars, time))
+    for ratings in users.values():
+        ratings.sort(key=get_time)  # stable
+    return users
+
+
+def get_time(rating: Rating) -> int:
+    """Return the second of a rating."""
+    return rating.time
 
 
 def make_sequences(
     films: dict[str, dict], users: dict[str, list[Rating]], most: int | None
 ) -> dict[str, Split]:
     """Cut windows over films in time order. most: of each user only so many windows, the latest."""
-
-    def window(user, name, seen, end):
-        past = seen[max(0, end - HISTORY) : end]
-        row = dict(
-            id=make_example_id(user, name), text=films[past[-1]]["title"], history=past, user=user
-        )
-        return row, [(seen[end], 1.0)]
-
     train = Split()
     transductive = Split()
     inductive = Split()
     for user, ratings in users.items():
-        apart = is_test(user)
-        seen = [r.film for r in ratings if is_test(r.film) == apart]
-        last = len(seen) - (0 if apart else 1)  # windows end before it
-        for end in range(max(1, last - most if most else 1), last):
-            (inductive if apart else train).add(
-                *window(user, f"{'cold' if apart else 'w'}{end}", seen, end)
-            )
-        if not apart and last >= 1:
-            transductive.add(*window(user, "last", seen, last))
+        is_inductive = is_test(user)
+        seen = [rating.film for rating in ratings if is_test(rating.film) == is_inductive]
+        if is_inductive:
+            add_windows(inductive, films, user, "cold", seen, most)
+            continue
+        # the last film is the transductive test's
+        add_windows(train, films, user, "w", seen[:-1], most)
+        if len(seen) >= 2:
+            add_window(transductive, films, user, "last", seen)
     return dict(train=train, test_transductive=transductive, test_inductive=inductive)
+
+
+def add_windows(
+    split: Split, films: dict[str, dict], user: str, name: str, seen: list[str], most: int | None
+) -> None:
+    """Add a window for every film of `seen` but the first, or for the latest `most` of them."""
+    first = 1
+    if most:
+        first = max(1, len(seen) - most)
+    for target in range(first, len(seen)):
+        add_window(split, films, user, f"{name}{target}", seen[: target + 1])
+
+
+def add_window(split: Split, films: dict[str, dict], user: str, name: str, seen: list[str]) -> None:
+    """Add one window: the last film of `seen` is the target, those before it the history."""
+    *past, target = seen
+    history = past[-HISTORY:]
+    id = make_example_id(user, name)
+    row = dict(id=id, text=films[history[-1]]["title"], history=history, user=user)
+    split.add(row, [(target, 1.0)])
 
 
 def make_lists(
@@ -129,53 +151,88 @@ def make_lists(
     A cut of a user is a place in the ratings with a whole future behind it and at least as much
     before it.
     """
-    seen = Counter(
-        r.film
-        for user, ratings in users.items()
-        if not is_validation(user)
-        for r in ratings[:-FUTURE]
-    )
-    names = sorted(films, key=lambda film: (-seen[film], film))  # (D,) the most popular first
-    place = {film: i for i, film in enumerate(names)}
-    weight = np.array([seen[film] for film in names], float)  # (D,)
+    popularity = count_past_films(users)
+
+    def get_rank(film: str) -> tuple[int, str]:
+        return -popularity[film], film
+
+    names = sorted(films, key=get_rank)  # (D,) the most popular first
+    numbers = {film: number for number, film in enumerate(names)}
+    weight = np.array([popularity[film] for film in names], float)  # (D,)
     train = Split()
     test = Split()
-    for n, (user, ratings) in enumerate(
-        tqdm(users.items(), desc="pools", unit=" users", disable=None, leave=False)
-    ):
-        rated = [place[r.film] for r in ratings]
+    bar = tqdm(users.items(), desc="pools", unit=" users", disable=None, leave=False)
+    for user_number, (user, ratings) in enumerate(bar):
+        rated = [numbers[rating.film] for rating in ratings]
         cuts = range(len(ratings) - FUTURE, FUTURE - 1, -FUTURE)
-        for back, cut in enumerate(cuts[: most + 1] if most else cuts):
-            liked = [r.film for r in ratings[cut : cut + FUTURE] if r.stars >= LIKED]
+        if most:
+            cuts = cuts[: most + 1]
+        for back, cut in enumerate(cuts):
+            future = ratings[cut : cut + FUTURE]
+            liked = [rating.film for rating in future if rating.stars >= LIKED]
             if not liked:
                 continue
-            # The smallest of Exp(1) / weight: a draw without replacement in proportion to weight
-            # (Efraimidis and Spirakis 2006).
-            with np.errstate(divide="ignore"):
-                # (D,)
-                order = -np.log(draw_uniforms(0, back, np.array([n]), 1, len(names))[0, 0]) / weight
-            order[rated] = np.inf
-            others = np.argpartition(order, POOL)[:POOL]
-            others = others[np.argsort(order[others])][: POOL - len(liked)]
-            if not np.isfinite(order[others]).all():
+            uniforms = draw_uniforms(0, back, np.array([user_number]), 1, len(names))[0, 0]
+            others = draw_others(uniforms, weight, rated, POOL - len(liked))
+            if others is None:
                 raise PrepareError(
                     f"user {user[1:]} has rated so many films that none are left for a pool of "
                     f"{POOL}"
                 )
-            pool = sorted([place[film] for film in liked] + others.tolist())
-            text = describe_user(films, ratings[:cut])
-            row = dict(
-                id=make_example_id(user, f"cut{cut}"),
-                text=text,
-                profile=text,
-                history=[
-                    [r.film, format_day(r.time)] for r in ratings[max(0, cut - HISTORY) : cut]
-                ],
-                candidates=[names[i] for i in pool],
-                user=user,
-            )
-            (train if back else test).add(row, [(film, 1.0) for film in liked])
-    return dict(train=train, test=test), seen
+            liked_numbers = [numbers[film] for film in liked]
+            pool = sorted(liked_numbers + others)
+            row = make_list_row(films, user, ratings, cut, [names[number] for number in pool])
+            split = train if back else test
+            split.add(row, [(film, 1.0) for film in liked])
+    return dict(train=train, test=test), popularity
+
+
+def count_past_films(users: dict[str, list[Rating]]) -> Counter:
+    """Count the ratings of each film in train without validation: all but each user's last ten."""
+    popularity = Counter()
+    for user, ratings in users.items():
+        if is_validation(user):
+            continue
+        for rating in ratings[:-FUTURE]:
+            popularity[rating.film] += 1
+    return popularity
+
+
+def draw_others(
+    uniforms: np.ndarray, weight: np.ndarray, rated: list[int], num_others: int
+) -> list[int] | None:
+    """Draw films that the user never rated, by popularity; None where too few are left.
+
+    The smallest of Exp(1) / weight: a draw without replacement in proportion to weight
+    (Efraimidis and Spirakis 2006). uniforms, weight: (D,).
+    """
+    with np.errstate(divide="ignore"):
+        order = -np.log(uniforms) / weight
+    order[rated] = np.inf
+    smallest = np.argpartition(order, POOL)[:POOL]
+    ascending = np.argsort(order[smallest])
+    others = smallest[ascending][:num_others]
+    if not np.isfinite(order[others]).all():
+        return None
+    return others.tolist()
+
+
+def make_list_row(
+    films: dict[str, dict], user: str, ratings: list[Rating], cut: int, candidates: list[str]
+) -> dict:
+    """Return the query row of one cut of a user."""
+    text = describe_user(films, ratings[:cut])
+    history = []
+    for rating in ratings[max(0, cut - HISTORY) : cut]:
+        history.append([rating.film, format_day(rating.time)])
+    return dict(
+        id=make_example_id(user, f"cut{cut}"),
+        text=text,
+        profile=text,
+        history=history,
+        candidates=candidates,
+        user=user,
+    )
 
 
 def describe_user(films: dict[str, dict], past: list[Rating]) -> str:
@@ -183,69 +240,89 @@ def describe_user(films: dict[str, dict], past: list[Rating]) -> str:
 
     MovieLens has no demographics.
     """
-    liked = [r for r in past if r.stars >= LIKED]
-    genres = Counter(genre for r in liked or past for genre in films[r.film]["genres"])
-    favourite = sorted(genres, key=lambda genre: (-genres[genre], genre))[:3]
-    return (
+    liked = [rating for rating in past if rating.stars >= LIKED]
+    genre_counts = Counter()
+    for rating in liked or past:
+        genre_counts.update(films[rating.film]["genres"])
+
+    def get_rank(genre: str) -> tuple[int, str]:
+        return -genre_counts[genre], genre
+
+    text = (
         f"Has rated {len(past)} films since {format_day(past[0].time)}, "
         f"{len(liked)} of them 4 stars or more."
-        + (f" Favourite genres: {', '.join(favourite)}." if favourite else "")
     )
+    favorites = sorted(genre_counts, key=get_rank)[:3]
+    if favorites:
+        text += f" Favourite genres: {', '.join(favorites)}."
+    return text
 
 
 def format_day(time: int) -> str:
     """Format a rating's day."""
-    return datetime.fromtimestamp(time, UTC).date().isoformat()
+    moment = datetime.fromtimestamp(time, UTC)
+    return moment.date().isoformat()
 
 
 def prepare(args: Namespace, out: Path) -> None:
     """Write both data sets into `folder`."""
     most = args.max_windows_per_user
-    paths = [find_file(args.source, "movies.csv"), find_file(args.source, "ratings.csv")]
-    films = read_films(paths[0])
-    users = read_ratings(paths[1], films)
-    about = dict(
-        source=[dict(name=path.name, **fingerprint_file(path)) for path in paths],
-        options=dict(max_windows_per_user=most),
-        key=by_interaction,
-    )
+    films_path = find_file(args.source, "movies.csv")
+    ratings_path = find_file(args.source, "ratings.csv")
+    films = read_films(films_path)
+    users = read_ratings(ratings_path, films)
+    source = []
+    for path in (films_path, ratings_path):
+        source.append(dict(name=path.name, **fingerprint_file(path)))
+    about = dict(source=source, options=dict(max_windows_per_user=most), key=by_interaction)
 
-    splits = make_sequences(films, users, most)
-    known = {
-        film
-        for row in splits["train"].rows
-        for film in (*row["history"], splits["train"].targets[row["id"]][0][0])
-    }
-    unseen = sum(
-        target[0][0] not in known for target in splits["test_transductive"].targets.values()
-    )
-    seen = count_popularity(splits["train"])
+    windows = make_sequences(films, users, most)
+    popularity = count_popularity(windows["train"])
+    unseen = count_unseen_targets(windows["train"], windows["test_transductive"])
     write_data_set(
         out / "sequential",
-        iterate_corpus(films, seen),
-        splits,
+        iterate_corpus(films, popularity),
+        windows,
         counts=dict(users=len(users), transductive_targets_not_in_train=unseen),
         **about,
-        also=lambda: check_inductive(splits["train"], splits["test_inductive"], "test_inductive"),
+        also=lambda: check_inductive(windows["train"], windows["test_inductive"], "test_inductive"),
     )
 
-    splits, seen = make_lists(films, users, most)
+    lists, list_popularity = make_lists(films, users, most)
     write_data_set(
         out / "list",
-        iterate_corpus(films, seen),
-        splits,
+        iterate_corpus(films, list_popularity),
+        lists,
         counts=dict(users=len(users)),
         **about,
-        also=lambda: check_pools(splits, seen),
+        also=lambda: check_pools(lists, list_popularity),
     )
 
 
-def iterate_corpus(films: dict[str, dict], seen: Counter):
+def count_unseen_targets(train: Split, test: Split) -> int:
+    """Count the test windows whose target no train window names."""
+    train_films = set()
+    for row in train.rows:
+        train_films.update(row["history"], list_target_docs(train, row))
+    num_unseen = 0
+    for row in test.rows:
+        if train_films.isdisjoint(list_target_docs(test, row)):
+            num_unseen += 1
+    return num_unseen
+
+
+def list_target_docs(split: Split, row: dict) -> list[str]:
+    """Return the documents that a query's judgements name."""
+    return [doc for doc, _ in split.targets[row["id"]]]
+
+
+def iterate_corpus(films: dict[str, dict], popularity: Counter) -> Iterator[dict]:
     """Yield the corpus rows with their popularity."""
-    return (row | dict(popularity=seen[id]) for id, row in films.items())
+    for id, row in films.items():
+        yield row | dict(popularity=popularity[id])
 
 
-def check_pools(splits: dict[str, Split], seen: Counter) -> list[str]:
+def check_pools(splits: dict[str, Split], popularity: Counter) -> list[str]:
     """Check the pools and return the names of the checks.
 
     They have the right size, each film once, most popular first, nothing of the history in them,
@@ -254,18 +331,17 @@ def check_pools(splits: dict[str, Split], seen: Counter) -> list[str]:
     for name, split in splits.items():
         for row in split.rows:
             pool = row["candidates"]
-            past = {film for film, _ in row["history"]}
-            if (
-                len(pool) != POOL
-                or len(set(pool)) != POOL
-                or past & set(pool)
-                or not {film for film, _ in split.targets[row["id"]]} <= set(pool)
-            ):
+            pool_films = set(pool)
+            past_films = set(get_history(row))
+            target_films = set(list_target_docs(split, row))
+            right_size = len(pool) == len(pool_films) == POOL
+            if not right_size or past_films & pool_films or not target_films <= pool_films:
                 raise PrepareError(
                     f"{name}: the pool of {row['id']!r} is not {POOL} films, "
                     "lacks a target or shows the history"
                 )
-            if any(seen[a] < seen[b] for a, b in pairwise(pool)):
+            pool_counts = [popularity[film] for film in pool]
+            if pool_counts != sorted(pool_counts, reverse=True):
                 raise PrepareError(
                     f"{name}: the pool of {row['id']!r} is not in order of popularity"
                 )

@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from bundled import read_bundled
-from checks import PrepareError, Split
+from checks import PrepareError, Split, list_relevant
 from writing import run_command_line, write_data_set
 
 from recr1.retrieval.bm25.searcher import BM25Searcher
@@ -21,22 +21,22 @@ def write_lists(
     folder: Path, corpus: list[dict], splits: dict[str, Split], candidates: int, source: list[dict]
 ) -> None:
     """Write the queries that have `candidates` hits, one of them relevant."""
-    index = BM25Searcher.build(
-        [row["id"] for row in corpus],
-        [f"{row.get('title', '')} {row['text']}" for row in corpus],
-        length="lucene",
-    )
-    lists = {name: make_candidate_split(split, index, candidates) for name, split in splits.items()}
+    ids = [row["id"] for row in corpus]
+    contents = [f"{row.get('title', '')} {row['text']}" for row in corpus]
+    index = BM25Searcher.build(ids, contents, length="lucene")
+    lists = {}
+    counts = {}
+    for name, split in splits.items():
+        lists[name] = make_candidate_split(split, index, candidates)
+        num_without = len(split.rows) - len(lists[name].rows)
+        counts[f"{name}_without_a_relevant_candidate"] = num_without
     write_data_set(
         folder,
         corpus,
         lists,
         source=source,
         options=dict(candidates=candidates, k1=1.2, b=0.75, length="lucene"),
-        counts={
-            f"{name}_without_a_relevant_candidate": len(splits[name].rows) - len(lists[name].rows)
-            for name in splits
-        },
+        counts=counts,
     )
 
 
@@ -49,7 +49,8 @@ def make_candidate_split(split: Split, index: BM25Searcher, candidates: int) -> 
     for row, hits in zip(split.rows, hits_by_query.tolist()):
         ids = [index.doc_ids[i] for i in hits if i >= 0]
         targets = split.targets[row["id"]]
-        if len(ids) == candidates and any(gain > 0 and doc in ids for doc, gain in targets):
+        has_relevant = any(doc in ids for doc in list_relevant(targets))
+        if len(ids) == candidates and has_relevant:
             lists.add(row | dict(candidates=ids), targets)
     return lists
 
@@ -60,13 +61,12 @@ def prepare(args: Namespace, out: Path) -> None:
         raise PrepareError(
             f"--candidates is {args.candidates}; a list to be re-ranked needs 2 or more"
         )
-    names = sorted(
-        path.name.split(".")[0]
-        for path in args.source.glob("*.qrels.tsv")
-        if path.name != "train.qrels.tsv"
-    )
+    names = {path.name.split(".")[0] for path in args.source.glob("*.qrels.tsv")}
+    tests = sorted(names - {"train"})
+    if not tests:
+        tests = ["test"]
     # tidied when it was prepared
-    corpus, splits, source = read_bundled(args.source, ("train", *(names or ("test",))), tidy=str)
+    corpus, splits, source = read_bundled(args.source, ("train", *tests), tidy=str)
     write_lists(out, corpus, splits, args.candidates, source)
 
 

@@ -115,8 +115,11 @@ def clean_product_text(text: str) -> str:
 
     Entities resolved, no double quotes, one line, ends in one full stop. Empty stays empty.
     """
-    text = to_one_line(html.unescape(text).replace('"', "")).rstrip(".")
-    return text + "." if text else ""
+    unquoted = html.unescape(text).replace('"', "")
+    sentence = to_one_line(unquoted).rstrip(".")
+    if not sentence:
+        return ""
+    return sentence + "."
 
 
 def make_example_id(user: str, name: str) -> str:

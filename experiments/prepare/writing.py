@@ -138,20 +138,7 @@ def run_command_line(
     Returns 0; or 2 after one line on stderr for what a user can mend; or 130 when interrupted.
     Unless it returns 0, --out is as it was.
     """
-    parser = argparse.ArgumentParser(
-        prog=Path(script).name,
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=default_out,
-        required=default_out is None,
-        metavar="DIR",
-        help="the prepared folder; one that an earlier preparation wrote is replaced"
-        + ("" if default_out is None else " (default: %(default)s)"),
-    )
+    parser = _make_parser(script, doc, default_out)
     options(parser)
     args = parser.parse_args(argv)
     out = args.out.absolute()
@@ -166,23 +153,49 @@ def run_command_line(
     except (DataError, OSError, KeyboardInterrupt) as e:
         if partial.is_dir():
             remove_path(partial)
-        if isinstance(e, KeyboardInterrupt):
-            print(
-                f"{parser.prog}: stopped; the same command starts again, "
-                "downloads go on from where they are",
-                file=sys.stderr,
-            )
-            return 130
-        reason = str(e)
-        if isinstance(e, OSError):
-            reason = f"cannot read or write {e.filename or args.out}: {e.strerror or e}"
-        print(f"{parser.prog}: {reason}", file=sys.stderr)
-        return 2
-    for index in sorted(out.rglob(INDEX)):
-        counts = json.loads(index.read_text(encoding="utf-8"))["counts"]
-        numbers = ", ".join(f"{value:,} {name}" for name, value in counts.items())
-        print(f"{args.out / index.parent.relative_to(out)}: {numbers}")
+        print(f"{parser.prog}: {_explain(e, args.out)}", file=sys.stderr)
+        return 130 if isinstance(e, KeyboardInterrupt) else 2
+    _print_counts(args.out)
     return 0
+
+
+def _make_parser(script: str, doc: str, default_out: Path | None) -> argparse.ArgumentParser:
+    """Return the script's parser, which knows --out."""
+    parser = argparse.ArgumentParser(
+        prog=Path(script).name,
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    text = "the prepared folder; one that an earlier preparation wrote is replaced"
+    if default_out is not None:
+        text += " (default: %(default)s)"
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=default_out,
+        required=default_out is None,
+        metavar="DIR",
+        help=text,
+    )
+    return parser
+
+
+def _explain(error: BaseException, out: Path) -> str:
+    """Return in one line what ended the preparation."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped; the same command starts again, downloads go on from where they are"
+    if isinstance(error, OSError):
+        place = error.filename or out
+        return f"cannot read or write {place}: {error.strerror or error}"
+    return str(error)
+
+
+def _print_counts(out: Path) -> None:
+    """Print the counts of every data set below the folder."""
+    for path in sorted(out.absolute().rglob(INDEX)):
+        counts = json.loads(path.read_text(encoding="utf-8"))["counts"]
+        numbers = ", ".join(f"{value:,} {name}" for name, value in counts.items())
+        print(f"{out / path.parent.relative_to(out.absolute())}: {numbers}")
 
 
 def replace_folder(out: Path, partial: Path, fill: Callable[[], None]) -> None:
@@ -215,11 +228,12 @@ def _is_finished(folder: Path, wanted: dict) -> bool:
         return False
     try:
         about = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        found = dict(sha256=[file["sha256"] for file in about["source"]], options=about["options"])
+        hashes = [file["sha256"] for file in about["source"]]
+        options = about["options"]
         files = about["files"]
     except (ValueError, KeyError, TypeError):
         return False
-    if found != wanted:
+    if dict(sha256=hashes, options=options) != wanted:
         return False
     for name, fingerprint in files.items():
         path = folder / name
@@ -233,6 +247,8 @@ def _is_prepared(folder: Path) -> bool:
 
     It has prepared.json, or each folder in it has; an empty folder counts too.
     """
-    return folder.is_dir() and (
-        (folder / INDEX).exists() or all((below / INDEX).exists() for below in folder.iterdir())
-    )
+    if not folder.is_dir():
+        return False
+    if (folder / INDEX).exists():
+        return True
+    return all((below / INDEX).exists() for below in folder.iterdir())
