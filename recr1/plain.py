@@ -8,10 +8,11 @@ token costs a pass over the whole text, and the loss stands on padded tensors wi
 python -m recr1.train gives the same weights from the same config in a fraction of the time and the
 memory; tests/runs/test_plain.py holds the two against each other. What is around the algorithm
 (data, retriever, rewards, learning rates, files) is training/plain_run.py. A setting that would
-change the result and is not here is refused; one of speed or memory does nothing.
+change the result and is not here is refused; those of speed, memory, validation and checkpoints do
+nothing.
 
-Legend: P prompts of a step, G completions of each (siblings, adjacent), R = P * G; L tokens of the
-longest prompt, T the most tokens of a completion, V ids.
+Legend: q a prompt, o its completion; P prompts of a step, G completions of each (siblings,
+adjacent), R = P * G; L tokens of the longest prompt, T = sampling.max_new_tokens, V ids.
 """
 
 import sys
@@ -31,7 +32,7 @@ from recr1.training.plain_run import PlainRun, setup_plain_run
 ADVANTAGES = {
     "grpo": "mean_std",
     "dr_grpo": "mean",  # arXiv 2503.20783
-    "dapo": "mean_std",  # arXiv 2503.14476
+    "dapo": "mean_std",  # arXiv 2503.14476; the rest of it is loss.clip_ratio_high
 }
 AGG_MODES = {
     "grpo": "token-mean",  # as in Rec-R1's code; DeepSeekMath's own is "seq-mean-token-mean"
@@ -41,19 +42,21 @@ AGG_MODES = {
 
 
 def main(argv: list[str]) -> None:
-    """Run the command line."""
     launch_loop(argv, "recr1.plain", train)
 
 
 def train(cfg: Config) -> None:
-    """Train by algorithm 1 of DeepSeekMath; the comments name its lines."""
+    """Train by algorithm 1 of DeepSeekMath; the comments name its lines.
+
+    Lines 2 and 12 are left out: reference and reward never change.
+    """
     run = setup_plain_run(cfg, known_kinds=tuple(AGG_MODES))
     T = cfg.sampling.max_new_tokens
     policy = load_model(run)  # line 1: the policy begins as the given model
     reference = load_model(run) if cfg.loss.kl_coef > 0 else None  # line 3: it stays as it is
     optimizer = make_optimizer(policy, cfg)
-    answers = sample(policy, run.test_prompts, None, run)
-    before = run.evaluate_test("eval_before.jsonl", answers)
+    test_rollouts = sample(policy, run.test_prompts, None, run)
+    before = run.evaluate_test("eval_before.jsonl", test_rollouts)
 
     for step in range(1, cfg.train.steps + 1):  # line 4
         with run.log.time_phase("sample"):
@@ -73,18 +76,19 @@ def train(cfg: Config) -> None:
                 if reference:
                     ref_logp, _ = compute_logp(reference, tokens, is_text, run)
 
-            # Each update has an equal share of the prompts, with all their completions.
+            # Each update has an equal share of the prompts, with all their completions; each
+            # completion is used once (the paper's mu is 1). In the first update rho is 1.
             updates = []
             share = len(rollouts) // cfg.train.num_mini_batches
             for start in range(0, len(rollouts), share):  # line 10
                 rows = slice(start, start + share)
                 logp, _ = compute_logp(policy, tokens[rows], is_text[rows], run)
-                logp.retain_grad()  # for the log
+                logp.retain_grad()  # its norm is logged: grad_logp_norm
                 loss = compute_loss(
                     logp, old_logp[rows], ref_logp[rows], advantages[rows], mask[rows], cfg
                 )
                 if reference or advantages[rows].any():
-                    loss.backward()  # else nothing is learned: no gradient, and no weight moves
+                    loss.backward()  # else there is no gradient, and AdamW moves no weight
                 lr = run.compute_lr(step, start // share)
                 grad_norm = update_weights(policy, optimizer, lr, cfg)  # line 11
                 updates.append((loss, logp))
@@ -102,13 +106,13 @@ def train(cfg: Config) -> None:
             lr=lr,
         )
 
-    answers = sample(policy, run.test_prompts, None, run)
-    after = run.evaluate_test("eval_after.jsonl", answers)
+    test_rollouts = sample(policy, run.test_prompts, None, run)
+    after = run.evaluate_test("eval_after.jsonl", test_rollouts)
     run.write_results(policy, before, after)
 
 
 def load_model(run: PlainRun) -> Any:
-    """Load the config's model: any causal language model of transformers."""
+    """Load the config's model, without dropout: any causal language model of transformers."""
     from transformers import AutoModelForCausalLM  # here: it takes seconds
 
     return AutoModelForCausalLM.from_pretrained(run.model_folder, dtype=torch.float32)
@@ -198,14 +202,14 @@ def sample(
             break
 
     rollouts = []
-    for row, ids in enumerate(completions):  # an end token is a part of them, and is trained
+    for row, ids in enumerate(completions):  # with the stop token, which is trained too
         group, sibling = divmod(row, group_size)
         rollout = Rollout(
             prompt=questions[row],
             group=group,
             sibling=sibling,
             ids=tuple(ids),
-            sampler_logp=tuple(logps[row]),
+            sampler_logp=tuple(logps[row]),  # for the log: how far old_logp is from it
             finished=ids[-1] in run.stops,
         )
         rollouts.append(rollout)
@@ -241,6 +245,7 @@ def compute_loss(
     """Compute -J from log-probs (R, T) and advantages (R,): equations 3 and 4.
 
     J   = mean over i, t of  min(rho A_i, clip(rho, 1 - eps, 1 + eps) A_i) - beta KL
+          (the mean: `weigh_tokens`; eps: loss.clip_ratio_low, _high; beta: loss.kl_coef)
     rho = pi(o_t | q, o_<t) / pi_old(o_t | q, o_<t)
     KL  = pi_ref / pi - log(pi_ref / pi) - 1
     """
@@ -250,7 +255,7 @@ def compute_loss(
     surrogate = torch.minimum(rho * A, clipped_rho * A)
     log_ratio = ref_logp - logp
     KL = log_ratio.expm1() - log_ratio  # expm1(x) = e^x - 1, exact for small x too
-    J = surrogate - cfg.loss.kl_coef * KL  # (R, T)
+    J = surrogate - cfg.loss.kl_coef * KL  # (R, T), before the mean
     weight = weigh_tokens(mask, cfg)
     return -(weight * J).sum()
 
@@ -282,11 +287,8 @@ def update_weights(policy: Any, optimizer: AdamW, lr: float, cfg: Config) -> Ten
 
     Raises RuntimeError, before any weight moves, where the gradient is not finite.
     """
-    norm = clip_grad_norm_(
-        policy.parameters(),
-        cfg.optimizer.max_grad_norm,
-        error_if_nonfinite=True,
-    )
+    max_norm = cfg.optimizer.max_grad_norm
+    norm = clip_grad_norm_(policy.parameters(), max_norm, error_if_nonfinite=True)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

@@ -220,7 +220,7 @@ class RewardTerms:
             value = float(result)
         if not math.isfinite(value):
             raise plugins.PluginError(
-                f"reward.weights: {name} returned {value}{query}; a part is a finite number"
+                f"reward.weights: {name} returned {value}{query}; a reward term is a finite number"
             )
         return value
 

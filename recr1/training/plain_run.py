@@ -3,7 +3,7 @@
 The folder that it leaves is that of recr1.train but for checkpoints, validation and the report, so
 `recr1 explain` and `recr1 report` read it.
 
-Legend: P prompts, G siblings of a group, R = P * G rollouts, T tokens of the longest one.
+Legend: P prompts, G siblings of a group, R = P * G rollouts, T = sampling.max_new_tokens.
 """
 
 from __future__ import annotations

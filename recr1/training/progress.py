@@ -52,8 +52,10 @@ class TrainState:
         self.row: dict[str, Any] | None = None
         self.num_skipped_in_a_row = 0  # optimizer steps
         self.saved = ""  # the last checkpoint that was written or loaded
-        self.val_score: float | None = None  # rank 0: the step's val_ndcg, if it was validated
-        self.best: list | None = None  # rank 0: [val_ndcg, step] of the best checkpoint
+        self.val_score: float | None = (
+            None  # rank 0: the step's validation score, if it was validated
+        )
+        self.best: list | None = None  # rank 0: [validation score, step] of the best checkpoint
 
     def resume(self, is_resumed: bool) -> None:
         """Continue from the newest complete checkpoint; without any, from step 1. A collective.
@@ -177,8 +179,8 @@ class TrainState:
         checkpoint.prune_checkpoints(self.root, self.cfg.save.keep_last, self.best)
 
     def mark_validated(self, value: float | None) -> None:
-        """Note the step's val_ndcg. The step's checkpoint may exist already, if the run was stopped
-        in between. Rank 0.
+        """Note the step's validation score. The step's checkpoint may exist already, if the run
+        was stopped in between. Rank 0.
         """
         self.val_score = value
         if self._is_saved():
