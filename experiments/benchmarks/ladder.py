@@ -10,7 +10,7 @@ all rungs sample the same texts and have the same gradient: both are checked. Th
     KV cache         sampling/generate.py, each sibling in a row of its own
     shared rows      equal siblings are one row, so a prompt is computed once for its group
     packed training  equal siblings and a group's prompt once, micro-batches; the logits are held
-    one-shot head    kernels/logprob.py: logits a chunk at a time; it is the loop of recr1/train.py
+    fused head    kernels/logprob.py: logits a chunk at a time; it is the loop of recr1/train.py
 
 A rung is a way to sample and a way to train; each way is measured once per round, the ways in turn,
 and a rung's seconds are the sum of the medians (with the reward's). Peak memory: the growth of the
@@ -119,9 +119,9 @@ RUNGS = (
         ("recr1/rl/packing.py", "recr1/rl/policy_loss.py", "recr1/rl/losses.py", "recr1/train.py"),
     ),
     Rung(
-        "one-shot head",
+        "fused head",
         "shared rows",
-        "one-shot head",
+        "fused head",
         ("recr1/model/log_probs.py", "kernels/logprob.py"),
     ),
 )
@@ -167,7 +167,7 @@ def make_quickstart(folder: str, tiny: bool) -> Shape:
     """Make the quickstart's own shape: its policy, prompts and retriever."""
     overrides = [f"run.dir={folder}/ladder", "optimizer.lr=0", "optimizer.warmup_steps=0"]
     if tiny:
-        overrides += ["train.prompts_per_step=2", "sampling.max_new_tokens=4"]
+        overrides += ["train.prompts_per_step=2"]
     cfg = configs.load_config(str(ROOT / "experiments/quickstart.yaml"), overrides)
     run = setup_plain_run(cfg, known_kinds=tuple(plain.AGG_MODES))
 
@@ -431,7 +431,7 @@ def list_ways(shape: Shape, whole: bool) -> tuple[dict[str, Callable], dict[str,
             shape, "our decoder", padded, *given, row_step
         ),
         "packed": lambda *given: train_with_all_logits(shape, *given),
-        "one-shot head": lambda *given: train_packed(shape, *given, "fused"),
+        "fused head": lambda *given: train_packed(shape, *given, "fused"),
     }
     return sampling, training
 
@@ -601,7 +601,7 @@ def measure_quickstart(folder: str, threads: int, tiny: bool) -> float:
         "save.every=0",
     ]
     if tiny:
-        overrides += ["train.prompts_per_step=2", "sampling.max_new_tokens=4"]
+        overrides += ["train.prompts_per_step=2"]
     command = [sys.executable, "-W", "ignore", "-m", "recr1.train", "experiments/quickstart.yaml"]
     subprocess.run([*command, *overrides], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     rows = (Path(folder) / "fast/metrics.jsonl").read_text(encoding="utf-8").splitlines()

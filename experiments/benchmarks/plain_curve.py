@@ -92,7 +92,7 @@ def main() -> int:
     for a, b in zip(ours, theirs, strict=True):
         print(
             f"{a['step']:>5}{a['reward']:14.4f}{b['reward']:14.4f}"
-            f"{a['seconds']['step']:10.2f}{b['seconds']['step']:10.2f}"
+            f"{a['timing_s']['step']:10.2f}{b['timing_s']['step']:10.2f}"
         )
     differences = np.array([a["reward"] - b["reward"] for a, b in zip(ours, theirs)])
     differing = np.flatnonzero(differences)

@@ -276,8 +276,7 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
     if recipe.surrogate is losses.sequence_clipped_surrogate:
         # A token moves the one ratio of its rollout by 1 / num_tokens.
         grad_surrogate = (np.bincount(text, grad_surrogate) / num_tokens)[text]
-    bonus = config.entropy_coef * entropy  # (N,)
-    loss = weight * (kl_coef * token_kl - importance * surrogate.value - bonus)  # (N,)
+    token_loss = kl_coef * token_kl - importance * surrogate.value - config.entropy_coef * entropy
     kl_slope = _differentiate_kl(config.kl_estimator, log_ref_ratio)
     return NumpyStep(
         num_tokens=num_tokens,
@@ -291,7 +290,7 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
         surrogate=surrogate.value,
         denominator=denominator,
         is_trained=is_trained,
-        loss=loss,
+        loss=weight * token_loss,
         grad_logp=kl_coef * weight * kl_slope - grad_surrogate,
         grad_entropy=-config.entropy_coef * weight,
         **group_advantages._asdict(),

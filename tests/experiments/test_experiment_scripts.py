@@ -50,10 +50,10 @@ def write_jsonl(path, rows) -> None:
 
 
 def test_a_base_lies_below_the_config(tmp_path):
-    base = "task: product_search\nloss: {clip: 0.3, kl: 0.5}\nreward: {k_eval: 7}\n"
+    base = "task: product_search\nloss: {clip_ratio_low: 0.3, kl_coef: 0.5}\nreward: {k_eval: 7}\n"
     (tmp_path / "b").mkdir()
     (tmp_path / "b/base.yaml").write_text(base)
-    (tmp_path / "own.yaml").write_text("base: b/base.yaml\nloss: {clip: 0.1}\n")
+    (tmp_path / "own.yaml").write_text("base: b/base.yaml\nloss: {clip_ratio_low: 0.1}\n")
 
     cfg = configs.load_config(str(tmp_path / "own.yaml"), ["loss.kl_coef=0.25"])
 
