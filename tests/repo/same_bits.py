@@ -87,6 +87,9 @@ LOG_KEYS: dict[str, str | None] = {
     "parts": "reward_terms",
 }
 
+# The same rows: old keys at which an object's own keys are no log keys but names, of errors.
+NAMES_STAND_AT = ("errors",)
+
 # The same rows: old key -> {old text: new text}.
 LOG_VALUES: dict[str, dict[str, str]] = {
     # "error": {"no_think_end": "thought_not_closed"},
@@ -356,6 +359,8 @@ def translate_row(value, key: str = ""):
         new_texts = LOG_VALUES.get(key, {})
         return new_texts.get(value, value)
     if not isinstance(value, dict):
+        return value
+    if key in NAMES_STAND_AT:
         return value
     row = {}
     for name, inner in value.items():
