@@ -205,6 +205,7 @@ LONG_FUNCTIONS = {  # (file, function): why it is longer
     ("kernels/logprob.py", "get_kernels"): TRITON,
     ("kernels/sample_token.py", "get_kernels"): TRITON,
     ("kernels/sample_token.py", "sample_token_kernel"): "one kernel: two passes over a row",
+    ("recr1/plain.py", "train"): "algorithm 1 of DeepSeekMath from top to bottom",
     ("recr1/retrieval/bm25/numba_scorer.py", "_compile_search"): NUMBA,
     ("recr1/retrieval/bm25/numba_scorer.py", "search_batch"): NUMBA,
 }
