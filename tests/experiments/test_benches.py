@@ -53,7 +53,14 @@ def test_sharding_against_fully_shard():
 
 def test_the_ladder_from_plain_to_the_loop():
     out, bars = run("experiments/benchmarks/ladder.py", "--dry-run", "--threads=1", "--rounds=1")
-    for rung in ("plain", "our decoder", "KV cache", "shared rows", "packed training", "fused head"):
+    for rung in (
+        "plain",
+        "our decoder",
+        "KV cache",
+        "shared rows",
+        "packed training",
+        "fused head",
+    ):
         assert out.count(f"\n  {rung} ") == 2, rung
     assert len(bars) == 5
     # no time: that all rungs sample the same texts and have one gradient holds at any size
