@@ -128,7 +128,7 @@ function curvesSection() {
         ...(TWO ? [] : points((e) => [e.raw], single.words[0], "diamond", "c")),
       ],
     }),
-    ...reward_terms,
+    ...parts,
     kit({
       title: `Gain over the ${single.words[0]}`,
       unit: `${label}, with 95% intervals over queries`,
