@@ -21,7 +21,12 @@ from recr1.config.schema import Config
 from recr1.data.readers import DataError
 from recr1.evaluation.bootstrap import compute_bootstrap_ci
 from recr1.tasks.registry import TASKS
-from recr1.utils.renamed import RENAMED_METRICS, RENAMED_SUMMARY_KEYS, rename_keys
+from recr1.utils.renamed import (
+    RENAMED_METRICS,
+    RENAMED_SUMMARY_KEYS,
+    RENAMED_TEACHER_KEYS,
+    rename_keys,
+)
 
 # points drawn of a curve; more steps share a point, which has their mean, minimum and maximum
 MAX_POINTS = 400
@@ -133,6 +138,8 @@ def read_run(folder: Path) -> RunRecord:
 
     summary = _read_json_object(folder / "summary.json", notes, {})
     summary = rename_keys(summary, RENAMED_SUMMARY_KEYS)
+    if "teacher" in summary:
+        summary["teacher"] = rename_keys(summary["teacher"], RENAMED_TEACHER_KEYS)
     versions = _read_json_object(folder / "versions.json", notes, [])
     record = RunRecord(folder, config, metrics, before, after, summary, versions, notes)
     if not summary:

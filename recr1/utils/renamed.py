@@ -85,6 +85,10 @@ RENAMED_SUMMARY_KEYS = {
 }
 
 
+# The object "teacher" of summary.json: old key -> new key.
+RENAMED_TEACHER_KEYS = {"errors": "format_errors"}
+
+
 def rename_keys(row: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """Return the row with the old ones of its keys renamed; `names`: old key -> new key."""
     return {names.get(key, key): value for key, value in row.items()}

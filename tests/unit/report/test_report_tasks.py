@@ -3,6 +3,7 @@ no rollouts. Their folders are written by hand.
 """
 
 import json
+import shutil
 from math import log2
 
 import pytest
@@ -138,7 +139,7 @@ def write_run(path, task, answers, score, metric="ndcg", loop="grpo", **reward_s
     reward = dict(k_eval=4, metric=metric, **reward_settings)
     config = dict(task=task, data=files, reward=reward, train=dict(steps=4))
     figures = {metric: FIGURES, "recall": FIGURES}
-    summary = dict(parts=figures, **SUMMARY)
+    summary = dict(reward_terms=figures, **SUMMARY)
     run = path / "run"
     run.mkdir()
     if loop == "sft":
@@ -344,6 +345,19 @@ def test_sft_has_no_rollouts_and_says_so(sft):
     for note in run["notes"]:
         assert "rollouts" not in note
         assert "tokenizer" not in note
+
+
+def test_the_teacher_of_a_run_of_version_0_1_has_its_errors(sft, tmp_path):
+    old_run = tmp_path / "run"
+    shutil.copytree(sft, old_run)
+    summary = json.loads((sft / "summary.json").read_text())
+    teacher = summary["teacher"]
+    teacher["errors"] = teacher.pop("format_errors")
+    (old_run / "summary.json").write_text(json.dumps(summary))
+
+    [run] = content(report.write_report([str(old_run)]))["runs"]
+    assert run["summary"]["teacher"]["format_errors"] == TEACHER["format_errors"]
+    assert "errors" not in run["summary"]["teacher"]
 
 
 @pytest.mark.parametrize("log, note", [(b"", ""), (None, "missing"), (b"\x1f\x8b\x08", "torn")])
