@@ -2,10 +2,13 @@
 resuming needs no generator's state.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
+from recr1.data_types import Prompt
 from recr1.utils.counter_rng import ORDER_STREAM, SHUFFLE_STREAM, hash_keys, to_unit_interval
 
 
@@ -54,6 +57,19 @@ def shuffle_words(text: str, share: float, seed: int, step: int, prompt: int) ->
         return text
     order = np.argsort(hashes[1:], kind="stable")
     return " ".join(words[i] for i in order)
+
+
+def shuffle_prompt(
+    prompt: Prompt, share: float, seed: int, step: int, encode: Callable[[str], tuple[int, ...]]
+) -> Prompt:
+    """Return the prompt with its words in another order, or the same, as `shuffle_words` says.
+
+    encode: gives the prompt ids of a text.
+    """
+    text = shuffle_words(prompt.text, share, seed, step, prompt.index)
+    if text == prompt.text:
+        return prompt
+    return replace(prompt, text=text, ids=encode(text))
 
 
 @lru_cache(maxsize=2)  # the steps of an epoch share one permutation

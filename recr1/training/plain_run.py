@@ -21,7 +21,7 @@ import torch
 from recr1.config import loader as configs
 from recr1.config.schema import Config, ConfigError
 from recr1.data.chat_template import ChatTemplate
-from recr1.data.prompt_order import choose_prompts, shuffle_words
+from recr1.data.prompt_order import choose_prompts, shuffle_prompt
 from recr1.data_types import Prompt, Reward, Rollout
 from recr1.distributed import collectives as dist
 from recr1.distributed.printing import print_rank0
@@ -87,18 +87,12 @@ class PlainRun:
         A function of (seed, step).
         """
         cfg = self.cfg
-        prompts = []
-        for index in choose_prompts(
-            len(self.train_prompts), cfg.train.prompts_per_step, cfg.run.seed, step - 1
-        ):
-            prompt = self.train_prompts[index]
-            text = shuffle_words(
-                prompt.text, cfg.data.shuffle_words, cfg.run.seed, step, prompt.index
-            )
-            if text != prompt.text:
-                prompt = replace(prompt, text=text, ids=self.chat.prompt(text))
-            prompts.append(prompt)
-        return prompts
+        seed = cfg.run.seed
+        share = cfg.data.shuffle_words
+        encode = self.chat.prompt
+        order = choose_prompts(len(self.train_prompts), cfg.train.prompts_per_step, seed, step - 1)
+        prompts = [self.train_prompts[index] for index in order]
+        return [shuffle_prompt(prompt, share, seed, step, encode) for prompt in prompts]
 
     def draw_uniforms(self, step: int, prompts: list[Prompt]) -> torch.Tensor:
         """Draw random numbers (R, max_new_tokens) in (0, 1), float64.

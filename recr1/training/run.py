@@ -193,18 +193,12 @@ class Run(RunParts):
         )
         local_order = dist.split_across_ranks(order.tolist())
         prompts = [self.dataset.train[index] for index in local_order]
-        if not self.cfg.data.shuffle_words:
+        share = self.cfg.data.shuffle_words
+        if not share:
             return prompts
-        return [self._shuffle_words(prompt, step) for prompt in prompts]
-
-    def _shuffle_words(self, prompt: Prompt, step: int) -> Prompt:
-        """Return the prompt with its words in another order, or the same: data.shuffle_words."""
-        text = prompt_order.shuffle_words(
-            prompt.text, self.cfg.data.shuffle_words, self.cfg.run.seed, step, prompt.index
-        )
-        if text == prompt.text:
-            return prompt
-        return Prompt(prompt.id, prompt.index, text, self.chat.prompt(text), prompt.row)
+        seed = self.cfg.run.seed
+        encode = self.chat.prompt
+        return [prompt_order.shuffle_prompt(p, share, seed, step, encode) for p in prompts]
 
     def draw_uniforms(self, step: int, prompts: list[Prompt]) -> np.ndarray:
         """Draw random numbers (P, G, T), functions of (seed, step, prompt, sibling, token)."""
