@@ -27,10 +27,17 @@ def kill_ranks(world: World, n: int) -> Iterator[Outcome]:
     """Kill a random rank by SIGKILL at a random moment; the same command again, until the run is
     through.
     """
+    return fill_runs(kill_in_one_run, world, n)
+
+
+def fill_runs(
+    in_one_run: Callable[[World, int, int], list[Outcome]], world: World, n: int
+) -> Iterator[Outcome]:
+    """Yield n outcomes, of as many runs as that takes; in_one_run(world, first phase, at most)."""
     first = world.rng.randrange(len(PHASES))
     count = 0
     while count < n:
-        outcomes = kill_in_one_run(world, first + count, min(IN_A_ROW, n - count))
+        outcomes = in_one_run(world, first + count, min(IN_A_ROW, n - count))
         count += len(outcomes)
         yield from outcomes
 
@@ -176,12 +183,7 @@ def stop_jobs(world: World, n: int) -> Iterator[Outcome]:
     """Send SIGTERM to all ranks at a random moment, with no checkpoint but the one that it asks
     for: all exit 0 in time, the run goes on from there.
     """
-    first = world.rng.randrange(len(PHASES))
-    count = 0
-    while count < n:
-        outcomes = stop_in_one_run(world, first + count, min(IN_A_ROW, n - count))
-        count += len(outcomes)
-        yield from outcomes
+    return fill_runs(stop_in_one_run, world, n)
 
 
 def stop_in_one_run(world: World, first: int, at_most: int) -> list[Outcome]:
