@@ -1,7 +1,8 @@
 """Run short jobs in an old and a new tree and compare what they leave, bit by bit.
 
-This guards a refactor; `bash tests/repo/same_bits.sh BASE` starts it. A renaming is entered in the
-tables below, old name first. The old names stay in this file: leave it out of search and replace.
+This guards a refactor; `bash tests/repo/same_bits.sh BASE` starts it. A renaming of a setting or of
+a logged value is entered in recr1/utils/renamed.py, any other in the tables below, old name first.
+The old names stay in both files: leave them out of search and replace.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -23,68 +25,27 @@ import yaml
 
 # ---- What the new tree names otherwise -----------------------------------------------------------
 
+
+# What the new tree's table says. Run by its path: what is imported may be the old tree's.
+RENAMED = runpy.run_path(str(Path(__file__).resolve().parents[2] / "recr1/utils/renamed.py"))
+
 # Config: old dotted key -> new dotted key, of one setting or of a whole section.
 # None: the new tree has no such key any more, it is left out.
-CONFIG_KEYS: dict[str, str | None] = {
-    "run.patience": "run.collective_timeout",
-    "retriever.upstream_wrapping": "retriever.reproduce_upstream_query_bug",
-    "reward.overlong": "reward.overlong_buffer",
-    "sampling.cache_gib": "sampling.kv_cache_gib",
-    "sampling.resample": "sampling.dynamic_sampling",
-    "loss.average": "loss.agg_mode",
-    "loss.clip": "loss.clip_ratio_low",
-    "loss.clip_high": "loss.clip_ratio_high",
-    "loss.kl": "loss.kl_coef",
-    "loss.entropy": "loss.entropy_coef",
-    "loss.reference_on_host": "loss.reference_cpu_offload",
-    "loss.importance_cap": "loss.tis_cap",
-    "loss.std_floor": "loss.advantage_eps",
-    "sft.keep": "sft.filter",
-    "sft.least": "sft.min_score",
-    "optimizer.final_lr": "optimizer.min_lr_ratio",
-    "optimizer.clip_norm": "optimizer.max_grad_norm",
-    "optimizer.on_host": "optimizer.cpu_offload",
-    "train.inner_steps": "train.num_mini_batches",
-    "train.checkpointing": "train.gradient_checkpointing",
-    "train.reduce": "train.gradient_sync",
-    "save.keep": "save.keep_last",
-}
+CONFIG_KEYS: dict[str, str | None] = {**RENAMED["RENAMED_SETTINGS"]}
 
 # Config: old dotted key -> {old value: new value}.
-CONFIG_VALUES: dict[str, dict] = {
-    "model.head": {"one_shot": "fused"},
-    "loss.average": {
-        "token": "token-mean",
-        "sequence": "seq-mean-token-mean",
-        "constant": "seq-mean-token-sum-norm",
-    },
-    "train.reduce": {"micro_batch": "every_micro_batch", "step": "last_micro_batch"},
-}
+CONFIG_VALUES: dict[str, dict] = {**RENAMED["RENAMED_VALUES"]}
+for old_key, new_key in RENAMED["RENAMED_SETTINGS"].items():
+    if new_key in CONFIG_VALUES:
+        CONFIG_VALUES[old_key] = CONFIG_VALUES.pop(new_key)
 
 # Rows of metrics, rollouts, evaluations and summary: old key -> new key, at any depth.
 # None: the new tree does not log it any more.
 LOG_KEYS: dict[str, str | None] = {
-    "reward_spread": "reward_std",
-    "zero_variance": "frac_reward_zero_std",
-    "adv_std": "advantage_std",
-    "clip_share": "clip_ratio",
-    "ratio_off": "ratio_abs_deviation",
-    "trust": "importance_sampling_ratio",
-    "dlogp_norm": "grad_logp_norm",
-    "trained_share": "trained_token_frac",
-    "resampled": "resampled_groups",
-    "distinct": "unique_completion_frac",
-    "completion_tokens": "completion_length",
-    "unfinished": "truncated_ratio",
-    "unparsable": "format_error_rate",
-    "errors": "format_errors",
-    "val_errors": "val_format_errors",
-    "skipped": "skipped_steps",
-    "logprob_gap_mean": "sampling_logp_diff_mean",
-    "logprob_gap_p999": "sampling_logp_diff_p999",
-    "max_logprob_gap": "sampling_logp_diff_max",
-    "adv": "advantage",
-    "parts": "reward_terms",
+    **RENAMED["RENAMED_METRICS"],
+    **RENAMED["RENAMED_ROLLOUT_KEYS"],
+    **RENAMED["RENAMED_SUMMARY_KEYS"],
+    **RENAMED["RENAMED_TEACHER_KEYS"],
 }
 
 # The same rows: old keys at which an object's own keys are no log keys but names, of errors.
