@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import ast
 import ctypes
-import gzip
 import json
 import logging
 import subprocess
@@ -48,6 +47,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from few_queries import write_few_queries
 from twins import make_twins
 
 from recr1 import plain
@@ -609,27 +609,6 @@ def measure_quickstart(folder: str, threads: int, tiny: bool) -> float:
     rows = (Path(folder) / "fast/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     first = 0 if tiny else 5  # the steps before are the warm-up
     return median(json.loads(row)["timing_s"]["step"] for row in rows[first:])
-
-
-def write_few_queries(folder: Path, count: int = 20) -> list[str]:
-    """Write the first queries of the quickstart's test split and their judgements into `folder`.
-
-    Returns the settings that name the two files.
-    """
-    data = ROOT / "experiments/data/msrd"
-    queries = (data / "test.queries.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-    ids = {json.loads(query)["id"] for query in queries}
-    qrels = []
-    with gzip.open(data / "test.qrels.tsv.gz", "rt", encoding="utf-8") as file:
-        for line in file:
-            if line.split("\t")[0] in ids:
-                qrels.append(line)
-
-    queries_path = folder / "few.queries.jsonl"
-    queries_path.write_text("\n".join(queries) + "\n", encoding="utf-8")
-    qrels_path = folder / "few.qrels.tsv"
-    qrels_path.write_text("".join(qrels), encoding="utf-8")
-    return [f"data.test_queries={queries_path}", f"data.test_qrels={qrels_path}"]
 
 
 def make_bar(name: str, value: float, limit: float) -> dict:

@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from few_queries import write_few_queries
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.2
@@ -78,15 +79,21 @@ def main() -> int:
     """Train by both and print the curves."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, one step or so")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings of both runs")
     args = parser.parse_args()
+    minutes = 0.02 if args.dry_run else args.minutes
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        ours = run_for("recr1.plain", folder / "plain", args.overrides, 60 * args.minutes)
+        overrides = args.overrides
+        if args.dry_run:
+            overrides = ["train.prompts_per_step=2", "sampling.max_new_tokens=4", *overrides]
+            overrides += write_few_queries(folder)
+        ours = run_for("recr1.plain", folder / "plain", overrides, 60 * minutes)
         if not ours:
             sys.exit("plain_curve.py: recr1.plain finished no step; give it more --minutes")
-        theirs = run_to("recr1.train", folder / "fast", args.overrides, len(ours))
+        theirs = run_to("recr1.train", folder / "fast", overrides, len(ours))
 
     print(f"{'step':>5}{'reward plain':>14}{'reward train':>14}{'s plain':>10}{'s train':>10}")
     for a, b in zip(ours, theirs, strict=True):
