@@ -7,9 +7,12 @@ scattered over, and cost 1.7 times the time. A score is then off by a few units 
 way still tie.
 
 Over few documents, and on a GPU, a batch holds as many queries as `max_sum_bytes` bytes of sums
-allow, and one call adds all their postings: on a CPU, calls would otherwise cost three times the
-work; on a GPU, the atomic additions happen in any order. There the sums are float64, rounded once
-at the end, and the result is the numba scorer's to the bit.
+allow, and one call adds the postings of many terms: on a CPU, calls would otherwise cost three
+times the work; on a GPU, the atomic additions happen in any order. There the sums are float64,
+rounded once at the end, and the result is the numba scorer's to the bit.
+
+On a GPU all that runs on a stream of the scorer's own: a search waits for its own work, not for the
+decode steps that another thread has queued.
 
 Legend: D documents, P postings, Q queries, T query terms, n queries of a batch, B blocks of L
 documents, H hits.
@@ -17,7 +20,8 @@ documents, H hits.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import ContextManager, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +29,9 @@ import torch
 CPU = torch.device("cpu")
 
 MAX_SUM_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
+
+# What one call adds at once, at 48 bytes beside each posting. A single term may have more.
+MAX_POSTINGS = 1 << 22
 
 FEW_DOCS = 1 << 16
 
@@ -58,8 +65,13 @@ class TorchScorer:
             if device.type == "cpu" and num_docs > FEW_DOCS:
                 max_sum_bytes = 0
         self.max_sum_bytes = max_sum_bytes
-        self.docs = torch.from_numpy(docs).to(device)
-        self.impacts = torch.from_numpy(impacts).to(device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        with self._on_own_stream():
+            self.docs = torch.from_numpy(docs).to(device)
+            self.impacts = torch.from_numpy(impacts).to(device)
+
+    def _on_own_stream(self) -> ContextManager:
+        return torch.cuda.stream(self.stream) if self.stream else nullcontext()
 
     def find_top_k(
         self, terms: np.ndarray, weights: np.ndarray, starts: np.ndarray, k: int
@@ -73,6 +85,13 @@ class TorchScorer:
             starts: (Q + 1,) int64.
             k: at most D.
         """
+        with self._on_own_stream():
+            return self._find_top_k(terms, weights, starts, k)
+
+    def _find_top_k(
+        self, terms: np.ndarray, weights: np.ndarray, starts: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Do what `find_top_k` does, on the current stream."""
         num_queries = len(starts) - 1
         block_len = self._choose_block_len(k)
         num_blocks = -(-self.num_docs // block_len)
@@ -124,12 +143,23 @@ class TorchScorer:
 
         num_terms: (n,), how many terms each query has.
         """
+        query_start = np.repeat(np.arange(len(num_terms)), num_terms) * sums.shape[1]
+        num_postings = self.offsets[terms + 1] - self.offsets[terms]
+        for piece in _split_terms(num_postings):
+            self._add_terms(sums, terms[piece], weights[piece], query_start[piece])
+
+    def _add_terms(
+        self, sums: torch.Tensor, terms: np.ndarray, weights: np.ndarray, query_start: np.ndarray
+    ) -> None:
+        """Add all impacts of some terms at once.
+
+        query_start: where the sums of each term's query begin in the flat sums.
+        """
         # What a posting needs to know of its term: three numbers a term, copied in one go.
         first_posting = self.offsets[terms]
         num_postings = self.offsets[terms + 1] - first_posting
-        # from a posting's place in the batch to its place in the index
+        # from a posting's place among these to its place in the index
         shift = first_posting - (np.cumsum(num_postings) - num_postings)
-        query_start = np.repeat(np.arange(len(num_terms)), num_terms) * sums.shape[1]
         table = torch.from_numpy(np.stack([num_postings, shift, query_start])).to(self.device)
         term_weights = torch.from_numpy(weights).to(self.device)
 
@@ -140,6 +170,19 @@ class TorchScorer:
         sum_index = self.docs[posting] + table[2][term]
         weighted_impacts = self.impacts[posting] * term_weights[term]
         sums.view(-1).index_add_(0, sum_index, weighted_impacts.double())
+
+
+def _split_terms(num_postings: np.ndarray) -> Iterator[slice]:
+    """Yield slices of terms that have at most MAX_POSTINGS together, a single term any number."""
+    first = 0
+    total = 0
+    for index, count in enumerate(num_postings.tolist()):
+        if index > first and total + count > MAX_POSTINGS:
+            yield slice(first, index)
+            first = index
+            total = 0
+        total += count
+    yield slice(first, len(num_postings))
 
 
 class _Hits(NamedTuple):

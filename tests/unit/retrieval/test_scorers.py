@@ -1,11 +1,15 @@
 """The scorers and the two builds on made-up postings, against numpy."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
+import torch
 
 from recr1.retrieval.bm25 import numba_scorer, torch_scorer
 from recr1.retrieval.bm25.impacts import build_postings
 from recr1.retrieval.bm25.index import BM25Index
+from recr1.retrieval.bm25.torch_scorer import TorchScorer
 
 NUM_TERMS = 20
 
@@ -85,6 +89,83 @@ def test_scorers_against_a_whole_sort(num_docs, max_postings, levels):
                 assert np.array_equal(scores[i, :n], sums[expected_rows])
                 assert (rows[i, n:] == -1).all()
                 assert (scores[i, n:] == -np.inf).all()
+
+
+def draw_queries(num_queries: int, terms_per_query: int):
+    rng = np.random.default_rng(1)
+    draws = [rng.choice(NUM_TERMS, terms_per_query, replace=False) for _ in range(num_queries)]
+    starts = np.arange(num_queries + 1) * terms_per_query
+    weights = rng.integers(1, 4, starts[-1]).astype(np.float32)
+    return np.concatenate(draws), weights, starts
+
+
+def record_added_postings(monkeypatch) -> list[int]:
+    """Return a list that gets, of each call of _add_terms, how many postings it adds."""
+    counts = []
+    add_terms = TorchScorer._add_terms
+
+    def add_and_record(self, sums, terms, *rest):
+        counts.append(int((self.offsets[terms + 1] - self.offsets[terms]).sum()))
+        add_terms(self, sums, terms, *rest)
+
+    monkeypatch.setattr(TorchScorer, "_add_terms", add_and_record)
+    return counts
+
+
+def test_a_batch_adds_its_postings_piece_by_piece(monkeypatch):
+    """Long queries of common words need no more memory than others, and find the same."""
+    index = build_random_index(50_000, 20_000, 1000, seed=0)
+    arrays = (index.offsets, index.docs, index.impacts, 50_000)
+    queries = draw_queries(num_queries=8, terms_per_query=NUM_TERMS)
+    counts = record_added_postings(monkeypatch)
+    scorer = TorchScorer(*arrays, max_sum_bytes=2**22)
+    rows, scores = scorer.find_top_k(*queries, 100)
+    assert len(counts) == 1
+    most_of_a_term = np.diff(index.offsets).max()
+
+    limit = 30_000
+    assert most_of_a_term < limit < counts[0] / 10
+    counts.clear()
+    monkeypatch.setattr(torch_scorer, "MAX_POSTINGS", limit)
+    rows_by_piece, scores_by_piece = scorer.find_top_k(*queries, 100)
+
+    assert max(counts) <= limit
+    assert np.array_equal(rows, rows_by_piece)
+    assert np.array_equal(scores, scores_by_piece)
+
+    # a term by itself may have more than the limit
+    counts.clear()
+    monkeypatch.setattr(torch_scorer, "MAX_POSTINGS", 1)
+    _, scores_by_term = scorer.find_top_k(*queries, 100)
+    assert len(counts) == len(queries[0])
+    assert np.array_equal(scores, scores_by_term)
+
+
+def test_a_gpu_searches_on_a_stream_of_its_own(monkeypatch):
+    """A search waits for its stream; on the decode steps' it would wait for those too."""
+    index = build_random_index(500, 100, 10, seed=0)
+    scorer = TorchScorer(index.offsets, index.docs, index.impacts, 500, max_sum_bytes=2**22)
+    queries = draw_queries(num_queries=3, terms_per_query=5)
+    streams = []
+
+    @contextmanager
+    def on_stream(stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    def check_stream(*arguments):
+        assert streams == ["the scorer's"]
+        return select_top_k(*arguments)
+
+    select_top_k = torch_scorer._select_top_k
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(torch_scorer, "_select_top_k", check_stream)
+    scorer.stream = "the scorer's"
+
+    scorer.find_top_k(*queries, 10)
+
+    assert not streams
 
 
 @pytest.mark.parametrize("num_docs", [7, 500])
