@@ -37,6 +37,7 @@ from recr1.rl.losses import resolve_objective
 from recr1.rl.policy_loss import compute_policy_loss
 from recr1.train import make_updates
 from recr1.training.dry_run import read_model_shape
+from recr1.training.load_model import choose_backend
 from recr1.training.optimizer import Optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,8 +89,9 @@ def main() -> None:
     if args.dry_run:
         shape = replace(shape, **DRY_SHAPE)
     device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    seconds, peak, batches = measure_step(shape, args)
-    print_setting(device_name, batches, args)
+    policy = make_policy(shape, dist.device(), args.checkpointing)
+    seconds, peak, batches = measure_step(policy, args)
+    print_setting(device_name, policy, batches, args)
 
     useful, recomputed = count_flops(shape, args)
     executed = useful
@@ -107,7 +109,9 @@ def main() -> None:
     print(json.dumps({"bars": [bar]}))
 
 
-def print_setting(device_name: str, batches: list[MicroBatch], args: argparse.Namespace) -> None:
+def print_setting(
+    device_name: str, policy: Sharded, batches: list[MicroBatch], args: argparse.Namespace
+) -> None:
     """Print what was run."""
     rows = sum(len(batch.tokens) for batch in batches)
     size = " in small" if args.dry_run else ""
@@ -115,16 +119,13 @@ def print_setting(device_name: str, batches: list[MicroBatch], args: argparse.Na
         f"{device_name}, {args.model}{size}: "
         f"{args.prompts} x {args.group} rollouts of {args.prompt} + {args.completion}, "
         f"{rows:,} tokens computed in "
-        f"{len(batches)} micro-batches, checkpointing {args.checkpointing}, kernels {args.kernels}"
+        f"{len(batches)} micro-batches, attention {policy.backend}, "
+        f"checkpointing {args.checkpointing}, kernels {args.kernels}"
     )
 
 
-def measure_step(
-    shape: DecoderConfig, args: argparse.Namespace
-) -> tuple[float, int, list[MicroBatch]]:
+def measure_step(policy: Sharded, args: argparse.Namespace) -> tuple[float, int, list[MicroBatch]]:
     """Return the median seconds of a step, the peak bytes, and the micro-batches."""
-    device = dist.device()
-    policy = make_policy(shape, device, args.checkpointing)
     cfg = Config(
         sampling=SamplingConfig(group_size=args.group, max_new_tokens=args.completion),
         train=TrainConfig(tokens_per_micro_batch=args.tokens_per_micro_batch),
@@ -132,7 +133,7 @@ def measure_step(
     cfg = replace(cfg, model=replace(cfg.model, kernels=args.kernels))
     loss = resolve_objective(cfg.loss, cfg.model)
     optimizer = Optimizer(policy, cfg.optimizer, 10**6)
-    rollouts = make_rollouts(shape.vocab_size, args)
+    rollouts = make_rollouts(policy.config.vocab_size, args)
     advantages = torch.tensor([1.0, -1.0]).repeat(len(rollouts))[: len(rollouts)]
 
     seconds = []
@@ -146,14 +147,15 @@ def measure_step(
         synchronize()
         seconds.append(time.perf_counter() - began)
     median = float(torch.tensor(seconds[1:]).median())
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return median, peak, batches
 
 
 def make_policy(shape: DecoderConfig, device: torch.device, checkpointing: bool) -> Sharded:
-    """Return a model with random weights."""
+    """Return a model with random weights, whose attention is what a run would choose."""
     with torch.device("meta"):
         decoder = Decoder(shape)
+    decoder.set_backend(choose_backend(shape, "auto", torch.bfloat16, device))
     sizes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
     generator = torch.Generator(device).manual_seed(0)
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from recr1.model.decoder import Decoder
 from recr1.model.rope import DecoderConfig
+from recr1.training.load_model import choose_backend
 
 
 def make_qwen2_config(
@@ -40,7 +41,8 @@ def make_twins(
 ) -> tuple[Decoder, PreTrainedModel]:
     """Make our decoder and transformers' model with the same random weights.
 
-    They are transformers' own initialization. Plain rope only.
+    They are transformers' own initialization. Plain rope only. Our attention is what a run would
+    choose.
     """
     settings = asdict(config)
     family = settings.pop("family")
@@ -66,4 +68,5 @@ def make_twins(
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
     decoder.load_state_dict(weights)
+    decoder.set_backend(choose_backend(config, "auto", dtype, torch.device(device)))
     return decoder, model

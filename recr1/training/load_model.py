@@ -15,7 +15,8 @@ from recr1.distributed.fsdp import Sharded
 from recr1.kernels.cpu_linear import explain_inexact
 from recr1.model.decoder import Decoder
 from recr1.model.hf_weights import SafetensorsFolder, make_empty_model, save_model
-from recr1.model.varlen_attention import AttentionUnavailable, choose_attention
+from recr1.model.rope import DecoderConfig
+from recr1.model.varlen_attention import AttentionBackend, AttentionUnavailable, choose_attention
 from recr1.utils.files import WriteError, report_write_errors
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -115,11 +116,9 @@ def _open_model(
     model = make_empty_model(folder, vocab_size)
     tensors = SafetensorsFolder(folder)
     tensors.check(model)
-    config = model.config
     device = dist.device()
-    is_grouped = config.num_attention_heads > config.num_key_value_heads
     try:
-        backend = choose_attention(attention, is_grouped, config.head_dim, compute, device)
+        backend = choose_backend(model.config, attention, compute, device)
     except AttentionUnavailable as e:
         raise ConfigError(f"model.attention: {e}; sdpa runs everywhere") from None
     if exact:
@@ -128,6 +127,16 @@ def _open_model(
             raise ConfigError(f"model.batch_invariant: {why_inexact}")
     model.set_backend(backend._replace(exact=exact, float32_head=float32_head))
     return model, tensors
+
+
+def choose_backend(
+    config: DecoderConfig, attention: str, compute: torch.dtype, device: torch.device
+) -> AttentionBackend:
+    """Choose how a model's attention is computed, for a value of model.attention. Raises
+    AttentionUnavailable.
+    """
+    is_grouped = config.num_attention_heads > config.num_key_value_heads
+    return choose_attention(attention, is_grouped, config.head_dim, compute, device)
 
 
 def save_policy(

@@ -81,6 +81,8 @@ def test_share_of_the_peak():
     out, [bar] = run("experiments/benchmarks/mfu.py", "--dry-run", "--checkpointing")
     # 2 x 2 rollouts of 8 + 8, each prompt once, no row for a last token: 2 * 8 + 4 * 7
     assert "44 tokens computed" in out
+    # of the attention that a run would take, not of a decoder's default
+    assert "attention sdpa (auto: varlen needs a GPU" in out
     assert bar["value"] > 0
 
 
