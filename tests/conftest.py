@@ -1,10 +1,15 @@
-"""Order the test files and let them import each other.
+"""Order the test files, let them import each other, and keep them off a GPU unless they are for it.
 
 The longest files come first, so that run.sh's two workers, which take whole files in turn, end at
 about the same time. Helpers are imported as `helpers.NAME`; a few test files use functions of
 another one, by its file name, which is unique: all folders with tests are on the path.
+
+A test without the mark `gpu` is about a CPU: its tolerances are, and ranks that it starts would ask
+for a GPU each. So a GPU is hidden, from the processes that a test starts too, unless the command
+says -m gpu.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -37,6 +42,14 @@ for index, name in enumerate(LONGEST):
 FOLDERS = {path.parent for path in TESTS.rglob("test_*.py")}
 for folder in sorted(FOLDERS):
     sys.path.append(str(folder))
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "gpu: runs on a GPU, with -m gpu; skipped where there is none"
+    )
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items):

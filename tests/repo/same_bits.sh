@@ -21,6 +21,9 @@ if [[ ! -x "$python" ]]; then
     exit 2
 fi
 
+# bits that a GPU would not repeat
+export CUDA_VISIBLE_DEVICES=
+
 folder="$(mktemp -d "${TMPDIR:-/tmp}/same_bits.XXXXXX")"
 trap 'git -C "$root" worktree remove --force "$folder/base" 2>/dev/null || true' EXIT
 git -C "$root" worktree add --quiet --detach "$folder/base" "$base"

@@ -644,6 +644,7 @@ def compute_on_gpu(layout, exact, dtype, backend):
     return [x.float() for x in (out, *grads)]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU: the real varlen_attn and flash-attn were not run"
 )

@@ -631,6 +631,7 @@ GPU_WAYS = [
 ]
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("kernels, dtype, bound", GPU_WAYS)
 @pytest.mark.parametrize("case", CASES)
@@ -646,6 +647,7 @@ def test_on_a_gpu_graphs_change_nothing(case, kernels, dtype, bound, monkeypatch
     assert_same(ours, theirs, bound)
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_on_a_gpu_nothing_of_the_graphs_is_left():
     model = tiny_model(seed=4).to("cuda")
@@ -657,6 +659,7 @@ def test_on_a_gpu_nothing_of_the_graphs_is_left():
     assert torch.cuda.memory_allocated() == before
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
 def test_on_a_gpu_a_replayed_step_waits_for_nothing(kernels, monkeypatch):
