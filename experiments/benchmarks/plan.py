@@ -142,10 +142,7 @@ class Trainer(NamedTuple):
 
 
 def run_steps(cfg: Config, shape: DecoderConfig) -> None:
-    """Run two steps of the loop, with random rewards.
-
-    The first, of short texts, makes Adam's moments.
-    """
+    """Run two steps of the loop, with random rewards, the first of short texts."""
     compute = DTYPES[cfg.model.compute]
     generator = torch.Generator().manual_seed(0)
     checkpointing = cfg.train.gradient_checkpointing

@@ -15,7 +15,6 @@ Legend: W ranks, n numbers of a shard.
 """
 
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from typing import Any, Callable, ContextManager, Iterator, NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from recr1.distributed import collectives as dist, cpu_offload
-from recr1.distributed.flat_param import FlatParam, ModuleParam, params_by_block
+from recr1.distributed.flat_param import BlockParams, FlatParam, params_by_block
 
 # calls a function at the end of the backward that is running
 queue_backward_callback = torch.autograd.Variable._execution_engine.queue_callback
@@ -56,31 +55,27 @@ class SavedWeight(NamedTuple):
 class ParamGroup(nn.Module):
     """The shard of some weights. Between uses their modules have no weights at all: a forgotten
     all-gather is an error, not a stale value.
+
+    Args:
+        shard: (n,), this rank's numbers.
     """
 
     def __init__(
         self,
-        params: list[ModuleParam],
+        flat_param: FlatParam,
+        shard: torch.Tensor,
         *,
         trainable: bool,
-        read: Callable[[str], torch.Tensor],
-        master: torch.dtype,
         compute: torch.dtype,
         device: torch.device,
-        on_host: bool,
         on_gradient_ready: Callable[["ParamGroup"], None],
     ):
         super().__init__()
-        self.flat_param = FlatParam(params)
+        self.flat_param = flat_param
+        self.shard = nn.Parameter(shard, requires_grad=trainable)
         self.compute = compute
         self.device = device
         self.on_gradient_ready = on_gradient_ready
-        if on_host:
-            shard = cpu_offload.host_zeros(self.flat_param.shard_size, master)
-        else:
-            shard = torch.zeros(self.flat_param.shard_size, dtype=master, device=device)
-        self.flat_param.fill(shard, read)
-        self.shard = nn.Parameter(shard, requires_grad=trainable)
 
         # the groups of the blocks on either side
         self.previous_groups: list[ParamGroup] = []
@@ -130,13 +125,54 @@ class ParamGroup(nn.Module):
         self.regathered = None
 
     def add_gradients(self, weight_grads: tuple[torch.Tensor | None, ...]) -> None:
-        """Add this rank's gradients of the weights to `full_grad`."""
+        """Add this rank's gradients of the weights to `full_grad`.
+
+        With one rank that is the shard's own gradient, as far as there is one.
+        """
+        if self.full_grad is None and dist.world_size() == 1:
+            self.full_grad = self.shard.grad
         if self.full_grad is None:
             size = dist.world_size() * self.flat_param.shard_size
             self.full_grad = torch.zeros(size, dtype=self.shard.dtype, device=self.device)
         for weight, grad in zip(self.flat_param.weights, weight_grads):
             if grad is not None:
                 weight.view(self.full_grad).add_(grad)
+
+
+class GroupLayout(NamedTuple):
+    """What a parameter group is made of."""
+
+    flat_param: FlatParam
+    trainable: bool
+
+
+def list_layouts(params: BlockParams) -> list[GroupLayout]:
+    """Lay out the trained and the frozen weights of a block, as far as it has both."""
+    layouts = []
+    if params.trained:
+        layouts.append(GroupLayout(FlatParam(params.trained), trainable=True))
+    if params.frozen:
+        layouts.append(GroupLayout(FlatParam(params.frozen), trainable=False))
+    return layouts
+
+
+def iterate_shards(
+    layouts: list[GroupLayout],
+    read: Callable[[str], torch.Tensor],
+    master: torch.dtype,
+    device: torch.device,
+    on_host: bool,
+) -> Iterator[torch.Tensor]:
+    """Yield this rank's numbers (n,) of each group, read, on the device or the host."""
+    sizes = [torch.Size([layout.flat_param.shard_size]) for layout in layouts]
+    zeros: Iterator[torch.Tensor]
+    if on_host:  # all at once: they share pieces of pinned memory
+        zeros = iter(cpu_offload.make_host_zeros(sizes, master))
+    else:
+        zeros = (torch.zeros(size, dtype=master, device=device) for size in sizes)
+    for layout, shard in zip(layouts, zeros):
+        layout.flat_param.fill(shard, read)
+        yield shard
 
 
 @contextmanager
@@ -259,22 +295,21 @@ class Sharded(nn.Module):
         self.pending_reduce_scatter: PendingReduceScatter | None = None
 
         # The root and every block have a trained and a frozen group, or only one of them.
-        make_group = partial(
-            ParamGroup,
-            read=read,
-            master=master,
-            compute=compute,
-            device=device,
-            on_host=on_host,
-            on_gradient_ready=self.start_reduce_scatter,
-        )
+        layouts_by_block = [list_layouts(params) for params in params_by_block(decoder, frozen)]
+        shards = iterate_shards(sum(layouts_by_block, []), read, master, device, on_host)
         groups_by_block: list[list[ParamGroup]] = []
-        for params in params_by_block(decoder, frozen):
+        for layouts in layouts_by_block:
             groups = []
-            if params.trained:
-                groups.append(make_group(params.trained, trainable=True))
-            if params.frozen:
-                groups.append(make_group(params.frozen, trainable=False))
+            for layout in layouts:
+                group = ParamGroup(
+                    layout.flat_param,
+                    next(shards),
+                    trainable=layout.trainable,
+                    compute=compute,
+                    device=device,
+                    on_gradient_ready=self.start_reduce_scatter,
+                )
+                groups.append(group)
             groups_by_block.append(groups)
         self.root_groups = groups_by_block[0]
         all_groups = sum(groups_by_block, [])
@@ -347,7 +382,7 @@ class Sharded(nn.Module):
         grad = wait()  # (n,)
         if group.shard.grad is None:
             group.shard.grad = grad
-        else:
+        elif grad is not group.shard.grad:  # with one rank it was added to in place
             group.shard.grad.add_(grad)
 
     def forward(
@@ -371,7 +406,10 @@ class Sharded(nn.Module):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the name and the full tensor of every weight, in the master type.
 
-        One group at a time is gathered. A collective: all ranks go through it together.
+        One group at a time is gathered. A collective: all ranks go through it together, also where
+        a wait does not hold the host, as with nccl. There a rank that only takes part would else
+        start all gathers at once, and the time limit of the last one would run while rank 0
+        writes the whole model.
         """
         for group in self.units:
             assert isinstance(group, ParamGroup)
@@ -379,6 +417,7 @@ class Sharded(nn.Module):
                 group.shard.detach(), group.shard.dtype, group.device
             )
             full = wait()  # (W n,)
+            cpu_offload.wait_on_host(group.device)
             for weight in group.flat_param.weights:
                 yield weight.name, weight.view(full)
 

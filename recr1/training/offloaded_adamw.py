@@ -8,7 +8,7 @@ from typing import Any, Callable
 import torch
 from torch import nn
 
-from recr1.distributed.cpu_offload import get_copy_stream, host_zeros
+from recr1.distributed.cpu_offload import get_copy_stream, make_host_zeros
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -18,6 +18,17 @@ class AdamW(torch.optim.AdamW):
 
     They are there for torch.compile, and take seconds at the start of every rank.
     """
+
+    def allocate_moments(self) -> None:
+        """Make the moments of every parameter now, not in the first update.
+
+        A run has then taken all that it keeps before it samples: on a GPU moments that come later
+        would lie, for good, in the middle of what sampling has given back.
+        """
+        for group in self.param_groups:
+            for p in group["params"]:
+                zeros = [torch.zeros_like(p, requires_grad=False) for _ in MOMENTS]
+                self.state[p] = make_initial_state(p, zeros)
 
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     # torch's decorator of step switches gradients off, too
@@ -37,7 +48,7 @@ class OffloadedAdamW:
         self.param_groups: list[dict[str, Any]] = []
         for update in self.updates:
             self.param_groups += update.param_groups
-        self.host_state = {p: _zero_state(p) for p in params}
+        self.host_state = _make_host_state(params)
 
     @property
     def state(self) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
@@ -97,10 +108,15 @@ class OffloadedAdamW:
                 self.host_state[p][name].copy_(state[name], non_blocking=True)
 
 
-def _zero_state(p: nn.Parameter) -> dict[str, torch.Tensor]:
-    """Return the state of a parameter before its first update."""
-    return dict(
-        step=torch.zeros((), device=p.device),
-        exp_avg=host_zeros(p.shape, p.dtype),
-        exp_avg_sq=host_zeros(p.shape, p.dtype),
-    )
+def make_initial_state(p: nn.Parameter, moments: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the state of a parameter before its first update, as torch's fused AdamW makes it."""
+    step = torch.zeros((), device=p.device)
+    return dict(step=step, **dict(zip(MOMENTS, moments)))
+
+
+def _make_host_state(params: list[nn.Parameter]) -> dict[nn.Parameter, dict[str, torch.Tensor]]:
+    """Return the states of all parameters before the first update, moments in host memory."""
+    [dtype] = {p.dtype for p in params}
+    shapes = [p.shape for p in params for _ in MOMENTS]
+    zeros = iter(make_host_zeros(shapes, dtype))
+    return {p: make_initial_state(p, [next(zeros) for _ in MOMENTS]) for p in params}

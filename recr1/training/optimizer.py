@@ -123,10 +123,12 @@ class Optimizer:
 
 
 def make_adamw(params: list[torch.nn.Parameter], config: OptimizerConfig) -> AdamW | OffloadedAdamW:
-    """Return torch's fused AdamW, or the one whose moments are in host memory."""
+    """Return torch's fused AdamW, or the one whose moments are in host memory; with the moments."""
     settings: dict[str, Any] = dict(
         lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )
     if config.cpu_offload:
         return OffloadedAdamW(params, **settings)
-    return AdamW(params, fused=True, **settings)
+    adamw = AdamW(params, fused=True, **settings)
+    adamw.allocate_moments()
+    return adamw

@@ -108,6 +108,22 @@ def test_nothing_moves_on_a_non_finite_gradient(value):
         assert_same_weights(model, before)
 
 
+@pytest.mark.parametrize("on_host", [False, True])
+def test_the_moments_are_there_before_the_first_step(on_host):
+    """A run makes its optimizer before it samples: what lasts is then below what comes and goes."""
+    model, _ = build_model_and_twin()
+
+    optimizer = Optimizer(model, Config(cpu_offload=on_host), steps=1)
+
+    [(_, adamw)] = optimizer.optimizers
+    for weight in model.parameters():
+        state = adamw.state[weight]
+        assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
+        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == weight.shape
+        assert not any(tensor.any() for tensor in state.values())
+        assert not any(tensor.requires_grad for tensor in state.values())
+
+
 def test_a_step_without_gradients_moves_nothing():
     model, _ = build_model_and_twin()
     before = copy_weights(model)
