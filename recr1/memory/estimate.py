@@ -88,7 +88,7 @@ class TrainingTerms(NamedTuple):
     block_activations: float  # of one block, without gradient checkpointing
     attention_temporaries: float  # of one block's largest attention call
     held_gradients: float  # of the micro-batches before
-    reduction_bytes: float  # per weight; 0: groups add to what is held already
+    reduction_bytes: float  # per weight; 0: blocks add to what is held already
 
 
 @dataclass(frozen=True)
@@ -197,21 +197,42 @@ class MemoryEstimate:
     def device_type(self) -> str:
         return "cuda" if self.gpu else "cpu"
 
+    @property
+    def moments_on_host(self) -> bool:
+        """Return whether AdamW's moments are elsewhere; a CPU is the host itself."""
+        return self.gpu and self.cfg.optimizer.cpu_offload
+
+    @property
+    def reference_on_host(self) -> bool:
+        """Return whether the reference's shards are elsewhere."""
+        return self.gpu and self.cfg.loss.reference_cpu_offload
+
+    @property
+    def uses_varlen(self) -> bool:
+        """Return whether attention takes rows of unequal length (model/varlen_attention.py).
+
+        What `auto` chooses is asked of a GPU that is not here: an Ampere one or newer is assumed.
+        """
+        asked = self.cfg.model.attention
+        head_dim = self.shape.head_dim
+        if asked == "auto":
+            return self.gpu and self.number_bytes == 2 and head_dim <= 256 and head_dim % 8 == 0
+        return asked != "sdpa"
+
     # --- terms that several moments share ---------------------------------------------------------
 
     def count_state(self, gradients: float = 0, cache: bool = True) -> Moment:
         """Return what a rank holds from step to step; the padding of its shards is not counted."""
         cfg = self.cfg
         weights_per_rank = self.num_weights / self.ranks
-        moments_on_device = not cfg.optimizer.cpu_offload
-        reference_on_device = cfg.loss.kl_coef > 0 and not cfg.loss.reference_cpu_offload
+        reference_on_device = cfg.loss.kl_coef > 0 and not self.reference_on_host
         keeps_cache = cache and not self.gpu and not cfg.train.replay
         return [
             MemoryTerm("master weights", "4 P/W  (fsdp.ParamGroup.shard)", 4 * weights_per_rank),
             MemoryTerm(
                 "Adam's moments",
                 "8 P'/W  (optimizer.py); optimizer.cpu_offload: 0",
-                8 * self.trained_weights / self.ranks * moments_on_device,
+                8 * self.trained_weights / self.ranks * (not self.moments_on_host),
             ),
             MemoryTerm(
                 "reference",
@@ -250,6 +271,47 @@ class MemoryEstimate:
     def count_attention(self, calls: list[AttentionRows], with_grad: bool) -> tuple[float, float]:
         """Count the attention of one layer: the bytes that autograd keeps, and what the largest
         call takes beside them while it runs.
+
+        Args:
+            calls: of the prompts, then of the completions, if there are any.
+        """
+        if self.uses_varlen:
+            return self._count_varlen(calls, with_grad)
+        return self._count_sdpa(calls, with_grad)
+
+    def _count_varlen(self, calls: list[AttentionRows], with_grad: bool) -> tuple[float, float]:
+        """Count attention without padding; a row's few padded slots are counted all the same.
+
+        The library's temporaries: FlashAttention's backward (mha_varlen_bwd in torch's
+        flash_api.cpp) sums d q in float32, with 128 rows more for each sequence, and makes d k and
+        d v for every query head where heads are grouped. torch 2.11 has no grouped heads: what
+        repeating them takes there is not counted.
+        """
+        e = self.number_bytes
+        H = self.shape.num_attention_heads
+        K = self.shape.num_key_value_heads
+        D = self.shape.head_dim
+        made: list[float] = []  # beside q, k, v and out
+        saved: list[float] = []
+        temporary: list[float] = []
+        for number, (B, T, S, _) in enumerate(calls):
+            is_of_completions = number > 0
+            gathered = 2 * e * B * S * K * D * is_of_completions  # keys and values once per sibling
+            logsumexp = 4 * B * T * H
+            made.append(gathered + logsumexp)
+            saved.append(e * B * T * D * (2 * H + 2 * K) + gathered + logsumexp)
+
+            d_qkv = e * B * D * (T * H + 2 * S * K)
+            d_q_sum = 4 * B * (T + 128) * H * (D + 1)
+            d_kv_heads = 2 * e * B * S * H * D * (H != K)
+            temporary.append(d_qkv + d_q_sum + d_kv_heads)
+        if with_grad:
+            return sum(saved), max(temporary)
+        joined_out = sum(e * B * T * H * D for B, T, _, _ in calls)
+        return 0, sum(made) + joined_out
+
+    def _count_sdpa(self, calls: list[AttentionRows], with_grad: bool) -> tuple[float, float]:
+        """Count attention over padded rows.
 
         The library's temporaries: SDPA with a mask is on a CPU its flash kernel (keeps out,
         logsumexp and the mask as numbers; runs d q, k, v and a copy of d out). On a GPU no fused
@@ -406,13 +468,18 @@ class MemoryEstimate:
         reduces_once = self.cfg.train.gradient_sync == "last_micro_batch"
         is_first = batch.is_only_one
         sharding = 1 if reduces_once else 1 / self.ranks
-        adds_in_place = reduces_once and not is_first
+        # One rank adds to the shard's gradient, whose memory the first micro-batch has made.
+        adds_in_place = (reduces_once or self.ranks == 1) and not is_first
         reduced = 4 + 4 / self.ranks * (self.ranks > 1)
 
-        layout = sum(8 * B * (T + S) + masks * T * S for B, T, S, masks in batch.attention)
+        layout = sum(map(self._count_layout, batch.attention))
         shared = self.count_gathered(2) + [
             MemoryTerm("rope", "2 e M D", 2 * e * tokens * shape.head_dim),
-            MemoryTerm("layout", "8 B (T + S) ids, B T S masks  (PackedAttention)", layout),
+            MemoryTerm(
+                "layout",
+                "8 B (T + S) ids, B T S masks; varlen: 16 B S ids  (PackedAttention)",
+                layout,
+            ),
         ]
         return TrainingTerms(
             batch=batch,
@@ -423,6 +490,13 @@ class MemoryEstimate:
             held_gradients=4 * self.trained_weights * sharding * (not is_first),
             reduction_bytes=0 if adds_in_place else reduced,
         )
+
+    def _count_layout(self, call: AttentionRows) -> float:
+        """Return the bytes of the indices that one attention call of a micro-batch needs."""
+        B, T, S, masks = call
+        if self.uses_varlen:
+            return 16 * B * S
+        return 8 * B * (T + S) + masks * T * S
 
     def _iterate_loss_moments(self, terms: TrainingTerms) -> Iterator[Moment]:
         """Yield the moments of the head: its forward, and its gradients' way into the backward."""
@@ -564,7 +638,8 @@ class MemoryEstimate:
     # --- moments of sampling ----------------------------------------------------------------------
 
     def count_cache_growth(self, prompts: int = 0, group_size: int = 0) -> CacheGrowth:
-        """Return the bytes of the sampler's cache as it grows (KVCache._reserve).
+        """Return the bytes of the sampler's cache as it grows (KVCache._reserve). On a GPU it has
+        its full size at once, so that CUDA graphs find it where it was.
 
         0 prompts, group_size: those of the config.
         """
@@ -579,6 +654,9 @@ class MemoryEstimate:
         if max_rows:
             rows = min(rows, max_rows)
         prompts = min(prompts, rows)
+        if self.gpu:
+            size = self.slot_bytes * rows * max_slots
+            return CacheGrowth(size, size, size)
 
         allocated_rows = 0
         allocated_slots = 0
@@ -685,12 +763,11 @@ class MemoryEstimate:
     def _count_update_moment(self) -> Moment:
         largest_group = max(self.trained_root_weights, self.trained_block_weights)
         largest_shard = largest_group / self.ranks
-        moments_on_host = self.cfg.optimizer.cpu_offload
         return self.count_state(4 * self.trained_weights / self.ranks) + [
             MemoryTerm(
                 "moments on their way",
                 "2 x 8 n of the largest shard  (offloaded_adamw.py)",
-                16 * largest_shard * moments_on_host,
+                16 * largest_shard * self.moments_on_host,
             ),
             MemoryTerm(
                 "gradient norm",
