@@ -19,6 +19,9 @@ class RunConfig:
     seed: int = 0  # What all random numbers depend on.
     # torch's threads in each process. 0: the machine's cores, divided by its ranks.
     threads: int = 0
+    # Sums are made in one order wherever torch has an algorithm that does so; where it has none it
+    # warns. A CPU makes them in one order anyway. What it costs on a GPU was not measured.
+    deterministic: bool = False
     # Seconds that a rank waits for the others in one collective, once training has begun.
     collective_timeout: int = 300
 

@@ -120,7 +120,15 @@ def fail_together() -> Iterator[None]:
     if world_size() > 1:
         error = _first_error(error)
     if error is not None:
+        error.is_common = True  # type: ignore[attr-defined]  # for is_common_error
         raise error
+
+
+def is_common_error(error: BaseException) -> bool:
+    """Return whether every rank raises this error: it comes from `fail_together`, or there is one
+    rank.
+    """
+    return world_size() == 1 or getattr(error, "is_common", False)
 
 
 def _first_error(error: Exception | None) -> Exception | None:

@@ -159,6 +159,13 @@ def enter_phase(phase: str, step: int | None = None) -> None:
     _heartbeat.write()
 
 
+def describe_place() -> str:
+    """Return which phase of which step this rank is in; "" before `start_heartbeat`."""
+    if not _heartbeat:
+        return ""
+    return _format_place(_heartbeat.state)
+
+
 def count_collective() -> None:
     """Count a collective that begins: a rank that hangs has begun fewer than those that wait for
     it.
@@ -172,9 +179,11 @@ def explain_exit(e: BaseException) -> BaseException:
     """Return the exception with which a rank ends that `e` ends: RankLost, if `e` is a collective's
     own; else `e`, which is noted for the others to read.
 
-    This does not cover nccl's time limit (untested, from its documentation): its watchdog ends the
-    process by SIGABRT, the default of TORCH_NCCL_ASYNC_ERROR_HANDLING, and names the collective.
-    The files here still say which rank had begun fewer collectives.
+    This does not cover nccl (untested, from its documentation). Its collectives hold the host not
+    in a call of ours but where the host next waits for the GPU, and no error is raised there: when
+    the time limit is over its watchdog ends the process by SIGABRT, the default of
+    TORCH_NCCL_ASYNC_ERROR_HANDLING, and names the collective, or torchrun ends it before that. The
+    files here still say which rank had begun fewer collectives.
     """
     if _is_collective_error(e):
         message = str(e).splitlines()[0]
@@ -267,10 +276,14 @@ def _describe_rank(rank: int, state: dict | None) -> str:
     if state is None:
         return f"rank {rank} is gone; it had not yet opened run.dir"
     who = f"rank {rank} (pid {state['pid']}, {state['host']})"
-    where = f"phase {state['phase']} of step {state['step']}"
+    where = _format_place(state)
     if state["left"]:
         return f"{who} failed in {where}: {state['left']}"
     if not state["alive"]:
         return f"{who} is gone; it was in {where}"
     seconds = time.time() - state["since"]
     return f"{who} has not moved for {seconds:.0f} s: {where}"
+
+
+def _format_place(state: dict) -> str:
+    return f"phase {state['phase']} of step {state['step']}"

@@ -14,7 +14,7 @@ from typing import Iterator
 import torch
 import torch.distributed as td
 
-from recr1.distributed.collectives import device, world_size
+from recr1.distributed.collectives import device, local_world_size, world_size
 from recr1.distributed.heartbeat import explain_exit
 
 _abandoned_groups: list[td.ProcessGroup | None] = []  # of jobs that failed
@@ -23,18 +23,23 @@ _abandoned_groups: list[td.ProcessGroup | None] = []  # of jobs that failed
 SETUP_TIMEOUT = timedelta(minutes=30)
 
 
+class TooFewGpus(ValueError):
+    """A machine has GPUs, and fewer than the job has ranks there."""
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """Provide the process group of a torchrun job for the duration of the block: nccl between GPUs,
     gloo between CPUs and for tensors in host memory. Without torchrun there is none.
 
-    Raises heartbeat.RankLost in place of a collective's own error.
+    Raises TooFewGpus, and heartbeat.RankLost in place of a collective's own error.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
     has_gpu = device().type == "cuda"
     if has_gpu:
+        check_gpu_count()
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # device() knows only inside the group
     # The functions of this module take, as a default, the group that exists when they are imported,
     # and keep it alive for good. So they are imported before there is one.
@@ -65,6 +70,17 @@ def process_group() -> Iterator[None]:
         if td.is_initialized():
             # This drops the last reference to the group: its threads have ended when it returns.
             td.destroy_process_group()
+
+
+def check_gpu_count() -> None:
+    """Raise TooFewGpus unless every rank of this machine has a GPU of its own."""
+    num_ranks = local_world_size()
+    num_gpus = torch.cuda.device_count()
+    if num_ranks > num_gpus:
+        raise TooFewGpus(
+            f"torchrun: {num_ranks} ranks on a machine with {num_gpus} GPU(s), and each needs one; "
+            f"start --nproc-per-node {num_gpus}, or set CUDA_VISIBLE_DEVICES= to run on CPUs"
+        )
 
 
 def set_collective_timeout(seconds: int) -> None:

@@ -46,6 +46,15 @@ def measure_peak() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def measure_reserved_peak() -> int | None:
+    """Return the most bytes since `restart_peak` that torch's allocator held of the GPU, in use or
+    not; None without a GPU.
+
+    What it holds beyond the peak in use is what no allocation could use: fragments.
+    """
+    return torch.cuda.max_memory_reserved() if torch.cuda.is_available() else None
+
+
 def get_free_bytes() -> int | None:
     """Return the bytes of this rank's GPU that nothing holds; None without a GPU."""
     if not torch.cuda.is_available():

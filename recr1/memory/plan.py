@@ -25,6 +25,11 @@ MAX_RANKS = 64  # how many GPUs are tried when nothing fits
 
 BUDGET = "train.tokens_per_micro_batch"
 
+# What a run that has run out of memory is to need of what it was predicted to need.
+LESS = 0.9
+
+ADVICE_WITHOUT_PLAN = f"set train.gradient_checkpointing=true, or a smaller {BUDGET}"
+
 # From cheap to expensive. Each line is added to those before it (None takes an option back), and a
 # smaller token budget to a line that does not fit by itself.
 LADDER: tuple[dict[str, Any], ...] = (
@@ -82,14 +87,14 @@ def list_budgets(largest: int, smallest: int) -> list[int]:
 
 
 def try_settings(
-    cfg: Config, shape: DecoderConfig, ranks: int, usable: float
+    cfg: Config, shape: DecoderConfig, ranks: int, usable: float, gpu: bool = True
 ) -> list[tuple[dict[str, Any], MemoryEstimate]]:
     """Return (overrides, estimate) of what was tried, in order.
 
     The last one fits, unless nothing does: then it is the one with every option. A budget below a
     whole group, whose prompt is then computed several times, comes after all other options.
     """
-    estimate = MemoryEstimate(cfg, shape, ranks)
+    estimate = MemoryEstimate(cfg, shape, ranks, gpu)
     option_sets = _list_option_sets(cfg)
     configured_budget = get_value(cfg, BUDGET)
     tried: list[tuple[dict[str, Any], MemoryEstimate]] = []
@@ -99,7 +104,7 @@ def try_settings(
                 overrides = dict(options)
                 if budget < configured_budget:
                     overrides[BUDGET] = budget
-                estimate = MemoryEstimate(apply_overrides(cfg, overrides), shape, ranks)
+                estimate = MemoryEstimate(apply_overrides(cfg, overrides), shape, ranks, gpu)
                 if estimate.peak() <= usable:
                     return tried + [(overrides, estimate)]
                 is_first_time = len(tried) < len(option_sets)
@@ -253,6 +258,23 @@ def format_announcement(estimate: MemoryEstimate, memory: int | None) -> str:
         f"{text}\nrecr1: warning: {phase} may need {format_gib(needed)} GiB, "
         f"and of this GPU's {format_gib(memory)} {format_gib(usable)} can be counted on; {advice}"
     )
+
+
+def advise_less_memory(estimate: MemoryEstimate, memory: int | None) -> str:
+    """Return what to add to the command of a run that has run out of memory.
+
+    By the plan it then needs a tenth less than before, and fits the GPU's `memory`; None on a CPU.
+    """
+    usable = LESS * estimate.peak()
+    if memory is not None:
+        usable = min(usable, get_usable_bytes(memory))
+    overrides, last = try_settings(
+        estimate.cfg, estimate.shape, estimate.ranks, usable, estimate.gpu
+    )[-1]
+    if last.peak() > usable:
+        device = "GPUs" if estimate.gpu else "memory"
+        return f"no setting needs a tenth less: take more {device}"
+    return f"add {format_overrides(overrides)}"
 
 
 def find_largest_phase(estimate: MemoryEstimate) -> tuple[str, float]:

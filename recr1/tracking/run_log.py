@@ -35,12 +35,14 @@ class RunLog:
         self.growing = ["metrics.jsonl"]  # files that are appended to
         if loop == "train":
             self.growing.append("rollouts.jsonl.gz")
-        # of the step: seconds and peak of memory, by phase
+        # of the step: seconds and peaks of memory, in use and reserved (on a GPU), by phase
         self.seconds: dict[str, float] = {}
         self.memory: dict[str, int] = {}
+        self.memory_reserved: dict[str, int] = {}
         # of the run
         self.run_gaps = LogpDiffHistogram()
         self.peaks: dict[str, int] = {}
+        self.reserved_peaks: dict[str, int] = {}
         self.peaks_of = ""  # what the peaks are measured on
         self.sampled = 0  # tokens
         self.sampling_s = 0.0
@@ -63,12 +65,16 @@ class RunLog:
 
     @contextmanager
     def track_peak(self, name: str) -> Iterator[None]:
-        """Keep the block's peak of this rank's memory: the largest of that name in step and run."""
+        """Keep the block's peaks of memory on this rank: the largest of a name in step and run."""
         self.peaks_of = memory.restart_peak()
         yield
         peak = memory.measure_peak()
         for peaks in (self.memory, self.peaks):
             peaks[name] = max(peaks.get(name, 0), peak)
+        reserved = memory.measure_reserved_peak()
+        if reserved is not None:
+            for peaks in (self.memory_reserved, self.reserved_peaks):
+                peaks[name] = max(peaks.get(name, 0), reserved)
 
     def close_step(self, row: dict, gaps: LogpDiffHistogram) -> dict:
         """Complete the step's row: log-prob gap, tokens/s, seconds and memory by phase.
@@ -89,8 +95,11 @@ class RunLog:
     def add_timings(self, row: dict) -> dict:
         """Add the step's seconds and memory by phase to the row; they then start anew."""
         row |= dict(timing_s=self.seconds, memory=self.memory)
+        if self.memory_reserved:
+            row |= dict(memory_reserved=self.memory_reserved)
         self.seconds = {}
         self.memory = {}
+        self.memory_reserved = {}
         return row
 
     def summarize_sampling(self) -> dict[str, float | None]:

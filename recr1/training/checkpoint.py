@@ -257,12 +257,7 @@ def get_moments(optimizer: Optimizer) -> dict[str, torch.Tensor]:
     [(_, adamw)] = optimizer.optimizers
     moments = {}
     for p, name in optimizer.names.items():
-        state = adamw.state[p]
-        if not state:
-            state["step"] = torch.zeros((), device=p.device)
-            state["exp_avg"] = torch.zeros_like(p)
-            state["exp_avg_sq"] = torch.zeros_like(p)
-        for key, t in state.items():
+        for key, t in adamw.state[p].items():
             moments[f"{key}.{name}"] = t
     return moments
 
@@ -309,16 +304,18 @@ def _describe_setting(policy: Sharded, optimizer: Optimizer) -> dict[str, Any]:
     )
 
 
-def list_differences(state: dict, policy: Sharded, optimizer: Optimizer) -> str:
-    """Return in what this process differs from the one that saved `state`: a resumed run is
-    bit-exact only if this is empty.
+def list_differences(state: dict, policy: Sharded, optimizer: Optimizer) -> list[str]:
+    """Return in what this process differs from the one that saved `state`, and whether its GPU
+    would repeat a sum: a resumed run is bit-exact only if this is empty.
     """
     now = _describe_setting(policy, optimizer)
     differences = []
     for key in ("world", "threads", "torch", "device", "cpu"):
         if state.get(key) != now[key]:
             differences.append(f"{key} {state[key]} -> {now[key]}")
-    return ", ".join(differences)
+    if now["device"] == "cuda" and not torch.are_deterministic_algorithms_enabled():
+        differences.append("a GPU adds in any order, with run.deterministic=true in one")
+    return differences
 
 
 def _describe_layout(policy: Sharded) -> dict[str, dict]:

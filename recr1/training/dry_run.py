@@ -284,7 +284,8 @@ def _write_encoder(folder: Path) -> None:
         intermediate_size=32,
         max_position_embeddings=MAX_POSITIONS,
     )
-    with torch.random.fork_rng():
+    # Without a list it would open a context on every GPU, from every rank that calls it.
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = BertModel(config)
     model.save_pretrained(folder / "encoder")

@@ -11,9 +11,10 @@ from recr1.config import loader as configs
 from recr1.config.schema import Config, ConfigError
 from recr1.data.chat_template import ChatError
 from recr1.data.readers import DataError
-from recr1.distributed import heartbeat
+from recr1.distributed import collectives as dist, heartbeat
 from recr1.distributed.printing import print_rank0
-from recr1.distributed.process_group import process_group
+from recr1.distributed.process_group import TooFewGpus, process_group
+from recr1.memory.out_of_memory import OutOfMemory, describe_allocation, is_out_of_memory
 from recr1.retrieval.interface import RetrieverError
 from recr1.rl.replay import ReplayError
 from recr1.training.dry_run import shrunk_config
@@ -77,7 +78,8 @@ def run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run main(argv) on every rank and return the exit code of this one.
 
     0: finished, or asked to stop.
-    2: what a user can mend; rank 0 prints one line on stderr, never a traceback.
+    2: what a user can mend; rank 0 prints one line on stderr, never a traceback. Memory may run out
+        on one rank alone: that one prints the line.
     3: another rank is gone or hangs; a single rank prints one line that says which.
 
     Anything else that is raised leaves this function. `end_process` prints its traceback and ends
@@ -91,9 +93,23 @@ def run_guarded(main: Callable[[list[str]], None], argv: list[str]) -> int:
                 main(argv)
             except Stopped as e:
                 print_rank0(f"recr1: {e}")
+            except (RuntimeError, MemoryError) as e:
+                if isinstance(e, OutOfMemory) or not is_out_of_memory(e):
+                    raise
+                # Outside of a run's steps, where there is no advice.
+                message = f"out of memory: {describe_allocation(e)}"
+                raise OutOfMemory(message, dist.is_common_error(e)) from None
         return 0
     except EXPECTED_ERRORS as e:  # on all ranks at once: see collectives.fail_together
         if is_rank0:
+            _print_error(e)
+        return EXPECTED_ERROR_EXIT_CODE
+    except TooFewGpus as e:
+        if os.environ["LOCAL_RANK"] == "0":  # of the machine that has too few
+            _print_error(e)
+        return EXPECTED_ERROR_EXIT_CODE
+    except OutOfMemory as e:
+        if is_rank0 or not e.is_common:
             _print_error(e)
         return EXPECTED_ERROR_EXIT_CODE
     except heartbeat.RankLost as e:

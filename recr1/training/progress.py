@@ -17,7 +17,7 @@ from recr1.distributed.printing import print_rank0
 from recr1.tracking.run_log import RunLog
 from recr1.training import checkpoint
 from recr1.training.optimizer import Optimizer
-from recr1.training.run_dir import RunError, find_difference
+from recr1.training.run_dir import RunError, find_difference, list_rounding_changes
 from recr1.utils.files import Damaged, report_write_errors
 from recr1.utils.interrupts import NOTHING_NEW
 
@@ -98,8 +98,9 @@ class TrainState:
                 self.best = checkpoint.settle_on_checkpoint(self.root, folder, self.best)
         message = f"recr1: goes on after step {self.step} from {folder}"
         differences = checkpoint.list_differences(state, self.policy, self.optimizer)
+        differences += list_rounding_changes(state["config"], self.cfg)
         if differences:
-            message += f"; not bit for bit the same run: {differences}"
+            message += f"; not bit for bit the same run: {', '.join(differences)}"
         print_rank0(message)
 
     def _check_fits(self, state: dict[str, Any]) -> None:

@@ -27,8 +27,14 @@ from recr1.data_types import MicroBatch, Prompt
 from recr1.distributed import collectives as dist, heartbeat
 from recr1.distributed.fsdp import Sharded, unsharded
 from recr1.distributed.printing import print_rank0
-from recr1.memory import plan
+from recr1.memory import measure as memory, plan
 from recr1.memory.estimate import MemoryEstimate
+from recr1.memory.out_of_memory import (
+    OutOfMemory,
+    describe_allocation,
+    is_out_of_memory,
+    release_tensors,
+)
 from recr1.retrieval.interface import Retriever, RetrieverError
 from recr1.rl.losses import Objective
 from recr1.rl.replay import Replay
@@ -117,7 +123,8 @@ class Run(RunParts):
         """Go on from the newest valid checkpoint of run.dir, or start at step 1.
 
         When the run is asked to stop inside the block, or the retriever, a task or a reward of a
-        user's own fails, all ranks save the state after the last finished step and leave.
+        user's own fails, or memory runs out on all ranks, they save the state after the last
+        finished step and leave.
         """
         self.progress = TrainState(
             self.cfg,
@@ -142,6 +149,30 @@ class Run(RunParts):
             raise Stopped(self._save_and_stop()) from None
         except (RetrieverError, PluginError) as e:
             raise type(e)(f"{e}; {self._save_and_stop()}") from None
+        except (RuntimeError, MemoryError) as e:
+            if not is_out_of_memory(e):
+                raise
+            raise OutOfMemory(self._explain_out_of_memory(e), dist.is_common_error(e)) from None
+
+    def _explain_out_of_memory(self, error: RuntimeError | MemoryError) -> str:
+        """Return where memory has run out, what to set, and what is saved, which is done here.
+
+        Where one rank alone has failed, the others wait for it in a collective: nothing is saved.
+        """
+        place = f"in {heartbeat.describe_place()}"
+        notes = getattr(error, "__notes__", None)
+        if notes:  # another rank's error: see collectives.fail_together
+            place = f"{notes[0]} while rank {dist.rank()} was {place}"
+        if self.loop == "train":
+            advice = plan.advise_less_memory(self.footprint, memory.get_installed_bytes())
+        else:
+            advice = plan.ADVICE_WITHOUT_PLAN
+        message = f"out of memory {place}: {describe_allocation(error)}; {advice}"
+        if not dist.is_common_error(error):
+            saved = self.progress.saved or "the start"
+            return f"{message}; this rank alone has failed: the steps after {saved} are lost"
+        release_tensors(error)
+        return f"{message}; {self._save_and_stop()}"
 
     def _save_and_stop(self) -> str:
         """Save what is not yet saved. Returns the sentence that says what stands."""
@@ -405,4 +436,7 @@ class Run(RunParts):
         """Return the predicted and the measured peaks of memory, by phase of the run."""
         # the prediction is GRPO's
         predicted = plan.predict_by_run_phase(self.footprint) if self.loop == "train" else None
-        return dict(predicted=predicted, measured=self.log.peaks, of=self.log.peaks_of)
+        figures = dict(predicted=predicted, measured=self.log.peaks, of=self.log.peaks_of)
+        if self.log.reserved_peaks:
+            figures |= dict(reserved=self.log.reserved_peaks)
+        return figures

@@ -10,14 +10,30 @@ from recr1.config import loader as configs
 from recr1.config.schema import Config
 from recr1.utils.files import PARTIAL
 
+# What a run needs less memory by: all that the plan advises, and the cache. The numbers stay the
+# same, by the first three to the bit, by the others but for rounding.
+EXACT_MEMORY_KEYS = (
+    "train.gradient_checkpointing",
+    "optimizer.cpu_offload",
+    "loss.reference_cpu_offload",
+)
+ROUNDING_MEMORY_KEYS = (
+    "train.tokens_per_micro_batch",
+    "train.gradient_sync",
+    "sampling.kv_cache_gib",
+)
+
 # what may differ in a run that continues
 CHANGEABLE_KEYS = (
     "run.dir",
     "run.threads",
     "run.collective_timeout",
+    "run.deterministic",
     "retriever.timeout",
     "log.",
     "save.",
+    *EXACT_MEMORY_KEYS,
+    *ROUNDING_MEMORY_KEYS,
 )
 
 
@@ -67,6 +83,17 @@ def find_difference(other: dict[str, Any], cfg: Config) -> str:
         if other_value != value and not key.startswith(CHANGEABLE_KEYS):
             return f"{key} was {other_value!r}, is {value!r}"
     return ""
+
+
+def list_rounding_changes(other: dict[str, Any], cfg: Config) -> list[str]:
+    """Return the changes from a config, as a dict, to `cfg` that change how numbers are rounded."""
+    other_values = _flatten(other)
+    values = _flatten(dataclasses.asdict(cfg))
+    changes = []
+    for key in ROUNDING_MEMORY_KEYS:
+        if other_values.get(key) != values[key]:
+            changes.append(f"{key} {other_values.get(key)} -> {values[key]}")
+    return changes
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -90,13 +90,29 @@ def setup_run(cfg: Config, loop: str = "train") -> Run:
 
 
 def configure_process(cfg: Config) -> int:
-    """Set this rank's threads, and how a CPU keeps memory. Returns the number of threads."""
+    """Set this rank's threads, how a CPU keeps memory, and what run.deterministic asks for.
+
+    Returns the number of threads.
+    """
     cores = os.cpu_count() or 1
     threads = cfg.run.threads or max(1, cores // dist.local_world_size())
     torch.set_num_threads(threads)
     if dist.device().type == "cpu":
         memory.keep_freed_pages()
+    if cfg.run.deterministic:
+        use_deterministic_algorithms()
     return threads
+
+
+def use_deterministic_algorithms() -> None:
+    """Let torch make every sum in one order, where it can; where it cannot it warns.
+
+    It must not raise: up to torch 2.13 it does so at cumsum of floats on a GPU, which the sampler
+    needs and whose rows it adds in one order (torch issue 75240 is about a single row).
+    """
+    # cuBLAS' own condition; read when it first multiplies
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def claim_folder_and_models(cfg: Config, folder: Path) -> bool:
@@ -310,8 +326,9 @@ def scores_beside_sampling(cfg: Config) -> bool:
 
 
 def estimate_memory(cfg: Config, policy: Sharded) -> MemoryEstimate:
-    """Estimate what GRPO with this config needs on each rank."""
+    """Estimate what GRPO with this config needs on each rank, with the attention that it has."""
     on_gpu = dist.device().type == "cuda"
+    cfg = plan.apply_overrides(cfg, {"model.attention": policy.backend.name})
     return MemoryEstimate(cfg, policy.config, dist.world_size(), gpu=on_gpu)
 
 

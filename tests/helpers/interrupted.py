@@ -2,12 +2,14 @@
 [a.b=value ...], also on the ranks of a torchrun job.
 
 WHAT is WORD@N or WORD@N:RANK: at the N-th moment of that kind (counted from 1, on that rank or on
-all) a signal, or a value that is not finite.
+all) a signal, a value that is not finite, or no memory.
 """
 
 import os
 import signal
 import sys
+
+import torch
 
 from recr1 import sft, train
 from recr1.evaluation import evaluate
@@ -75,7 +77,19 @@ def infinite(result):
     return value + float("inf"), *rest
 
 
-ACTIONS = dict(sigterm=sigterm, sigkill=sigkill, nan=nan, infinite=infinite)
+# what torch raises, shortened at its end
+GPU_IS_FULL = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 139.72 GiB of "
+    "which 10.50 GiB is free. Including non-PyTorch memory, this process has 129.21 GiB in use."
+)
+
+
+def exhaust(result):
+    """Fail as an allocation does on a GPU that is full."""
+    raise torch.OutOfMemoryError(GPU_IS_FULL)
+
+
+ACTIONS = dict(sigterm=sigterm, sigkill=sigkill, nan=nan, infinite=infinite, exhaust=exhaust)
 
 if __name__ == "__main__":
     action, moment = sys.argv[1].split("-")

@@ -277,7 +277,7 @@ OTHER_CONFIGS = [
     ("optimizer.lr=0.002", "optimizer.lr was 0.001, is 0.002"),
     ("train.steps=5", "train.steps was 4, is 5"),
     ("run.seed=1", "run.seed was 0, is 1"),
-    ("train.tokens_per_micro_batch=300", "train.tokens_per_micro_batch was 256, is 300"),
+    ("sampling.max_new_tokens=13", "sampling.max_new_tokens was 12, is 13"),
     ("optimizer.betas=[0.9, 0.95]", "optimizer.betas"),
 ]
 
@@ -295,19 +295,26 @@ def test_another_config_is_refused_with_both_values(
 
 
 def test_what_may_differ(world, tmp_path, monkeypatch, capsys):
-    """Another kind of CPU too, but then not bit for bit; the folder may have been moved."""
+    """Another kind of CPU and what saves memory too, but then not bit for bit; the folder may have
+    been moved.
+    """
     stop_in_third_step(world, tmp_path / "run", monkeypatch)
     moved = tmp_path / "moved"
     shutil.move(tmp_path / "run", moved)
     argv = [world, "save.every=1", "save.keep_last=5", "log.print_every=3"]
     argv += ["run.collective_timeout=99", f"run.dir={moved}"]
+    argv += ["train.tokens_per_micro_batch=128", "train.gradient_checkpointing=true"]
+    argv += ["optimizer.cpu_offload=true"]
     before = torch.backends.cpu.get_cpu_capability()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
 
     code = run_guarded(train.main, argv)
 
     assert code == 0
-    warning = f"not bit for bit the same run: cpu {before} -> another"
+    warning = (
+        f"not bit for bit the same run: cpu {before} -> another, "
+        "train.tokens_per_micro_batch 256 -> 128\n"
+    )
     assert warning in capsys.readouterr().out
     assert read_steps(moved) == [1, 2, 3, 4]
     assert list_checkpoints(moved) == ["step_000002", "step_000003", "step_000004"]
