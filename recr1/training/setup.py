@@ -107,8 +107,9 @@ def configure_process(cfg: Config) -> int:
 def use_deterministic_algorithms() -> None:
     """Let torch make every sum in one order, where it can; where it cannot it warns.
 
-    It must not raise: up to torch 2.13 it does so at cumsum of floats on a GPU, which the sampler
-    needs and whose rows it adds in one order (torch issue 75240 is about a single row).
+    It must not raise: by torch 2.13's documentation it does so at every cumsum of floats on a GPU,
+    which the sampler needs. Several rows are added in one order there, only a single row is not
+    (pytorch issue 89492).
     """
     # cuBLAS' own condition; read when it first multiplies
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
