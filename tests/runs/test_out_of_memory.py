@@ -89,7 +89,7 @@ def test_before_the_first_step(world, tmp_path, monkeypatch, capsys):
 
 
 def test_on_one_rank_while_all_sample(world, tmp_path):
-    """All ranks learn of it and save together; rank 0 says the line, once, and which rank it was."""
+    """All ranks learn of it and save together; rank 0 says the line, once, and names the rank."""
     folder = tmp_path / "run"
 
     process = torchrun(2, INTERRUPTED, "exhaust-sample@2:1", world, f"run.dir={folder}", expect=1)
