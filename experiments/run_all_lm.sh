@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash experiments/run_all_lm.sh [OUT] [key=value ...]: the questions of RESULTS.md asked of a real language model, SmolLM2-135M, then OUT/RESULTS.md (OUT: runs/lm).
-# About 12 hours on 2 cores, the first 6 for every question once (added up from the configs' headers, not measured); no training takes more than 45 minutes.
+# About 16 hours on 2 cores, the first 9 for every question once (added up from the configs' headers, not measured); no training takes more than 48 minutes.
 # Stop it when you like and start it again: what is finished is skipped, a training goes on from its checkpoint. After each row OUT/RESULTS.md is written anew.
 # key=value goes to every training and evaluation, as train.steps=2 for a trial. LM_MODEL, LM_ENCODER: folders in place of SmolLM2's and MiniLM's.
 # language_model.sh's own run is seed 0 of the first row: cp -r runs/language_model/sft OUT/plots_sft_seed0; cp -r runs/language_model/grpo OUT/plots_bm25_seed0
@@ -74,10 +74,10 @@ script perturbed analysis/perturb_thoughts.py "$cpu/lm_plots_thought.yaml" --mod
 write_results
 
 # rejection SFT, alone and with GRPO for what is left of the time that GRPO had
-script sample_queries analysis/sample_queries.py "$cpu/plots_grpo.yaml" --queries 1440 --out "$out/sample.jsonl"
+script sample_queries analysis/sample_queries.py "$cpu/plots_grpo.yaml" --queries 960 --out "$out/sample.jsonl"
 sft plots_rejection configs/cpu/lm_plots_rejection "model.path=$start" "data.train_queries=$out/sample.jsonl"
 left() { "$PYTHON" experiments/analysis/steps_left.py "$bm25" "$out/plots_rejection"; }
-steps=60    # where one of the two has failed
+steps=20    # where one of the two has failed
 [[ -f "$out/done/plots_rejection_grpo" || ! -f "$bm25/summary.json" || ! -f "$out/plots_rejection/summary.json" ]] || steps=$(left)
 train plots_rejection_grpo configs/cpu/plots_grpo "model.path=$out/plots_rejection/model" "train.steps=$steps"
 script time_to_match analysis/time_to_match.py "$out/plots_rejection" "$bm25" --json

@@ -52,9 +52,7 @@ def is_in_band(row: dict, band: tuple[int, int] | None) -> bool:
     return first <= round(1 / reciprocal_rank) <= last
 
 
-def summarize_band(
-    path: Path, band: tuple[int, int] | None, rows: list[dict], metric: str
-) -> dict:
+def summarize_band(path: Path, band: tuple[int, int] | None, rows: list[dict], metric: str) -> dict:
     """Return the scores of the queries of one band, and the gain with its 95% interval."""
     raw = get_column(rows, f"{metric}_raw")
     after = get_column(rows, metric)

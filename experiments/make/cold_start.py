@@ -209,9 +209,7 @@ def make_answer(
     return f"<answer>{answer_json}</answer>"
 
 
-def make_thought(
-    source: Source, id: str, row: dict, rng: random.Random, kind: str | None
-) -> str:
+def make_thought(source: Source, id: str, row: dict, rng: random.Random, kind: str | None) -> str:
     """Make the thought, with the space before it; kind: words, title or, for an empty one, None."""
     if kind is None:
         return ""

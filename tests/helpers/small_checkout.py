@@ -19,9 +19,9 @@ LEFT_OUT = ("data", "policy", "benchmarks", "walkthrough", "__pycache__")
 NUM_FILMS = 240
 NUM_QUERIES = 80
 NUM_TEST_QUERIES = 12
-NUM_RATED_FILMS = 120
-NUM_USERS = 60
-RATINGS_OF_USER = 40
+NUM_RATED_FILMS = 60
+NUM_USERS = 24
+RATINGS_OF_USER = 30
 
 
 def write_small_checkout(folder: Path) -> Path:
