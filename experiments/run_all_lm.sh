@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash experiments/run_all_lm.sh [OUT] [key=value ...]: the questions of RESULTS.md asked of a real language model, SmolLM2-135M, then OUT/RESULTS.md (OUT: runs/lm).
-# About 16 hours on 2 cores, the first 9 for every question once (added up from the configs' headers, not measured); no training takes more than 48 minutes.
+# About 16 hours on 2 cores, the first 9 for every question once (added up from the configs' headers, not measured); no training takes more than 51 minutes.
 # Stop it when you like and start it again: what is finished is skipped, a training goes on from its checkpoint. After each row OUT/RESULTS.md is written anew.
 # key=value goes to every training and evaluation, as train.steps=2 for a trial. LM_MODEL, LM_ENCODER: folders in place of SmolLM2's and MiniLM's.
 # language_model.sh's own run is seed 0 of the first row: cp -r runs/language_model/sft OUT/plots_sft_seed0; cp -r runs/language_model/grpo OUT/plots_bm25_seed0
