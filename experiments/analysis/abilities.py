@@ -70,8 +70,8 @@ from recr1.utils.hf_hub import load_tokenizer, read_stop_token_ids, resolve_mode
 
 INITIAL = "initial"
 
-# How much of each text source, and how long sampled texts may become: a model of 135 M parameters
-# takes less than 6 minutes on 2 cores.
+# How much of each text source, and how long sampled texts may become. Less than 100,000 tokens go
+# through a model: sizes meant for a model of 135 M parameters on 2 cores.
 NUM_PASSAGES = dict(plots=100, products=100, neutral=200)
 NUM_QUESTIONS = dict(plots=120, neutral=120)
 CONTINUATION_TOKENS = 48
