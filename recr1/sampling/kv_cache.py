@@ -171,6 +171,9 @@ class KVCache:
         rows = grow(allocated_rows, rows, max_rows)
         slots = grow(allocated_slots, slots, max_slots)
 
+        if self.num_rows == 0:
+            # Nothing to keep: the old memory goes before the new one is taken.
+            self.kv = self.kv.new_zeros(2 * self.layers, 0, heads, 0, dim)
         kv = self.kv.new_zeros(2 * self.layers, rows, heads, slots, dim)
         lengths = self.lengths.new_zeros(rows)
         old_kv = self.kv[:, : self.num_rows, :, : self.max_len]
