@@ -55,7 +55,8 @@ class PackedAttention:
     needs none.
 
     Args:
-        prompt_lengths: (P,); completion_lengths: (R,); prompt_of: (R,). On the CPU, see PackedLayout.
+        prompt_lengths: (P,); completion_lengths: (R,); prompt_of: (R,). Those of a PackedLayout, on
+            the CPU.
     """
 
     def __init__(
