@@ -152,11 +152,12 @@ class GroupTokenLoss:
         """Return all sums so far, by the names of STATISTICS."""
         return dict(zip(STATISTICS, self.sums.tolist()))
 
-    def stats(self) -> dict[str, float]:
+    def stats(self) -> dict[str, torch.Tensor]:
         """Return the sums so far that TorchTokenLoss has too, by the names that are logged."""
-        sums = self.named_sums()
+        sums = dict(zip(STATISTICS, self.sums))
+        clipped = sums["clipped"]
         stats = {
-            "clip_ratio": 0.0 if self.rule.cispo else sums["clipped"],
+            "clip_ratio": torch.zeros_like(clipped) if self.rule.cispo else clipped,
             "grad_logp_square": sums["square"],
         }
         if self.ref_logp is not None:

@@ -204,7 +204,9 @@ def compute_kl_penalty(
     if reference is None:
         return torch.zeros(len(rollouts))
     micro_batches = make_micro_batches(unique, cfg)
-    micro_batches = add_ref_logp(reference, micro_batches, cfg.sampling.temperature)
+    micro_batches = add_ref_logp(
+        reference, micro_batches, cfg.sampling.temperature, cfg.model.kernels
+    )
 
     # Siblings with the same text have the same KL.
     kl_by_unique = sum_kl_by_rollout(micro_batches, len(unique), cfg.loss.kl_estimator)  # (U,)
@@ -250,10 +252,11 @@ def log_token_values(
     They are those of the policy before the step's update.
     """
     temperature = cfg.sampling.temperature
-    micro_batches = add_ref_logp(reference, make_micro_batches(unique, cfg), temperature)
+    kernels = cfg.model.kernels
+    micro_batches = add_ref_logp(reference, make_micro_batches(unique, cfg), temperature, kernels)
     columns = []
     for batch in micro_batches:
-        logp, entropy = compute_log_probs(policy, batch, temperature)  # (N,), (N,)
+        logp, entropy = compute_log_probs(policy, batch, temperature, kernels)  # (N,), (N,)
         # Before the first optimizer step on these texts the old policy is the one being trained.
         old_logp = batch.sampler_logp if cfg.train.replay else logp
         columns.append(
@@ -291,6 +294,7 @@ def make_updates(
     num_groups = unique[-1].group + 1 if unique else 0
     num_updates = cfg.train.num_mini_batches
     temperature = cfg.sampling.temperature
+    kernels = cfg.model.kernels
     updates = []
     for number in range(num_updates):
         # This update's share of the groups, and how many tokens or rollouts all ranks have in it.
@@ -303,12 +307,12 @@ def make_updates(
         # What the loss needs at each token beside the text itself.
         trained = [i for i in share if advantages[i] != 0 or reference]
         micro_batches = make_micro_batches([unique[i] for i in trained], cfg)
-        micro_batches = add_ref_logp(reference, micro_batches, temperature)
+        micro_batches = add_ref_logp(reference, micro_batches, temperature, kernels)
         micro_batches = add_advantages(micro_batches, advantages[trained])
         if cfg.train.replay:  # whoever wrote these texts, it was not this policy
             micro_batches = [replace(b, old_logp=b.sampler_logp) for b in micro_batches]
         elif num_updates > 1:
-            micro_batches = add_old_logp(policy, micro_batches, temperature)
+            micro_batches = add_old_logp(policy, micro_batches, temperature, kernels)
         updates.append(PolicyUpdate(max(1, denominator), micro_batches))
     return updates
 
@@ -321,24 +325,30 @@ def make_micro_batches(rollouts: list[Rollout], cfg: Config) -> list[MicroBatch]
 
 @torch.no_grad()
 def add_ref_logp(
-    reference: Sharded | None, micro_batches: list[MicroBatch], temperature: float
+    reference: Sharded | None,
+    micro_batches: list[MicroBatch],
+    temperature: float,
+    kernels: str = "torch",
 ) -> list[MicroBatch]:
     """Add ref_logp (N,), the frozen initial policy's; without one nothing changes."""
     if reference is None:
         return micro_batches
     return [
-        replace(batch, ref_logp=compute_log_probs(reference, batch, temperature)[0])
+        replace(batch, ref_logp=compute_log_probs(reference, batch, temperature, kernels)[0])
         for batch in micro_batches
     ]
 
 
 @torch.no_grad()
 def add_old_logp(
-    policy: Sharded, micro_batches: list[MicroBatch], temperature: float
+    policy: Sharded,
+    micro_batches: list[MicroBatch],
+    temperature: float,
+    kernels: str = "torch",
 ) -> list[MicroBatch]:
     """Add old_logp (N,), the policy's before the first of several optimizer steps."""
     return [
-        replace(batch, old_logp=compute_log_probs(policy, batch, temperature)[0])
+        replace(batch, old_logp=compute_log_probs(policy, batch, temperature, kernels)[0])
         for batch in micro_batches
     ]
 

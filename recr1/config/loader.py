@@ -23,7 +23,7 @@ CHOICES = {
     "model.attention": ("auto", "varlen", "flash", "sdpa"),
     "model.compute": ("auto", "float32", "bfloat16"),
     "model.head": ("fused", "recompute"),
-    "model.kernels": ("torch", "triton"),
+    "model.kernels": ("auto", "torch", "triton"),
     "loss.agg_mode": ("", "token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
     "loss.kl_estimator": ("k1", "k2", "k3"),
     "loss.kl_in": ("loss", "reward"),

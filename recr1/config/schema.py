@@ -38,7 +38,9 @@ class ModelConfig:
     head: str = "fused"
     # Compute the logits by a float32 product where the rest computes in bfloat16.
     head_float32: bool = False
-    kernels: str = "torch"  # What computes the head and chooses tokens: torch | triton (GPU).
+    # What computes head, loss, norms, rope and SwiGLU, and chooses tokens: torch | triton (GPU) |
+    # auto: triton on a GPU that can run it, else torch. No GPU has run the Triton kernels yet.
+    kernels: str = "torch"
     # On a CPU in float32: log-probs do not depend on the batch, and those of the sampler and the
     # trainer are equal bit for bit.
     batch_invariant: bool = False

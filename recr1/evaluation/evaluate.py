@@ -16,7 +16,7 @@ from recr1.distributed.fsdp import unsharded
 from recr1.evaluation.bootstrap import compute_bootstrap_ci, compute_sign_flip_p
 from recr1.memory.estimate import ROWS_AT_ONCE
 from recr1.model.decoder import AnyDecoder
-from recr1.sampling.generate import generate
+from recr1.sampling.generate import prepare_sampler
 from recr1.tasks.scorer import Scorer
 from recr1.utils.interrupts import raise_on_signal
 
@@ -32,6 +32,7 @@ def evaluate_prompts(
     scorer: Scorer,
     max_new_tokens: int,
     prompts_at_once: int = ROWS_AT_ONCE,
+    kernels: str = "torch",
 ) -> list[dict]:
     """Answer each prompt greedily, and score the answer beside the one without a policy.
 
@@ -44,7 +45,7 @@ def evaluate_prompts(
     """
     local_prompts = dist.split_across_ranks(prompts)
     rollouts = generate_greedily(
-        model, local_prompts, scorer.stops, max_new_tokens, prompts_at_once
+        model, local_prompts, scorer.stops, max_new_tokens, prompts_at_once, kernels
     )
     with dist.fail_together(), raise_on_signal():
         raw_answers = [scorer.task.baseline_answer(prompt.row) for prompt in local_prompts]
@@ -83,6 +84,7 @@ def generate_greedily(
     stops: frozenset[int],
     max_new_tokens: int,
     prompts_at_once: int = ROWS_AT_ONCE,
+    kernels: str = "torch",
 ) -> list[Rollout]:
     """Generate the most likely text of each prompt, `prompts_at_once` of them decoded together.
 
@@ -90,9 +92,10 @@ def generate_greedily(
     """
     rollouts = []
     with unsharded(model), dist.fail_together(), raise_on_signal():
-        for start in range(0, len(prompts), prompts_at_once):
-            chunk = prompts[start : start + prompts_at_once]
-            rollouts += generate(model, chunk, 1, 1.0, max_new_tokens, stops, uniforms=None)
+        with prepare_sampler(model, 1.0, kernels=kernels) as sampler:
+            for start in range(0, len(prompts), prompts_at_once):
+                chunk = prompts[start : start + prompts_at_once]
+                rollouts += sampler.generate(chunk, 1, max_new_tokens, stops, uniforms=None)
     return rollouts
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from recr1.distributed.fsdp import Sharded
+from recr1.kernels import decoder_layer
 from recr1.kernels.cpu_linear import Linear
 from recr1.model.rope import DecoderConfig, apply_rotary_emb, compute_rope_cos_sin
 from recr1.model.varlen_attention import AttentionBackend
@@ -31,7 +32,11 @@ RopeCosSin = tuple[torch.Tensor, torch.Tensor]
 class RMSNorm(nn.RMSNorm):
     """Compute torch's RMSNorm, in float32 at least (float64 stays) up to the weight."""
 
+    fused = False  # model.kernels: triton
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fused:
+            return decoder_layer.apply_rms_norm(x, self.weight, self.eps)
         upcast = x.to(torch.promote_types(x.dtype, torch.float32))
         normalized = F.rms_norm(upcast, self.normalized_shape, eps=self.eps).to(x.dtype)
         return self.weight * normalized
@@ -39,6 +44,8 @@ class RMSNorm(nn.RMSNorm):
 
 class Attention(nn.Module):
     """Self-attention of one layer: projections, rope, and the attention callable between them."""
+
+    fused = False  # model.kernels: triton
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
@@ -68,8 +75,12 @@ class Attention(nn.Module):
         v = self._split_heads(self.v_proj(x))  # (M, K, D)
         q = self.q_norm(q)
         k = self.k_norm(k)
-        q = apply_rotary_emb(q, rope)
-        k = apply_rotary_emb(k, rope)
+        if self.fused:
+            q = decoder_layer.apply_rotary_emb(q, *rope)
+            k = decoder_layer.apply_rotary_emb(k, *rope)
+        else:
+            q = apply_rotary_emb(q, rope)
+            k = apply_rotary_emb(k, rope)
         out = attention(self.layer, q, k, v)  # (M, H, D)
         return self.o_proj(out.flatten(1))  # (M, C)
 
@@ -81,6 +92,7 @@ class MLP(nn.Module):
     """The gated feed-forward network of one layer (SwiGLU)."""
 
     exact = False  # model.batch_invariant
+    fused = False  # model.kernels: triton
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -90,6 +102,8 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate = self.gate_proj(x)
+        if self.fused:
+            return self.down_proj(decoder_layer.apply_swiglu(gate, self.up_proj(x)))
         if self.exact:
             # torch's silu gives other bits to the rest of a thread's share than to full vectors;
             # exp does not.
@@ -178,14 +192,17 @@ class Decoder(nn.Module):
         return self.model.norm(x)
 
     def set_backend(self, backend: AttentionBackend) -> None:
-        """Set how attention is computed, and whether all is exact (model/varlen_attention.py).
+        """Set how attention is computed, whether all is exact, and what is one kernel
+        (AttentionBackend of model/varlen_attention.py).
 
         Call it before the decoder is sharded.
         """
         self.backend = backend
-        for layer in self.model.layers:
-            assert isinstance(layer, DecoderLayer)
-            layer.mlp.exact = backend.exact
+        for module in self.modules():
+            if isinstance(module, MLP):
+                module.exact = backend.exact
+            if isinstance(module, (RMSNorm, Attention, MLP)):
+                module.fused = backend.fused_layers
 
     @property
     def head_weight(self) -> torch.Tensor:

@@ -40,6 +40,9 @@ EXACT_BLOCK_SLOTS = 128
 # 12 x 24, 1.3x at 128 x 256).
 SHORT_ROWS = 64 * 128
 
+# Types whose scores would be rounded: their products are summed in float32 and kept so.
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+
 SDPA = AttentionBackend()
 
 
@@ -52,7 +55,8 @@ class PackedAttention:
     needs none.
 
     Args:
-        prompt_lengths: (P,); completion_lengths: (R,); prompt_of: (R,). See PackedLayout.
+        prompt_lengths: (P,); completion_lengths: (R,); prompt_of: (R,). Those of a PackedLayout, on
+            the CPU.
     """
 
     def __init__(
@@ -68,10 +72,15 @@ class PackedAttention:
         )
         self.exact = backend.exact
 
+        # Numbers that the host needs: read here, on the CPU, nobody waits for a GPU.
+        max_prompt_len = _max_length(prompt_lengths)
+        max_completion_len = _max_length(completion_lengths)
+        max_total_len = _max_length(prompt_lengths[prompt_of] + completion_lengths)
+
         # All prompts come first, then all completions.
-        prompt_lengths = prompt_lengths.to(device)
-        completion_len = completion_lengths.to(device)
-        prompt_of = prompt_of.to(device)
+        prompt_lengths = prompt_lengths.to(device, non_blocking=True)
+        completion_len = completion_lengths.to(device, non_blocking=True)
+        prompt_of = prompt_of.to(device, non_blocking=True)
         prompt_start = prompt_lengths.cumsum(0) - prompt_lengths  # (P,)
         completion_start = prompt_lengths.sum() + completion_len.cumsum(0) - completion_len  # (R,)
         prompt_len = prompt_lengths[prompt_of]  # (R,)
@@ -79,9 +88,9 @@ class PackedAttention:
 
         # Keys of a sequence as the sampler's cache holds them: a completion's are its prompt's,
         # then its own, without a gap.
-        num_slots = _round_up_longest(prompt_lengths, SLOT_MULTIPLE)
+        num_slots = _round_up(max_prompt_len, SLOT_MULTIPLE)
         self.keys_p, _ = _pad_rows(prompt_start, prompt_lengths, num_slots)  # (P, S)
-        slot = torch.arange(_round_up_longest(total_len, SLOT_MULTIPLE), device=device)
+        slot = torch.arange(_round_up(max_total_len, SLOT_MULTIPLE), device=device)
         is_prompt_key = slot < prompt_len[:, None]  # (R, S)
         is_key = slot < total_len[:, None]
         prompt_row = prompt_start[prompt_of, None] + slot
@@ -92,10 +101,10 @@ class PackedAttention:
             return
 
         # Queries, and where the real ones are among the padded.
-        num_rows = _round_up_longest(prompt_lengths, ROW_MULTIPLE)
+        num_rows = _round_up(max_prompt_len, ROW_MULTIPLE)
         self.queries_p, is_real = _pad_rows(prompt_start, prompt_lengths, num_rows)  # (P, T)
         self.unpad_p = is_real.flatten().nonzero()[:, 0]
-        num_rows = _round_up_longest(completion_len, ROW_MULTIPLE)
+        num_rows = _round_up(max_completion_len, ROW_MULTIPLE)
         self.queries_c, is_real = _pad_rows(completion_start, completion_len, num_rows)  # (R, T)
         self.unpad_c = is_real.flatten().nonzero()[:, 0]
 
@@ -152,8 +161,9 @@ def attend_decode(
     B, H, D = q.shape
     q = q.view(B, k.shape[1], -1, D)  # (B, K, H/K, D)
     heads_per_kv = q.shape[2]
-    padded = F.pad(q, (0, 0, 0, -heads_per_kv % ROW_MULTIPLE))
-    out = _eager_attention(padded[:, :, None], k, v, decode_bias, exact)
+    if heads_per_kv % ROW_MULTIPLE:
+        q = F.pad(q, (0, 0, 0, -heads_per_kv % ROW_MULTIPLE))
+    out = _eager_attention(q[:, :, None], k, v, decode_bias, exact)
     return out[:, :, 0, :heads_per_kv].reshape(B, H, D)
 
 
@@ -180,11 +190,13 @@ def _make_causal_mask(num_before: torch.Tensor, num_queries: int, num_slots: int
     return causal_mask[:, None]
 
 
-def _round_up_longest(lengths: torch.Tensor, multiple: int) -> int:
-    """Return the longest of `lengths`, rounded up to a multiple; 0 when there is none."""
-    if not len(lengths):
-        return 0
-    return -(-int(lengths.max()) // multiple) * multiple
+def _max_length(lengths: torch.Tensor) -> int:
+    """Return the longest of `lengths`; 0 when there is none."""
+    return int(lengths.max()) if len(lengths) else 0
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def _pad_rows(
@@ -244,7 +256,7 @@ def _eager_attention(
     attention_bias: torch.Tensor,
     exact: bool,
 ) -> torch.Tensor:
-    """Compute attention by plain products; heads are not repeated.
+    """Compute attention by plain products; heads are not repeated. Scores are float32 at least.
 
     Args:
         q: (B, K, H/K, T, D); k, v: (B, K, S, D).
@@ -257,10 +269,35 @@ def _eager_attention(
     """
     scale = q.shape[-1] ** -0.5
     # In one expression: a name would hold the scores, (.., T, S), in memory beside the weights.
-    weights = ((q * scale) @ k[:, :, None].mT + attention_bias).softmax(-1)
+    if q.dtype in HALF_DTYPES:
+        weights = torch.add(attention_bias, _float32_scores(q, k), alpha=scale).softmax(-1)
+        weights = weights.to(v.dtype)
+    else:
+        weights = ((q * scale) @ k[:, :, None].mT + attention_bias).softmax(-1)
     v = v[:, :, None]
     if not exact:
         return weights @ v
     blocks = zip(weights.split(EXACT_BLOCK_SLOTS, -1), v.split(EXACT_BLOCK_SLOTS, -2))
     products = (block_weights @ block_v for block_weights, block_v in blocks)
     return reduce(torch.add, products)
+
+
+def _float32_scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """Compute q k^T of 16-bit operands in float32, as FlashAttention does.
+
+    Rounded to bfloat16, a score of 16 to 32 would be off by up to .06, its weight by 6%, and the
+    sampler no longer the policy that the trainer differentiates.
+
+    Args:
+        q: (B, K, H/K, T, D); k: (B, K, S, D).
+
+    Returns:
+        (B, K, H/K, T, S)
+    """
+    if q.is_cuda and not torch.is_grad_enabled():
+        # A GPU sums in float32 anyway. Keys are a view of the cache, nothing is copied.
+        rows = q.flatten(0, 1).flatten(1, 2)  # (B K, H/K T, D)
+        scores = torch.bmm(rows, k.flatten(0, 1).mT, out_dtype=torch.float32)
+        return scores.view(*q.shape[:4], -1)
+    # A CPU has no such product, and this one has no gradient.
+    return q.float() @ k[:, :, None].float().mT

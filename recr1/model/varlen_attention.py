@@ -36,6 +36,8 @@ class AttentionBackend(NamedTuple):
     note: str = ""
     float32_head: bool = False  # model.head_float32: see log_probs.get_lm_head_weight
     exact: bool = False  # model.batch_invariant: see packed_attention._eager_attention
+    # model.kernels: triton; norms, rope and SwiGLU by kernels/decoder_layer.py
+    fused_layers: bool = False
 
     def __str__(self) -> str:
         notes = []
@@ -206,7 +208,7 @@ class VarlenAttention:
         self.kernel = kernel
         self.num_prompt_rows = int(prompt_lengths.sum())
         # one tensor for both: torch 2.15 asks for that before it lets cuDNN be causal
-        cu_prompt = _cumulate_lengths(prompt_lengths).to(device)
+        cu_prompt = _cumulate_lengths(prompt_lengths).to(device, non_blocking=True)
         longest = int(prompt_lengths.max())
         self.prompts = KernelLengths(cu_prompt, cu_prompt, longest, longest)
 
@@ -233,10 +235,11 @@ class VarlenAttention:
         prompt_row = prompt_start[completion] + slot
         completion_row = (completion_start - prompt_len)[completion] + slot
         is_prompt_key = slot < prompt_len[completion]
-        self.keys = torch.where(is_prompt_key, prompt_row, completion_row).to(device)
+        keys = torch.where(is_prompt_key, prompt_row, completion_row)
+        self.keys = keys.to(device, non_blocking=True)
         self.completions = KernelLengths(
-            _cumulate_lengths(completion_len).to(device),
-            cu_total.to(device),
+            _cumulate_lengths(completion_len).to(device, non_blocking=True),
+            cu_total.to(device, non_blocking=True),
             int(completion_len.max()),
             int(total_len.max()),
         )

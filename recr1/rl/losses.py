@@ -11,6 +11,8 @@ import torch
 from recr1.config import plugins
 from recr1.config.schema import ConfigError, LossConfig, ModelConfig
 from recr1.data_types import MicroBatch
+from recr1.distributed import collectives as dist
+from recr1.kernels.availability import choose_backend
 from recr1.rl.advantages import ADVANTAGES
 
 # --- surrogates: log-probs (n,) -> what each token adds to the objective, (n,), to be maximized ---
@@ -111,20 +113,20 @@ class Objective:
     advantage: Callable
     agg_mode: str  # token-mean | seq-mean-token-mean | seq-mean-token-sum-norm
     head: str  # fused | recompute
-    kernels: str  # torch | triton
+    kernels: str  # torch | triton | auto
 
     @property
     def runs_in_kernel(self) -> bool:
         """Whether kernels/group_loss.py computes this loss instead of torch.
 
-        It does so with `kernels: triton`, for the losses that it has.
+        It does so where the kernels are Triton's, for the losses that it has.
         """
         config = self.config
         kernel_has_kl = (
             config.kl_coef == 0 or config.kl_in == "reward" or config.kl_estimator == "k3"
         )
         return (
-            self.kernels == "triton"
+            choose_backend(self.kernels, dist.device()) == "triton"
             and self.surrogate in (clipped_surrogate, cispo_surrogate)
             and self.agg_mode != "seq-mean-token-mean"
             and config.entropy_coef == 0

@@ -9,8 +9,9 @@ rows that belong to nobody; slots beyond a row's length are masked. A pair's fir
 a graph, on the stream that captures. It is the warm-up that torch asks for: kernels compile, cuBLAS
 takes its workspace. The second step is captured, and replayed from then on.
 
-The graphs live as long as one generate(): the next step's gathered weights have other addresses.
-What that costs, for Qwen2.5-0.5B, 384 rows, prompt 256, 512 new tokens (arithmetic, not measured
+The graphs live as long as the Sampler (sampling/generate.py): one call of generate() in training,
+where the next step's gathered weights have other addresses, or all calls of an evaluation. What a
+call costs, for Qwen2.5-0.5B, 384 rows, prompt 256, 512 new tokens (arithmetic, not measured
 here): a step is 20 ms of launches without a graph and 1.8 ms of reading with one; a pair costs one
 such 20 ms step and a capture, 30 ms each at 67 sizes of a 28-layer 0.6B (vLLM, pull request 21146),
 so it has paid after three replays. The number of rows only falls and lengths only grow while
@@ -24,6 +25,7 @@ Legend: B running rows, C width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -48,14 +50,14 @@ class DecodeGraphs:
 
     A call (ids (B,), uniforms (B, 1) or None) returns what `sample_tokens` returns for the running
     rows: ids and log-probs (B, 1), truncated mass (B,). The KVCache is at its full size and no row
-    is shared. Nothing waits for the GPU, except the capture. All calls of a generate() draw, or all
-    are greedy.
+    is shared. Nothing waits for the GPU, except the capture.
     """
 
     def __init__(self, model: Callable, cache: KVCache, sample_tokens: Callable):
         """`sample_tokens(hidden (B, C), uniforms=...)` is the one of the step without a graph."""
         self.model = model
         self.cache = cache
+        self.num_cache_moves = cache.num_moves
         self.sample_tokens = sample_tokens
 
         # The fixed addresses: what a step reads, and what it chose.
@@ -70,7 +72,7 @@ class DecodeGraphs:
         # None: warmed up, not captured.
         self.graphs: dict[GraphKey, torch.cuda.CUDAGraph | None] = {}
         # One pool: no graph leaves anything in it that another one reads. It wants one stream.
-        self.stream = torch.cuda.Stream(device)
+        self.stream = get_graph_stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(
@@ -93,8 +95,12 @@ class DecodeGraphs:
                 self.graphs[key] = graph
                 self._capture(key)
             graph.replay()
-        self.cache.max_len += 1  # on the host, so not in the graph
+        self.cache.host_lengths += 1  # on the host, so not in the graph
         return self.ids[:B].clone(), self.logp[:B].clone(), self.truncated_mass[:B].clone()
+
+    def has_cache_moved(self) -> bool:
+        """Return whether the cache has got other memory: then the graphs are of no use."""
+        return self.cache.num_moves != self.num_cache_moves
 
     def choose_graph(self, rows: int, sampled: bool) -> GraphKey:
         """Return the key of the graph for the next step of so many rows."""
@@ -135,6 +141,17 @@ class DecodeGraphs:
         self.ids[:rows] = ids
         self.logp[:rows] = logp
         self.truncated_mass[:rows] = truncated_mass
+
+
+@lru_cache
+def get_graph_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which a device's decode steps are captured, the same at every call.
+
+    torch keeps a cuBLAS workspace for each stream that has had a product, 32 MiB on a Hopper GPU
+    (its CublasHandlePool.cpp). It may clear them when a graph of that stream is destroyed (pull
+    request 193402): of the DecodeGraphs on one stream only one may be alive.
+    """
+    return torch.cuda.Stream(device)
 
 
 def round_to_rung(rows: int, max_rows: int) -> int:

@@ -2,14 +2,17 @@
 
 Siblings whose tokens so far are equal share one row of the cache: each draws with its own uniform,
 and the row forks where they choose differently. Computing a prompt once for its whole group is the
-case of the empty completion. The texts are those of one row each.
+case of the empty completion. The texts are those of one row each. On a GPU siblings share a row
+only up to their first token: a graph has one text in a row, and a step there is bound by reading
+the weights, so that rows saved are not time saved.
 
 Legend: P prompts, G siblings, R = P*G sequences, B running rows, C width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -17,7 +20,7 @@ import torch
 
 from recr1.data_types import Prompt, Rollout
 from recr1.kernels.cpu_linear import packed_for_sampling
-from recr1.kernels.sample_token import sample_from_hidden
+from recr1.kernels.sample_token import SampledTokens, sample_from_hidden
 from recr1.model.decoder import AnyDecoder
 from recr1.model.log_probs import get_lm_head_weight, make_distribution
 from recr1.model.packed_attention import PackedAttention
@@ -59,50 +62,150 @@ def generate(
         top_p: below 1, draw from the fewest most likely ids that hold so much of the probability.
         max_cache_tokens: slots of the cache, rows times their length. Sequences that do not fit
             wait, and enter as others end. Raises ValueError when one does not fit alone.
-        kernels: torch or triton, what chooses the tokens. On a GPU, decode steps in which no row
-            is shared are CUDA graphs (sampling/cuda_graphs.py).
-        on_token: called as on_token(r, id) with every token of sequence r, in order.
+        kernels: torch, triton or auto, what chooses the tokens. On a GPU decode steps are CUDA
+            graphs (sampling/cuda_graphs.py).
+        on_token: called as on_token(r, id) with every token of sequence r, in order, as soon as it
+            is chosen.
         on_group_finished: called with a group's siblings once the last of them has ended.
     """
     if not prompts:
         return []  # a rank without a share
-    cache = cache or make_cache(model)
-    vocab_size = model.config.vocab_size
-    batch = SequenceBatch(prompts, group_size, max_new_tokens, stop_token_ids, vocab_size)
-
-    longest_prompt = max(len(prompt.ids) for prompt in prompts)
-    slots_per_row = count_slots(longest_prompt + max_new_tokens)
-    max_running = count_max_running(batch.num_sequences, slots_per_row, max_cache_tokens)
-    use_graphs = cache.lengths.device.type in GRAPH_DEVICES
-    cache.reset(max_running, slots_per_row, reserve=use_graphs)
-
-    with packed_for_sampling(model, get_lm_head_weight(model)) as head_weight:
-        sample_tokens = _make_token_sampler(head_weight, temperature, top_p, kernels)
-        return _decode_loop(
-            model,
-            batch,
-            max_running,
-            cache,
-            sample_tokens,
-            cuda_graphs=DecodeGraphs(model, cache, sample_tokens) if use_graphs else None,
-            uniforms=uniforms,
+    with prepare_sampler(model, temperature, cache, top_p=top_p, kernels=kernels) as sampler:
+        return sampler.generate(
+            prompts,
+            group_size,
+            max_new_tokens,
+            stop_token_ids,
+            uniforms,
+            max_cache_tokens=max_cache_tokens,
             on_token=on_token,
             on_group_finished=on_group_finished,
         )
 
 
-def _make_token_sampler(
-    head_weight: torch.Tensor, temperature: float, top_p: float, kernels: str
-) -> Callable:
-    """Return sample_tokens(hidden (B, C), uniforms=...) -> (ids, log-probs, truncated mass)."""
-    return partial(
-        sample_from_hidden,
-        weight=head_weight,
-        temperature=temperature,
-        policy=make_distribution,
-        top_p=top_p,
-        backend=kernels,
-    )
+@contextmanager
+def prepare_sampler(
+    model: AnyDecoder,
+    temperature: float,
+    cache: KVCache | None = None,
+    *,
+    top_p: float = 1.0,
+    kernels: str = "torch",
+) -> Iterator[Sampler]:
+    """Prepare for several calls of `Sampler.generate` over the same weights.
+
+    The weights must stay where they are inside the block: what is shared lies on their addresses.
+    The arguments are those of `generate`.
+    """
+    cache = cache or make_cache(model)
+    with packed_for_sampling(model, get_lm_head_weight(model)) as head_weight:
+        sample_tokens = partial(
+            sample_from_hidden,
+            weight=head_weight,
+            temperature=temperature,
+            policy=make_distribution,
+            top_p=top_p,
+            backend=kernels,
+        )
+        yield Sampler(model, cache, sample_tokens)
+
+
+class Sampler:
+    """Sample from one model: prefill, decode, and who runs.
+
+    Its calls share the packed weights, the cache, and on a GPU the CUDA graphs: see
+    `prepare_sampler`.
+    """
+
+    def __init__(self, model: AnyDecoder, cache: KVCache, sample_tokens: Callable):
+        """`sample_tokens(hidden (B, C), uniforms=...)` returns ids, log-probs, truncated mass."""
+        self.model = model
+        self.cache = cache
+        self.sample_tokens = sample_tokens
+        self.device = cache.lengths.device
+        self.use_graphs = self.device.type in GRAPH_DEVICES
+        self.graphs: DecodeGraphs | None = None
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[Prompt],
+        group_size: int,
+        max_new_tokens: int,
+        stop_token_ids: frozenset[int],
+        uniforms: np.ndarray | None,
+        *,
+        max_cache_tokens: int | None = None,
+        on_token: Callable[[int, int], None] | None = None,
+        on_group_finished: Callable[[list[Rollout]], None] | None = None,
+    ) -> list[Rollout]:
+        """Sample rollouts until every sequence is finished (continuous batching).
+
+        Waiting sequences enter as others leave. Arguments and result are those of the function
+        `generate`.
+        """
+        batch = SequenceBatch(
+            prompts,
+            group_size,
+            max_new_tokens,
+            stop_token_ids,
+            self.model.config.vocab_size,
+            # A step with a shared row is no graph, and its tokens are looked at one by one.
+            share_rows=not self.use_graphs,
+        )
+        max_running = self._reserve_cache(batch, max_cache_tokens)
+        # Somebody who listens waits for every token.
+        sync_every = 1 if on_token else SYNC_EVERY[self.device.type]
+
+        last_tokens = torch.zeros(0, dtype=torch.int64, device=self.device)
+        while True:
+            new_prompts = batch.admit(max_running)
+            if batch.num_running == 0:
+                return batch.collect_finished(on_group_finished)
+
+            # A GPU runs several tokens ahead before the host looks which sequences have stopped.
+            sampled = []
+            for step_uniforms in batch.uniforms_until_next_sync(uniforms, sync_every, self.device):
+                if self.graphs and not new_prompts and not batch.has_shared_rows:
+                    tokens = self.graphs(last_tokens, step_uniforms)
+                else:
+                    tokens = self._step(last_tokens, new_prompts, step_uniforms)
+                    new_prompts = []
+                sampled.append(tokens)
+                ids, _, _ = tokens
+                last_tokens = ids[:, 0]
+
+            batch.append_tokens(stack_to_host(sampled), on_token)  # the one wait for the device
+            batch.collect_finished(on_group_finished)
+            last_tokens = batch.fork_rows(self.cache).to(self.device, non_blocking=True)
+
+    def _reserve_cache(self, batch: SequenceBatch, max_cache_tokens: int | None) -> int:
+        """Make the cache ready for the sequences. Return how many of them may run at once.
+
+        Graphs are made anew where the memory that they work on has moved.
+        """
+        longest_prompt = max(len(prompt.ids) for prompt in batch.prompts)
+        slots_per_row = count_slots(longest_prompt + batch.max_new_tokens)
+        max_running = count_max_running(batch.num_sequences, slots_per_row, max_cache_tokens)
+        self.cache.reset(max_running, slots_per_row, reserve=self.use_graphs)
+        if self.use_graphs and (self.graphs is None or self.graphs.has_cache_moved()):
+            self.graphs = None  # first: of the graphs on one stream only these may be alive
+            self.graphs = DecodeGraphs(self.model, self.cache, self.sample_tokens)
+        return max_running
+
+    def _step(
+        self,
+        last_tokens: torch.Tensor,
+        new_prompts: list[Prompt],
+        uniforms: torch.Tensor | None,
+    ) -> SampledTokens:
+        """Sample the next token of the running rows and of the prompts that enter, eagerly."""
+        hidden = []
+        if len(last_tokens):
+            hidden.append(decode(self.model, last_tokens, self.cache))
+        if new_prompts:
+            hidden.append(prefill(self.model, new_prompts, self.cache))
+        return self.sample_tokens(torch.cat(hidden), uniforms=uniforms)  # of (B, C)
 
 
 def count_max_running(num_sequences: int, slots_per_row: int, max_cache_tokens: int | None) -> int:
@@ -118,52 +221,6 @@ def count_max_running(num_sequences: int, slots_per_row: int, max_cache_tokens: 
             f"room for {max_cache_tokens} slots does not hold one text of {slots_per_row}"
         )
     return max_running
-
-
-def _decode_loop(
-    model: AnyDecoder,
-    batch: SequenceBatch,
-    max_running: int,
-    cache: KVCache,
-    sample_tokens: Callable,
-    *,
-    cuda_graphs: DecodeGraphs | None,
-    uniforms: np.ndarray | None,
-    on_token: Callable[[int, int], None] | None,
-    on_group_finished: Callable[[list[Rollout]], None] | None,
-) -> list[Rollout]:
-    """Prefill and decode until every sequence is finished (continuous batching).
-
-    Waiting sequences enter as others leave. Returns the rollouts of all groups.
-    """
-    device = cache.lengths.device
-    sync_every = SYNC_EVERY[device.type]
-    last_tokens = torch.zeros(0, dtype=torch.int64, device=device)
-    while True:
-        new_prompts = batch.admit(max_running)
-        if batch.num_running == 0:
-            return batch.collect_finished(on_group_finished)
-
-        # A GPU runs several tokens ahead before the host looks which sequences have stopped.
-        sampled = []
-        for step_uniforms in batch.uniforms_until_next_sync(uniforms, sync_every, device):
-            if cuda_graphs and not new_prompts and not batch.has_shared_rows:
-                tokens = cuda_graphs(last_tokens, step_uniforms)
-            else:
-                hidden = []
-                if len(last_tokens):
-                    hidden.append(decode(model, last_tokens, cache))
-                if new_prompts:
-                    hidden.append(prefill(model, new_prompts, cache))
-                    new_prompts = []
-                tokens = sample_tokens(torch.cat(hidden), uniforms=step_uniforms)  # of (B, C)
-            sampled.append(tokens)
-            ids, _, _ = tokens
-            last_tokens = ids[:, 0]
-
-        batch.append_tokens(stack_to_host(sampled), on_token)  # the one wait for the device
-        batch.collect_finished(on_group_finished)
-        last_tokens = batch.fork_rows(cache).to(device)
 
 
 def make_cache(model: AnyDecoder) -> KVCache:

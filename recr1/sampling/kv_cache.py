@@ -29,9 +29,9 @@ class KVCache:
     Attributes:
         kv: (2 * layers, rows, K, S, D), the keys of all layers, then their values.
         lengths: (rows,), how many tokens each row holds.
-        num_rows: B, how many rows are running.
-        max_len: the length of the longest running row, in tokens; known to the host.
+        host_lengths: (B,), those of the running rows once more: the host never waits for them.
         max_shape: (rows, slots) that the sequences of this call need at most.
+        num_moves: how often `kv` and `lengths` have got other memory.
     """
 
     def __init__(
@@ -45,18 +45,27 @@ class KVCache:
     ):
         self.kv = torch.zeros(2 * layers, 0, kv_heads, 0, head_dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(0, dtype=torch.int64, device=device)
+        self.host_lengths = np.zeros(0, np.int64)
         self.layers = layers
         self.exact = exact
-        self.num_rows = 0
-        self.max_len = 0
+        self.num_moves = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Return B, how many rows are running."""
+        return len(self.host_lengths)
+
+    @property
+    def max_len(self) -> int:
+        """Return the length of the longest running row, in tokens; 0 when there is none."""
+        return int(self.host_lengths.max(initial=0))
 
     def reset(self, rows: int, slots: int, reserve: bool = False) -> None:
         """Drop all running rows and set what the coming sequences need at most.
 
         `reserve`: allocate all of it now, so that it never moves (CUDA graphs).
         """
-        self.num_rows = 0
-        self.max_len = 0
+        self.host_lengths = self.host_lengths[:0]
         self.max_shape = (rows, slots)
         if reserve:
             self._reserve(rows, slots)
@@ -77,9 +86,8 @@ class KVCache:
         first_row = self.num_rows
         end_row = first_row + len(lengths)
         self._reserve(end_row, max(slots, self._count_slots_to_read()))
-        self.num_rows = end_row
-        self.max_len = max(self.max_len, int(lengths.max()))
-        self.lengths[first_row:end_row] = lengths.to(self.lengths.device)
+        self.host_lengths = np.append(self.host_lengths, lengths.numpy())
+        self.lengths[first_row:end_row] = lengths.to(self.lengths.device, non_blocking=True)
 
         def attention(layer, q, k, v):
             for index, packed_kv in ((layer, k), (self.layers + layer, v)):
@@ -116,7 +124,7 @@ class KVCache:
     def advance(self) -> None:
         """Count one token more in every running row, after a decode step through all layers."""
         self.lengths[: self.num_rows] += 1
-        self.max_len += 1
+        self.host_lengths += 1
 
     def reorder(self, parents: np.ndarray) -> np.ndarray:
         """Let child i continue row parents[i]. Return the row that each child is in.
@@ -138,12 +146,13 @@ class KVCache:
 
         self._reserve(n, self._count_slots_to_read())
         if not stays.all():
-            source = torch.from_numpy(parents[~stays]).to(self.lengths.device)
-            target = torch.from_numpy(rows[~stays]).to(self.lengths.device)
+            copies = torch.from_numpy(np.stack([parents[~stays], rows[~stays]]))
+            source, target = copies.to(self.lengths.device, non_blocking=True)
             self.lengths[target] = self.lengths[source]
             self.kv[:, target, :, : self.max_len] = self.kv[:, source, :, : self.max_len]
-        self.num_rows = n
-        self.max_len = int(self.lengths[:n].max()) if n else 0
+        parent_lengths = self.host_lengths[parents]
+        self.host_lengths = np.empty(n, np.int64)
+        self.host_lengths[rows] = parent_lengths
         return rows
 
     def _count_slots_to_read(self) -> int:
@@ -162,6 +171,9 @@ class KVCache:
         rows = grow(allocated_rows, rows, max_rows)
         slots = grow(allocated_slots, slots, max_slots)
 
+        if self.num_rows == 0:
+            # Nothing to keep: the old memory goes before the new one is taken.
+            self.kv = self.kv.new_zeros(2 * self.layers, 0, heads, 0, dim)
         kv = self.kv.new_zeros(2 * self.layers, rows, heads, slots, dim)
         lengths = self.lengths.new_zeros(rows)
         old_kv = self.kv[:, : self.num_rows, :, : self.max_len]
@@ -169,6 +181,7 @@ class KVCache:
         lengths[: self.num_rows] = self.lengths[: self.num_rows]
         self.kv = kv
         self.lengths = lengths
+        self.num_moves += 1
 
 
 def grow(allocated: int, needed: int, maximum: int) -> int:

@@ -26,7 +26,8 @@ class SampledSteps(NamedTuple):
 class SequenceBatch:
     """Keep the R sequences of a `generate` call: each is waiting, then running, then finished.
 
-    Siblings whose tokens so far are equal share one row of the KV cache.
+    Siblings whose tokens so far are equal share one row of the KV cache; without `share_rows` only
+    until their first token.
 
     Attributes:
         running: (n,), the indices of the running sequences, sorted by row.
@@ -44,11 +45,13 @@ class SequenceBatch:
         max_new_tokens: int,
         stop_token_ids: frozenset[int],
         vocab_size: int,
+        share_rows: bool = True,
     ):
         self.prompts = prompts
         self.group_size = group_size
         self.max_new_tokens = max_new_tokens
         self.vocab_size = vocab_size
+        self.share_rows = share_rows
         self.is_stop_token = np.isin(np.arange(vocab_size), list(stop_token_ids))  # (V,)
 
         # What each sequence has sampled.
@@ -119,7 +122,7 @@ class SequenceBatch:
         token = self.length[self.running] + np.arange(num_steps)[:, None]  # (steps, n)
         padded = np.full((num_steps, self.num_rows, self.index_in_row.max() + 1), 0.5)
         padded[:, self.row, self.index_in_row] = uniforms[prompt, sibling, token]
-        return torch.from_numpy(padded).to(device)  # all at once: each copy would wait for the GPU
+        return torch.from_numpy(padded).to(device, non_blocking=True)
 
     def append_tokens(
         self, sampled: SampledSteps, on_token: Callable[[int, int], None] | None
@@ -188,7 +191,8 @@ class SequenceBatch:
         )
 
     def fork_rows(self, cache: KVCache) -> torch.Tensor:
-        """Drop finished sequences and fork each row into one row per distinct next token.
+        """Drop finished sequences and fork each row into one row per distinct next token; without
+        `share_rows` into one row per sequence.
 
         Returns these tokens, (B,), on the CPU.
         """
@@ -197,16 +201,18 @@ class SequenceBatch:
         row = self.row[is_running]
         last_token = self.ids[running, self.length[running] - 1]
 
-        # A fork is a distinct pair (row, token), encoded as one integer: row * V + token. The cache
-        # copies a row that continues as several.
-        forks, fork_index = np.unique(row * self.vocab_size + last_token, return_inverse=True)
-        parent_row = forks // self.vocab_size
-        new_row = cache.reorder(parent_row)[fork_index]
+        # The cache copies a row that continues as several.
+        if self.share_rows:
+            # A fork is a distinct pair (row, token), encoded as one integer: row * V + token.
+            forks, fork_index = np.unique(row * self.vocab_size + last_token, return_inverse=True)
+            new_row = cache.reorder(forks // self.vocab_size)[fork_index]
+        else:
+            new_row = cache.reorder(row)
 
         by_row = np.argsort(new_row, kind="stable")
         self.running = running[by_row]
         self.row = new_row[by_row]
-        self.num_rows = len(forks)
+        self.num_rows = cache.num_rows
 
         tokens = np.zeros(self.num_rows, np.int64)
         tokens[new_row] = last_token
@@ -217,10 +223,16 @@ def stack_to_host(
     steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
 ) -> SampledSteps:
     """Stack the choices (ids, log-probs, truncated mass) of several steps and copy them to the
-    host.
+    host, all in one: each copy waits for the device.
+
+    They travel as float64, which holds an id, and a log-prob of any type, as it is.
     """
-    arrays = []
-    for tensors in zip(*steps):
-        stacked = torch.stack(tensors)
-        arrays.append(stacked.cpu().numpy())
-    return SampledSteps(*arrays)
+    ids, logp, truncated_mass = (torch.stack(tensors) for tensors in zip(*steps))
+    packed = torch.cat([ids.double(), logp.double(), truncated_mass.double()[..., None]], dim=-1)
+    on_host = packed.cpu().numpy()  # (steps, B, 2 K + 1)
+    K = ids.shape[2]
+    return SampledSteps(
+        ids=on_host[..., :K].astype(np.int64),
+        logp=on_host[..., K : 2 * K],
+        truncated_mass=on_host[..., 2 * K],
+    )

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from recr1.config.schema import ConfigError
 from recr1.distributed import collectives as dist
 from recr1.distributed.fsdp import Sharded
+from recr1.kernels.availability import choose_backend
 from recr1.kernels.cpu_linear import explain_inexact
 from recr1.model.decoder import Decoder
 from recr1.model.hf_weights import SafetensorsFolder, make_empty_model, save_model
@@ -41,6 +42,7 @@ def load_policy(
     attention: str = "auto",
     exact: bool = False,
     float32_head: bool = False,
+    kernels: str = "torch",
 ) -> Sharded:
     """Load the folder's model with float32 masters; each rank reads what it owns. Raises
     ModelFolderError, ConfigError.
@@ -48,12 +50,14 @@ def load_policy(
     Args:
         vocab_size: number of ids that the tokenizer can give.
         gradient_checkpointing, frozen: train.gradient_checkpointing and train.frozen of the config.
-        attention, exact, float32_head: model.attention, model.batch_invariant and
-            model.head_float32 of the config.
+        attention, exact, float32_head, kernels: model.attention, model.batch_invariant,
+            model.head_float32 and model.kernels of the config.
     """
     stripped = [pattern.strip() for pattern in frozen.split(",")]
     patterns = tuple(pattern for pattern in stripped if pattern)
-    model, tensors = _open_model(folder, vocab_size, compute, attention, exact, float32_head)
+    model, tensors = _open_model(
+        folder, vocab_size, compute, attention, exact, float32_head, kernels
+    )
     _check_frozen(patterns, list(model.state_dict()))
     return Sharded(
         model,
@@ -88,11 +92,14 @@ def load_reference(
     attention: str = "auto",
     exact: bool = False,
     float32_head: bool = False,
+    kernels: str = "torch",
 ) -> Sharded:
     """Load the reference, the policy before training: as load_policy, but frozen and stored in the
     compute type, in host memory if `on_host`.
     """
-    model, tensors = _open_model(folder, vocab_size, compute, attention, exact, float32_head)
+    model, tensors = _open_model(
+        folder, vocab_size, compute, attention, exact, float32_head, kernels
+    )
     return Sharded(
         model,
         tensors.__getitem__,
@@ -111,6 +118,7 @@ def _open_model(
     attention: str,
     exact: bool,
     float32_head: bool,
+    kernels: str,
 ) -> tuple[Decoder, SafetensorsFolder]:
     """Return a model without weights and the folder that has them, checked against each other."""
     model = make_empty_model(folder, vocab_size)
@@ -125,7 +133,12 @@ def _open_model(
         why_inexact = explain_inexact(compute, device)
         if why_inexact:
             raise ConfigError(f"model.batch_invariant: {why_inexact}")
-    model.set_backend(backend._replace(exact=exact, float32_head=float32_head))
+    backend = backend._replace(
+        exact=exact,
+        float32_head=float32_head,
+        fused_layers=choose_backend(kernels, device) == "triton",
+    )
+    model.set_backend(backend)
     return model, tensors
 
 

@@ -17,6 +17,7 @@ from recr1.distributed import collectives as dist, heartbeat
 from recr1.distributed.fsdp import Sharded
 from recr1.distributed.printing import print_rank0
 from recr1.distributed.process_group import set_collective_timeout
+from recr1.kernels.availability import choose_backend
 from recr1.memory import measure as memory, plan
 from recr1.memory.estimate import MemoryEstimate
 from recr1.model.hf_config import read_config
@@ -198,6 +199,7 @@ def build_policy(
         cfg.model.attention,
         cfg.model.batch_invariant,
         cfg.model.head_float32,
+        cfg.model.kernels,
     )
 
 
@@ -215,6 +217,7 @@ def build_reference(
         cfg.model.attention,
         cfg.model.batch_invariant,
         cfg.model.head_float32,
+        cfg.model.kernels,
     )
 
 
@@ -357,12 +360,13 @@ def format_setup(run: Run) -> str:
         if run.scores_async:
             beside_sampling = ", beside sampling"
     dtype = str(run.compute_dtype).removeprefix("torch.")
+    kernels = choose_backend(cfg.model.kernels, dist.device())
     fused_loss = " (group_loss)" if objective.runs_in_kernel else ""
     train, validation, test, _ = run.dataset
     return (
         f"{run.policy.size:,} parameters in {dtype}, {dist.world_size()} x {dist.device().type}, "
         f"{run.threads} threads each, attention {run.policy.backend}, {loss}, "
-        f"head {cfg.model.head}, kernels {cfg.model.kernels}{fused_loss}, "
+        f"head {cfg.model.head}, kernels {kernels}{fused_loss}, "
         f"{len(run.retriever.doc_ids)} documents, "
         f"retriever {run.retriever.description}{beside_sampling}, "
         f"queries: {len(train)} train, {len(validation)} validation, {len(test)} test"

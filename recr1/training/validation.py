@@ -43,6 +43,7 @@ class Evaluator:
                 self.scorer,
                 self.cfg.sampling.max_new_tokens,
                 self.prompts_at_once,
+                self.cfg.model.kernels,
             )
 
     def evaluate_test(self, name: str) -> list[dict]:

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from recr1.kernels import group_loss, logprob, sample_token
+from recr1.kernels import decoder_layer, group_loss, logprob, sample_token
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Qwen2.5's reachable ids: odd
@@ -43,6 +43,7 @@ LENGTHS = [1, 2, 15, 16, 17, 1000, 4096, 65536]
 head = logprob.get_kernels()
 group = group_loss.get_kernels()
 sampler = sample_token.get_kernels()
+layer = decoder_layer.get_kernels()
 
 
 class Case(NamedTuple):
@@ -123,6 +124,38 @@ CASES["advantage"] = Case(
     group.advantage_kernel,
     dict(rewards=F, advantages=F, floor="fp32"),
     dict(G=12, OTHERS=11, TILE=16, KIND=0),
+    4,
+)
+# a 3B model's width and heads, and the width of a 0.5B one, which is no power of two
+CASES["norm 2048"] = Case(
+    layer.rms_norm_kernel,
+    dict(x=H, weight=H, out=H, inverse_rms=F, eps="fp32"),
+    dict(C=2048, TILE=2048),
+    8,
+)
+CASES["norm 896"] = CASES["norm 2048"]._replace(constants=dict(C=896, TILE=1024), warps=4)
+CASES["norm_grad"] = Case(
+    layer.rms_norm_grad_kernel,
+    dict(grad=H, x=H, weight=H, inverse_rms=F, d_x=H, d_weight=F, M="i32"),
+    dict(C=2048, TILE=2048),
+    8,
+)
+CASES["rotary"] = Case(
+    layer.rotary_kernel,
+    dict(x=H, cos=H, sin=H, out=H),
+    dict(BACKWARD=False, H=16, HALF=64, HEAD_TILE=16, TILE=64),
+    4,
+)
+CASES["swiglu"] = Case(
+    layer.swiglu_kernel,
+    dict(gate=H, up=H, out=H, M="i32"),
+    dict(F=11_008, TILE=1024),
+    4,
+)
+CASES["swiglu_grad"] = Case(
+    layer.swiglu_grad_kernel,
+    dict(grad=H, gate=H, up=H, d_gate=H, d_up=H, M="i32"),
+    dict(F=11_008, TILE=1024),
     4,
 )
 

@@ -38,6 +38,7 @@ BAD_FILES = [
     ("optimizer: {betas: [0.9, x]}", "optimizer.betas: expected float"),
     ("optimizer: 3", "optimizer: expected a section"),
     ("optimizer: {kind: sgd}", "optimizer.kind: 'sgd' is not one of adamw, muon"),
+    ("model: {kernels: cuda}", "model.kernels: 'cuda' is not one of auto, torch, triton"),
     ("train: {steps: 0}", "train.steps: must be at least 1"),
     ("optimizer: {lr: .nan}", "optimizer.lr: must be a finite number"),
     ("data: {corpus: null}", "data.corpus: expected str"),

@@ -12,7 +12,11 @@ from scipy.stats import chi2
 from transformers import TopPLogitsWarper
 
 from recr1.data_types import Prompt
-from recr1.kernels.sample_token import find_nucleus_floor, sample_token
+from recr1.kernels.sample_token import (
+    compute_aligned_logits,
+    find_nucleus_floor,
+    sample_token,
+)
 from recr1.model.log_probs import make_distribution
 from recr1.sampling.generate import generate
 from recr1.utils.counter_rng import draw_uniforms
@@ -216,3 +220,18 @@ def test_greedy_takes_the_lowest_of_a_tie():
     assert ids.tolist() == [[1], [0]]
     assert torch.equal(logp, distribution.logp(ids))
     assert not cut.any()
+
+
+@pytest.mark.parametrize("V", [300, 151])
+def test_aligned_logits_are_the_products(V):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 24, generator=generator)
+    weight = torch.randn(V, 24, generator=generator)
+
+    logits = compute_aligned_logits(hidden, weight)
+
+    assert logits.shape == (5, V)
+    assert logits.stride(1) == 1
+    assert logits.stride(0) % 16 == 0
+    want = hidden.double() @ weight.double().T
+    assert (logits - want).abs().max() < 1e-4

@@ -19,7 +19,7 @@ from recr1.data_types import Prompt, Rollout
 from recr1.distributed.fsdp import Sharded
 from recr1.model import packed_attention, varlen_attention
 from recr1.model.log_probs import compute_log_probs
-from recr1.model.packed_attention import PackedAttention
+from recr1.model.packed_attention import PackedAttention, attend_decode, make_decode_bias
 from recr1.model.varlen_attention import (
     AttentionBackend,
     AttentionUnavailable,
@@ -273,6 +273,47 @@ def test_no_row_is_padded_and_no_head_repeated_where_the_kernel_groups_them(gpu,
     prompts = ((13, 4, 8), (13, 2, 8))
     completions = ((11, 4, 8), (3 + 4 + 9 + 7, 2, 8))
     assert flash.calls == [prompts, completions]
+
+
+def attend_in_float64(q, k, v, last):
+    """Attend from one query per row in float64, every head for itself: the oracle of decoding."""
+    heads_per_kv = q.shape[1] // k.shape[1]
+    k = k.double().repeat_interleave(heads_per_kv, 1)  # (B, H, S, D)
+    v = v.double().repeat_interleave(heads_per_kv, 1)
+    scores = torch.einsum("bhd,bhsd->bhs", q.double(), k) * q.shape[2] ** -0.5
+    is_beyond = torch.arange(k.shape[2]) > last[:, None]
+    weights = scores.masked_fill(is_beyond[:, None], -torch.inf).softmax(-1)
+    return torch.einsum("bhs,bhsd->bhd", weights, v)
+
+
+# dtype, its relative rounding, the error that float32 scores leave at most
+DECODE_DTYPES = [
+    (torch.bfloat16, 2**-8, 4e-3),
+    (torch.float16, 2**-11, 5e-4),
+    (torch.float32, 2**-24, 1e-6),
+]
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2), (7, 1)])
+@pytest.mark.parametrize("dtype, rounding, bound", DECODE_DTYPES)
+def test_decoding_does_not_round_its_scores(dtype, rounding, bound, heads, kv_heads):
+    """Scores of up to 30, as trained models have them: rounded, they would be off by `rounding` of
+    themselves, and the weights by that share times 30.
+    """
+    generator = torch.Generator().manual_seed(0)
+    B, S, D = 16, 96, 64
+    q = 8 * torch.randn(B, heads, D, generator=generator)
+    k = torch.randn(B, kv_heads, S, D, generator=generator)
+    v = torch.randn(B, kv_heads, S, D, generator=generator)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    last = torch.randint(S, (B,), generator=generator)
+    want = attend_in_float64(q, k, v, last)
+
+    with torch.no_grad():
+        out = attend_decode(q, k, v, make_decode_bias(last, S, dtype))
+
+    assert out.dtype == dtype
+    assert (out.double() - want).norm() <= bound * want.norm()
 
 
 PROMPT_LENGTHS = (3, 8, 1)

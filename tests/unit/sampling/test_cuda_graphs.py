@@ -15,11 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from recr1.data_types import Prompt
+from recr1.evaluation.evaluate import generate_greedily
 from recr1.model.varlen_attention import AttentionBackend
 from recr1.sampling import cuda_graphs, generate as sampler
 from recr1.sampling.cuda_graphs import DecodeGraphs, round_to_rung
 from recr1.sampling.generate import generate
 from recr1.sampling.kv_cache import KVCache
+from recr1.sampling.sequences import SampledSteps, SequenceBatch, stack_to_host
 
 # one text in thirteen ends at each token: rows thin out, texts end inside a look's tokens
 STOPS = frozenset(range(0, 394, 30))
@@ -191,6 +193,7 @@ def replace_cuda(monkeypatch, log):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: log.main_stream)
+    cuda_graphs.get_graph_stream.cache_clear()
 
 
 def watch_graphs(monkeypatch, log):
@@ -227,6 +230,7 @@ def check_log(log):
         assert len(waited) == log.main_stream.waited.count(graphs.stream)
         assert set(waited) == {log.main_stream}
     assert 0 < len(log.pools) <= log.calls
+    assert len({stream for _, stream in log.pools}) == 1, "one stream for all calls"
     most_steps = max(Counter(log.keys).values(), default=0)
     assert most_steps <= 2 * log.calls, "a pair runs twice: to warm up, to be captured"
 
@@ -243,6 +247,7 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(sampler, "GRAPH_DEVICES", ("cpu",))
     yield log
     check_log(log)
+    cuda_graphs.get_graph_stream.cache_clear()
 
 
 class Case(NamedTuple):
@@ -276,8 +281,11 @@ def draw_prompts(n):
     return prompts
 
 
-def draw(model, case, cache=None, **more):
-    """Generate the texts of a case, and check that the callbacks heard the same texts."""
+def draw(model, case, cache=None, listen=False, temperature=0.8, **more):
+    """Generate the texts of a case, and check that the callbacks heard the same texts.
+
+    listen: hear the tokens too, one by one.
+    """
     n, group_size, new_tokens, options, greedy = CASES[case]
     prompts = draw_prompts(n)
     uniforms = None
@@ -297,21 +305,21 @@ def draw(model, case, cache=None, **more):
         model,
         prompts,
         group_size,
-        0.8,
+        temperature,
         new_tokens,
         STOPS,
         uniforms,
         cache,
-        on_token=record_token,
+        on_token=record_token if listen else None,
         on_group_finished=record_group,
         **options,
         **more,
     )
 
     ids = [r.ids for r in rollouts]
-    streamed_ids = [tuple(streamed[row]) for row in range(n * group_size)]
     groups = [ids[start : start + group_size] for start in range(0, len(ids), group_size)]
-    assert streamed_ids == ids
+    if listen:
+        assert [tuple(streamed[row]) for row in range(n * group_size)] == ids
     assert sorted(finished_groups) == sorted(groups)
     return rollouts
 
@@ -346,11 +354,11 @@ def world(request, monkeypatch):
     """
     model, bound = make_model(request.param)
 
-    def draw_eagerly(case):
+    def draw_eagerly(case, **more):
         with monkeypatch.context() as patch:
             patch.setattr(sampler, "SYNC_EVERY", {"cpu": 1})
             patch.setattr(sampler, "GRAPH_DEVICES", ())
-            return draw(model, case)
+            return draw(model, case, listen=True, **more)
 
     return model, bound, draw_eagerly
 
@@ -388,7 +396,7 @@ def test_graphs_change_nothing(world, case, on_cpu):
     theirs = draw_eagerly(case)
 
     assert_same(ours, theirs, bound)
-    # new siblings share a row, and shared rows take the eager step
+    # siblings that enter share a row, and shared rows take the eager step
     if case != "late":
         assert replays > len(keys)
     numbers_of_rows = {rows for rows, _, _ in keys}
@@ -396,6 +404,151 @@ def test_graphs_change_nothing(world, case, on_cpu):
     if len(ours) > 1:
         assert len(numbers_of_rows) > 1
     assert len(widths) > 1
+
+
+def test_siblings_that_agree_do_not_keep_graphs_away(world, on_cpu, monkeypatch):
+    """At a temperature at which siblings choose the same, all steps but the first are graphs."""
+    model, bound, draw_eagerly = world
+    eager_steps = []
+    eager_step = sampler.Sampler._step
+
+    def log_eager_step(self, *arguments):
+        eager_steps.append(self.cache.num_rows)
+        return eager_step(self, *arguments)
+
+    monkeypatch.setattr(sampler.Sampler, "_step", log_eager_step)
+    monkeypatch.setitem(CASES, "agreeing", Case(4, 6, 60))
+    ours = draw(model, "agreeing", temperature=1e-4)
+    graph_steps = count_replays(on_cpu) + len(set(on_cpu.keys))  # a pair's first step warms up
+    assert len(eager_steps) == 1, "only the step in which prompts enter"
+    theirs = draw_eagerly("agreeing", temperature=1e-4)
+
+    assert_same(ours, theirs, bound * 10_000)
+    assert len({r.ids for r in ours}) == 4
+    assert graph_steps >= 10
+
+
+def fork(share_rows, model, chosen):
+    """Prefill two prompts with three siblings each, append the chosen tokens (steps, 6), and fork
+    after each. Return the batch, its cache and the forks' tokens.
+    """
+    cache = sampler.make_cache(model)
+    batch = SequenceBatch(draw_prompts(2), 3, 8, frozenset([9]), 394, share_rows)
+    cache.reset(6, 64)
+    new_prompts = batch.admit(6)
+    with torch.no_grad():
+        sampler.prefill(model, new_prompts, cache)
+        for token_ids in chosen:
+            batch.uniforms_until_next_sync(None, 1, torch.device("cpu"))
+            by_sequence = np.array(token_ids)[batch.running]
+            ids = np.zeros((1, batch.num_rows, 3), np.int64)
+            ids[0, batch.row, batch.index_in_row] = by_sequence
+            logp = np.zeros(ids.shape)
+            batch.append_tokens(SampledSteps(ids, logp, logp[..., 0]), None)
+            tokens = batch.fork_rows(cache)
+    return batch, cache, tokens
+
+
+def test_a_row_forks_by_token_or_by_text():
+    """Two prompts of three siblings: first 5 5 7 and 5 5 5, in which sequence 5 then ends."""
+    model = tiny_model(seed=4)
+    chosen = [[5, 5, 7, 5, 5, 9]]
+
+    shared, shared_cache, shared_tokens = fork(True, model, chosen)
+    alone, alone_cache, alone_tokens = fork(False, model, chosen)
+
+    assert shared.num_rows == 3
+    assert alone.num_rows == 5
+    assert not alone.has_shared_rows
+    assert sorted(shared.running) == sorted(alone.running) == [0, 1, 2, 3, 4]
+    assert len(set(alone.row)) == 5
+    for batch, cache, tokens in (
+        (shared, shared_cache, shared_tokens),
+        (alone, alone_cache, alone_tokens),
+    ):
+        assert cache.host_lengths.tolist() == cache.lengths[: cache.num_rows].tolist()
+        for sequence, row in zip(batch.running, batch.row):
+            prompt = batch.prompts[sequence // 3]
+            assert tokens[row] == chosen[0][sequence]
+            assert cache.host_lengths[row] == len(prompt.ids)
+            # what the row holds is its prompt's keys and values, wherever it was copied from
+            length = len(prompt.ids)
+            original = shared_cache.kv[:, shared.row[list(shared.running).index(sequence)]]
+            assert torch.equal(cache.kv[:, row, :, :length], original[:, :, :length])
+
+
+def test_the_host_knows_the_lengths(world, on_cpu, monkeypatch):
+    """What it counts is what the device counts, after prefill, steps, graphs and forks."""
+    model, _, _ = world
+    reorder = KVCache.reorder
+
+    def check_and_reorder(self, parents):
+        rows = reorder(self, parents)
+        assert self.host_lengths.tolist() == self.lengths[: self.num_rows].tolist()
+        return rows
+
+    monkeypatch.setattr(KVCache, "reorder", check_and_reorder)
+    draw(model, "late")
+
+
+def test_choices_travel_to_the_host_as_they_are():
+    ids = torch.tensor([[0, 151_935], [2**31 - 1, 7]])
+    logp = torch.tensor([[-1e-7, -3.1], [-88.2, -torch.inf]])
+    mass = torch.tensor([0.1, 1e-9])
+
+    sampled = stack_to_host([(ids, logp, mass), (ids + 1, logp.double() / 3, mass)])
+
+    assert np.array_equal(sampled.ids, torch.stack([ids, ids + 1]).numpy())
+    assert np.array_equal(sampled.logp, torch.stack([logp.double(), logp.double() / 3]).numpy())
+    assert np.array_equal(sampled.truncated_mass, torch.stack([mass, mass]).double().numpy())
+    assert sampled.ids.dtype == np.int64
+
+
+def test_who_listens_hears_every_token_as_it_is_chosen(world, monkeypatch):
+    """Also where the host looks every eight tokens at texts that nobody listens to."""
+    model, bound, draw_eagerly = world
+    monkeypatch.setattr(sampler, "SYNC_EVERY", {"cpu": 8})
+    looks = []
+    stack = sampler.stack_to_host
+
+    def log_look(steps):
+        looks.append(len(steps))
+        return stack(steps)
+
+    monkeypatch.setattr(sampler, "stack_to_host", log_look)
+    ours = draw(model, "greedy", listen=True)
+    assert set(looks) == {1}
+    looks.clear()
+    draw(model, "greedy")
+
+    assert 8 in looks
+    theirs = draw_eagerly("greedy")
+    assert_same(ours, theirs, bound)
+
+
+def test_an_evaluation_keeps_its_graphs(world, on_cpu, monkeypatch):
+    """Chunks of one size are decoded by the graphs of the first, with the texts of eager steps;
+    a longer prompt, for which the cache must grow, has new ones made.
+    """
+    model, _, _ = world
+    lengths = [20, 12, 9, 17, 20, 6, 28, 20]
+    prompts = []
+    for i, length in enumerate(lengths):
+        ids = np.random.default_rng(i).integers(394, size=length)
+        prompts.append(Prompt(f"q{i}", i, "", tuple(ids.tolist())))
+
+    ours = generate_greedily(model, prompts, STOPS, 24, prompts_at_once=2)
+    captures = [key for key, count in Counter(on_cpu.keys).items() if count == 2]
+    calls = on_cpu.calls
+    del on_cpu.graphs[0]  # its memory grew for the longer prompt
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler, "SYNC_EVERY", {"cpu": 1})
+        patch.setattr(sampler, "GRAPH_DEVICES", ())
+        theirs = generate_greedily(model, prompts, STOPS, 24, prompts_at_once=2)
+
+    assert list_texts(ours) == list_texts(theirs)
+    assert calls == 2
+    assert captures
 
 
 def test_a_cache_of_before_is_used_again(world, on_cpu):
