@@ -60,7 +60,7 @@ class Report:
 
     def _add_bar(self, name: str, value: float, bar: float, ok: bool) -> None:
         rounded = round_figure(float(value))
-        self.bars.append(dict(name=name, value=rounded, bar=bar, ok=bool(ok)))
+        self.bars.append(dict(name=name, value=rounded, bar=round_figure(bar), ok=bool(ok)))
 
 
 def round_figure(value: float | int | str) -> float | int | str:

@@ -36,8 +36,9 @@ def check_dry_runs(report: Report, setting: Setting) -> None:
     runs: dict[str, tuple[Callable[[list[str]], None], list[str]]] = {}
     for kernels in setting.kernels:
         runs[f"GRPO, {kernels}"] = (train.main, [PAPER_CONFIG, f"model.kernels={kernels}"])
-    runs["GRPO, moments and reference in host memory"] = (train.main, [PAPER_CONFIG, *ON_HOST])
-    runs["SFT"] = (sft.main, [SFT_CONFIG])
+    fastest = f"model.kernels={setting.fastest_kernels}"
+    runs["GRPO, state in host memory"] = (train.main, [PAPER_CONFIG, fastest, *ON_HOST])
+    runs["SFT"] = (sft.main, [SFT_CONFIG, fastest])
     for name, (main, argv) in runs.items():
         code = run_in_process(main, [*argv, "--dry-run"])
         report.equals(f"{name}: exit code", code, 0)
@@ -62,13 +63,13 @@ LEARNING = [
     "save.every=0",
     "log.print_every=10",
 ]
-GAIN_BAR = 0.05  # NDCG@100; on a CPU it is about .2 after 40 steps
+GAIN_BAR = 0.05  # of the reward; the walk-through's goes from .458 to .667 in 40 steps on a CPU
 WINDOW = 5  # steps over which a reward is averaged
 
 
 def check_learning(report: Report, setting: Setting) -> None:
     """A short run of the quickstart on a few queries, all in each step: its reward grows."""
-    steps = setting.pick(40, 16)
+    steps = setting.pick(40, 30)
     num_queries = setting.pick(48, 12)
     folder = setting.folder / "learning"
     files = write_first_queries(setting.folder, num_queries)

@@ -57,7 +57,7 @@ class Draw(NamedTuple):
 def read_bundled_prompts(setting: Setting) -> tuple[Rewriter, list[Prompt]]:
     """Return the bundled policy with its tokenizer, and prompts of the first test queries."""
     rewriter = Rewriter(str(BUNDLED_POLICY), None)
-    count = setting.pick(64, 6)
+    count = setting.pick(64, 3)
     lines = QUERIES.read_text(encoding="utf-8").splitlines()[:count]
     prompts = [rewriter.make_prompt(json.loads(line)["text"]) for line in lines]
     return rewriter, prompts
@@ -102,7 +102,7 @@ def check_graphs(report: Report, setting: Setting) -> None:
     if not setting.has_gpu:
         raise CannotRun("CUDA graphs need a GPU")
     rewriter, prompts = read_bundled_prompts(setting)
-    bundled = Draw(prompts, GROUP, NEW_TOKENS, rewriter.stops)
+    bundled = Draw(prompts, GROUP, setting.pick(NEW_TOKENS, 10), rewriter.stops)
     policy = load_policy(str(BUNDLED_POLICY), len(rewriter.tokenizer), torch.float32)
     for kernels in setting.kernels:
         draw = bundled._replace(kernels=kernels)
@@ -148,9 +148,10 @@ class TokenLogProbs(NamedTuple):
     exact: torch.Tensor  # transformers, float32, CPU
 
 
-# Without a correction the gap is a bias of the gradient: e^gap - 1 of a token's weight.
-GAP_MEAN_BAR = 0.02
-GAP_P99_BAR = 0.2
+# Without a correction the gap is a bias of the gradient: e^gap - 1 of a token's weight. On the
+# stand-in GPU, in bfloat16 with scores in bfloat16 too: mean .0023, 99th percentile .032.
+GAP_MEAN_BAR = 0.01
+GAP_P99_BAR = 0.1
 
 
 def check_gap(report: Report, setting: Setting) -> None:

@@ -241,7 +241,9 @@ def measure_step(report: Report, setting: Setting) -> None:
         prompts=make_prompts(work.prompts, work.prompt, setting.reachable),
         cfg=cfg,
     )
-    report.figure("allocator", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "as torch has it"))
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    settings = [os.environ[name] for name in names if name in os.environ]
+    report.figure("allocator", ", ".join(settings) or "as torch has it")
     for number in range(2):
         run_step(report, setting, parts, number)
 
