@@ -244,6 +244,12 @@ def add_doctor_command(commands: argparse._SubParsersAction) -> None:
         default="runs/run",
         help="the folder that a run would write to; default: runs/run",
     )
+    parser.add_argument(
+        "--gpu",
+        action="store_true",
+        help="run on the GPU, in about two minutes, what must be right there "
+        "(experiments/gpu_day.py of a checkout)",
+    )
     add_json_flag(parser)
 
 
@@ -489,7 +495,7 @@ def run_explain(args: argparse.Namespace) -> None:
 
 def run_doctor(args: argparse.Namespace) -> None:
     """`recr1 doctor`: check the machine."""
-    exit_code = doctor.main(args.folder, args.json)
+    exit_code = doctor.main(args.folder, args.json, args.gpu)
     sys.exit(exit_code)
 
 

@@ -2,7 +2,8 @@
 about it: `recr1 doctor`, or `python -m recr1.doctor`.
 
 The second form needs nothing but Python: packages are tried in processes of their own, so one that
-cannot be imported, or crashes, is a finding.
+cannot be imported, or crashes, is a finding. --gpu also runs what of experiments/gpu_day.py must be
+right on a GPU, about two minutes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from typing import Any
 GIB = 2**30
 
 IMPORT_TIMEOUT = 300  # seconds: the first import on a network disk is slow
+
+# What --gpu runs. Only a checkout has it: experiments/ is no part of the package.
+GPU_DAY = Path(__file__).resolve().parents[1] / "experiments/gpu_day.py"
+GPU_MINUTES = 2  # none of its sections begins later
 
 # The packages whose versions are reported.
 VERSIONS = (
@@ -214,8 +219,13 @@ def warn(what: str, do: str) -> Finding:
     return Finding(False, what, do)
 
 
-def examine_machine(run: str = "runs/run") -> tuple[dict, list[Finding]]:
-    """Return facts by section, and what is wrong. `run`: the folder that a run would write to."""
+def examine_machine(run: str = "runs/run", gpu: bool = False) -> tuple[dict, list[Finding]]:
+    """Return facts by section, and what is wrong.
+
+    Args:
+        run: the folder that a run would write to.
+        gpu: run the correctness sections of experiments/gpu_day.py too.
+    """
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -234,6 +244,8 @@ def examine_machine(run: str = "runs/run") -> tuple[dict, list[Finding]]:
         *check_devices(facts),
         *check_machine(facts),
     ]
+    if gpu:
+        findings += check_gpu_day(facts)
     return facts, findings
 
 
@@ -529,6 +541,71 @@ def _check_gpu(gpu: dict, architectures: list[str]) -> Iterator[Finding]:
         )
 
 
+# --- what a GPU computes ----------------------------------------------------------------------
+
+
+def check_gpu_day(facts: dict) -> Iterator[Finding]:
+    """Run the correctness sections of experiments/gpu_day.py, and yield those that do not hold.
+
+    Their results become facts["gpu_day"].
+    """
+    facts["gpu_day"] = []
+    if not facts["torch"].get("gpus"):
+        yield report_broken(
+            "--gpu: torch sees no GPU here, so nothing was checked on one",
+            "run it on the machine that has the GPU; without --gpu the rest is checked",
+        )
+        return
+    if not GPU_DAY.exists():
+        yield report_broken(
+            "--gpu: its checks are experiments/gpu_day.py, and this recr1 is installed without "
+            "experiments/",
+            "get a checkout of recr1's repository and run python experiments/gpu_day.py in it",
+        )
+        return
+    results, exit_code = run_gpu_day()
+    facts["gpu_day"] = results
+    if not results:
+        yield report_broken(
+            f"--gpu: {GPU_DAY} ended with exit code {exit_code} before its first section",
+            f"run it by itself and read what it says: python {GPU_DAY} --only correctness",
+        )
+    for result in results:
+        name = result["section"]
+        if result["status"] in ("not ok", "raised"):
+            yield report_broken(
+                f"on this GPU the check {name} does not hold ({result['status']}): {result['why']}",
+                f"python {GPU_DAY} --only {name} prints its figures; do not trust a run here "
+                "until it holds",
+            )
+        elif result["status"] == "left out":
+            yield warn(
+                f"the check {name} was left out: {GPU_MINUTES} minutes were over",
+                f"python {GPU_DAY} --only {name}",
+            )
+
+
+def run_gpu_day() -> tuple[list[dict], int]:
+    """Run the sections in a process of its own; return their results and its exit code.
+
+    What it says on the way goes to stderr, as it comes.
+    """
+    python_path = [str(GPU_DAY.parents[1]), os.environ.get("PYTHONPATH", "")]
+    arguments = ["--only", "correctness", "--minutes", str(GPU_MINUTES), "--no-record"]
+    process = subprocess.run(
+        [sys.executable, str(GPU_DAY), *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, python_path))},
+        stdout=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    results = []
+    for line in process.stdout.splitlines():
+        if line.startswith('{"section"'):
+            results.append(json.loads(line))
+    return results, process.returncode
+
+
 # --- the machine ------------------------------------------------------------------------------
 
 
@@ -670,6 +747,7 @@ def format_report(facts: dict, findings: list[Finding]) -> str:
         *_list_torch_rows(facts["torch"]),
         *_list_recr1_rows(facts["recr1"]),
         *_list_machine_rows(facts),
+        *_list_gpu_day_rows(facts.get("gpu_day", [])),
     ]
     if facts["environment"]:
         settings = [f"{name}={value}" for name, value in facts["environment"].items()]
@@ -762,13 +840,21 @@ def _list_machine_rows(facts: dict) -> Iterator[tuple[str, str]]:
     )
 
 
+def _list_gpu_day_rows(results: list[dict]) -> Iterator[tuple[str, str]]:
+    name = "gpu"
+    for result in results:
+        why = f" ({result['why']})" if result["status"] == "cannot run" else ""
+        yield name, f"{result['section']}: {result['status']}{why}"
+        name = ""
+
+
 def _format_gib(size: int | None) -> str:
     return "?" if size is None else f"{size / GIB:.1f}"
 
 
-def main(run: str, as_json: bool) -> int:
+def main(run: str, as_json: bool, gpu: bool = False) -> int:
     """Print the report. Return 1 when something will not work, else 0."""
-    facts, findings = examine_machine(run)
+    facts, findings = examine_machine(run, gpu)
     print(format_report(facts, findings))
     ok = not any(finding.broken for finding in findings)
     if as_json:
@@ -783,5 +869,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m recr1.doctor")
     parser.add_argument("--run", metavar="RUN", default="runs/run")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--gpu", action="store_true")
     arguments = parser.parse_args()
-    sys.exit(main(arguments.run, arguments.json))
+    sys.exit(main(arguments.run, arguments.json, arguments.gpu))
