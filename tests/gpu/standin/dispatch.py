@@ -68,6 +68,9 @@ NOT_LAUNCHED = {
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 COPIES = {"copy_", "_to_copy"}
 
+# x[0] = 1.0 comes here as a fill by a CPU tensor.
+TAKING_NUMBERS = {"fill_"}
+
 
 class DeviceMismatch(RuntimeError):
     """An operation has operands on the GPU and on the CPU."""
@@ -112,7 +115,7 @@ def check_devices(func: Callable, operands: list[torch.Tensor]) -> None:
         raise DeviceMismatch(
             f"{func}: expected all tensors to be on the GPU, found on the CPU: {shapes}"
         )
-    if on_cpu and not shapes:
+    if on_cpu and not shapes and name not in TAKING_NUMBERS:
         activity.add_host_number(name)
 
 
