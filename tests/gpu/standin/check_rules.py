@@ -4,7 +4,6 @@ documentation states, and has a program that breaks it.
 
 import pytest
 import torch
-
 from gpu.standin.activity import HostWait
 from gpu.standin.dispatch import DeviceMismatch
 from gpu.standin.graphs import GraphError

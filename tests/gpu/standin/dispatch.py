@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
-
 from gpu.standin.activity import activity
 from gpu.standin.graphs import list_tensors, list_written
 from gpu.standin.kernels import get_name, run_on_cpu
@@ -19,6 +17,7 @@ from gpu.standin.streams import (
     wait_on_host,
 )
 from gpu.standin.tensor import GpuTensor
+from torch.utils._pytree import tree_map
 
 # The result's shape, or a Python number, depends on values in the GPU's memory.
 WAITING = {
@@ -249,9 +248,12 @@ def make_range(*bounds, dtype=None, layout=None, device=None, pin_memory=None) -
 
 
 library = torch.library.Library("aten", "IMPL")
-library.impl("empty.memory_format", make_empty, "CUDA")
-library.impl("empty_strided", make_empty_strided, "CUDA")
-for overload in ("arange", "arange.start", "arange.start_step"):
-    library.impl(overload, make_range, "CUDA")
 
-GpuTensor.run_operation = staticmethod(run_operation)
+
+def register_operations() -> None:
+    """Let torch call the functions of this file."""
+    GpuTensor.run_operation = staticmethod(run_operation)
+    library.impl("empty.memory_format", make_empty, "CUDA")
+    library.impl("empty_strided", make_empty_strided, "CUDA")
+    for overload in ("arange", "arange.start", "arange.start_step"):
+        library.impl(overload, make_range, "CUDA")

@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_leaves
-
 from gpu.standin.activity import HostWait, activity
 from gpu.standin.kernels import get_name, run_on_cpu
 from gpu.standin.places import name_place
@@ -25,6 +23,7 @@ from gpu.standin.streams import (
     thread_state,
     use_stream,
 )
+from torch.utils._pytree import tree_leaves
 
 
 class GraphError(RuntimeError):

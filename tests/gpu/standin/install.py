@@ -10,8 +10,9 @@ def install() -> None:
     """
     load_library()
 
-    # they import torch
-    from gpu.standin import dispatch  # noqa: F401: its import gives GPU tensors their operations
+    # these import torch
+    from gpu.standin.dispatch import register_operations
     from gpu.standin.torch_cuda import replace_torch_cuda
 
+    register_operations()
     replace_torch_cuda()

@@ -3,7 +3,6 @@
 import gc
 
 import pytest
-
 from gpu.standin.install import install
 
 install()

@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-
 from gpu.standin.activity import activity
 from gpu.standin.places import name_place
 

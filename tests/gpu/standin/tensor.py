@@ -6,7 +6,6 @@ import os
 from typing import Any
 
 import torch
-
 from gpu.standin.streams import Stream, find_allocation, is_deleted
 
 DEVICE_INDEX = int(os.environ.get("LOCAL_RANK", "0"))
@@ -20,7 +19,7 @@ class GpuTensor(torch.Tensor):
     `allocation` is that of the memory, which views share.
     """
 
-    # dispatch.py puts its function here: (func, args, kwargs) -> result
+    # (func, args, kwargs) -> result: see dispatch.register_operations
     run_operation: Any = None
 
     __torch_function__ = torch._C._disabled_torch_function_impl

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch._dynamo  # before: at its import it lists torch.cuda's functions, which must differ
 import torch.distributed as td
-
 from gpu.standin import graphs, streams
 from gpu.standin.activity import activity
 from gpu.standin.tensor import DEVICE_INDEX

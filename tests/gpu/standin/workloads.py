@@ -1,6 +1,5 @@
-"""What the checks and the report run on the stand-in: the pieces of a training step, small enough to
-count by hand. All numbers that decide how long a text is are fixed, so counts are the same on every
-machine.
+"""What the checks and the report run on the stand-in: the pieces of a training step, small enough
+to count by hand. What decides how long a text is is fixed, so that counts are too.
 
 Legend: L layers, P prompts, G siblings.
 """
@@ -101,9 +100,7 @@ def sample_texts(
         uniforms = np.random.default_rng(0).random((num_prompts, group_size, length))
     prompts = make_prompts(num_prompts)
     with unsharded(policy):
-        return sampler.generate(
-            policy, prompts, group_size, 1.0, length, NO_STOPS, uniforms
-        )
+        return sampler.generate(policy, prompts, group_size, 1.0, length, NO_STOPS, uniforms)
 
 
 def make_rollouts(num_prompts: int, length: int) -> list[Rollout]:
@@ -263,9 +260,7 @@ def train_on_host(num_steps: int) -> None:
     for _ in range(num_steps):
         for update in make_updates(policy, reference, cfg):
             for batch in update.micro_batches:
-                loss, _, _ = compute_policy_loss(
-                    policy, batch, update.denominator, 1.0, objective
-                )
+                loss, _, _ = compute_policy_loss(policy, batch, update.denominator, 1.0, objective)
                 loss.backward()
             optimizer.step()
     torch.cuda.synchronize()
