@@ -1,5 +1,5 @@
 // What torch's C++ side asks of a GPU, and a torch without CUDA lacks: CUDA's hooks and its device
-// guard. They do nothing. There is one device, with the number of the rank on its machine.
+// guard. They do nothing. A rank has one device, with its number on the machine.
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
@@ -7,10 +7,13 @@
 
 #include <cstdlib>
 
-static int current() {
-  const char* rank = std::getenv("LOCAL_RANK");
-  return rank ? std::atoi(rank) : 0;
+static int read_number(const char* variable, int otherwise) {
+  const char* value = std::getenv(variable);
+  return value ? std::atoi(value) : otherwise;
 }
+
+static int current() { return read_number("LOCAL_RANK", 0); }
+static int count() { return read_number("LOCAL_WORLD_SIZE", 1); }
 
 namespace at {
 
@@ -21,8 +24,8 @@ struct CUDAHooks : CUDAHooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex deviceCount() const override { return current() + 1; }
-  int getNumGPUs() const override { return current() + 1; }
+  DeviceIndex deviceCount() const override { return count(); }
+  int getNumGPUs() const override { return count(); }
   DeviceIndex current_device() const override { return current(); }
   DeviceIndex getCurrentDevice() const override { return current(); }
   void setCurrentDevice(DeviceIndex) const override {}
@@ -47,7 +50,7 @@ struct DeviceGuard final : c10::impl::NoOpDeviceGuardImpl<CUDA> {
   c10::Device exchangeDevice(c10::Device) const override { return device(); }
   c10::Stream getStream(c10::Device) const noexcept override { return stream(); }
   c10::Stream exchangeStream(c10::Stream) const noexcept override { return stream(); }
-  c10::DeviceIndex deviceCount() const noexcept override { return current() + 1; }
+  c10::DeviceIndex deviceCount() const noexcept override { return count(); }
   void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
   void block(void*, const c10::Stream&) const override {}
   bool queryEvent(void*) const override { return true; }

@@ -179,10 +179,11 @@ allocations: weakref.WeakValueDictionary[int, Allocation] = weakref.WeakValueDic
 def find_allocation(inner: torch.Tensor, on_host: bool = False) -> Allocation:
     """Return the allocation of a CPU tensor's memory, a new one at first sight.
 
-    What is first seen inside a capture lies in the graph's pool.
+    What is first seen inside a capture lies in the graph's pool. Host memory is one piece per
+    tensor, not per storage: tensors of their own share a pinned one.
     """
     storage = inner.untyped_storage()
-    address = storage.data_ptr()
+    address = inner.data_ptr() if on_host else storage.data_ptr()
     with lock:
         allocation = allocations.get(address)
         if allocation is None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from gpu.standin.streams import Stream, find_allocation, is_deleted
 
+NUM_DEVICES = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each rank has one of its own
 DEVICE_INDEX = int(os.environ.get("LOCAL_RANK", "0"))
 GPU = torch.device("cuda", DEVICE_INDEX)
 

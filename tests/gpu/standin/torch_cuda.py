@@ -10,7 +10,7 @@ import torch._dynamo  # before: at its import it lists torch.cuda's functions, w
 import torch.distributed as td
 from gpu.standin import graphs, streams
 from gpu.standin.activity import activity
-from gpu.standin.tensor import DEVICE_INDEX
+from gpu.standin.tensor import DEVICE_INDEX, NUM_DEVICES
 
 TOTAL_MEMORY = 140 << 30  # an H200's
 NAME = "a stand-in GPU"
@@ -43,7 +43,7 @@ REPLACED = dict(
     # the device
     _lazy_init=do_nothing,
     current_device=lambda: DEVICE_INDEX,
-    device_count=lambda: DEVICE_INDEX + 1,
+    device_count=lambda: NUM_DEVICES,
     get_device_capability=lambda device=None: COMPUTE_CAPABILITY,
     get_device_name=lambda device=None: NAME,
     is_available=lambda: True,
