@@ -43,9 +43,8 @@ OPTIONS = {
     "small micro-batches": [],  # see `small_micro_batches`
 }
 
+# esci_bm25_3b and esci_dense_3b run in check_waits.py
 EVERY_TIME = {
-    "esci_bm25_3b.yaml",
-    "esci_dense_3b.yaml",
     "esci_sft_3b.yaml",
     "recllm_grpo_1.5b.yaml",
     "on the host",

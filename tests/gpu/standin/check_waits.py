@@ -93,6 +93,8 @@ def list_excess(workload: str) -> list[str]:
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_the_host_waits_no_more_than_the_table_says(workload, gpu_activity):
     assert not list_excess(workload)
+    assert not gpu_activity.host_numbers
+    assert not gpu_activity.races
 
 
 def test_a_new_wait_is_found(monkeypatch, gpu_activity):

@@ -164,6 +164,8 @@ def account(func: Callable, name: str, args: tuple, kwargs: dict, result: Any) -
     operand_memory = {x.allocation for x in operands}
     output_memory = {x.allocation for x in outputs}
     written = list_written(func, args, kwargs)
+    if func.namespace == "c10d":  # collectives do not declare what they write
+        written = operands
     writes = {x.allocation for x in written if isinstance(x, GpuTensor)}
     writes |= output_memory - operand_memory
     reads = operand_memory - writes

@@ -27,7 +27,7 @@ def get_name(func: Callable) -> str:
 # --- Products whose result is wider than their operands -------------------------------------------
 
 
-def mm_wide(
+def multiply_wide(
     a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Multiply (mm, bmm) exactly as far as `dtype` goes: cuBLAS sums in float32."""
@@ -37,7 +37,7 @@ def mm_wide(
     return out.copy_(product)
 
 
-def addmm_wide(
+def multiply_and_add_wide(
     addend: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
@@ -90,7 +90,7 @@ def check_varlen_arguments(q, k, v, cu_q, cu_k, max_q, max_k, is_causal) -> None
         assert longest == int(lengths.max())
 
 
-def softmax_weights(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+def compute_softmax_weights(q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
     """Return the weights of one sequence, causal from the end: q (T, K, H/K, D), k (S, K, D) ->
     (K, H/K, T, S), float32.
     """
@@ -114,7 +114,7 @@ def attend_varlen(
     out = torch.empty_like(q)
     for queries, keys in list_sequences(cu_q, cu_k):
         grouped_q = q[queries].unflatten(1, (k.shape[1], -1))
-        weights = softmax_weights(grouped_q, k[keys], scale).to(q.dtype)
+        weights = compute_softmax_weights(grouped_q, k[keys], scale).to(q.dtype)
         attended = torch.einsum("kgts,skd->tkgd", weights.float(), v[keys].float())
         out[queries] = attended.flatten(1, 2).to(q.dtype)
     logsumexp = torch.zeros(q.shape[1], len(q))
@@ -136,7 +136,7 @@ def attend_varlen_backward(
         heads = (k.shape[1], -1)
         grouped_q = q[queries].unflatten(1, heads).float()  # (T, K, H/K, D)
         grouped_grad = grad[queries].unflatten(1, heads).float()
-        weights = softmax_weights(grouped_q, k[keys], scale)
+        weights = compute_softmax_weights(grouped_q, k[keys], scale)
 
         grad_v[keys] = torch.einsum("kgts,tkgd->skd", weights, grouped_grad).to(q.dtype)
         grad_weights = torch.einsum("tkgd,skd->kgts", grouped_grad, v[keys].float())
@@ -150,12 +150,12 @@ def attend_varlen_backward(
 
 # (operation, overload) -> what computes it
 FORMULAS = {
-    ("mm", "dtype"): mm_wide,
-    ("mm", "dtype_out"): mm_wide,
-    ("bmm", "dtype"): mm_wide,
-    ("bmm", "dtype_out"): mm_wide,
-    ("addmm", "dtype"): addmm_wide,
-    ("addmm", "dtype_out"): addmm_wide,
+    ("mm", "dtype"): multiply_wide,
+    ("mm", "dtype_out"): multiply_wide,
+    ("bmm", "dtype"): multiply_wide,
+    ("bmm", "dtype_out"): multiply_wide,
+    ("addmm", "dtype"): multiply_and_add_wide,
+    ("addmm", "dtype_out"): multiply_and_add_wide,
     ("_varlen_attn", "default"): attend_varlen,
     ("_varlen_attn_backward", "default"): attend_varlen_backward,
 }
