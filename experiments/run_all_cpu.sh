@@ -3,29 +3,12 @@
 # What is finished is skipped; a training that was stopped goes on from its checkpoint. key=value goes to every training, as train.steps=2 for a trial.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/run_steps.sh"
 out="runs/cpu"
 if [[ $# -gt 0 && "$1" != *=* ]]; then out="$1"; shift; fi
 more=("$@")
 set_up fast,dense
 cd "$ROOT"
-mkdir -p "$out/done"
-
-step() {  # step NAME COMMAND...: once; its output in OUT/NAME.log, seconds and command in OUT/done/NAME
-    local name="$1" start=$SECONDS; shift
-    if [[ -f "$out/done/$name" ]]; then echo "$name: done before"; return; fi
-    echo "== $name: $*"
-    if "$@" >"$out/$name.log" 2>&1; then
-        printf '%s\t%s\n' "$((SECONDS - start))" "${*/#$PYTHON/python}" >"$out/done/$name"
-        tail -n 4 "$out/$name.log" | sed 's/^/   /'; echo "   $((SECONDS - start)) s"
-    else
-        echo "   failed after $((SECONDS - start)) s: $(tail -n 1 "$out/$name.log")"; failed+=("$name")
-    fi
-}
-failed=()
-train() { local name="$1" config="$2"; shift 2; step "$name" "$PYTHON" -m recr1.train "experiments/$config.yaml" "run.dir=$out/$name" "$@" ${more[@]+"${more[@]}"}; }
-sft() { local name="$1" config="$2"; shift 2; step "$name" "$PYTHON" -m recr1.sft "experiments/$config.yaml" "run.dir=$out/$name" "$@" ${more[@]+"${more[@]}"}; }
-script() { local name="$1"; shift; step "$name" "$PYTHON" "experiments/$@"; }
-cold() { local name="$1" config="$2"; shift 2; script "cold_$name" make/cold_start.py "experiments/$config.yaml" --out "$out/cold/$name.jsonl" "$@"; }
 
 script data_esci_small prepare/esci_small.py --out runs/data/esci_small
 script data_movielens prepare/movielens.py --out runs/data/movielens
@@ -77,6 +60,4 @@ script products_to_films analysis/evaluate.py experiments/quickstart.yaml --mode
 script baselines_transductive baselines/run.py runs/data/movielens/sequential --setting transductive --remove-seen --dropout 0.2 --out "$out/baselines_transductive.json"
 script baselines_inductive baselines/run.py runs/data/movielens/sequential --setting inductive --remove-seen --out "$out/baselines_inductive.json"
 
-"$PYTHON" experiments/analysis/table.py "$out" >"$out/RESULTS.md"
-echo "$out/RESULTS.md; $(cat "$out"/done/* | awk -F '\t' '{s += $1} END {print s}') s in all"
-if [[ ${#failed[@]} -gt 0 ]]; then echo "failed: ${failed[*]}"; exit 1; fi
+end_steps

@@ -46,21 +46,32 @@ def main(argv: list[str]) -> None:
         if metrics["hit"] == 0 and any(setting.qrels[prompt.id].values()):
             sparse_ids.add(prompt.id)
 
-    rows, *_ = read_judged_queries(cfg, setting.task.required_fields)
-    lines = []
-    for id, row in rows["train"].items():
-        if id in sparse_ids or readers.is_validation(id):
-            line = json.dumps(dict(row, id=id), ensure_ascii=False)
-            lines.append(line + "\n")
-    out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, "".join(lines))
+    rows, _ = read_judged_queries(cfg, setting.task.required_fields)
+    num_validation = write_train_queries(args.out, rows["train"], sparse_ids)
     num_sparse = len(sparse_ids)
-    num_validation = len(lines) - num_sparse
     print_rank0(
         f"{args.out}: {num_sparse} of {len(setting.train)} train queries have no target in "
         f"the first {args.beyond}; with {num_validation} of validation"
     )
+
+
+def write_train_queries(path: str, rows: dict[str, dict], chosen_ids: set[str]) -> int:
+    """Write those of the train queries {id: row} that are chosen, and all of validation.
+
+    They keep their order. Returns the number of validation queries.
+    """
+    lines = []
+    num_validation = 0
+    for id, row in rows.items():
+        is_held_out = readers.is_validation(id)
+        num_validation += is_held_out
+        if id in chosen_ids or is_held_out:
+            line = json.dumps(dict(row, id=id), ensure_ascii=False)
+            lines.append(line + "\n")
+    out = Path(path)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, "".join(lines))
+    return num_validation
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Make a markdown table of runs.
 
-python experiments/analysis/table.py OUT  (run_all_cpu.sh's folder), or RUN [RUN ...] (run folders)
+python experiments/analysis/table.py OUT  (of run_all_cpu.sh, run_all_lm.sh), or RUN [RUN ...]
 
 Figures are computed again from the rows of eval_before.jsonl and eval_after.jsonl; a summary.json
-that says otherwise ends it. What failed is in the table as failed. Outputs of the scripts
-(questions, baselines) follow as they were printed.
+that says otherwise ends it. What failed is in the table as failed. Runs that are called
+NAME_seed0, NAME_seed1, ... are averaged too. Outputs of the scripts (questions, baselines) follow
+as they were printed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
 
 from recr1.evaluation.evaluate import compare_evaluations, compute_mean_ci, get_column, list_metrics
 from recr1.tasks.rewards import METRICS
@@ -37,7 +40,12 @@ SCORES = ("raw", "before", "after")
 
 SHORT_HEAD = (*SCORES, "after - raw", "after - before")
 TERM_HEAD = ("run", "part", *SHORT_HEAD)
-EVALUATION_HEAD = ("rows", "metric", *SHORT_HEAD)
+EVALUATION_HEAD = ("rows", "metric", *SHORT_HEAD, "unparsable")
+SEEDS_HEAD = ("runs", "metric", "seeds", *SHORT_HEAD)
+
+# of summary.json, what SHORT_HEAD shows
+SHORT_FIGURES = (*SCORES, "gain", "after_minus_before")
+SEED_SUFFIX = re.compile(r"(.+)_seed(\d+)")
 
 
 def main() -> None:
@@ -50,6 +58,7 @@ def main() -> None:
     lines = format_head(HEAD)
     for run in runs:
         lines.append(format_run(run))
+    lines += format_seeds(runs)
     term_lines = []
     for run in runs:
         if (run / "summary.json").exists():
@@ -72,7 +81,7 @@ def main() -> None:
 
 
 def list_runs(out: Path) -> list[Path]:
-    """List the runs in run_all_cpu.sh's folder, the oldest first."""
+    """List the runs in the folder of a script of many steps, the oldest first."""
     runs = [path.parent for path in out.glob("*/config.yaml")]
     return sorted(runs, key=lambda run: run.stat().st_ctime)
 
@@ -92,7 +101,7 @@ def format_logs(out: Path) -> list[str]:
 
 
 def format_commands(out: Path) -> list[str]:
-    """Return the table of the steps of run_all_cpu.sh: their seconds and commands."""
+    """Return the table of the script's steps: their seconds and commands."""
     lines = ["", "| step | seconds | command |", "|---|---|---|"]
     for path in sorted(out.glob("done/*"), key=get_modified_time):
         text = path.read_text(encoding="utf-8")
@@ -123,15 +132,43 @@ def format_run(run: Path) -> str:
                 f"{run}: summary.json says {name} {summary[name]}, its rows {figures[name]}; "
                 "one of the files is not this run's"
             )
-    errors = [row["error"] for row in after if row["error"] is not None]
     cells = [run.name, summary["metric"]]
     cells += format_figures(figures)
     cells.append(f"{figures['after_minus_before_p']:.4f}")
-    cells.append(f"{len(errors)} of {len(after)}")
+    cells.append(count_unparsable(after))
     cells.append(summary["steps"])
     cells.append(f"{summary['wall_s']:.0f}")
     cells.append(summary["seed"])
     return format_row(cells)
+
+
+def format_seeds(runs: list[Path]) -> list[str]:
+    """Return the table of the runs that differ in their seed alone: mean and spread over seeds.
+
+    The spread is the standard deviation, with one degree of freedom less; what one seed alone says
+    stands in its own row.
+    """
+    summaries: dict[str, list[dict]] = {}
+    for run in runs:
+        match = SEED_SUFFIX.fullmatch(run.name)
+        path = run / "summary.json"
+        if match and path.exists():
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            summaries.setdefault(match[1], []).append(summary)
+
+    lines = []
+    for name, of_seeds in summaries.items():
+        if len(of_seeds) < 2:
+            continue
+        cells = [name, of_seeds[0]["metric"], len(of_seeds)]
+        for figure in SHORT_FIGURES:
+            values = np.array([summary[figure] for summary in of_seeds])
+            sign = "" if figure in SCORES else "+"
+            cells.append(f"{values.mean():{sign}.4f} ± {values.std(ddof=1):.4f}")
+        lines.append(format_row(cells))
+    if not lines:
+        return []
+    return ["", "Mean ± standard deviation over seeds", "", *format_head(SEEDS_HEAD), *lines]
 
 
 def format_reward_terms(run: Path) -> list[str]:
@@ -157,7 +194,7 @@ def format_evaluation(folder: Path) -> str:
         before = read_rows(before_path)
         figures = compare_evaluations(before, after, metric)
         cells = format_figures(figures)
-        return format_row([folder.name, metric, *cells])
+        return format_row([folder.name, metric, *cells, count_unparsable(after)])
     raw = get_column(after, f"{metric}_raw")
     scores = get_column(after, metric)
     gain, interval = compute_mean_ci(scores - raw)
@@ -165,7 +202,14 @@ def format_evaluation(folder: Path) -> str:
     gain_text = format_change(figures, "gain")
     raw_text = f"{raw.mean():.4f}"
     score_text = f"{scores.mean():.4f}"
-    return format_row([folder.name, metric, raw_text, "", score_text, gain_text, ""])
+    cells = [raw_text, "", score_text, gain_text, ""]
+    return format_row([folder.name, metric, *cells, count_unparsable(after)])
+
+
+def count_unparsable(rows: list[dict]) -> str:
+    """Say of how many rows the answer could not be parsed."""
+    errors = [row["error"] for row in rows if row["error"] is not None]
+    return f"{len(errors)} of {len(rows)}"
 
 
 def format_figures(figures: dict) -> list[str]:

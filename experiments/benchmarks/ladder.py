@@ -10,7 +10,7 @@ all rungs sample the same texts and have the same gradient: both are checked. Th
     KV cache         sampling/generate.py, each sibling in a row of its own
     shared rows      equal siblings are one row, so a prompt is computed once for its group
     packed training  equal siblings and a group's prompt once, micro-batches; the logits are held
-    fused head    kernels/logprob.py: logits a chunk at a time; it is the loop of recr1/train.py
+    fused head       kernels/logprob.py: logits a chunk at a time; it is the loop of recr1/train.py
 
 A rung is a way to sample and a way to train; each way is measured once per round, the ways in turn,
 and a rung's seconds are the sum of the medians (with the reward's). Peak memory: the growth of the
@@ -21,9 +21,10 @@ the larger of the two phases. Lines: code lines of the files that a rung adds.
 48. A plain step takes minutes there: in the rounds its padded training is done on every fourth row,
 and its sampling at every eighth token, and the seconds are scaled to the whole.
 
-Then the quickstart itself runs by recr1.train, and its seconds per step stand beside the last
-rung's. Ends with one line of JSON: the bars and whether they hold. Linux; a quiet machine; 16 GB.
-`--dry-run` takes tiny sizes: its times mean nothing.
+After each round on the quickstart's shape the quickstart itself runs by recr1.train, with the
+learning rate 0; the seconds of the round's steps in it stand beside the last rung's, measured just
+before and just after it. Ends with one line of JSON: the bars and whether they hold. Linux; a quiet
+machine; 16 GB. `--dry-run` takes tiny sizes: its times mean nothing.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -78,6 +80,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 CHEAP = 3.0  # seconds: a way that is faster is repeated
 REPEATS = 5
+WARM_UP = 3  # steps of a run that come before those that are compared
 
 NO_TOKENS = torch.zeros(0, dtype=torch.int64)
 
@@ -453,10 +456,13 @@ def measure_growth(function: Callable, *args: Any) -> tuple[float, Measured]:
     return memory.measure_peak() - before, measured
 
 
-def measure_shape(shape: Shape, rounds: int) -> tuple[dict[str, float], list[dict]]:
-    """Measure all ways of a shape in turn and print its table.
+def measure_shape(
+    shape: Shape, rounds: int, run_whole: Callable[[range], list[float]] | None = None
+) -> list[dict]:
+    """Measure all ways of a shape in turn, print its table and return the bars.
 
-    Returns the seconds of each rung, and the bars.
+    run_whole: runs the loop itself and returns the seconds of these steps, to stand beside the
+    last rung's.
     """
     sampling_s: dict[str, list[float]] = {}
     training_s: dict[str, list[float]] = {}
@@ -481,8 +487,15 @@ def measure_shape(shape: Shape, rounds: int) -> tuple[dict[str, float], list[dic
             training_s.setdefault(name, []).append(measured.seconds)
 
     others = count_other_texts(sampled)
+    whole_s: list[float] = []
+    last_rung_s: list[float] = []
     for number in range(rounds):
-        measure_round(shape, number, sampling, training, sampling_s, training_s, reward_s)
+        steps = choose_steps(number)
+        measure_round(shape, steps, sampling, training, sampling_s, training_s, reward_s)
+        if run_whole is not None:
+            last_rung_s += measure_last_rung(shape, steps, sampling, training)
+            whole_s += run_whole(steps)
+            last_rung_s += measure_last_rung(shape, steps, sampling, training)
 
     seconds = {}
     reward = median(reward_s)
@@ -493,10 +506,23 @@ def measure_shape(shape: Shape, rounds: int) -> tuple[dict[str, float], list[dic
     print_table(shape, seconds, sampling_s, training_s, reward, growth)
     spread = max(norms.values()) / min(norms.values()) - 1
     print(f"  texts that differ from shared rows': {others}; gradient norms within {spread:.1e}")
-    return seconds, [
+    bars = [
         make_bar(f"{shape.name}: gradient norms of the ways to train, spread", spread, 1e-4),
         make_bar(f"{shape.name}: texts that differ, share", others / len(rollouts), 0.02),
     ]
+    if run_whole is not None:
+        last = median(last_rung_s)
+        whole = median(whole_s)
+        print(f"  {shape.name} by recr1.train: {whole:.3f} s/step, the last rung {last:.3f}")
+        off = abs(last / whole - 1)
+        bars.append(make_bar(f"{shape.name}: last rung beside recr1.train, relative", off, 0.03))
+    return bars
+
+
+def choose_steps(number: int) -> range:
+    """Return the steps whose prompts a round takes; those before are a run's warm-up."""
+    first = 1 + WARM_UP + number * REPEATS
+    return range(first, first + REPEATS)
 
 
 def count_other_texts(sampled: dict[str, list[Rollout]]) -> int:
@@ -511,16 +537,15 @@ def count_other_texts(sampled: dict[str, list[Rollout]]) -> int:
 
 def measure_round(
     shape: Shape,
-    number: int,
+    steps: range,
     sampling: dict[str, Callable],
     training: dict[str, Callable],
     sampling_s: dict[str, list[float]],
     training_s: dict[str, list[float]],
     reward_s: list[float],
 ) -> None:
-    """Measure every way once, cheap ones REPEATS times, on other prompts each time."""
+    """Measure every way on the first step's prompts, cheap ones on all steps'."""
     T = shape.run.cfg.sampling.max_new_tokens
-    steps = range(1 + number * REPEATS, 1 + (number + 1) * REPEATS)
     num_passes = len(range(shape.token_step // 2, T, shape.token_step))
     for name, way in sampling.items():
         is_padded = name in ("plain", "our decoder")
@@ -546,6 +571,20 @@ def measure_round(
             training_s.setdefault(name, []).append(taken * scale)
             if taken > CHEAP:
                 break
+
+
+def measure_last_rung(
+    shape: Shape, steps: range, sampling: dict[str, Callable], training: dict[str, Callable]
+) -> list[float]:
+    """Measure the last rung alone and return the seconds of each of the steps."""
+    rung = RUNGS[-1]
+    seconds = []
+    for step in steps:
+        sampled = call(sampling[rung.sampling], step)
+        scored = call(shape.score, sampled.result)
+        trained = call(training[rung.training], sampled.result, scored.result)
+        seconds.append(sampled.seconds + scored.seconds + trained.seconds)
+    return seconds
 
 
 def print_table(
@@ -589,26 +628,26 @@ def count_code_lines(path: Path) -> int:
     return len(lines)
 
 
-def measure_quickstart(folder: str, threads: int, tiny: bool) -> float:
-    """Run the quickstart by recr1.train with learning rate 0; return the median of its steps."""
-    steps = 2 if tiny else 25
+def run_quickstart(folder: str, threads: int, tiny: bool, steps: range) -> list[float]:
+    """Run the quickstart by recr1.train with learning rate 0; return these steps' seconds."""
+    run_dir = Path(folder) / f"fast_{steps.start}"
     overrides = [
-        f"run.dir={folder}/fast",
+        f"run.dir={run_dir}",
         f"run.threads={threads}",
-        f"train.steps={steps}",
+        f"train.steps={steps.stop - 1}",
         "train.eval_every=0",
         "optimizer.lr=0",
         "optimizer.warmup_steps=0",
         "save.every=0",
+        *write_few_queries(Path(folder)),
     ]
     if tiny:
         overrides += ["train.prompts_per_step=2", "sampling.group_size=4"]
-        overrides += write_few_queries(Path(folder))
     command = [sys.executable, "-W", "ignore", "-m", "recr1.train", "experiments/quickstart.yaml"]
     subprocess.run([*command, *overrides], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    rows = (Path(folder) / "fast/metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    first = 0 if tiny else 5  # the steps before are the warm-up
-    return median(json.loads(row)["timing_s"]["step"] for row in rows[first:])
+    rows = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    seconds = {row["step"]: row["timing_s"]["step"] for row in map(json.loads, rows)}
+    return [seconds[step] for step in steps]
 
 
 def make_bar(name: str, value: float, limit: float) -> dict:
@@ -634,18 +673,12 @@ def main() -> int:
         if args.shape in ("quickstart", "all"):
             shape = make_quickstart(folder, args.dry_run)
             torch.set_num_threads(args.threads)
-            seconds, shape_bars = measure_shape(shape, args.rounds)
-            bars += shape_bars
-            own = measure_quickstart(folder, args.threads, args.dry_run)
-            last = seconds[RUNGS[-1].name]
-            print(f"  the quickstart by recr1.train: {own:.3f} s/step, the last rung {last:.3f}")
-            off = abs(last / own - 1)
-            bars.append(make_bar("quickstart: last rung beside recr1.train, relative", off, 0.03))
+            run_whole = partial(run_quickstart, folder, args.threads, args.dry_run)
+            bars += measure_shape(shape, args.rounds, run_whole)
             del shape
         if args.shape in ("135m", "all"):
             rounds = args.rounds if args.dry_run else max(1, args.rounds - 1)
-            _, shape_bars = measure_shape(make_random(args.dry_run), rounds)
-            bars += shape_bars
+            bars += measure_shape(make_random(args.dry_run), rounds)
     print(json.dumps({"bars": bars}))
     return 0 if all(bar["ok"] for bar in bars) else 1
 

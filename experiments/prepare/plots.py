@@ -4,8 +4,9 @@ A query is the first 40 words of a film's overview. The corpus is MSRD's without
 title, director, actors, characters, genres, tags, year. The only relevant document is the film. A
 hash twentieth of the films is the test split.
 
-DIR/teacher.jsonl is a teacher's file for SFT: for each train film its title and a few rare words of
-its plot, as the answer to it. It teaches the form of an answer; no retriever has scored it.
+DIR/teacher.jsonl is a teacher's file for SFT: for each train film some ten words of its plot, names
+and rare words, as the answer to it. It teaches the form of an answer, and needs no label: it knows
+neither the film nor what a retriever says of the words.
 """
 
 import hashlib
@@ -34,17 +35,17 @@ TEST_SHARE = 20  # one of so many films
 TEACHER = "teacher.jsonl"
 
 # The teacher's answers: how many of a plot's rarest words, and how much a capital counts: as much
-# as being in so many fewer plots.
-FEWEST_WORDS = 3
-MOST_WORDS = 7
-CAPITAL_BONUS = 3
+# as being in so many fewer plots. Chosen on the validation plots: NDCG@100 with terms counted once
+# .463 of the whole plot, .484 of its words with a capital, .495 of the 14 rarest, .505 of these.
+FEWEST_WORDS = 8
+MOST_WORDS = 12
+CAPITAL_BONUS = 200
 
 
 class Film(NamedTuple):
     """A film whose plot is a query."""
 
     id: str
-    title: str
     query: str
 
     @property
@@ -63,7 +64,7 @@ def prepare(args: Namespace, out: Path) -> None:
         corpus.append(row | dict(text=rest))
         query = make_query(overview, row["title"] if args.mask_title else "")
         if query:
-            films.append(Film(row["id"], row["title"], query))
+            films.append(Film(row["id"], query))
 
     train, test = Split(), Split()
     for film in films:
@@ -135,7 +136,7 @@ def write_teacher(folder: Path, films: list[Film]) -> None:
 
 
 def make_answer(film: Film, num_plots: Counter[str]) -> str:
-    """Return the film's title and the rarest words of its query, in the query's order.
+    """Return the rarest words of the film's query, in the query's order, in lower case.
 
     num_plots: in how many queries a word stands, in lower case.
     """
@@ -148,7 +149,7 @@ def make_answer(film: Film, num_plots: Counter[str]) -> str:
     num_words = random.Random(film.query_id).randint(FEWEST_WORDS, MOST_WORDS)
     rarest = set(sorted(words, key=count_plots)[:num_words])
     rare_words = [word for word in words if word in rarest]
-    return " ".join([film.title, *rare_words]).lower()
+    return " ".join(rare_words).lower()
 
 
 def find_words(text: str) -> list[str]:

@@ -61,7 +61,7 @@ def compute_log_probs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute log-prob (N,) and entropy (N,) of the batch's targets, with gradient."""
     with model.root():  # one gather for embedding and head
-        inputs = _compute_head_inputs(model, batch)
+        inputs = compute_head_inputs(model, batch)
         return linear_log_probs(*inputs, temperature, make_distribution, kernels)
 
 
@@ -78,7 +78,7 @@ def compute_fused_loss(
         The loss, a scalar with gradient; log-prob (N,) and entropy (N,) without gradient.
     """
     with model.root():
-        inputs = _compute_head_inputs(model, batch)
+        inputs = compute_head_inputs(model, batch)
         return fused_linear_loss(*inputs, temperature, make_distribution, token_loss, kernels)
 
 
@@ -91,8 +91,11 @@ def get_lm_head_weight(model: AnyDecoder) -> torch.Tensor:
     return weight.float() if model.backend.float32_head else weight
 
 
-def _compute_head_inputs(model: AnyDecoder, batch: MicroBatch) -> HeadInputs:
-    """Run the model over the batch and select the hidden states that predict."""
+def compute_head_inputs(model: AnyDecoder, batch: MicroBatch) -> HeadInputs:
+    """Run the model over the batch and select the hidden states that predict.
+
+    Call it inside `model.root()`: the weight is there no longer than that.
+    """
     attention = PackedAttention(*batch.layout, batch.tokens.device, model.backend)
     hidden = model(batch.tokens, batch.positions, attention)  # (M, C)
     weight = get_lm_head_weight(model)
