@@ -29,12 +29,12 @@ SWIGLU_TILE = 1024  # numbers of a program of the SwiGLU's kernels
 NORM_PROGRAMS = 512
 
 
-def apply_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def apply_fused_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Compute RMSNorm of x (..., C) with weight (C,), with gradient."""
     return _RMSNorm.apply(x, weight, eps)
 
 
-def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def apply_fused_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turn each pair (x_i, x_{i+D/2}) by its angle, with gradient.
 
     x (M, H, D); cos and sin (M, 1, D), whose halves are equal.
@@ -42,7 +42,7 @@ def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> t
     return _RotaryEmb.apply(x, cos, sin)
 
 
-def apply_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def apply_fused_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Compute silu(gate) * up, both (M, F), with gradient."""
     return _SwiGLU.apply(gate, up)
 

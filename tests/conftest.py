@@ -15,6 +15,9 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 LONGEST = [
+    "test_standin",
+    "test_gpu_day",
+    "test_run_all_lm",
     "test_benches",
     "test_ranks",
     "test_resume",

@@ -37,7 +37,7 @@ from recr1.rl.losses import resolve_objective
 from recr1.rl.policy_loss import compute_policy_loss
 from recr1.train import make_updates
 from recr1.training.dry_run import read_model_shape
-from recr1.training.load_model import choose_backend
+from recr1.training.load_model import choose_attention_backend
 from recr1.training.optimizer import Optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,7 +155,7 @@ def make_policy(shape: DecoderConfig, device: torch.device, checkpointing: bool)
     """Return a model with random weights, whose attention is what a run would choose."""
     with torch.device("meta"):
         decoder = Decoder(shape)
-    decoder.set_backend(choose_backend(shape, "auto", torch.bfloat16, device))
+    decoder.set_backend(choose_attention_backend(shape, "auto", torch.bfloat16, device))
     sizes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
     generator = torch.Generator(device).manual_seed(0)
 

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from recr1.distributed.fsdp import Sharded
-from recr1.kernels import decoder_layer
 from recr1.kernels.cpu_linear import Linear
+from recr1.kernels.decoder_layer import apply_fused_rms_norm, apply_fused_rope, apply_fused_swiglu
 from recr1.model.rope import DecoderConfig, apply_rotary_emb, compute_rope_cos_sin
 from recr1.model.varlen_attention import AttentionBackend
 
@@ -36,7 +36,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.fused:
-            return decoder_layer.apply_rms_norm(x, self.weight, self.eps)
+            return apply_fused_rms_norm(x, self.weight, self.eps)
         upcast = x.to(torch.promote_types(x.dtype, torch.float32))
         normalized = F.rms_norm(upcast, self.normalized_shape, eps=self.eps).to(x.dtype)
         return self.weight * normalized
@@ -76,8 +76,8 @@ class Attention(nn.Module):
         q = self.q_norm(q)
         k = self.k_norm(k)
         if self.fused:
-            q = decoder_layer.apply_rotary_emb(q, *rope)
-            k = decoder_layer.apply_rotary_emb(k, *rope)
+            q = apply_fused_rope(q, *rope)
+            k = apply_fused_rope(k, *rope)
         else:
             q = apply_rotary_emb(q, rope)
             k = apply_rotary_emb(k, rope)
@@ -103,7 +103,7 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate = self.gate_proj(x)
         if self.fused:
-            return self.down_proj(decoder_layer.apply_swiglu(gate, self.up_proj(x)))
+            return self.down_proj(apply_fused_swiglu(gate, self.up_proj(x)))
         if self.exact:
             # torch's silu gives other bits to the rest of a thread's share than to full vectors;
             # exp does not.

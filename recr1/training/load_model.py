@@ -126,7 +126,7 @@ def _open_model(
     tensors.check(model)
     device = dist.device()
     try:
-        backend = choose_backend(model.config, attention, compute, device)
+        backend = choose_attention_backend(model.config, attention, compute, device)
     except AttentionUnavailable as e:
         raise ConfigError(f"model.attention: {e}; sdpa runs everywhere") from None
     if exact:
@@ -142,7 +142,7 @@ def _open_model(
     return model, tensors
 
 
-def choose_backend(
+def choose_attention_backend(
     config: DecoderConfig, attention: str, compute: torch.dtype, device: torch.device
 ) -> AttentionBackend:
     """Choose how a model's attention is computed, for a value of model.attention. Raises

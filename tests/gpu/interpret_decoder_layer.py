@@ -62,7 +62,7 @@ def test_rms_norm(shape, dtype):
         return torch.func.functional_call(norm, dict(weight=weight), (x,))
 
     def normalize_fused(x, weight):
-        return decoder_layer.apply_rms_norm(x, weight, 1e-3)
+        return decoder_layer.apply_fused_rms_norm(x, weight, 1e-3)
 
     check(normalize_fused, normalize, [3 * draw(*shape), 1 + draw(shape[-1])], dtype)
 
@@ -79,7 +79,7 @@ def test_rotary_emb(shape, dtype):
         return apply_rotary_emb(x, exact_rope)
 
     def turn_fused(x):
-        return decoder_layer.apply_rotary_emb(x, *rope)
+        return decoder_layer.apply_fused_rope(x, *rope)
 
     check(turn_fused, turn, [draw(*shape)], dtype)
 
@@ -90,7 +90,12 @@ def test_swiglu(shape, dtype):
     def multiply_gated(gate, up):
         return torch.nn.functional.silu(gate) * up
 
-    check(decoder_layer.apply_swiglu, multiply_gated, [4 * draw(*shape), draw(*shape) + 1], dtype)
+    check(
+        decoder_layer.apply_fused_swiglu,
+        multiply_gated,
+        [4 * draw(*shape), draw(*shape) + 1],
+        dtype,
+    )
 
 
 def test_no_rows():
@@ -99,12 +104,12 @@ def test_no_rows():
     heads = torch.empty(0, 2, 8)
     angles = torch.empty(0, 1, 8)
 
-    out = decoder_layer.apply_rms_norm(x, weight, 1e-6)
-    out = decoder_layer.apply_swiglu(out, out)
+    out = decoder_layer.apply_fused_rms_norm(x, weight, 1e-6)
+    out = decoder_layer.apply_fused_swiglu(out, out)
     out.sum().backward()
 
     assert weight.grad.tolist() == [0] * 8
-    assert decoder_layer.apply_rotary_emb(heads, angles, angles).shape == (0, 2, 8)
+    assert decoder_layer.apply_fused_rope(heads, angles, angles).shape == (0, 2, 8)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

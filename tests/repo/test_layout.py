@@ -203,6 +203,7 @@ LONG_FUNCTIONS = {  # (file, function): why it is longer
     ("kernels/group_loss.py", "token_kernel"): "one kernel, most of it its arguments",
     ("kernels/group_loss.py", "joined_kernel"): "one kernel, most of it its arguments",
     ("kernels/logprob.py", "get_kernels"): TRITON,
+    ("kernels/decoder_layer.py", "get_kernels"): TRITON,
     ("kernels/sample_token.py", "get_kernels"): TRITON,
     ("kernels/sample_token.py", "sample_token_kernel"): "one kernel: two passes over a row",
     ("recr1/plain.py", "train"): "algorithm 1 of DeepSeekMath from top to bottom",
