@@ -370,7 +370,7 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
 
     with pytest.raises(RuntimeError, match="kernels: triton needs"):
         linear_log_probs(hidden, weight, target, 1.0, make_distribution, "triton")
-    with pytest.raises(RuntimeError, match="kernels: 'cuda' is none of torch, triton"):
+    with pytest.raises(RuntimeError, match="kernels: 'cuda' is none of auto, torch, triton"):
         fused_linear_loss(hidden, weight, target, 1.0, make_distribution, token_loss, "cuda")
 
 
