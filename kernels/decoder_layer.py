@@ -91,7 +91,8 @@ class _RotaryEmb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _turn(grad, *ctx.saved_tensors, backward=True), None, None
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, backward=True), None, None
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, backward: bool) -> torch.Tensor:
