@@ -22,8 +22,9 @@ the larger of the two phases. Lines: code lines of the files that a rung adds.
 and its sampling at every eighth token, and the seconds are scaled to the whole.
 
 After each round on the quickstart's shape the quickstart itself runs by recr1.train, with the
-learning rate 0; the seconds of the round's steps in it stand beside the last rung's, measured just
-before and just after it. Ends with one line of JSON: the bars and whether they hold. Linux; a quiet
+learning rate 0; the seconds of the round's steps in it stand beside the last rung's in a process of
+its own too, just before and just after it: where plain has run, every phase is slower by some
+hundredths. Ends with one line of JSON: the bars and whether they hold. Linux; a quiet
 machine; 16 GB. `--dry-run` takes tiny sizes: its times mean nothing.
 """
 
@@ -457,12 +458,15 @@ def measure_growth(function: Callable, *args: Any) -> tuple[float, Measured]:
 
 
 def measure_shape(
-    shape: Shape, rounds: int, run_whole: Callable[[range], list[float]] | None = None
+    shape: Shape,
+    rounds: int,
+    run_whole: Callable[[range], list[float]] | None = None,
+    run_last_rung: Callable[[range], list[float]] | None = None,
 ) -> list[dict]:
     """Measure all ways of a shape in turn, print its table and return the bars.
 
-    run_whole: runs the loop itself and returns the seconds of these steps, to stand beside the
-    last rung's.
+    run_whole, run_last_rung: run the loop itself, or the last rung alone, in another process, and
+    return the seconds of these steps.
     """
     sampling_s: dict[str, list[float]] = {}
     training_s: dict[str, list[float]] = {}
@@ -492,10 +496,10 @@ def measure_shape(
     for number in range(rounds):
         steps = choose_steps(number)
         measure_round(shape, steps, sampling, training, sampling_s, training_s, reward_s)
-        if run_whole is not None:
-            last_rung_s += measure_last_rung(shape, steps, sampling, training)
+        if run_whole is not None and run_last_rung is not None:
+            last_rung_s += run_last_rung(steps)
             whole_s += run_whole(steps)
-            last_rung_s += measure_last_rung(shape, steps, sampling, training)
+            last_rung_s += run_last_rung(steps)
 
     seconds = {}
     reward = median(reward_s)
@@ -573,17 +577,17 @@ def measure_round(
                 break
 
 
-def measure_last_rung(
-    shape: Shape, steps: range, sampling: dict[str, Callable], training: dict[str, Callable]
-) -> list[float]:
-    """Measure the last rung alone and return the seconds of each of the steps."""
+def measure_last_rung(shape: Shape, steps: range) -> list[float]:
+    """Measure the last rung, on steps to warm up and then on these; return their seconds."""
     rung = RUNGS[-1]
+    sampling, training = list_ways(shape, whole=True)
     seconds = []
-    for step in steps:
+    for step in range(steps.start - WARM_UP, steps.stop):
         sampled = call(sampling[rung.sampling], step)
         scored = call(shape.score, sampled.result)
         trained = call(training[rung.training], sampled.result, scored.result)
-        seconds.append(sampled.seconds + scored.seconds + trained.seconds)
+        if step in steps:
+            seconds.append(sampled.seconds + scored.seconds + trained.seconds)
     return seconds
 
 
@@ -650,6 +654,16 @@ def run_quickstart(folder: str, threads: int, tiny: bool, steps: range) -> list[
     return [seconds[step] for step in steps]
 
 
+def run_last_rung(threads: int, tiny: bool, steps: range) -> list[float]:
+    """Run this script for the last rung alone; return the seconds of the steps."""
+    command = [sys.executable, "-W", "ignore", __file__, f"--threads={threads}"]
+    command += ["--last-rung", str(steps.start), str(steps.stop)]
+    if tiny:
+        command.append("--dry-run")
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(process.stdout.splitlines()[-1])
+
+
 def make_bar(name: str, value: float, limit: float) -> dict:
     """Return a bar for the line of JSON."""
     return dict(name=name, value=round(value, 8), bar=limit, ok=bool(value <= limit))
@@ -662,6 +676,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes: times mean nothing")
+    parser.add_argument(
+        "--last-rung", nargs=2, type=int, metavar=("FIRST", "END"), help="only its steps' seconds"
+    )
     args = parser.parse_args()
     memory.keep_freed_pages()  # as a run does; plain profits too
     torch.set_num_threads(args.threads)
@@ -673,8 +690,15 @@ def main() -> int:
         if args.shape in ("quickstart", "all"):
             shape = make_quickstart(folder, args.dry_run)
             torch.set_num_threads(args.threads)
-            run_whole = partial(run_quickstart, folder, args.threads, args.dry_run)
-            bars += measure_shape(shape, args.rounds, run_whole)
+            if args.last_rung:
+                print(json.dumps(measure_last_rung(shape, range(*args.last_rung))))
+                return 0
+            bars += measure_shape(
+                shape,
+                args.rounds,
+                partial(run_quickstart, folder, args.threads, args.dry_run),
+                partial(run_last_rung, args.threads, args.dry_run),
+            )
             del shape
         if args.shape in ("135m", "all"):
             rounds = args.rounds if args.dry_run else max(1, args.rounds - 1)

@@ -23,7 +23,7 @@ MOMENTS = {
     "batch": (train, "compute_policy_loss"),
     "teach": (teacher, "generate"),
     "lesson": (sft, "compute_cross_entropy"),
-    "evaluate": (evaluate, "generate"),
+    "evaluate": (evaluate, "prepare_sampler"),  # of each evaluation
     "save": (checkpoint, "save_file"),
     "log": (run_log.RunLog, "write_metrics"),
     "index": (bm25, "load_or_build_bm25"),
