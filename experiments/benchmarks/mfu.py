@@ -37,7 +37,7 @@ from recr1.rl.losses import resolve_objective
 from recr1.rl.policy_loss import compute_policy_loss
 from recr1.train import make_updates
 from recr1.training.dry_run import read_model_shape
-from recr1.training.load_model import choose_attention_backend
+from recr1.training.load_model import choose_model_backend
 from recr1.training.optimizer import Optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def main() -> None:
     if args.dry_run:
         shape = replace(shape, **DRY_SHAPE)
     device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    policy = make_policy(shape, dist.device(), args.checkpointing)
+    policy = make_policy(shape, dist.device(), args.checkpointing, args.kernels)
     seconds, peak, batches = measure_step(policy, args)
     print_setting(device_name, policy, batches, args)
 
@@ -151,11 +151,13 @@ def measure_step(policy: Sharded, args: argparse.Namespace) -> tuple[float, int,
     return median, peak, batches
 
 
-def make_policy(shape: DecoderConfig, device: torch.device, checkpointing: bool) -> Sharded:
-    """Return a model with random weights, whose attention is what a run would choose."""
+def make_policy(
+    shape: DecoderConfig, device: torch.device, checkpointing: bool, kernels: str
+) -> Sharded:
+    """Return a model with random weights, whose attention and kernels are what a run would take."""
     with torch.device("meta"):
         decoder = Decoder(shape)
-    decoder.set_backend(choose_attention_backend(shape, "auto", torch.bfloat16, device))
+    decoder.set_backend(choose_model_backend(shape, "auto", torch.bfloat16, device, kernels))
     sizes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
     generator = torch.Generator(device).manual_seed(0)
 

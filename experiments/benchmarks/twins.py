@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from recr1.model.decoder import Decoder
 from recr1.model.rope import DecoderConfig
-from recr1.training.load_model import choose_attention_backend
+from recr1.training.load_model import choose_model_backend
 
 
 def make_qwen2_config(
@@ -68,5 +68,5 @@ def make_twins(
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
     decoder.load_state_dict(weights)
-    decoder.set_backend(choose_attention_backend(config, "auto", dtype, torch.device(device)))
+    decoder.set_backend(choose_model_backend(config, "auto", dtype, torch.device(device)))
     return decoder, model

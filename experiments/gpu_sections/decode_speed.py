@@ -53,11 +53,19 @@ def measure_decoding(report: Report, setting: Setting) -> None:
     copy_rate = measure_copy_rate(setting)
     report.figure("copy, TB/s", copy_rate / 1e12)
     for size in SIZES[: setting.pick(3, 1)]:
-        policy = make_random_policy(setting, size)
-        step = setting.step
-        prompts = make_prompts(step.prompts, step.prompt, setting.reachable)
-        draw = Draw(prompts, step.group, step.completion, kernels=setting.fastest_kernels)
+        for kernels in setting.kernels:
+            measure_policy(report, setting, size, kernels, copy_rate)
 
+
+def measure_policy(
+    report: Report, setting: Setting, size: str, kernels: str, copy_rate: float
+) -> None:
+    """Measure a policy with these kernels; the speed of a whole call with the fastest ones."""
+    policy = make_random_policy(setting, size, kernels=kernels)
+    step = setting.step
+    prompts = make_prompts(step.prompts, step.prompt, setting.reachable)
+    draw = Draw(prompts, step.group, step.completion, kernels=kernels)
+    if kernels == setting.fastest_kernels:
         sample(policy, draw._replace(new_tokens=4))  # kernels compile
         seconds = setting.time(lambda: sample(policy, draw))
         speed = step.prompts * step.group * step.completion / seconds
@@ -66,8 +74,8 @@ def measure_decoding(report: Report, setting: Setting) -> None:
             f"{size}: share of the roofline at this copy rate",
             speed / compute_roofline(setting, size, copy_rate),
         )
-        for kernels in setting.kernels:
-            measure_token(report, setting, policy, draw._replace(kernels=kernels), size)
+    measure_token(report, setting, policy, draw, size)
+    if kernels == setting.fastest_kernels:
         measure_leftovers(report, setting, policy, draw, size)
 
 

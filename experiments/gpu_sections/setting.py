@@ -28,8 +28,8 @@ from recr1.kernels.availability import BACKENDS, explain_unavailable
 from recr1.memory.estimate import MemoryEstimate
 from recr1.model.decoder import Decoder
 from recr1.model.rope import DecoderConfig
-from recr1.model.varlen_attention import choose_attention
 from recr1.training.dry_run import read_model_shape
+from recr1.training.load_model import choose_model_backend
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "experiments/benchmarks"
@@ -197,13 +197,13 @@ def make_random_policy(
     compute: torch.dtype = torch.bfloat16,
     checkpointing: bool = False,
     is_reference: bool = False,
+    kernels: str = "torch",
 ) -> Sharded:
     """Make a policy with random weights, as training/load_model.py makes one of a folder."""
     shape = read_shape(size, setting.tiny)
     with torch.device("meta"):
         decoder = Decoder(shape, setting.reachable)
-    is_grouped = shape.num_attention_heads > shape.num_key_value_heads
-    backend = choose_attention("auto", is_grouped, shape.head_dim, compute, setting.device)
+    backend = choose_model_backend(shape, "auto", compute, setting.device, kernels)
     decoder.set_backend(backend)
     sizes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
 

@@ -127,7 +127,9 @@ def measure_variant(report: Report, setting: Setting, work: Work, variant: Varia
     """Train three steps and report the faster of the last two."""
     title = f"3B, {variant.describe()}"
     cfg = make_config(work, variant)
-    policy = make_random_policy(setting, "3B", checkpointing=variant.checkpointing)
+    policy = make_random_policy(
+        setting, "3B", checkpointing=variant.checkpointing, kernels=variant.kernels
+    )
     objective = resolve_objective(cfg.loss, cfg.model)
     optimizer = Optimizer(policy, cfg.optimizer, 100)
     rollouts = make_rollouts(setting, work)
@@ -232,10 +234,11 @@ def measure_step(report: Report, setting: Setting) -> None:
     variant = Variant(True, 16_384, setting.fastest_kernels, 0.001)
     work = setting.step
     cfg = make_config(work, variant, kl_coef=0.001)
-    policy = make_random_policy(setting, "3B", checkpointing=True)
+    kernels = variant.kernels
+    policy = make_random_policy(setting, "3B", checkpointing=True, kernels=kernels)
     parts = StepParts(
         policy=policy,
-        reference=make_random_policy(setting, "3B", is_reference=True),
+        reference=make_random_policy(setting, "3B", is_reference=True, kernels=kernels),
         optimizer=Optimizer(policy, cfg.optimizer, 100),
         objective=resolve_objective(cfg.loss, cfg.model),
         prompts=make_prompts(work.prompts, work.prompt, setting.reachable),

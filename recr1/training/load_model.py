@@ -126,30 +126,30 @@ def _open_model(
     tensors.check(model)
     device = dist.device()
     try:
-        backend = choose_attention_backend(model.config, attention, compute, device)
+        backend = choose_model_backend(model.config, attention, compute, device, kernels)
     except AttentionUnavailable as e:
         raise ConfigError(f"model.attention: {e}; sdpa runs everywhere") from None
     if exact:
         why_inexact = explain_inexact(compute, device)
         if why_inexact:
             raise ConfigError(f"model.batch_invariant: {why_inexact}")
-    backend = backend._replace(
-        exact=exact,
-        float32_head=float32_head,
-        fused_layers=choose_backend(kernels, device) == "triton",
-    )
-    model.set_backend(backend)
+    model.set_backend(backend._replace(exact=exact, float32_head=float32_head))
     return model, tensors
 
 
-def choose_attention_backend(
-    config: DecoderConfig, attention: str, compute: torch.dtype, device: torch.device
+def choose_model_backend(
+    config: DecoderConfig,
+    attention: str,
+    compute: torch.dtype,
+    device: torch.device,
+    kernels: str = "torch",
 ) -> AttentionBackend:
-    """Choose how a model's attention is computed, for a value of model.attention. Raises
-    AttentionUnavailable.
+    """Choose how a model's attention and the small passes of its layers are computed, for values of
+    model.attention and model.kernels. Raises AttentionUnavailable.
     """
     is_grouped = config.num_attention_heads > config.num_key_value_heads
-    return choose_attention(attention, is_grouped, config.head_dim, compute, device)
+    backend = choose_attention(attention, is_grouped, config.head_dim, compute, device)
+    return backend._replace(fused_layers=choose_backend(kernels, device) == "triton")
 
 
 def save_policy(

@@ -30,13 +30,12 @@ from recr1.data_types import Prompt, Rollout
 from recr1.distributed.fsdp import Sharded, unsharded
 from recr1.kernels.sample_token import sample_from_hidden
 from recr1.model.decoder import Decoder
-from recr1.model.varlen_attention import choose_attention
 from recr1.rl.losses import resolve_objective
 from recr1.rl.policy_loss import compute_policy_loss
 from recr1.sampling import generate as sampler
 from recr1.sampling.sequences import SequenceBatch
 from recr1.training.dry_run import read_model_shape
-from recr1.training.load_model import load_policy
+from recr1.training.load_model import choose_model_backend, load_policy
 from recr1.training.optimizer import Optimizer
 from recr1.utils.counter_rng import draw_uniforms
 from recr1.utils.hf_hub import load_tokenizer, read_stop_token_ids
@@ -61,9 +60,7 @@ def make_policy(num_layers: int, *, recompute: bool = False, on_host: bool = Fal
     )
     with torch.device("meta"):
         decoder = Decoder(narrow)
-    is_grouped = narrow.num_attention_heads != narrow.num_key_value_heads
-    backend = choose_attention("varlen", is_grouped, narrow.head_dim, torch.bfloat16, GPU)
-    decoder.set_backend(backend)
+    decoder.set_backend(choose_model_backend(narrow, "varlen", torch.bfloat16, GPU))
     shapes = {name: weight.shape for name, weight in decoder.named_parameters()}
     generator = torch.Generator().manual_seed(0)
 
