@@ -12,9 +12,9 @@ import argparse
 import json
 from pathlib import Path
 
-from by_history import read_evaluation
+from evaluations import format_gain, read_evaluation, summarize_gain
 
-from recr1.evaluation.evaluate import compute_mean_ci, get_column, list_metrics
+from recr1.evaluation.evaluate import list_metrics
 
 # the first and the last rank of a band; None: no target is found
 BANDS = ((1, 1), (2, 10), (11, 100), (101, 1000), None)
@@ -36,9 +36,9 @@ def main() -> None:
         for band in BANDS:
             band_rows = [row for row in rows if is_in_band(row, band)]
             if band_rows:
-                summary = summarize_band(path, band, band_rows, metric)
-                result.append(summary)
-                print(format_summary(summary))
+                gain = summarize_gain(band_rows, metric)
+                result.append(dict(evaluation=str(path), raw_rank=band, **gain))
+                print(f"  raw answer's first target {format_band(band):<14} {format_gain(gain)}")
     if args.json:
         print(json.dumps(result))
 
@@ -52,32 +52,12 @@ def is_in_band(row: dict, band: tuple[int, int] | None) -> bool:
     return first <= round(1 / reciprocal_rank) <= last
 
 
-def summarize_band(path: Path, band: tuple[int, int] | None, rows: list[dict], metric: str) -> dict:
-    """Return the scores of the queries of one band, and the gain with its 95% interval."""
-    raw = get_column(rows, f"{metric}_raw")
-    after = get_column(rows, metric)
-    gain, interval = compute_mean_ci(after - raw)
-    return dict(
-        evaluation=str(path),
-        raw_rank=band,
-        n=len(rows),
-        raw=raw.mean(),
-        after=after.mean(),
-        gain=gain,
-        gain_ci95=interval,
-    )
-
-
-def format_summary(summary: dict) -> str:
-    """Format a band's line."""
-    name = "not found"
-    if summary["raw_rank"] is not None:
-        first, last = summary["raw_rank"]
-        name = f"at {first}" if first == last else f"at {first} to {last}"
-    low, high = summary["gain_ci95"]
-    scores = f"raw {summary['raw']:.4f}   after {summary['after']:.4f}"
-    gain = f"{summary['gain']:+.4f} [{low:+.4f}, {high:+.4f}]"
-    return f"  raw answer's first target {name:<14} n {summary['n']:>5}   {scores}   {gain}"
+def format_band(band: tuple[int, int] | None) -> str:
+    """Format the limits of a band of ranks."""
+    if band is None:
+        return "not found"
+    first, last = band
+    return f"at {first}" if first == last else f"at {first} to {last}"
 
 
 if __name__ == "__main__":

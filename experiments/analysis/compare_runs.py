@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from by_history import read_evaluation
+from evaluations import read_evaluation
 
 from recr1.evaluation.bootstrap import compute_sign_flip_p
 from recr1.evaluation.evaluate import compute_mean_ci, get_column, list_metrics
