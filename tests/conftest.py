@@ -9,9 +9,12 @@ for a GPU each. So a GPU is hidden, from the processes that a test starts too, u
 says -m gpu.
 """
 
+import importlib
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 TESTS = Path(__file__).resolve().parent
 LONGEST = [
@@ -45,6 +48,15 @@ for index, name in enumerate(LONGEST):
 FOLDERS = {path.parent for path in TESTS.rglob("test_*.py")}
 for folder in sorted(FOLDERS):
     sys.path.append(str(folder))
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script of experiments/ as a module; a script finds its neighbours in its own folder."""
+    for folder in ("analysis", "make"):
+        monkeypatch.syspath_prepend(TESTS.parent / "experiments" / folder)
+    monkeypatch.delitem(sys.modules, "evaluate", raising=False)
+    return importlib.import_module
 
 
 def pytest_configure(config):

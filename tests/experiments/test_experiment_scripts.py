@@ -2,7 +2,6 @@
 open questions, the table; and a config's base.
 """
 
-import importlib
 import json
 import subprocess
 import sys
@@ -21,15 +20,6 @@ from recr1.tasks import registry as tasks
 from recr1.training.launch import run_guarded
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """A script of experiments/ as a module; a script finds its neighbours in its own folder."""
-    for folder in ("analysis", "make"):
-        monkeypatch.syspath_prepend(ROOT / "experiments" / folder)
-    monkeypatch.delitem(sys.modules, "evaluate", raising=False)
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")

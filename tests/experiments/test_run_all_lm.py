@@ -3,7 +3,6 @@ tiny encoder; stopping and going on; what its scripts and their options compute.
 """
 
 import dataclasses
-import importlib
 import json
 import os
 import re
@@ -316,15 +315,6 @@ def test_a_training_without_a_summary_has_failed(steps, tmp_path):
 
 
 # --- scripts and options --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """A script of experiments/ as a module; a script finds its neighbours in its own folder."""
-    for folder in ("analysis", "make"):
-        monkeypatch.syspath_prepend(ROOT / "experiments" / folder)
-    monkeypatch.delitem(sys.modules, "evaluate", raising=False)
-    return importlib.import_module
 
 
 @pytest.fixture(scope="module")
