@@ -148,10 +148,6 @@ class GroupTokenLoss:
         )
         return self._add_sums(sums)
 
-    def named_sums(self) -> dict[str, float]:
-        """Return all sums so far, by the names of STATISTICS."""
-        return dict(zip(STATISTICS, self.sums.tolist()))
-
     def stats(self) -> dict[str, torch.Tensor]:
         """Return the sums so far that TorchTokenLoss has too, by the names that are logged."""
         sums = dict(zip(STATISTICS, self.sums))
