@@ -66,6 +66,8 @@ def shuffle_prompt(
 
     encode: gives the prompt ids of a text.
     """
+    if not share:
+        return prompt
     text = shuffle_words(prompt.text, share, seed, step, prompt.index)
     if text == prompt.text:
         return prompt

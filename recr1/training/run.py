@@ -225,8 +225,6 @@ class Run(RunParts):
         local_order = dist.split_across_ranks(order.tolist())
         prompts = [self.dataset.train[index] for index in local_order]
         share = self.cfg.data.shuffle_words
-        if not share:
-            return prompts
         seed = self.cfg.run.seed
         encode = self.chat.prompt
         return [prompt_order.shuffle_prompt(p, share, seed, step, encode) for p in prompts]
