@@ -461,13 +461,11 @@ def measure_growth(function: Callable, *args: Any) -> tuple[float, Measured]:
 def measure_shape(
     shape: Shape,
     rounds: int,
-    run_whole: Callable[[range], list[float]] | None = None,
-    run_last_rung: Callable[[range], list[float]] | None = None,
+    run_beside: Callable[[range], BesideLoop] | None = None,
 ) -> list[dict]:
     """Measure all ways of a shape in turn, print its table and return the bars.
 
-    run_whole, run_last_rung: run the loop itself, or the last rung alone, in another process, and
-    return the seconds of these steps.
+    run_beside: measures these steps in the loop itself and by the last rung alone.
     """
     sampling_s: dict[str, list[float]] = {}
     training_s: dict[str, list[float]] = {}
@@ -492,15 +490,14 @@ def measure_shape(
             training_s.setdefault(name, []).append(measured.seconds)
 
     others = count_other_texts(sampled)
-    whole_s: list[float] = []
-    last_rung_s: list[float] = []
+    beside = BesideLoop([], [])
     for number in range(rounds):
         steps = choose_steps(number)
         measure_round(shape, steps, sampling, training, sampling_s, training_s, reward_s)
-        if run_whole is not None and run_last_rung is not None:
-            last_rung_s += run_last_rung(steps)
-            whole_s += run_whole(steps)
-            last_rung_s += run_last_rung(steps)
+        if run_beside is not None:
+            loop_s, last_rung_s = run_beside(steps)
+            beside.loop_s.extend(loop_s)
+            beside.last_rung_s.extend(last_rung_s)
 
     seconds = {}
     reward = median(reward_s)
@@ -515,11 +512,11 @@ def measure_shape(
         make_bar(f"{shape.name}: gradient norms of the ways to train, spread", spread, 1e-4),
         make_bar(f"{shape.name}: texts that differ, share", others / len(rollouts), 0.02),
     ]
-    if run_whole is not None:
-        last = median(last_rung_s)
-        whole = median(whole_s)
-        print(f"  {shape.name} by recr1.train: {whole:.3f} s/step, the last rung {last:.3f}")
-        off = abs(last / whole - 1)
+    if run_beside is not None:
+        last = median(beside.last_rung_s)
+        loop = median(beside.loop_s)
+        print(f"  {shape.name} by recr1.train: {loop:.3f} s/step, the last rung {last:.3f}")
+        off = abs(last / loop - 1)
         bars.append(make_bar(f"{shape.name}: last rung beside recr1.train, relative", off, 0.03))
     return bars
 
@@ -633,6 +630,21 @@ def count_code_lines(path: Path) -> int:
     return len(lines)
 
 
+class BesideLoop(NamedTuple):
+    """Seconds of steps."""
+
+    loop_s: list[float]
+    last_rung_s: list[float]
+
+
+def run_beside_loop(folder: str, threads: int, tiny: bool, steps: range) -> BesideLoop:
+    """Run the last rung, the loop, and the last rung again, each in a process of its own."""
+    before = run_last_rung(threads, tiny, steps)
+    loop_s = run_quickstart(folder, threads, tiny, steps)
+    after = run_last_rung(threads, tiny, steps)
+    return BesideLoop(loop_s, before + after)
+
+
 def run_quickstart(folder: str, threads: int, tiny: bool, steps: range) -> list[float]:
     """Run the quickstart by recr1.train with learning rate 0; return these steps' seconds."""
     run_dir = Path(folder) / f"fast_{steps.start}"
@@ -695,12 +707,8 @@ def main() -> int:
             if args.last_rung:
                 print(json.dumps(measure_last_rung(shape, range(*args.last_rung))))
                 return 0
-            bars += measure_shape(
-                shape,
-                args.rounds,
-                partial(run_quickstart, folder, args.threads, args.dry_run),
-                partial(run_last_rung, args.threads, args.dry_run),
-            )
+            run_beside = partial(run_beside_loop, folder, args.threads, args.dry_run)
+            bars += measure_shape(shape, args.rounds, run_beside)
             del shape
         if args.shape in ("135m", "all"):
             rounds = args.rounds if args.dry_run else max(1, args.rounds - 1)
