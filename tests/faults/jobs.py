@@ -41,9 +41,7 @@ class Job:
         os.set_blocking(self.output, False)
         self.heard = b""
         self.codes: dict[int, int | None] = dict.fromkeys(range(ranks))
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = find_free_port()
         self.pids = []
         for rank in range(ranks):
             pid = os.fork() or run_rank(rank, ranks, port, argv, out, prepare)
@@ -133,6 +131,24 @@ def first_word(phase: str) -> str:
     return word
 
 
+def find_free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def join_job(rank: int, ranks: int, port: int) -> None:
+    """Set what torchrun tells this process."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        LOCAL_WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+
+
 def run_rank(rank: int, ranks: int, port: int, argv: list[str], out: int, prepare) -> None:
     code = 1
     try:
@@ -141,14 +157,7 @@ def run_rank(rank: int, ranks: int, port: int, argv: list[str], out: int, prepar
         os.dup2(out, 2)
         sys.stdout = open_lines(1)
         sys.stderr = open_lines(2)
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(ranks),
-            LOCAL_WORLD_SIZE=str(ranks),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
+        join_job(rank, ranks, port)
         if prepare:
             prepare(rank)
         with signal_handlers():

@@ -11,23 +11,20 @@ os._exit.)
 import json
 import os
 import runpy
-import socket
 import sys
 
 # what a run imports where it needs it
 import nltk.stem.porter  # noqa: F401
 import torch.distributed.distributed_c10d  # noqa: F401
 import transformers.models.auto.tokenization_auto  # noqa: F401
-from jobs import die_with_parent
+from jobs import die_with_parent, find_free_port, join_job
 
 
 def serve_jobs() -> list[str]:
     """Start the jobs that come on stdin. Return in the ranks alone: what a rank is to run."""
     for line in sys.stdin:
         job = json.loads(line)
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
+        port = find_free_port()
         pids = []
         for rank in range(job["ranks"]):
             pid = os.fork()
@@ -51,14 +48,7 @@ def become_rank(rank: int, ranks: int, port: int, output: str) -> None:
     os.dup2(out, 1)
     os.dup2(out, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        LOCAL_WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    join_job(rank, ranks, port)
 
 
 if __name__ == "__main__":
