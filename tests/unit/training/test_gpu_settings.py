@@ -49,6 +49,31 @@ def test_torchs_allocator_reads_our_settings_or_the_users(chosen, expected):
     assert done.stdout.strip() == expected
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is torch's OpenMP on Linux alone")
+@pytest.mark.parametrize(
+    "chosen, expected",
+    [
+        ({}, "2000"),
+        ({"GOMP_SPINCOUNT": "300000"}, "300000"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "0"),
+    ],
+)
+def test_torchs_openmp_reads_our_way_of_waiting_or_the_users(chosen, expected):
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= chosen | dict(PYTHONPATH=str(ROOT), OMP_DISPLAY_ENV="VERBOSE")
+
+    done = subprocess.run(
+        [sys.executable, "-c", "import recr1, torch"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
+
+
 def test_fewer_gpus_than_ranks_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
