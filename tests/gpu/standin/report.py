@@ -1,8 +1,11 @@
 """Print what the product asks of a GPU: PYTHONPATH=.:tests python -m gpu.standin.report WHAT
+[MODEL]
 
 waits: where the host waits, as the table MAX_WAITS of check_waits.py.
 counts: launches and waits of a decode step and of a micro-batch.
-graphs: the share of decode steps that run as CUDA graphs, with the bundled policy.
+graphs: the share of decode steps that run as CUDA graphs; a sampling at three temperatures.
+gap: what bfloat16 makes of a token's log-prob: sampler, trainer and float32 against each other.
+Of these two, MODEL is a model folder (default: the bundled policy).
 """
 
 import os
@@ -11,6 +14,8 @@ from collections.abc import Mapping
 
 from gpu.standin.activity import Activity
 from gpu.standin.install import install
+
+BUNDLED_POLICY = "experiments/policy"
 
 
 def print_activity(activity: Activity, title: str) -> None:
@@ -75,28 +80,53 @@ def format_difference(one: Mapping[str, int], two: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in by_count if count)
 
 
-def print_graph_share() -> None:
-    from gpu.standin.workloads import count_graph_steps
+def print_graph_share(folder: str) -> None:
+    from gpu.standin.workloads import count_graph_steps, load_real_policy
 
-    for temperature in (1.2, 0.6):
-        steps = count_graph_steps(temperature)
+    real = load_real_policy(folder, num_prompts=64)
+    for temperature in (1.2, 1.0, 0.6):
+        steps = count_graph_steps(real, temperature)
         total = sum(steps)
         print(
-            f"bundled policy, 64 x 8, temperature {temperature}: {total} decode steps, "
+            f"64 x 8, temperature {temperature}: {total} decode steps, "
             f"{steps.replayed / total:.0%} replayed, {steps.warm_up / total:.0%} warm-ups of "
-            f"graphs, {steps.eager / total:.0%} eager"
+            f"graphs, {steps.eager / total:.0%} eager",
+            flush=True,
         )
 
 
-REPORTS = dict(waits=print_waits, counts=print_counts, graphs=print_graph_share)
+def print_gaps(folder: str) -> None:
+    import numpy as np
+    from gpu.standin.workloads import measure_gaps
+
+    gaps = measure_gaps(folder, num_prompts=16, length=28)
+    for name, gap in gaps._asdict().items():
+        print(
+            f"{name.replace('_', ' - ')}: mean {gap.mean():.5f}, p99 {np.quantile(gap, 0.99):.4f}, "
+            f"largest {gap.max():.4f} nats, {len(gap)} tokens"
+        )
+
+
+REPORTS = dict(waits=print_waits, counts=print_counts)
+REPORTS_OF_A_MODEL = dict(graphs=print_graph_share, gap=print_gaps)
 
 
 def main() -> None:
-    if len(sys.argv) != 2 or sys.argv[1] not in REPORTS:
+    what, *folders = sys.argv[1:] or [""]
+    if what in REPORTS and not folders:
+        prepare()
+        REPORTS[what]()
+    elif what in REPORTS_OF_A_MODEL and len(folders) <= 1:
+        prepare()
+        REPORTS_OF_A_MODEL[what](*folders or [BUNDLED_POLICY])
+    else:
         sys.exit(__doc__)
+
+
+def prepare() -> None:
+    """Give this process the stand-in, before anything imports torch."""
     install()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    REPORTS[sys.argv[1]]()
 
 
 if __name__ == "__main__":

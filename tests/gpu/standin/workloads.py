@@ -30,7 +30,9 @@ from recr1.data_types import Prompt, Rollout
 from recr1.distributed.fsdp import Sharded, unsharded
 from recr1.kernels.sample_token import sample_from_hidden
 from recr1.model.decoder import Decoder
+from recr1.model.log_probs import compute_log_probs
 from recr1.rl.losses import resolve_objective
+from recr1.rl.packing import pack_rollouts
 from recr1.rl.policy_loss import compute_policy_loss
 from recr1.sampling import generate as sampler
 from recr1.sampling.sequences import SequenceBatch
@@ -178,23 +180,45 @@ class GraphSteps(NamedTuple):
     eager: int
 
 
-def count_graph_steps(temperature: float) -> GraphSteps:
-    """Sample with the bundled policy as the quickstart does: 64 prompts, 8 texts of each."""
+class RealPolicy(NamedTuple):
+    """A model folder's policy on the GPU, and prompts to it."""
+
+    policy: Sharded
+    prompts: list[Prompt]
+    stops: frozenset[int]
+
+
+def load_real_policy(
+    folder: str, num_prompts: int, compute: torch.dtype = torch.bfloat16, attention: str = "auto"
+) -> RealPolicy:
+    """Load a model, with the quickstart's first train queries in its prompt."""
     cfg = load_config(str(ROOT / "experiments/quickstart.yaml"), [])
-    policy_folder = str(ROOT / "experiments/policy")
-    tokenizer = load_tokenizer(policy_folder)
+    tokenizer = load_tokenizer(folder)
     chat = ChatTemplate(tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
     queries = ROOT / "experiments/data/msrd/train.queries.jsonl"
-    lines = queries.read_text(encoding="utf-8").splitlines()[:64]
+    lines = queries.read_text(encoding="utf-8").splitlines()[:num_prompts]
     prompts = []
     for index, line in enumerate(lines):
         text = json.loads(line)["text"]
         prompts.append(Prompt(str(index), index, text, chat.prompt(text)))
-    policy = load_policy(policy_folder, len(tokenizer), torch.bfloat16)
+    policy = load_policy(folder, len(tokenizer), compute, attention=attention)
+    return RealPolicy(policy, prompts, read_stop_token_ids(folder, tokenizer))
 
-    group_size = cfg.sampling.group_size
-    length = cfg.sampling.max_new_tokens
-    uniforms = draw_uniforms(0, 0, np.arange(len(prompts)), group_size, length)
+
+def sample_real_texts(
+    real: RealPolicy, group_size: int, length: int, temperature: float
+) -> list[Rollout]:
+    """Sample texts of at most `length` tokens, as a run's first step does."""
+    rows = np.arange(len(real.prompts))
+    uniforms = draw_uniforms(0, 0, rows, group_size, length)
+    with unsharded(real.policy):
+        return sampler.generate(
+            real.policy, real.prompts, group_size, temperature, length, real.stops, uniforms
+        )
+
+
+def count_graph_steps(real: RealPolicy, temperature: float) -> GraphSteps:
+    """Sample as the quickstart does, 8 texts of at most 28 tokens of each prompt."""
     num_choices = 0
 
     def choose_and_count(*arguments, **settings):
@@ -203,12 +227,39 @@ def count_graph_steps(temperature: float) -> GraphSteps:
         return sample_from_hidden(*arguments, **settings)
 
     activity.clear()
-    with unsharded(policy), mock.patch.object(sampler, "sample_from_hidden", choose_and_count):
-        stops = read_stop_token_ids(policy_folder, tokenizer)
-        sampler.generate(policy, prompts, group_size, temperature, length, stops, uniforms)
+    with mock.patch.object(sampler, "sample_from_hidden", choose_and_count):
+        sample_real_texts(real, group_size=8, length=28, temperature=temperature)
     num_captures = len(activity.captured)
     num_eager = num_choices - 2 * num_captures  # each graph's step ran once, and was captured once
     return GraphSteps(activity.num_replays, num_captures, num_eager)
+
+
+class Gaps(NamedTuple):
+    """|difference| of the log-probs of sampled tokens, (n,) nats."""
+
+    sampler_trainer: np.ndarray
+    sampler_float32: np.ndarray  # to the same model in float32
+    trainer_float32: np.ndarray
+
+
+def measure_gaps(folder: str, num_prompts: int, length: int) -> Gaps:
+    """Sample in bfloat16 and compute the log-probs of the same texts as the trainer does."""
+    real = load_real_policy(folder, num_prompts)
+    rollouts = sample_real_texts(real, GROUP_SIZE, length, temperature=1.0)
+    sampled = np.concatenate([rollout.sampler_logp for rollout in rollouts])
+    trained = compute_rollout_logp(real.policy, rollouts)
+    exact = load_real_policy(folder, 0, torch.float32, "sdpa")
+    reference = compute_rollout_logp(exact.policy, rollouts)
+    return Gaps(np.abs(sampled - trained), np.abs(sampled - reference), np.abs(trained - reference))
+
+
+def compute_rollout_logp(policy: Sharded, rollouts: list[Rollout]) -> np.ndarray:
+    """Compute the log-prob of each token of the rollouts, in their order, as the trainer does."""
+    [batch] = pack_rollouts(rollouts, max_tokens=10**6, device=GPU)
+    with torch.no_grad():
+        logp, _ = compute_log_probs(policy, batch, temperature=1.0)
+    order = np.argsort(batch.rollout.cpu().numpy(), kind="stable")
+    return logp.cpu().double().numpy()[order]
 
 
 # --- Training -------------------------------------------------------------------------------------
