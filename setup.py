@@ -49,6 +49,7 @@ setup(
             "pytest-xdist",
             "gguf",
             "accelerate",
+            "peft",
             "ruff",
             "mypy",
             "bm25s",

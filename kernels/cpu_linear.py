@@ -97,7 +97,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        # a frozen weight's backward needs no x: LoRA's
+        needs_weight = ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if needs_weight else None, weight)
         return multiply(x, weight, bias)
 
     @staticmethod

@@ -17,6 +17,7 @@ from recr1.config.schema import Config
 from recr1.data_types import MicroBatch, Prompt, Reward, Rollout
 from recr1.distributed import collectives as dist
 from recr1.distributed.fsdp import Sharded, unsharded
+from recr1.model.decoder import ScoredDecoder
 from recr1.model.log_probs import compute_log_probs
 from recr1.rl.advantages import compute_group_advantages
 from recr1.rl.async_rewards import AsyncRewards
@@ -195,7 +196,7 @@ def join_groups(groups: list[ScoredGroup], num_sampled_groups: int) -> Samples:
 
 
 def compute_kl_penalty(
-    reference: Sharded | None, unique: list[Rollout], rollouts: list[Rollout], cfg: Config
+    reference: ScoredDecoder | None, unique: list[Rollout], rollouts: list[Rollout], cfg: Config
 ) -> torch.Tensor:
     """Compute the KL to the reference of each rollout, summed over its tokens.
 
@@ -245,7 +246,7 @@ def start_record(
 
 @torch.no_grad()
 def log_token_values(
-    policy: Sharded, reference: Sharded | None, unique: list[Rollout], cfg: Config
+    policy: Sharded, reference: ScoredDecoder | None, unique: list[Rollout], cfg: Config
 ) -> list[dict]:
     """Compute per-token values of all texts of a step, untrained ones too, for rollouts.jsonl.gz.
 
@@ -274,7 +275,7 @@ class PolicyUpdate(NamedTuple):
 
 def make_updates(
     policy: Sharded,
-    reference: Sharded | None,
+    reference: ScoredDecoder | None,
     unique: list[Rollout],
     advantages: torch.Tensor,
     cfg: Config,
@@ -325,7 +326,7 @@ def make_micro_batches(rollouts: list[Rollout], cfg: Config) -> list[MicroBatch]
 
 @torch.no_grad()
 def add_ref_logp(
-    reference: Sharded | None,
+    reference: ScoredDecoder | None,
     micro_batches: list[MicroBatch],
     temperature: float,
     kernels: str = "torch",

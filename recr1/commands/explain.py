@@ -33,7 +33,7 @@ from recr1.model.log_probs import compute_log_probs
 from recr1.rl import advantages, kl, losses, packing, policy_loss
 from recr1.rl.replay import Replay
 from recr1.tasks.scorer import Scorer
-from recr1.training.load_model import COMPUTE_DTYPES, load_policy
+from recr1.training.load_model import COMPUTE_DTYPES, load_policy, make_adapter_source
 from recr1.training.optimizer import Optimizer
 from recr1.utils.files import Damaged, check_file, read_manifest
 from recr1.utils.hf_hub import ModelFolderError, load_tokenizer, resolve_model_folder
@@ -561,7 +561,7 @@ def _load_policy_before(step: LoggedStep) -> tuple[Sharded, torch.dtype]:
     Raises ModelFolderError, Damaged, OSError.
     """
     model = step.cfg.model
-    folder, device_type = _find_weights_before(step)
+    folder, adapter_folder, device_type = _find_weights_before(step)
     dtype_name = model.compute
     if dtype_name == "auto":
         dtype_name = "bfloat16" if device_type == "cuda" else "float32"
@@ -575,19 +575,20 @@ def _load_policy_before(step: LoggedStep) -> tuple[Sharded, torch.dtype]:
         "sdpa",
         False,
         model.head_float32,
+        adapter=make_adapter_source(step.cfg, adapter_folder),
     )
     return policy, compute_dtype
 
 
-def _find_weights_before(step: LoggedStep) -> tuple[str, str]:
+def _find_weights_before(step: LoggedStep) -> tuple[str, str, str]:
     """Find the weights that the step began with.
 
     Returns:
-        Their folder, and the kind of device that the run computed on. Raises ModelFolderError,
-        Damaged.
+        The model's folder, its adapter's ("" without LoRA, and where the config says it), and the
+        kind of device that the run computed on. Raises ModelFolderError, Damaged.
     """
     if step.step == 1:
-        return resolve_model_folder(step.cfg.model.path), dist.device().type
+        return resolve_model_folder(step.cfg.model.path), "", dist.device().type
     checkpoint = step.run / f"checkpoints/step_{step.step - 1:06d}"
     if not checkpoint.is_dir():
         raise ModelFolderError(
@@ -595,10 +596,13 @@ def _find_weights_before(step: LoggedStep) -> tuple[str, str]:
         )
     manifest = read_manifest(checkpoint)
     for name, entry in manifest.items():
-        if name.startswith("model/") or name == "state.json":
+        if name.startswith(("model/", "adapter/")) or name == "state.json":
             check_file(checkpoint, name, entry)
     state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    return str(checkpoint / "model"), state["device"]
+    if step.cfg.lora.rank:
+        base = resolve_model_folder(step.cfg.model.path)
+        return base, str(checkpoint / "adapter"), state["device"]
+    return str(checkpoint / "model"), "", state["device"]
 
 
 # --- the text -------------------------------------------------------------------------------------

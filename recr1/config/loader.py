@@ -74,6 +74,8 @@ MINIMUMS = {
     "loss.kl_coef": 0,
     "loss.advantage_eps": 0,
     "optimizer.lr": 0,
+    "lora.rank": 0,
+    "lora.alpha": 1e-6,
     "optimizer.max_grad_norm": 1e-12,
     "optimizer.warmup_steps": 0,
     "data.shuffle_words": 0,
@@ -227,6 +229,7 @@ def check_config(config: Config) -> Config:
     _check_step(config)
     _check_reward_weights(config)
     _check_retriever(config)
+    _check_lora(config)
     if bool(config.data.test_queries) != bool(config.data.test_qrels):
         raise ConfigError(
             "data.test_queries, data.test_qrels: give both files, "
@@ -307,6 +310,29 @@ def _check_retriever(config: Config) -> None:
     if retriever.timeout and kind in RETRIEVERS:
         raise ConfigError(
             f"retriever.timeout: is for a function of yours (module:function); {kind} takes none"
+        )
+
+
+def _check_lora(config: Config) -> None:
+    if not config.lora.rank:
+        changed = list_changed_keys(config, ("lora.", "model.adapter"))
+        if changed:
+            raise ConfigError(f"{', '.join(changed)}: is for LoRA; set lora.rank, or leave it out")
+        return
+    if config.train.frozen:
+        raise ConfigError(
+            "train.frozen: with lora.rank every weight of the model is frozen; leave it out"
+        )
+    if config.loss.reference_cpu_offload:
+        raise ConfigError(
+            "loss.reference_cpu_offload: with lora.rank the reference is the policy's own weights, "
+            "no second copy; leave it out"
+        )
+    if config.model.adapter and config.loss.kl_coef > 0:
+        raise ConfigError(
+            "model.adapter: with loss.kl_coef the reference would be the model without that "
+            "adapter, not the policy that the run begins with; merge it first (recr1 merge) and "
+            "name the result in model.path"
         )
 
 

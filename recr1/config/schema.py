@@ -47,6 +47,19 @@ class ModelConfig:
     # What the model computes in: float32 | bfloat16 | auto: bfloat16 on a GPU, else float32. The
     # master weights and the optimizer are float32.
     compute: str = "auto"
+    # An adapter's folder, ours or PEFT's, that LoRA goes on from. Empty: from a new one.
+    adapter: str = ""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """LoRA's settings (model/lora.py): small matrices are trained beside the model's weights."""
+
+    rank: int = 0  # Rows of A, columns of B. 0: there is no LoRA, the weights are trained.
+    alpha: float = 32.0  # What the adapters add is scaled by alpha / rank.
+    # The weights of a block that get an adapter: patterns of modules' names, or of their ends.
+    targets: str = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+    rslora: bool = False  # Scale by alpha / sqrt(rank).
 
 
 @dataclass(frozen=True)
@@ -251,6 +264,7 @@ class Config:
     task: str = "product_search"
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     retriever: RetrieverConfig = field(default_factory=RetrieverConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)

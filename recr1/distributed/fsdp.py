@@ -160,16 +160,20 @@ def iterate_shards(
     layouts: list[GroupLayout],
     read: Callable[[str], torch.Tensor],
     master: torch.dtype,
+    frozen_master: torch.dtype,
     device: torch.device,
     on_host: bool,
 ) -> Iterator[torch.Tensor]:
     """Yield this rank's numbers (n,) of each group, read, on the device or the host."""
     sizes = [torch.Size([layout.flat_param.shard_size]) for layout in layouts]
+    dtypes = [master if layout.trainable else frozen_master for layout in layouts]
     zeros: Iterator[torch.Tensor]
-    if on_host:  # all at once: they share pieces of pinned memory
-        zeros = iter(cpu_offload.make_host_zeros(sizes, master))
+    if on_host:  # all at once, of a reference: they share pieces of pinned memory
+        zeros = iter(cpu_offload.make_host_zeros(sizes, frozen_master))
     else:
-        zeros = (torch.zeros(size, dtype=master, device=device) for size in sizes)
+        zeros = (
+            torch.zeros(size, dtype=dtype, device=device) for size, dtype in zip(sizes, dtypes)
+        )
     for layout, shard in zip(layouts, zeros):
         layout.flat_param.fill(shard, read)
         yield shard
@@ -265,6 +269,7 @@ class Sharded(nn.Module):
     Args:
         read: gives a weight by its name; called once for each weight.
         master: type of the shards, of their gradients and of the optimizer's state.
+        frozen_master: type of the shards that are not trained; None: master.
         compute: type of the gathered weights.
         gradient_checkpointing: a block keeps its input only and computes its forward again in the
             backward.
@@ -279,6 +284,7 @@ class Sharded(nn.Module):
         *,
         device: torch.device,
         master: torch.dtype = torch.float32,
+        frozen_master: torch.dtype | None = None,
         compute: torch.dtype = torch.float32,
         gradient_checkpointing: bool = False,
         frozen: tuple[str, ...] = (),
@@ -296,7 +302,8 @@ class Sharded(nn.Module):
 
         # The root and every block have a trained and a frozen group, or only one of them.
         layouts_by_block = [list_layouts(params) for params in params_by_block(decoder, frozen)]
-        shards = iterate_shards(sum(layouts_by_block, []), read, master, device, on_host)
+        all_layouts = sum(layouts_by_block, [])
+        shards = iterate_shards(all_layouts, read, master, frozen_master or master, device, on_host)
         groups_by_block: list[list[ParamGroup]] = []
         for layouts in layouts_by_block:
             groups = []
@@ -316,6 +323,8 @@ class Sharded(nn.Module):
         # Checkpoints hold this attribute's name: units.0.shard, units.1.shard, ...
         self.units = nn.ModuleList(all_groups)
         self.size = sum(group.flat_param.numel() for group in all_groups)
+        trained_groups = [group for group in all_groups if group.shard.requires_grad]
+        self.num_trained = sum(group.flat_param.numel() for group in trained_groups)
 
         # The first block has no block before it, the last one none behind it.
         self.block_groups = [[], *groups_by_block[1:], []]
@@ -403,8 +412,9 @@ class Sharded(nn.Module):
     def head_weight(self) -> torch.Tensor:
         return self.decoder.head_weight
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the name and the full tensor of every weight, in the master type.
+    def tensors(self, trained_only: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the name and the full tensor of every weight, in the type of its shard; of a block
+        those that are trained come first.
 
         One group at a time is gathered. A collective: all ranks go through it together, also where
         a wait does not hold the host, as with nccl. There a rank that only takes part would else
@@ -413,6 +423,8 @@ class Sharded(nn.Module):
         """
         for group in self.units:
             assert isinstance(group, ParamGroup)
+            if trained_only and not group.shard.requires_grad:
+                continue
             wait = cpu_offload.start_all_gather_from_host(
                 group.shard.detach(), group.shard.dtype, group.device
             )

@@ -20,6 +20,7 @@ from torch import nn
 from recr1.distributed.fsdp import Sharded
 from recr1.kernels.cpu_linear import Linear
 from recr1.kernels.decoder_layer import apply_fused_rms_norm, apply_fused_rope, apply_fused_swiglu
+from recr1.model.lora import AdapterSource, FrozenReference
 from recr1.model.rope import DecoderConfig, apply_rotary_emb, compute_rope_cos_sin
 from recr1.model.varlen_attention import AttentionBackend
 
@@ -168,6 +169,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.backend = AttentionBackend()  # set_backend changes it
+        self.adapter: AdapterSource | None = None  # of LoRA; training/load_model.py sets it
         self.reachable = reachable or config.vocab_size
         # The order in which modules are made is the order of their random numbers.
         embed_tokens = Embedding(config.vocab_size, config.hidden_size)
@@ -216,3 +218,5 @@ class Decoder(nn.Module):
 
 # what trains and what samples: sharded over ranks, or whole
 AnyDecoder = Decoder | Sharded
+# what log-probs are computed of: these, or a policy's own weights without its adapters
+ScoredDecoder = AnyDecoder | FrozenReference

@@ -37,7 +37,7 @@ class SafetensorsFolder:
         index = Path(folder) / INDEX_FILE
         if single.exists() or not index.exists():  # as transformers prefers
             self.path = single
-            file = _open_safetensors(single)
+            file = open_safetensors(single)
             self.files = dict.fromkeys(file.keys(), file)
         else:
             self.path = index
@@ -221,7 +221,7 @@ def _open_shards(folder: Path, index: Path) -> dict[str, Any]:
     open_files = {}
     tensor_names = {}
     for file in sorted(set(weight_map.values())):
-        open_files[file] = _open_safetensors(folder / file)
+        open_files[file] = open_safetensors(folder / file)
     for file, tensors in open_files.items():
         tensor_names[file] = set(tensors.keys())
     for name, file in weight_map.items():
@@ -233,7 +233,7 @@ def _open_shards(folder: Path, index: Path) -> dict[str, Any]:
     return {name: open_files[file] for name, file in weight_map.items()}
 
 
-def _open_safetensors(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
     """Open a safetensors file. Its header says how long it is: a torn one is noticed here."""
     try:
         return safe_open(path, framework="pt", device="cpu")

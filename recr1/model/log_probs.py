@@ -14,7 +14,7 @@ import torch
 
 from recr1.data_types import MicroBatch
 from recr1.kernels.logprob import TokenLoss, fused_linear_loss, linear_log_probs
-from recr1.model.decoder import AnyDecoder
+from recr1.model.decoder import ScoredDecoder
 from recr1.model.packed_attention import PackedAttention
 
 
@@ -57,7 +57,7 @@ def make_distribution(logits: torch.Tensor, temperature: float) -> TokenDistribu
 
 
 def compute_log_probs(
-    model: AnyDecoder, batch: MicroBatch, temperature: float, kernels: str = "torch"
+    model: ScoredDecoder, batch: MicroBatch, temperature: float, kernels: str = "torch"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute log-prob (N,) and entropy (N,) of the batch's targets, with gradient."""
     with model.root():  # one gather for embedding and head
@@ -66,7 +66,7 @@ def compute_log_probs(
 
 
 def compute_fused_loss(
-    model: AnyDecoder,
+    model: ScoredDecoder,
     batch: MicroBatch,
     temperature: float,
     token_loss: TokenLoss,
@@ -82,7 +82,7 @@ def compute_fused_loss(
         return fused_linear_loss(*inputs, temperature, make_distribution, token_loss, kernels)
 
 
-def get_lm_head_weight(model: AnyDecoder) -> torch.Tensor:
+def get_lm_head_weight(model: ScoredDecoder) -> torch.Tensor:
     """Return the head's weight (V, C) that logits are made with.
 
     It is float32 where model.head_float32 says so.
@@ -91,7 +91,7 @@ def get_lm_head_weight(model: AnyDecoder) -> torch.Tensor:
     return weight.float() if model.backend.float32_head else weight
 
 
-def compute_head_inputs(model: AnyDecoder, batch: MicroBatch) -> HeadInputs:
+def compute_head_inputs(model: ScoredDecoder, batch: MicroBatch) -> HeadInputs:
     """Run the model over the batch and select the hidden states that predict.
 
     Call it inside `model.root()`: the weight is there no longer than that.

@@ -366,7 +366,9 @@ def _check_names(files: dict[str, dict], world: int) -> None:
     for name in sorted(files.keys() ^ shard_names):
         if name in shard_names:
             raise Damaged(f"{name} is missing")
-        is_of_model = name.startswith("model/") and not name.endswith(FORBIDDEN_ENDINGS)
+        is_of_model = name.startswith(("model/", "adapter/")) and not name.endswith(
+            FORBIDDEN_ENDINGS
+        )
         if name != "state.json" and not is_of_model:
             raise Damaged(f"{name!r} is no file of a checkpoint: not opened")
 

@@ -61,6 +61,7 @@ CHAT_TEMPLATE = (
 
 HIDDEN_SIZE = 48
 HEAD_DIM = 8
+LORA_RANK = 4  # at most
 MAX_POSITIONS = 8192
 
 
@@ -104,7 +105,8 @@ def _shrink(cfg: Config, folder: Path) -> Config:
     return replace(
         cfg,
         run=replace(cfg.run, dir=str(folder / "run")),
-        model=replace(cfg.model, path=str(folder / "policy")),
+        model=replace(cfg.model, path=str(folder / "policy"), adapter=""),
+        lora=replace(cfg.lora, rank=min(cfg.lora.rank, LORA_RANK)),
         data=replace(cfg.data, **data_files),
         retriever=replace(cfg.retriever, index_dir=str(folder / "index"), encoder=encoder),
         prompt=replace(cfg.prompt, max_tokens=4096),

@@ -56,6 +56,7 @@ KNOWN_VALUES: dict[str, tuple] = {
     "optimizer.kind": ("adamw",),
     "optimizer.on_nonfinite": ("stop",),
     "train.frozen": ("",),
+    "lora.rank": (0,),
     "train.replay": ("",),
 }
 

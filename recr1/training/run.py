@@ -35,6 +35,7 @@ from recr1.memory.out_of_memory import (
     is_out_of_memory,
     release_tensors,
 )
+from recr1.model.decoder import ScoredDecoder
 from recr1.retrieval.interface import Retriever, RetrieverError
 from recr1.rl.losses import Objective
 from recr1.rl.replay import Replay
@@ -84,7 +85,7 @@ class RunParts:
     eval_terms: RewardTerms
     compute_dtype: torch.dtype  # of the gathered weights
     policy: Sharded
-    reference: Sharded | None  # the policy before training; None without a KL
+    reference: ScoredDecoder | None  # the policy before training; None without a KL
     slot_bytes: int  # of the sampler's cache, per token
     replay: Replay | None  # logged rollouts instead of sampling
     objective: Objective
@@ -259,12 +260,12 @@ class Run(RunParts):
     # --- Training --------------------------------------------------------------------------------
 
     @property
-    def loss_reference(self) -> Sharded | None:
+    def loss_reference(self) -> ScoredDecoder | None:
         """Return the reference where the KL is a part of the loss (loss.kl_in), else None."""
         return self.reference if self.cfg.loss.kl_in == "loss" else None
 
     @property
-    def reward_reference(self) -> Sharded | None:
+    def reward_reference(self) -> ScoredDecoder | None:
         """Return the reference where the KL is taken off the rewards (loss.kl_in), else None."""
         return None if self.cfg.loss.kl_in == "loss" else self.reference
 

@@ -20,7 +20,9 @@ from recr1.distributed.process_group import set_collective_timeout
 from recr1.kernels.availability import choose_backend
 from recr1.memory import measure as memory, plan
 from recr1.memory.estimate import MemoryEstimate
+from recr1.model.decoder import ScoredDecoder
 from recr1.model.hf_config import read_config
+from recr1.model.lora import FrozenReference
 from recr1.retrieval.factory import RETRIEVERS_WITH_INDEX, build_retriever, get_index_dir
 from recr1.retrieval.interface import NoRetriever, Retriever
 from recr1.rl.losses import resolve_objective
@@ -33,7 +35,12 @@ from recr1.tracking.run_log import RunLog
 from recr1.tracking.trackers import Tracker
 from recr1.training.checks import check_kernels, check_kv_cache, check_lengths, count_slot_bytes
 from recr1.training.launch import EXPECTED_ERRORS
-from recr1.training.load_model import load_policy, load_reference, resolve_compute_dtype
+from recr1.training.load_model import (
+    load_policy,
+    load_reference,
+    make_adapter_source,
+    resolve_compute_dtype,
+)
 from recr1.training.run import Dataset, RetrieverFactory, Run, RunParts
 from recr1.training.run_dir import RunError, claim_run_dir
 from recr1.training.summary import describe_bias
@@ -146,7 +153,7 @@ def build_parts(cfg: Config) -> RunParts:
         check_lengths(cfg, read_config(model_folder).max_position_embeddings)
         compute_dtype = resolve_compute_dtype(cfg.model.compute)
         policy = build_policy(cfg, model_folder, len(tokenizer), compute_dtype)
-        reference = build_reference(cfg, model_folder, len(tokenizer), compute_dtype)
+        reference = build_reference(cfg, policy, model_folder, len(tokenizer), compute_dtype)
         slot_bytes = count_slot_bytes(policy.config, compute_dtype)
         check_kv_cache(cfg, slot_bytes)
         replay = build_replay(cfg)
@@ -200,15 +207,21 @@ def build_policy(
         cfg.model.batch_invariant,
         cfg.model.head_float32,
         cfg.model.kernels,
+        make_adapter_source(cfg),
     )
 
 
 def build_reference(
-    cfg: Config, model_folder: str, vocab_size: int, compute_dtype: torch.dtype
-) -> Sharded | None:
-    """Load the frozen policy before training, which the KL needs; None without a KL."""
+    cfg: Config, policy: Sharded, model_folder: str, vocab_size: int, compute_dtype: torch.dtype
+) -> ScoredDecoder | None:
+    """Load the frozen policy before training, which the KL needs; None without a KL.
+
+    With LoRA it is the policy's own weights without the adapters.
+    """
     if not cfg.loss.kl_coef > 0:
         return None
+    if cfg.lora.rank:
+        return FrozenReference(policy)
     return load_reference(
         model_folder,
         vocab_size,
@@ -363,8 +376,10 @@ def format_setup(run: Run) -> str:
     kernels = choose_backend(cfg.model.kernels, dist.device())
     fused_loss = " (group_loss)" if objective.runs_in_kernel else ""
     train, validation, test, _ = run.dataset
+    trained = f" ({run.policy.num_trained:,} trained)" if cfg.lora.rank else ""
     return (
-        f"{run.policy.size:,} parameters in {dtype}, {dist.world_size()} x {dist.device().type}, "
+        f"{run.policy.size:,} parameters{trained} in {dtype}, "
+        f"{dist.world_size()} x {dist.device().type}, "
         f"{run.threads} threads each, attention {run.policy.backend}, {loss}, "
         f"head {cfg.model.head}, kernels {kernels}{fused_loss}, "
         f"{len(run.retriever.doc_ids)} documents, "

@@ -65,9 +65,10 @@ def format_results(
     )
     examples = evaluate.format_examples(results.after, metric)
     texts_of_loop = "rollouts.jsonl.gz" if loop == "train" else "teacher.jsonl"
+    adapter = "adapter/ (PEFT's), " if cfg.lora.rank else ""
     checkpoints = ", checkpoints/" if has_checkpoints else ""
     return (
         f"\n{table}\n\nanswers on test:\n{examples}\n\n"
-        f"{folder}/: model/ (Hugging Face folder), summary.json, eval_before.jsonl, "
+        f"{folder}/: model/ (Hugging Face folder), {adapter}summary.json, eval_before.jsonl, "
         f"eval_after.jsonl, metrics.jsonl, {texts_of_loop}, config.yaml, versions.json{checkpoints}"
     )

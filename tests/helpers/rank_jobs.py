@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from recr1.config.schema import (
     Config,
     ConfigError,
+    LoraConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
@@ -28,6 +29,7 @@ from recr1.data_types import Prompt, Rollout
 from recr1.distributed import collectives as dist
 from recr1.distributed.fsdp import Sharded, unsharded
 from recr1.distributed.process_group import process_group
+from recr1.model.lora import FrozenReference, add_adapters, is_adapter_weight
 from recr1.rl.advantages import compute_group_advantages
 from recr1.rl.losses import resolve_objective
 from recr1.rl.packing import deduplicate
@@ -62,9 +64,11 @@ class Case(NamedTuple):
     on_host: bool = False  # the reference, and AdamW's moments
     shape: dict = {}  # of the model
     group: int = GROUP
+    lora: LoraConfig | None = None
 
 
 TIED = dict(tie_word_embeddings=True, num_hidden_layers=3)
+LORA = LoraConfig(rank=3, alpha=6.0, targets="q_proj, v_proj, down_proj")
 # a block that is frozen, and parts of the others and of the root
 NORMS = ("model.layers.0.*", "*norm.weight")
 BF16 = dict(dtype=torch.float32, compute=torch.bfloat16)
@@ -93,6 +97,17 @@ CASES = {
     ),
     "float64 frozen embedding": Case(ONE, frozen=("model.embed_tokens.weight",)),
     "float64 on the host": Case(ONE, on_host=True, frozen=NORMS, shape=TIED),
+    "float64 LoRA": Case(ONE, 10_000, lora=LORA),
+    "float64 LoRA, small batches": Case(ONE, lora=LORA),
+    "float64 LoRA, tied, checkpointing, one reduction a step": Case(
+        ONE,
+        40,
+        lora=LORA,
+        gradient_checkpointing=True,
+        gradient_sync="last_micro_batch",
+        shape=TIED,
+    ),
+    "float64 LoRA on the host": Case(ONE, lora=LORA, on_host=True, shape=dict(family="qwen3")),
     "float32": Case(ONE, dtype=torch.float32, shape=dict(tie_word_embeddings=True)),
     "float32 checkpointing": Case(
         TWO, 40, dtype=torch.float32, same=(0, 1), gradient_checkpointing=True
@@ -250,7 +265,11 @@ def results(name: str, sharded: bool) -> dict[str, torch.Tensor]:
     cfg = settings(case)
     policy = _build_model(case, 1, case.frozen, sharded)
     reference = None
-    if cfg.loss.kl_coef:
+    if cfg.loss.kl_coef and case.lora and sharded:
+        reference = FrozenReference(policy)
+    elif cfg.loss.kl_coef and case.lora:
+        reference = _build_model(case._replace(lora=None), 1, ("*",), sharded)
+    elif cfg.loss.kl_coef:
         reference = _build_model(case, 2, ("*",), sharded)
     optimizer = Optimizer(policy, cfg.optimizer, 3)
 
@@ -272,6 +291,9 @@ def results(name: str, sharded: bool) -> dict[str, torch.Tensor]:
 
 def _build_model(case: Case, seed: int, frozen: tuple[str, ...], sharded: bool):
     decoder = tiny_model(seed, **case.shape).to(case.dtype)
+    if case.lora:
+        frozen = tuple(decoder.state_dict())
+        _add_drawn_adapters(decoder, case)
     if not sharded:
         return freeze(decoder, frozen)
     state = dict(decoder.state_dict())
@@ -286,6 +308,15 @@ def _build_model(case: Case, seed: int, frozen: tuple[str, ...], sharded: bool):
         frozen=frozen,
         on_host=case.on_host and is_reference,
     )
+
+
+def _add_drawn_adapters(decoder, case: Case) -> None:
+    """Put adapters beside the weights; B, too, is drawn: else A has no gradient at first."""
+    add_adapters(decoder, case.lora)
+    generator = torch.Generator().manual_seed(3)
+    for name, weight in decoder.named_parameters():
+        if is_adapter_weight(name):
+            weight.data = torch.randn(weight.shape, generator=generator).to(case.dtype) / 5
 
 
 def _get_gradient(parameter) -> torch.Tensor | None:

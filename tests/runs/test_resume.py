@@ -162,18 +162,20 @@ EVERY_SETTING = (
 )
 
 
+@pytest.mark.parametrize("lora", [(), ("lora.rank=3",)], ids=["whole", "lora"])
 def test_several_stops_with_all_that_a_config_can_ask_for(
-    world, undisturbed, tmp_path, monkeypatch
+    lora, world, undisturbed, tmp_path, monkeypatch
 ):
     folder = tmp_path / "run"
-    argv = [world, *EVERY_SETTING, f"run.dir={folder}"]
+    settings = (*EVERY_SETTING, *lora)
+    argv = [world, *settings, f"run.dir={folder}"]
 
     for what in ("sample@3", "evaluate@1", "evaluate@2"):
         assert stop_training(what, argv, monkeypatch) == 0
     assert run_guarded(train.main, argv) == 0
 
     ours = collect_outputs(folder)
-    want = collect_outputs(undisturbed(1, *EVERY_SETTING))
+    want = collect_outputs(undisturbed(1, *settings))
     # of equal ones the first that was saved
     best = {ours.pop("best"), want.pop("best")}
     assert best <= {"step_000001\n", "step_000002\n"}
