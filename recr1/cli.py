@@ -18,6 +18,7 @@ import torch
 
 from recr1 import doctor, report
 from recr1.commands import compare_losses, explain, score_completions
+from recr1.commands.merge import run_merge
 from recr1.commands.rewrite import Rewriter
 from recr1.commands.search import (
     add_corpus_flags,
@@ -85,6 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_doctor_command(commands)
     add_report_command(commands)
     add_plan_command(commands)
+    add_merge_command(commands)
     return parser
 
 
@@ -290,6 +292,15 @@ def add_plan_command(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--memory", required=True, metavar="48GB", help="of each; GB is 10^9 bytes, GiB 2^30"
     )
+
+
+def add_merge_command(commands: argparse._SubParsersAction) -> None:
+    parser = add_command(
+        commands, "merge", run_merge, "a model and its LoRA adapter as one plain model"
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="a folder or a hub id")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="a run's, or PEFT's")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
 
 
 # --- flags that several commands have -------------------------------------------------------------

@@ -44,18 +44,24 @@ HEADER = f"{'fault':<27}{'N':>5}{'survived':>10}{'lost':>7}{'silent':>8}{'second
 
 
 def main(argv: list[str]) -> int:
-    """[N: so many of each] [name of a kind ...]; 0 if nothing was lost."""
+    """[--lora: to runs with LoRA] [N: so many of each] [name of a kind ...]; 0 if nothing was
+    lost.
+    """
+    lora = "--lora" in argv
+    argv = [argument for argument in argv if argument != "--lora"]
     numbers = [int(argument) for argument in argv if argument.isdigit()]
     at_most = numbers[0] if numbers else None
     chosen = [argument for argument in argv if not argument.isdigit()]
     reason = explain_refusal(at_most, chosen)
     if reason:
         kinds = ", ".join(KINDS)
-        print(f"faults.py [N] [kind ...]: {reason}; the kinds are {kinds}", file=sys.stderr)
+        print(
+            f"faults.py [--lora] [N] [kind ...]: {reason}; the kinds are {kinds}", file=sys.stderr
+        )
         return 2
     start = time.monotonic()
     try:
-        bars = make_faults(chosen or list(KINDS), at_most)
+        bars = make_faults(chosen or list(KINDS), at_most, lora)
     except KeyboardInterrupt:
         seconds = time.monotonic() - start
         print(f"stopped after {seconds:.0f} s; no process is left", file=sys.stderr)
@@ -79,11 +85,11 @@ def explain_refusal(at_most: int | None, chosen: list[str]) -> str:
     return ""
 
 
-def make_faults(chosen: list[str], at_most: int | None) -> list[dict]:
+def make_faults(chosen: list[str], at_most: int | None, lora: bool = False) -> list[dict]:
     """Make the faults of these kinds, at most so many of each. Return a bar for each kind."""
     bars = []
     with tempfile.TemporaryDirectory() as folder, none_left():
-        world = World(Path(folder))
+        world = World(Path(folder), lora)
         print(HEADER, flush=True)
         for seed, (kind, (make, n)) in enumerate(KINDS.items()):
             if kind not in chosen:

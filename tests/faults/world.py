@@ -30,6 +30,7 @@ SETTINGS = {
     "save.keep_last": 3,
     "loss.kl_coef": 0.01,
 }
+LORA = {"lora.rank": 3, "optimizer.lr": 1e-2}
 # what two equal runs differ in
 OTHERWISE = (
     "timing_s",
@@ -60,7 +61,7 @@ class Outcome:
 class World:
     """Config, policy and data in `folder`, and the result of an undisturbed run."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, lora: bool = False):
         self.folder = folder
         self.rng = random.Random()
         self.runs = 0
@@ -69,7 +70,8 @@ class World:
         # the undisturbed run as it was after its last save
         self.config = str(folder / "config.yaml")
         self.unfinished = folder / "unfinished"
-        run_forked(lambda: tiny_world.write_yaml(folder, **SETTINGS))
+        settings = SETTINGS | (LORA if lora else {})
+        run_forked(lambda: tiny_world.write_yaml(folder, **settings))
         start = time.monotonic()
         self.want = self.run_undisturbed()
         self.slow = max(1.0, (time.monotonic() - start) / USUAL)

@@ -52,7 +52,7 @@ MAX_WAITS = {
         "tracking.step_metrics.collect_token_values": 160,
         "train.add_advantages": 2,
         "training.checkpoint._write_shards": 24,
-        "training.load_model.save_policy.<locals>.compare": 104,
+        "training.load_model._compare_tensor": 104,
         "training.optimizer.Optimizer._clip_and_update": 2,
         "training.optimizer.Optimizer.compute_norm": 2,
     },

@@ -23,7 +23,6 @@ from gpu.standin.activity import activity
 from gpu.standin.tensor import GPU
 
 from recr1 import train
-from recr1.config.loader import load_config
 from recr1.config.schema import Config, LossConfig, OptimizerConfig, SamplingConfig, TrainConfig
 from recr1.data.chat_template import ChatTemplate
 from recr1.data_types import Prompt, Rollout
@@ -189,12 +188,16 @@ class RealPolicy(NamedTuple):
 
 
 def load_real_policy(
-    folder: str, num_prompts: int, compute: torch.dtype = torch.bfloat16, attention: str = "auto"
+    folder: str,
+    num_prompts: int,
+    compute: torch.dtype = torch.bfloat16,
+    attention: str = "auto",
+    user: str = "find: {query}",
+    assistant: str = "<think>",
 ) -> RealPolicy:
-    """Load a model, with the quickstart's first train queries in its prompt."""
-    cfg = load_config(str(ROOT / "experiments/quickstart.yaml"), [])
+    """Load a model; its prompts ask for the quickstart's first train queries, as there."""
     tokenizer = load_tokenizer(folder)
-    chat = ChatTemplate(tokenizer, cfg.prompt.system, cfg.prompt.user, cfg.prompt.assistant)
+    chat = ChatTemplate(tokenizer, "", user, assistant)
     queries = ROOT / "experiments/data/msrd/train.queries.jsonl"
     lines = queries.read_text(encoding="utf-8").splitlines()[:num_prompts]
     prompts = []
@@ -243,8 +246,14 @@ class Gaps(NamedTuple):
 
 
 def measure_gaps(folder: str, num_prompts: int, length: int) -> Gaps:
-    """Sample in bfloat16 and compute the log-probs of the same texts as the trainer does."""
-    real = load_real_policy(folder, num_prompts)
+    """Sample in bfloat16 and compute the log-probs of the same texts as the trainer does.
+
+    The prompt asks for what an instruct model knows: where it is lost, its log-probs are small and
+    the gaps large.
+    """
+    real = load_real_policy(
+        folder, num_prompts, user="Write one short sentence about the film: {query}", assistant=""
+    )
     rollouts = sample_real_texts(real, GROUP_SIZE, length, temperature=1.0)
     sampled = np.concatenate([rollout.sampler_logp for rollout in rollouts])
     trained = compute_rollout_logp(real.policy, rollouts)

@@ -255,6 +255,25 @@ def test_the_reference_is_the_model_without_adapters():
     assert measure_gap(policy, plain) > 0.1
 
 
+def test_frozen_weights_are_held_in_the_compute_type_and_adapters_in_float32(tmp_path):
+    base = tiny_model(1)
+    save(base, tmp_path / "base")
+    source = AdapterSource(CONFIGS["all weights"], "base")
+
+    policy = load_policy(str(tmp_path / "base"), 394, torch.bfloat16, adapter=source)
+
+    num_frozen = 0
+    for group in policy.units:
+        is_trained = group.shard.requires_grad
+        assert group.shard.dtype == (torch.float32 if is_trained else torch.bfloat16)
+        assert all(
+            is_adapter_weight(weight.name) == is_trained for weight in group.flat_param.weights
+        )
+        num_frozen += not is_trained
+    assert num_frozen == 1 + base.config.num_hidden_layers  # the root, and each block
+    assert policy.size - policy.num_trained == sum(w.numel() for w in base.parameters())
+
+
 def test_at_full_width_the_first_gradient_is_full_fine_tunings():
     """d B = s d W A^T: with an invertible A, no direction of d W is lost."""
     width = 48
