@@ -136,11 +136,14 @@ class Linear(nn.Linear):
 def packed_for_sampling(model: nn.Module, head: torch.Tensor) -> Iterator[torch.Tensor]:
     """Pack the weight of every Linear of the model for the duration of the block.
 
-    The packed weight is another copy in memory. Yields the head's.
+    The packed weight is another copy in memory. Yields that of the head, a matrix of its own: the
+    rows that are used of the embedding, or of a Linear, which is then not packed once more.
     """
     layers = []
     for module in model.modules():
-        if isinstance(module, Linear) and uses_onednn(module.weight):
+        if not isinstance(module, Linear) or not uses_onednn(module.weight):
+            continue
+        if module.weight.data_ptr() != head.data_ptr():
             layers.append(module)
     try:
         for layer in layers:

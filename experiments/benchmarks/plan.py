@@ -33,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from recr1.config.schema import (
     Config,
+    LoraConfig,
     LossConfig,
     ModelConfig,
     PromptConfig,
@@ -47,6 +48,7 @@ from recr1.evaluation.evaluate import generate_greedily
 from recr1.memory.estimate import MemoryEstimate, sum_bytes
 from recr1.memory.plan import apply_overrides
 from recr1.model.decoder import Decoder
+from recr1.model.lora import FrozenReference, add_adapters
 from recr1.model.rope import DecoderConfig
 from recr1.rl.losses import Objective, resolve_objective
 from recr1.rl.packing import deduplicate
@@ -69,6 +71,8 @@ BFLOAT16 = {"model.compute": "bfloat16"}
 UNTIED = dict(tie_word_embeddings=False)
 QWEN3 = dict(family="qwen3", head_dim=96)
 REFERENCE = {"loss.kl_coef": 0.1}
+LORA = {"lora.rank": 16}
+LORA_OF_ATTENTION = {"lora.rank": 8, "lora.targets": "q_proj, v_proj"}
 CASES = {  # shape, token budget in groups, overrides, ranks
     "4x256": (SMALL, 4, {}, 1),
     "4x256, all in one micro-batch": (SMALL, 8, {}, 1),
@@ -91,8 +95,28 @@ CASES = {  # shape, token budget in groups, overrides, ranks
         2,
     ),
     "4x256 two ranks, one reduction a step": (SMALL, 2, LAST_SYNC, 2),
+    "4x256 LoRA": (SMALL, 4, LORA, 1),
+    "4x256 LoRA checkpointing, vocabulary 32768, reference": (
+        SMALL | MANY,
+        2,
+        LORA | CHECKPOINTING | REFERENCE,
+        1,
+    ),
+    "4x256 LoRA of attention, untied 32768, recompute": (
+        SMALL | MANY | UNTIED,
+        2,
+        LORA_OF_ATTENTION | RECOMPUTE,
+        1,
+    ),
+    "4x256 LoRA Qwen3, bfloat16": (SMALL | QWEN3, 4, LORA | BFLOAT16, 1),
+    "12x512 LoRA": (WIDE, 2, LORA, 1),
+    "4x256 LoRA two ranks, reference": (SMALL, 2, LORA | REFERENCE, 2),
 }
-QUICK = ["4x256 checkpointing", "4x256 vocabulary 32768 recompute, reference"]
+QUICK = [
+    "4x256 checkpointing",
+    "4x256 vocabulary 32768 recompute, reference",
+    "4x256 LoRA checkpointing, vocabulary 32768, reference",
+]
 BARRED = ("sampling", "training")
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16)
@@ -135,7 +159,7 @@ class Trainer(NamedTuple):
 
     cfg: Config
     policy: Sharded
-    reference: Sharded | None
+    reference: Sharded | FrozenReference | None
     optimizer: Optimizer
     loss: Objective
     generator: torch.Generator
@@ -146,9 +170,11 @@ def run_steps(cfg: Config, shape: DecoderConfig) -> None:
     compute = DTYPES[cfg.model.compute]
     generator = torch.Generator().manual_seed(0)
     checkpointing = cfg.train.gradient_checkpointing
-    policy = make_model(shape, compute, generator, gradient_checkpointing=checkpointing)
+    policy = make_model(shape, compute, generator, cfg.lora, gradient_checkpointing=checkpointing)
     reference = None
-    if cfg.loss.kl_coef:
+    if cfg.loss.kl_coef and cfg.lora.rank:
+        reference = FrozenReference(policy)
+    elif cfg.loss.kl_coef:
         reference = make_model(shape, compute, generator, master=compute, frozen=("*",))
     optimizer = Optimizer(policy, cfg.optimizer, 2)
     loss = resolve_objective(cfg.loss, cfg.model)
@@ -168,11 +194,18 @@ def run_steps(cfg: Config, shape: DecoderConfig) -> None:
 
 
 def make_model(
-    shape: DecoderConfig, compute: torch.dtype, generator: torch.Generator, **options
+    shape: DecoderConfig,
+    compute: torch.dtype,
+    generator: torch.Generator,
+    lora: LoraConfig | None = None,
+    **options,
 ) -> Sharded:
-    """Return a model with random weights."""
+    """Return a model with random weights, its adapters beside them as load_policy has it."""
     with torch.device("meta"):
         decoder = Decoder(shape)
+        if lora and lora.rank:
+            options |= dict(frozen=tuple(decoder.state_dict()), frozen_master=compute)
+            add_adapters(decoder, lora)
     sizes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
 
     def draw_weight(name: str) -> torch.Tensor:

@@ -33,6 +33,7 @@ def evaluate_prompts(
     max_new_tokens: int,
     prompts_at_once: int = ROWS_AT_ONCE,
     kernels: str = "torch",
+    max_cache_tokens: int | None = None,
 ) -> list[dict]:
     """Answer each prompt greedily, and score the answer beside the one without a policy.
 
@@ -45,7 +46,13 @@ def evaluate_prompts(
     """
     local_prompts = dist.split_across_ranks(prompts)
     rollouts = generate_greedily(
-        model, local_prompts, scorer.stops, max_new_tokens, prompts_at_once, kernels
+        model,
+        local_prompts,
+        scorer.stops,
+        max_new_tokens,
+        prompts_at_once,
+        kernels,
+        max_cache_tokens,
     )
     with dist.fail_together(), raise_on_signal():
         raw_answers = [scorer.task.baseline_answer(prompt.row) for prompt in local_prompts]
@@ -85,8 +92,10 @@ def generate_greedily(
     max_new_tokens: int,
     prompts_at_once: int = ROWS_AT_ONCE,
     kernels: str = "torch",
+    max_cache_tokens: int | None = None,
 ) -> list[Rollout]:
-    """Generate the most likely text of each prompt, `prompts_at_once` of them decoded together.
+    """Generate the most likely text of each prompt, `prompts_at_once` of them decoded together, or
+    as many as `max_cache_tokens` has room for (see sampling/generate.py).
 
     A collective: every rank calls it, with its own prompts or none.
     """
@@ -95,7 +104,14 @@ def generate_greedily(
         with prepare_sampler(model, 1.0, kernels=kernels) as sampler:
             for start in range(0, len(prompts), prompts_at_once):
                 chunk = prompts[start : start + prompts_at_once]
-                rollouts += sampler.generate(chunk, 1, max_new_tokens, stops, uniforms=None)
+                rollouts += sampler.generate(
+                    chunk,
+                    1,
+                    max_new_tokens,
+                    stops,
+                    uniforms=None,
+                    max_cache_tokens=max_cache_tokens,
+                )
     return rollouts
 
 

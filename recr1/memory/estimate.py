@@ -7,8 +7,8 @@ config lets them be, all siblings differ, micro-batches are full.
 
 Legend of the formulas: P weights, R of the root (embedding, norm, head), U of a block; P', R', U'
 those that are trained; W ranks; e bytes of a number in the compute dtype; L layers, C width, F
-inner width, V vocabulary, H query heads, K kv heads, D head dim; M tokens, N targets of a
-micro-batch; attention's rows: B of T queries and S slots; in sampling B rows in all.
+inner width, V vocabulary, H query heads, K kv heads, D head dim, r LoRA's rank; M tokens, N targets
+of a micro-batch; attention's rows: B of T queries and S slots; in sampling B rows in all.
 """
 
 from __future__ import annotations
@@ -21,18 +21,31 @@ from typing import NamedTuple
 
 import torch
 
-from recr1.config.schema import Config
-from recr1.distributed.flat_param import params_by_block
+from recr1.config.schema import Config, LoraConfig
+from recr1.distributed.flat_param import ModuleParam, params_by_block
 from recr1.kernels.logprob import BLOCK_BYTES, SLICE_BYTES, WORKSPACE_BYTES
 from recr1.model.decoder import Decoder
+from recr1.model.lora import A_NAME, add_adapters
 from recr1.model.packed_attention import ROW_MULTIPLE, SHORT_ROWS, SLOT_MULTIPLE
 from recr1.model.rope import DecoderConfig
+from recr1.sampling.generate import MAX_PREFILL_TOKENS
 from recr1.sampling.kv_cache import count_slots, grow
 
 ROWS_AT_ONCE = 512  # prompts that are decoded together in an evaluation, at most
 
+HEAD_FORMULA = "{}; 0 where the head is frozen"
 CACHE_FORMULA = "2 e L K D rows slots  (KVCache.kv)"
-BLOCK_FORMULA = "2 M C (4 + 2 e) + e M (4 F + H D) + attention's rows"  # one block's activations
+# One block's activations.
+BLOCK_FORMULA = (
+    "2 M C (4 + 2 e) + e M (4 F + H D) + attention's rows; "
+    "LoRA: e M r for each adapter, e less for a frozen norm"
+)
+
+# The linears of a block that read one tensor.
+INPUT_READERS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
 
 
 class MemoryTerm(NamedTuple):
@@ -72,11 +85,29 @@ class CacheGrowth(NamedTuple):
     at_end: int
 
 
-class WeightCounts(NamedTuple):
-    """Count the weights of the root or of a block."""
+class WeightSizes(NamedTuple):
+    """Hold the numbers of each weight of the root or of a block, by name; a block's names begin
+    behind "model.layers.0.".
+    """
 
-    trained: int
-    frozen: int
+    trained: dict[str, int]
+    frozen: dict[str, int]
+
+    def count_trained(self, start: str = "") -> int:
+        """Return the numbers of the trained weights whose names start so."""
+        return sum(size for name, size in self.trained.items() if name.startswith(start))
+
+    def count_frozen(self) -> int:
+        return sum(self.frozen.values())
+
+    def count_all(self) -> int:
+        return self.count_trained() + self.count_frozen()
+
+    def is_trained(self, linear: str) -> bool:
+        """Return whether autograd keeps a linear's input: for its weight's gradient or for its
+        adapter's.
+        """
+        return f"{linear}.weight" in self.trained or f"{linear}.{A_NAME}" in self.trained
 
 
 class TrainingTerms(NamedTuple):
@@ -112,41 +143,57 @@ class MemoryEstimate:
         return 2 if is_bfloat16 else 4
 
     @cached_property
-    def weight_counts(self) -> list[WeightCounts]:
+    def weight_sizes(self) -> list[WeightSizes]:
         """Return the weights of the root, then of each block."""
-        return _count_weights(self.shape, self.cfg.train.frozen)
+        return _list_weight_sizes(self.shape, self.cfg.train.frozen, self.cfg.lora)
+
+    @property
+    def root(self) -> WeightSizes:
+        """Return the weights of embedding, last norm and head."""
+        return self.weight_sizes[0]
 
     @cached_property
-    def root_weights(self) -> int:
-        """Return R."""
-        root = self.weight_counts[0]
-        return root.trained + root.frozen
-
-    @cached_property
-    def block_weights(self) -> int:
-        """Return U."""
-        first_block = self.weight_counts[1]
-        return first_block.trained + first_block.frozen
+    def block(self) -> WeightSizes:
+        """Return the weights of the block with the most trained ones."""
+        return max(self.weight_sizes[1:], key=WeightSizes.count_trained)
 
     @cached_property
     def num_weights(self) -> int:
         """Return P."""
-        return sum(map(sum, self.weight_counts))
-
-    @cached_property
-    def trained_root_weights(self) -> int:
-        """Return R'."""
-        return self.weight_counts[0].trained
-
-    @cached_property
-    def trained_block_weights(self) -> int:
-        """Return U', of the block with the most trained weights."""
-        return max(block.trained for block in self.weight_counts[1:])
+        return sum(map(WeightSizes.count_all, self.weight_sizes))
 
     @cached_property
     def trained_weights(self) -> int:
         """Return P'."""
-        return sum(counts.trained for counts in self.weight_counts)
+        return sum(map(WeightSizes.count_trained, self.weight_sizes))
+
+    @cached_property
+    def trained_root_weights(self) -> int:
+        """Return R'."""
+        return self.root.count_trained()
+
+    @cached_property
+    def trained_block_weights(self) -> int:
+        """Return U'."""
+        return self.block.count_trained()
+
+    @property
+    def trains_embedding(self) -> bool:
+        return "model.embed_tokens.weight" in self.root.trained
+
+    @property
+    def trains_head(self) -> bool:
+        is_tied = self.shape.tie_word_embeddings
+        return self.trains_embedding if is_tied else "lm_head.weight" in self.root.trained
+
+    @property
+    def has_adapters(self) -> bool:
+        return self.cfg.lora.rank > 0
+
+    @property
+    def frozen_bytes(self) -> int:
+        """Return the bytes of a number of a frozen shard (training/load_model.py)."""
+        return self.number_bytes if self.has_adapters else 4
 
     @property
     def prompt_len(self) -> int:
@@ -224,11 +271,17 @@ class MemoryEstimate:
     def count_state(self, gradients: float = 0, cache: bool = True) -> Moment:
         """Return what a rank holds from step to step; the padding of its shards is not counted."""
         cfg = self.cfg
-        weights_per_rank = self.num_weights / self.ranks
-        reference_on_device = cfg.loss.kl_coef > 0 and not self.reference_on_host
+        frozen_weights = self.num_weights - self.trained_weights
+        masters = 4 * self.trained_weights + self.frozen_bytes * frozen_weights
+        has_reference = cfg.loss.kl_coef > 0 and not self.has_adapters
+        reference_on_device = has_reference and not self.reference_on_host
         keeps_cache = cache and not self.gpu and not cfg.train.replay
         return [
-            MemoryTerm("master weights", "4 P/W  (fsdp.ParamGroup.shard)", 4 * weights_per_rank),
+            MemoryTerm(
+                "master weights",
+                "4 P/W; LoRA: 4 P'/W, e for the others  (fsdp.ParamGroup.shard)",
+                masters / self.ranks,
+            ),
             MemoryTerm(
                 "Adam's moments",
                 "8 P'/W  (optimizer.py); optimizer.cpu_offload: 0",
@@ -236,8 +289,8 @@ class MemoryEstimate:
             ),
             MemoryTerm(
                 "reference",
-                "e P/W  (load_reference); loss.reference_cpu_offload: 0",
-                self.number_bytes * weights_per_rank * reference_on_device,
+                "e P/W  (load_reference); LoRA, loss.reference_cpu_offload: 0",
+                self.number_bytes * self.num_weights / self.ranks * reference_on_device,
             ),
             MemoryTerm(
                 "gradients",
@@ -254,19 +307,32 @@ class MemoryEstimate:
 
     def count_gathered(self, blocks: int) -> Moment:
         """Return the gathered weights of the root and of so many blocks."""
-        number_bytes = self.number_bytes
-        if self.ranks == 1 and number_bytes == 4:
-            number_bytes = 0  # the shard is the full weight, in the same dtype
         next_shard = (self.ranks > 1) / self.ranks
         return [
-            MemoryTerm("gathered root", "e R  (Sharded.root)", number_bytes * self.root_weights),
+            MemoryTerm(
+                "gathered root",
+                "e R  (Sharded.root); 0 where the shard itself is used: W = 1, stored as computed",
+                self._count_copied(self.root),
+            ),
             MemoryTerm(
                 "gathered blocks",
                 "2 e U, and e U/W where W > 1: the running one, the next and its shard; "
                 "all L in sampling",
-                number_bytes * self.block_weights * (blocks + next_shard),
+                self._count_copied(self.block) * (blocks + next_shard),
             ),
         ]
+
+    def _count_copied(self, weights: WeightSizes) -> int:
+        """Return the bytes that gathering these weights takes. On one rank a shard that is stored
+        in the compute type is the full weight itself.
+        """
+        e = self.number_bytes
+        copied = 0
+        if self.ranks > 1 or e != 4:
+            copied += weights.count_trained()
+        if self.ranks > 1 or e != self.frozen_bytes:
+            copied += weights.count_frozen()
+        return e * copied
 
     def count_attention(self, calls: list[AttentionRows], with_grad: bool) -> tuple[float, float]:
         """Count the attention of one layer: the bytes that autograd keeps, and what the largest
@@ -349,10 +415,13 @@ class MemoryEstimate:
         heads = 2 * shape.num_attention_heads + 3 * shape.num_key_value_heads
         _, padded_rows = self.count_attention(calls, with_grad=False)
         attention = e * tokens * (2 * shape.hidden_size + heads * shape.head_dim) + padded_rows
-        mlp = e * tokens * (2 * shape.hidden_size + 3 * shape.intermediate_size)
+        # of the last of three: what the weight gives, what the adapter adds, and their sum
+        has_adapter = f"mlp.up_proj.{A_NAME}" in self.block.trained
+        matrices = 3 + has_adapter
+        mlp = e * tokens * (2 * shape.hidden_size + matrices * shape.intermediate_size)
         return MemoryTerm(
             "one block's forward",
-            "e M (2 C + 3 F), or attention: e M (2 C + (2 H + 3 K) D) + padded rows",
+            "e M (2 C + 3 F), LoRA: 4 F; or attention: e M (2 C + (2 H + 3 K) D) + padded rows",
             max(mlp, attention),
         )
 
@@ -361,7 +430,7 @@ class MemoryEstimate:
         e = self.number_bytes
         width = self.shape.hidden_size
         vocab = self.shape.vocab_size
-        d_weight = 4 * vocab * width
+        d_weight = 4 * vocab * width * self.trains_head
         workspace = min(WORKSPACE_BYTES[self.device_type], targets * vocab * e)
         moment = [
             self._count_selected_hidden(targets),
@@ -369,7 +438,7 @@ class MemoryEstimate:
         ]
         if with_grad:
             moment.append(MemoryTerm("head: d hidden", "e N C", e * targets * width))
-            moment.append(MemoryTerm("head: d weight", "4 V C", d_weight))
+            moment.append(MemoryTerm("head: d weight", HEAD_FORMULA.format("4 V C"), d_weight))
 
         scales_logits = e == 2 or self.cfg.sampling.temperature != 1
         copies = 3 + scales_logits
@@ -381,7 +450,7 @@ class MemoryEstimate:
         )
         yield moment + [distribution]
 
-        if with_grad and e == 2:
+        if with_grad and e == 2 and self.trains_head:
             cast = MemoryTerm(
                 "head: d weight's cast",
                 "e V C; on a CPU a product and its float32 copy more  (_add_product)",
@@ -448,15 +517,8 @@ class MemoryEstimate:
         width = shape.hidden_size
         layers = shape.num_hidden_layers
 
-        # What autograd keeps of a block.
         attention_saved, attention_temporary = self.count_attention(batch.attention, with_grad=True)
-        heads = shape.num_attention_heads
-        all_heads = heads + shape.num_key_value_heads
-        has_head_norms = shape.family == "qwen3"
-        head_norms = tokens * all_heads * shape.head_dim * (4 + e) * has_head_norms
-        norms = 2 * tokens * width * (4 + 2 * e) + head_norms
-        linear_inputs = e * tokens * (heads * shape.head_dim + 4 * shape.intermediate_size)
-        block_activations = norms + attention_saved + linear_inputs
+        block_activations = tokens * self._count_kept_per_token() + attention_saved
         if self.cfg.train.gradient_checkpointing:
             formula = "L e M C  (blocks' inputs)"
             saved_bytes = layers * (e * tokens * width)
@@ -491,6 +553,37 @@ class MemoryEstimate:
             reduction_bytes=0 if adds_in_place else reduced,
         )
 
+    def _count_kept_per_token(self) -> float:
+        """Return the bytes that autograd keeps of a block for each token, beside its attention's.
+
+        A norm keeps its float32 input, and what its weight's gradient needs; a linear keeps its
+        input where it or its adapter is trained, and an adapter x A^T.
+        """
+        e = self.number_bytes
+        shape = self.shape
+        width = shape.hidden_size
+        heads = shape.num_attention_heads
+        block = self.block
+
+        kept = 0
+        norms = ("input_layernorm", "post_attention_layernorm")
+        for norm, readers in zip(norms, INPUT_READERS):
+            weight_is_trained = f"{norm}.weight" in block.trained
+            output_is_read = any(map(block.is_trained, readers))
+            kept += width * (4 + e * weight_is_trained + e * output_is_read)
+        if shape.family == "qwen3":
+            for name, number in (("q", heads), ("k", shape.num_key_value_heads)):
+                weight_is_trained = f"self_attn.{name}_norm.weight" in block.trained
+                kept += number * shape.head_dim * (4 + e * weight_is_trained)
+
+        kept += e * heads * shape.head_dim * block.is_trained("self_attn.o_proj")
+        gate_activated_up = 3
+        kept += (
+            e * shape.intermediate_size * (gate_activated_up + block.is_trained("mlp.down_proj"))
+        )
+        num_adapters = sum(name.endswith(A_NAME) for name in block.trained)
+        return kept + e * self.cfg.lora.rank * num_adapters
+
     def _count_layout(self, call: AttentionRows) -> float:
         """Return the bytes of the indices that one attention call of a micro-batch needs."""
         B, T, S, masks = call
@@ -503,7 +596,12 @@ class MemoryEstimate:
         e = self.number_bytes
         targets = terms.batch.targets
         width = self.shape.hidden_size
-        last_norm = MemoryTerm("last norm", "M C (4 + e)", terms.batch.tokens * width * (4 + e))
+        norm_is_trained = "model.norm.weight" in self.root.trained
+        last_norm = MemoryTerm(
+            "last norm",
+            "M C (4 + e), frozen: 4 M C",
+            terms.batch.tokens * width * (4 + e * norm_is_trained),
+        )
         base = self.count_state(terms.held_gradients) + terms.shared + [terms.saved, last_norm]
 
         for moment in self.iterate_head_moments(targets, with_grad=self.cfg.model.head == "fused"):
@@ -542,12 +640,18 @@ class MemoryEstimate:
                 "4 N C, and e N C when it is cast",
                 (4 + e * is_half) * targets * width,
             ),
-            MemoryTerm("head: d weight", "e V C", e * vocab * width),
+            MemoryTerm(
+                "head: d weight", HEAD_FORMULA.format("e V C"), e * vocab * width * self.trains_head
+            ),
         ]
 
     def _count_head_gradient(self) -> MemoryTerm:
-        gradient = self.number_bytes * self.shape.vocab_size * self.shape.hidden_size
-        return MemoryTerm("head: d weight", "e V C, until the root's reduction", gradient)
+        formula = HEAD_FORMULA.format("e V C, until the root's reduction")
+        return MemoryTerm("head: d weight", formula, self._count_matrix() * self.trains_head)
+
+    def _count_matrix(self) -> int:
+        """Return the bytes of a gradient of the head or of the embedding."""
+        return self.number_bytes * self.shape.vocab_size * self.shape.hidden_size
 
     def _count_gradient_in_flight(self, terms: TrainingTerms) -> MemoryTerm:
         return MemoryTerm(
@@ -567,7 +671,7 @@ class MemoryEstimate:
         )
         backward = MemoryTerm(
             "block's backward",
-            "e (M (C + 2 F) + C F), or attention's where that is more",
+            "e (M (C + 2 F) + C F), LoRA: e M (2 C + 2 F), or attention's where that is more",
             self._count_block_backward(terms),
         )
         gradient = MemoryTerm(
@@ -605,20 +709,25 @@ class MemoryEstimate:
         M = terms.batch.tokens
         C = self.shape.hidden_size
         F = self.shape.intermediate_size
-        H = self.shape.num_attention_heads
-        D = self.shape.head_dim
-        mlp = e * (M * (C + 2 * F) + F * C)
-        freed_mlp = e * 4 * M * F
+        has_adapter = f"mlp.down_proj.{A_NAME}" in self.block.trained
+        scaled_gradient = M * C * has_adapter  # what an adapter's B gets: s times the gradient
+        mlp = e * (M * (C + 2 * F) + scaled_gradient + self.block.count_trained("mlp.down_proj"))
+
+        freed_mlp = e * 3 * M * F + e * M * F * self.block.is_trained("mlp.down_proj")
         freed_norm = M * C * (4 + 2 * e)
-        gradients = e * (2 * M * C + 3 * F * C + C * H * D)
+        held_gradients = self.block.count_trained("mlp.") + self.block.count_trained(
+            "self_attn.o_proj"
+        )
+        gradients = e * (2 * M * C + held_gradients)
         attention = terms.attention_temporaries - freed_mlp - freed_norm + gradients
         return max(mlp, attention)
 
     def _count_root_moment(self, terms: TrainingTerms) -> Moment:
         """Return the last moment of the backward: the gradient of embedding, norm and head."""
-        d_weight = self._count_head_gradient().bytes
-        matrices = 2 - self.shape.tie_word_embeddings
-        as_reduced = d_weight * matrices + terms.reduction_bytes * self.trained_root_weights
+        d_matrix = self._count_matrix()
+        computed = d_matrix * (self.trains_embedding + self.trains_head)
+        summed = computed / 2 if self.shape.tie_word_embeddings else computed
+        as_reduced = summed + terms.reduction_bytes * self.trained_root_weights
         gradients = terms.held_gradients
         if terms.batch.is_only_one:
             gradients = 4 * (self.trained_weights - self.trained_root_weights) / self.ranks
@@ -630,7 +739,7 @@ class MemoryEstimate:
                 MemoryTerm(
                     "root's gradient",
                     "e V C of the embedding and of the head, one where tied, and 4 R' as reduced",
-                    max(2 * d_weight, as_reduced),
+                    max(computed, as_reduced),
                 ),
             ]
         )
@@ -643,17 +752,8 @@ class MemoryEstimate:
 
         0 prompts, group_size: those of the config.
         """
-        prompts = prompts or self.prompts_per_rank
-        group_size = group_size or self.group_size
+        prompts, rows = self._count_running(prompts, group_size)
         max_slots = count_slots(self.longest)
-
-        # sampling.kv_cache_gib limits how many sequences run at once.
-        budget = self.cfg.sampling.kv_cache_gib * 2**30
-        max_rows = int(budget / self.slot_bytes) // max_slots
-        rows = prompts * group_size
-        if max_rows:
-            rows = min(rows, max_rows)
-        prompts = min(prompts, rows)
         if self.gpu:
             size = self.slot_bytes * rows * max_slots
             return CacheGrowth(size, size, size)
@@ -672,6 +772,19 @@ class MemoryEstimate:
             sizes.append(self.slot_bytes * allocated_rows * allocated_slots)
         return CacheGrowth(*sizes)
 
+    def _count_running(self, prompts: int, group_size: int) -> tuple[int, int]:
+        """Return how many prompts enter a generate() together, and how many sequences run at once,
+        which sampling.kv_cache_gib limits. 0 prompts, group_size: those of the config.
+        """
+        prompts = prompts or self.prompts_per_rank
+        group_size = group_size or self.group_size
+        rows = prompts * group_size
+        budget = self.cfg.sampling.kv_cache_gib * 2**30
+        max_rows = int(budget / self.slot_bytes) // count_slots(self.longest)
+        if max_rows and max_rows < rows:
+            return ceil(max_rows / group_size), max_rows
+        return prompts, rows
+
     def iterate_sampling_moments(self, prompts: int = 0, group_size: int = 0) -> Iterator[Moment]:
         """Yield the moments of a generate(): prefill, fork of the siblings, growth, decode step."""
         e = self.number_bytes
@@ -681,18 +794,17 @@ class MemoryEstimate:
         if not self.gpu and e == 4:
             base.append(self._count_packed_weights())
         growth = self.count_cache_growth(prompts, group_size)
-        prompts = prompts or self.prompts_per_rank
-        group_size = group_size or self.group_size
-        rows = prompts * group_size
+        prompts, rows = self._count_running(prompts, group_size)
         distribution = MemoryTerm(
             "distribution",
             "8 B V of the token before  (generate)",
             8 * rows * self.shape.vocab_size,
         )
 
+        prefilled = min(prompts, max(1, MAX_PREFILL_TOKENS // self.prompt_len))
         yield base + [
             _make_cache_term(growth.after_prompts),
-            self.count_block_forward(prompts * self.prompt_len, [self._pad_prompts(prompts)]),
+            self.count_block_forward(prefilled * self.prompt_len, [self._pad_prompts(prefilled)]),
         ]
         copied = MemoryTerm(
             "rows copied",
@@ -710,7 +822,8 @@ class MemoryEstimate:
                 )
                 yield base + [_make_cache_term(new), distribution, outgrown]
 
-        scales_logits = e == 2 or group_size > 1 and self.cfg.sampling.temperature != 1
+        is_sampling = group_size != 1  # an evaluation is greedy
+        scales_logits = e == 2 or is_sampling and self.cfg.sampling.temperature != 1
         policy = MemoryTerm(
             "policy",
             "(8 + e) B V: logits, scaled, exp  (log_probs.make_distribution)",
@@ -720,7 +833,7 @@ class MemoryEstimate:
 
     def _count_packed_weights(self) -> MemoryTerm:
         shape = self.shape
-        blocks = shape.num_hidden_layers * self.block_weights
+        blocks = shape.num_hidden_layers * self.block.count_all()
         head = shape.vocab_size * shape.hidden_size
         return MemoryTerm(
             "weights in oneDNN's order",
@@ -782,20 +895,28 @@ def _make_cache_term(size: float) -> MemoryTerm:
 
 
 @lru_cache
-def _count_weights(shape: DecoderConfig, frozen: str) -> list[WeightCounts]:
-    """Count the trained and the frozen weights of the root, then of each block."""
+def _list_weight_sizes(shape: DecoderConfig, frozen: str, lora: LoraConfig) -> list[WeightSizes]:
+    """List the weights of the root, then of each block, as training/load_model.py splits them.
+    Raises ConfigError for adapters that the model cannot have.
+    """
     patterns = tuple(filter(None, map(str.strip, frozen.split(","))))
     with torch.device("meta"):
-        units = params_by_block(Decoder(shape), patterns)
-    counts = []
-    for trained, frozen_params in units:
-        counts.append(WeightCounts(_count_numbers(trained), _count_numbers(frozen_params)))
-    return counts
+        decoder = Decoder(shape)
+        if lora.rank:
+            patterns = tuple(decoder.state_dict())
+            add_adapters(decoder, lora)
+        units = params_by_block(decoder, patterns)
+    return [WeightSizes(_get_sizes(unit.trained), _get_sizes(unit.frozen)) for unit in units]
 
 
-def _count_numbers(params: list) -> int:
-    """Return the numbers of parameters (name, module, attribute)."""
-    return sum(getattr(module, attribute).numel() for _, module, attribute in params)
+def _get_sizes(params: list[ModuleParam]) -> dict[str, int]:
+    """Return the numbers of each weight by its name in its block."""
+    sizes = {}
+    for name, module, attribute in params:
+        if name.startswith("model.layers."):
+            name = name.split(".", 3)[3]
+        sizes[name] = getattr(module, attribute).numel()
+    return sizes
 
 
 def sum_bytes(terms: Moment) -> float:

@@ -39,6 +39,8 @@ LADDER: tuple[dict[str, Any], ...] = (
     {"loss.reference_cpu_offload": True},
     {"loss.reference_cpu_offload": None, "optimizer.cpu_offload": True},
     {"loss.reference_cpu_offload": True},
+    {"sampling.kv_cache_gib": 4.0},
+    {"sampling.kv_cache_gib": 2.0},
 )
 
 # The phases that a run measures (tracking/run_log.py), and ours that they include.
@@ -122,14 +124,24 @@ def _list_option_sets(cfg: Config) -> list[dict[str, Any]]:
         added = {key: value for key, value in merged.items() if value is not None}
         overrides = {}
         for key, value in added.items():
-            has_reference = cfg.loss.kl_coef > 0
-            if key == "loss.reference_cpu_offload" and not has_reference:
-                continue
-            if get_value(cfg, key) != value:
+            if _saves_memory(cfg, key, value):
                 overrides[key] = value
         if overrides not in option_sets:
             option_sets.append(overrides)
     return option_sets
+
+
+def _saves_memory(cfg: Config, key: str, value: Any) -> bool:
+    """Return whether a line of LADDER can make a config smaller."""
+    current = get_value(cfg, key)
+    has_adapters = cfg.lora.rank > 0
+    if key == "loss.reference_cpu_offload" and (cfg.loss.kl_coef == 0 or has_adapters):
+        return False  # LoRA's reference is the policy's own weights
+    if key == "optimizer.cpu_offload" and has_adapters:
+        return False  # its moments are not worth two copies a step
+    if key == "sampling.kv_cache_gib" and 0 < current <= value:
+        return False
+    return current != value
 
 
 def make_plan(cfg: Config, shape: DecoderConfig, ranks: int, memory: float) -> tuple[str, str]:
@@ -142,8 +154,12 @@ def make_plan(cfg: Config, shape: DecoderConfig, ranks: int, memory: float) -> t
     usable = get_usable_bytes(memory)
     tried = try_settings(cfg, shape, ranks, usable)
     overrides, last = tried[-1]
+    trained = ""
+    if last.trained_weights < last.num_weights:
+        trained = f", {last.trained_weights:,} of them trained,"
     lines = [
-        f"{cfg.model.path}: {last.num_weights:,} weights on {ranks} x {format_gib(memory)} GiB, "
+        f"{cfg.model.path}: {last.num_weights:,} weights{trained} "
+        f"on {ranks} x {format_gib(memory)} GiB, "
         f"of which {format_gib(usable)} are counted on: "
         f"{FRAGMENTATION:.0%} are left to fragmentation, "
         f"{format_gib(CONTEXT_BYTES)} to CUDA, cuBLAS and NCCL",

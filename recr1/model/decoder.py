@@ -102,16 +102,18 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate = self.gate_proj(x)
         if self.fused:
-            return self.down_proj(apply_fused_swiglu(gate, self.up_proj(x)))
+            return self.down_proj(apply_fused_swiglu(self.gate_proj(x), self.up_proj(x)))
+        activated = self._activate(self.gate_proj(x))
+        return self.down_proj(activated * self.up_proj(x))
+
+    def _activate(self, gate: torch.Tensor) -> torch.Tensor:
+        """Return gate * sigmoid(gate). Without autograd the gate is freed here, before `up` is."""
         if self.exact:
             # torch's silu gives other bits to the rest of a thread's share than to full vectors;
             # exp does not.
-            activated = gate / (1 + (-gate).exp())
-        else:
-            activated = F.silu(gate)
-        return self.down_proj(activated * self.up_proj(x))
+            return gate / (1 + (-gate).exp())
+        return F.silu(gate)
 
 
 class DecoderLayer(nn.Module):

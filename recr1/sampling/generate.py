@@ -32,6 +32,10 @@ from recr1.sampling.sequences import SequenceBatch, stack_to_host
 # longer than some tokens that nobody reads take.
 SYNC_EVERY = {"cpu": 1, "cuda": 8}
 
+# Prompts that enter together are computed in one forward up to so many tokens, in several above:
+# its MLP's activations would else be the largest allocation of a run, in an evaluation of 512.
+MAX_PREFILL_TOKENS = 16_384
+
 
 @torch.no_grad()
 def generate(
@@ -203,8 +207,8 @@ class Sampler:
         hidden = []
         if len(last_tokens):
             hidden.append(decode(self.model, last_tokens, self.cache))
-        if new_prompts:
-            hidden.append(prefill(self.model, new_prompts, self.cache))
+        for chunk in split_prefill(new_prompts):
+            hidden.append(prefill(self.model, chunk, self.cache))
         return self.sample_tokens(torch.cat(hidden), uniforms=uniforms)  # of (B, C)
 
 
@@ -235,6 +239,25 @@ def make_cache(model: AnyDecoder) -> KVCache:
         weight.device,
         model.backend.exact,
     )
+
+
+def split_prefill(prompts: list[Prompt]) -> list[list[Prompt]]:
+    """Split prompts, in order, into as few forwards as MAX_PREFILL_TOKENS allows; a longer prompt
+    is one by itself. What all begin with counts once.
+    """
+    if not prompts:
+        return []
+    num_shared = count_shared_tokens(prompts)
+    chunks: list[list[Prompt]] = [[]]
+    num_tokens = num_shared
+    for prompt in prompts:
+        num_own = len(prompt.ids) - num_shared
+        if chunks[-1] and num_tokens + num_own > MAX_PREFILL_TOKENS:
+            chunks.append([])
+            num_tokens = num_shared
+        chunks[-1].append(prompt)
+        num_tokens += num_own
+    return chunks
 
 
 def prefill(model: AnyDecoder, prompts: list[Prompt], cache: KVCache) -> torch.Tensor:

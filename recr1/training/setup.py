@@ -329,6 +329,7 @@ def build_evaluator(
         scorer=scorer,
         log=log,
         prompts_at_once=prompts_at_once,
+        slot_bytes=parts.slot_bytes,
         is_resumed=is_resumed,
     )
 

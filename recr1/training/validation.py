@@ -15,6 +15,7 @@ from recr1.distributed.fsdp import Sharded
 from recr1.evaluation import evaluate
 from recr1.tasks.scorer import Scorer
 from recr1.tracking.run_log import RunLog
+from recr1.training.checks import compute_kv_cache_budget
 
 EVAL_BEFORE = "eval_before.jsonl"
 EVAL_AFTER = "eval_after.jsonl"
@@ -31,6 +32,7 @@ class Evaluator:
     scorer: Scorer
     log: RunLog
     prompts_at_once: int  # decoded together
+    slot_bytes: int  # of one token in the sampler's cache
     is_resumed: bool  # an earlier start of this run may have left its evaluation
 
     def evaluate(self, prompts: list[Prompt]) -> list[dict]:
@@ -44,6 +46,7 @@ class Evaluator:
                 self.cfg.sampling.max_new_tokens,
                 self.prompts_at_once,
                 self.cfg.model.kernels,
+                compute_kv_cache_budget(self.cfg, self.slot_bytes),
             )
 
     def evaluate_test(self, name: str) -> list[dict]:

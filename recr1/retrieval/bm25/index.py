@@ -166,6 +166,17 @@ class BM25Index:
         Raises FileNotFoundError if there is no index, IndexRefused.
         """
         directory = Path(directory)
+        while True:
+            number = _get_inode(directory)
+            try:
+                return cls._map(directory)
+            except (FileNotFoundError, IndexRefused):
+                # Another process that built the same index may have replaced it meanwhile.
+                if _get_inode(directory) == number:
+                    raise
+
+    @classmethod
+    def _map(cls, directory: Path) -> BM25Index:
         meta, crc32 = _read_meta(directory)
         arrays = [_map_array(directory / name, crc32) for name in ARRAY_FILES]
         doc_ids = StringTable(*arrays[:2])
@@ -344,6 +355,14 @@ def _merge_chunks(chunks: Iterable[TokenizedTexts], source: str) -> _CorpusToken
     new_id = np.empty(len(terms), np.int32)
     new_id[old_ids] = np.arange(len(terms))
     return _CorpusTokens(terms, new_id[tokens], lengths)
+
+
+def _get_inode(directory: Path) -> int | None:
+    """Return the number that the file system has for a directory; None: there is none."""
+    try:
+        return directory.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _read_meta(directory: Path) -> tuple[dict[str, Any], dict[str, int]]:

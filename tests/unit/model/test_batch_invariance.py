@@ -11,6 +11,7 @@ from helpers.tiny_world import FAMILIES, jsonl, tiny_model, write_yaml
 
 from recr1 import train
 from recr1.data_types import Prompt
+from recr1.kernels import cpu_linear
 from recr1.kernels.cpu_linear import (
     Linear,
     multiply,
@@ -249,6 +250,26 @@ def check_packed_layer(layer, x, weight, bias):
     assert torch.equal(out, want)
     assert torch.equal(head_out, want_head)
     assert layer.packed is None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_of_its_own_is_packed_once(tied, monkeypatch):
+    """Its Linear is never called in sampling: `packed_for_sampling` gives its rows."""
+    model = tiny_model(tie_word_embeddings=tied, reachable=390)
+    packed_shapes = []
+
+    def pack_and_record(weight):
+        packed_shapes.append(tuple(weight.shape))
+        return pack_weight(weight)
+
+    monkeypatch.setattr(cpu_linear, "pack_weight", pack_and_record)
+    with torch.no_grad(), packed_for_sampling(model, model.head_weight):
+        pass
+
+    width = model.config.hidden_size
+    heads = [shape for shape in packed_shapes if shape[0] >= 390 and shape[1] == width]
+    assert heads == [(390, width)]
+    assert len(packed_shapes) == 1 + 7 * model.config.num_hidden_layers
 
 
 def check_layer_gradients(layer, x, toward):

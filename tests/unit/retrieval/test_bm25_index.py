@@ -367,6 +367,25 @@ def test_torn_index_is_refused(index_dir, corpus, name, damage):
     assert search_ids(searcher, "dog") == ["d1"]
 
 
+def test_an_index_that_another_process_replaces_is_read_again(index_dir, corpus, monkeypatch):
+    """Two runs begin together without an index: each makes it, and one renames while one reads."""
+    index = BM25Index.of_file(corpus, BM25Parameters())
+    index.save(index_dir)
+    map_array = module._map_array
+    saves = []
+
+    def map_array_while_it_is_replaced(path, crc32):
+        if not saves:
+            saves.append(path)
+            index.save(index_dir)
+            raise IndexRefused(f"{path} is not as it was written")
+        return map_array(path, crc32)
+
+    monkeypatch.setattr(module, "_map_array", map_array_while_it_is_replaced)
+
+    assert is_same_index(BM25Index.load(index_dir), index)
+
+
 def test_index_of_the_earlier_format(index_dir, corpus):
     index_dir.mkdir()
     meta = dict(format=1, crc32={})

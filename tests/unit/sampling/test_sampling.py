@@ -20,11 +20,14 @@ from helpers.tiny_world import (
 from transformers import GenerationConfig
 
 from recr1.data_types import Prompt, Rollout
+from recr1.evaluation.evaluate import generate_greedily
 from recr1.model import packed_attention
 from recr1.model.log_probs import compute_log_probs
 from recr1.model.packed_attention import PackedAttention
 from recr1.rl.packing import deduplicate, pack_rollouts
-from recr1.sampling.generate import generate
+from recr1.sampling import generate as generate_module
+from recr1.sampling.generate import count_shared_tokens, generate
+from recr1.sampling.kv_cache import KVCache, count_slots
 from recr1.utils.counter_rng import draw_uniforms
 
 EOS = tiny_tokenizer().eos_token_id
@@ -276,6 +279,56 @@ def test_a_prompts_texts_do_not_depend_on_the_rest_of_the_batch():
     texts = index_texts(fewer)
     for key, text in texts.items():
         assert text == want[key]
+
+
+@pytest.mark.parametrize("limit", [1, 25, 60, 16_384])
+def test_prompts_that_enter_together_are_computed_in_bounded_forwards(limit, monkeypatch):
+    """No forward has more tokens, unless it is of one prompt; the texts stay what they were."""
+    model, prompts = answering()
+    want = index_texts(sample(model, prompts))
+    monkeypatch.setattr(generate_module, "MAX_PREFILL_TOKENS", limit)
+    forwards = []
+
+    def prefill_and_record(model, chunk, cache):
+        forwards.append(chunk)
+        return prefill(model, chunk, cache)
+
+    prefill = generate_module.prefill
+    monkeypatch.setattr(generate_module, "prefill", prefill_and_record)
+
+    texts = index_texts(sample(model, prompts))
+
+    assert texts == want
+    assert sum(forwards, []) == prompts
+    longest = max(len(prompt.ids) for prompt in prompts)
+    for chunk in forwards:
+        num_shared = count_shared_tokens(chunk)
+        num_tokens = num_shared + sum(len(prompt.ids) - num_shared for prompt in chunk)
+        assert num_tokens <= max(limit, longest)
+        assert num_tokens <= limit or len(chunk) == 1
+    if limit == 25:
+        assert 1 < len(forwards) < len(prompts)
+
+
+def test_an_evaluation_keeps_to_the_caches_budget():
+    """sampling.kv_cache_gib holds there too: prompts wait, and their answers are the same."""
+    model, prompts = answering()
+    want = generate_greedily(model, prompts, EOS_ONLY, NEW)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    room = 2 * count_slots(longest + NEW)
+    most_rows = []
+
+    def record_steps(module, inputs):
+        tokens, positions, attention = inputs
+        if isinstance(attention, KVCache):  # a decode step
+            most_rows.append(len(tokens))
+
+    hook = model.register_forward_pre_hook(record_steps)
+    actual = generate_greedily(model, prompts, EOS_ONLY, NEW, max_cache_tokens=room)
+    hook.remove()
+
+    assert list_texts(actual) == list_texts(want)
+    assert max(most_rows) == 2
 
 
 def make_model(kind):
