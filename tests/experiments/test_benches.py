@@ -86,6 +86,24 @@ def test_share_of_the_peak():
     assert bar["value"] > 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the settings are libgomp's")
+def test_how_openmps_threads_wait():
+    out, bars = run(
+        "experiments/benchmarks/wait_policy.py",
+        "--rounds=1",
+        "--threads=1",
+        "--ways",
+        "2000",
+        "300000",
+        "--neighbours",
+        "quiet",
+        "busy",
+    )
+    assert "quickstart, 1 threads, 1 rounds" in out
+    assert [bar["bar"] for bar in bars] == [1.03, 2.5]
+    assert all(bar["value"] > 0 for bar in bars)
+
+
 def test_the_gap_of_sampler_and_trainer(tmp_path):
     """The gap is of trained tokens: 20 test queries in place of 1,577 leave it as it is."""
     data = ROOT / "experiments/data/msrd"
