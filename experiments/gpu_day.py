@@ -32,6 +32,7 @@ from gpu_sections.attention_checks import check_decode_attention, check_packed_a
 from gpu_sections.decode_speed import measure_decoding, measure_parts
 from gpu_sections.head_speed import measure_head
 from gpu_sections.kernel_checks import check_head, check_sampling
+from gpu_sections.layer_checks import check_layer
 from gpu_sections.machine import check_machine
 from gpu_sections.rank_checks import (
     check_gradients_of_two_ranks,
@@ -63,6 +64,7 @@ SECTIONS = (
     Section("machine", CORRECTNESS, check_machine),
     Section("head", CORRECTNESS, check_head),
     Section("sampling", CORRECTNESS, check_sampling),
+    Section("layer", CORRECTNESS, check_layer),
     Section("attention", CORRECTNESS, check_packed_attention),
     Section("decode_attention", CORRECTNESS, check_decode_attention),
     Section("graphs", CORRECTNESS, check_graphs),

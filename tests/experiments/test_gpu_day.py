@@ -235,7 +235,7 @@ def test_results_are_added_to_the_file(day, report_module, tmp_path):
 
 # --- the checks on a CPU --------------------------------------------------------------------------
 
-ON_A_CPU = ["machine", "head", "sampling", "attention", "decode_attention", "gap"]
+ON_A_CPU = ["machine", "head", "sampling", "layer", "attention", "decode_attention", "gap"]
 
 
 @pytest.mark.parametrize("name", ON_A_CPU)
@@ -251,7 +251,7 @@ def test_a_correctness_section_holds_on_a_cpu(name, day, setting):
 def test_tritons_kernels_hold_in_its_interpreter():
     pytest.importorskip("triton", reason="NOT TESTED: triton is not installed")
 
-    done = run_script("--tiny", "--only", "head", "sampling", TRITON_INTERPRET="1")
+    done = run_script("--tiny", "--only", "head", "sampling", "layer", TRITON_INTERPRET="1")
 
     assert done.returncode == 0, done.stderr
     for result in read_results(done.stdout).values():
@@ -299,7 +299,18 @@ def shift_logp(compute):
     return run
 
 
+def turn_the_other_way(turn):
+    """Turn by the opposite angle."""
+
+    def run(x, rope):
+        cos, sin = rope
+        return turn(x, (cos, -sin))
+
+    return run
+
+
 MUTANTS = {
+    "layer": ("layer_checks", "apply_rotary_emb", turn_the_other_way),
     "sampling": ("kernel_checks", "sample_token", change_ids),
     "head": ("kernel_checks", "linear_log_probs", scale_logp),
     "decode_attention": ("attention_checks", "attend_decode", forget_bias),
