@@ -224,3 +224,12 @@ def test_functions_fit_on_a_screen():
                 long_functions.add((file, node.name))
 
     assert long_functions == set(LONG_FUNCTIONS)
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports a test file by its name alone, and refuses the second one."""
+    paths_by_name: dict[str, list[Path]] = {}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        paths_by_name.setdefault(path.name, []).append(path)
+
+    assert [paths for paths in paths_by_name.values() if len(paths) > 1] == []
