@@ -21,7 +21,8 @@ from recr1.data_types import MicroBatch, Rollout
 from recr1.kernels.group_loss import GroupTokenLoss, LossRule, WithGradients
 from recr1.model.decoder import AnyDecoder
 from recr1.model.log_probs import compute_fused_loss, compute_log_probs
-from recr1.rl.kl import KL_ESTIMATORS
+from recr1.rl.corrections import mask_off_policy, weigh_by_importance
+from recr1.rl.kl import estimate_kl
 from recr1.rl.losses import Objective, cispo_surrogate
 
 
@@ -51,6 +52,7 @@ def count_denominator(rollouts: list[Rollout], agg_mode: str, max_new_tokens: in
     denominators = {
         "token-mean": num_tokens,
         "seq-mean-token-mean": num_siblings,
+        "seq-mean-token-sum": num_siblings,
         "seq-mean-token-sum-norm": num_siblings * max_new_tokens,
     }
     return denominators[agg_mode]
@@ -146,15 +148,15 @@ def compute_token_loss(
         surrogate = objective.surrogate(new_logp, old_logp, batch, config)  # (n,)
         [grad_surrogate] = torch.autograd.grad(surrogate.sum(), new_logp, retain_graph=True)
 
-        # Truncated importance sampling: the sampler's arithmetic is another (Yao et al. 2025).
+        if config.off_policy_mask_threshold > 0:
+            surrogate = surrogate * mask_off_policy(logp, batch, config)
         if config.tis_cap > 0:
-            importance = (old_logp - batch.sampler_logp).exp()
-            surrogate = surrogate * importance.clamp(max=config.tis_cap)
+            surrogate = surrogate * weigh_by_importance(old_logp, batch, config)
         loss = -(weight * surrogate).sum() / denominator
 
         if has_kl:
             assert batch.ref_logp is not None
-            kl = KL_ESTIMATORS[config.kl_estimator](new_logp, batch.ref_logp)  # (n,)
+            kl = estimate_kl(config.kl_estimator, new_logp, batch.ref_logp, old_logp)  # (n,)
             loss = loss + config.kl_coef * (weight * kl).sum() / denominator
         [grad_logp] = torch.autograd.grad(loss, new_logp)
 
