@@ -498,7 +498,11 @@ def test_one_batch_under_every_loss(run, capsys):
     moves the ratio, and its gradients are compared too.
     """
     folder = run(
-        "train.steps=2", "optimizer.lr=0.01", "loss.clip_ratio_low=0.05", "reward.unparsable=0"
+        "train.steps=2",
+        "optimizer.lr=0.003",
+        "loss.clip_ratio_low=0.05",
+        "reward.unparsable=0",
+        "loss.pass_k=2",
     )
     rows = select_step(read_rollouts(folder), 2)
     advantages = list_column(rows, "advantage")
@@ -524,8 +528,8 @@ def test_one_batch_under_every_loss(run, capsys):
 
     assert later["losses"]["grpo"]["clip_ratio"] > 0
     assert later["losses"]["cispo"]["clip_ratio"] == 0
-    for row in later["losses"].values():
-        assert row["grad_norm"] > 0
+    for kind, row in later["losses"].items():
+        assert row["grad_norm"] > 0, kind
     assert later["parameter_cosine"]["grpo"]["gspo"] < 0.9999
 
     absent_step = ["losses", "--run", str(folder), "--step", "9"]
