@@ -89,6 +89,7 @@ def ours(request, tmp_path_factory) -> dict:
         results[case] = rank_jobs.results(case, sharded=True)
     results["lessons"] = {case: rank_jobs.lesson(case) for case in rank_jobs.LESSONS}
     results["told"] = [rank_jobs.one_fails()]
+    results["batch"] = [rank_jobs.batch_normalized()]
     results["shares"] = [list(range(7))]
     return results
 
@@ -239,6 +240,16 @@ def test_shares_are_the_whole_and_one_failure_is_everybodys(ours):
     assert items == list(range(7))
     assert max(sizes) - min(sizes) <= 1
     assert set(ours["told"]) == {"only here"}
+
+
+def test_gdpo_normalizes_over_all_ranks_with_empty_ones_among_them(ours):
+    want = rank_jobs.batch_normalized()
+
+    joined = sum(ours["batch"], [])
+
+    assert joined == pytest.approx(want, rel=1e-12)
+    std = torch.tensor(joined, dtype=torch.float64).std().item()
+    assert std == pytest.approx(1, abs=1e-5)
 
 
 # --- runs from end to end -------------------------------------------------------------------------
