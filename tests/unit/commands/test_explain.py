@@ -394,7 +394,9 @@ def test_agrees_with_the_run(name, run):
         assert checks["grad_logp_norm"]["off"] <= 1e-5
         assert checks["grad_norm"]["off"] <= 1e-4
         assert checks["grad_norm"]["logged"] > 0
-        if "GSPO" not in name and "GMPO" not in name:  # whose advantages sum to 0: its loss is rounding
+        if (
+            "GSPO" not in name and "GMPO" not in name
+        ):  # whose advantages sum to 0: its loss is rounding
             loss = checks["loss"]
             assert loss["ours"] == pytest.approx(loss["logged"], rel=1e-5), "plain relative"
 
