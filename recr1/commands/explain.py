@@ -1063,7 +1063,7 @@ class StepStory:
                 f"gain_t *= {bounded}",
                 self.per_token,
                 "",
-                locate_source(policy_loss.compute_token_loss, "* weigh_by_importance"),
+                locate_source(policy_loss.compute_token_loss, "* correction"),
             )
         if config.off_policy_mask_threshold > 0:
             self._add(

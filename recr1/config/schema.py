@@ -196,6 +196,12 @@ class LossConfig:
         """Return the upper side of the clip: clip_ratio_high, or clip_ratio_low where that is 0."""
         return self.clip_ratio_high or self.clip_ratio_low
 
+    @property
+    def masks_tokens(self) -> bool:
+        """Return whether a token may be left out for what sampler and trainer are apart."""
+        has_mask = self.tis_cap > 0 and self.tis_mode == "mask"
+        return has_mask or self.off_policy_mask_threshold > 0
+
 
 @dataclass(frozen=True)
 class SftConfig:

@@ -57,7 +57,7 @@ def reward_best_of_k(rewards: torch.Tensor, config: LossConfig) -> torch.Tensor:
 
         mean over subsets I of k siblings of  max(I) - max(I without i),  0 where i is not in I
 
-    Pass@k training: PKPO, arXiv 2505.15201, section 4, with the leave-one-out baseline of k - 1.
+    Pass@k training: PKPO, arXiv 2505.15201, with the leave-one-out baseline of k - 1.
     With k = G (loss.pass_k of 0) only the best one has an advantage, its lead on the second
     (arXiv 2503.19595). Sibling i counts against j where j is the second best: the k - 2 others of
     the subset are then below j.
@@ -109,7 +109,7 @@ def normalize_each_part(parts: RewardParts, group_size: int, config: LossConfig)
 
         A_i = sum_k w_k (r_ik - mean_k) / (std_k + advantage_eps),  A_i / (std(A) + advantage_eps)
 
-    GDPO, arXiv 2601.05242, section 3.1. The batch is the step's: all ranks. The mean of A over it,
+    GDPO, arXiv 2601.05242. The batch is the step's: all ranks. The mean of A over it,
     which the paper subtracts, is 0, for it is 0 in every group. Returns (R,). A collective.
     """
     values = parts.values.view(-1, group_size, len(parts.weights))  # (P, G, K)

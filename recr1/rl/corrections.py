@@ -12,14 +12,30 @@ from recr1.data_types import MicroBatch
 from recr1.rl.by_rollout import average_over_rollout, sum_over_rollout
 
 
+def correct(
+    logp: torch.Tensor, old_logp: torch.Tensor, batch: MicroBatch, config: LossConfig
+) -> torch.Tensor | None:
+    """Compute what each token's surrogate is multiplied by, (n,); None where nothing is asked for.
+
+    logp, old_logp: (n,), without gradient.
+    """
+    mask = None
+    if config.off_policy_mask_threshold > 0:
+        mask = mask_off_policy(logp, batch, config)
+    if config.tis_cap == 0:
+        return mask
+    weight = weigh_by_importance(old_logp, batch, config)
+    return weight if mask is None else mask * weight
+
+
 def weigh_by_importance(
     old_logp: torch.Tensor, batch: MicroBatch, config: LossConfig
 ) -> torch.Tensor:
     """Compute the importance weight of each token between sampler and trainer, (n,).
 
         w = e^(old_logp - sampler_logp), of the token or the product over its rollout (tis_level)
-        truncate: min(max(w, floor), cap)       (TIS, Yao et al. 2025; arXiv 2510.18855 compares)
-        mask:     w where floor <= w <= cap, else 0    (IcePop, arXiv 2510.18855, eq. 3; MIS)
+        truncate: min(max(w, floor), cap)       (TIS, Yao et al. 2025)
+        mask:     w where floor <= w <= cap, else 0    (IcePop, arXiv 2510.18855: M(k); MIS)
 
     floor and cap are loss.tis_floor and loss.tis_cap.
     """

@@ -35,7 +35,7 @@ def k3_unbiased(logp: torch.Tensor, ref_logp: torch.Tensor, old_logp: torch.Tens
     """Estimate by ratio k3, ratio = e^(logp - old_logp) with its gradient (DeepSeek-V3.2).
 
     The tokens are old_logp's policy's: weighted so, the estimate and its gradient, ratio (logp -
-    ref_logp), are unbiased for the policy that is trained (arXiv 2512.02556, eq. 7).
+    ref_logp), are unbiased for the policy that is trained (arXiv 2512.02556).
     """
     return (logp - old_logp).exp() * k3(logp, ref_logp)
 

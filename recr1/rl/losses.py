@@ -61,7 +61,7 @@ def sequence_clipped_surrogate(
 def geometric_surrogate(
     logp: torch.Tensor, old_logp: torch.Tensor, batch: MicroBatch, config: LossConfig
 ) -> torch.Tensor:
-    """Average the clipped log-ratios of a rollout (GMPO, arXiv 2507.20673, eq. 4).
+    """Average the clipped log-ratios of a rollout (GMPO, arXiv 2507.20673).
 
         A e^mean_t(min(log ratio, high) if A > 0 else max(log ratio, -low))
 
@@ -82,7 +82,7 @@ def geometric_surrogate(
 def soft_gated_surrogate(
     logp: torch.Tensor, old_logp: torch.Tensor, batch: MicroBatch, config: LossConfig
 ) -> torch.Tensor:
-    """Fade a token out by how far its ratio is from 1 (SAPO, arXiv 2511.20347, eq. 5-6).
+    """Fade a token out by how far its ratio is from 1 (SAPO, arXiv 2511.20347).
 
         4 / tau sigmoid(tau (ratio - 1)) A
 

@@ -21,7 +21,7 @@ from recr1.data_types import MicroBatch, Rollout
 from recr1.kernels.group_loss import GroupTokenLoss, LossRule, WithGradients
 from recr1.model.decoder import AnyDecoder
 from recr1.model.log_probs import compute_fused_loss, compute_log_probs
-from recr1.rl.corrections import mask_off_policy, weigh_by_importance
+from recr1.rl.corrections import correct
 from recr1.rl.kl import estimate_kl
 from recr1.rl.losses import Objective, cispo_surrogate
 
@@ -148,10 +148,9 @@ def compute_token_loss(
         surrogate = objective.surrogate(new_logp, old_logp, batch, config)  # (n,)
         [grad_surrogate] = torch.autograd.grad(surrogate.sum(), new_logp, retain_graph=True)
 
-        if config.off_policy_mask_threshold > 0:
-            surrogate = surrogate * mask_off_policy(logp, batch, config)
-        if config.tis_cap > 0:
-            surrogate = surrogate * weigh_by_importance(old_logp, batch, config)
+        correction = correct(logp, old_logp, batch, config)  # (n,) or None
+        if correction is not None:
+            surrogate = surrogate * correction
         loss = -(weight * surrogate).sum() / denominator
 
         if has_kl:
@@ -169,6 +168,9 @@ def compute_token_loss(
         "clip_ratio": (batch.weight * is_clipped).sum(),
         "grad_logp_square": grad_logp.square().sum(),
     }
+    if config.masks_tokens:
+        assert correction is not None
+        stats["masked"] = (batch.weight * (correction == 0)).sum()
     if has_kl:
         stats["kl"] = (batch.weight * kl.detach()).sum()
     return TokenLossTerms(loss, grad_logp, grad_entropy if config.entropy_coef else None, stats)

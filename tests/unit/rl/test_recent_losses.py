@@ -608,7 +608,7 @@ MISTAKES = {  # module, function, what it says, what it must not say, the compar
         policy_loss,
         "compute_token_loss",
         "new_logp, batch.ref_logp, old_logp)",
-        "new_logp, batch.ref_logp, old_logp) * mask_off_policy(logp, batch, config)",
+        "new_logp, batch.ref_logp, old_logp) * correction",
         "off-policy mask, KL",
     ),
 }
