@@ -19,10 +19,10 @@ from recr1.distributed import collectives as dist
 from recr1.distributed.fsdp import Sharded, unsharded
 from recr1.model.decoder import ScoredDecoder
 from recr1.model.log_probs import compute_log_probs
-from recr1.rl.advantages import compute_group_advantages
+from recr1.rl.advantages import RewardParts, compute_group_advantages, split_rewards
 from recr1.rl.async_rewards import AsyncRewards
 from recr1.rl.kl import sum_kl_by_rollout
-from recr1.rl.losses import resolve_objective
+from recr1.rl.losses import Objective, resolve_objective
 from recr1.rl.packing import deduplicate, pack_rollouts, pad_to_same_count
 from recr1.rl.policy_loss import compute_policy_loss, count_denominator
 from recr1.sampling.generate import generate
@@ -60,7 +60,11 @@ def train(cfg: Config) -> None:
                 divergence = compute_kl_penalty(run.reward_reference, unique, samples.rollouts, cfg)
                 rewards = samples.total_rewards() - cfg.loss.kl_coef * divergence  # (R,)
                 advantages = compute_group_advantages(
-                    rewards, cfg.sampling.group_size, objective.advantage, cfg.loss
+                    rewards,
+                    cfg.sampling.group_size,
+                    objective.advantage,
+                    cfg.loss,
+                    samples.split_rewards(cfg, objective),
                 )  # (R,)
                 record = start_record(run, step, samples, unique, first, advantages, divergence)
 
@@ -96,6 +100,12 @@ class Samples(NamedTuple):
     def total_rewards(self) -> torch.Tensor:
         """Return the rewards as a tensor (R,)."""
         return torch.tensor([reward.total for reward in self.rewards])
+
+    def split_rewards(self, cfg: Config, objective: Objective) -> RewardParts | None:
+        """Return the rewards' parts where the advantage looks at them, else None."""
+        if not objective.needs_reward_parts:
+            return None
+        return split_rewards(self.rewards, cfg.reward.weights)
 
 
 class ScoredGroup(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -10,10 +11,10 @@ import torch
 
 from recr1.config import loader as configs
 from recr1.config.schema import Config, ConfigError, LossConfig, ModelConfig
-from recr1.data_types import MicroBatch, Prompt, Rollout
+from recr1.data_types import MicroBatch, Prompt, Reward, Rollout
 from recr1.model.hf_weights import load_model
 from recr1.model.log_probs import compute_log_probs
-from recr1.rl.advantages import compute_group_advantages
+from recr1.rl.advantages import RewardParts, compute_group_advantages, split_rewards
 from recr1.rl.losses import RECIPES, resolve_objective
 from recr1.rl.packing import pack_rollouts
 from recr1.rl.policy_loss import compute_token_loss, compute_token_weights, count_denominator
@@ -28,6 +29,7 @@ class FrozenStep(NamedTuple):
     batch: MicroBatch  # with the old and the reference log-probs
     entropy: torch.Tensor | None  # (N,); None: not logged
     rewards: torch.Tensor  # (P, G)
+    parts: RewardParts  # of the P * G rewards
     first: list[int]  # (D,) the index of each text's first sibling among the P * G rollouts
 
 
@@ -50,7 +52,9 @@ class LossEffect(NamedTuple):
 def compare_losses(run: str, step: int, new: str | None = None) -> dict:
     """Apply every loss of RECIPES to the frozen batch of one logged step.
 
-    Clip, KL and entropy coefficient are the run's own.
+    Clip, KL, entropy coefficient and what corrects between sampler and trainer are the run's own.
+    What a kind cannot mean for the run's rewards is not refused here: one term leaves gdpo little
+    to decouple, and maxrl drops the groups whose mean reward is not above 0.
 
     Args:
         run: the run's folder.
@@ -70,7 +74,7 @@ def compare_losses(run: str, step: int, new: str | None = None) -> dict:
         raise ConfigError(
             f"{run}: step {step} is not logged with its tokens; those are: {logged_steps}"
         )
-    frozen = freeze_step(replay.rows[replay.steps.index(step)])
+    frozen = freeze_step(replay.rows[replay.steps.index(step)], cfg.reward.weights)
     policy = _compute_new_log_probs(cfg, frozen, new)
 
     figures = {}
@@ -97,16 +101,19 @@ def compare_losses(run: str, step: int, new: str | None = None) -> dict:
     return result
 
 
-def freeze_step(rows: list[dict]) -> FrozenStep:
-    """Rebuild the rollouts of a logged step, and pack its distinct texts into one micro-batch."""
+def freeze_step(rows: list[dict], weights: Mapping[str, float]) -> FrozenStep:
+    """Rebuild the rollouts of a logged step, and pack its distinct texts into one micro-batch.
+
+    weights: reward.weights.
+    """
     groups: dict[str, int] = {}
     texts: list[Rollout] = []
-    rewards: list[float] = []
+    rewards: list[Reward] = []
     first: list[int] = []
     for row in rows:
         group = groups.setdefault(row["prompt"], len(groups))
         first.append(len(rewards))
-        rewards += [row["reward"]] * row["count"]
+        rewards += [Reward(row["reward"], row["reward_terms"])] * row["count"]
         texts.append(_rebuild_rollout(row, group))
 
     num_tokens = sum(len(text.prompt.ids) + len(text.ids) for text in texts)
@@ -118,8 +125,10 @@ def freeze_step(rows: list[dict]) -> FrozenStep:
         ref_logp=_concatenate(packed_rows, "ref_logp"),
     )
     entropy = _concatenate(packed_rows, "entropy")
-    group_rewards = torch.tensor(rewards).view(len(groups), -1)
-    return FrozenStep(texts, batch, entropy, group_rewards, first)
+    totals = torch.tensor([reward.total for reward in rewards])
+    group_rewards = totals.view(len(groups), -1)
+    parts = split_rewards(rewards, weights)
+    return FrozenStep(texts, batch, entropy, group_rewards, parts, first)
 
 
 def _rebuild_rollout(row: dict, group: int) -> Rollout:
@@ -168,7 +177,9 @@ def _apply_loss(cfg: Config, frozen: FrozenStep, policy: NewPolicy, kind: str) -
 
     group_size = frozen.rewards.shape[1]
     rewards = frozen.rewards.flatten()  # (P * G,)
-    advantages = compute_group_advantages(rewards, group_size, objective.advantage, config)
+    advantages = compute_group_advantages(
+        rewards, group_size, objective.advantage, config, frozen.parts
+    )
     text_advantages = advantages[frozen.first]  # (D,)
     batch = replace(frozen.batch, advantages=text_advantages[frozen.batch.rollout])
     denominator = count_denominator(frozen.texts, objective.agg_mode, cfg.sampling.max_new_tokens)

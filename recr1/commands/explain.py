@@ -30,7 +30,7 @@ from recr1.config.schema import Config, ConfigError, LossConfig
 from recr1.distributed import collectives as dist
 from recr1.distributed.fsdp import Sharded
 from recr1.model.log_probs import compute_log_probs
-from recr1.rl import advantages, kl, losses, packing, policy_loss
+from recr1.rl import advantages, corrections, kl, losses, packing, policy_loss
 from recr1.rl.replay import Replay
 from recr1.tasks.scorer import Scorer
 from recr1.training.load_model import COMPUTE_DTYPES, load_policy, make_adapter_source
@@ -53,7 +53,14 @@ KNOWN_SURROGATES = {
     losses.sequence_clipped_surrogate,
     losses.cispo_surrogate,
     losses.reinforce_surrogate,
+    losses.soft_gated_surrogate,
+    losses.geometric_surrogate,
+    losses.tv_masked_surrogate,
+    losses.kl_masked_surrogate,
 }
+
+# Those whose tokens share one ratio with their rollout.
+SEQUENCE_SURROGATES = (losses.sequence_clipped_surrogate, losses.geometric_surrogate)
 
 # Those whose value contains log pi itself, not only a ratio.
 LOG_PROB_SURROGATES = (losses.cispo_surrogate, losses.reinforce_surrogate)
@@ -233,6 +240,7 @@ class NumpySurrogate(NamedTuple):
     clipped_ratio: np.ndarray  # (N,)
     value: np.ndarray  # (N,)
     slope: np.ndarray  # (N,) d value / d logp; of the sequence's ratio: d value / d log ratio
+    moves: Any = 1.0  # (N,) of SEQUENCE_SURROGATES: whether the token moves its rollout's ratio
 
 
 def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
@@ -254,18 +262,17 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
     if config.kl_coef > 0:
         policy_logp = logp if kl_coef else sampler_logp
         log_ref_ratio = _concatenate(rows, "ref_logp") - policy_logp  # (N,)
-        token_kl = _estimate_kl(config.kl_estimator, log_ref_ratio)  # (N,)
+        token_kl = _estimate_kl(config.kl_estimator, log_ref_ratio, logp - old_logp)  # (N,)
 
     # Rewards and advantages.
     text_rewards = _compute_text_rewards(cfg, rows, text, token_kl)  # (D,)
-    group_advantages = _compute_advantages(cfg, text_rewards, count)
+    parts = _split_rewards(cfg, rows) if recipe.advantage == "gdpo" else None  # (D, K)
+    group_advantages = _compute_advantages(cfg, text_rewards, count, parts)
     token_advantages = np.repeat([row["advantage"] for row in rows], num_tokens)  # (N,)
 
     # The surrogate, and the weight w_t / T of each token.
     surrogate = _compute_surrogate(cfg, logp - old_logp, logp, token_advantages, text, num_tokens)
-    importance: Any = 1.0
-    if config.tis_cap > 0:
-        importance = np.exp(old_logp - sampler_logp).clip(max=config.tis_cap)
+    importance = _correct(config, logp, old_logp, sampler_logp, token_advantages, text, num_tokens)
     denominator = _count_denominator(cfg, count, num_tokens)
     is_trained = (token_advantages != 0) | (kl_coef > 0)  # as train.make_updates selects them
     text_weight = count / num_tokens if recipe.agg_mode == "seq-mean-token-mean" else count  # (D,)
@@ -273,11 +280,11 @@ def compute_by_hand(cfg: Config, rows: list[dict]) -> NumpyStep:
 
     # The loss and its derivatives.
     grad_surrogate = weight * importance * surrogate.slope  # (N,)
-    if recipe.surrogate is losses.sequence_clipped_surrogate:
+    if recipe.surrogate in SEQUENCE_SURROGATES:
         # A token moves the one ratio of its rollout by 1 / num_tokens.
-        grad_surrogate = (np.bincount(text, grad_surrogate) / num_tokens)[text]
+        grad_surrogate = (np.bincount(text, grad_surrogate) / num_tokens)[text] * surrogate.moves
     token_loss = kl_coef * token_kl - importance * surrogate.value - config.entropy_coef * entropy
-    kl_slope = _differentiate_kl(config.kl_estimator, log_ref_ratio)
+    kl_slope = _differentiate_kl(config.kl_estimator, log_ref_ratio, logp - old_logp)
     return NumpyStep(
         num_tokens=num_tokens,
         count=count,
@@ -302,22 +309,51 @@ def _concatenate(rows: list[dict], name: str) -> np.ndarray:
     return np.concatenate([row[name] for row in rows])
 
 
-def _estimate_kl(estimator: str, log_ref_ratio: np.ndarray) -> np.ndarray:
-    """Compute the k1, k2 or k3 of each token."""
+def _estimate_kl(estimator: str, log_ref_ratio: np.ndarray, log_ratio: np.ndarray) -> np.ndarray:
+    """Compute the estimate of each token; log_ratio: log pi - log pi_old."""
     if estimator == "k1":
         return -log_ref_ratio
     if estimator == "k2":
         return log_ref_ratio**2 / 2
-    return np.expm1(log_ref_ratio) - log_ref_ratio
+    k3 = np.expm1(log_ref_ratio) - log_ref_ratio
+    return np.exp(log_ratio) * k3 if estimator == "k3_unbiased" else k3
 
 
-def _differentiate_kl(estimator: str, log_ref_ratio: Any) -> Any:
+def _differentiate_kl(estimator: str, log_ref_ratio: Any, log_ratio: np.ndarray) -> Any:
     """Compute the derivative of the estimate by log pi."""
     if estimator == "k1":
         return 1.0
     if estimator == "k2":
         return -log_ref_ratio
+    if estimator == "k3_unbiased":
+        return -np.exp(log_ratio) * log_ref_ratio
     return -np.expm1(log_ref_ratio)
+
+
+def _correct(
+    config: LossConfig,
+    logp: np.ndarray,
+    old_logp: np.ndarray,
+    sampler_logp: np.ndarray,
+    token_advantages: np.ndarray,
+    text: np.ndarray,
+    num_tokens: np.ndarray,
+) -> np.ndarray:
+    """Compute what a token's surrogate is multiplied by: importance weight and mask, (N,)."""
+    factor = np.ones(len(text))
+    if config.tis_cap > 0:
+        log_weight = old_logp - sampler_logp
+        if config.tis_level == "sequence":
+            log_weight = np.bincount(text, log_weight)[text]
+        factor = np.exp(log_weight)
+        bounded = factor.clip(config.tis_floor, config.tis_cap)
+        is_dropped = (config.tis_mode == "mask") & (factor != bounded)
+        factor = np.where(is_dropped, 0.0, bounded)
+    if config.off_policy_mask_threshold > 0:
+        mean_kl = (np.bincount(text, sampler_logp - logp) / num_tokens)[text]
+        is_off = (token_advantages < 0) & (mean_kl > config.off_policy_mask_threshold)
+        factor = np.where(is_off, 0.0, factor)
+    return factor
 
 
 def _compute_text_rewards(
@@ -331,8 +367,22 @@ def _compute_text_rewards(
     return text_rewards - np.float32(cfg.loss.kl_coef) * text_kl
 
 
+def _split_rewards(cfg: Config, rows: list[dict]) -> np.ndarray:
+    """Return the weighted terms of each text's reward, and the total's rest, (D, K)."""
+    parts = []
+    for row in rows:
+        terms = []
+        rest = row["reward"]
+        for name, weight in cfg.reward.weights.items():
+            if weight:
+                terms.append(row["reward_terms"][name])
+                rest -= weight * row["reward_terms"][name]
+        parts.append([*terms, round(rest, 9)])
+    return np.array(parts)
+
+
 def _compute_advantages(
-    cfg: Config, text_rewards: np.ndarray, count: np.ndarray
+    cfg: Config, text_rewards: np.ndarray, count: np.ndarray, parts: np.ndarray | None
 ) -> NumpyAdvantages:
     """Compute the advantages of all siblings from the rewards of the distinct texts."""
     advantage = get_recipe(cfg.loss).advantage
@@ -342,16 +392,56 @@ def _compute_advantages(
     group_size = rewards.shape[1]
     mean = rewards.mean(1, keepdims=True)  # (P, 1)
     std = rewards.std(1, ddof=1, keepdims=True)
+    if parts is not None:
+        sibling_parts = np.repeat(parts, count, 0).reshape(len(rewards), group_size, -1)
+        gdpo = _normalize_each_part(cfg, sibling_parts)
+        return NumpyAdvantages(rewards, mean, std, np.ones_like(mean), gdpo)
+    if advantage == "pass_at_k":
+        best = _compute_pass_at_k(rewards, cfg.loss.pass_k or group_size)
+        return NumpyAdvantages(rewards, mean, std, np.ones_like(mean), best.ravel())
 
     divisors = {
         "mean_std": std + cfg.loss.advantage_eps,
         "mean": 1.0,
         "leave_one_out": (group_size - 1) / group_size,
+        "maxrl": mean,
     }
-    all_equal = rewards.max(1, keepdims=True) == rewards.min(1, keepdims=True)  # (P, 1)
-    divide_by = np.where(all_equal, 1.0, divisors[advantage])
-    advantages_by_group = np.where(all_equal, 0.0, (rewards - mean) / divide_by)
+    is_zero = rewards.max(1, keepdims=True) == rewards.min(1, keepdims=True)  # (P, 1)
+    if advantage == "maxrl":
+        is_zero |= mean <= 0
+    divide_by = np.where(is_zero, 1.0, divisors[advantage])
+    advantages_by_group = np.where(is_zero, 0.0, (rewards - mean) / divide_by)
     return NumpyAdvantages(rewards, mean, std, divide_by, advantages_by_group.ravel())
+
+
+def _normalize_each_part(cfg: Config, parts: np.ndarray) -> np.ndarray:
+    """Compute GDPO's advantages of parts (P, G, K): (R,)."""
+    weights = [weight for weight in cfg.reward.weights.values() if weight]
+    eps = cfg.loss.advantage_eps
+    mean = parts.mean(1, keepdims=True)
+    std = parts.std(1, ddof=1, keepdims=True)
+    is_equal = np.ptp(parts, 1, keepdims=True) == 0
+    divide_by = np.where(is_equal, 1.0, std + eps)
+    normalized = np.where(is_equal, 0.0, parts - mean) / divide_by
+    total = (normalized @ np.array([*weights, 1.0])).ravel()
+    batch_std = math.sqrt((total**2).sum() / max(1, len(total) - 1))
+    return total / (batch_std + eps) if batch_std else total
+
+
+def _compute_pass_at_k(rewards: np.ndarray, k: int) -> np.ndarray:
+    """Compute how much each sibling adds to the best of k, (P, G): the best of the subsets with it
+    less the best of the same subsets without it, by the place of each among its group.
+    """
+    num_groups, group_size = rewards.shape
+    advantages = np.zeros_like(rewards)
+    for group in range(num_groups):
+        order = np.argsort(rewards[group])
+        for place, sibling in enumerate(order):
+            for second in range(place):
+                lead = rewards[group, sibling] - rewards[group, order[second]]
+                ways = math.comb(second, k - 2)
+                advantages[group, sibling] += lead * ways / math.comb(group_size, k)
+    return advantages
 
 
 def _compute_surrogate(
@@ -363,28 +453,67 @@ def _compute_surrogate(
     num_tokens: np.ndarray,
 ) -> NumpySurrogate:
     """Compute the surrogate of each token, and its derivative by log pi."""
-    kind = get_recipe(cfg.loss).surrogate
+    config = cfg.loss
+    A = token_advantages
+    kind = get_recipe(config).surrogate
+    ratio = np.exp(log_ratio)
+    low = config.clip_ratio_low
+    high = config.upper_clip_ratio
+    if kind is losses.geometric_surrogate:
+        return _compute_geometric(config, log_ratio, A, text, num_tokens)
+    if kind is losses.soft_gated_surrogate:
+        tau = np.where(A > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
+        share = 1 / (1 + np.exp(-tau * (ratio - 1)))
+        gate = 4 / tau * share
+        return NumpySurrogate(ratio, gate, gate * A, 4 * share * (1 - share) * ratio * A)
+    if kind in (losses.tv_masked_surrogate, losses.kl_masked_surrogate):
+        divergence = _compute_divergence(kind, logp, logp - log_ratio)
+        is_stopped = np.where(
+            A > 0, (ratio > 1) & (divergence > high), (ratio < 1) & (divergence > low)
+        )
+        kept = np.where(is_stopped, 0.0, ratio)
+        return NumpySurrogate(ratio, kept, kept * A, kept * A)
     if kind is losses.sequence_clipped_surrogate:
         mean_log_ratio = np.bincount(text, log_ratio) / num_tokens  # (D,)
         ratio = np.exp(mean_log_ratio)[text]  # (N,)
-    else:
-        ratio = np.exp(log_ratio)
-    low = 0.0 if kind is losses.cispo_surrogate else 1 - cfg.loss.clip_ratio_low
-    high = 1 + cfg.loss.upper_clip_ratio
-    clipped_ratio = ratio.clip(low, high)
 
+    lowest = 0.0 if kind is losses.cispo_surrogate else 1 - low
+    clipped_ratio = ratio.clip(lowest, 1 + high)
     if kind is losses.cispo_surrogate:
-        slope = clipped_ratio * token_advantages
+        slope = clipped_ratio * A
         return NumpySurrogate(ratio, clipped_ratio, slope * logp, slope)
     if kind is losses.reinforce_surrogate:
-        slope = token_advantages
-        return NumpySurrogate(ratio, clipped_ratio, slope * logp, slope)
+        return NumpySurrogate(ratio, clipped_ratio, A * logp, A)
 
-    unclipped = ratio * token_advantages
-    clipped = clipped_ratio * token_advantages
+    unclipped = ratio * A
+    clipped = clipped_ratio * A
     value = np.minimum(unclipped, clipped)
     slope = np.where(unclipped <= clipped, unclipped, 0.0)
     return NumpySurrogate(ratio, clipped_ratio, value, slope)
+
+
+def _compute_geometric(
+    config: LossConfig, log_ratio: np.ndarray, A: np.ndarray, text: np.ndarray, num_tokens: Any
+) -> NumpySurrogate:
+    """Compute GMPO's surrogate: the geometric mean of a text's clipped ratios, times A."""
+    bounded = log_ratio.clip(-config.clip_ratio_low, config.upper_clip_ratio)
+    stops = np.where(A > 0, log_ratio > bounded, log_ratio < bounded)
+    clipped_log_ratio = np.where(stops, bounded, log_ratio)
+    mean_log_ratio = np.bincount(text, clipped_log_ratio) / num_tokens  # (D,)
+    value = np.exp(mean_log_ratio)[text] * A
+    clipped_ratio = np.exp(clipped_log_ratio)
+    return NumpySurrogate(np.exp(log_ratio), clipped_ratio, value, value, moves=~stops)
+
+
+def _compute_divergence(kind: Callable, logp: np.ndarray, old_logp: np.ndarray) -> np.ndarray:
+    """Compute the TV, or the KL, of "this token or another one" from the old policy to the new."""
+    p = np.exp(logp)
+    old_p = np.exp(old_logp)
+    if kind is losses.tv_masked_surrogate:
+        return np.abs(p - old_p)
+    rest = np.maximum(1 - p, 1e-8)
+    old_rest = np.maximum(1 - old_p, 1e-8)
+    return old_p * (old_logp - logp) + old_rest * np.log(old_rest / rest)
 
 
 def _count_denominator(cfg: Config, count: np.ndarray, num_tokens: np.ndarray) -> int:
@@ -393,6 +522,7 @@ def _count_denominator(cfg: Config, count: np.ndarray, num_tokens: np.ndarray) -
     denominators = {
         "token-mean": (count * num_tokens).sum(),
         "seq-mean-token-mean": num_rollouts,
+        "seq-mean-token-sum": num_rollouts,
         "seq-mean-token-sum-norm": num_rollouts * cfg.sampling.max_new_tokens,
     }
     return max(1, denominators[get_recipe(cfg.loss).agg_mode])
@@ -443,6 +573,7 @@ def estimate_noise(step: LoggedStep) -> float:
     depends_on_logp = (
         get_recipe(config).surrogate in LOG_PROB_SURROGATES
         or config.tis_cap > 0
+        or config.off_policy_mask_threshold > 0
         or config.entropy_coef > 0
         or (config.kl_coef > 0 and config.kl_in == "loss")
     )
@@ -792,6 +923,12 @@ class StepStory:
             "mean_std": f"A = (r - mean) / (std + {self.config.advantage_eps:g})",
             "mean": "A = r - mean",
             "leave_one_out": "A = (r - mean) G / (G - 1)",
+            "maxrl": "A = (r - mean) / mean, 0 where the mean is not above 0",
+            "pass_at_k": "A = mean over subsets I of k siblings of max(I) - max(I without i), "
+            f"k = {self.config.pass_k or self.group_size}",
+            "gdpo": "A = A' / (std of A' over the step + "
+            f"{self.config.advantage_eps:g}), A' = sum_k w_k (r_k - mean_k) / (std_k + "
+            f"{self.config.advantage_eps:g}) of {self._name_parts()}",
         }
         advantage = self.recipe.advantage
         assert advantage is not None
@@ -802,9 +939,28 @@ class StepStory:
             equation + ", exactly 0 where a group's rewards are equal",
             self.per_rollout,
             _format_vector(group_advantages[self.group]),
-            locate_source(advantages.ADVANTAGES[advantage], "return"),
-            locate_source(advantages.compute_group_advantages, "torch.where"),
+            *self._locate_advantage(advantage),
         )
+
+    def _name_parts(self) -> str:
+        """Name the parts of the reward, with their weights."""
+        weights = self.step.cfg.reward.weights
+        names = [f"{weight:g} {name}" for name, weight in weights.items() if weight]
+        return ", ".join([*names, "1 the rest of the total"])
+
+    def _locate_advantage(self, advantage: str) -> list[str]:
+        """Locate the lines that make the advantage."""
+        function = advantages.ADVANTAGES[advantage]
+        if advantage == "gdpo":
+            return [
+                locate_source(function, "normalized = "),
+                locate_source(function, "return advantages / "),
+            ]
+        last_lines = {"pass_at_k": "advantages = lead"}
+        return [
+            locate_source(function, last_lines.get(advantage, "return")),
+            locate_source(advantages.compute_group_advantages, "torch.where"),
+        ]
 
     def _add_ratio(self) -> None:
         surrogate = self.recipe.surrogate
@@ -818,55 +974,123 @@ class StepStory:
             equation += "; one optimizer step per batch: log pi_old is log pi, "
             equation += "every ratio is exactly 1"
         ratio = self.numpy_step.ratio
+        lines = {
+            losses.sequence_clipped_surrogate: (surrogate, "mean_log_ratio = "),
+            losses.geometric_surrogate: (surrogate, "log_ratio = logp"),
+            losses.tv_masked_surrogate: (losses.mask_divergence, "exp()"),
+            losses.kl_masked_surrogate: (losses.mask_divergence, "exp()"),
+        }
         self._add(
             "ratio",
             equation,
             self.per_token,
             f"from {ratio.min():.6g} to {ratio.max():.6g}",
-            locate_source(surrogate, "mean_log_ratio = " if by_rollout else "exp()"),
+            locate_source(*lines.get(surrogate, (surrogate, "exp()"))),
         )
 
     def _add_clip(self) -> None:
+        """Add what the surrogate makes of the ratio."""
+        surrogate = self.recipe.surrogate
+        config = self.config
+        low = config.clip_ratio_low
+        high = config.upper_clip_ratio
+        example = f"{self._count_outside()} tokens outside"
+        if surrogate in (losses.clipped_surrogate, losses.sequence_clipped_surrogate):
+            self._add_min_clip(example)
+            return
+        stops = "0 where D_t > {:g} and rho_t {} 1"
+        beyond = f"{stops.format(high, '>')} (A > 0), {stops.format(low, '<')} (A < 0)"
+        equations = {
+            losses.cispo_surrogate: f"gain_t = sg(min(rho_t, {1 + high:g})) A log pi_t",
+            losses.soft_gated_surrogate: "gain_t = 4 / tau sigmoid(tau (rho_t - 1)) A, tau = "
+            f"{config.sapo_temperature_pos:g} (A > 0), {config.sapo_temperature_neg:g} (else)",
+            losses.geometric_surrogate: "gain = A exp(mean_t clip(log rho_t)), one per rollout, "
+            f"clip: at most {high:g} (A > 0), at least {-low:g} (else)",
+            losses.tv_masked_surrogate: f"gain_t = rho_t A, {beyond}, D_t = |pi_t - pi_old,t|",
+            losses.kl_masked_surrogate: f"gain_t = rho_t A, {beyond}, "
+            "D_t = KL(pi_old,t or not, pi_t or not)",
+        }
+        if surrogate is losses.soft_gated_surrogate:
+            example = ""
+        sources = {
+            losses.soft_gated_surrogate: "gate = ",
+            losses.tv_masked_surrogate: "divergence = ",
+            losses.kl_masked_surrogate: "divergence = ",
+        }
+        assert surrogate is not None
+        source = locate_source(surrogate, sources.get(surrogate, "return"))
+        self._add("clip", equations[surrogate], self.per_token, example, source)
+
+    def _count_outside(self) -> int:
+        """Count the trained tokens whose ratio is not what the surrogate takes of it."""
+        numpy_step = self.numpy_step
+        is_outside = numpy_step.is_trained & (numpy_step.ratio != numpy_step.clipped_ratio)  # (N,)
+        return int(is_outside.sum())
+
+    def _add_min_clip(self, example: str) -> None:
+        """Add GRPO's clip, of a token or a rollout."""
         numpy_step = self.numpy_step
         low = 1 - self.config.clip_ratio_low
         high = 1 + self.config.upper_clip_ratio
         is_outside = numpy_step.is_trained & (numpy_step.ratio != numpy_step.clipped_ratio)  # (N,)
-        example = f"{int(is_outside.sum())} tokens outside"
-        if self.recipe.surrogate is losses.cispo_surrogate:
-            equation = f"gain_t = sg(min(rho_t, {high:g})) A log pi_t"
-            source = locate_source(self.recipe.surrogate, "return")
-        else:
-            equation = f"gain_t = min(rho_t A, clip(rho_t, {low:g}, {high:g}) A)"
-            source = locate_source(losses.clipped_surrogate, "torch.minimum")
-            # Of the tokens outside, those where the minimum is the clipped term have gradient 0.
-            clipped = numpy_step.clipped_ratio * numpy_step.token_advantages
-            takes_clipped = (numpy_step.surrogate == clipped) & (numpy_step.token_advantages != 0)
-            siblings = numpy_step.count[numpy_step.text]  # (N,)
-            num_inert = int((siblings * (is_outside & takes_clipped)).sum())
-            example += f"; the clip takes the gradient of {num_inert} (siblings counted)"
-        self._add("clip", equation, self.per_token, example, source)
+        # Of the tokens outside, those where the minimum is the clipped term have gradient 0.
+        clipped = numpy_step.clipped_ratio * numpy_step.token_advantages
+        takes_clipped = (numpy_step.surrogate == clipped) & (numpy_step.token_advantages != 0)
+        siblings = numpy_step.count[numpy_step.text]  # (N,)
+        num_inert = int((siblings * (is_outside & takes_clipped)).sum())
+        self._add(
+            "clip",
+            f"gain_t = min(rho_t A, clip(rho_t, {low:g}, {high:g}) A)",
+            self.per_token,
+            f"{example}; the clip takes the gradient of {num_inert} (siblings counted)",
+            locate_source(losses.clipped_surrogate, "torch.minimum"),
+        )
 
     def _add_importance(self) -> None:
-        cap = self.config.tis_cap
-        if cap > 0:
+        config = self.config
+        if config.tis_cap > 0:
+            weight = "exp(log pi_old,t - log pi_sampler,t)"
+            if config.tis_level == "sequence":
+                weight = "exp(sum_t (log pi_old,t - log pi_sampler,t))"
+            if config.tis_mode == "mask":
+                bounded = f"{weight}, 0 outside [{config.tis_floor:g}, {config.tis_cap:g}]"
+            elif config.tis_floor > 0:
+                bounded = f"clip({weight}, {config.tis_floor:g}, {config.tis_cap:g})"
+            else:
+                bounded = f"min({weight}, {config.tis_cap:g})"
             self._add(
                 "importance_sampling_ratio",
-                f"gain_t *= min(exp(log pi_old,t - log pi_sampler,t), {cap:g})",
+                f"gain_t *= {bounded}",
                 self.per_token,
                 "",
-                locate_source(policy_loss.compute_token_loss, "surrogate = surrogate * "),
+                locate_source(policy_loss.compute_token_loss, "* correction"),
+            )
+        if config.off_policy_mask_threshold > 0:
+            self._add(
+                "off-policy mask",
+                "gain_t = 0 where A < 0 and mean_t(log pi_sampler,t - log pi_t) > "
+                f"{config.off_policy_mask_threshold:g}",
+                self.per_token,
+                "",
+                locate_source(corrections.mask_off_policy, "is_off = "),
             )
 
     def _add_kl_and_entropy(self) -> None:
         if self._has_kl_in_loss():
-            formulas = {"k1": "-d", "k2": "d^2 / 2", "k3": "e^d - 1 - d"}
+            formulas = {
+                "k1": "-d",
+                "k2": "d^2 / 2",
+                "k3": "e^d - 1 - d",
+                "k3_unbiased": "rho_t (e^d - 1 - d)",
+            }
             formula = formulas[self.config.kl_estimator]
+            estimators = kl.KL_ESTIMATORS | {"k3_unbiased": kl.k3_unbiased}
             self._add(
                 "KL",
                 f"KL_t = {formula},  d = log pi_ref,t - log pi_t",
                 self.per_token,
                 "",
-                locate_source(kl.KL_ESTIMATORS[self.config.kl_estimator], "return"),
+                locate_source(estimators[self.config.kl_estimator], "return"),
             )
         if self.config.entropy_coef > 0:
             self._add(
@@ -891,6 +1115,7 @@ class StepStory:
         weights = {
             "token-mean": "w = siblings; T = tokens of all rollouts",
             "seq-mean-token-mean": "w = siblings / tokens of the text; T = rollouts",
+            "seq-mean-token-sum": "w = siblings; T = rollouts",
             "seq-mean-token-sum-norm": f"w = siblings; T = rollouts x {limit}",
         }
         agg_mode = self.recipe.agg_mode

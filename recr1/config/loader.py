@@ -24,9 +24,17 @@ CHOICES = {
     "model.compute": ("auto", "float32", "bfloat16"),
     "model.head": ("fused", "recompute"),
     "model.kernels": ("auto", "torch", "triton"),
-    "loss.agg_mode": ("", "token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
-    "loss.kl_estimator": ("k1", "k2", "k3"),
+    "loss.agg_mode": (
+        "",
+        "token-mean",
+        "seq-mean-token-mean",
+        "seq-mean-token-sum",
+        "seq-mean-token-sum-norm",
+    ),
+    "loss.kl_estimator": ("k1", "k2", "k3", "k3_unbiased"),
     "loss.kl_in": ("loss", "reward"),
+    "loss.tis_level": ("token", "sequence"),
+    "loss.tis_mode": ("truncate", "mask"),
     "data.on_bad_line": ("stop", "drop"),
     "data.on_long_prompt": ("stop", "drop"),
     "retriever.variant": ("lucene", "okapi"),
@@ -70,6 +78,11 @@ MINIMUMS = {
     "loss.clip_ratio_high": 0,
     "loss.entropy_coef": 0,
     "loss.tis_cap": 0,
+    "loss.tis_floor": 0,
+    "loss.off_policy_mask_threshold": 0,
+    "loss.sapo_temperature_pos": 1e-3,
+    "loss.sapo_temperature_neg": 1e-3,
+    "loss.pass_k": 0,
     "loss.clip_ratio_low": 0,
     "loss.kl_coef": 0,
     "loss.advantage_eps": 0,
@@ -99,6 +112,9 @@ MAXIMUMS = {"data.shuffle_words": 1, "sampling.top_p": 1, "optimizer.min_lr_rati
 RETRIEVERS = ("bm25", "dense", "rank_bm25")
 
 REWARD_TERMS = ("ndcg", "recall", "mrr", "hit", "lcs", "category", "diversity", "novelty")
+
+# The values of loss.kind that are GRPO with the advantage of the same name.
+ADVANTAGE_KINDS = ("maxrl", "pass_at_k", "gdpo")
 
 # What only one of the loops reads: with the other one such a setting would do nothing.
 READ_ONLY_BY = {
@@ -228,6 +244,8 @@ def check_config(config: Config) -> Config:
     _check_ranges(config)
     _check_step(config)
     _check_reward_weights(config)
+    _check_corrections(config)
+    _check_advantage(config)
     _check_retriever(config)
     _check_lora(config)
     if bool(config.data.test_queries) != bool(config.data.test_qrels):
@@ -286,6 +304,83 @@ def _check_reward_weights(config: Config) -> None:
     if not any(weights.values()):
         raise ConfigError(
             "reward.weights: at least one must be other than 0, or there is nothing to learn"
+        )
+
+
+def _check_corrections(config: Config) -> None:
+    """Check what corrects between sampler and trainer, and the KL's estimator."""
+    loss = config.loss
+    bounds = ("loss.tis_floor", "loss.tis_level", "loss.tis_mode")
+    changed = list_changed_keys(config, bounds)
+    if changed and loss.tis_cap == 0:
+        raise ConfigError(
+            f"{', '.join(changed)}: is of the weight that loss.tis_cap turns on; "
+            "set loss.tis_cap, or leave it out"
+        )
+    if changed and loss.tis_floor > loss.tis_cap:
+        raise ConfigError(
+            f"loss.tis_floor: {loss.tis_floor:g} exceeds loss.tis_cap = {loss.tis_cap:g}; lower it"
+        )
+    if loss.kl_estimator == "k3_unbiased" and loss.kl_in == "reward":
+        raise ConfigError(
+            "loss.kl_estimator: k3_unbiased weights by the policy's ratio, which a reward does not "
+            "have; set loss.kl_in=loss or loss.kl_estimator=k3"
+        )
+
+
+def _check_advantage(config: Config) -> None:
+    """Check that the rewards are such that the advantage means something."""
+    advantage = config.loss.advantage
+    if not advantage and config.loss.kind in ADVANTAGE_KINDS:
+        advantage = config.loss.kind
+    if advantage == "maxrl":
+        _check_maxrl(config)
+    if advantage == "gdpo":
+        _check_gdpo(config)
+    group_size = config.sampling.group_size
+    pass_k = config.loss.pass_k
+    if advantage == "pass_at_k" and not (pass_k == 0 or 2 <= pass_k <= group_size):
+        raise ConfigError(
+            f"loss.pass_k: {pass_k} is not 2 to sampling.group_size = {group_size}, "
+            "nor 0 for all of the group"
+        )
+
+
+def _check_maxrl(config: Config) -> None:
+    """Raise ConfigError where a reward below 0 is possible: maxrl divides by the group's mean."""
+    reward = config.reward
+    below = [
+        f"reward.{name}" for name in ("bonus", "miss", "unparsable") if getattr(reward, name) < 0
+    ]
+    if reward.overlong_buffer:
+        below.append("reward.overlong_buffer")
+    below += [f"reward.weights {name}" for name, weight in reward.weights.items() if weight < 0]
+    if config.loss.kl_coef > 0 and config.loss.kl_in == "reward":
+        below.append("loss.kl_in=reward")
+    if below:
+        raise ConfigError(
+            "loss.advantage: maxrl divides by the mean reward of a group, which must not be below "
+            f"0; {', '.join(below)} can make it so: set that to 0, or leave it out"
+        )
+
+
+def _check_gdpo(config: Config) -> None:
+    """Raise ConfigError where gdpo has nothing to decouple, or would not see what is said."""
+    weighted = [name for name, weight in config.reward.weights.items() if weight]
+    if len(weighted) < 2:
+        raise ConfigError(
+            "loss.advantage: gdpo normalizes each term of the reward by itself and "
+            f"reward.weights has one, {weighted[0]}; add another, or use mean_std"
+        )
+    if config.loss.kl_coef > 0 and config.loss.kl_in == "reward":
+        raise ConfigError(
+            "loss.kl_in: reward takes the KL off the total, and gdpo looks at the reward's terms; "
+            "set loss.kl_in=loss"
+        )
+    if config.sampling.dynamic_sampling:
+        raise ConfigError(
+            "sampling.dynamic_sampling: replaces groups whose totals are equal, and gdpo learns "
+            "from terms that differ under equal totals; leave it out"
         )
 
 

@@ -154,32 +154,53 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    # grpo | dr_grpo | dapo | gspo | cispo | rloo | reinforce | module:function of yours.
+    # grpo | dr_grpo | dapo | gspo | cispo | rloo | reinforce | sapo | gmpo | luspo | dppo_tv |
+    # dppo_kl | maxrl | pass_at_k | gdpo | module:function of yours.
     kind: str = "grpo"
-    # How rewards become advantages: mean_std | mean | leave_one_out | module:function of yours.
-    # Empty: that of the kind.
+    # How rewards become advantages: mean_std | mean | leave_one_out | maxrl | pass_at_k | gdpo |
+    # module:function of yours. Empty: that of the kind.
     advantage: str = ""
     # How token losses become one (verl's names): token-mean | seq-mean-token-mean |
-    # seq-mean-token-sum-norm. Empty: that of the kind.
+    # seq-mean-token-sum | seq-mean-token-sum-norm. Empty: that of the kind.
     agg_mode: str = ""
-    # The ratio of probabilities is clipped to 1 - clip_ratio_low and 1 + clip_ratio_high.
+    # The ratio of probabilities is clipped to 1 - clip_ratio_low and 1 + clip_ratio_high. gmpo
+    # clips its logarithm by them; dppo_tv and dppo_kl stop a token whose divergence exceeds them.
     clip_ratio_low: float = 0.2
     clip_ratio_high: float = 0.0  # The upper side (DAPO's clip-higher). 0: as clip_ratio_low.
     # The weight of the KL to the initial policy. 0: no reference is kept.
     kl_coef: float = 0.0
-    kl_estimator: str = "k3"  # k1 | k2 | k3 (rl/kl.py).
+    kl_estimator: str = "k3"  # k1 | k2 | k3 | k3_unbiased (rl/kl.py).
     kl_in: str = "loss"  # Where the KL is a term: loss | reward.
     reference_cpu_offload: bool = False  # Keep the reference's shards in host memory.
     entropy_coef: float = 0.0  # The weight of the entropy bonus.
     # Truncated importance sampling: the weight exp(trainer - sampler) of a token is at most this.
     # 0: tokens have no such weight.
     tis_cap: float = 0.0
+    tis_floor: float = 0.0  # The weight's lower bound.
+    # Whose probabilities the weight compares: token | sequence, the product over a rollout.
+    tis_level: str = "token"
+    # What happens to a weight beyond tis_floor and tis_cap: truncate, it becomes the bound | mask,
+    # it becomes 0 (IcePop).
+    tis_mode: str = "truncate"
+    # DeepSeek-V3.2: a rollout of negative advantage adds nothing where the mean of its tokens'
+    # log-probs, sampler - trainer, is above this. 0: all rollouts add.
+    off_policy_mask_threshold: float = 0.0
+    # sapo: how fast a token fades out with its ratio; where the advantage is above 0, elsewhere.
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    pass_k: int = 0  # pass_at_k: the best of so many siblings counts. 0: of the whole group.
     advantage_eps: float = 1e-6  # advantage = (r - mean) / (std + advantage_eps)
 
     @property
     def upper_clip_ratio(self) -> float:
         """Return the upper side of the clip: clip_ratio_high, or clip_ratio_low where that is 0."""
         return self.clip_ratio_high or self.clip_ratio_low
+
+    @property
+    def masks_tokens(self) -> bool:
+        """Return whether a token may be left out for what sampler and trainer are apart."""
+        has_mask = self.tis_cap > 0 and self.tis_mode == "mask"
+        return has_mask or self.off_policy_mask_threshold > 0
 
 
 @dataclass(frozen=True)

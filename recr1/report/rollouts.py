@@ -24,7 +24,7 @@ from recr1.config.schema import Config, ConfigError
 from recr1.data.readers import DataError
 from recr1.data_types import Prompt, Rollout
 from recr1.report.record import round_digits
-from recr1.rl.losses import Objective, resolve_objective
+from recr1.rl.losses import Objective, resolve_objective, sequence_clipped_surrogate
 from recr1.rl.packing import pack_rollouts
 from recr1.tasks.answer_parser import parse_answer_json
 from recr1.tasks.registry import TASKS
@@ -446,7 +446,7 @@ class TokenView:
         [grad_surrogate] = torch.autograd.grad(surrogate.sum(), [logp])
         is_clipped = (grad_surrogate == 0) & (batch.advantages != 0)
         text_ratio = None
-        if self.config.loss.kind == "gspo":
+        if self.objective.surrogate is sequence_clipped_surrogate:
             mean_log_ratio = (logp.detach() - old_logp).mean()
             text_ratio = float(mean_log_ratio.exp())
         return is_clipped.tolist(), text_ratio

@@ -31,7 +31,25 @@ def k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     return torch.expm1(d) - d
 
 
+def k3_unbiased(logp: torch.Tensor, ref_logp: torch.Tensor, old_logp: torch.Tensor) -> torch.Tensor:
+    """Estimate by ratio k3, ratio = e^(logp - old_logp) with its gradient (DeepSeek-V3.2).
+
+    The tokens are old_logp's policy's: weighted so, the estimate and its gradient, ratio (logp -
+    ref_logp), are unbiased for the policy that is trained (arXiv 2512.02556).
+    """
+    return (logp - old_logp).exp() * k3(logp, ref_logp)
+
+
 KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def estimate_kl(
+    estimator: str, logp: torch.Tensor, ref_logp: torch.Tensor, old_logp: torch.Tensor
+) -> torch.Tensor:
+    """Estimate by the one that `loss.kl_estimator` names: log-probs (n,) -> (n,)."""
+    if estimator == "k3_unbiased":
+        return k3_unbiased(logp, ref_logp, old_logp)
+    return KL_ESTIMATORS[estimator](logp, ref_logp)
 
 
 def sum_kl_by_rollout(batches: list[MicroBatch], num_rollouts: int, estimator: str) -> torch.Tensor:

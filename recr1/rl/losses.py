@@ -13,7 +13,8 @@ from recr1.config.schema import ConfigError, LossConfig, ModelConfig
 from recr1.data_types import MicroBatch
 from recr1.distributed import collectives as dist
 from recr1.kernels.availability import choose_backend
-from recr1.rl.advantages import ADVANTAGES
+from recr1.rl.advantages import ADVANTAGES, normalize_each_part
+from recr1.rl.by_rollout import average_over_rollout
 
 # --- surrogates: log-probs (n,) -> what each token adds to the objective, (n,), to be maximized ---
 
@@ -48,13 +49,102 @@ def clipped_surrogate(
 def sequence_clipped_surrogate(
     logp: torch.Tensor, old_logp: torch.Tensor, batch: MicroBatch, config: LossConfig
 ) -> torch.Tensor:
-    """Clip one ratio per rollout: e^mean_t(logp - old_logp) (GSPO, arXiv 2507.18071, eq. 5-7)."""
-    _, rollout_index, num_tokens = batch.rollout.unique(return_inverse=True, return_counts=True)
-    zeros = torch.zeros(len(num_tokens), dtype=logp.dtype, device=logp.device)
-    sum_log_ratio = zeros.index_add(0, rollout_index, logp - old_logp)  # (rollouts,)
-    mean_log_ratio = sum_log_ratio / num_tokens
-    token_log_ratio = mean_log_ratio.index_select(0, rollout_index)  # (n,)
-    return clipped_surrogate(token_log_ratio, torch.zeros_like(old_logp), batch, config)
+    """Clip one ratio per rollout: e^mean_t(logp - old_logp) (GSPO, arXiv 2507.18071, eq. 5-7).
+
+    Summed over the rollout's tokens instead of averaged, it is LUSPO's (arXiv 2602.05261): GSPO's
+    term times the rollout's length.
+    """
+    mean_log_ratio = average_over_rollout(logp - old_logp, batch.rollout)  # (n,)
+    return clipped_surrogate(mean_log_ratio, torch.zeros_like(old_logp), batch, config)
+
+
+def geometric_surrogate(
+    logp: torch.Tensor, old_logp: torch.Tensor, batch: MicroBatch, config: LossConfig
+) -> torch.Tensor:
+    """Average the clipped log-ratios of a rollout (GMPO, arXiv 2507.20673).
+
+        A e^mean_t(min(log ratio, high) if A > 0 else max(log ratio, -low))
+
+    The geometric mean of clipped ratios. loss.clip_ratio_low and loss.clip_ratio_high bound the
+    logarithm: the paper's are 0.4 and 0.4, ratios from e^-0.4 to e^0.4.
+    """
+    assert batch.advantages is not None
+    log_ratio = logp - old_logp
+    clipped_log_ratio = torch.where(
+        batch.advantages > 0,
+        log_ratio.clamp(max=config.upper_clip_ratio),
+        log_ratio.clamp(min=-config.clip_ratio_low),
+    )
+    return average_over_rollout(clipped_log_ratio, batch.rollout).exp() * batch.advantages
+
+
+@per_token
+def soft_gated_surrogate(
+    logp: torch.Tensor, old_logp: torch.Tensor, batch: MicroBatch, config: LossConfig
+) -> torch.Tensor:
+    """Fade a token out by how far its ratio is from 1 (SAPO, arXiv 2511.20347).
+
+        4 / tau sigmoid(tau (ratio - 1)) A
+
+    tau is loss.sapo_temperature_pos where A > 0, else loss.sapo_temperature_neg. The gradient is
+    ratio A at a ratio of 1 and fades on both sides of it; no clip.
+    """
+    assert batch.advantages is not None
+    ratio = (logp - old_logp).exp()
+    tau = torch.full_like(ratio, config.sapo_temperature_neg)
+    tau = tau.masked_fill(batch.advantages > 0, config.sapo_temperature_pos)
+    gate = 4 / tau * torch.sigmoid(tau * (ratio - 1))
+    return gate * batch.advantages
+
+
+@per_token
+def tv_masked_surrogate(
+    logp: torch.Tensor, old_logp: torch.Tensor, batch: MicroBatch, config: LossConfig
+) -> torch.Tensor:
+    """Stop a token whose probability has moved too far (DPPO-Binary-TV, arXiv 2602.04879).
+
+    ratio A, but 0 where a step would go on from |p - p_old| > delta: see `mask_divergence`. That is
+    the total variation between "this token" and "another one".
+    """
+    divergence = (logp.detach().exp() - old_logp.exp()).abs()
+    return mask_divergence(divergence, logp, old_logp, batch, config)
+
+
+@per_token
+def kl_masked_surrogate(
+    logp: torch.Tensor, old_logp: torch.Tensor, batch: MicroBatch, config: LossConfig
+) -> torch.Tensor:
+    """Stop a token whose distribution has moved too far (DPPO-Binary-KL, arXiv 2602.04879).
+
+    As `tv_masked_surrogate`, with the KL between "this token" and "another one":
+
+        p_old log(p_old / p) + (1 - p_old) log((1 - p_old) / (1 - p))
+    """
+    new_logp = logp.detach()
+    rest = (-new_logp.expm1()).clamp(min=1e-8)  # 1 - p
+    old_rest = (-old_logp.expm1()).clamp(min=1e-8)
+    divergence = old_logp.exp() * (old_logp - new_logp) + old_rest * (old_rest / rest).log()
+    return mask_divergence(divergence, logp, old_logp, batch, config)
+
+
+def mask_divergence(
+    divergence: torch.Tensor,
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    batch: MicroBatch,
+    config: LossConfig,
+) -> torch.Tensor:
+    """Compute ratio A, and 0 where a token is beyond delta and would go further.
+
+    Beyond: divergence (n,) > loss.clip_ratio_high and ratio > 1 where A > 0, > loss.clip_ratio_low
+    and ratio < 1 where A < 0. The paper's deltas are 0.15 for the TV and 0.05 for the KL.
+    """
+    assert batch.advantages is not None
+    ratio = (logp - old_logp).exp()
+    rises_too_far = (ratio > 1) & (divergence > config.upper_clip_ratio)
+    falls_too_far = (ratio < 1) & (divergence > config.clip_ratio_low)
+    is_stopped = torch.where(batch.advantages > 0, rises_too_far, falls_too_far)
+    return torch.where(is_stopped, 0.0, ratio * batch.advantages)
 
 
 @per_token
@@ -85,6 +175,7 @@ def reinforce_surrogate(
 # kind -> (surrogate, advantage, agg_mode). The agg_mode (`loss.agg_mode`, verl's names) is
 #   token-mean: the mean over all tokens
 #   seq-mean-token-mean: the mean over rollouts of the mean over each rollout's tokens
+#   seq-mean-token-sum: the mean over rollouts of the sum over each rollout's tokens
 #   seq-mean-token-sum-norm: the sum over R * max_new_tokens
 RECIPES = {
     # Rec-R1's verl; agg_mode: seq-mean-token-mean is DeepSeekMath's own eq. 3
@@ -101,6 +192,15 @@ RECIPES = {
     "cispo": (cispo_surrogate, "mean_std", "token-mean"),
     "rloo": (reinforce_surrogate, "leave_one_out", "token-mean"),
     "reinforce": (reinforce_surrogate, "mean", "token-mean"),  # with the group's mean as baseline
+    "sapo": (soft_gated_surrogate, "mean_std", "seq-mean-token-mean"),
+    "gmpo": (geometric_surrogate, "mean_std", "seq-mean-token-mean"),
+    "luspo": (sequence_clipped_surrogate, "mean_std", "seq-mean-token-sum"),
+    "dppo_tv": (tv_masked_surrogate, "mean_std", "token-mean"),
+    "dppo_kl": (kl_masked_surrogate, "mean_std", "token-mean"),
+    # GRPO with another advantage
+    "maxrl": (clipped_surrogate, "maxrl", "token-mean"),
+    "pass_at_k": (clipped_surrogate, "pass_at_k", "token-mean"),
+    "gdpo": (clipped_surrogate, "gdpo", "token-mean"),
 }
 
 
@@ -111,9 +211,14 @@ class Objective:
     config: LossConfig
     surrogate: Callable
     advantage: Callable
-    agg_mode: str  # token-mean | seq-mean-token-mean | seq-mean-token-sum-norm
+    agg_mode: str  # a value of loss.agg_mode, not empty
     head: str  # fused | recompute
     kernels: str  # torch | triton | auto
+
+    @property
+    def needs_reward_parts(self) -> bool:
+        """Whether the advantage is made of the reward's terms, and not of their sum."""
+        return self.advantage is normalize_each_part
 
     @property
     def runs_in_kernel(self) -> bool:
@@ -125,12 +230,19 @@ class Objective:
         kernel_has_kl = (
             config.kl_coef == 0 or config.kl_in == "reward" or config.kl_estimator == "k3"
         )
+        kernel_has_correction = (
+            config.tis_level == "token"
+            and config.tis_mode == "truncate"
+            and config.tis_floor == 0
+            and config.off_policy_mask_threshold == 0
+        )
         return (
             choose_backend(self.kernels, dist.device()) == "triton"
             and self.surrogate in (clipped_surrogate, cispo_surrogate)
             and self.agg_mode != "seq-mean-token-mean"
             and config.entropy_coef == 0
             and kernel_has_kl
+            and kernel_has_correction
         )
 
 
@@ -155,6 +267,12 @@ def resolve_objective(config: LossConfig, model: ModelConfig) -> Objective:
         raise ConfigError(
             f"loss.kind: {config.kind} needs whole rollouts, or does not say that it needs none "
             "(function.per_token = True); set model.head=recompute"
+        )
+    if model.head == "fused" and config.tis_level == "sequence":
+        raise ConfigError("loss.tis_level: sequence needs whole rollouts; set model.head=recompute")
+    if model.head == "fused" and config.off_policy_mask_threshold:
+        raise ConfigError(
+            "loss.off_policy_mask_threshold: needs whole rollouts; set model.head=recompute"
         )
     return Objective(
         config=config,

@@ -21,7 +21,8 @@ from recr1.data_types import MicroBatch, Rollout
 from recr1.kernels.group_loss import GroupTokenLoss, LossRule, WithGradients
 from recr1.model.decoder import AnyDecoder
 from recr1.model.log_probs import compute_fused_loss, compute_log_probs
-from recr1.rl.kl import KL_ESTIMATORS
+from recr1.rl.corrections import correct
+from recr1.rl.kl import estimate_kl
 from recr1.rl.losses import Objective, cispo_surrogate
 
 
@@ -51,6 +52,7 @@ def count_denominator(rollouts: list[Rollout], agg_mode: str, max_new_tokens: in
     denominators = {
         "token-mean": num_tokens,
         "seq-mean-token-mean": num_siblings,
+        "seq-mean-token-sum": num_siblings,
         "seq-mean-token-sum-norm": num_siblings * max_new_tokens,
     }
     return denominators[agg_mode]
@@ -146,15 +148,14 @@ def compute_token_loss(
         surrogate = objective.surrogate(new_logp, old_logp, batch, config)  # (n,)
         [grad_surrogate] = torch.autograd.grad(surrogate.sum(), new_logp, retain_graph=True)
 
-        # Truncated importance sampling: the sampler's arithmetic is another (Yao et al. 2025).
-        if config.tis_cap > 0:
-            importance = (old_logp - batch.sampler_logp).exp()
-            surrogate = surrogate * importance.clamp(max=config.tis_cap)
+        correction = correct(logp, old_logp, batch, config)  # (n,) or None
+        if correction is not None:
+            surrogate = surrogate * correction
         loss = -(weight * surrogate).sum() / denominator
 
         if has_kl:
             assert batch.ref_logp is not None
-            kl = KL_ESTIMATORS[config.kl_estimator](new_logp, batch.ref_logp)  # (n,)
+            kl = estimate_kl(config.kl_estimator, new_logp, batch.ref_logp, old_logp)  # (n,)
             loss = loss + config.kl_coef * (weight * kl).sum() / denominator
         [grad_logp] = torch.autograd.grad(loss, new_logp)
 
@@ -167,6 +168,9 @@ def compute_token_loss(
         "clip_ratio": (batch.weight * is_clipped).sum(),
         "grad_logp_square": grad_logp.square().sum(),
     }
+    if config.masks_tokens:
+        assert correction is not None
+        stats["masked"] = (batch.weight * (correction == 0)).sum()
     if has_kl:
         stats["kl"] = (batch.weight * kl.detach()).sum()
     return TokenLossTerms(loss, grad_logp, grad_entropy if config.entropy_coef else None, stats)

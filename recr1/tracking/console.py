@@ -11,9 +11,25 @@ from typing import NamedTuple
 from recr1.config.schema import Config
 from recr1.data_types import Reward
 from recr1.distributed.printing import print_rank0
-from recr1.rl.losses import clipped_surrogate, resolve_objective, sequence_clipped_surrogate
+from recr1.rl.advantages import reward_best_of_k
+from recr1.rl.losses import (
+    clipped_surrogate,
+    geometric_surrogate,
+    kl_masked_surrogate,
+    resolve_objective,
+    sequence_clipped_surrogate,
+    tv_masked_surrogate,
+)
 from recr1.tracking.step_metrics import StepRecord
 from recr1.utils.terminal import fit_to_width, make_printable, measure_columns
+
+RATIO_SURROGATES = (
+    clipped_surrogate,
+    sequence_clipped_surrogate,
+    geometric_surrogate,
+    tv_masked_surrogate,
+    kl_masked_surrogate,
+)
 
 NEAR_ZERO = (
     "recr1: a GRPO loss near 0 is no fault. The advantages of a group sum to 0 and before the first"
@@ -60,8 +76,9 @@ def show_step(step: int, record: StepRecord, cfg: Config) -> None:
         print_rank0(format_rollout_table(record, width))
 
     if step == 1:
-        surrogate = resolve_objective(cfg.loss, cfg.model).surrogate
-        if surrogate in (clipped_surrogate, sequence_clipped_surrogate):
+        objective = resolve_objective(cfg.loss, cfg.model)
+        is_ratio = objective.surrogate in RATIO_SURROGATES  # is A at a ratio of 1
+        if is_ratio and objective.advantage is not reward_best_of_k:
             print_rank0(NEAR_ZERO)
 
 

@@ -159,6 +159,8 @@ def _compute_loss_metrics(stats: list[dict], num_tokens: int) -> dict[str, float
     for name in ("ratio_abs_deviation", "importance_sampling_ratio", "entropy"):
         if name in names:
             metrics[name] = _sum_stat(stats, name) / max(1.0, num_trained)
+    if "masked" in names:
+        metrics["masked_token_frac"] = _sum_stat(stats, "masked") / max(1.0, num_trained)
     metrics["grad_logp_norm"] = _sum_stat(stats, "grad_logp_square") ** 0.5
     metrics["trained_token_frac"] = num_trained / num_tokens
     return metrics

@@ -46,10 +46,12 @@ from recr1.utils.hf_hub import load_tokenizer, read_stop_token_ids, resolve_mode
 # does not do.
 KNOWN_VALUES: dict[str, tuple] = {
     "loss.advantage": ("", "mean_std", "mean"),
+    "loss.agg_mode": ("", "token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
     "loss.kl_estimator": ("k3",),
     "loss.kl_in": ("loss",),
     "loss.entropy_coef": (0,),
     "loss.tis_cap": (0,),
+    "loss.off_policy_mask_threshold": (0,),
     "sampling.top_p": (1,),
     "sampling.dynamic_sampling": (0,),
     "model.compute": ("auto", "float32"),

@@ -77,6 +77,34 @@ def test_plains_curve_beside_the_loops():
     assert bar["ok"]
 
 
+def test_every_loss_on_the_quickstart(tmp_path):
+    """Two of them; a finished run is not run again."""
+    arguments = (
+        "experiments/benchmarks/losses.py",
+        str(tmp_path),
+        "--dry-run",
+        "--steps=1",
+        "--seeds=0",
+        "--kinds",
+        "grpo",
+        "gmpo",
+        "--set",
+        "run.threads=1",
+        f"retriever.index_dir={tmp_path}/index",
+    )
+    out, bars = run(*arguments)
+    config = (tmp_path / "gmpo-1-seed0/config.yaml").stat().st_mtime_ns
+    again, _ = run(*arguments)
+
+    rows = [line for line in out.splitlines() if line.startswith("| `")]
+    assert [row.split("|")[1].strip() for row in rows] == ["`grpo`", "`gmpo`"]
+    assert all(row.count("|") == 8 for row in rows)
+    assert again == out
+    assert (tmp_path / "losses.md").read_text() in out
+    assert (tmp_path / "gmpo-1-seed0/config.yaml").stat().st_mtime_ns == config
+    assert bars == []
+
+
 def test_share_of_the_peak():
     out, [bar] = run("experiments/benchmarks/mfu.py", "--dry-run", "--checkpointing")
     # 2 x 2 rollouts of 8 + 8, each prompt once, no row for a last token: 2 * 8 + 4 * 7

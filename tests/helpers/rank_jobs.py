@@ -30,7 +30,7 @@ from recr1.distributed import collectives as dist
 from recr1.distributed.fsdp import Sharded, unsharded
 from recr1.distributed.process_group import process_group
 from recr1.model.lora import FrozenReference, add_adapters, is_adapter_weight
-from recr1.rl.advantages import compute_group_advantages
+from recr1.rl.advantages import RewardParts, compute_group_advantages
 from recr1.rl.losses import resolve_objective
 from recr1.rl.packing import deduplicate
 from recr1.rl.policy_loss import compute_policy_loss
@@ -87,6 +87,17 @@ CASES = {
     ),
     "float64 CISPO": Case(dict(kind="cispo", agg_mode="seq-mean-token-mean"), 40),
     "float64 RLOO, trusting the trainer": Case(dict(kind="rloo", tis_cap=2.0)),
+    "float64 GMPO, whole rollouts weighted by the sampler's": Case(
+        dict(kind="gmpo", tis_cap=1e-5, tis_floor=1e-30, tis_level="sequence", tis_mode="mask"),
+        head="recompute",
+    ),
+    "float64 LUSPO, off-policy mask, unbiased KL": Case(
+        dict(kind="luspo", kl_coef=0.05, kl_estimator="k3_unbiased")
+        | dict(off_policy_mask_threshold=6.0),
+        40,
+        head="recompute",
+    ),
+    "float64 GDPO": Case(dict(kind="gdpo", advantage_eps=0.1), same=(0, 1)),
     "float64 one reduction a step": Case(ONE, gradient_sync="last_micro_batch", shape=TIED),
     "float64 one reduction a step, checkpointing": Case(
         TWO, same=(0, 1), gradient_sync="last_micro_batch", gradient_checkpointing=True
@@ -198,7 +209,25 @@ def advantages(rewards: list[float], cfg: Config, group: int, dtype: torch.dtype
     if group == 1:
         return reward_tensor - 3
     kind = resolve_objective(cfg.loss, cfg.model).advantage
-    return compute_group_advantages(reward_tensor, group, kind, cfg.loss)
+    return compute_group_advantages(
+        reward_tensor, group, kind, cfg.loss, split_in_two(reward_tensor)
+    )
+
+
+def split_in_two(rewards: torch.Tensor) -> RewardParts:
+    """Split rewards into two parts, weighted, that vary over siblings in other ways."""
+    rewards = rewards.double()
+    values = torch.stack([rewards, (3 * rewards).sin()], 1)
+    return RewardParts(values, torch.tensor([1.0, 0.5], dtype=torch.float64))
+
+
+def batch_normalized() -> list[float]:
+    """Compute the advantages of two groups by their parts: with three ranks one has no group."""
+    groups = dist.split_across_ranks([0, 1])
+    _, rewards = rollouts_and_rewards(0)
+    local_rewards = rewards[GROUP * min(groups, default=0) :][: GROUP * len(groups)]
+    cfg = replace(SETTINGS, loss=LossConfig(kind="gdpo"))
+    return advantages(local_rewards, cfg, GROUP, torch.float64).tolist()
 
 
 def accumulate(policy, reference, step: int, same: tuple, cfg: Config, group: int = GROUP) -> float:
@@ -571,6 +600,7 @@ def work() -> int:
         tensors["fsdp2"] = {case: fsdp2(case) for case in AGAINST_FSDP2}
         tensors["gathered_bytes"] = {case: gathered_bytes(case) for case in GATHERED}
         tensors["leak"] = a_leak()
+        tensors["batch"] = dist.gather_to_rank0(batch_normalized())
         tensors["told"] = dist.gather_to_rank0(one_fails())
         share = dist.split_across_ranks(list(range(7)))
         tensors["shares"] = dist.gather_to_rank0(share)

@@ -89,6 +89,7 @@ def ours(request, tmp_path_factory) -> dict:
         results[case] = rank_jobs.results(case, sharded=True)
     results["lessons"] = {case: rank_jobs.lesson(case) for case in rank_jobs.LESSONS}
     results["told"] = [rank_jobs.one_fails()]
+    results["batch"] = [rank_jobs.batch_normalized()]
     results["shares"] = [list(range(7))]
     return results
 
@@ -241,6 +242,16 @@ def test_shares_are_the_whole_and_one_failure_is_everybodys(ours):
     assert set(ours["told"]) == {"only here"}
 
 
+def test_gdpo_normalizes_over_all_ranks_with_empty_ones_among_them(ours):
+    want = rank_jobs.batch_normalized()
+
+    joined = sum(ours["batch"], [])
+
+    assert joined == pytest.approx(want, rel=1e-12)
+    std = torch.tensor(joined, dtype=torch.float64).std().item()
+    assert std == pytest.approx(1, abs=1e-5)
+
+
 # --- runs from end to end -------------------------------------------------------------------------
 
 
@@ -253,14 +264,18 @@ def world(tmp_path_factory):
     return write_yaml(tmp_path_factory.mktemp("world"), **{"loss.kl_coef": 0.01, "run.threads": 0})
 
 
-@pytest.mark.parametrize("n, prompts", [(2, 5), (3, 2)])
-def test_a_run_on_several_ranks_is_the_run_on_one(n, prompts, world, tmp_path):
+# its advantages need the other ranks' rewards
+GDPO = ("loss.kind=gdpo", "reward.weights={ndcg: 1.0, mrr: 0.5}")
+
+
+@pytest.mark.parametrize("n, prompts, loss", [(2, 5, ()), (3, 2, GDPO)])
+def test_a_run_on_several_ranks_is_the_run_on_one(n, prompts, loss, world, tmp_path):
     """Prompts that do not divide, even fewer than ranks; the same rollouts, rewards, evaluation
     and, to rounding, the same policy.
     """
     one = tmp_path / "one"
     many = tmp_path / "many"
-    argv = [world, f"train.prompts_per_step={prompts}", "train.steps=2"]
+    argv = [world, f"train.prompts_per_step={prompts}", "train.steps=2", *loss]
 
     code = run_guarded(train.main, [*argv, f"run.dir={one}"])
     torchrun(n, "-m", "recr1.train", *argv, f"run.dir={many}")

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import shutil
+import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from recr1 import cli, train
 from recr1.commands import explain
-from recr1.config.schema import Config, LossConfig, SamplingConfig
+from recr1.config.schema import Config, LossConfig, RewardConfig, SamplingConfig
 from recr1.training.launch import run_guarded
 
 GROUP_SIZE = 6
@@ -47,8 +48,10 @@ def make_rows(seed: int, with_kl: bool, on_policy: bool) -> list[dict]:
                 row["reward"] = float(torch.rand(1, generator=generator))
             row["trainer_logp"] = old_logp.tolist()
             if not on_policy:
-                row["trainer_logp"] = add_noise(old_logp, 0.3, generator)
+                noisy = add_noise(old_logp, 0.3, generator)
+                row["trainer_logp"] = [min(value, -1e-3) for value in noisy]
             row["sampler_logp"] = add_noise(old_logp, 0.2, generator)
+            row["reward_terms"] = dict(ndcg=row["reward"] ** 2, mrr=float(length % 3))
             row["ref_logp"] = None
             if with_kl:
                 row["ref_logp"] = add_noise(old_logp, 0.4, generator)
@@ -79,13 +82,14 @@ def compute_loss(cfg: Config, rows: list[dict], logps: list[torch.Tensor]) -> to
         if row["advantage"] == 0 and not has_kl:
             continue
         old = to_float64(row["old_logp"])
-        gain = compute_gain(c, logp, old, row["advantage"])
-        if c.tis_cap:
-            sampler = to_float64(row["sampler_logp"])
-            gain = gain * (old - sampler).exp().clamp(max=c.tis_cap)
+        sampler = to_float64(row["sampler_logp"])
+        gain = compute_gain(c, logp, old, row["advantage"]) * compute_weight(c, old, sampler)
+        mean_kl = (sampler - logp.detach()).mean()
+        if row["advantage"] < 0 and 0 < c.off_policy_mask_threshold < mean_kl:
+            gain = gain * 0
         token_loss = -gain - c.entropy_coef * to_float64(row["entropy"])
         if has_kl:
-            kl = estimate_kl(c.kl_estimator, logp, to_float64(row["ref_logp"]))
+            kl = estimate_kl(c.kl_estimator, logp, to_float64(row["ref_logp"]), old)
             token_loss = token_loss + c.kl_coef * kl
         text_loss = token_loss.sum()
         if agg_mode == "seq-mean-token-mean":
@@ -94,12 +98,26 @@ def compute_loss(cfg: Config, rows: list[dict], logps: list[torch.Tensor]) -> to
     return loss
 
 
+def compute_weight(c: LossConfig, old: torch.Tensor, sampler: torch.Tensor):
+    """Return the weight between sampler and trainer: of each token, or one of the text."""
+    if not c.tis_cap:
+        return 1
+    log_weight = old - sampler
+    if c.tis_level == "sequence":
+        log_weight = log_weight.sum()
+    weight = log_weight.exp()
+    if c.tis_mode == "truncate":
+        return weight.clamp(min=c.tis_floor, max=c.tis_cap)
+    return weight * (weight >= c.tis_floor) * (weight <= c.tis_cap)
+
+
 def to_float64(values: list[float]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
 def get_agg_mode(c: LossConfig) -> str:
-    defaults = {"dr_grpo": "seq-mean-token-sum-norm", "gspo": "seq-mean-token-mean"}
+    defaults = {"dr_grpo": "seq-mean-token-sum-norm", "luspo": "seq-mean-token-sum"}
+    defaults |= dict.fromkeys(("gspo", "sapo", "gmpo"), "seq-mean-token-mean")
     return c.agg_mode or defaults.get(c.kind, "token-mean")
 
 
@@ -109,7 +127,7 @@ def compute_divisor(cfg: Config, rows: list[dict]) -> int:
     agg_mode = get_agg_mode(cfg.loss)
     if agg_mode == "token-mean":
         return sum(row["count"] * len(row["ids"]) for row in rows)
-    if agg_mode == "seq-mean-token-mean":
+    if agg_mode in ("seq-mean-token-mean", "seq-mean-token-sum"):
         return texts
     return texts * cfg.sampling.max_new_tokens
 
@@ -123,24 +141,51 @@ def compute_gain(
     ratio = (logp - old).exp()
     if c.kind == "cispo":
         return ratio.detach().clamp(max=1 + c.upper_clip_ratio) * advantage * logp
-    if c.kind == "gspo":
+    if c.kind == "sapo":
+        tau = c.sapo_temperature_pos if advantage > 0 else c.sapo_temperature_neg
+        return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
+    if c.kind == "gmpo":
+        log_ratio = logp - old
+        if advantage > 0:
+            log_ratio = log_ratio.clamp(max=c.upper_clip_ratio)
+        else:
+            log_ratio = log_ratio.clamp(min=-c.clip_ratio_low)
+        return log_ratio.mean().exp() * advantage * torch.ones_like(old)
+    if c.kind in ("dppo_tv", "dppo_kl"):
+        return ratio * advantage * ~find_stopped(c, logp.detach().exp(), old.exp(), advantage)
+    if c.kind in ("gspo", "luspo"):
         ratio = (logp - old).mean().exp() * torch.ones_like(old)
     clipped_ratio = ratio.clamp(1 - c.clip_ratio_low, 1 + c.upper_clip_ratio)
     return torch.minimum(ratio * advantage, clipped_ratio * advantage)
 
 
-def estimate_kl(estimator: str, logp: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+def find_stopped(c: LossConfig, p: torch.Tensor, q: torch.Tensor, advantage: float):
+    """Return which tokens DPPO stops: p and q are new and old probabilities."""
+    distance = (p - q).abs()
+    if c.kind == "dppo_kl":
+        distance = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    if advantage > 0:
+        return (p > q) & (distance > c.upper_clip_ratio)
+    return (p < q) & (distance > c.clip_ratio_low)
+
+
+def estimate_kl(
+    estimator: str, logp: torch.Tensor, ref: torch.Tensor, old: torch.Tensor
+) -> torch.Tensor:
     """Return each token's estimate of KL(policy || reference), (n,)."""
     d = ref - logp
     if estimator == "k1":
         return -d
     if estimator == "k2":
         return d * d / 2
-    return d.exp() - 1 - d
+    weight = (logp - old).exp() if estimator == "k3_unbiased" else 1
+    return weight * (d.exp() - 1 - d)
 
 
 def compute_advantages(cfg: Config, rows: list[dict]) -> list[float]:
     """Return one per row, by Python's own arithmetic, but for the KL."""
+    if cfg.loss.kind == "gdpo":
+        return compute_gdpo(cfg, rows)
     groups = {}
     for row in rows:
         rewards = groups.setdefault(row["prompt"], [])
@@ -152,13 +197,38 @@ def compute_advantages(cfg: Config, rows: list[dict]) -> list[float]:
     return advantages
 
 
+def compute_gdpo(cfg: Config, rows: list[dict]) -> list[float]:
+    """Return GDPO's advantage of each row."""
+    weights = {"ndcg": 1.0, "mrr": 0.5}
+    parts = {name: [row["reward_terms"][name] for row in rows] for name in weights}
+    weighted = [
+        r["reward"] - sum(w * r["reward_terms"][n] for n, w in weights.items()) for r in rows
+    ]
+    parts["rest"] = weighted
+    totals = [0.0] * len(rows)
+    for name, values in parts.items():
+        for i, row in enumerate(rows):
+            group = []
+            for other, value in zip(rows, values):
+                group += [value] * (other["count"] if other["prompt"] == row["prompt"] else 0)
+            if max(group) > min(group):
+                deviation = values[i] - statistics.mean(group)
+                scale = statistics.stdev(group) + cfg.loss.advantage_eps
+                totals[i] += weights.get(name, 1.0) * deviation / scale
+    of_siblings = []
+    for row, total in zip(rows, totals):
+        of_siblings += [total] * row["count"]
+    scale = statistics.stdev(of_siblings) + cfg.loss.advantage_eps
+    return [total / scale for total in totals]
+
+
 def compute_reward(c: LossConfig, row: dict) -> float:
     """Return the reward of a text, less its KL where that is part of it."""
     reward = float(np.float32(row["reward"]))
     if c.kl_coef and c.kl_in == "reward":
         sampler = to_float64(row["sampler_logp"])
         ref = to_float64(row["ref_logp"])
-        kl = estimate_kl(c.kl_estimator, sampler, ref)
+        kl = estimate_kl(c.kl_estimator, sampler, ref, sampler)
         reward -= c.kl_coef * sum(kl.tolist())
     return reward
 
@@ -168,11 +238,18 @@ def compute_advantage(c: LossConfig, reward: float, rewards: list[float]) -> flo
     if max(rewards) == min(rewards):
         return 0.0
     defaults = {"dr_grpo": "mean", "rloo": "leave_one_out", "reinforce": "mean"}
+    defaults |= {"maxrl": "maxrl", "pass_at_k": "pass_at_k"}
     name = c.advantage or defaults.get(c.kind, "mean_std")
     if name == "leave_one_out":
         others = (sum(rewards) - reward) / (GROUP_SIZE - 1)
         return reward - others
+    if name == "pass_at_k":
+        others = list(rewards)
+        others.remove(reward)
+        return max(0.0, reward - max(others))
     mean = math.fsum(rewards) / GROUP_SIZE
+    if name == "maxrl":
+        return (reward - mean) / mean if mean > 0 else 0.0
     if name == "mean":
         return reward - mean
     variance = math.fsum((r - mean) ** 2 for r in rewards) / (GROUP_SIZE - 1)
@@ -193,6 +270,20 @@ SETTINGS += [
     dict(kind="gspo", agg_mode="token-mean", tis_cap=1.2, kl_coef=0.1),
     dict(kind="grpo", advantage="leave_one_out", agg_mode="seq-mean-token-mean", entropy_coef=0.1),
 ]
+BAND = dict(tis_cap=1.2, tis_floor=0.8)
+NARROW = dict(clip_ratio_low=0.03, clip_ratio_high=0.05)
+SETTINGS += [
+    dict(kind="sapo", tis_level="sequence", **BAND),
+    dict(kind="gmpo", kl_coef=0.1, kl_estimator="k3_unbiased", tis_mode="mask", **BAND),
+    dict(kind="gmpo", agg_mode="token-mean", off_policy_mask_threshold=0.05),
+    dict(kind="luspo", off_policy_mask_threshold=0.05, kl_coef=0.1),
+    dict(kind="luspo", tis_level="sequence", tis_mode="mask", **BAND),
+    dict(kind="dppo_tv", entropy_coef=0.1, **NARROW),
+    dict(kind="dppo_kl", clip_ratio_low=0.003, kl_coef=0.2, kl_estimator="k3_unbiased"),
+    dict(kind="maxrl", agg_mode="seq-mean-token-sum"),
+    dict(kind="pass_at_k", off_policy_mask_threshold=0.05, tis_mode="mask", **BAND),
+    dict(kind="gdpo"),
+]
 
 
 def name_setting(setting):
@@ -203,6 +294,7 @@ def name_setting(setting):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_numpy_is_float64_autograd(setting, seed):
     cfg = Config(
+        reward=RewardConfig(weights={"ndcg": 1.0, "unused": 0.0, "mrr": 0.5}),
         loss=LossConfig(advantage_eps=0.01, **setting),
         sampling=SamplingConfig(group_size=GROUP_SIZE, max_new_tokens=9),
     )
@@ -225,6 +317,8 @@ def test_numpy_is_float64_autograd(setting, seed):
     assert np.abs(gradient_errors).max() <= 1e-12
     # float32 once, where the run rounds: the KL's share of the reward
     tolerance = 1e-4 if cfg.loss.kl_in == "reward" else 1e-12
+    if cfg.loss.kind == "gdpo":  # the rest of a total is rounded
+        tolerance = 1e-7
     assert explained.advantages == pytest.approx(advantages_of_texts, abs=tolerance)
     if not on_policy and cfg.loss.kind not in ("rloo", "reinforce"):
         is_clipped = explained.ratio != explained.clipped_ratio
@@ -265,6 +359,24 @@ RUNS = {
     "entropy, frozen": ("loss.entropy_coef=0.1", "train.frozen='model.embed_tokens.*'"),
     "CISPO, trusting": ("loss.kind=cispo", "loss.tis_cap=1.5"),
     "RLOO, by the sequence": ("loss.kind=rloo", "loss.agg_mode=seq-mean-token-mean"),
+    "SAPO, masked": ("loss.kind=sapo", "loss.tis_cap=1.5", "loss.tis_mode=mask"),
+    "GMPO, weighted texts": (
+        "loss.kind=gmpo",
+        "loss.tis_cap=2",
+        "loss.tis_level=sequence",
+        "loss.off_policy_mask_threshold=0.5",
+        "model.head=recompute",
+        SMALL,
+    ),
+    "LUSPO": ("loss.kind=luspo", "model.head=recompute"),
+    "DPPO, unbiased KL": (
+        "loss.kind=dppo_kl",
+        "loss.kl_coef=0.5",
+        "loss.kl_estimator=k3_unbiased",
+    ),
+    "MaxRL": ("loss.kind=maxrl", "reward.unparsable=0", "reward.miss=0.2"),
+    "pass at 2": ("loss.kind=pass_at_k", "loss.pass_k=2"),
+    "GDPO": ("loss.kind=gdpo", "reward.weights={ndcg: 1.0, mrr: 0.5}"),
 }
 
 
@@ -282,7 +394,9 @@ def test_agrees_with_the_run(name, run):
         assert checks["grad_logp_norm"]["off"] <= 1e-5
         assert checks["grad_norm"]["off"] <= 1e-4
         assert checks["grad_norm"]["logged"] > 0
-        if "GSPO" not in name:  # whose advantages sum to 0: its loss is rounding
+        if (
+            "GSPO" not in name and "GMPO" not in name
+        ):  # whose advantages sum to 0: its loss is rounding
             loss = checks["loss"]
             assert loss["ours"] == pytest.approx(loss["logged"], rel=1e-5), "plain relative"
 
@@ -296,7 +410,7 @@ def format_errors(checks: dict[str, dict]) -> str:
     return f"{', '.join(errors)}, plain loss {plain:.1e}"
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "gspo"])
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "gspo", "gmpo"])
 @pytest.mark.parametrize("budget", [(), (SMALL,)], ids=["one batch", "small batches"])
 def test_off_policy(kind, budget, run):
     """A replay's ratios are not 1 and some are clipped: the loss of GSPO is then more than

@@ -42,6 +42,31 @@ BAD_FILES = [
     ("train: {steps: 0}", "train.steps: must be at least 1"),
     ("optimizer: {lr: .nan}", "optimizer.lr: must be a finite number"),
     ("data: {corpus: null}", "data.corpus: expected str"),
+    ("loss: {tis_level: word, tis_cap: 2}", "loss.tis_level: 'word' is not one of token, sequence"),
+    ("loss: {tis_mode: mask}", "^loss.tis_mode: .* set loss.tis_cap, or leave it out"),
+    ("loss: {tis_floor: 0.5, tis_level: sequence}", "^loss.tis_floor, loss.tis_level: .*tis_cap"),
+    ("loss: {tis_cap: 1, tis_floor: 2}", "loss.tis_floor: 2 exceeds loss.tis_cap = 1; lower it"),
+    (
+        "loss: {kl_estimator: k3_unbiased, kl_in: reward, kl_coef: 1}",
+        "loss.kl_estimator: k3_unbiased .* set loss.kl_in=loss or loss.kl_estimator=k3",
+    ),
+    ("loss: {kind: pass_at_k, pass_k: 1}", "loss.pass_k: 1 is not 2 to sampling.group_size = 8"),
+    ("loss: {advantage: pass_at_k, pass_k: 9}", "loss.pass_k: 9 is not 2 to"),
+    ("loss: {kind: maxrl}", "loss.advantage: maxrl .*; reward.unparsable can make it so"),
+    (
+        "{loss: {advantage: maxrl}, reward: {unparsable: 0, weights: {ndcg: 1, mrr: -1}}}",
+        "maxrl .*; reward.weights mrr can make it so",
+    ),
+    ("loss: {kind: gdpo}", "gdpo normalizes .* has one, ndcg; add another, or use mean_std"),
+    (
+        "{loss: {kind: gdpo, kl_coef: 1, kl_in: reward}, reward: {weights: {ndcg: 1, mrr: 1}}}",
+        "loss.kl_in: reward .* set loss.kl_in=loss",
+    ),
+    (
+        "{loss: {kind: gdpo}, sampling: {dynamic_sampling: 1}, "
+        "reward: {weights: {ndcg: 1, mrr: 1}}}",
+        "sampling.dynamic_sampling: .* leave it out",
+    ),
     ("- a list", "expected `key: value` lines"),
     ("a: [1", "not readable as YAML"),
     ("task: !!python/object/apply:os.system [ls]", "not readable as YAML"),

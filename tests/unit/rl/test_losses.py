@@ -127,6 +127,10 @@ def test_advantages_by_hand():
         "mean_std": [-0.5, -0.5, -0.5, 1.5],
         "mean": [-1, -1, -1, 3],
         "leave_one_out": [-4 / 3, -4 / 3, -4 / 3, 4],
+        "maxrl": [-1, -1, -1, 3],
+        "pass_at_k": [0, 0, 0, 4],
+        # the group's -0.5 -0.5 -0.5 1.5, divided by the std of all eight: (3 / 7) ** 0.5
+        "gdpo": [-0.5 * (7 / 3) ** 0.5] * 3 + [1.5 * (7 / 3) ** 0.5],
     }
     equal_group = [0.0] * 4
 
@@ -493,7 +497,13 @@ def test_one_batch_under_every_loss(run, capsys):
     """GRPO's weights are the logged advantages; Dr. GRPO points where GRPO does not; a later model
     moves the ratio, and its gradients are compared too.
     """
-    folder = run("train.steps=2", "optimizer.lr=0.01", "loss.clip_ratio_low=0.05")
+    folder = run(
+        "train.steps=2",
+        "optimizer.lr=0.003",
+        "loss.clip_ratio_low=0.05",
+        "reward.unparsable=0",
+        "loss.pass_k=2",
+    )
     rows = select_step(read_rollouts(folder), 2)
     advantages = list_column(rows, "advantage")
     [logged] = select_step(read_metrics(folder), 2)
@@ -518,8 +528,8 @@ def test_one_batch_under_every_loss(run, capsys):
 
     assert later["losses"]["grpo"]["clip_ratio"] > 0
     assert later["losses"]["cispo"]["clip_ratio"] == 0
-    for row in later["losses"].values():
-        assert row["grad_norm"] > 0
+    for kind, row in later["losses"].items():
+        assert row["grad_norm"] > 0, kind
     assert later["parameter_cosine"]["grpo"]["gspo"] < 0.9999
 
     absent_step = ["losses", "--run", str(folder), "--step", "9"]

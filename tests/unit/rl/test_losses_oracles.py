@@ -1,12 +1,12 @@
 """Losses against independent implementations: TRL's trainers from rewards to d loss / d logp
-(float64), Liger's chunked loss from hidden states (float32 inside).
+(float64), Liger's chunked loss from hidden states (float32 inside). The losses of 2025's end and
+2026: test_recent_losses.py.
 
 TRL's trainers run on a stand-in `self` that hands out given log-probs; its attributes are those
 that the version in experiments/constraints.txt reads. Their side is padded and masked, ours packed;
 two siblings write the same text, which is one weighted row here and two there. Only theirs (no kind
-of ours): sapo, vespo, luspo, delta, sequence_* and *_mask importance weights, scale_rewards: batch,
-KL times ratio. Legend: R rollouts, T longest completion, N trained tokens, M packed rows, C width,
-V vocabulary.
+of ours): vespo, delta, scale_rewards: batch. Legend: R rollouts, T longest completion, N trained
+tokens, M packed rows, C width, V vocabulary.
 """
 
 from collections import defaultdict
@@ -112,6 +112,7 @@ def make_world(off=True, logp=None) -> SimpleNamespace:
         ref=now + 0.2 * ref_difference[elder],
         sampler=sampler,
         rewards=rewards,
+        parts=None,  # of the rewards
         entropy=entropy[elder],
         mask=mask,
     )
@@ -141,7 +142,7 @@ def make_batches(world, objective, budget=10_000):
     """
     texts, first = deduplicate(world.rollouts)
     config = objective.config
-    adv = compute_group_advantages(world.rewards, G, objective.advantage, config)
+    adv = compute_group_advantages(world.rewards, G, objective.advantage, config, world.parts)
     text_adv = adv[first]
     batches = []
     for batch in pack_rollouts(texts, budget):
@@ -231,6 +232,7 @@ TRAINER_SETTINGS = dict(
     epsilon_high=0.2,
     normalize_advantages=False,
     reward_clip_range=None,
+    args={},
 )
 
 
@@ -258,7 +260,7 @@ def make_trainer(world, trainer, parts, settings) -> SimpleNamespace:
             sampler_logp = [rollout.sampler_logp for rollout in world.rollouts]
         return prompt_ids, world.ids, None, world.ids, sampler_logp, {}, None, None
 
-    self.args = SimpleNamespace(
+    args = dict(
         per_device_train_batch_size=0,
         steps_per_generation=parts,
         gradient_accumulation_steps=parts,
@@ -266,13 +268,16 @@ def make_trainer(world, trainer, parts, settings) -> SimpleNamespace:
         delta=None,
         use_bias_correction_kl=False,
     )
+    self.args = SimpleNamespace(**args | self.args)
     self.current_gradient_accumulation_steps = parts
     self.num_iterations = 2 if world.off else 1
     self.model = make_model(world.old)
     self.ref_model = make_model(world.ref)
     self._get_per_token_logps_and_entropies = read_model
+    self.get_off_policy_mask = getattr(trainer, "get_off_policy_mask", None)
     self._generate = generate
-    self._calculate_rewards = lambda *_: world.rewards[:, None]
+    rewards = world.rewards[:, None] if world.parts is None else world.parts.values
+    self._calculate_rewards = lambda *_: rewards
     self._metrics = dict(train=defaultdict(list))
     self._pending_extra_logs = {}
     self._pending_metrics = {}
@@ -314,8 +319,8 @@ def compute_trl(world, trainer, parts=1, **settings):
     return loss.detach(), d_logp, d_entropy, self._metrics["train"]
 
 
-def check_equal(actual, want):
-    """Check each element to EXACT of itself, or of a thousandth of the largest; a loss, which may
+def check_equal(actual, want, rtol=EXACT):
+    """Check each element to `rtol` of itself, or of a thousandth of the largest; a loss, which may
     cancel, of 1.
     """
     scale = 1.0
@@ -323,7 +328,7 @@ def check_equal(actual, want):
         largest = want.abs().max().item()
         assert largest > 0
         scale = 1e-3 * largest
-    torch.testing.assert_close(actual, want, rtol=EXACT, atol=EXACT * scale)
+    torch.testing.assert_close(actual, want, rtol=rtol, atol=rtol * scale)
 
 
 @pytest.fixture(scope="module")
