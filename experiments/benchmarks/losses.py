@@ -19,6 +19,7 @@ from statistics import mean, median
 from typing import NamedTuple
 
 from few_queries import write_few_queries
+from tqdm import tqdm
 
 from recr1.rl.losses import RECIPES
 
@@ -91,12 +92,6 @@ def read_figures(folder: Path) -> Figures:
     )
 
 
-def show_progress(done: int, total: int, label: str) -> None:
-    """Draw the bar over itself."""
-    bar = "#" * (30 * done // total)
-    print(f"\r[{bar:<30}] {done}/{total} {label:<20}", end="", file=sys.stderr, flush=True)
-
-
 def format_table(figures: dict[str, list[Figures]]) -> str:
     """Format a row per loss: means over the seeds, the interval too, and every seed's gain."""
     names = "validation gain", "by seed", "zero-variance", "entropy", "clipped", "s/step"
@@ -127,16 +122,11 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     more = [*(SMALL if args.dry_run else ()), *args.overrides, *write_few_queries(out)]
     figures: dict[str, list[Figures]] = {kind: [] for kind in args.kinds}
-    total = len(args.kinds) * len(args.seeds)
-    done = 0
-    for seed in args.seeds:  # all losses of one seed first: a part of the table is a fair one
-        for kind in args.kinds:
-            show_progress(done, total, f"{kind}, seed {seed}")
-            folder = out / f"{kind}-{args.steps}-seed{seed}"
-            figures[kind].append(run_once(kind, seed, args.steps, folder, more))
-            done += 1
-    show_progress(done, total, "")
-    print(file=sys.stderr)
+    # all losses of one seed first: a part of the table is a fair one
+    runs = [(kind, seed) for seed in args.seeds for kind in args.kinds]
+    for kind, seed in tqdm(runs, "runs", disable=None):
+        folder = out / f"{kind}-{args.steps}-seed{seed}"
+        figures[kind].append(run_once(kind, seed, args.steps, folder, more))
 
     table = format_table(figures)
     (out / "losses.md").write_text(table + "\n", encoding="utf-8")
