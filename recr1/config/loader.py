@@ -33,6 +33,7 @@ CHOICES = {
     ),
     "loss.kl_estimator": ("k1", "k2", "k3", "k3_unbiased"),
     "loss.kl_in": ("loss", "reward"),
+    "reward.bonus_if": ("accurate", "better"),
     "loss.tis_level": ("token", "sequence"),
     "loss.tis_mode": ("truncate", "mask"),
     "data.on_bad_line": ("stop", "drop"),
@@ -111,7 +112,17 @@ MAXIMUMS = {"data.shuffle_words": 1, "sampling.top_p": 1, "optimizer.min_lr_rati
 
 RETRIEVERS = ("bm25", "dense", "rank_bm25")
 
-REWARD_TERMS = ("ndcg", "recall", "mrr", "hit", "lcs", "category", "diversity", "novelty")
+REWARD_TERMS = (
+    "ndcg",
+    "recall",
+    "mrr",
+    "hit",
+    "lcs",
+    "ndcg_gain",
+    "category",
+    "diversity",
+    "novelty",
+)
 
 # The values of loss.kind that are GRPO with the advantage of the same name.
 ADVANTAGE_KINDS = ("maxrl", "pass_at_k", "gdpo")
@@ -354,7 +365,9 @@ def _check_maxrl(config: Config) -> None:
     ]
     if reward.overlong_buffer:
         below.append("reward.overlong_buffer")
-    below += [f"reward.weights {name}" for name, weight in reward.weights.items() if weight < 0]
+    for name, weight in reward.weights.items():
+        if weight < 0 or (weight and name == "ndcg_gain"):
+            below.append(f"reward.weights {name}")
     if config.loss.kl_coef > 0 and config.loss.kl_in == "reward":
         below.append("loss.kl_in=reward")
     if below:

@@ -127,8 +127,10 @@ class RewardConfig:
     # The weights of the reward's terms (tasks/rewards.py); module:function names one of yours.
     weights: dict[str, float] = field(default_factory=lambda: {"ndcg": 1.0})
     remove_seen: bool = False  # sequential: items of the history are no hits.
-    # Added when the accuracy (weighted ndcg, recall, mrr, hit, lcs) is above 0.
-    bonus: float = 0.1
+    bonus: float = 0.1  # Added for an answer that has earned it: bonus_if.
+    # What earns the bonus: accurate, the accuracy (weighted ndcg, recall, mrr, hit, lcs) is above
+    # 0 | better, the ndcg is above that of the answer without a policy.
+    bonus_if: str = "accurate"
     # The reward in place of accuracy and bonus when the accuracy is 0.
     miss: float = 0.0
     unparsable: float = -2.0  # The total when there is no answer to score.

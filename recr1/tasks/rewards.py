@@ -4,6 +4,8 @@ evaluation.
     ndcg recall mrr hit   accuracy of the ranking at k (reward.k_train, reward.k_eval): see
                           tasks/ranking_metrics.py
     lcs                   accuracy as an order: compute_weighted_lcs
+    ndcg_gain             ndcg - that of the answer without a policy (the raw query, the given
+                          order): in [-1, 1], 0 for who copies that answer
     category              share of the ranking with the category of the first relevant document, 0
                           where that is not in it (Rec-R1's later reward: weight 0.2)
     diversity             intra-list distance of the first reward.k_list; the distance of two items
@@ -18,6 +20,9 @@ evaluation.
     total = (bonus + A if A > 0 else miss) + the other terms weighted
     A     = the accuracy terms weighted
     total = unparsable where there is no answer
+
+With reward.bonus_if: better the bonus is earned where ndcg_gain is above 0 and nowhere else: an
+answer of the right form that improves nothing gets none (GR2, arXiv 2602.07774).
 
 With ndcg alone, weight 1, that is Rec-R1's reward. RecLLM-R1 (arXiv 2506.19235) sums recommendation
 metrics, diversity and business terms; its formula and weights are not public. One secondary account
@@ -54,6 +59,7 @@ METRICS = {
 }
 
 ACCURACY = (*METRICS, "lcs")
+GAIN = "ndcg_gain"
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,8 @@ class RewardTerms:
         self.k = k
         self.items = items
         metrics = tuple(METRICS) if every else ()
-        self.names = tuple(dict.fromkeys([rule.metric, *metrics, *rule.weights]))
+        condition = (GAIN,) if rule.bonus_if == "better" else ()
+        self.names = tuple(dict.fromkeys([rule.metric, *metrics, *rule.weights, *condition]))
         self.user_functions = {
             name: plugins.load_function("reward.weights", name, REWARD_TERMS)
             for name in self.names
@@ -143,11 +150,34 @@ class RewardTerms:
         }
         self.num_interactions = sum(items.popularity.values())
 
+    @property
+    def needs_baseline(self) -> bool:
+        """Return whether a term compares with the answer without a policy."""
+        return GAIN in self.names
+
     def __call__(
-        self, row: dict, answer: Any, ranked: Sequence[str], gains: Mapping[str, float]
+        self,
+        row: dict,
+        answer: Any,
+        ranked: Sequence[str],
+        gains: Mapping[str, float],
+        baseline_ndcg: float = 0.0,
     ) -> dict[str, float]:
-        """Measure every term of one ranking."""
-        return {name: self._measure(name, row, answer, ranked, gains) for name in self.names}
+        """Measure every term of one ranking.
+
+        baseline_ndcg: of the answer without a policy; read where `needs_baseline`.
+        """
+        terms = {}
+        for name in self.names:
+            if name == GAIN:
+                terms[name] = self.compute_ndcg(ranked, gains) - baseline_ndcg
+            else:
+                terms[name] = self._measure(name, row, answer, ranked, gains)
+        return terms
+
+    def compute_ndcg(self, ranked: Sequence[str], gains: Mapping[str, float]) -> float:
+        """Compute the NDCG at k of a ranking."""
+        return compute_ndcg(ranked, gains, self.k)
 
     def make_reward(
         self,
@@ -174,13 +204,17 @@ class RewardTerms:
         return Reward(total + penalty, logged_terms, error, answer, text)
 
     def compute_total(self, terms: Mapping[str, float]) -> float:
-        """Compute the weighted sum, with the bonus or the miss of the accuracy terms."""
+        """Compute the weighted sum, with the bonus, or the miss of the accuracy terms."""
         weighted = {name: weight * terms[name] for name, weight in self.rule.weights.items()}
         accuracy = sum(value for name, value in weighted.items() if name in ACCURACY)
         other_terms = sum(value for name, value in weighted.items() if name not in ACCURACY)
-        if accuracy > 0:
-            return (self.rule.bonus + accuracy) + other_terms
-        return self.rule.miss + other_terms
+        reached = accuracy if accuracy > 0 else self.rule.miss
+        earns_bonus = accuracy > 0
+        if self.rule.bonus_if == "better":
+            earns_bonus = terms[GAIN] > 0
+        if earns_bonus:
+            reached = self.rule.bonus + reached
+        return reached + other_terms
 
     def _measure(
         self, name: str, row: dict, answer: Any, ranked: Sequence[str], gains: Mapping[str, float]

@@ -49,6 +49,7 @@ class Scorer:
         self.limit = limit
         self.text_before = "</think>" if thought_closed else ""
         self.known_rewards: dict[tuple[str, tuple[int, ...]], Reward] = {}
+        self.baseline_ndcg: dict[str, float] = {}  # by the query's id
 
     def score(self, rollouts: list[Rollout]) -> list[Reward]:
         """Return one Reward per rollout.
@@ -109,13 +110,33 @@ class Scorer:
         """Return the reward terms of each answer's ranking, with the judgements of its query."""
         if not prompts:
             return []
-        rows = [prompt.row for prompt in prompts]
-        rankings = self.task.rank(answers, rows, self.terms.k, self.search)
+        if self.terms.needs_baseline:
+            self._measure_baseline(prompts)
         terms = []
-        for prompt, answer, ranked in zip(prompts, answers, rankings):
+        for prompt, answer, ranked in zip(prompts, answers, self._rank(prompts, answers)):
             gains = self.qrels.get(prompt.id, {})
-            terms.append(self.terms(prompt.row, answer, ranked, gains))
+            baseline_ndcg = self.baseline_ndcg.get(prompt.id, 0.0)
+            terms.append(self.terms(prompt.row, answer, ranked, gains, baseline_ndcg))
         return terms
+
+    def _measure_baseline(self, prompts: list[Prompt]) -> None:
+        """Measure the NDCG of each query's answer without a policy, once."""
+        new_prompts = {}
+        for prompt in prompts:
+            if prompt.id not in self.baseline_ndcg:
+                new_prompts[prompt.id] = prompt
+        if not new_prompts:
+            return
+        unmeasured = list(new_prompts.values())
+        answers = [self.task.baseline_answer(prompt.row) for prompt in unmeasured]
+        for prompt, ranked in zip(unmeasured, self._rank(unmeasured, answers)):
+            gains = self.qrels.get(prompt.id, {})
+            self.baseline_ndcg[prompt.id] = self.terms.compute_ndcg(ranked, gains)
+
+    def _rank(self, prompts: list[Prompt], answers: list) -> list[list[str]]:
+        """Return the ranking of each answer."""
+        rows = [prompt.row for prompt in prompts]
+        return self.task.rank(answers, rows, self.terms.k, self.search)
 
     def search(self, queries: list[str], k: int) -> list[list[str]]:
         """Return the document ids of each query's hits, best first."""

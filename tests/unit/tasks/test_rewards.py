@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytrec_eval
 from helpers.tiny_world import THINGS, jsonl, write_yaml
 from scipy.stats import permutation_test
 
@@ -19,6 +20,7 @@ from recr1.config import loader as configs
 from recr1.config.schema import Config, ConfigError, DataConfig, RewardConfig
 from recr1.data.readers import DataError
 from recr1.evaluation.bootstrap import compute_sign_flip_p
+from recr1.retrieval.bm25.searcher import load_or_build_bm25
 from recr1.tasks.ranking_metrics import compute_intra_list_distance, compute_novelty
 from recr1.tasks.rewards import (
     ItemTable,
@@ -186,6 +188,91 @@ def test_the_sum_of_the_parts():
     assert bad.total == -3.0
     assert bad.terms == dict.fromkeys(want, 0.0)
     assert bad.error == "tags"
+
+
+SECOND = 1 / math.log2(3)  # the NDCG of one relevant document at rank 2
+# ndcg of the raw answer -> (total with the bonus for accuracy, for a better order), both + 0.5 gain
+GAINS = [
+    (0.0, 0.1 + SECOND + 0.5 * SECOND, 0.1 + SECOND + 0.5 * SECOND),
+    (SECOND, 0.1 + SECOND, SECOND),
+    (1.0, 0.1 + SECOND + 0.5 * (SECOND - 1), SECOND + 0.5 * (SECOND - 1)),
+]
+
+
+@pytest.mark.parametrize("baseline, accurate, better", GAINS)
+def test_what_pays_only_for_better(baseline, accurate, better):
+    totals = {}
+    for condition in ("accurate", "better"):
+        weights = {"ndcg": 1.0, "ndcg_gain": 0.5}
+        rule = RewardConfig(weights=weights, bonus=0.1, bonus_if=condition)
+        reward_terms = RewardTerms(rule, 3)
+        terms = reward_terms({}, None, ["x", "a"], {"a": 1.0}, baseline)
+        assert reward_terms.needs_baseline
+        assert terms["ndcg_gain"] == pytest.approx(SECOND - baseline)
+        totals[condition] = reward_terms.compute_total(terms)
+
+    assert totals == pytest.approx(dict(accurate=accurate, better=better))
+
+
+def test_a_bonus_for_better_without_accuracy():
+    """A bonus alone, for the gain: a miss that was a miss before pays the miss."""
+    rule = RewardConfig(weights={"ndcg": 0.0}, bonus=1.0, miss=-0.2, bonus_if="better")
+    reward_terms = RewardTerms(rule, 3)
+    assert reward_terms.names == ("ndcg", "ndcg_gain")
+
+    hit = reward_terms({}, None, ["a"], {"a": 1.0}, 0.5)
+    miss = reward_terms({}, None, ["x"], {"a": 1.0}, 0.0)
+
+    assert reward_terms.compute_total(hit) == pytest.approx(1.0 - 0.2)
+    assert reward_terms.compute_total(miss) == pytest.approx(-0.2)
+
+
+def test_a_run_that_is_paid_for_better(tmp_path):
+    """Each rollout's gain is its ndcg less that of its own query, searched as it is."""
+    overrides = {
+        "reward.weights": {"ndcg_gain": 1.0},
+        "reward.bonus_if": "better",
+        "reward.bonus": 0.25,
+        "log.tokens_every": 1,
+    }
+    config = write_yaml(tmp_path, **overrides)
+    assert run_guarded(train.main, [config]) == 0
+    cfg = configs.load_config(config, [])
+    raw_ndcg = find_raw_ndcg(cfg)
+
+    rows = jsonl(tmp_path / "run/rollouts.jsonl.gz")
+    parsed = [row for row in rows if row["error"] is None]
+    assert len(parsed) > 10
+    gains = []
+    for row in parsed:
+        terms = row["reward_terms"]
+        gain = terms["ndcg"] - raw_ndcg[row["prompt"]]
+        assert terms["ndcg_gain"] == pytest.approx(gain, abs=1e-6)
+        bonus = cfg.reward.bonus if gain > 1e-9 else 0.0
+        assert row["reward"] == pytest.approx(gain + bonus + cfg.reward.miss, abs=1e-5)
+        gains.append(gain)
+    assert min(gains) < 0 < max(gains)
+
+    for row in jsonl(tmp_path / "run/eval_after.jsonl"):
+        assert row["ndcg_gain_raw"] == 0
+
+
+def find_raw_ndcg(cfg: Config) -> dict[str, float]:
+    """Search the train queries as they are; the NDCG is pytrec_eval's."""
+    judgements: dict[str, dict[str, int]] = {}
+    for line in Path(cfg.data.train_qrels).read_text().splitlines():
+        query_id, doc_id, gain = line.split("\t")
+        judgements.setdefault(query_id, {})[doc_id] = int(float(gain))
+    searcher = load_or_build_bm25(None, cfg.data.corpus)
+    k = cfg.reward.k_train
+    found = {}
+    for query in jsonl(Path(cfg.data.train_queries)):
+        indices, _ = searcher.search([query["text"]], k)
+        hits = [searcher.doc_ids[index] for index in indices[0].tolist() if index >= 0]
+        found[query["id"]] = {doc_id: float(-rank) for rank, doc_id in enumerate(hits)}
+    measure = f"ndcg_cut.{k}"
+    rows = pytrec_eval.RelevanceEvaluator(judgements, {measure}).evaluate(found)
+    return {query_id: row[f"ndcg_cut_{k}"] for query_id, row in rows.items()}
 
 
 def test_what_is_measured():
