@@ -137,7 +137,7 @@ def write_teacher(folder: Path, films: list[Film]) -> None:
 
 def make_answer(film: Film, num_plots: Counter[str]) -> str:
     """Return the rarest words of the film's query, in the query's order, as they stand there: a
-    small model copies a word token by token, and miscopies one in nine whose capital it drops.
+    name in lower case is other tokens, which a small model copies less well.
 
     num_plots: in how many queries a word stands, in lower case.
     """
