@@ -994,9 +994,11 @@ class StepStory:
         config = self.config
         low = config.clip_ratio_low
         high = config.upper_clip_ratio
-        example = f"{self._count_outside()} tokens outside"
+        numpy_step = self.numpy_step
+        is_outside = numpy_step.is_trained & (numpy_step.ratio != numpy_step.clipped_ratio)  # (N,)
+        example = f"{int(is_outside.sum())} tokens outside"
         if surrogate in (losses.clipped_surrogate, losses.sequence_clipped_surrogate):
-            self._add_min_clip(example)
+            self._add_min_clip(is_outside, example)
             return
         stops = "0 where D_t > {:g} and rho_t {} 1"
         beyond = f"{stops.format(high, '>')} (A > 0), {stops.format(low, '<')} (A < 0)"
@@ -1021,18 +1023,11 @@ class StepStory:
         source = locate_source(surrogate, sources.get(surrogate, "return"))
         self._add("clip", equations[surrogate], self.per_token, example, source)
 
-    def _count_outside(self) -> int:
-        """Count the trained tokens whose ratio is not what the surrogate takes of it."""
-        numpy_step = self.numpy_step
-        is_outside = numpy_step.is_trained & (numpy_step.ratio != numpy_step.clipped_ratio)  # (N,)
-        return int(is_outside.sum())
-
-    def _add_min_clip(self, example: str) -> None:
+    def _add_min_clip(self, is_outside: np.ndarray, example: str) -> None:
         """Add GRPO's clip, of a token or a rollout."""
         numpy_step = self.numpy_step
         low = 1 - self.config.clip_ratio_low
         high = 1 + self.config.upper_clip_ratio
-        is_outside = numpy_step.is_trained & (numpy_step.ratio != numpy_step.clipped_ratio)  # (N,)
         # Of the tokens outside, those where the minimum is the clipped term have gradient 0.
         clipped = numpy_step.clipped_ratio * numpy_step.token_advantages
         takes_clipped = (numpy_step.surrogate == clipped) & (numpy_step.token_advantages != 0)
@@ -1084,13 +1079,13 @@ class StepStory:
                 "k3_unbiased": "rho_t (e^d - 1 - d)",
             }
             formula = formulas[self.config.kl_estimator]
-            estimators = kl.KL_ESTIMATORS | {"k3_unbiased": kl.k3_unbiased}
+            estimator = getattr(kl, self.config.kl_estimator)  # it has the name of its function
             self._add(
                 "KL",
                 f"KL_t = {formula},  d = log pi_ref,t - log pi_t",
                 self.per_token,
                 "",
-                locate_source(estimators[self.config.kl_estimator], "return"),
+                locate_source(estimator, "return"),
             )
         if self.config.entropy_coef > 0:
             self._add(

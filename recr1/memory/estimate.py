@@ -41,11 +41,11 @@ BLOCK_FORMULA = (
     "LoRA: e M r for each adapter, e less for a frozen norm"
 )
 
-# The linears of a block that read one tensor.
-INPUT_READERS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("mlp.gate_proj", "mlp.up_proj"),
-)
+# The norms of a block, and the linears that read each one's output.
+INPUT_READERS = {
+    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+}
 
 
 class MemoryTerm(NamedTuple):
@@ -565,24 +565,29 @@ class MemoryEstimate:
         heads = shape.num_attention_heads
         block = self.block
 
-        kept = 0
-        norms = ("input_layernorm", "post_attention_layernorm")
-        for norm, readers in zip(norms, INPUT_READERS):
-            weight_is_trained = f"{norm}.weight" in block.trained
-            output_is_read = any(map(block.is_trained, readers))
-            kept += width * (4 + e * weight_is_trained + e * output_is_read)
+        kept = sum(width * self._count_kept_by_norm(norm) for norm in INPUT_READERS)
         if shape.family == "qwen3":
             for name, number in (("q", heads), ("k", shape.num_key_value_heads)):
                 weight_is_trained = f"self_attn.{name}_norm.weight" in block.trained
                 kept += number * shape.head_dim * (4 + e * weight_is_trained)
 
         kept += e * heads * shape.head_dim * block.is_trained("self_attn.o_proj")
-        gate_activated_up = 3
-        kept += (
-            e * shape.intermediate_size * (gate_activated_up + block.is_trained("mlp.down_proj"))
-        )
+        kept += self._count_kept_by_mlp()
         num_adapters = sum(name.endswith(A_NAME) for name in block.trained)
         return kept + e * self.cfg.lora.rank * num_adapters
+
+    def _count_kept_by_norm(self, norm: str) -> int:
+        """Return the bytes that autograd keeps of a norm for each number of its width."""
+        weight_is_trained = f"{norm}.weight" in self.block.trained
+        output_is_read = any(map(self.block.is_trained, INPUT_READERS[norm]))
+        return 4 + self.number_bytes * (weight_is_trained + output_is_read)
+
+    def _count_kept_by_mlp(self) -> int:
+        """Return the bytes that autograd keeps of an MLP for each token: of its gate, what is made
+        of it, `up`, and the input of `down`.
+        """
+        inner = 3 + self.block.is_trained("mlp.down_proj")
+        return self.number_bytes * self.shape.intermediate_size * inner
 
     def _count_layout(self, call: AttentionRows) -> float:
         """Return the bytes of the indices that one attention call of a micro-batch needs."""
@@ -713,8 +718,8 @@ class MemoryEstimate:
         scaled_gradient = M * C * has_adapter  # what an adapter's B gets: s times the gradient
         mlp = e * (M * (C + 2 * F) + scaled_gradient + self.block.count_trained("mlp.down_proj"))
 
-        freed_mlp = e * 3 * M * F + e * M * F * self.block.is_trained("mlp.down_proj")
-        freed_norm = M * C * (4 + 2 * e)
+        freed_mlp = M * self._count_kept_by_mlp()
+        freed_norm = M * C * self._count_kept_by_norm("post_attention_layernorm")
         held_gradients = self.block.count_trained("mlp.") + self.block.count_trained(
             "self_attn.o_proj"
         )

@@ -9,14 +9,23 @@ import torch
 
 def sum_over_rollout(values: torch.Tensor, rollout: torch.Tensor) -> torch.Tensor:
     """Give each token the sum over its rollout's tokens: values, rollout (n,) -> (n,)."""
-    rollouts, index = rollout.unique(return_inverse=True)
-    sums = values.new_zeros(len(rollouts)).index_add(0, index, values)
+    sums, index, _ = _sum_each(values, rollout)
     return sums.index_select(0, index)
 
 
 def average_over_rollout(values: torch.Tensor, rollout: torch.Tensor) -> torch.Tensor:
     """Give each token the mean over its rollout's tokens: values, rollout (n,) -> (n,)."""
-    _, index, num_tokens = rollout.unique(return_inverse=True, return_counts=True)
-    sums = values.new_zeros(len(num_tokens)).index_add(0, index, values)
+    sums, index, num_tokens = _sum_each(values, rollout)
     means = sums / num_tokens
     return means.index_select(0, index)
+
+
+def _sum_each(
+    values: torch.Tensor, rollout: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the sum of each rollout (rollouts,), its index at each token (n,), and how many tokens
+    each has (rollouts,).
+    """
+    _, index, num_tokens = rollout.unique(return_inverse=True, return_counts=True)
+    sums = values.new_zeros(len(num_tokens)).index_add(0, index, values)
+    return sums, index, num_tokens

@@ -19,6 +19,7 @@ from helpers.tiny_world import jsonl, refused, runs_of, tiny_model, write_yaml
 from test_gradient import rollouts_of
 
 from recr1 import cli, train
+from recr1.config.loader import ADVANTAGE_KINDS
 from recr1.config.schema import LossConfig, ModelConfig
 from recr1.data.prompt_order import choose_prompts, count_steps_per_epoch
 from recr1.data_types import Prompt, Reward, Rollout
@@ -90,6 +91,11 @@ def compute_gradients(policy, batches, total, objective):
         loss, *_ = compute_policy_loss(policy, batch, total, 1.3, objective)
         loss.backward()
     return {name: p.grad.clone() for name, p in policy.named_parameters()}
+
+
+def test_the_config_checks_every_recipe_that_is_an_advantage():
+    named_alike = {kind for kind, (_, advantage, _) in RECIPES.items() if kind == advantage}
+    assert set(ADVANTAGE_KINDS) == named_alike
 
 
 @pytest.mark.parametrize("kind", RECIPES)
